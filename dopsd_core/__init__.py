@@ -1,0 +1,4 @@
+"""D-OPSD: few-step diffusion models learn a concept from their own image-conditioned selves (arXiv 2605.05204).
+
+Pure torch: nothing in this package imports ComfyUI, and only `standalone/` imports diffusers or transformers.
+"""

@@ -1,0 +1,24 @@
+"""Model families: data, and a few pure functions each. A new family is one file here and an entry in `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .base import Family
+from .flux2_klein import FLUX2_KLEIN
+from .z_image import Z_IMAGE
+
+__all__ = ["FAMILIES", "FLUX2_KLEIN", "Z_IMAGE", "Family", "get_family"]
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (Z_IMAGE, FLUX2_KLEIN)}
+
+
+def get_family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"unknown model family {name!r}; known families: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]

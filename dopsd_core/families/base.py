@@ -1,0 +1,69 @@
+"""What a model family is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..lora_config import LoraConfig
+from ..model import PartsOf, SitePart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Grid, geometry, targets, names and defaults of one kind of model.
+
+    sigmas: (num_steps, width, height in pixels) -> the model's own few-step grid, num_steps + 1 values.
+    latent_channels, downscale: a picture of W x H pixels is a latent [latent_channels, H / downscale, W / downscale].
+    pixel_multiple: both sides of a training picture are multiples of it.
+    lora_targets: patterns over part names, for `LoraConfig.targets`. key_prefix: stands before part names in LoRA
+    files. native_parts: (module path, rows) of a Linear in the original, fused network -> its parts under diffusers'
+    names. rollout_steps, sample_steps: of training and of inference. lora_rank, lora_alpha, learning_rate: the
+    paper's settings.
+    """
+
+    name: str
+    title: str
+    sigmas: Callable[[int, int, int], tuple[float, ...]]
+    latent_channels: int
+    downscale: int
+    pixel_multiple: int
+    lora_targets: tuple[str, ...]
+    native_parts: PartsOf
+    key_prefix: str = "transformer."
+    rollout_steps: int = 4
+    sample_steps: int = 4
+    lora_rank: int = 64
+    lora_alpha: float = 128.0
+    learning_rate: float = 1e-4
+    pixel_budget: int = 1024 * 1024
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of width x height pixels.
+
+        Raises:
+            ValueError: a side is not a positive multiple of `pixel_multiple`.
+        """
+        if min(width, height) < 1 or width % self.pixel_multiple or height % self.pixel_multiple:
+            raise ValueError(
+                f"{self.title} needs sides that are multiples of {self.pixel_multiple} pixels, got {width}x{height}"
+            )
+        return self.latent_channels, height // self.downscale, width // self.downscale
+
+    def lora_config(self, rank: int | None = None, alpha: float | None = None) -> LoraConfig:
+        """The family's targets; rank as in the paper unless given, alpha at the paper's alpha / rank unless given."""
+        rank = self.lora_rank if rank is None else rank
+        scale = self.lora_alpha / self.lora_rank
+        return LoraConfig(rank=rank, alpha=rank * scale if alpha is None else alpha, targets=self.lora_targets)
+
+
+def split_rows(names: tuple[str, ...], out_features: int) -> tuple[SitePart, ...]:
+    """Equal row slices of a fused projection, one per name.
+
+    Raises:
+        ValueError: the rows do not divide evenly.
+    """
+    rows, rest = divmod(out_features, len(names))
+    if rest:
+        raise ValueError(f"{out_features} rows do not divide evenly among {', '.join(names)}")
+    return tuple(SitePart(name, i * rows, (i + 1) * rows) for i, name in enumerate(names))

@@ -1,0 +1,65 @@
+"""FLUX.2-klein, 4B and 9B."""
+
+from __future__ import annotations
+
+import re
+
+from ..model import SitePart
+from ..sigmas import flux2_klein_sigmas
+from .base import Family, split_rows
+
+_DOUBLE = {
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_SINGLE = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+_QKV = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
+    """Parts of a Linear of the original network under diffusers' names; outside the blocks names stay."""
+    block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", name)
+    if block is None:
+        return (SitePart(name, 0, out_features),)
+    kind, index, rest = block.groups()
+    stem = f"transformer_blocks.{index}." if kind == "double" else f"single_transformer_blocks.{index}."
+    if kind == "double" and rest in _QKV:
+        return split_rows(tuple(stem + part for part in _QKV[rest]), out_features)
+    return (SitePart(stem + (_DOUBLE if kind == "double" else _SINGLE).get(rest, rest), 0, out_features),)
+
+
+FLUX2_KLEIN = Family(
+    name="flux2_klein",
+    title="FLUX.2-klein",
+    sigmas=flux2_klein_sigmas,
+    latent_channels=128,
+    downscale=16,
+    pixel_multiple=16,
+    lora_targets=(
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.linear_in",
+        "ff.linear_out",
+        "ff_context.linear_in",
+        "ff_context.linear_out",
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    ),
+    native_parts=native_parts,
+    sample_steps=4,
+    learning_rate=2e-5,
+)
+"""Attention and MLPs of the double-stream AND the single-stream blocks (the reference scripts miss the latter)."""

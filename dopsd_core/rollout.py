@@ -1,0 +1,81 @@
+"""The student's own few-step trajectory (arXiv 2605.05204, section 3): Euler on the model's grid, every state detached.
+
+Legend: B batch, C latent channels, h w latent size, K steps; `sigma` as in `sigmas.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .conditioning import Condition
+from .model import Denoiser
+
+PredictX0 = Callable[[Tensor, float], Tensor]
+"""(x [B, C, h, w] fp32, sigma) -> x0_hat [B, C, h, w]."""
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutStep:
+    """State x_k of the trajectory and the prediction made from it.
+
+    x: [B, C, h, w] fp32, detached. x0: [B, C, h, w], the prediction; carries a graph only on gradient steps.
+    index: k in 0..K-1. sigma: s_k in (0, 1]. sigma_next: s_{k+1} in [0, 1).
+    """
+
+    index: int
+    sigma: float
+    sigma_next: float
+    x: Tensor
+    x0: Tensor
+
+    def next_state(self) -> Tensor:
+        """x_{k+1} [B, C, h, w], detached; for the last step of a grid (sigma_next = 0) it is x0 itself."""
+        return euler_step(self.x, self.x0.detach(), self.sigma, self.sigma_next)
+
+
+def euler_step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """x + (sigma_next - sigma) * v with v = (x - x0) / sigma, for x, x0 [B, C, h, w]; exactly x0 at sigma_next = 0."""
+    return torch.lerp(x0, x, sigma_next / sigma) if sigma_next > 0 else x0
+
+
+def rollout(
+    predict_x0: PredictX0, noise: Tensor, sigmas: Sequence[float], grad_steps: Container[int] = ()
+) -> Iterator[RolloutStep]:
+    """Yields the K steps of the trajectory that starts at `noise` [B, C, h, w]; lazily, so that a caller may stop
+    early.
+
+    The prediction of the steps in `grad_steps` is made in the caller's grad mode, that of the others without a graph.
+    Only its detached value moves the state, so the K graphs are independent: call backward on each step before asking
+    for the next and one step's activations are alive at a time. The state stays fp32.
+
+    Raises:
+        ValueError: sigmas do not fall from above 0 to 0, or are fewer than two.
+    """
+    _check_grid(sigmas)
+    x = noise.detach().float()
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and index in grad_steps):
+            x0 = predict_x0(x, sigma).float()
+        step = RolloutStep(index, sigma, sigma_next, x, x0)
+        x = step.next_state()
+        yield step
+
+
+def sample(denoiser: Denoiser, conditions: Sequence[Condition], noise: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """The plain few-step Euler sampler: noise [B, C, h, w] -> x0 latents [B, C, h, w]; no graph, adapters as set."""
+    latents = noise
+    with torch.no_grad():
+        for step in rollout(lambda x, sigma: denoiser.predict_x0(x, sigma, conditions), noise, sigmas):
+            latents = step.next_state()
+    return latents
+
+
+def _check_grid(sigmas: Sequence[float]) -> None:
+    falls = all(a > b for a, b in pairwise(sigmas))
+    if len(sigmas) < 2 or not falls or sigmas[-1] != 0 or sigmas[0] > 1:
+        raise ValueError(f"sigmas must fall strictly from at most 1 to 0 and be at least two, got {tuple(sigmas)}")
