@@ -249,7 +249,8 @@ class AdapterSet:
         if self.teacher_kind != "ema":
             return
         teacher = [t for a in self._adapters if a.teacher is not None for t in a.teacher.tensors()]
-        torch._foreach_lerp_(teacher, [p.data for p in self.parameters()], 1.0 - self.ema_decay)
+        students = [p.data for p in self.parameters()]
+        torch._foreach_lerp_(teacher, students, 1.0 - self.ema_decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def part_names(self) -> list[str]:
         """The adapted parts, in site order."""

@@ -106,8 +106,8 @@ def save_peft(
         format_safetensors(_file_tensors(tensors, config, _PEFT_PREFIX, dtype), {"format": "pt"}),
     )
     parts = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-    # A regular expression over whole names: peft reads a list as suffixes, and one part's name may be the tail of
-    another's. peft_config = PeftConfig(
+    # A regular expression over whole names: peft reads a list as suffixes, and one name may be the tail of another.
+    peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.rank,
         target_modules="|".join(re.escape(part) for part in parts),
@@ -132,7 +132,7 @@ def load_peft(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors, _ = _read_safetensors(folder / "adapter_model.safetensors")
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is not a peft folder with adapter_config.json and safetensors weights: {error}") from error
+        raise ValueError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {error}") from error
     for option in ("use_dora", "lora_bias"):
         if config.get(option):
             raise ValueError(f"{folder}: {option} is set; only plain LoRA can be imported")
@@ -163,7 +163,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = list(file.keys())
+            return {name: file.get_tensor(name).clone() for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
 
