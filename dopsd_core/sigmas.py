@@ -16,7 +16,8 @@ Z_IMAGE_SHIFT = 3.0
 
 def shift_sigma(u: float, shift: float) -> float:
     """s = shift * u / (1 + (shift - 1) * u): moves u in [0, 1] towards noise for shift > 1; 0 and 1 stay."""
-    return shift * u / (1.0 + (shift - 1.0) * u)
+    # Written with 1 - u so that u = 1 gives exactly 1 at every shift.
+    return shift * u / (shift * u + (1.0 - u))
 
 
 def shifted_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:

@@ -1,0 +1,61 @@
+"""Which Linears a target selects, and what a target that selects nothing says."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dopsd_core.lora_config import LoraConfig, match_targets, part_seed
+
+NAMES = [f"{s}.{i}.{m}" for s in ("layers", "context_refiner") for i in range(12) for m in ("attention.to_q", "ff.w1")]
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [
+        ("attention.to_q", 24),
+        ("to_q", 24),
+        ("layers.3.ff.w1", 1),
+        ("layers.*", 24),
+        ("*.to_q", 24),
+        ("layers.?.ff.w1", 10),
+        (r"re:layers\.[0-3]\..*", 8),
+    ],
+)
+def test_kinds_of_target(target, count):
+    assert len(match_targets(NAMES, [target])) == count
+
+
+@pytest.mark.parametrize("target", ["o_q", "q", "LAYERS.*", "re:ff", "layers.1"])
+def test_a_target_that_matches_nothing_lists_what_there_is(target):
+    with pytest.raises(ValueError, match=r"layers\.N\.attention\.to_q \(x12\)") as caught:
+        match_targets(NAMES, ["to_q", target])
+    assert repr(target) in str(caught.value)
+    assert "context_refiner.N.ff.w1 (x12)" in str(caught.value)
+
+
+def test_a_near_miss_is_suggested():
+    with pytest.raises(ValueError, match=r"Nearest: [^.]*layers\.N\.attention\.to_q"):
+        match_targets(NAMES, ["layers.attention.toq"])
+
+
+def test_a_broken_regular_expression_says_so():
+    with pytest.raises(ValueError, match="not a regular expression"):
+        match_targets(NAMES, ["re:("])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"rank": 0}, "rank.*got 0"), ({"alpha": -1.0}, "alpha.*got -1"), ({"targets": ()}, "targets are empty")],
+)
+def test_impossible_configs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**{"targets": ("a",), **fields})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32), st.text(max_size=20))
+def test_part_seeds_are_torch_seeds_and_tell_names_apart(seed, name):
+    value = part_seed(seed, name)
+    assert 0 <= value < 2**63
+    assert value != part_seed(seed, name + "x")
+    assert value != part_seed(seed + 1, name)

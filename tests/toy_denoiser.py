@@ -1,0 +1,153 @@
+"""A random network of a few thousand weights that satisfies the core's Denoiser protocol, split or with fused qkv."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dopsd_core.adapters import AdapterSet
+from dopsd_core.conditioning import Condition, DualCondition
+from dopsd_core.families import Z_IMAGE
+from dopsd_core.lora_config import LoraConfig
+from dopsd_core.model import LinearSite, plain_linear_sites
+from dopsd_core.objectives import ObjectiveInputs
+
+CHANNELS, FEATURES, WIDTH = 4, 6, 16
+SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
+
+
+class ToyAttention(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        if fused:
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+            self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        else:
+            self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+            self.to_out = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1) if self.fused else (self.to_q(x), self.to_k(x), self.to_v(x))
+        mixed = (q @ k.mT / WIDTH**0.5).softmax(-1) @ v
+        return self.out(mixed) if self.fused else self.to_out[0](mixed)
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attention = ToyAttention(fused)
+        self.feed_forward = nn.ModuleDict({"w1": nn.Linear(WIDTH, 24), "w2": nn.Linear(24, WIDTH)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.feed_forward["w2"](F.silu(self.feed_forward["w1"](x)))
+
+
+class ToyNet(nn.Module):
+    """v(x, sigma, features): x [B, C, h, w], features a list of [L, D]."""
+
+    def __init__(self, seed: int = 0, num_blocks: int = 2) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embed = nn.Linear(CHANNELS, WIDTH)
+            self.text = nn.Linear(FEATURES, WIDTH)
+            self.time = nn.Linear(1, WIDTH)
+            self.layers = nn.ModuleList(ToyBlock(fused=False) for _ in range(num_blocks))
+            self.final = nn.Linear(WIDTH, CHANNELS)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, sigma: float, features: Sequence[Tensor]) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.embed(x.flatten(2).mT) + self.time(torch.full((1, 1, 1), sigma))
+        tokens = tokens + torch.stack([self.text(f).mean(0) for f in features])[:, None]
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.final(tokens).mT.reshape(batch, channels, height, width)
+
+
+def fuse_qkv(net: ToyNet) -> ToyNet:
+    """The same function with q, k, v in one Linear, under the original network's names."""
+    fused = ToyNet(num_blocks=0)
+    fused.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("layers")})
+    for block in net.layers:
+        new = ToyBlock(fused=True).requires_grad_(False)
+        weights = {k: v for k, v in block.state_dict().items() if ".to_" not in k}
+        attention = block.attention
+        projections = (attention.to_q, attention.to_k, attention.to_v)
+        weights["attention.qkv.weight"] = torch.cat([m.weight for m in projections])
+        weights["attention.qkv.bias"] = torch.cat([m.bias for m in projections])
+        weights["attention.out.weight"] = attention.to_out[0].weight
+        new.load_state_dict(weights)
+        fused.layers.append(new)
+    return fused
+
+
+class ToyDenoiser:
+    """A host: counts its calls, remembers the grad mode of each."""
+
+    def __init__(self, net: ToyNet | None = None) -> None:
+        self.net = net or ToyNet()
+        self.device = torch.device("cpu")
+        self.grad_modes: list[bool] = []
+
+    def sites(self) -> list[LinearSite]:
+        return plain_linear_sites(self.net, parts_of=Z_IMAGE.native_parts)
+
+    def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+        self.grad_modes.append(torch.is_grad_enabled())
+        return x - sigma * self.net(x, sigma, [c.features for c in conditions])
+
+
+def lora(rank: int = 3, alpha: float = 6.0, targets: tuple[str, ...] = ("layers.*",)) -> LoraConfig:
+    return LoraConfig(rank=rank, alpha=alpha, targets=targets)
+
+
+def randomise(adapters: AdapterSet, seed: int = 0, std: float = 0.3) -> None:
+    """Student and teacher B drawn at random, so that both differ from the base and from each other."""
+    generator = torch.Generator().manual_seed(seed)
+    for which in ("student", "teacher"):
+        state = adapters.state(which)
+        drawn = {k: v if "lora_A" in k else torch.randn(v.shape, generator=generator) * std for k, v in state.items()}
+        adapters.load_state(which, drawn)
+
+
+def make_pairs(count: int, seed: int = 0, size: int = 4) -> list[DualCondition]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return [
+        DualCondition(
+            Condition(draw(3 + i, FEATURES)),
+            Condition(draw(5 + i, FEATURES)),
+            draw(CHANNELS, size, size),
+            f"caption {i}",
+            f"key {i}",
+        )
+        for i in range(count)
+    ]
+
+
+def make_inputs(
+    denoiser: ToyDenoiser, adapters: AdapterSet, batch: int = 2, seed: int = 0, **changes
+) -> ObjectiveInputs:
+    generator = torch.Generator().manual_seed(seed)
+    pairs = changes.pop("pairs", None) or make_pairs(batch, seed)
+    noise = torch.randn(len(pairs), CHANNELS, 4, 4, generator=generator)
+    return ObjectiveInputs(denoiser, adapters, pairs, noise, SIGMAS, generator, **changes)
+
+
+def assert_near(actual: Tensor | None, expected: Tensor | None, rel: float = 1e-5) -> None:
+    """Largest difference within `rel` of the largest expected value."""
+    assert actual is not None
+    assert expected is not None
+    assert actual.shape == expected.shape
+    error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= rel * size, f"differ by {error:.3g}, {error / max(size, 1e-30):.3g} of the largest value"
