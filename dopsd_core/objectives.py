@@ -11,7 +11,7 @@ Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -121,7 +121,7 @@ class DOPSD:
     grad_steps: int | None = None
     loss: LossForm = "x0"
     anchor_probability: float = 0.0
-    name: str = "dopsd"
+    name: str = field(default="dopsd", init=False)
 
     def __post_init__(self) -> None:
         if self.loss not in get_args(LossForm):
@@ -185,7 +185,7 @@ class SFT:
 
     sigmas: SigmaDistribution = "logit-normal"
     shift: float = 3.0
-    name: str = "sft"
+    name: str = field(default="sft", init=False)
 
     def __post_init__(self) -> None:
         if self.sigmas not in get_args(SigmaDistribution):

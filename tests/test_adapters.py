@@ -12,7 +12,7 @@ from dopsd_core.adapters import AdapterSet
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.model import LinearSite
 
-from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, fuse_qkv, lora, make_pairs, randomise
+from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, fuse_qkv, linear, lora, make_pairs, randomise
 
 X = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
 CONDITIONS = [pair.student for pair in make_pairs(2)]
@@ -24,7 +24,7 @@ def predict(denoiser):
 
 def fresh(teacher="ema", randomised=True, **config):
     denoiser = ToyDenoiser()
-    adapters = AdapterSet(denoiser.sites(), lora(**config), seed=3, teacher=teacher, ema_decay=0.9)
+    adapters = AdapterSet(denoiser.sites(), lora(**config), seed=3, teacher=teacher, ema_decay=0.9)  # pyright: ignore[reportArgumentType]
     if randomised:
         randomise(adapters)
     return denoiser, adapters
@@ -44,8 +44,7 @@ def test_the_student_is_the_merged_weight():
     merged = copy.deepcopy(denoiser.net)
     state = adapters.state()
     for name in adapters.part_names():
-        weight = merged.get_submodule(name).weight
-        weight += 2.0 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        linear(merged, name).weight += 2.0 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
     with adapters.attached():
         assert_near(predict(denoiser), predict(ToyDenoiser(merged)))
 
@@ -55,7 +54,7 @@ def test_gradients_are_those_of_the_merged_weight():
     names = adapters.part_names()
     leaves = {k: v.clone().requires_grad_() for k, v in adapters.state().items()}
     weights = {
-        f"{n}.weight": denoiser.net.get_submodule(n).weight
+        f"{n}.weight": linear(denoiser.net, n).weight
         + 2.0 * leaves[f"{n}.lora_B.weight"] @ leaves[f"{n}.lora_A.weight"]
         for n in names
     }
@@ -150,7 +149,7 @@ def test_use_restores_the_previous_mode_when_nested_and_after_an_exception():
         assert adapters.mode == "off"
     assert adapters.mode == "student"
     with pytest.raises(ValueError, match="'studnet'"):
-        adapters.mode = "studnet"
+        adapters.mode = "studnet"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @settings(max_examples=15, deadline=None)
@@ -287,9 +286,9 @@ def test_a_forward_that_was_there_before_comes_back():
     module = denoiser.net.embed
     original = module.forward
 
-    def theirs(x):
+    def theirs(input):
         calls.append(1)
-        return original(x)
+        return original(input)
 
     module.forward = theirs
     adapters = AdapterSet(denoiser.sites(), lora())
@@ -303,9 +302,9 @@ def test_a_forward_put_over_ours_stays_and_passes_through_after_detach(caplog):
     denoiser, adapters = fresh()
     base = predict(denoiser)
     adapters.attach()
-    module = denoiser.net.layers[0].feed_forward["w1"]
+    module = linear(denoiser.net, "layers.0.feed_forward.w1")
     ours = module.forward
-    module.forward = lambda x: ours(x)
+    module.forward = lambda input: ours(input)
     adapters.detach()
     assert "left in place" in caplog.text
     assert torch.equal(predict(denoiser), base)
@@ -342,7 +341,7 @@ def test_bad_sites_and_settings_are_refused():
     with pytest.raises(ValueError, match="distinct.*embed"):
         AdapterSet([*sites, *ToyDenoiser().sites()], lora())
     with pytest.raises(ValueError, match="teacher.*'emma'"):
-        AdapterSet(sites, lora(), teacher="emma")
+        AdapterSet(sites, lora(), teacher="emma")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="ema_decay.*1.5"):
         AdapterSet(sites, lora(), ema_decay=1.5)
     with pytest.raises(ValueError, match=r"'to_p'.*layers\.N\.attention\.to_q \(x2\)"):

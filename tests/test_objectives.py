@@ -322,6 +322,7 @@ def test_sft_is_the_flow_matching_loss_per_sample(world):
     losses = []
     for i, (pair, stats) in enumerate(zip(inputs.pairs, output.steps, strict=True)):
         noise, target, sigma = inputs.noise[i], pair.target_latent, stats.sigma
+        assert target is not None
         x = (1 - sigma) * target + sigma * noise
         velocity = denoiser.net(x[None], sigma, [pair.student.features])[0]
         losses.append((velocity - (noise - target)).square().mean())

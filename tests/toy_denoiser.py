@@ -76,13 +76,12 @@ def fuse_qkv(net: ToyNet) -> ToyNet:
     fused = ToyNet(num_blocks=0)
     fused.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("layers")})
     for block in net.layers:
+        old = block.state_dict()
+        weights = {k: v for k, v in old.items() if ".to_" not in k}
+        for kind in ("weight", "bias"):
+            weights[f"attention.qkv.{kind}"] = torch.cat([old[f"attention.to_{x}.{kind}"] for x in "qkv"])
+        weights["attention.out.weight"] = old["attention.to_out.0.weight"]
         new = ToyBlock(fused=True).requires_grad_(False)
-        weights = {k: v for k, v in block.state_dict().items() if ".to_" not in k}
-        attention = block.attention
-        projections = (attention.to_q, attention.to_k, attention.to_v)
-        weights["attention.qkv.weight"] = torch.cat([m.weight for m in projections])
-        weights["attention.qkv.bias"] = torch.cat([m.bias for m in projections])
-        weights["attention.out.weight"] = attention.to_out[0].weight
         new.load_state_dict(weights)
         fused.layers.append(new)
     return fused
@@ -151,3 +150,10 @@ def assert_near(actual: Tensor | None, expected: Tensor | None, rel: float = 1e-
     assert actual.shape == expected.shape
     error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
     assert error <= rel * size, f"differ by {error:.3g}, {error / max(size, 1e-30):.3g} of the largest value"
+
+
+def linear(net: nn.Module, name: str) -> nn.Linear:
+    """The Linear at that path."""
+    module = net.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module

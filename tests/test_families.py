@@ -1,0 +1,69 @@
+"""Families are data: geometry, targets, and the names of fused projections."""
+
+import pytest
+
+from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE, get_family
+
+
+def test_registry_is_by_name():
+    assert get_family("z_image") is Z_IMAGE
+    assert all(name == family.name for name, family in FAMILIES.items())
+    with pytest.raises(ValueError, match="'flux1'; known families: flux2_klein, z_image"):
+        get_family("flux1")
+
+
+def test_grids():
+    assert Z_IMAGE.sigmas(4, 64, 64) == pytest.approx((1, 0.9, 0.75, 0.5, 0))
+    assert Z_IMAGE.sigmas(4, 64, 64) == Z_IMAGE.sigmas(4, 1024, 1024)
+    assert FLUX2_KLEIN.sigmas(4, 512, 512)[1] < FLUX2_KLEIN.sigmas(4, 1024, 1024)[1]
+
+
+@pytest.mark.parametrize(("family", "shape"), [(Z_IMAGE, (16, 96, 64)), (FLUX2_KLEIN, (128, 48, 32))])
+def test_latent_shape(family, shape):
+    assert family.latent_shape(512, 768) == shape
+    with pytest.raises(ValueError, match="multiples of 16 pixels, got 500x768"):
+        family.latent_shape(500, 768)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
+def test_default_lora_keeps_the_papers_scale(family):
+    assert (family.lora_config().rank, family.lora_config().scale) == (64, 2.0)
+    assert family.lora_config(rank=16).scale == 2.0
+    assert family.lora_config(rank=16, alpha=16.0).scale == 1.0
+
+
+def test_z_image_names():
+    parts = Z_IMAGE.native_parts("noise_refiner.1.attention.qkv", 96)
+    assert [(p.name, p.start, p.stop) for p in parts] == [
+        ("noise_refiner.1.attention.to_q", 0, 32),
+        ("noise_refiner.1.attention.to_k", 32, 64),
+        ("noise_refiner.1.attention.to_v", 64, 96),
+    ]
+    assert Z_IMAGE.native_parts("layers.0.attention.out", 32)[0].name == "layers.0.attention.to_out.0"
+    assert Z_IMAGE.native_parts("layers.0.feed_forward.w2", 32)[0].name == "layers.0.feed_forward.w2"
+    with pytest.raises(ValueError, match="97 rows"):
+        Z_IMAGE.native_parts("layers.0.attention.qkv", 97)
+
+
+@pytest.mark.parametrize(
+    ("native", "names"),
+    [
+        ("double_blocks.3.img_attn.qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
+        ("double_blocks.3.txt_attn.qkv", ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]),
+        ("double_blocks.3.img_attn.proj", ["attn.to_out.0"]),
+        ("double_blocks.3.txt_attn.proj", ["attn.to_add_out"]),
+        ("double_blocks.3.img_mlp.0", ["ff.linear_in"]),
+        ("double_blocks.3.txt_mlp.2", ["ff_context.linear_out"]),
+        ("single_blocks.3.linear1", ["attn.to_qkv_mlp_proj"]),
+        ("single_blocks.3.linear2", ["attn.to_out"]),
+    ],
+)
+def test_klein_names(native, names):
+    stem = "transformer_blocks.3." if native.startswith("double") else "single_transformer_blocks.3."
+    parts = FLUX2_KLEIN.native_parts(native, 96)
+    assert [p.name for p in parts] == [stem + name for name in names]
+    assert (parts[0].start, parts[-1].stop) == (0, 96)
+
+
+def test_klein_leaves_other_names_alone():
+    assert FLUX2_KLEIN.native_parts("img_in", 8)[0].name == "img_in"
