@@ -188,7 +188,7 @@ def _row_path(file: Path, number: int, row: Mapping[str, object], problems: Prob
         return None
     if len(paths) > 1:
         problems.warning(file, number, f"{key!r} has {len(paths)} paths: only the first is used")
-    return paths[0]
+    return str(paths[0])
 
 
 def _row_size(file: Path, number: int, row: Mapping[str, object], problems: Problems) -> tuple[int, int] | None:

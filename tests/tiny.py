@@ -1,0 +1,126 @@
+"""A network, data and a run so small that a training step takes a millisecond."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dopsd_core.conditioning import Condition, DualCondition
+from dopsd_core.config import TrainConfig
+from dopsd_core.lora_config import LoraConfig
+from dopsd_core.model import LinearSite, plain_linear_sites
+from dopsd_core.trainer import train
+from dopsd_core.training_set import TrainingSet
+
+CHANNELS, FEATURES, WIDTH = 4, 6, 16
+
+
+class TinyDenoiser(nn.Module):
+    """Satisfies `Denoiser` with three Linears over latent pixels; the condition is the mean of its features."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.enter = nn.Linear(CHANNELS, WIDTH)
+            self.read = nn.Linear(FEATURES, WIDTH)
+            self.leave = nn.Linear(WIDTH, CHANNELS)
+        self.requires_grad_(False)
+        self.calls = 0
+        self.poison_at: int | None = None  # the forward that returns nan
+
+    @property
+    def device(self) -> torch.device:
+        return self.enter.weight.device
+
+    def sites(self) -> Sequence[LinearSite]:
+        return plain_linear_sites(self)
+
+    def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+        read = torch.stack([condition.features.mean(dim=0) for condition in conditions])
+        tokens = x.flatten(2).transpose(1, 2)
+        hidden = torch.tanh(self.enter(tokens) + self.read(read)[:, None] + sigma)
+        velocity = self.leave(hidden).transpose(1, 2).reshape(x.shape)
+        self.calls += 1
+        if self.calls == self.poison_at:
+            velocity = velocity * torch.nan
+        return x - sigma * velocity
+
+
+def make_pair(number: int, shape: tuple[int, int] = (2, 3), seed: int = 0) -> DualCondition:
+    """A pair whose teacher reads something that its student does not."""
+    generator = torch.Generator().manual_seed(1000 * seed + number)
+    student = Condition(torch.randn(3 + number % 2, FEATURES, generator=generator))
+    teacher = Condition(torch.randn(5, FEATURES, generator=generator) + 1)
+    target = torch.randn(CHANNELS, *shape, generator=generator)
+    return DualCondition(student, teacher, target, f"caption {number}", f"key-{seed}-{number}")
+
+
+def make_data(count: int = 5, shapes: Sequence[tuple[int, int]] = ((2, 3), (3, 2)), **kwargs: Any) -> TrainingSet:
+    """Pairs whose latent shapes take turns."""
+    return TrainingSet([make_pair(number, shapes[number % len(shapes)]) for number in range(count)], **kwargs)
+
+
+def make_config(**kwargs: Any) -> TrainConfig:
+    """A short run with every source of chance in it."""
+    lora = LoraConfig(rank=2, alpha=4.0, targets=("enter", "leave"))
+    settings = dict(lora=lora, steps=12, lr=1e-2, checkpoint_every=3, probe_every=4, ema_decay=0.9)
+    return TrainConfig(**(settings | kwargs))  # type: ignore[arg-type]
+
+
+def killable_data() -> TrainingSet:
+    """Anchors and a held-out pair too."""
+    anchors = [make_pair(number, seed=7).student for number in range(3)]
+    return make_data(5, anchors=anchors, heldout=make_pair(99))
+
+
+def killable_config(steps: int) -> TrainConfig:
+    """Everything that draws: anchors, m of K, accumulation, batches of two shapes, warm-up and cosine."""
+    return make_config(
+        steps=steps,
+        anchor_probability=0.3,
+        grad_steps=2,
+        grad_accumulation=2,
+        batch_size=2,
+        warmup=3,
+        schedule="cosine",
+    )
+
+
+def run_to_the_end(folder: str, steps: int) -> None:
+    """The run that tests kill; called in a process of its own."""
+    torch.set_num_threads(1)
+    train(killable_config(steps), TinyDenoiser(), killable_data(), folder)
+
+
+def run_until_call(folder: str, steps: int, name: str, number: int) -> None:
+    """As `run_to_the_end`, and this process is killed at the n-th call of `os.<name>`, before the call."""
+    real = getattr(os, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(os, name, counted)
+    run_to_the_end(folder, steps)
+
+
+def saved_bytes(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves but the wall times: LoRA, and the tensors of its newest checkpoint."""
+    newest = max((folder / "checkpoints").iterdir())
+    saved = {f"checkpoint/{file.name}": file.read_bytes() for file in sorted(newest.glob("*.safetensors"))}
+    lora = (folder / "lora.safetensors").read_bytes()
+    end = 8 + int.from_bytes(lora[:8], "little")
+    header = json.dumps(json.loads(lora[8:end]), sort_keys=True)  # safetensors writes its metadata in random order
+    return saved | {"step": newest.name.encode(), "header": header.encode(), "lora": lora[end:]}
