@@ -1,0 +1,71 @@
+"""The log holds exactly the steps of the run, whatever cut it."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from dopsd_core.progress import Gaps, RunLog, StepReport, curve, read_log
+
+
+def write(path: Path, steps: range) -> None:
+    log = RunLog(path, -1)
+    for step in steps:
+        log.append(StepReport(step=step, loss=step / 3, relative_gap=1 / (step + 1) if step % 2 == 0 else None))
+    log.close()
+
+
+def steps_of(path: Path) -> list[int]:
+    return [report.step for report in read_log(path)]
+
+
+def test_lines_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    write(path, range(8))
+    before = read_log(path)
+    log = RunLog(path, 5)
+    log.append(StepReport(step=6, loss=9.0))
+    log.sync()
+    log.close()
+    assert steps_of(path) == list(range(7)) and read_log(path)[:6] == before[:6] and read_log(path)[6].loss == 9
+
+
+def test_a_torn_line_ends_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    write(path, range(4))
+    whole = path.read_bytes()
+    for cut in range(1, 40):
+        path.write_bytes(whole[:-cut])
+        expected = read_log(path)
+        assert [report.step for report in expected] == list(range(len(expected))) and len(expected) in (2, 3, 4)
+        RunLog(path, 3).close()
+        assert read_log(path) == expected and path.read_bytes() in (whole[: path.stat().st_size], whole)
+
+
+@pytest.mark.parametrize("junk", ["[1]\n", '"x"\n', '{"step": "a"}\n', '{"step": 1}\n', '{"loss": 1}\n', "\x00\n"])
+def test_junk_ends_the_log(tmp_path: Path, junk: str) -> None:
+    path = tmp_path / "log.jsonl"
+    write(path, range(3))
+    path.write_text(path.read_text() + junk + StepReport(step=9).to_row())
+    assert steps_of(path) == [0, 1, 2]
+
+
+def test_a_new_run_empties_the_log_and_newer_fields_are_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    write(path, range(3))
+    RunLog(path, -1).close()
+    assert path.read_bytes() == b"" and read_log(tmp_path / "gone") == []
+    path.write_text('{"step": 1, "loss": 2.0, "invented_later": 3}\n')
+    assert read_log(path) == [StepReport(step=1, loss=2.0)]
+
+
+def test_curves_hold_what_was_measured(tmp_path: Path) -> None:
+    write(tmp_path / "log.jsonl", range(5))
+    reports = read_log(tmp_path / "log.jsonl")
+    assert curve(reports, lambda report: report.relative_gap) == ([0, 2, 4], [1, 1 / 3, 1 / 5])
+    assert "nan" not in StepReport(step=1, loss=math.nan, gap=math.inf).to_row().lower()
+
+
+def test_gaps_are_relative_to_the_start() -> None:
+    assert Gaps(0.5, 3.0).relative_to(Gaps(2.0, 4.0)) == (0.25, 0.75)
+    assert Gaps(0.5, None).relative_to(Gaps(0.0, None)) == (None, None)
