@@ -10,11 +10,23 @@ import torch
 from torch import Tensor
 
 from .adapters import AdapterSet
-from .conditioning import Condition, DualCondition
+from .captions import put_trigger
+from .conditioning import (
+    Condition,
+    ConditionCache,
+    DualCondition,
+    Encoder,
+    EncodeRequest,
+    OnEncoded,
+    digest_bytes,
+    encode_dataset,
+    encode_texts,
+)
 from .config import TrainConfig
-from .dataset import Example
+from .dataset import Example, Pair, plan_encoding
 from .draws import draw_noise, make_generator
 from .families import get_family
+from .images import load_image
 from .model import Denoiser
 from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
@@ -70,6 +82,55 @@ class TrainingSet:
             digest.update(anchor.features.detach().cpu().float().contiguous().numpy().tobytes())
         digest.update(repr((len(self.pairs), self.heldout is None, tuple(self.examples))).encode())
         return digest.hexdigest()
+
+
+def build_training_set(
+    pairs: Sequence[Pair],
+    encoder: Encoder,
+    cache: ConditionCache | None = None,
+    *,
+    trigger: str = "",
+    caption_dropout: bool = False,
+    anchors: bool = False,
+    heldout_caption: str | None = None,
+    on_encoded: OnEncoded | None = None,
+) -> TrainingSet:
+    """Everything that a run needs of a data set, encoded or from the cache; the encoder may leave memory after it.
+
+    Args:
+        pairs: of a `DatasetReport` without errors.
+        trigger: as given to `read_dataset`; taken out of the captions for the anchors.
+        caption_dropout: encode the empty caption too.
+        anchors: encode the captions without the concept, for the prior anchor.
+        heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
+
+    Raises:
+        ValueError: `heldout_caption` is trained, or the encoder returns what cannot be used.
+        ImageError: a picture has gone bad since it was checked.
+    """
+    plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
+    requests = [_request(pair, text) for pair, text in plan.requests]
+    if heldout_caption is not None:
+        text = put_trigger(heldout_caption, trigger)
+        if any(text == caption for _, caption in plan.requests):
+            raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
+        requests.append(_request(pairs[0], text))
+    encoded = encode_dataset(requests, encoder, cache, on_encoded)
+    return TrainingSet(
+        pairs=encoded[: len(plan.requests)],
+        anchors=encode_texts(plan.anchors, encoder, cache) if anchors else (),
+        heldout=encoded[-1] if heldout_caption is not None else None,
+        examples=plan.examples,
+    )
+
+
+def _request(pair: Pair, caption: str) -> EncodeRequest:
+    return EncodeRequest(
+        image_digest=digest_bytes(pair.image_path.read_bytes()),
+        caption=caption,
+        load_image=lambda: load_image(pair.image_path, pair.bucket),
+        settings={"bucket": [pair.bucket.width, pair.bucket.height]},
+    )
 
 
 class Probe:

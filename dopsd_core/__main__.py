@@ -1,0 +1,77 @@
+"""`python -m dopsd_core`: demo, train, sample, inspect-dataset."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from .arguments import make_parser
+
+log = logging.getLogger("dopsd")
+
+STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matplotlib", "scipy", "peft"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and gives its exit code: 0 done, 1 a mistake of the user (told without traceback), 130 Ctrl-C."""
+    args = make_parser().parse_args(argv)
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        saved = "; what was trained is saved, and the same command continues it" if args.command == "train" else ""
+        _complain(f"interrupted{saved}")
+        return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in STANDALONE:
+            raise
+        _complain(f'{error.name} is missing: pip install "comfyui-dopsd[standalone]", or use `make demo`')
+        return 1
+    except Exception as error:
+        if not _is_told(error):
+            raise
+        log.debug("where the error came from", exc_info=True)
+        _complain(str(error))
+        return 1
+
+
+def inspect_dataset(args: argparse.Namespace) -> int:
+    """Prints the report of a data set; 1 when it has errors."""
+    from .dataset import read_dataset
+
+    report = read_dataset(
+        args.dataset,
+        pixel_budget=args.resolution**2,
+        multiple=args.multiple,
+        trigger=args.trigger,
+        repeats=args.repeats,
+        root=args.root,
+    )
+    sys.stdout.write(report.describe() + "\n")
+    return 1 if report.errors else 0
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    if args.command == "inspect-dataset":
+        return inspect_dataset(args)
+    from .standalone import cli
+
+    commands = {"demo": cli.run_demo, "train": cli.run_train, "sample": cli.run_sample}
+    return commands[args.command](args) or 0
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether the message alone is what the user needs: mistakes in what was given, files that are not there."""
+    from .run import NonFiniteError
+    from .state import StateError
+
+    return isinstance(error, ValueError | OSError | StateError | NonFiniteError)
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
