@@ -137,6 +137,7 @@ class DOPSD:
         Raises:
             ValueError: grad_steps exceeds K, or anchors are asked for and there are none.
         """
+        # Steps before anchor: a run with anchors takes its gradient on the same steps as one without.
         selected = self._draw_steps(inputs)
         is_anchor = self._draw_anchor(inputs)
         if is_anchor:
@@ -171,7 +172,6 @@ class DOPSD:
     def _draw_anchor(self, inputs: ObjectiveInputs) -> bool:
         if self.anchor_probability > 0 and not inputs.anchors:
             raise ValueError("anchor_probability is above 0 but there are no anchor captions; add some or set it to 0")
-        # Drawn whatever the probability is, so that it does not shift the later draws of a run.
         return torch.rand((), generator=inputs.generator).item() < self.anchor_probability
 
 
