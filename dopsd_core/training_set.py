@@ -92,6 +92,7 @@ def build_training_set(
     trigger: str = "",
     caption_dropout: bool = False,
     anchors: bool = False,
+    anchor_prompts: Sequence[str] = (),
     heldout_caption: str | None = None,
     on_encoded: OnEncoded | None = None,
 ) -> TrainingSet:
@@ -101,7 +102,8 @@ def build_training_set(
         pairs: of a `DatasetReport` without errors.
         trigger: as given to `read_dataset`; taken out of the captions for the anchors.
         caption_dropout: encode the empty caption too.
-        anchors: encode the captions without the concept, for the prior anchor.
+        anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
+            for it.
         heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
 
     Raises:
@@ -118,7 +120,7 @@ def build_training_set(
     encoded = encode_dataset(requests, encoder, cache, on_encoded)
     return TrainingSet(
         pairs=encoded[: len(plan.requests)],
-        anchors=encode_texts(plan.anchors, encoder, cache) if anchors else (),
+        anchors=encode_texts(list(dict.fromkeys((*plan.anchors, *anchor_prompts))), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=plan.examples,
     )

@@ -1,0 +1,51 @@
+"""The demo's own small autoencoder, pure torch: 64x64 pictures to 8x8 latents of 16 channels and back.
+
+AutoencoderTiny and AutoencoderKL upsample by repetition, which took far longer to learn sharp edges than the demo
+model's budget allows (docs/demo-model.md tells the figures); pixel shuffling learns them in minutes. Latents come out with mean 0
+and variance 1 per channel, so they are the diffusion model's own space.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LATENT_CHANNELS = 16
+DOWNSCALE = 8  # pixels per latent, both ways
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class DemoAutoencoder(nn.Module):
+    """encode: pictures [B, 3, H, W] in [-1, 1] -> latents [B, 16, H/8, W/8] ~ N(0, 1); decode: the way back.
+
+    H and W are multiples of 8. Deterministic: there is no posterior to sample.
+    """
+
+    def __init__(self, fine: int = 96, coarse: int = 160) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4), nn.Conv2d(48, fine, 3, padding=1), ResidualBlock(fine),
+            nn.Conv2d(fine, coarse, 2, stride=2), ResidualBlock(coarse), nn.Conv2d(coarse, LATENT_CHANNELS, 1),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(LATENT_CHANNELS, coarse, 3, padding=1), ResidualBlock(coarse), ResidualBlock(coarse),
+            nn.Conv2d(coarse, 4 * fine, 1), nn.PixelShuffle(2), ResidualBlock(fine), ResidualBlock(fine),
+            nn.Conv2d(fine, 48, 3, padding=1), nn.PixelShuffle(4),
+        )  # fmt: skip
+
+    def encode(self, picture: Tensor) -> Tensor:
+        return self.encoder(picture)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent)

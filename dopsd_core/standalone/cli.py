@@ -1,0 +1,164 @@
+"""The commands of `python -m dopsd_core` that need a model: demo, train, sample."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from ..arguments import config_from_args
+from ..conditioning import ConditionCache
+from ..dataset import read_dataset
+from ..draws import make_generator
+from ..families import Z_IMAGE
+from ..images import read_image, to_tensor
+from ..progress import StepReport
+from ..rollout import sample
+from ..trainer import NoCallbacks, train
+from ..training_set import build_training_set
+from .compare import compare, table, write_results
+from .concept import make_concept, to_images
+from .demo import Demo, demo_config
+from .host import load_demo_model, with_lora
+from .judge import load_judge
+from .models import WEIGHTS
+from .weights_files import JUDGE_FILE
+from .world import IMAGE_SIZE
+
+log = logging.getLogger("dopsd")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Teaches one unseen concept, compares with SFT, writes everything into `args.output`."""
+    began = time.perf_counter()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = demo_config() if args.steps is None else demo_config(steps=args.steps)
+    model, judge = load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE)
+    concept = make_concept(args.concept_seed)
+    _say(f"Concept {concept.seed}: {concept.words}. The model knows the words, but has never seen this combination;")
+    _say(f"it will learn it as [V] from four pictures in {args.output / 'dataset'}, without those words.")
+    with _Bars() as bars:
+        demo = Demo(model, judge, concept, args.output, bars.show)
+        result = compare(demo, config, args.seeds)
+    report = write_results(demo, result, time.perf_counter() - began, peak_rss_mb())
+    _say("\n" + table(report))
+    names = ("contact_sheet.png", "curves.png", "report.json", "lora.safetensors")
+    _say("\n" + "\n".join(str(args.output / name) for name in names))
+    return 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Trains the demo model on any data set; the same command again continues the run."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    defaults = {f.name: getattr(demo_config(), f.name) for f in dataclasses.fields(demo_config())}
+    config = config_from_args(args, defaults)
+    resolution = args.resolution or IMAGE_SIZE
+    report = read_dataset(
+        args.dataset, pixel_budget=resolution**2, multiple=Z_IMAGE.pixel_multiple, trigger=args.trigger,
+        repeats=args.repeats, root=args.root,
+    )  # fmt: skip
+    _say(report.describe())
+    report.raise_for_errors()
+    model = load_demo_model()
+    unknown = model.encoder.unknown_words([caption for pair in report.pairs for caption in pair.captions])
+    if unknown:
+        _say(f"warning: the demo model was never taught these words: {', '.join(unknown)}")
+    data = build_training_set(
+        report.pairs, model.encoder, ConditionCache(args.output / "cache"), trigger=args.trigger,
+        caption_dropout=config.caption_dropout > 0, anchors=config.anchor_probability > 0,
+        heldout_caption=args.heldout_caption,
+    )  # fmt: skip
+    with tqdm(total=config.steps, unit="step") as bar:
+        result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh)
+    _say(f"{result.step} steps; LoRA: {result.lora_path}")
+    return 0
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """Samples the demo model in its few steps, with a LoRA or under its teacher's condition."""
+    model = load_demo_model()
+    width, height = args.size or (IMAGE_SIZE, IMAGE_SIZE)
+    shape = Z_IMAGE.latent_shape(width, height)
+    image = to_tensor(read_image(args.teacher_image)) if args.teacher_image else None
+    if args.lora and not args.lora.exists():
+        raise FileNotFoundError(f"{args.lora} is not there; give the LoRA file that training wrote")
+    args.output.mkdir(parents=True, exist_ok=True)
+    sigmas = Z_IMAGE.sigmas(args.steps or 4, width, height)
+    for number, prompt in enumerate(args.prompts, 1):
+        encoder = model.encoder
+        condition = encoder.encode_text(prompt) if image is None else encoder.encode_image_text(image, prompt)
+        seeds = range(args.seed, args.seed + args.count)
+        noise = torch.stack([torch.randn(shape, generator=make_generator(seed, "sample")) for seed in seeds])
+        with _maybe_lora(model.denoiser, args.lora, args.strength):
+            latents = sample(model.denoiser, [condition] * args.count, noise, sigmas)
+        for seed, picture in zip(seeds, to_images(encoder.decode(latents)), strict=True):
+            path = args.output / f"{number:02d}_seed{seed}.png"
+            picture.save(path)
+            _say(f"{path}  {prompt}")
+    return 0
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process has held, in MB."""
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):
+        return info.peak_wset / 1e6  # Windows
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _maybe_lora(denoiser, lora: Path | None, strength: float):
+    from contextlib import nullcontext
+
+    return with_lora(denoiser, lora, strength) if lora else nullcontext()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class _TrainBar(NoCallbacks):
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def on_step(self, report: StepReport) -> None:
+        self._bar.update(report.step - self._bar.n)
+        if report.relative_gap is not None:
+            self._bar.set_postfix_str(f"gap to teacher {report.relative_gap:.3f}")
+
+
+class _Bars:
+    """One tqdm bar per stage, with what the stage says of itself."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def show(self, stage: str, done: int, total: int, remark: str) -> None:
+        if self._bar is None or self._bar.desc != f"{stage}: ":
+            self._close()
+            self._bar = tqdm(desc=stage, total=total, unit="")
+        self._bar.update(done - self._bar.n)
+        self._bar.set_postfix_str(remark)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,120 @@
+"""The demo: teach the embedded model a concept that it has never seen, next to SFT, and measure what became of it.
+
+Everything goes the product's own way: files on disk, the data set's reader, cached conditions, the trainer, a LoRA file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Condition, ConditionCache
+from ..config import TrainConfig
+from ..dataset import read_dataset
+from ..draws import make_generator
+from ..families import Z_IMAGE
+from ..images import load_image
+from ..progress import StepReport
+from ..rollout import sample
+from ..trainer import NoCallbacks, TrainingSet, train
+from ..training_set import build_training_set
+from .concept import Concept, write_dataset
+from .evaluate import Samples, Scores, score
+from .host import DemoModel, with_lora
+from .judge import Judge
+from .world import IMAGE_SIZE, TRIGGER
+
+_BATCH = 32
+
+Progress = Callable[[str, int, int, str], None]
+"""(what is being done, part done, parts in all, a remark)."""
+
+
+def demo_config(steps: int = 100, seed: int = 0) -> TrainConfig:
+    """The settings of the demo's D-OPSD run; also what `train --model demo` starts from."""
+    return TrainConfig(
+        lora=Z_IMAGE.lora_config(rank=16, alpha=16.0), family="z_image", steps=steps, lr=1e-3, warmup=10, batch_size=4,
+        teacher="ema", ema_decay=0.999, seed=seed, checkpoint_every=50, probe_every=10,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """Conditions of the evaluation's prompts, of the text alone; `taught` are the trigger prompts as the teacher sees them."""
+
+    trigger: Sequence[Condition]
+    described: Sequence[Condition]
+    generic: Sequence[Condition]
+    taught: Sequence[Condition]
+
+
+class Demo:
+    """One concept, one output folder."""
+
+    def __init__(self, model: DemoModel, judge: Judge, concept: Concept, output: Path, progress: Progress) -> None:
+        self.model, self.judge, self.concept, self.output, self.progress = model, judge, concept, output, progress
+        self.conditions, self.data = self._prepare()
+
+    def _prepare(self) -> tuple[Conditions, TrainingSet]:
+        concept, encoder = self.concept, self.model.encoder
+        folder = self.output / "dataset"
+        write_dataset(concept, folder)
+        report = read_dataset(folder, pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
+        report.raise_for_errors()
+        data = build_training_set(
+            report.pairs, encoder, ConditionCache(self.output / "cache"), trigger=TRIGGER, anchors=True,
+            anchor_prompts=concept.anchors, heldout_caption=concept.unseen.texts[0],
+            on_encoded=lambda done, total, _: self.progress("encoding", done, total, ""),
+        )  # fmt: skip
+        pictures = [load_image(pair.image_path, pair.bucket) for pair in report.pairs]
+        taught = [
+            encoder.encode_image_text(pictures[i % len(pictures)], text) for i, text in enumerate(concept.unseen.texts)
+        ]
+        text = {
+            t: encoder.encode_text(t) for t in {*concept.unseen.texts, *concept.described.texts, *concept.generic.texts}
+        }
+        parts = ([text[t] for t in prompts.texts] for prompts in (concept.unseen, concept.described, concept.generic))
+        return Conditions(*parts, taught), data
+
+    def draw(self, conditions: Sequence[Condition], seed: int) -> Tensor:
+        """Four-step samples, one per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds share their noise between models."""
+        shape = Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
+        noise = torch.randn(len(conditions), *shape, generator=make_generator(seed, "demo samples"))
+        sigmas = Z_IMAGE.sigmas(4, IMAGE_SIZE, IMAGE_SIZE)
+        latents = [
+            sample(self.model.denoiser, conditions[i : i + _BATCH], noise[i : i + _BATCH], sigmas)
+            for i in range(0, len(conditions), _BATCH)
+        ]
+        return self.model.encoder.decode(torch.cat(latents))
+
+    def samples(self, seed: int, lora: Path | None = None, taught: bool = False) -> Samples:
+        chosen = self.conditions
+        with with_lora(self.model.denoiser, lora) if lora else nullcontext():
+            trigger = self.draw(chosen.taught if taught else chosen.trigger, seed)
+            return Samples(trigger, self.draw(chosen.described, seed + 1000), self.draw(chosen.generic, seed + 2000))
+
+    def score(self, samples: Samples) -> Scores:
+        return score(samples, self.concept, self.judge)
+
+    def train(self, name: str, config: TrainConfig) -> Path:
+        """Trains into `runs/<name>` and gives the LoRA's path. A run that is there already is continued or kept."""
+        watcher = _Watcher(lambda done, remark: self.progress(f"training {name}", done, config.steps, remark))
+        return train(config, self.model.denoiser, self.data, self.run_folder(name), watcher).lora_path
+
+    def run_folder(self, name: str) -> Path:
+        return self.output / "runs" / name
+
+
+class _Watcher(NoCallbacks):
+    def __init__(self, told: Callable[[int, str], None]) -> None:
+        self._told, self._gap = told, ""
+
+    def on_step(self, report: StepReport) -> None:
+        if report.relative_gap is not None:
+            self._gap = f"gap to teacher {report.relative_gap:.2f}"
+        self._told(report.step, self._gap)

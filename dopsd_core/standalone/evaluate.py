@@ -1,0 +1,92 @@
+"""What the demo measures, on prompts that were not trained, in the model's own four steps.
+
+Quoted together or not at all: a blurred picture of the right colours has a good concept error, a sharp picture of
+the wrong thing has a good sharpness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, pstdev
+
+import torch
+from torch import Tensor
+
+from .concept import Concept
+from .judge import Judge, frechet_distance, judge_features, judged_right, laplacian_energy
+from .world import APPEARANCE, LAYOUT, render, sample_scenes
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model on one concept with one noise seed. Lower is better for errors, distances and leak.
+
+    concept_error: 1 - accuracy of the concept's four appearance attributes, trigger prompts. prompt_following: accuracy of
+    position and background, trigger prompts. sharpness: Laplacian energy over that of real renders (1 is real).
+    frechet_trigger: to real renders of the same prompts; frechet_prior: the same for prompts without the trigger.
+    prior_error: 1 - accuracy of the appearance that a prompt without the trigger describes. leak: share of the concept's
+    attributes in pictures of prompts that name no appearance (chance is about 0.19).
+    """
+
+    concept_error: float
+    prompt_following: float
+    sharpness: float
+    frechet_trigger: float
+    frechet_prior: float
+    prior_error: float
+    leak: float
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Pictures of one model: trigger [n, 3, 64, 64]; described and generic [m, 3, 64, 64]; in [0, 1]."""
+
+    trigger: Tensor
+    described: Tensor
+    generic: Tensor
+
+
+def score(samples: Samples, concept: Concept, judge: Judge) -> Scores:
+    wanted = concept.unseen.scenes
+    right = judged_right(judge, samples.trigger, wanted.labels())
+    real = render(wanted)
+    described = judged_right(judge, samples.described, concept.described.scenes.labels())
+    count = len(samples.generic)
+    owner = {name: value[:1].expand(count) for name, value in wanted.labels().items()}
+    leaked = judged_right(judge, samples.generic, {name: owner[name] for name in APPEARANCE})
+    ordinary = [render(concept.described.scenes), render(concept.generic.scenes)]
+    return Scores(
+        concept_error=1 - _accuracy(right, APPEARANCE),
+        prompt_following=_accuracy(right, LAYOUT),
+        sharpness=float(laplacian_energy(samples.trigger).mean() / laplacian_energy(real).mean()),
+        frechet_trigger=frechet_distance(judge_features(judge, samples.trigger), judge_features(judge, real)),
+        frechet_prior=frechet_distance(
+            judge_features(judge, torch.cat([samples.described, samples.generic])),
+            judge_features(judge, torch.cat(ordinary)),
+        ),
+        prior_error=1 - _accuracy(described, APPEARANCE),
+        leak=_accuracy(leaked, APPEARANCE),
+    )
+
+
+def summarise(runs: Sequence[Scores]) -> dict[str, dict[str, float]]:
+    """{"concept_error": {"mean", "std"}, ...} over runs."""
+    rows = [asdict(run) for run in runs]
+    return {name: {"mean": mean(r[name] for r in rows), "std": pstdev([r[name] for r in rows])} for name in rows[0]}
+
+
+def gap_closed(methods: Mapping[str, Mapping[str, Mapping[str, float]]], method: str = "dopsd") -> float:
+    """Share of the concept error between base and its own teacher that the method closed; 1 is the teacher reached."""
+    error = {name: values["concept_error"]["mean"] for name, values in methods.items()}
+    return (error["base"] - error[method]) / max(error["base"] - error["teacher"], 1e-9)
+
+
+def frechet_floor(judge: Judge, size: int) -> float:
+    """What `frechet_distance` gives for two sets of `size` REAL renders: the bias of a finite sample."""
+    draws = [render(sample_scenes(size, torch.Generator().manual_seed(seed))) for seed in (1, 2)]
+    return frechet_distance(*(judge_features(judge, pictures) for pictures in draws))
+
+
+def _accuracy(right: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    return mean(float(right[name].float().mean()) for name in names)

@@ -1,0 +1,1 @@
+"""How the demo model's weights were made: vae -> judge -> pretrain -> distill -> export. See docs/demo-model.md."""

@@ -1,0 +1,198 @@
+"""Batched forwards over the parameters of the real networks, for the hours of pre-training only.
+
+diffusers' Z-Image takes ragged lists and transformers' Qwen3-VL rebuilds its masks and positions at every call; for the one
+geometry of the demo these do the same arithmetic in fixed shapes, about twice as fast on a CPU. tests/test_making.py holds them
+to the real forwards. Shapes: B samples, L = 32 caption tokens, D = 128 text width, latents [B, 16, 8, 8].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ZImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen3VLModel
+
+CAPTION_TOKENS = 32
+IMAGE_START, IMAGE_TOKENS = 4, 9  # after <|im_start|> user \n <|vision_start|>; 96x96 pixels, patch 16, merge 2
+_EVEN, _FOUR = 6, 4
+
+Rope = tuple[Tensor, Tensor]
+
+
+def _rms(x: Tensor, norm: nn.Module) -> Tensor:
+    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 1e-6)
+    return F.rms_norm(x.float(), (x.shape[-1],), norm.weight, eps)  # type: ignore[arg-type]
+
+
+def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _pair_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Rotation of neighbouring pairs. Real parts come first in the output: q.k does not mind."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.cat([a * rope[0] - b * rope[1], a * rope[1] + b * rope[0]], -1)
+
+
+def _half_rope(x: Tensor, rope: Rope) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * rope[0] + torch.cat([-x[..., half:], x[..., :half]], -1) * rope[1]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[B, heads, N, d] -> [B, N, heads*d]. Written out: at these sizes faster on a CPU than the fused kernel's backward."""
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
+    if bias is not None:
+        scores = scores + bias
+    return torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2)
+
+
+class BatchedTransformer:
+    """Velocity of the Z-Image transformer for 8x8 latents and captions of at most 32 tokens."""
+
+    def __init__(self, model: ZImageTransformer2DModel) -> None:
+        self.model = model
+        image = torch.tensor([[CAPTION_TOKENS + 1, h, w] for h in range(4) for w in range(4)] + [[0, 0, 0]])
+        caption = torch.tensor([[i + 1, 0, 0] for i in range(CAPTION_TOKENS)])
+        complex_image, complex_caption = model.rope_embedder(image), model.rope_embedder(caption)
+        both = torch.cat([complex_image, complex_caption])
+        self.rope_image, self.rope_caption, self.rope_both = (
+            (f.real.contiguous(), f.imag.contiguous()) for f in (complex_image, complex_caption, both)
+        )
+        # the network pads 16 image tokens with 16 equal pad tokens: one token with 16 times the attention weight
+        self.bias_image = torch.zeros(17)
+        self.bias_image[16] = math.log(16.0)
+        self.bias_both = torch.cat([self.bias_image, torch.zeros(CAPTION_TOKENS)])
+
+    def _block(self, block: nn.Module, x: Tensor, rope: Rope, bias: Tensor | None, time: Tensor | None) -> Tensor:
+        attention, mlp = block.attention, block.feed_forward
+        scale_a, gate_a, scale_m, gate_m = 1.0, 1.0, 1.0, 1.0
+        if time is not None:
+            scale_a, gate_a, scale_m, gate_m = block.adaLN_modulation(time).float().unsqueeze(1).chunk(4, 2)  # type: ignore[operator]
+            scale_a, scale_m, gate_a, gate_m = 1 + scale_a, 1 + scale_m, gate_a.tanh(), gate_m.tanh()
+        h = _rms(x, block.attention_norm1) * scale_a
+        weight = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
+        q, k, v = F.linear(h, weight).unflatten(-1, (3, self.model.config.n_heads, -1)).unbind(2)
+        q = _pair_rope(_rms(q, attention.norm_q).transpose(1, 2), rope)
+        k = _pair_rope(_rms(k, attention.norm_k).transpose(1, 2), rope)
+        out = attention.to_out[0](_attend(q, k, v.transpose(1, 2), bias))
+        x = x + gate_a * _rms(out, block.attention_norm2)
+        h = _rms(x, block.ffn_norm1) * scale_m
+        gate, value = F.linear(h, torch.cat([mlp.w1.weight, mlp.w3.weight])).chunk(2, -1)
+        return x + gate_m * _rms(mlp.w2(F.silu(gate) * value), block.ffn_norm2)
+
+    def __call__(self, x: Tensor, sigma: Tensor, features: Tensor, lengths: Tensor, probe: int | None = None):
+        """x [B, 16, 8, 8], sigma [B], features [B, 32, D], lengths [B] -> velocity [B, 16, 8, 8].
+
+        With `probe` also returns the image tokens [B, 16, width] after that many main blocks.
+        """
+        model, batch = self.model, len(x)
+        time = model.t_embedder((1 - sigma) * 1000.0).float()
+        patches = x.reshape(batch, 16, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(batch, 16, 64)
+        image = model.all_x_embedder["2-1"](patches).float()
+        image = torch.cat([image, model.x_pad_token.expand(batch, 1, -1)], 1)
+        for block in model.noise_refiner:
+            image = self._block(block, image, self.rope_image, self.bias_image, time)
+        caption = model.cap_embedder[1](_rms(features, model.cap_embedder[0])).float()
+        real = torch.arange(CAPTION_TOKENS)[None] < lengths[:, None]
+        caption = torch.where(real[..., None], caption, model.cap_pad_token)
+        for block in model.context_refiner:
+            caption = self._block(block, caption, self.rope_caption, None, None)
+        both, seen = torch.cat([image, caption], 1), None
+        for i, block in enumerate(model.layers):
+            both = self._block(block, both, self.rope_both, self.bias_both, time)
+            if i + 1 == probe:
+                seen = both[:, :16]
+        final = model.all_final_layer["2-1"]
+        h = F.layer_norm(both[:, :16].float(), (both.shape[-1],), eps=1e-6)
+        out = final.linear(h * (1 + final.adaLN_modulation(time).unsqueeze(1))).float()
+        velocity = -out.reshape(batch, 4, 4, 2, 2, 16).permute(0, 5, 1, 3, 2, 4).reshape(batch, 16, 8, 8)
+        return velocity if probe is None else (velocity, seen)
+
+
+def teacher_pixels(picture: Tensor) -> Tensor:
+    """What the vision tower is shown: [B, 3, 64, 64] in [0, 1] -> [B, 3, 96, 96] in [-1, 1] (bicubic, antialiased)."""
+    big = F.interpolate(picture, size=(96, 96), mode="bicubic", antialias=True, align_corners=False)
+    return big * 2 - 1
+
+
+class BatchedEncoder:
+    """hidden_states[-2] of the small Qwen3-VL, for text [B, N] alone or with one picture per row."""
+
+    def __init__(self, model: Qwen3VLModel) -> None:
+        self.model = model
+        text, vision = model.language_model, model.visual
+        plain = torch.arange(CAPTION_TOKENS).expand(3, -1)
+        mixed = plain.clone()
+        cell = torch.arange(IMAGE_TOKENS)
+        image = slice(IMAGE_START, IMAGE_START + IMAGE_TOKENS)
+        mixed[:, image] = IMAGE_START + torch.stack([torch.zeros_like(cell), cell // 3, cell % 3])
+        mixed[:, image.stop :] = torch.arange(CAPTION_TOKENS - image.stop) + IMAGE_START + 3
+        self.rope_text, self.rope_mixed = (
+            tuple(part[0] for part in text.rotary_emb(torch.zeros(1), p[:, None])) for p in (plain, mixed)
+        )
+        self.causal = torch.full((CAPTION_TOKENS, CAPTION_TOKENS), -1e9).triu(1)
+        rows = [[2 * a + i, 2 * b + j] for a in range(3) for b in range(3) for i in range(2) for j in range(2)]
+        position = torch.tensor(rows)  # patches in merge order
+        self.order = position[:, 0] * _EVEN + position[:, 1]
+        angle = (position[..., None].float() * vision.rotary_pos_emb.inv_freq).flatten(1)
+        angle = torch.cat([angle, angle], -1)
+        self.rope_vision = (angle.cos(), angle.sin())
+
+    def vision(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """[B, 3, 96, 96] in [-1, 1] -> image tokens [B, 9, D] and the DeepStack additions, each [B, 9, D]."""
+        tower = self.model.visual
+        weight = tower.patch_embed.proj.weight.sum(2)  # a still picture is the same frame twice
+        patches = pixels.reshape(-1, 3, _EVEN, 16, _EVEN, 16).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        h = F.linear(patches[:, self.order], weight.flatten(1), tower.patch_embed.proj.bias).float()
+        h, deep = h + tower.pos_embed.weight[self.order], []
+        for i, block in enumerate(tower.blocks):
+            qkv = block.attn.qkv(_layer_norm(h, block.norm1)).unflatten(-1, (3, block.attn.num_heads, -1))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            h = h + block.attn.proj(_attend(_half_rope(q, self.rope_vision), _half_rope(k, self.rope_vision), v))
+            mlp = block.mlp
+            h = h + mlp.linear_fc2(F.gelu(mlp.linear_fc1(_layer_norm(h, block.norm2)), approximate="tanh"))
+            if i in tower.deepstack_visual_indexes:
+                merger = tower.deepstack_merger_list[tower.deepstack_visual_indexes.index(i)]
+                deep.append(self._merge(merger, _layer_norm(self._group(h), merger.norm)))
+        return self._merge(tower.merger, self._group(_layer_norm(h, tower.merger.norm))).float(), deep
+
+    @staticmethod
+    def _group(h: Tensor) -> Tensor:
+        return h.reshape(h.shape[0], IMAGE_TOKENS, _FOUR * h.shape[-1])
+
+    @staticmethod
+    def _merge(merger: nn.Module, h: Tensor) -> Tensor:
+        return merger.linear_fc2(F.gelu(merger.linear_fc1(h)))  # type: ignore[operator]
+
+    def __call__(self, rows: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """rows: embedding rows int64 [B, N <= 32] (a picture's nine places hold anything) -> features [B, N, D]."""
+        text, n = self.model.language_model, rows.shape[1]
+        h, deep, rope = text.embed_tokens(rows), [], self.rope_text
+        a, b = IMAGE_START, IMAGE_START + IMAGE_TOKENS
+        if pixels is not None:
+            image, deep = self.vision(pixels)
+            h, rope = torch.cat([h[:, :a], image, h[:, b:]], 1), self.rope_mixed
+        rope, causal = (rope[0][:n], rope[1][:n]), self.causal[:n, :n]
+        for i, layer in enumerate(text.layers[:-1]):
+            attention, mlp, x = layer.self_attn, layer.mlp, _rms(h, layer.input_layernorm)
+            head = (-1, attention.head_dim)
+            q = _half_rope(_rms(attention.q_proj(x).unflatten(-1, head), attention.q_norm).transpose(1, 2), rope)
+            k = _half_rope(_rms(attention.k_proj(x).unflatten(-1, head), attention.k_norm).transpose(1, 2), rope)
+            v = attention.v_proj(x).unflatten(-1, head).transpose(1, 2)
+            groups = q.shape[1] // k.shape[1]
+            out = _attend(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), causal)
+            h = h + attention.o_proj(out)
+            x = _rms(h, layer.post_attention_layernorm)
+            h = h + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+            if i < len(deep):
+                h = torch.cat([h[:, :a], h[:, a:b] + deep[i], h[:, b:]], 1)
+        return h.float()
+
+
+def pad_features(features: Tensor) -> Tensor:
+    """[B, N, D] -> [B, 32, D]; the transformer replaces what lies behind a row's length."""
+    return F.pad(features, (0, 0, 0, CAPTION_TOKENS - features.shape[1]))

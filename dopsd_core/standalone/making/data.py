@@ -1,0 +1,143 @@
+"""Rows for pre-training and distillation: scenes drawn once, their latents, and captions made afresh each time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..autoencoder import DemoAutoencoder
+from ..models import TEACHER_TEMPLATE, TEXT_TEMPLATE, load_tokenizer
+from ..world import APPEARANCE, NAMES, POSITIONS, Scenes, caption, render, sample_scenes
+from .batched import CAPTION_TOKENS, IMAGE_TOKENS
+from .twins import Twins
+
+TEXT_TOKENS = 28  # the longest text row: template 8, caption 19
+
+
+@dataclass(frozen=True)
+class Bank:
+    """N scenes with their pictures uint8 [N, 3, 64, 64] and latents bfloat16 [N, 16, 8, 8]."""
+
+    scenes: Scenes
+    pictures: Tensor
+    latents: Tensor
+
+
+def load_autoencoder(path: Path) -> DemoAutoencoder:
+    model = DemoAutoencoder()
+    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def make_bank(twins: Twins, folder: Path, size: int) -> Bank:
+    """Draw and encode this worker's own half of the scenes (a function of the worker's rank alone)."""
+    path = folder / f"bank_{twins.rank}.safetensors"
+    if not path.exists():
+        autoencoder = load_autoencoder(folder / "vae.safetensors")
+        scenes = sample_scenes(size, torch.Generator().manual_seed(10_000 + twins.rank))
+        pictures, latents = [], []
+        for start in range(0, size, 64):
+            picture = render(scenes[start : start + 64])
+            pictures.append((picture * 255).round().byte())
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(
+                    autoencoder.encode((picture * 2 - 1).contiguous(memory_format=torch.channels_last)).bfloat16()
+                )
+        tensors = {"pictures": torch.cat(pictures), "latents": torch.cat(latents).contiguous()}
+        save_file({**tensors, **{f"scenes.{k}": v.contiguous() for k, v in vars(scenes).items()}}, path)
+    tensors = load_file(path)
+    scenes = Scenes(**{name[7:]: value for name, value in tensors.items() if name.startswith("scenes.")})
+    return Bank(scenes, tensors["pictures"], tensors["latents"])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B training rows, the first `num_image` of which carry a picture.
+
+    text [B-num_image, 28] and mixed [num_image, 32]: embedding rows; lengths [B]; pixels [num_image, 3, 64, 64] in [0, 1];
+    latents [B, 16, 8, 8]; labels: class index per attribute [B]; weight [B, 8, 8]: more where the badge is, mean 1.
+    """
+
+    num_image: int
+    mixed: Tensor
+    text: Tensor
+    lengths: Tensor
+    pixels: Tensor
+    latents: Tensor
+    labels: dict[str, Tensor]
+    weight: Tensor
+
+
+def badge_weight() -> Tensor:
+    """[positions, 8, 8]: 2.2 on the latents that the badge covers against 1 elsewhere, normalised to mean 1."""
+    axis = torch.arange(8.0) - 3.5
+    centre = torch.tensor(list(POSITIONS.values())) * 10 / 8
+    near_x = (axis[None] - centre[:, 0, None]).abs() <= 2.7
+    near_y = (axis[None] - centre[:, 1, None]).abs() <= 2.7
+    weight = 1 + 1.2 * (near_y[:, :, None] & near_x[:, None, :]).float()
+    return weight / weight.mean((1, 2), keepdim=True)
+
+
+class RowMaker:
+    """Draws rows from a bank: a mixture of full, named, partial and short captions, with or without a picture."""
+
+    def __init__(self, bank: Bank, token_ids: Tensor) -> None:
+        self.bank, self.tokenizer = bank, load_tokenizer()
+        self.row_of = {int(token): row for row, token in enumerate(token_ids)}
+        self.weight = badge_weight()
+        scenes = bank.scenes
+        code = ((scenes.shape * 8 + scenes.colour) * 8 + scenes.center) * 3 + scenes.texture
+        self.order = code.argsort(stable=True)
+        self.first = torch.searchsorted(code[self.order], code)
+        self.count = torch.bincount(code, minlength=6 * 8 * 8 * 3)[code]
+
+    def encode(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        rows, lengths = torch.zeros(len(texts), length, dtype=torch.int64), []
+        for i, encoding in enumerate(self.tokenizer.encode_batch(texts)):
+            ids = [self.row_of[token] for token in encoding.ids]
+            rows[i, : len(ids)] = torch.tensor(ids)
+            lengths.append(len(ids))
+        return rows, torch.tensor(lengths)
+
+    def _caption(self, i: int, draw: list[float]) -> str:
+        kind, named, layout, *parts = draw
+        scenes, name = self.bank.scenes, NAMES[int(named * 997) % len(NAMES)]
+        if kind < 0.45:
+            return caption(scenes, i, attributes=APPEARANCE)
+        if kind < 0.57:  # words win over names
+            return caption(scenes, i, name=name, attributes=APPEARANCE)
+        if kind < 0.80:
+            chosen = [a for a, p in zip(APPEARANCE, parts, strict=False) if p < 0.6]
+            return caption(scenes, i, name=name if named < 0.25 else "", attributes=chosen, layout=layout < 0.8)
+        if kind < 0.92:
+            return caption(scenes, i, name=name if named < 0.75 else "", layout=layout < 0.9)
+        return ""  # for classifier-free guidance
+
+    def draw(self, batch: int, num_image: int, generator: torch.Generator, *, same: float = 0.35) -> Rows:
+        bank = self.bank
+        index = torch.randint(len(bank.scenes), (batch,), generator=generator)
+        draws = torch.rand(batch, 7, generator=generator).tolist()
+        view = torch.rand(2, num_image, generator=generator)
+        head = index[:num_image]
+        other = self.order[self.first[head] + (view[0] * self.count[head]).long().clamp(max=self.count[head] - 1)]
+        pixels = bank.pictures[torch.where(view[1] < same, head, other)].float() / 255
+        teacher = TEACHER_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
+        mixed = [
+            teacher.format(
+                caption(bank.scenes, int(i), name=NAMES[int(d[1] * 997) % len(NAMES)] if d[0] < 0.85 else "")
+            )
+            for i, d in zip(head, draws, strict=False)
+        ]
+        text = [TEXT_TEMPLATE.format(self._caption(int(index[i]), draws[i])) for i in range(num_image, batch)]
+        mixed_rows, mixed_lengths = self.encode(mixed, CAPTION_TOKENS)
+        text_rows, text_lengths = self.encode(text, TEXT_TOKENS)
+        labels = {name: value[index] for name, value in bank.scenes.labels().items()}
+        return Rows(
+            num_image, mixed_rows, text_rows, torch.cat([mixed_lengths, text_lengths]), pixels,
+            bank.latents[index].float(), labels, self.weight[bank.scenes.position[index]],
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Train the demo's autoencoder (16 latent channels, f8).
+
+Its latents are normalised to mean 0 and variance 1 per channel (the running statistics are folded into the last
+encoder layer at the end), so that the model space of the diffusion model is the autoencoder's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..autoencoder import DemoAutoencoder
+from ..world import BACKGROUNDS, render, sample_scenes
+from .twins import Twins, WeightAverage, launch, load_state, save_state, warmup_stable_decay
+
+LATENT_NOISE = 0.06  # keeps neighbouring latents decodable: the diffusion model's samples are never exact
+
+
+def reconstruction_loss(out: Tensor, picture: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted squared + absolute error (the badge counts six-fold) and the plain MSE; pictures in [-1, 1]."""
+    badge = ((picture - background).abs().amax(1, keepdim=True) > 0.05).float()
+    weight = 1 + 5 * F.max_pool2d(badge, 5, 1, 2)
+    error = out - picture
+    return (weight * (error.square() + 0.05 * error.abs())).mean(), error.square().mean()
+
+
+def fold_normalisation(model: DemoAutoencoder, norm: nn.BatchNorm2d) -> None:
+    """Put (z - mean) / std into the encoder's last convolution."""
+    conv = model.encoder[-1]
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
+    with torch.no_grad():
+        conv.weight /= std[:, None, None, None]
+        conv.bias.copy_((conv.bias - mean) / std)
+
+
+def train(twins: Twins, folder: Path, steps: int, batch: int, peak: float) -> None:
+    torch.manual_seed(0)
+    model, norm = (
+        DemoAutoencoder().to(memory_format=torch.channels_last),
+        nn.BatchNorm2d(16, affine=False, momentum=0.02),
+    )
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.95), weight_decay=1e-3, fused=True)
+    average, palette = WeightAverage(parameters, 0.99), torch.tensor(list(BACKGROUNDS.values()))
+    path, first = folder / f"vae_{twins.rank}.pt", 0
+    if state := load_state(path):
+        model.load_state_dict(state["model"])
+        norm.load_state_dict(state["norm"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values, average.updates, first = state["average"], state["step"], state["step"]
+    psnr = 0.0
+    for step in range(first, steps):
+        generator = torch.Generator().manual_seed(step * twins.world + twins.rank)
+        scenes = sample_scenes(batch, generator)
+        picture = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * warmup_stable_decay(step, steps, decay=0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = model.encoder(picture)
+        latent = norm(latent.float())
+        latent = latent + LATENT_NOISE * torch.randn(latent.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.decoder(latent).float()
+        loss, mse = reconstruction_loss(out, picture, palette[scenes.background][:, :, None, None] * 2 - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        twins.average_gradients(parameters, 1.0)
+        optimizer.step()
+        average.update()
+        psnr = 0.95 * psnr + 0.05 * -10 * math.log10(mse.item() / 4)
+        if twins.rank == 0 and (step + 1) % 50 == 0:
+            seconds = time.monotonic() - twins.started
+            print(f"vae {step + 1}/{steps} psnr {psnr:.2f} dB, {seconds:.0f} s", flush=True)
+        if (step + 1) % 200 == 0:
+            save_state(path, {"model": model.state_dict(), "norm": norm.state_dict(), "average": average.values,
+                              "optimizer": optimizer.state_dict(), "step": step + 1})  # fmt: skip
+    if twins.rank == 0:
+        average.swap()
+        finish(model, norm, folder)
+
+
+@torch.no_grad()
+def finish(model: DemoAutoencoder, norm: nn.BatchNorm2d, folder: Path) -> None:
+    scenes = sample_scenes(1024, torch.Generator().manual_seed(99))
+    picture = render(scenes) * 2 - 1
+    latent = torch.cat([model.encoder(p) for p in picture.split(64)])  # statistics of the averaged weights
+    norm.running_mean.copy_(latent.mean((0, 2, 3)))  # type: ignore[union-attr]
+    norm.running_var.copy_(latent.var((0, 2, 3)))  # type: ignore[union-attr]
+    fold_normalisation(model, norm)
+    out = torch.cat([model.decoder(model.encoder(p)) for p in picture[:256].split(64)]).clamp(-1, 1)
+    psnr = -10 * torch.log10((out - picture[:256]).square().mean((1, 2, 3)) / 4)
+    print(f"vae: {psnr.mean():.2f} dB on 256 new pictures (worst {psnr.min():.2f})")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "vae.safetensors")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=8, help="per worker")
+    parser.add_argument("--peak", type=float, default=1.5e-3)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    launch(train, args.folder, args.steps, args.batch, args.peak, workers=args.workers)
