@@ -63,10 +63,11 @@ def _dispatch(args: argparse.Namespace) -> int:
 
 def _is_told(error: Exception) -> bool:
     """Whether the message alone is what the user needs: mistakes in what was given, files that are not there."""
+    from .lock import FolderInUse
     from .run import NonFiniteError
     from .state import StateError
 
-    return isinstance(error, ValueError | OSError | StateError | NonFiniteError)
+    return isinstance(error, ValueError | OSError | StateError | NonFiniteError | FolderInUse)
 
 
 def _complain(message: str) -> None:

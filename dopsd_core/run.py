@@ -20,6 +20,7 @@ from .conditioning import DualCondition
 from .config import TrainConfig, changes_that_forbid_resuming
 from .draws import DataOrder, draw_noise, draw_variant, make_generator
 from .families import get_family
+from .lock import FolderLock
 from .lora_file import save_lora
 from .model import Denoiser
 from .objectives import ObjectiveInputs, ObjectiveOutput
@@ -56,6 +57,7 @@ class Run:
         self.last: Gaps | None = None
         self.is_between_steps = True
         self._log: RunLog | None = None
+        self._lock = FolderLock(folder)
         self._fingerprint = data.fingerprint()
         self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if config.anchor_probability else []
         self.objective = config.make_objective()
@@ -73,20 +75,22 @@ class Run:
         self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
 
     def open(self, resume: bool) -> None:
-        """Loads the newest checkpoint of the folder, if there is one, and writes the configuration down."""
+        """Takes the folder, loads its newest checkpoint, if there is one, and writes the configuration down."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
         checkpoint = load_checkpoint(self.folder / CHECKPOINTS_NAME)
         if checkpoint is not None:
             if not resume:
                 raise StateError(f"{self.folder} holds a run already; resume it, or choose another folder")
             self._load(checkpoint)
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / CONFIG_NAME, self.config.to_json().encode())
         self._log = RunLog(self.folder / LOG_NAME, self.step if checkpoint else -1)
 
     def close(self) -> None:
-        """Closes the log."""
+        """Closes the log and gives the folder back."""
         if self._log is not None:
             self._log.close()
+        self._lock.release()
 
     def measure_start(self) -> StepReport:
         """Measures the gap before training."""

@@ -94,14 +94,15 @@ def train(
     Raises:
         ConfigError: the configuration does not fit the data or this machine.
         StateError: the run in `run_dir` is another one (the message names what differs), or all of it is damaged.
+        FolderInUse: another run is working in `run_dir`.
         NonFiniteError: with its step; checkpoint and LoRA of the step before are saved.
     """
     callbacks = callbacks or NoCallbacks()
     _check_data(config, data)
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
         run = Run(config, denoiser, data, Path(run_dir))
-        run.open(resume)
         try:
+            run.open(resume)
             with run.adapters.attached():
                 stopped = _loop(run, callbacks)
             lora_path = run.save_lora()

@@ -15,6 +15,7 @@ import torch
 
 from dopsd_core.config import ConfigError
 from dopsd_core.dataset import Example
+from dopsd_core.lock import FolderInUse
 from dopsd_core.lora_file import load_lora, unfold_alpha
 from dopsd_core.progress import StepReport, curve, read_log
 from dopsd_core.run import Run
@@ -32,7 +33,7 @@ from tests.tiny import (
     saved_bytes,
 )
 
-STEPS = 30
+STEPS = 18
 
 
 class Recorder(NoCallbacks):
@@ -85,10 +86,10 @@ def test_killed_at_random_moments_it_ends_bit_identical(tmp_path: Path, uninterr
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
     moments = []
-    for _ in range(5):
+    for _ in range(4):
         child = processes().Process(target=run_to_the_end, args=(str(tmp_path), STEPS))
         child.start()
-        reached = max(lines() - 3, 0) + chance.randint(2, 7)  # a checkpoint every 3 steps: the run gets on
+        reached = max(lines() - 3, 0) + chance.randint(2, 6)  # a checkpoint every 3 steps: the run gets on
         while child.is_alive() and lines() < reached:
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.02))
@@ -308,6 +309,16 @@ def test_an_exception_of_the_host_saves_and_passes(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None and checkpoint.step == 4 and (tmp_path / "lora.safetensors").exists()
     assert "forward" not in denoiser.enter.__dict__
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    class Second(NoCallbacks):
+        def on_step(self, report: StepReport) -> None:
+            with pytest.raises(FolderInUse, match="another run is working in"):
+                train(make_config(), TinyDenoiser(), make_data(), tmp_path)
+
+    assert train(make_config(steps=2), TinyDenoiser(), make_data(), tmp_path, Second()).step == 2
+    assert train(make_config(steps=3), TinyDenoiser(), make_data(), tmp_path).step == 3
 
 
 def test_what_does_not_fit_is_said_before_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
