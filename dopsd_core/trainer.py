@@ -105,8 +105,8 @@ def train(
             run.open(resume)
             with run.adapters.attached():
                 stopped = _loop(run, callbacks)
-            lora_path = run.save_lora()
-            return TrainResult(run.step, stopped, lora_path, run.save(), run.start, run.last)
+            checkpoint_path = run.save()
+            return TrainResult(run.step, stopped, run.save_lora(), checkpoint_path, run.start, run.last)
         finally:
             run.close()
 
@@ -115,7 +115,7 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
     """Steps until the last one or a stop; True when stopped. Saves the state whatever ends it."""
     config = run.config
     try:
-        if run.step == 0 and config.probe_every:
+        if run.step == 0 and run.start is None and config.probe_every:
             callbacks.on_step(run.measure_start())
         while run.step < config.steps:
             if callbacks.should_stop():

@@ -253,6 +253,10 @@ def test_it_trains_inside_inference_mode(tmp_path: Path) -> None:
 def test_a_stop_before_the_first_step_saves_too(tmp_path: Path) -> None:
     result = train(make_config(), TinyDenoiser(), make_data(), tmp_path, Recorder(stop_after=0))
     assert result.stopped and result.step == 0 and result.lora_path.exists() and result.checkpoint_path.is_dir()
+    train(make_config(), TinyDenoiser(), make_data(), tmp_path)
+    train(make_config(), TinyDenoiser(), make_data(), tmp_path / "whole")
+    assert saved_bytes(tmp_path) == saved_bytes(tmp_path / "whole")
+    assert [report.step for report in read_log(tmp_path / "train.jsonl")] == list(range(13))
 
 
 def test_a_loss_that_is_nan_stops_with_its_step(tmp_path: Path) -> None:
