@@ -1,8 +1,8 @@
 """The demo's own small autoencoder, pure torch: 64x64 pictures to 8x8 latents of 16 channels and back.
 
 AutoencoderTiny and AutoencoderKL upsample by repetition, which took far longer to learn sharp edges than the demo
-model's budget allows (docs/demo-model.md tells the figures); pixel shuffling learns them in minutes. Latents come out with mean 0
-and variance 1 per channel, so they are the diffusion model's own space.
+model's budget allows (docs/demo-model.md tells the figures); pixel shuffling learns them in minutes. Latents come out
+with mean 0 and variance 1 per channel, so they are the diffusion model's own space.
 """
 
 from __future__ import annotations

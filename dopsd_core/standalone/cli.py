@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from .concept import make_concept, to_images
 from .demo import Demo, demo_config
 from .host import load_demo_model, with_lora
 from .judge import load_judge
+from .memory import peak_rss_mb
 from .models import WEIGHTS
 from .weights_files import JUDGE_FILE
 from .world import IMAGE_SIZE
@@ -105,17 +105,6 @@ def run_sample(args: argparse.Namespace) -> int:
             picture.save(path)
             _say(f"{path}  {prompt}")
     return 0
-
-
-def peak_rss_mb() -> float:
-    """The most memory that this process has held, in MB."""
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):
-        return info.peak_wset / 1e6  # Windows
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def _maybe_lora(denoiser, lora: Path | None, strength: float):

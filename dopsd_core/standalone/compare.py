@@ -1,4 +1,5 @@
-"""D-OPSD against SFT on one concept: equal steps, several seeds, SFT at the best of several rates; report and pictures."""
+"""D-OPSD against SFT on one concept: equal steps, several seeds, SFT at the best of several rates; report and
+pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _SHOWN = 8
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Scores of every run, and the first run's pictures of each method. `sft_rates`: scores of seed 0 at each rate tried."""
+    """Scores of every run, and the first run's pictures of each method. `sft_rates`: scores of seed 0 at each rate
+    tried."""
 
     runs: Mapping[str, Sequence[Scores]]
     shown: Mapping[str, Samples]
@@ -68,8 +70,8 @@ def compare(demo: Demo, config: TrainConfig, num_seeds: int) -> Comparison:
 
 
 def best_rate(tried: Mapping[float, Scores], dopsd: Scores) -> float:
-    """SFT's best rate: of those that learn the concept as well as D-OPSD did (within 0.05), the one that keeps the prior best;
-    if none does, the one that learns it best."""
+    """SFT's best rate: of those that learn the concept as well as D-OPSD did (within 0.05), the one that keeps the
+    prior best; if none does, the one that learns it best."""
     good = [rate for rate, scores in tried.items() if scores.concept_error <= dopsd.concept_error + 0.05]
     if good:
         return min(good, key=lambda rate: tried[rate].frechet_prior)
@@ -128,7 +130,8 @@ def table(report: Mapping[str, Any]) -> str:
     """The report's figures for a terminal."""
     columns = {
         "concept_error": "concept error", "prompt_following": "prompt following", "sharpness": "sharpness",
-        "frechet_trigger": "Frechet [V]", "frechet_prior": "Frechet prior", "prior_error": "prior error", "leak": "leak",
+        "frechet_trigger": "Frechet [V]", "frechet_prior": "Frechet prior", "prior_error": "prior error",
+        "leak": "leak",
     }  # fmt: skip
     head = f"{'':9}" + "".join(f"{title:>18}" for title in columns.values())
     lines = [head, "-" * len(head)]
@@ -138,7 +141,9 @@ def table(report: Mapping[str, Any]) -> str:
     prior = {name: report["methods"][name]["frechet_prior"]["mean"] for name in METHODS}
     lines.append("")
     lines.append(f"D-OPSD closed {report['gap_closed']:.0%} of the gap between base and teacher.")
-    lines.append(f"Frechet distance of prior prompts against the base's: D-OPSD x{prior['dopsd'] / prior['base']:.2f}, "
-                 f"SFT x{prior['sft'] / prior['base']:.2f} (best of {len(report['sft']['tried'])} rates: {report['sft']['rate']:g}).")  # fmt: skip
+    lines.append(
+        f"Frechet distance of prior prompts against the base's: D-OPSD x{prior['dopsd'] / prior['base']:.2f}, "
+        f"SFT x{prior['sft'] / prior['base']:.2f} (lr {report['sft']['rate']:g}, best of {len(report['sft']['tried'])})."
+    )
     lines.append(f"{report['wall_seconds']:.0f} s, {report['peak_rss_mb']:.0f} MB at most.")
     return "\n".join(lines)

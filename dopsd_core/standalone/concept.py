@@ -28,7 +28,8 @@ class Concept:
     """A held-out appearance under the trigger word.
 
     targets: the training scenes. unseen: trigger prompts on backgrounds that no target has. described, generic: prompts
-    without the trigger, with all words of some other, ordinary appearance and with none. anchors: other ordinary prompts.
+    without the trigger, with all words of some other, ordinary appearance and with none. anchors: other ordinary
+    prompts.
     """
 
     seed: int

@@ -1,6 +1,7 @@
 """The demo: teach the embedded model a concept that it has never seen, next to SFT, and measure what became of it.
 
-Everything goes the product's own way: files on disk, the data set's reader, cached conditions, the trainer, a LoRA file.
+Everything goes the product's own way: files on disk, the data set's reader, cached conditions, the trainer, a LoRA
+file.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def demo_config(steps: int = 100, seed: int = 0) -> TrainConfig:
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Conditions of the evaluation's prompts, of the text alone; `taught` are the trigger prompts as the teacher sees them."""
+    """Conditions of the evaluation's prompts, of the text alone; `taught` are the trigger prompts as the teacher sees
+    them."""
 
     trigger: Sequence[Condition]
     described: Sequence[Condition]
@@ -82,7 +84,8 @@ class Demo:
         return Conditions(*parts, taught), data
 
     def draw(self, conditions: Sequence[Condition], seed: int) -> Tensor:
-        """Four-step samples, one per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds share their noise between models."""
+        """Four-step samples, one per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds share their noise between
+        models."""
         shape = Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
         noise = torch.randn(len(conditions), *shape, generator=make_generator(seed, "demo samples"))
         sigmas = Z_IMAGE.sigmas(4, IMAGE_SIZE, IMAGE_SIZE)

@@ -22,11 +22,11 @@ from .world import APPEARANCE, LAYOUT, render, sample_scenes
 class Scores:
     """One model on one concept with one noise seed. Lower is better for errors, distances and leak.
 
-    concept_error: 1 - accuracy of the concept's four appearance attributes, trigger prompts. prompt_following: accuracy of
-    position and background, trigger prompts. sharpness: Laplacian energy over that of real renders (1 is real).
-    frechet_trigger: to real renders of the same prompts; frechet_prior: the same for prompts without the trigger.
-    prior_error: 1 - accuracy of the appearance that a prompt without the trigger describes. leak: share of the concept's
-    attributes in pictures of prompts that name no appearance (chance is about 0.19).
+    concept_error: 1 - accuracy of the concept's four appearance attributes, trigger prompts. prompt_following:
+    accuracy of position and background, trigger prompts. sharpness: Laplacian energy over that of real renders (1 is
+    real). frechet_trigger: to real renders of the same prompts; frechet_prior: the same for prompts without the
+    trigger. prior_error: 1 - accuracy of the appearance that a prompt without the trigger describes. leak: share of
+    the concept's attributes in pictures of prompts that name no appearance (chance is about 0.19).
     """
 
     concept_error: float

@@ -1,4 +1,5 @@
-"""The demo model's weight files: single files in ComfyUI's layouts, read into the well-kept networks and written back."""
+"""The demo model's weight files: single files in ComfyUI's layouts, read into the well-kept networks and written
+back."""
 
 from __future__ import annotations
 
@@ -24,13 +25,17 @@ JUDGE_FILE = "dopsd_demo_judge_fp16.safetensors"
 
 _TOKEN_IDS = "dopsd.token_ids"
 _COMFY_NAMES = {  # diffusers -> the single-file layout
-    "all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder.", ".attention.norm_k.": ".attention.k_norm.",
-    ".attention.norm_q.": ".attention.q_norm.", ".attention.to_out.0.": ".attention.out.",
+    "all_final_layer.2-1.": "final_layer.",
+    "all_x_embedder.2-1.": "x_embedder.",
+    ".attention.norm_k.": ".attention.k_norm.",
+    ".attention.norm_q.": ".attention.q_norm.",
+    ".attention.to_out.0.": ".attention.out.",
 }  # fmt: skip
 
 
 def transformer_to_single_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' state dict in the single-file layout: fused `attention.qkv`, ComfyUI's names. Inverse of diffusers' reader."""
+    """diffusers' state dict in the single-file layout: fused `attention.qkv`, ComfyUI's names. Inverse of diffusers'
+    reader."""
     out = {}
     for name, value in state.items():
         if ".attention.to_k." in name or ".attention.to_v." in name:

@@ -1,8 +1,9 @@
 """Batched forwards over the parameters of the real networks, for the hours of pre-training only.
 
-diffusers' Z-Image takes ragged lists and transformers' Qwen3-VL rebuilds its masks and positions at every call; for the one
-geometry of the demo these do the same arithmetic in fixed shapes, about twice as fast on a CPU. tests/test_making.py holds them
-to the real forwards. Shapes: B samples, L = 32 caption tokens, D = 128 text width, latents [B, 16, 8, 8].
+diffusers' Z-Image takes ragged lists and transformers' Qwen3-VL rebuilds its masks and positions at every call; for
+the one geometry of the demo these do the same arithmetic in fixed shapes, about twice as fast on a CPU.
+tests/test_making.py holds them to the real forwards. Shapes: B samples, L = 32 caption tokens, D = 128 text width,
+latents [B, 16, 8, 8].
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _half_rope(x: Tensor, rope: Rope) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[B, heads, N, d] -> [B, N, heads*d]. Written out: at these sizes faster on a CPU than the fused kernel's backward."""
+    """[B, heads, N, d] -> [B, N, heads*d]. Written out: at these sizes faster on a CPU than the fused kernel's
+    backward."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias

@@ -59,8 +59,9 @@ def make_bank(twins: Twins, folder: Path, size: int) -> Bank:
 class Rows:
     """B training rows, the first `num_image` of which carry a picture.
 
-    text [B-num_image, 28] and mixed [num_image, 32]: embedding rows; lengths [B]; pixels [num_image, 3, 64, 64] in [0, 1];
-    latents [B, 16, 8, 8]; labels: class index per attribute [B]; weight [B, 8, 8]: more where the badge is, mean 1.
+    text [B-num_image, 28] and mixed [num_image, 32]: embedding rows; lengths [B]; pixels [num_image, 3, 64, 64] in
+    [0, 1]; latents [B, 16, 8, 8]; labels: class index per attribute [B]; weight [B, 8, 8]: more where the badge is,
+    mean 1.
     """
 
     num_image: int

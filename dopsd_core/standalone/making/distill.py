@@ -1,7 +1,8 @@
 """Distil the parent to Z-Image-Turbo's four steps: each student step takes the parent's guided trajectory in one go.
 
-From a state at a grid sigma the parent takes three sub-steps with classifier-free guidance; the student regresses the mean
-velocity of that stretch, without guidance. Half of the states are re-noised latents of real pictures, half are the student's own.
+From a state at a grid sigma the parent takes three sub-steps with classifier-free guidance; the student regresses the
+mean velocity of that stretch, without guidance. Half of the states are re-noised latents of real pictures, half are
+the student's own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ STEPS, SUBSTEPS = 4, 3
 
 
 def substep_sigmas() -> Tensor:
-    """[4, 4]: for each student step its start, two points between, and its end, in parts equal in the grid's own time."""
+    """[4, 4]: for each student step its start, two points between, and its end, in parts equal in the grid's own
+    time."""
     fine = torch.tensor(z_image_turbo_sigmas(STEPS * SUBSTEPS))
     return torch.stack([fine[k * SUBSTEPS : k * SUBSTEPS + SUBSTEPS + 1] for k in range(STEPS)])
 
@@ -40,7 +42,8 @@ def guided_mean_velocity(
     empty: Tensor,
     guidance: float,
 ) -> Tensor:
-    """Mean velocity of the parent's guided Euler sub-steps from x [B, 16, 8, 8] across grid interval `step` int64 [B]."""
+    """Mean velocity of the parent's guided Euler sub-steps from x [B, 16, 8, 8] across grid interval `step` int64
+    [B]."""
     sigmas, start, batch = substep_sigmas()[step], x, len(x)
     nothing, short = empty.expand(batch, -1, -1), torch.full_like(lengths, 8)
     for j in range(SUBSTEPS):

@@ -1,7 +1,9 @@
-"""The gate that a made model must pass: attribute accuracy on HELD-OUT combinations, and how much the distillation is worth.
+"""The gate that a made model must pass: attribute accuracy on HELD-OUT combinations, and how much the distillation is
+worth.
 
-Prints, and writes to `gate.json`, the judge's accuracy per attribute and the Frechet distance to real renders for the parent and
-the distilled transformer, under the teacher's condition (a picture of the same badge elsewhere) and under full text.
+Prints, and writes to `gate.json`, the judge's accuracy per attribute and the Frechet distance to real renders for the
+parent and the distilled transformer, under the teacher's condition (a picture of the same badge elsewhere) and under
+full text.
 """
 
 from __future__ import annotations
@@ -45,7 +47,13 @@ def features_for(parent: Parent, kind: str, scenes: Scenes, generator: torch.Gen
 
 @torch.no_grad()
 def euler(
-    model: BatchedTransformer, features: Tensor, lengths: Tensor, noise: Tensor, steps: int, empty: Tensor, guidance: float
+    model: BatchedTransformer,
+    features: Tensor,
+    lengths: Tensor,
+    noise: Tensor,
+    steps: int,
+    empty: Tensor,
+    guidance: float,
 ) -> Tensor:
     """Latents after `steps` Euler steps on the family's grid; guidance 1 is one forward per step."""
     sigmas, x = z_image_turbo_sigmas(steps), noise

@@ -13,7 +13,8 @@ from .twins import Twins
 class SharedMuon:
     """torch.optim.Muon on each worker's share of the matrices (updated values are broadcast), AdamW on everything else.
 
-    `named`: (name, parameter) pairs; matrices of embeddings, output layers and heads belong to AdamW, as Muon's authors advise.
+    `named`: (name, parameter) pairs; matrices of embeddings, output layers and heads belong to AdamW, as Muon's
+    authors advise.
     """
 
     ADAMW_NAMES = (

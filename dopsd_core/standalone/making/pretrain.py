@@ -1,7 +1,8 @@
 """Pre-train the demo's encoder and transformer together, from scratch: the undistilled parent.
 
 1. vision warm-up: the encoder alone learns to tell the attributes of a picture from its image tokens;
-2. joint flow matching: 3 of 8 rows see a picture and a short caption, the others text; an auxiliary attribute loss stays on.
+2. joint flow matching: 3 of 8 rows see a picture and a short caption, the others text; an auxiliary attribute loss
+stays on.
 """
 
 from __future__ import annotations
@@ -80,7 +81,6 @@ class Parent(nn.Module):
             parts.append(pad_features(self.encode(rows.text)))
         return torch.cat(parts)
 
-
     @torch.no_grad()
     def empty_features(self) -> Tensor:
         """[1, 32, D] of the empty caption (8 tokens), for classifier-free guidance."""
@@ -90,7 +90,8 @@ class Parent(nn.Module):
 
 
 def load_parent(folder: Path, rank: int, *, from_average: bool) -> Parent:
-    """The joint stage's model, frozen; `from_average` for a run that has not ended (its result is the running average)."""
+    """The joint stage's model, frozen; `from_average` for a run that has not ended (its result is the running
+    average)."""
     parent, state = Parent(), load_state(folder / f"joint_{rank}.pt")
     if state is None:
         raise FileNotFoundError(f"{folder} has no joint_{rank}.pt: run pretrain --stage joint first")
