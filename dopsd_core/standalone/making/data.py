@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,6 +17,9 @@ from ..world import APPEARANCE, NAMES, POSITIONS, Scenes, caption, render, sampl
 from .batched import CAPTION_TOKENS, IMAGE_TOKENS
 from .twins import Twins
 
+# shares of text rows: all words; all words and a name; some words; no words of appearance; the rest is empty
+PRETRAINING = (0.45, 0.12, 0.23, 0.12)
+DISTILLATION = (0.25, 0.10, 0.30, 0.31)  # open prompts are where few steps cost the most
 TEXT_TOKENS = 28  # the longest text row: template 8, caption 19
 
 
@@ -87,8 +92,8 @@ def badge_weight() -> Tensor:
 class RowMaker:
     """Draws rows from a bank: a mixture of full, named, partial and short captions, with or without a picture."""
 
-    def __init__(self, bank: Bank, token_ids: Tensor) -> None:
-        self.bank, self.tokenizer = bank, load_tokenizer()
+    def __init__(self, bank: Bank, token_ids: Tensor, mixture: Sequence[float] = PRETRAINING) -> None:
+        self.mixture, self.bank, self.tokenizer = list(accumulate(mixture)), bank, load_tokenizer()
         self.row_of = {int(token): row for row, token in enumerate(token_ids)}
         self.weight = badge_weight()
         scenes = bank.scenes
@@ -108,15 +113,15 @@ class RowMaker:
     def _caption(self, i: int, draw: list[float]) -> str:
         kind, named, layout, *parts = draw
         scenes, name = self.bank.scenes, NAMES[int(named * 997) % len(NAMES)]
-        if kind < 0.45:
+        if kind < self.mixture[0]:
             return caption(scenes, i, attributes=APPEARANCE)
-        if kind < 0.57:  # words win over names
+        if kind < self.mixture[1]:  # words win over names
             return caption(scenes, i, name=name, attributes=APPEARANCE)
-        if kind < 0.80:
+        if kind < self.mixture[2]:
             chosen = [a for a, p in zip(APPEARANCE, parts, strict=False) if p < 0.6]
             return caption(scenes, i, name=name if named < 0.25 else "", attributes=chosen, layout=layout < 0.8)
-        if kind < 0.92:
-            return caption(scenes, i, name=name if named < 0.75 else "", layout=layout < 0.9)
+        if kind < self.mixture[3]:
+            return caption(scenes, i, name=name if named < 0.7 else "", layout=layout < 0.9)
         return ""  # for classifier-free guidance
 
     def draw(self, batch: int, num_image: int, generator: torch.Generator, *, same: float = 0.35) -> Rows:

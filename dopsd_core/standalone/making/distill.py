@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...sigmas import z_image_turbo_sigmas
 from .batched import BatchedTransformer
-from .data import RowMaker, Rows, make_bank
+from .data import DISTILLATION, RowMaker, Rows, make_bank
 from .optim import SharedMuon, zero_gradients
 from .pretrain import load_parent
 from .twins import Twins, WeightAverage, launch, load_state, save_state, warmup_stable_decay
@@ -104,7 +104,7 @@ def train(twins: Twins, args: argparse.Namespace) -> None:
         copied.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average.values, average.updates, first = saved["average"], saved["step"], saved["step"]
-    maker = RowMaker(make_bank(twins, args.folder, args.bank), model.token_ids)
+    maker = RowMaker(make_bank(twins, args.folder, args.bank), model.token_ids, DISTILLATION)
     empty = model.empty_features()
     twins.barrier()
     running, started = 0.0, time.monotonic()

@@ -1,0 +1,79 @@
+"""The commands, run as a user runs them, on the shipped model: short, but every file and figure is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dopsd_core", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    done = command("demo", "--concept-seed", 4, "--steps", 14, "--seeds", 1, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    assert "D-OPSD closed" in done.stdout
+    return folder
+
+
+def test_demo_leaves_a_report_with_every_figure(output: Path) -> None:
+    report = json.loads((output / "report.json").read_text())
+    assert set(report["methods"]) == {"base", "teacher", "dopsd", "sft"}
+    for figures in report["methods"].values():
+        for name in ("concept_error", "prompt_following", "sharpness", "frechet_trigger", "frechet_prior"):
+            assert set(figures[name]) == {"mean", "std"}
+    methods = report["methods"]
+    assert methods["teacher"]["concept_error"]["mean"] < 0.1 < 0.6 < methods["base"]["concept_error"]["mean"]
+    assert methods["dopsd"]["concept_error"]["mean"] < methods["base"]["concept_error"]["mean"] - 0.05
+    assert len(report["sft"]["tried"]) >= 3 and report["config"]["steps"] == 14
+    assert report["wall_seconds"] > 0 and 100 < report["peak_rss_mb"] < 3000
+
+
+def test_demo_leaves_pictures_and_a_lora(output: Path) -> None:
+    for name in ("contact_sheet.png", "curves.png"):
+        with Image.open(output / name) as image:
+            assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 100
+    with safe_open(output / "lora.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert file.metadata()["dopsd_objective"] == "dopsd"
+    assert "transformer.layers.0.attention.to_q.lora_A.weight" in names
+    assert sorted(path.suffix for path in (output / "dataset").iterdir()) == [".png"] * 4 + [".txt"] * 4
+
+
+def test_train_then_sample_on_the_demos_data(output: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    args = ("train", output / "dataset", "--output", run, "--steps", 12, "--batch-size", 2, "--anchor-probability", 0.5)
+    done = command(*args, "--heldout-caption", "a [V] badge, middle, on a sky background")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 12 and rows[0]["heldout_relative_gap"] == 1 and sum(row["anchors"] for row in rows) > 0
+    prompt = "a [V] badge, left, on a sky background"
+    pictures = {}
+    for name, extra in {"base": (), "lora": ("--lora", run / "lora.safetensors")}.items():
+        done = command("sample", prompt, "--output", tmp_path / name, "--seed", 5, *extra)
+        assert done.returncode == 0, done.stderr
+        pictures[name] = (tmp_path / name / "01_seed5.png").read_bytes()
+    assert pictures["base"] != pictures["lora"]
+
+
+def test_train_on_a_bad_dataset_lists_everything_and_loads_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.txt").write_text("a dog")
+    Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
+    done = command("train", tmp_path, "--output", tmp_path / "run")
+    assert done.returncode == 1
+    assert "a.png" in done.stdout + done.stderr and "b.png" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

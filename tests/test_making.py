@@ -1,0 +1,112 @@
+"""The scripts that made the demo model: their fast forwards are the real networks', and the training pieces hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dopsd_core.sigmas import z_image_turbo_sigmas
+from dopsd_core.standalone.host import load_demo_model, vision_patches
+from dopsd_core.standalone.making.batched import (
+    IMAGE_TOKENS,
+    BatchedEncoder,
+    BatchedTransformer,
+    pad_features,
+    teacher_pixels,
+)
+from dopsd_core.standalone.making.build_tokenizer import merges_used
+from dopsd_core.standalone.making.distill import STEPS, SUBSTEPS, guided_mean_velocity, substep_sigmas
+from dopsd_core.standalone.making.twins import WeightAverage, warmup_stable_decay
+from dopsd_core.standalone.models import WEIGHTS, load_tokenizer
+from dopsd_core.standalone.world import render, sample_scenes
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_demo_model()
+
+
+def test_batched_transformer_equals_diffusers(model) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, sigma = torch.randn(4, 16, 8, 8, generator=g), torch.tensor([1.0, 0.9, 0.5, 0.1])
+    lengths = torch.tensor([31, 28, 17, 8])
+    features = torch.randn(4, 32, 128, generator=g)
+    network = model.denoiser.transformer
+    with torch.no_grad():
+        fast = BatchedTransformer(network)(x, sigma, features, lengths)
+        rows = [f[:n] for f, n in zip(features, lengths, strict=True)]
+        real = torch.stack(list(network(list(x.unsqueeze(2)), 1 - sigma, rows, return_dict=False)[0])).squeeze(2)
+    assert torch.allclose(fast, -real, atol=2e-4, rtol=1e-4)
+
+
+def test_batched_encoder_equals_transformers(model) -> None:
+    encoder, picture = model.encoder, render(sample_scenes(2, torch.Generator().manual_seed(0)))
+    text = "a [K] badge, top, on a sand background"
+    fast = BatchedEncoder(encoder.model)
+    template = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
+    vision = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
+    with torch.no_grad():
+        mixed = fast(encoder._rows(template.format(vision, text)).expand(2, -1), teacher_pixels(picture))
+        plain = fast(encoder._rows(template.format("", text)))[0]
+    for i in range(2):
+        assert torch.allclose(mixed[i], encoder.encode_image_text(picture[i], text).features, atol=1e-4)
+    assert torch.allclose(plain, encoder.encode_text(text).features, atol=1e-4)
+
+
+def test_teacher_pixels_are_the_hosts(model) -> None:
+    picture = render(sample_scenes(1, torch.Generator().manual_seed(1)))
+    patches, _ = vision_patches(picture[0])
+    cells = patches.reshape(3, 3, 2, 2, 3, 2, 16, 16)[:, :, :, :, :, 0]  # cell row, column, inner row, column, RGB, y, x
+    whole = cells.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, 96, 96)
+    assert torch.allclose(whole, teacher_pixels(picture)[0])
+
+
+def test_substeps_refine_the_students_grid() -> None:
+    coarse, fine = z_image_turbo_sigmas(STEPS), substep_sigmas()
+    assert fine.shape == (STEPS, SUBSTEPS + 1)
+    assert torch.allclose(fine[:, 0], torch.tensor(coarse[:-1])) and torch.allclose(fine[:, -1], torch.tensor(coarse[1:]))
+
+
+def test_distillation_target_of_a_constant_velocity_is_that_velocity() -> None:
+    velocity = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def parent(x, sigma, features, lengths):
+        return velocity.expand(len(x), -1, -1, -1)
+
+    x, step = torch.zeros(4, 16, 8, 8), torch.arange(4)
+    features, lengths = torch.zeros(4, 32, 128), torch.full((4,), 8)
+    got = guided_mean_velocity(parent, x, step, features, lengths, torch.zeros(1, 32, 128), 2.0)  # type: ignore[arg-type]
+    assert torch.allclose(got, velocity.expand(4, -1, -1, -1), atol=1e-4)
+
+
+def test_rates_of_a_shortened_run_agree_while_constant() -> None:
+    assert [warmup_stable_decay(s, 1000) for s in range(600)] == [warmup_stable_decay(s, 4000) for s in range(600)]
+    assert warmup_stable_decay(999, 1000) < 0.01 < warmup_stable_decay(800, 1000) < 1
+
+
+def test_weight_average_swaps_there_and_back() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    average = WeightAverage([parameter], 0.9)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    average.update()
+    average.swap()
+    assert 0 < float(parameter.detach()[0].detach()) < 1
+    average.swap()
+    assert torch.equal(parameter.detach(), torch.ones(3))
+
+
+def test_tokenizer_keeps_real_ids_and_spells_the_rest() -> None:
+    tokenizer = load_tokenizer()
+    assert tokenizer.encode("<|im_start|>user\n").ids == [151644, 872, 198]
+    assert tokenizer.encode("a [V] badge, top").ids == [64, 508, 53, 60, 23961, 11, 1909]
+    assert tokenizer.decode(tokenizer.encode("zebra 多").ids) == "zebra 多"
+    vocab = json.loads((WEIGHTS / "demo_tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert max(vocab.values()) > 150_000 and len(vocab) < 600
+
+
+def test_merges_used_are_those_that_bpe_applies() -> None:
+    rank = {("a", "b"): 0, ("ab", "c"): 1, ("b", "c"): 2}
+    assert merges_used("abc", rank) == {("a", "b"), ("ab", "c")}
