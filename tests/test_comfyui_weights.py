@@ -50,7 +50,9 @@ def _comfyui() -> None:
     tried = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, cwd=COMFYUI)
     if tried.returncode:
         reason = tried.stderr.strip().splitlines()[-1]
-        pytest.skip(f"COMFYUI DOES NOT IMPORT in this environment ({reason}): set COMFYUI_PYTHON to one that has its needs")
+        pytest.skip(
+            f"COMFYUI DOES NOT IMPORT in this environment ({reason}): set COMFYUI_PYTHON to one that has its needs"
+        )
 
 
 @pytest.mark.comfyui
@@ -63,8 +65,8 @@ def test_velocity_is_comfyuis(tmp_path: Path) -> None:
         import comfy.ops, comfy.supported_models
         sd = {{k: v.float() for k, v in load_file({weights!r}).items()}}
         config = comfy.supported_models.ZImage({{
-            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "cap_feat_dim": 128, "n_layers": 4,
-            "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48],
+            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256,
+            "cap_feat_dim": 128, "n_layers": 4, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48],
             "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0, "multiple_of": 2,
             "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32}})
         config.set_inference_dtype(torch.float32, None)
@@ -108,7 +110,7 @@ def test_conditions_are_comfyuis(tmp_path: Path) -> None:
         sd = load_file({weights!r})
         ids = sd.pop("dopsd.token_ids").long()
         rows = sd.pop("model.language_model.embed_tokens.weight")
-        sd = {{k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): v.float() for k, v in sd.items()}}
+        sd = {{k.removeprefix("model.").replace("language_model.", "model."): v.float() for k, v in sd.items()}}
         sd["model.embed_tokens.weight"] = torch.zeros(151936, 128).index_copy(0, ids, rows.float())
         qwen3vl.QWEN3VL_VISION["qwen3vl_4b"] = dict(hidden_size=96, intermediate_size=256, depth=3,
             deepstack_visual_indexes=[0, 1], num_heads=3, num_position_embeddings=36)
@@ -123,7 +125,8 @@ def test_conditions_are_comfyuis(tmp_path: Path) -> None:
         vl = Demo(sizes, torch.float32, "cpu", comfy.ops.manual_cast)
         missing, unexpected = vl.load_state_dict(sd, strict=False)
         assert not missing and not unexpected, (missing, unexpected)
-        template = "<|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>{text}<|im_end|>\\n<|im_start|>assistant\\n"
+        image_part = "<|vision_start|><|image_pad|><|vision_end|>"
+        template = "<|im_start|>user\\n" + image_part + "{text}<|im_end|>\\n<|im_start|>assistant\\n"
         image = load_file({folder!r} + "/in.safetensors")["picture"].movedim(0, -1)[None]
         out = {{}}
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,11 @@ def test_frechet_distance_agrees_with_scipys_matrix_root() -> None:
     g = torch.Generator().manual_seed(1)
     a = torch.randn(500, 8, generator=g, dtype=torch.float64) @ torch.randn(8, 8, generator=g, dtype=torch.float64)
     b = torch.randn(500, 8, generator=g, dtype=torch.float64)
-    root = sqrtm((torch.cov(a.T) @ torch.cov(b.T)).numpy()).real.trace()
+    root = np.trace(np.real(np.asarray(sqrtm((torch.cov(a.T) @ torch.cov(b.T)).numpy()))))
     mean = (a.mean(0) - b.mean(0)).square().sum()
-    assert frechet_distance(a, b) == pytest.approx(float(mean + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * root))
+    assert frechet_distance(a, b) == pytest.approx(
+        float(mean + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * root)
+    )
 
 
 def test_judge_reads_unseen_renders(judge) -> None:
@@ -92,4 +95,6 @@ def test_sft_gets_its_best_rate() -> None:
     tried = {1e-4: scores(0.6, 10), 1e-3: scores(0.12, 40), 3e-3: scores(0.05, 90)}
     assert best_rate(tried, scores(0.1, 0)) == 1e-3  # as good a concept, the better prior
     assert best_rate(tried, scores(0.0, 0)) == 3e-3
-    assert best_rate({1e-4: scores(0.6, 10), 1e-3: scores(0.5, 40)}, scores(0.1, 0)) == 1e-3  # none is: the best concept
+    assert (
+        best_rate({1e-4: scores(0.6, 10), 1e-3: scores(0.5, 40)}, scores(0.1, 0)) == 1e-3
+    )  # none is: the best concept

@@ -13,7 +13,6 @@ from dopsd_core.standalone.making.batched import (
     IMAGE_TOKENS,
     BatchedEncoder,
     BatchedTransformer,
-    pad_features,
     teacher_pixels,
 )
 from dopsd_core.standalone.making.build_tokenizer import merges_used
@@ -58,7 +57,9 @@ def test_batched_encoder_equals_transformers(model) -> None:
 def test_teacher_pixels_are_the_hosts(model) -> None:
     picture = render(sample_scenes(1, torch.Generator().manual_seed(1)))
     patches, _ = vision_patches(picture[0])
-    cells = patches.reshape(3, 3, 2, 2, 3, 2, 16, 16)[:, :, :, :, :, 0]  # cell row, column, inner row, column, RGB, y, x
+    cells = patches.reshape(3, 3, 2, 2, 3, 2, 16, 16)[
+        :, :, :, :, :, 0
+    ]  # cell row, column, inner row, column, RGB, y, x
     whole = cells.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, 96, 96)
     assert torch.allclose(whole, teacher_pixels(picture)[0])
 
@@ -66,7 +67,9 @@ def test_teacher_pixels_are_the_hosts(model) -> None:
 def test_substeps_refine_the_students_grid() -> None:
     coarse, fine = z_image_turbo_sigmas(STEPS), substep_sigmas()
     assert fine.shape == (STEPS, SUBSTEPS + 1)
-    assert torch.allclose(fine[:, 0], torch.tensor(coarse[:-1])) and torch.allclose(fine[:, -1], torch.tensor(coarse[1:]))
+    assert torch.allclose(fine[:, 0], torch.tensor(coarse[:-1])) and torch.allclose(
+        fine[:, -1], torch.tensor(coarse[1:])
+    )
 
 
 def test_distillation_target_of_a_constant_velocity_is_that_velocity() -> None:

@@ -32,7 +32,8 @@ def states() -> tuple[torch.Tensor, list[Condition]]:
 
 def test_velocity_is_diffusers_with_its_own_convention(model, states) -> None:
     x, conditions = states
-    assert isinstance(model.denoiser, Denoiser)
+    protocol: Denoiser = model.denoiser  # pyright holds the host to the protocol here
+    assert isinstance(protocol, Denoiser)
     with torch.no_grad():
         x0 = model.denoiser.predict_x0(x, 0.7, conditions)
         out = model.denoiser.transformer(
@@ -133,7 +134,9 @@ def test_image_changes_the_teacher_and_not_the_student(model) -> None:
 
 
 def test_words_of_the_world_are_known_and_others_are_named(model) -> None:
-    assert model.encoder.unknown_words(["a [V] striped red star badge with a blue center, top, on a sky background"]) == []
+    assert (
+        model.encoder.unknown_words(["a [V] striped red star badge with a blue center, top, on a sky background"]) == []
+    )
     assert model.encoder.unknown_words(["a zebra, top"]) == ["zebra"]
     assert model.encoder.encode_text("a photo of a zebra, 多").features.isfinite().all()  # spelled in bytes
 

@@ -143,7 +143,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines.append(f"D-OPSD closed {report['gap_closed']:.0%} of the gap between base and teacher.")
     lines.append(
         f"Frechet distance of prior prompts against the base's: D-OPSD x{prior['dopsd'] / prior['base']:.2f}, "
-        f"SFT x{prior['sft'] / prior['base']:.2f} (lr {report['sft']['rate']:g}, best of {len(report['sft']['tried'])})."
+        f"SFT x{prior['sft'] / prior['base']:.2f} (lr {report['sft']['rate']:g}, the best of those tried)."
     )
     lines.append(f"{report['wall_seconds']:.0f} s, {report['peak_rss_mb']:.0f} MB at most.")
     return "\n".join(lines)

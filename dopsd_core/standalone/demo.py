@@ -80,8 +80,10 @@ class Demo:
         text = {
             t: encoder.encode_text(t) for t in {*concept.unseen.texts, *concept.described.texts, *concept.generic.texts}
         }
-        parts = ([text[t] for t in prompts.texts] for prompts in (concept.unseen, concept.described, concept.generic))
-        return Conditions(*parts, taught), data
+        trigger, described, generic = (
+            [text[t] for t in prompts.texts] for prompts in (concept.unseen, concept.described, concept.generic)
+        )
+        return Conditions(trigger, described, generic, taught), data
 
     def draw(self, conditions: Sequence[Condition], seed: int) -> Tensor:
         """Four-step samples, one per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds share their noise between

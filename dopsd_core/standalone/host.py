@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3VLModel
 
@@ -130,8 +130,10 @@ def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
         digest.update((folder / name).read_bytes())
     text_encoder, token_ids = load_text_encoder(folder / TEXT_ENCODER_FILE)
     identity = f"demo-qwen3vl/{digest.hexdigest()[:16]}/hidden-2/{VISION_PIXELS}"
-    encoder = StandaloneEncoder(text_encoder.to(device), token_ids, load_vae(folder / VAE_FILE).to(device), identity)
-    return DemoModel(StandaloneDenoiser(load_transformer(folder / MODEL_FILE).to(device)), encoder)  # type: ignore[arg-type]
+    vae, transformer = load_vae(folder / VAE_FILE), load_transformer(folder / MODEL_FILE)
+    for network in (text_encoder, vae, transformer):
+        nn.Module.to(network, device)
+    return DemoModel(StandaloneDenoiser(transformer), StandaloneEncoder(text_encoder, token_ids, vae, identity))
 
 
 @contextmanager

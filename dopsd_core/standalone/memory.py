@@ -9,9 +9,9 @@ import psutil
 
 def peak_rss_mb() -> float:
     """Peak resident memory in MB (10^6 bytes), on Linux, macOS and Windows."""
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):
-        return info.peak_wset / 1e6  # Windows
+    on_windows = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if on_windows is not None:
+        return on_windows / 1e6
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

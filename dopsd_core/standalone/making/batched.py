@@ -9,10 +9,11 @@ latents [B, 16, 8, 8].
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen3VLModel
 
@@ -23,9 +24,9 @@ _EVEN, _FOUR = 6, 4
 Rope = tuple[Tensor, Tensor]
 
 
-def _rms(x: Tensor, norm: nn.Module) -> Tensor:
+def _rms(x: Tensor, norm: Any) -> Tensor:
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 1e-6)
-    return F.rms_norm(x.float(), (x.shape[-1],), norm.weight, eps)  # type: ignore[arg-type]
+    return F.rms_norm(x.float(), (x.shape[-1],), norm.weight, eps)
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -55,7 +56,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tens
 class BatchedTransformer:
     """Velocity of the Z-Image transformer for 8x8 latents and captions of at most 32 tokens."""
 
-    def __init__(self, model: ZImageTransformer2DModel) -> None:
+    def __init__(self, network: ZImageTransformer2DModel) -> None:
+        model: Any = network
         self.model = model
         image = torch.tensor([[CAPTION_TOKENS + 1, h, w] for h in range(4) for w in range(4)] + [[0, 0, 0]])
         caption = torch.tensor([[i + 1, 0, 0] for i in range(CAPTION_TOKENS)])
@@ -69,11 +71,11 @@ class BatchedTransformer:
         self.bias_image[16] = math.log(16.0)
         self.bias_both = torch.cat([self.bias_image, torch.zeros(CAPTION_TOKENS)])
 
-    def _block(self, block: nn.Module, x: Tensor, rope: Rope, bias: Tensor | None, time: Tensor | None) -> Tensor:
+    def _block(self, block: Any, x: Tensor, rope: Rope, bias: Tensor | None, time: Tensor | None) -> Tensor:
         attention, mlp = block.attention, block.feed_forward
         scale_a, gate_a, scale_m, gate_m = 1.0, 1.0, 1.0, 1.0
         if time is not None:
-            scale_a, gate_a, scale_m, gate_m = block.adaLN_modulation(time).float().unsqueeze(1).chunk(4, 2)  # type: ignore[operator]
+            scale_a, gate_a, scale_m, gate_m = block.adaLN_modulation(time).float().unsqueeze(1).chunk(4, 2)
             scale_a, scale_m, gate_a, gate_m = 1 + scale_a, 1 + scale_m, gate_a.tanh(), gate_m.tanh()
         h = _rms(x, block.attention_norm1) * scale_a
         weight = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
@@ -86,11 +88,14 @@ class BatchedTransformer:
         gate, value = F.linear(h, torch.cat([mlp.w1.weight, mlp.w3.weight])).chunk(2, -1)
         return x + gate_m * _rms(mlp.w2(F.silu(gate) * value), block.ffn_norm2)
 
-    def __call__(self, x: Tensor, sigma: Tensor, features: Tensor, lengths: Tensor, probe: int | None = None):
-        """x [B, 16, 8, 8], sigma [B], features [B, 32, D], lengths [B] -> velocity [B, 16, 8, 8].
+    def __call__(self, x: Tensor, sigma: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
+        """x [B, 16, 8, 8], sigma [B], features [B, 32, D], lengths [B] -> velocity [B, 16, 8, 8]."""
+        return self.with_tokens(x, sigma, features, lengths, after=1)[0]
 
-        With `probe` also returns the image tokens [B, 16, width] after that many main blocks.
-        """
+    def with_tokens(
+        self, x: Tensor, sigma: Tensor, features: Tensor, lengths: Tensor, after: int
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity, and the image tokens [B, 16, width] after that many main blocks."""
         model, batch = self.model, len(x)
         time = model.t_embedder((1 - sigma) * 1000.0).float()
         patches = x.reshape(batch, 16, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(batch, 16, 64)
@@ -103,16 +108,17 @@ class BatchedTransformer:
         caption = torch.where(real[..., None], caption, model.cap_pad_token)
         for block in model.context_refiner:
             caption = self._block(block, caption, self.rope_caption, None, None)
-        both, seen = torch.cat([image, caption], 1), None
+        both = torch.cat([image, caption], 1)
+        seen = both
         for i, block in enumerate(model.layers):
             both = self._block(block, both, self.rope_both, self.bias_both, time)
-            if i + 1 == probe:
+            if i + 1 == after:
                 seen = both[:, :16]
         final = model.all_final_layer["2-1"]
         h = F.layer_norm(both[:, :16].float(), (both.shape[-1],), eps=1e-6)
         out = final.linear(h * (1 + final.adaLN_modulation(time).unsqueeze(1))).float()
         velocity = -out.reshape(batch, 4, 4, 2, 2, 16).permute(0, 5, 1, 3, 2, 4).reshape(batch, 16, 8, 8)
-        return velocity if probe is None else (velocity, seen)
+        return velocity, seen
 
 
 def teacher_pixels(picture: Tensor) -> Tensor:
@@ -124,7 +130,8 @@ def teacher_pixels(picture: Tensor) -> Tensor:
 class BatchedEncoder:
     """hidden_states[-2] of the small Qwen3-VL, for text [B, N] alone or with one picture per row."""
 
-    def __init__(self, model: Qwen3VLModel) -> None:
+    def __init__(self, network: Qwen3VLModel) -> None:
+        model: Any = network
         self.model = model
         text, vision = model.language_model, model.visual
         plain = torch.arange(CAPTION_TOKENS).expand(3, -1)
@@ -167,8 +174,8 @@ class BatchedEncoder:
         return h.reshape(h.shape[0], IMAGE_TOKENS, _FOUR * h.shape[-1])
 
     @staticmethod
-    def _merge(merger: nn.Module, h: Tensor) -> Tensor:
-        return merger.linear_fc2(F.gelu(merger.linear_fc1(h)))  # type: ignore[operator]
+    def _merge(merger: Any, h: Tensor) -> Tensor:
+        return merger.linear_fc2(F.gelu(merger.linear_fc1(h)))
 
     def __call__(self, rows: Tensor, pixels: Tensor | None = None) -> Tensor:
         """rows: embedding rows int64 [B, N <= 32] (a picture's nine places hold anything) -> features [B, N, D]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,8 @@ class Parent(nn.Module):
         self.encode, self.velocity = BatchedEncoder(self.encoder), BatchedTransformer(self.transformer)
 
     def _initialise(self) -> None:
-        model, width = self.transformer, 256
+        model: Any = self.transformer
+        width = 256
         for block in [*model.layers, *model.noise_refiner]:  # gates half open, no scale
             nn.init.normal_(block.adaLN_modulation[0].weight, std=0.01)
             nn.init.zeros_(block.adaLN_modulation[0].bias)
@@ -122,7 +124,8 @@ def joint_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[
     s = sigma[:, None, None, None]
     with torch.autocast("cpu", torch.bfloat16):
         features = parent.features(rows)
-        velocity, tokens = parent.velocity((1 - s) * rows.latents + s * noise, sigma, features, rows.lengths, probe=2)
+        state = (1 - s) * rows.latents + s * noise
+        velocity, tokens = parent.velocity.with_tokens(state, sigma, features, rows.lengths, after=2)
     error = ((velocity - (noise - rows.latents)).square().mean(1) * rows.weight).mean((1, 2))
     seen, accuracy = parent.encoder_heads.loss(
         image_token_mean(features[:n]), {k: v[:n] for k, v in rows.labels.items()}

@@ -17,7 +17,8 @@ from .twins import warmup_stable_decay
 
 def train(folder: Path, steps: int, batch: int = 96, peak: float = 2e-3) -> None:
     torch.manual_seed(2)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge = Judge()
+    judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(judge.parameters(), peak, weight_decay=0.01)
     started = time.monotonic()
     for step in range(steps):

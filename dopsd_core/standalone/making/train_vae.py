@@ -35,7 +35,8 @@ def fold_normalisation(model: DemoAutoencoder, norm: nn.BatchNorm2d) -> None:
     """Put (z - mean) / std into the encoder's last convolution."""
     conv = model.encoder[-1]
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
-    mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
+    assert norm.running_mean is not None and norm.running_var is not None
+    mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()
     with torch.no_grad():
         conv.weight /= std[:, None, None, None]
         conv.bias.copy_((conv.bias - mean) / std)
