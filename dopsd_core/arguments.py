@@ -102,7 +102,7 @@ def _add_demo(commands: Any) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="training runs to average (default 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, the same for every method")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: what torch chooses")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a CPU core each (default 2)")
 
 
 def _add_train(commands: Any) -> None:

@@ -55,7 +55,8 @@ class TrainConfig:
         loss: "x0" (converges faster) or "velocity" (as printed in the paper).
         teacher: "ema" of the student, the "frozen" base, or the "same" weights.
         ema_decay: of the "ema" teacher, per optimizer step.
-        anchor_probability: share of batches that hold ordinary prompts at the base (prior anchor).
+        anchor_probability: share of batches that hold ordinary prompts at the base (prior anchor). On by default: on
+            the demo it is what keeps the concept out of prompts that do not name it (docs/demo-model.md).
         caption_dropout: share of visits with an empty caption.
         optimizer: "adamw", or "adamw8bit" (needs bitsandbytes).
         weight_decay: of AdamW, decoupled.
@@ -82,7 +83,7 @@ class TrainConfig:
     loss: LossForm = "x0"
     teacher: TeacherKind = "ema"
     ema_decay: float = 0.9999
-    anchor_probability: float = 0.0
+    anchor_probability: float = 0.5
     caption_dropout: float = 0.0
     optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.0

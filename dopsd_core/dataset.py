@@ -263,7 +263,8 @@ class Example:
 class EncodingPlan:
     """What must be encoded before training: (pair, caption) requests, and how examples draw from them.
 
-    `anchors` are the captions without the concept, for the prior anchor.
+    `anchors` are the captions without the concept's name, for the prior anchor; captions that do not name it have none:
+    held at the base and taught the concept, one text would pull both ways.
     """
 
     requests: tuple[tuple[Pair, str], ...]
@@ -280,7 +281,6 @@ def plan_encoding(pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: 
         index = {text: len(requests) + offset for offset, text in enumerate(texts)}
         requests += [(pair, text) for text in texts]
         examples.append(Example(tuple(index[text] for text in pair.captions), index.get(""), pair.repeats))
-    anchors = dict.fromkeys(
-        re.sub(r"\s+", " ", remove_trigger(caption, trigger)) for pair in pairs for caption in pair.captions
-    )
+    named = [caption for pair in pairs for caption in pair.captions if has_trigger(caption, trigger)]
+    anchors = dict.fromkeys(re.sub(r"\s+", " ", remove_trigger(caption, trigger)) for caption in named)
     return EncodingPlan(tuple(requests), tuple(examples), tuple(text for text in anchors if text))

@@ -31,6 +31,9 @@ from .model import Denoiser
 from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
 
+STRIPPED_SHARE = 0.75
+"""Share of the captions without the concept's name among the prior anchors, where other prompts are given too."""
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
@@ -120,10 +123,21 @@ def build_training_set(
     encoded = encode_dataset(requests, encoder, cache, on_encoded)
     return TrainingSet(
         pairs=encoded[: len(plan.requests)],
-        anchors=encode_texts(list(dict.fromkeys((*plan.anchors, *anchor_prompts))), encoder, cache) if anchors else (),
+        anchors=encode_texts(_weighted_anchors(plan.anchors, anchor_prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=plan.examples,
     )
+
+
+def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Captions without the concept's name, repeated to about `STRIPPED_SHARE` of all, and other ordinary prompts.
+
+    They differ from what is trained by the name alone, so that is where the concept leaks first.
+    """
+    if not stripped or not prompts:
+        return [*stripped, *prompts]
+    repeats = max(1, round(len(prompts) * STRIPPED_SHARE / (1 - STRIPPED_SHARE) / len(stripped)))
+    return [*stripped * repeats, *prompts]
 
 
 def _request(pair: Pair, caption: str) -> EncodeRequest:

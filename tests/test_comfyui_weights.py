@@ -66,7 +66,8 @@ def test_velocity_is_comfyuis(tmp_path: Path) -> None:
         sd = {{k: v.float() for k, v in load_file({weights!r}).items()}}
         config = comfy.supported_models.ZImage({{
             "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256,
-            "cap_feat_dim": 128, "n_layers": 4, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48],
+            "cap_feat_dim": 128, "n_layers": 4,
+            "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48],
             "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0, "multiple_of": 2,
             "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32}})
         config.set_inference_dtype(torch.float32, None)

@@ -71,7 +71,9 @@ def make_data(count: int = 5, shapes: Sequence[tuple[int, int]] = ((2, 3), (3, 2
 def make_config(**kwargs: Any) -> TrainConfig:
     """A short run with every source of chance in it."""
     lora = LoraConfig(rank=2, alpha=4.0, targets=("enter", "leave"))
-    settings = dict(lora=lora, steps=12, lr=1e-2, checkpoint_every=3, probe_every=4, ema_decay=0.9)
+    settings = dict(
+        lora=lora, steps=12, lr=1e-2, checkpoint_every=3, probe_every=4, ema_decay=0.9, anchor_probability=0.0
+    )
     return TrainConfig(**(settings | kwargs))  # type: ignore[arg-type]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import sys
 import time
 from pathlib import Path
@@ -22,33 +21,46 @@ from ..progress import StepReport
 from ..rollout import sample
 from ..trainer import NoCallbacks, train
 from ..training_set import build_training_set
-from .compare import compare, table, write_results
-from .concept import make_concept, to_images
-from .demo import Demo, demo_config
+from .compare import compare, draw_teacher_sheet, plan, table, write_results
+from .concept import make_concept, to_images, write_dataset
+from .demo import demo_config
+from .evaluate import Samples
 from .host import load_demo_model, with_lora
+from .jobs import JobRunner
 from .judge import load_judge
 from .memory import peak_rss_mb
 from .models import WEIGHTS
 from .weights_files import JUDGE_FILE
 from .world import IMAGE_SIZE
 
-log = logging.getLogger("dopsd")
+_BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"
 
 
 def run_demo(args: argparse.Namespace) -> int:
     """Teaches one unseen concept, compares with SFT, writes everything into `args.output`."""
     began = time.perf_counter()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    concept, judge = make_concept(args.concept_seed), load_judge(WEIGHTS / JUDGE_FILE)
     config = demo_config() if args.steps is None else demo_config(steps=args.steps)
-    model, judge = load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE)
-    concept = make_concept(args.concept_seed)
     _say(f"Concept {concept.seed}: {concept.words}. The model knows the words, but has never seen this combination;")
     _say(f"it will learn it as [V] from four pictures in {args.output / 'dataset'}, without those words.")
-    with _Bars() as bars:
-        demo = Demo(model, judge, concept, args.output, bars.show)
-        result = compare(demo, config, args.seeds)
-    report = write_results(demo, result, time.perf_counter() - began, peak_rss_mb())
+    write_dataset(concept, args.output / "dataset")
+    jobs = plan(config, args.seeds)
+    work = sum(job.work for part in jobs for job in part) + (args.seeds - 1) * jobs[-1][0].work
+
+    def show_teacher(base: Samples, teacher: Samples) -> None:
+        draw_teacher_sheet(concept, base, teacher).save(args.output / "teacher.png")
+        tqdm.write(f"Look at the teacher before the training: {args.output / 'teacher.png'}")
+
+    with tqdm(total=round(work), unit="", bar_format=_BAR) as bar:
+
+        def told(what: str, done: float) -> None:
+            bar.set_postfix_str(what, refresh=False)
+            bar.update(done)
+
+        with JobRunner(concept.seed, args.output, args.jobs, told) as runner:
+            result = compare(runner, config, args.seeds, show_teacher)
+    peak = peak_rss_mb() + result.peak_rss_mb
+    report = write_results(args.output, concept, judge, result, time.perf_counter() - began, peak)
     _say("\n" + table(report))
     names = ("contact_sheet.png", "curves.png", "report.json", "lora.safetensors")
     _say("\n" + "\n".join(str(args.output / name) for name in names))
@@ -77,6 +89,9 @@ def run_train(args: argparse.Namespace) -> int:
         caption_dropout=config.caption_dropout > 0, anchors=config.anchor_probability > 0,
         heldout_caption=args.heldout_caption,
     )  # fmt: skip
+    if config.anchor_probability and not data.anchors and args.anchor_probability is None:
+        _say("warning: no caption names the trigger, so there is no prior to anchor; anchor_probability is set to 0")
+        config = dataclasses.replace(config, anchor_probability=0.0)
     with tqdm(total=config.steps, unit="step") as bar:
         result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh)
     _say(f"{result.step} steps; LoRA: {result.lora_path}")
@@ -126,28 +141,3 @@ class _TrainBar(NoCallbacks):
         self._bar.update(report.step - self._bar.n)
         if report.relative_gap is not None:
             self._bar.set_postfix_str(f"gap to teacher {report.relative_gap:.3f}")
-
-
-class _Bars:
-    """One tqdm bar per stage, with what the stage says of itself."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def show(self, stage: str, done: int, total: int, remark: str) -> None:
-        if self._bar is None or self._bar.desc != f"{stage}: ":
-            self._close()
-            self._bar = tqdm(desc=stage, total=total, unit="")
-        self._bar.update(done - self._bar.n)
-        self._bar.set_postfix_str(remark)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

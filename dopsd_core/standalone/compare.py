@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..atomic import write_atomic
 from ..config import TrainConfig
 from ..progress import LOG_NAME, read_log
-from .demo import Demo
+from .concept import Concept
 from .evaluate import Samples, Scores, frechet_floor, gap_closed, summarise
+from .jobs import Job, JobRunner
+from .judge import Judge
 from .sheet import Row, contact_sheet, save_curves
-from .world import caption, render
+from .world import render
 
 SFT_RATES = (3e-4, 1e-3, 3e-3)
 METHODS = ("base", "teacher", "dopsd", "sft")
@@ -25,8 +29,10 @@ _SHOWN = 8
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Scores of every run, and the first run's pictures of each method. `sft_rates`: scores of seed 0 at each rate
-    tried."""
+    """Scores of every run, and the first run's pictures of each method. sft_rates: scores of seed 0 at each rate tried.
+
+    lora: the file of D-OPSD's first run. peak_rss_mb: of all processes of the runs together.
+    """
 
     runs: Mapping[str, Sequence[Scores]]
     shown: Mapping[str, Samples]
@@ -34,39 +40,58 @@ class Comparison:
     sft_rate: float
     config: TrainConfig
     lora: Path
+    peak_rss_mb: float
 
     def methods(self) -> dict[str, dict[str, dict[str, float]]]:
         """Mean and standard deviation of every figure of every method."""
         return {name: summarise(runs) for name, runs in self.runs.items()}
 
 
-def compare(demo: Demo, config: TrainConfig, num_seeds: int) -> Comparison:
-    """Trains and scores everything. Every method is sampled with the same noise."""
+def plan(config: TrainConfig, num_seeds: int) -> tuple[list[Job], list[Job], list[Job]]:
+    """The jobs of the untouched model and of D-OPSD on every seed, and of SFT at every rate on the first one."""
     seeds = range(num_seeds)
-    shown = {"base": demo.samples(0), "teacher": demo.samples(0, taught=True)}
-    runs: dict[str, list[Scores]] = {
-        name: [demo.score(shown[name] if s == 0 else demo.samples(s, taught=name == "teacher")) for s in seeds]
-        for name in ("base", "teacher")
+    untouched = [Job(seed) for seed in seeds]
+    dopsd = [Job(seed, replace(config, seed=seed)) for seed in seeds]
+    return untouched, dopsd, [Job(0, sft_config(config, rate, 0)) for rate in SFT_RATES]
+
+
+def sft_config(config: TrainConfig, rate: float, seed: int) -> TrainConfig:
+    """The same run as plain supervised fine-tuning: equal steps, batch, LoRA and seed."""
+    return replace(config, objective="sft", anchor_probability=0.0, lr=rate, seed=seed)
+
+
+def compare(
+    runner: JobRunner, config: TrainConfig, num_seeds: int, on_teacher: Callable[[Samples, Samples], None]
+) -> Comparison:
+    """Trains and scores everything. Every method is sampled with the same noise.
+
+    `on_teacher` is called before any training with the pictures of the untouched model and of its teacher: if the
+    teacher is wrong, no training will help.
+    """
+    untouched, own, tries = plan(config, num_seeds)
+    base = runner.run(untouched)
+    teacher = [done.taught for done in base if done.taught is not None]
+    on_teacher(base[0].samples, teacher[0][1])
+    results = runner.run([*own, *tries])
+    dopsd, tried = results[:num_seeds], dict(zip(SFT_RATES, results[num_seeds:], strict=True))
+    rate = best_rate({rate: done.scores for rate, done in tried.items()}, dopsd[0].scores)
+    sft = [tried[rate], *runner.run([Job(s, sft_config(config, rate, s)) for s in range(1, num_seeds)])]
+    found = {
+        name: [(d.scores, d.samples) for d in runs] for name, runs in (("base", base), ("dopsd", dopsd), ("sft", sft))
     }
-    runs["dopsd"], runs["sft"] = [], []
-    loras = []
-    for seed in seeds:
-        loras.append(demo.train(f"dopsd-seed{seed}", replace(config, seed=seed)))
-        samples = demo.samples(seed, loras[-1])
-        shown.setdefault("dopsd", samples)
-        runs["dopsd"].append(demo.score(samples))
-    sft = replace(config, objective="sft", anchor_probability=0.0)
-    tried: dict[float, tuple[Scores, Samples]] = {}
-    for rate in SFT_RATES:
-        samples = demo.samples(0, demo.train(f"sft-lr{rate:g}-seed0", replace(sft, lr=rate, seed=0)))
-        tried[rate] = demo.score(samples), samples
-    rate = best_rate({rate: scores for rate, (scores, _) in tried.items()}, runs["dopsd"][0])
-    shown["sft"] = tried[rate][1]
-    runs["sft"].append(tried[rate][0])
-    for seed in list(seeds)[1:]:
-        lora = demo.train(f"sft-lr{rate:g}-seed{seed}", replace(sft, lr=rate, seed=seed))
-        runs["sft"].append(demo.score(demo.samples(seed, lora)))
-    return Comparison(runs, shown, {rate: scores for rate, (scores, _) in tried.items()}, rate, config, loras[0])
+    found["teacher"] = teacher
+    lora = dopsd[0].lora
+    if lora is None:
+        raise RuntimeError("a training job came back without its LoRA")
+    return Comparison(
+        runs={name: [scores for scores, _ in found[name]] for name in METHODS},
+        shown={name: found[name][0][1] for name in METHODS},
+        sft_rates={rate: done.scores for rate, done in tried.items()},
+        sft_rate=rate,
+        config=config,
+        lora=lora,
+        peak_rss_mb=sum(runner.peaks.values()),
+    )
 
 
 def best_rate(tried: Mapping[float, Scores], dopsd: Scores) -> float:
@@ -78,14 +103,14 @@ def best_rate(tried: Mapping[float, Scores], dopsd: Scores) -> float:
     return min(tried, key=lambda rate: tried[rate].concept_error)
 
 
-def write_results(demo: Demo, result: Comparison, wall_seconds: float, peak_rss_mb: float) -> dict[str, Any]:
+def write_results(
+    output: Path, concept: Concept, judge: Judge, result: Comparison, wall_seconds: float, peak_rss_mb: float
+) -> dict[str, Any]:
     """lora.safetensors, contact_sheet.png, curves.png and report.json into the output folder; returns the report."""
-    shutil.copyfile(result.lora, demo.output / "lora.safetensors")
-    draw_sheet(demo, result).save(demo.output / "contact_sheet.png")
+    shutil.copyfile(result.lora, output / "lora.safetensors")
+    draw_sheet(concept, result).save(output / "contact_sheet.png")
     logs = {"D-OPSD": "dopsd-seed0", f"SFT, lr {result.sft_rate:g}": f"sft-lr{result.sft_rate:g}-seed0"}
-    save_curves(
-        demo.output / "curves.png", {name: read_log(demo.run_folder(run) / LOG_NAME) for name, run in logs.items()}
-    )
+    save_curves(output / "curves.png", {name: read_log(output / "runs" / run / LOG_NAME) for name, run in logs.items()})
     methods = result.methods()
     report = {
         "methods": methods,
@@ -93,20 +118,39 @@ def write_results(demo: Demo, result: Comparison, wall_seconds: float, peak_rss_
         "wall_seconds": wall_seconds,
         "peak_rss_mb": peak_rss_mb,
         "config": json.loads(result.config.to_json()),
-        "concept": {"seed": demo.concept.seed, "looks": demo.concept.words},
+        "concept": {"seed": concept.seed, "looks": concept.words},
         "sft": {"rate": result.sft_rate, "tried": {f"{r:g}": asdict(s) for r, s in result.sft_rates.items()}},
-        "frechet_floor": frechet_floor(demo.judge, 2 * len(demo.concept.generic.texts)),
+        "frechet_floor": frechet_floor(judge, 2 * len(concept.generic.texts)),
     }
-    write_atomic(demo.output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_atomic(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     return report
 
 
-def draw_sheet(demo: Demo, result: Comparison):
+def draw_teacher_sheet(concept: Concept, base: Samples, teacher: Samples) -> Image.Image:
+    """What can be known before training: the targets, and what the teacher makes of them on unseen prompts."""
+    pick, words = _shown_prompts(concept)
+    return contact_sheet(
+        f"Before training: {concept.words} = [V]",
+        [
+            Row("targets", "the training pictures", render(concept.targets)),
+            Row("student", "text alone", base.trigger[pick], words),
+            Row("teacher", "shown a target", teacher.trigger[pick]),
+        ],
+    )
+
+
+def _shown_prompts(concept: Concept) -> tuple[list[int], list[str]]:
+    count = len(concept.unseen.texts)
+    pick = list(range(0, count, max(1, count // _SHOWN)))[:_SHOWN]
+    texts = [concept.unseen.texts[i].removeprefix("a [V] badge, ") for i in pick]
+    return pick, [text.replace(" background", "") for text in texts]
+
+
+def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
     """Targets; before, teacher, after on unseen prompts; prior prompts before and after."""
-    concept, n = demo.concept, _SHOWN
-    pick = list(range(0, len(concept.unseen.texts), max(1, len(concept.unseen.texts) // n)))[:n]
-    words = [caption(concept.unseen.scenes, i, name="[V]").removeprefix("a ").replace(" background", "") for i in pick]
-    prior = [text.removeprefix("a ").split(",")[0][:19] for text in concept.described.texts[:n]]
+    n = _SHOWN
+    pick, words = _shown_prompts(concept)
+    prior = [text.removeprefix("a ").split(" badge")[0] for text in concept.described.texts[:n]]
     rows = [Row("targets", "the four training pictures;\nnever seen in the making", render(concept.targets))]
     remarks = {
         "base": ("before", "4 steps, text alone"),

@@ -45,7 +45,7 @@ class Concept:
         return caption(self.targets, 0, attributes=APPEARANCE, layout=False)
 
 
-def make_concept(seed: int, *, num_unseen: int = 80, num_prior: int = 96, num_anchors: int = 32) -> Concept:
+def make_concept(seed: int, *, num_unseen: int = 60, num_prior: int = 64, num_anchors: int = 8) -> Concept:
     """The concept of that seed; equal on every machine."""
     generator = make_generator(seed, "demo concept")
     appearance = sample_scenes(1, generator, held_out=True)

@@ -6,9 +6,9 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,10 @@ from ..dataset import read_dataset
 from ..draws import make_generator
 from ..families import Z_IMAGE
 from ..images import load_image
-from ..progress import StepReport
 from ..rollout import sample
-from ..trainer import NoCallbacks, TrainingSet, train
+from ..trainer import Callbacks, TrainingSet, train
 from ..training_set import build_training_set
-from .concept import Concept, write_dataset
+from .concept import Concept
 from .evaluate import Samples, Scores, score
 from .host import DemoModel, with_lora
 from .judge import Judge
@@ -32,14 +31,11 @@ from .world import IMAGE_SIZE, TRIGGER
 
 _BATCH = 32
 
-Progress = Callable[[str, int, int, str], None]
-"""(what is being done, part done, parts in all, a remark)."""
 
-
-def demo_config(steps: int = 100, seed: int = 0) -> TrainConfig:
+def demo_config(steps: int = 120, seed: int = 0) -> TrainConfig:
     """The settings of the demo's D-OPSD run; also what `train --model demo` starts from."""
     return TrainConfig(
-        lora=Z_IMAGE.lora_config(rank=16, alpha=16.0), family="z_image", steps=steps, lr=1e-3, warmup=10, batch_size=4,
+        lora=Z_IMAGE.lora_config(rank=16, alpha=16.0), family="z_image", steps=steps, lr=2e-3, warmup=10, batch_size=4,
         teacher="ema", ema_decay=0.999, seed=seed, checkpoint_every=50, probe_every=10,
     )  # fmt: skip
 
@@ -56,22 +52,20 @@ class Conditions:
 
 
 class Demo:
-    """One concept, one output folder."""
+    """One concept, one output folder, in which `write_dataset` has put the training pictures."""
 
-    def __init__(self, model: DemoModel, judge: Judge, concept: Concept, output: Path, progress: Progress) -> None:
-        self.model, self.judge, self.concept, self.output, self.progress = model, judge, concept, output, progress
+    def __init__(self, model: DemoModel, judge: Judge, concept: Concept, output: Path) -> None:
+        self.model, self.judge, self.concept, self.output = model, judge, concept, output
         self.conditions, self.data = self._prepare()
 
     def _prepare(self) -> tuple[Conditions, TrainingSet]:
         concept, encoder = self.concept, self.model.encoder
         folder = self.output / "dataset"
-        write_dataset(concept, folder)
         report = read_dataset(folder, pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
         report.raise_for_errors()
         data = build_training_set(
             report.pairs, encoder, ConditionCache(self.output / "cache"), trigger=TRIGGER, anchors=True,
             anchor_prompts=concept.anchors, heldout_caption=concept.unseen.texts[0],
-            on_encoded=lambda done, total, _: self.progress("encoding", done, total, ""),
         )  # fmt: skip
         pictures = [load_image(pair.image_path, pair.bucket) for pair in report.pairs]
         taught = [
@@ -97,29 +91,20 @@ class Demo:
         ]
         return self.model.encoder.decode(torch.cat(latents))
 
-    def samples(self, seed: int, lora: Path | None = None, taught: bool = False) -> Samples:
-        chosen = self.conditions
+    def samples(self, seed: int, lora: Path | None = None) -> Samples:
+        """Of the model with a LoRA, or as it is."""
+        parts = self.conditions
         with with_lora(self.model.denoiser, lora) if lora else nullcontext():
-            trigger = self.draw(chosen.taught if taught else chosen.trigger, seed)
-            return Samples(trigger, self.draw(chosen.described, seed + 1000), self.draw(chosen.generic, seed + 2000))
+            trigger, described = self.draw(parts.trigger, seed), self.draw(parts.described, seed + 1000)
+            return Samples(trigger, described, self.draw(parts.generic, seed + 2000))
+
+    def taught(self, seed: int, base: Samples) -> Samples:
+        """Of the untouched model under its teacher's conditions; without the trigger there is no target to be shown."""
+        return replace(base, trigger=self.draw(self.conditions.taught, seed))
 
     def score(self, samples: Samples) -> Scores:
         return score(samples, self.concept, self.judge)
 
-    def train(self, name: str, config: TrainConfig) -> Path:
+    def train(self, name: str, config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
         """Trains into `runs/<name>` and gives the LoRA's path. A run that is there already is continued or kept."""
-        watcher = _Watcher(lambda done, remark: self.progress(f"training {name}", done, config.steps, remark))
-        return train(config, self.model.denoiser, self.data, self.run_folder(name), watcher).lora_path
-
-    def run_folder(self, name: str) -> Path:
-        return self.output / "runs" / name
-
-
-class _Watcher(NoCallbacks):
-    def __init__(self, told: Callable[[int, str], None]) -> None:
-        self._told, self._gap = told, ""
-
-    def on_step(self, report: StepReport) -> None:
-        if report.relative_gap is not None:
-            self._gap = f"gap to teacher {report.relative_gap:.2f}"
-        self._told(report.step, self._gap)
+        return train(config, self.model.denoiser, self.data, self.output / "runs" / name, callbacks).lora_path

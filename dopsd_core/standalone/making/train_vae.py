@@ -44,10 +44,8 @@ def fold_normalisation(model: DemoAutoencoder, norm: nn.BatchNorm2d) -> None:
 
 def train(twins: Twins, folder: Path, steps: int, batch: int, peak: float) -> None:
     torch.manual_seed(0)
-    model, norm = (
-        DemoAutoencoder().to(memory_format=torch.channels_last),
-        nn.BatchNorm2d(16, affine=False, momentum=0.02),
-    )
+    model, norm = DemoAutoencoder(), nn.BatchNorm2d(16, affine=False, momentum=0.02)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.95), weight_decay=1e-3, fused=True)
     average, palette = WeightAverage(parameters, 0.99), torch.tensor(list(BACKGROUNDS.values()))

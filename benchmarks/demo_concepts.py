@@ -1,0 +1,69 @@
+"""The demo on several unseen concepts, and the median and the worst of its figures.
+
+    python -m benchmarks.demo_concepts --output /tmp/concepts --seeds 10 --jobs 2
+
+Each concept is a run of `python -m dopsd_core demo`; those that are in --output already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Report = Mapping[str, Any]
+
+
+def run_demo(seed: int, output: Path, jobs: int) -> Report:
+    folder = output / f"concept-{seed}"
+    if not (folder / "report.json").exists():
+        command = [sys.executable, "-m", "dopsd_core", "demo", "--concept-seed", str(seed), "--output", str(folder)]
+        subprocess.run([*command, "--jobs", str(jobs)], check=True, capture_output=True)
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def figure(report: Report, method: str, name: str) -> float:
+    return report["methods"][method][name]["mean"]
+
+
+def rows(reports: Sequence[Report]) -> dict[str, tuple[list[float], bool]]:
+    """Name -> (one value per concept, whether more is better)."""
+    table: dict[str, tuple[list[float], bool]] = {
+        "share of the concept gap closed by D-OPSD": ([r["gap_closed"] for r in reports], True)
+    }
+    for name in ("concept_error", "prompt_following", "frechet_trigger", "frechet_prior", "prior_error", "leak"):
+        for method in ("base", "teacher", "dopsd", "sft"):
+            better = name == "prompt_following"
+            table[f"{name}, {method}"] = ([figure(r, method, name) for r in reports], better)
+    for method in ("dopsd", "sft"):
+        ratio = [figure(r, method, "frechet_prior") / figure(r, "base", "frechet_prior") for r in reports]
+        table[f"frechet_prior over the base's, {method}"] = (ratio, False)
+    table["wall seconds"] = ([r["wall_seconds"] for r in reports], False)
+    table["peak memory, MB"] = ([r["peak_rss_mb"] for r in reports], False)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=10, help="concepts 0 to N-1")
+    parser.add_argument("--jobs", type=int, default=2, help="CPU cores to use")
+    args = parser.parse_args()
+    reports = [run_demo(seed, args.output, args.jobs) for seed in range(args.seeds)]
+    write = sys.stdout.write
+    write(f"{date.today()}, {platform.machine()}, {args.jobs} cores, ")
+    write(f"{args.seeds} concepts\n\n| figure | median | worst |\n|---|---|---|\n")
+    for name, (values, more_is_better) in rows(reports).items():
+        worst = min(values) if more_is_better else max(values)
+        write(f"| {name} | {median(values):.3g} | {worst:.3g} |\n")
+
+
+if __name__ == "__main__":
+    main()

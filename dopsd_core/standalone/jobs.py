@@ -1,0 +1,149 @@
+"""The demo's runs, several at a time: each in a process of its own with one thread.
+
+On networks this small two threads are hardly faster than one, two processes are twice as fast.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig
+from ..trainer import NoCallbacks
+from .concept import make_concept
+from .demo import Demo
+from .evaluate import Samples, Scores
+from .host import load_demo_model
+from .judge import load_judge
+from .memory import peak_rss_mb
+from .models import WEIGHTS
+from .weights_files import JUDGE_FILE
+
+Progress = Callable[[str, float], None]
+"""(what is being done, work done since the last call)."""
+
+_STEP = {"dopsd": 1.0, "sft": 0.35}  # cost of an optimizer step, and
+_SAMPLES = 16.0  # of a set of pictures, in steps of D-OPSD
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures of a model trained by `config`; without one, of the untouched model and of its teacher."""
+
+    seed: int
+    config: TrainConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's folder and what the progress bar calls it."""
+        if self.config is None:
+            return f"untouched-seed{self.seed}"
+        rate = f"-lr{self.config.lr:g}" if self.config.objective == "sft" else ""
+        return f"{self.config.objective}{rate}-seed{self.seed}"
+
+    @property
+    def work(self) -> float:
+        """About how long it takes, in steps of D-OPSD."""
+        steps = 0.0 if self.config is None else self.config.steps * _STEP[self.config.objective]
+        return steps + _SAMPLES
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """What a job found. taught: scores and pictures of the teacher, of an untouched job; lora: of a training job."""
+
+    scores: Scores
+    samples: Samples
+    taught: tuple[Scores, Samples] | None
+    lora: Path | None
+
+
+class JobRunner:
+    """Runs jobs on one concept in `jobs` processes; a context manager.
+
+    The samples that come back are rounded to 8 bits, as pictures in a file would be.
+    """
+
+    def __init__(self, concept_seed: int, output: Path, jobs: int, progress: Progress) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._manager = context.Manager()
+        self._queue: Any = self._manager.Queue()
+        self._listener = threading.Thread(target=self._listen, args=(progress,), daemon=True)
+        self._listener.start()
+        self._pool = ProcessPoolExecutor(jobs, context, _start, (concept_seed, output, self._queue))
+        self.peaks: dict[int, float] = {}
+
+    def __enter__(self) -> JobRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._queue.put(None)
+        self._listener.join()
+        self._manager.shutdown()
+
+    def run(self, jobs: Sequence[Job]) -> list[Done]:
+        """Every job's result, in order. The first error of any of them is raised here."""
+        results = []
+        for found, lora, process, peak in self._pool.map(_run, jobs):
+            (scores, samples), *taught = [(scores, _from_bytes(pictures)) for scores, pictures in found]
+            self.peaks[process] = max(peak, self.peaks.get(process, 0.0))
+            results.append(Done(scores, samples, taught[0] if taught else None, lora))
+        return results
+
+    def _listen(self, progress: Progress) -> None:
+        while (message := self._queue.get()) is not None:
+            progress(*message)
+
+
+class _Told(NoCallbacks):
+    def __init__(self, job: Job, queue: Any) -> None:
+        self._job, self._queue = job, queue
+
+    def on_step(self, report) -> None:
+        config = self._job.config
+        if config is not None and report.step:
+            gap = "" if report.relative_gap is None else f", gap {report.relative_gap:.2f}"
+            self._queue.put((f"{self._job.name} {report.step}/{config.steps}{gap}", _STEP[config.objective]))
+
+
+_worker: tuple[Demo, Any] | None = None
+
+
+def _start(concept_seed: int, output: Path, queue: Any) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    demo = Demo(load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE), make_concept(concept_seed), output)
+    _worker = demo, queue
+
+
+def _to_bytes(samples: Samples) -> list[Any]:
+    """Arrays of 8 bits: tensors would travel as shared memory that dies with its process."""
+    return [part.mul(255).round().byte().numpy() for part in vars(samples).values()]
+
+
+def _from_bytes(arrays: list[Any]) -> Samples:
+    return Samples(*(torch.from_numpy(array).float() / 255 for array in arrays))
+
+
+def _run(job: Job) -> tuple[list[tuple[Scores, list[Any]]], Path | None, int, float]:
+    if _worker is None:
+        raise RuntimeError("the process was not started by JobRunner")
+    demo, queue = _worker
+    lora = None
+    if job.config is not None:
+        lora = demo.train(job.name, job.config, _Told(job, queue))
+    made = [demo.samples(job.seed, lora)]
+    if job.config is None:
+        made.append(demo.taught(job.seed, made[0]))
+    queue.put((job.name, _SAMPLES))
+    found = [(demo.score(samples), _to_bytes(samples)) for samples in made]
+    return found, lora, os.getpid(), peak_rss_mb()
