@@ -137,7 +137,7 @@ def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[s
     if not stripped or not prompts:
         return [*stripped, *prompts]
     repeats = max(1, round(len(prompts) * STRIPPED_SHARE / (1 - STRIPPED_SHARE) / len(stripped)))
-    return [*stripped * repeats, *prompts]
+    return [*list(stripped) * repeats, *prompts]
 
 
 def _request(pair: Pair, caption: str) -> EncodeRequest:

@@ -117,8 +117,8 @@ def test_what_may_change_on_resuming() -> None:
 
 
 def test_objectives_get_their_options() -> None:
-    config = TrainConfig(lora=LORA, grad_steps=2, loss="velocity", anchor_probability=0.5)
-    assert config.make_objective() == DOPSD(grad_steps=2, loss="velocity", anchor_probability=0.5)
+    config = TrainConfig(lora=LORA, grad_steps=2, loss="velocity", anchor_probability=0.25)
+    assert config.make_objective() == DOPSD(grad_steps=2, loss="velocity", anchor_probability=0.25)
     sft = dataclasses.replace(config, objective="sft", sft_sigmas="grid")
     assert sft.make_objective() == SFT(sigmas="grid", shift=3.0)
     assert sft.idle_fields() == ("grad_steps", "loss", "anchor_probability") and config.idle_fields() == ()

@@ -305,3 +305,9 @@ def test_the_plan_encodes_each_different_caption_once(tmp_path: Path) -> None:
     assert [(item.variants, item.dropped, item.repeats) for item in plan.examples] == [((0, 0, 1), 2, 1), ((3,), 4, 2)]
     assert plan.anchors == ("a dog", "a red dog")
     assert plan_encoding(report.pairs).examples[0].dropped is None
+
+
+def test_captions_that_do_not_name_the_concept_give_no_anchor(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    file = rows(tmp_path / "rows.jsonl", {"path": "a.png", "short_en": "a photo of a dog"})
+    assert plan_encoding(read(file, trigger="sks").pairs, trigger="sks").anchors == ()

@@ -10,7 +10,7 @@ from torch import Tensor
 from dopsd_core.conditioning import Condition, ConditionCache
 from dopsd_core.dataset import Example, read_dataset
 from dopsd_core.trainer import train
-from dopsd_core.training_set import TrainingSet, build_training_set, grid_of
+from dopsd_core.training_set import TrainingSet, _weighted_anchors, build_training_set, grid_of
 from tests.tiny import CHANNELS, FEATURES, TinyDenoiser, make_config, make_data, make_pair
 
 
@@ -88,3 +88,11 @@ def test_the_grid_is_that_of_the_picture() -> None:
     klein = make_config(family="flux2_klein")
     assert grid_of(klein, (128, 64, 64))[1:4] == pytest.approx((0.967384, 0.908144, 0.767200), abs=1e-6)
     assert grid_of(klein, (128, 56, 72))[1:4] == pytest.approx((0.967212, 0.907690, 0.766229), abs=1e-6)
+
+
+def test_captions_without_the_name_are_three_quarters_of_the_anchors() -> None:
+    assert _weighted_anchors(("a dog", "a cat"), ()) == ["a dog", "a cat"]
+    assert _weighted_anchors((), ("x",)) == ["x"]
+    weighted = _weighted_anchors(("a dog", "a cat"), tuple("abcdefgh"))
+    assert weighted.count("a dog") == weighted.count("a cat") == 12 and len(weighted) == 32
+    assert set("abcdefgh") < set(weighted)

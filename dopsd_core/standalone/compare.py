@@ -57,7 +57,7 @@ def plan(config: TrainConfig, num_seeds: int) -> tuple[list[Job], list[Job], lis
 
 def sft_config(config: TrainConfig, rate: float, seed: int) -> TrainConfig:
     """The same run as plain supervised fine-tuning: equal steps, batch, LoRA and seed."""
-    return replace(config, objective="sft", anchor_probability=0.0, lr=rate, seed=seed)
+    return replace(config, objective="sft", lr=rate, seed=seed)
 
 
 def compare(
