@@ -22,7 +22,7 @@ from .judge import Judge
 from .sheet import Row, contact_sheet, save_curves
 from .world import render
 
-SFT_RATES = (3e-4, 1e-3, 3e-3)
+SFT_RATES = (1e-4, 3e-4, 1e-3)
 METHODS = ("base", "teacher", "dopsd", "sft")
 _SHOWN = 8
 
