@@ -21,11 +21,11 @@ from typing import Any
 Report = Mapping[str, Any]
 
 
-def run_demo(seed: int, output: Path, jobs: int) -> Report:
+def run_demo(seed: int, output: Path, jobs: int, training_seeds: int) -> Report:
     folder = output / f"concept-{seed}"
     if not (folder / "report.json").exists():
         command = [sys.executable, "-m", "dopsd_core", "demo", "--concept-seed", str(seed), "--output", str(folder)]
-        subprocess.run([*command, "--jobs", str(jobs)], check=True, capture_output=True)
+        subprocess.run([*command, "--jobs", str(jobs), "--seeds", str(training_seeds)], check=True, capture_output=True)
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
@@ -55,11 +55,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=10, help="concepts 0 to N-1")
     parser.add_argument("--jobs", type=int, default=2, help="CPU cores to use")
+    parser.add_argument("--training-seeds", type=int, default=3, help="training runs per concept and method")
     args = parser.parse_args()
-    reports = [run_demo(seed, args.output, args.jobs) for seed in range(args.seeds)]
+    reports = [run_demo(seed, args.output, args.jobs, args.training_seeds) for seed in range(args.seeds)]
     write = sys.stdout.write
     write(f"{date.today()}, {platform.machine()}, {args.jobs} cores, ")
-    write(f"{args.seeds} concepts\n\n| figure | median | worst |\n|---|---|---|\n")
+    write(
+        f"{args.seeds} concepts, {args.training_seeds} training runs each\n\n| figure | median | worst |\n|---|---|---|\n"
+    )
     for name, (values, more_is_better) in rows(reports).items():
         worst = min(values) if more_is_better else max(values)
         write(f"| {name} | {median(values):.3g} | {worst:.3g} |\n")
