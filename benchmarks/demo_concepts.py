@@ -59,10 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     reports = [run_demo(seed, args.output, args.jobs, args.training_seeds) for seed in range(args.seeds)]
     write = sys.stdout.write
-    write(f"{date.today()}, {platform.machine()}, {args.jobs} cores, ")
-    write(
-        f"{args.seeds} concepts, {args.training_seeds} training runs each\n\n| figure | median | worst |\n|---|---|---|\n"
-    )
+    write(f"{date.today()}, {platform.machine()}, {args.jobs} cores, {args.seeds} concepts, ")
+    write(f"{args.training_seeds} training runs each\n\n| figure | median | worst |\n|---|---|---|\n")
     for name, (values, more_is_better) in rows(reports).items():
         worst = min(values) if more_is_better else max(values)
         write(f"| {name} | {median(values):.3g} | {worst:.3g} |\n")
