@@ -34,6 +34,9 @@ class ConfigError(ValueError):
         super().__init__(f"{len(problems)} problem{'s' * (len(problems) != 1)} in the configuration:\n{listing}")
         self.problems = problems
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
+        return ConfigError, (self.problems,)  # so that it survives the way out of a worker process
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -95,6 +95,9 @@ class DatasetError(ValueError):
         super().__init__(f"{len(report.errors)} errors in the data set {report.source}:\n{lines}")
         self.report = report
 
+    def __reduce__(self) -> tuple[type[DatasetError], tuple[DatasetReport]]:
+        return DatasetError, (self.report,)  # so that it survives the way out of a worker process
+
 
 def read_dataset(
     source: str | Path,

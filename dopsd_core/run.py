@@ -44,7 +44,10 @@ class NonFiniteError(RuntimeError):
             f"the {what} of step {step} is {value}; the state before it is kept. "
             "Lower lr, or raise warmup; on half precision load the model in a wider dtype"
         )
-        self.step = step
+        self.step, self._facts = step, (step, what, value)
+
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[int, str, float]]:
+        return NonFiniteError, self._facts  # so that it survives the way out of a worker process
 
 
 class Run:

@@ -78,8 +78,8 @@ def run_train(args: argparse.Namespace) -> int:
         args.dataset, pixel_budget=resolution**2, multiple=Z_IMAGE.pixel_multiple, trigger=args.trigger,
         repeats=args.repeats, root=args.root,
     )  # fmt: skip
-    _say(report.describe())
     report.raise_for_errors()
+    _say(report.describe())
     model = load_demo_model()
     unknown = model.encoder.unknown_words([caption for pair in report.pairs for caption in pair.captions])
     if unknown:

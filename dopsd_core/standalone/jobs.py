@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,19 @@ class _Told(NoCallbacks):
             self._queue.put((f"{self._job.name} {report.step}/{config.steps}{gap}", _STEP[config.objective]))
 
 
-_worker: tuple[Demo, Any] | None = None
+_worker: tuple[int, Path, Any] | None = None
 
 
 def _start(concept_seed: int, output: Path, queue: Any) -> None:
     global _worker
     torch.set_num_threads(1)
-    demo = Demo(load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE), make_concept(concept_seed), output)
-    _worker = demo, queue
+    _worker = concept_seed, output, queue
+
+
+@cache
+def _demo(concept_seed: int, output: Path) -> Demo:
+    """Made by the first job, not at the process's start, where an error would only be told as a broken pool."""
+    return Demo(load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE), make_concept(concept_seed), output)
 
 
 def _to_bytes(samples: Samples) -> list[Any]:
@@ -137,7 +143,8 @@ def _from_bytes(arrays: list[Any]) -> Samples:
 def _run(job: Job) -> tuple[list[tuple[Scores, list[Any]]], Path | None, int, float]:
     if _worker is None:
         raise RuntimeError("the process was not started by JobRunner")
-    demo, queue = _worker
+    concept_seed, output, queue = _worker
+    demo = _demo(concept_seed, output)
     lora = None
     if job.config is not None:
         lora = demo.train(job.name, job.config, _Told(job, queue))

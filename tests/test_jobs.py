@@ -1,0 +1,42 @@
+"""The demo's runs in processes of their own."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dopsd_core.config import ConfigError
+from dopsd_core.dataset import DatasetError, DatasetReport
+from dopsd_core.run import NonFiniteError
+from dopsd_core.standalone.compare import SFT_RATES, plan
+from dopsd_core.standalone.demo import demo_config
+from dopsd_core.standalone.jobs import Job, JobRunner
+
+
+def test_plan_gives_every_method_the_same_budget() -> None:
+    untouched, dopsd, sft = plan(demo_config(steps=50), 3)
+    assert [job.seed for job in untouched] == [job.seed for job in dopsd] == [0, 1, 2]
+    assert len({job.name for job in (*untouched, *dopsd, *sft)}) == 6 + len(SFT_RATES) and len(SFT_RATES) >= 3
+    own = dopsd[0].config
+    for job in sft:
+        assert job.config is not None and own is not None
+        assert replace(job.config, objective="dopsd", lr=own.lr) == own
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError(("a", "b")), NonFiniteError(7, "loss", 1e400), DatasetError(DatasetReport(Path("x"), (), ()))]
+)
+def test_errors_survive_the_way_out_of_a_process(error: Exception) -> None:
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is type(error) and str(back) == str(error)
+
+
+def test_an_error_in_a_job_is_told_with_its_reason(tmp_path: Path) -> None:
+    with (  # nobody has written the concept's pictures there
+        JobRunner(0, tmp_path / "empty", 1, lambda what, work: None) as runner,
+        pytest.raises(ValueError, match="empty"),
+    ):
+        runner.run([Job(0)])
