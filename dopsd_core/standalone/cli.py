@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def run_demo(args: argparse.Namespace) -> int:
         draw_teacher_sheet(concept, base, teacher).save(args.output / "teacher.png")
         tqdm.write(f"Look at the teacher before the training: {args.output / 'teacher.png'}")
 
-    with tqdm(total=round(work), unit="", bar_format=_BAR) as bar:
+    with tqdm(total=math.ceil(work), unit="", bar_format=_BAR) as bar:
 
         def told(what: str, done: float) -> None:
             bar.set_postfix_str(what, refresh=False)
