@@ -11,7 +11,7 @@ from .arguments import make_parser
 
 log = logging.getLogger("dopsd")
 
-STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matplotlib", "scipy", "peft"}
+STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matplotlib", "peft"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
