@@ -2,3 +2,5 @@
 
 Pure torch: nothing in this package imports ComfyUI, and only `standalone/` imports diffusers or transformers.
 """
+
+__version__ = "0.2.0"

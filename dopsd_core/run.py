@@ -9,11 +9,12 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from . import __version__
 from .adapters import AdapterSet
 from .atomic import write_atomic
 from .conditioning import DualCondition
@@ -53,8 +54,16 @@ class NonFiniteError(RuntimeError):
 class Run:
     """The parts of a run and their state between two steps."""
 
-    def __init__(self, config: TrainConfig, denoiser: Denoiser, data: TrainingSet, folder: Path) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        denoiser: Denoiser,
+        data: TrainingSet,
+        folder: Path,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
         self.config, self.denoiser, self.data, self.folder = config, denoiser, data, folder
+        self._facts = dict(facts or {})
         self.step = 0
         self.start: Gaps | None = None
         self.last: Gaps | None = None
@@ -151,7 +160,9 @@ class Run:
     def save_lora(self) -> Path:
         """Writes the student as a LoRA file."""
         path = self.folder / LORA_NAME
-        metadata = {
+        metadata = self._facts | {
+            "dopsd_version": __version__,
+            "dopsd_dataset": self._fingerprint,
             "dopsd_config": self.config.to_json(),
             "dopsd_step": str(self.step),
             "dopsd_objective": self.config.objective,

@@ -10,12 +10,14 @@ bits as a run that was never stopped.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from .adapters import AdapterSet
 from .config import ConfigError, TrainConfig
 from .model import Denoiser
 from .progress import Gaps, StepReport
@@ -34,8 +36,8 @@ class Callbacks(Protocol):
         """After each optimizer step; once with step 0 before training when the gap is measured."""
         ...
 
-    def on_preview(self, step: int) -> None:
-        """Every `preview_every` steps, with the student's adapters active."""
+    def on_preview(self, step: int, adapters: AdapterSet) -> None:
+        """Before the first step and every `preview_every` steps; `adapters.use(...)` chooses who samples."""
         ...
 
     def should_stop(self) -> bool:
@@ -49,7 +51,7 @@ class NoCallbacks:
     def on_step(self, report: StepReport) -> None:
         """Nothing."""
 
-    def on_preview(self, step: int) -> None:
+    def on_preview(self, step: int, adapters: AdapterSet) -> None:
         """Nothing."""
 
     def should_stop(self) -> bool:
@@ -85,11 +87,13 @@ def train(
     callbacks: Callbacks | None = None,
     *,
     resume: bool = True,
+    facts: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Trains a LoRA, or goes on with the run in `run_dir`, and leaves the denoiser as it was.
 
     Args:
         resume: whether a run that is in `run_dir` may be continued; if not, finding one is an error.
+        facts: what else the LoRA's header shall tell: base model, trigger, ...
 
     Raises:
         ConfigError: the configuration does not fit the data or this machine.
@@ -100,7 +104,7 @@ def train(
     callbacks = callbacks or NoCallbacks()
     _check_data(config, data)
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
-        run = Run(config, denoiser, data, Path(run_dir))
+        run = Run(config, denoiser, data, Path(run_dir), facts)
         try:
             run.open(resume)
             with run.adapters.attached():
@@ -117,6 +121,8 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
     try:
         if run.step == 0 and run.start is None and config.probe_every:
             callbacks.on_step(run.measure_start())
+        if config.preview_every and run.step == 0:
+            callbacks.on_preview(0, run.adapters)
         while run.step < config.steps:
             if callbacks.should_stop():
                 return True
@@ -125,8 +131,7 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
             if run.step % config.checkpoint_every == 0:
                 run.save()
             if config.preview_every and run.step % config.preview_every == 0:
-                with run.adapters.use("student"):
-                    callbacks.on_preview(run.step)
+                callbacks.on_preview(run.step, run.adapters)
         return False
     except BaseException:
         run.save_before_leaving()

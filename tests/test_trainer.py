@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from dopsd_core.adapters import AdapterSet
 from dopsd_core.config import ConfigError
 from dopsd_core.dataset import Example
 from dopsd_core.lock import FolderInUse
@@ -47,7 +48,7 @@ class Recorder(NoCallbacks):
     def on_step(self, report: StepReport) -> None:
         self.reports.append(report)
 
-    def on_preview(self, step: int) -> None:
+    def on_preview(self, step: int, adapters: AdapterSet) -> None:
         self.previews.append(step)
 
     def should_stop(self) -> bool:
@@ -216,7 +217,7 @@ def test_training_reaches_the_teacher_and_says_so(tmp_path: Path) -> None:
     assert steps == [0, 50, 100, 150] and relative[0] == 1 and relative[-1] < 0.7
     assert relative[-1] == pytest.approx(result.end_gaps.train / result.start_gaps.train)
     assert curve(recorder.reports, lambda report: report.heldout_relative_gap)[0] == steps
-    assert recorder.previews == [60, 120]
+    assert recorder.previews == [0, 60, 120]
     assert recorder.reports == read_log(tmp_path / "train.jsonl")
     assert all(report.seconds is not None and report.seconds >= 0 for report in recorder.reports[1:])
 
