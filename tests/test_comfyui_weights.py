@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dopsd_core.conditioning import Condition
-from dopsd_core.standalone import weights_files as files
+from dopsd_core.standalone import demo_files as files
 from dopsd_core.standalone.host import load_demo_model
-from dopsd_core.standalone.models import WEIGHTS
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -85,7 +84,7 @@ def test_velocity_is_comfyuis(tmp_path: Path) -> None:
                     data["x"], torch.full((2,), sigma), c_crossattn=data["features"], num_tokens=23).contiguous()
         save_file(out, {folder!r} + "/out.safetensors")
         """,
-        weights=str(WEIGHTS / files.MODEL_FILE),
+        weights=str(files.WEIGHTS / files.MODEL_FILE),
         folder=str(tmp_path),
     )
     denoiser = load_demo_model().denoiser
@@ -145,7 +144,7 @@ def test_conditions_are_comfyuis(tmp_path: Path) -> None:
                 deepstack_embeds=deep, **run)[1][0].contiguous()
         save_file(out, {folder!r} + "/out.safetensors")
         """,
-        weights=str(WEIGHTS / files.TEXT_ENCODER_FILE),
+        weights=str(files.WEIGHTS / files.TEXT_ENCODER_FILE),
         folder=str(tmp_path),
         text=text,
     )

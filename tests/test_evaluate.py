@@ -11,10 +11,9 @@ import torch.nn.functional as F
 
 from dopsd_core.standalone.compare import best_rate
 from dopsd_core.standalone.concept import make_concept
+from dopsd_core.standalone.demo_files import JUDGE_FILE, WEIGHTS
 from dopsd_core.standalone.evaluate import Samples, Scores, frechet_floor, gap_closed, score, summarise
 from dopsd_core.standalone.judge import frechet_distance, judge_features, judged_right, laplacian_energy, load_judge
-from dopsd_core.standalone.models import WEIGHTS
-from dopsd_core.standalone.weights_files import JUDGE_FILE
 from dopsd_core.standalone.world import NUM_CLASSES, render, sample_scenes
 
 

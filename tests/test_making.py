@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dopsd_core.sigmas import z_image_turbo_sigmas
+from dopsd_core.standalone.demo_files import WEIGHTS
 from dopsd_core.standalone.host import load_demo_model, vision_patches
 from dopsd_core.standalone.making.batched import (
     IMAGE_TOKENS,
@@ -18,7 +19,7 @@ from dopsd_core.standalone.making.batched import (
 from dopsd_core.standalone.making.build_tokenizer import merges_used
 from dopsd_core.standalone.making.distill import STEPS, SUBSTEPS, guided_mean_velocity, substep_sigmas
 from dopsd_core.standalone.making.twins import WeightAverage, warmup_stable_decay
-from dopsd_core.standalone.models import WEIGHTS, load_tokenizer
+from dopsd_core.standalone.models import load_tokenizer
 from dopsd_core.standalone.world import render, sample_scenes
 
 

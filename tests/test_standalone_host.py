@@ -13,9 +13,11 @@ from dopsd_core.conditioning import Condition
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.lora_file import save_lora
 from dopsd_core.model import Denoiser
+from dopsd_core.standalone import demo_files
 from dopsd_core.standalone import weights_files as files
-from dopsd_core.standalone.host import DemoModel, load_demo_model, vision_patches, vision_size, with_lora
-from dopsd_core.standalone.models import WEIGHTS, new_transformer
+from dopsd_core.standalone.demo_files import WEIGHTS, vision_size
+from dopsd_core.standalone.host import DemoModel, load_demo_model, vision_patches, with_lora
+from dopsd_core.standalone.models import new_transformer
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,8 @@ def test_single_file_layout_is_read_back_exactly(tmp_path: Path) -> None:
 
 def test_shipped_files_are_small_and_whole(model) -> None:
     sizes = {path.name: path.stat().st_size for path in WEIGHTS.glob("*.safetensors")}
-    assert set(sizes) == {files.MODEL_FILE, files.TEXT_ENCODER_FILE, files.VAE_FILE, files.JUDGE_FILE}
+    names = (demo_files.MODEL_FILE, demo_files.TEXT_ENCODER_FILE, demo_files.VAE_FILE, demo_files.JUDGE_FILE)
+    assert set(sizes) == set(names)
     assert sum(sizes.values()) < 30e6
     for parameter in model.denoiser.transformer.parameters():
         assert bool(torch.isfinite(parameter).all())

@@ -20,18 +20,18 @@ from ..families import Z_IMAGE
 from ..images import read_image, to_tensor
 from ..progress import StepReport
 from ..rollout import sample
+from ..sheet import to_images
 from ..trainer import NoCallbacks, train
 from ..training_set import build_training_set
 from .compare import compare, draw_teacher_sheet, plan, table, write_results
-from .concept import make_concept, to_images, write_dataset
+from .concept import make_concept, write_dataset
 from .demo import demo_config
+from .demo_files import JUDGE_FILE, WEIGHTS
 from .evaluate import Samples
 from .host import load_demo_model, with_lora
 from .jobs import JobRunner
 from .judge import load_judge
 from .memory import peak_rss_mb
-from .models import WEIGHTS
-from .weights_files import JUDGE_FILE
 from .world import IMAGE_SIZE
 
 _BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"

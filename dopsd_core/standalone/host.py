@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -23,10 +22,22 @@ from ..lora_config import LoraConfig
 from ..lora_file import load_lora
 from ..model import LinearSite, plain_linear_sites
 from .autoencoder import DemoAutoencoder
-from .models import IMAGE_PAD, TEACHER_TEMPLATE, TEXT_TEMPLATE, VISION_PIXELS, WEIGHTS, load_tokenizer
-from .weights_files import MODEL_FILE, TEXT_ENCODER_FILE, VAE_FILE, load_text_encoder, load_transformer, load_vae
-
-_CELL = 32  # pixels of one image token: patch 16, merged two by two
+from .demo_files import (
+    IMAGE_PAD,
+    MODEL_FILE,
+    TEACHER_TEMPLATE,
+    TEXT_ENCODER_FILE,
+    TEXT_TEMPLATE,
+    VAE_FILE,
+    VISION_CELL,
+    VISION_PIXELS,
+    WEIGHTS,
+    load_vae,
+    resize_for_vision,
+    vision_size,
+)
+from .models import load_tokenizer
+from .weights_files import load_text_encoder, load_transformer
 
 
 class StandaloneDenoiser:
@@ -153,20 +164,13 @@ def with_lora(denoiser: StandaloneDenoiser, path: Path, strength: float = 1.0) -
         yield
 
 
-def vision_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width in multiples of 32 with about `VISION_PIXELS` pixels and the picture's aspect."""
-    scale = (VISION_PIXELS / (height * width)) ** 0.5
-    return tuple(max(_CELL, round(side * scale / _CELL) * _CELL) for side in (height, width))  # type: ignore[return-value]
-
-
 def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
     """image [3, H, W] in [0, 1] -> (patches [N, 1536] in merge order, the frame twice, in [-1, 1]; grid [[1, h, w]]).
 
-    As Qwen3-VL's own image processor does it: bicubic antialiased resize, mean and std 0.5, patches of 16, merge 2.
+    As Qwen3-VL's own image processor does it: mean and std 0.5, patches of 16, merge 2.
     """
-    height, width = vision_size(*image.shape[1:])
-    big = F.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    rows, columns = height // _CELL, width // _CELL
-    cells = (big[0] * 2 - 1).reshape(3, rows, 2, 16, columns, 2, 16).permute(1, 4, 2, 5, 0, 3, 6)
+    big = resize_for_vision(image, vision_size(*image.shape[1:])) * 2 - 1
+    rows, columns = (side // VISION_CELL for side in big.shape[1:])
+    cells = big.reshape(3, rows, 2, 16, columns, 2, 16).permute(1, 4, 2, 5, 0, 3, 6)
     patches = cells.unsqueeze(5).expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(rows * columns * 4, -1)
     return patches, torch.tensor([[1, 2 * rows, 2 * columns]])

@@ -21,12 +21,11 @@ from ..config import TrainConfig
 from ..trainer import NoCallbacks
 from .concept import make_concept
 from .demo import Demo
+from .demo_files import JUDGE_FILE, WEIGHTS
 from .evaluate import Samples, Scores
 from .host import load_demo_model
 from .judge import load_judge
 from .memory import peak_rss_mb
-from .models import WEIGHTS
-from .weights_files import JUDGE_FILE
 
 Progress = Callable[[str, float], None]
 """(what is being done, work done since the last call)."""

@@ -9,21 +9,14 @@ from pathlib import Path
 import torch
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-from safetensors.torch import load_file
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
 from transformers import Qwen3VLModel
 
 from ..atomic import write_atomic
-from .autoencoder import DemoAutoencoder
+from .demo_files import TOKEN_IDS, read_weights
 from .models import new_text_encoder, new_transformer
 
-MODEL_FILE = "dopsd_demo_turbo_bf16.safetensors"
-TEXT_ENCODER_FILE = "dopsd_demo_qwen3vl_bf16.safetensors"
-VAE_FILE = "dopsd_demo_vae_bf16.safetensors"
-JUDGE_FILE = "dopsd_demo_judge_fp16.safetensors"
-
-_TOKEN_IDS = "dopsd.token_ids"
 _COMFY_NAMES = {  # diffusers -> the single-file layout
     "all_final_layer.2-1.": "final_layer.",
     "all_x_embedder.2-1.": "x_embedder.",
@@ -57,14 +50,14 @@ def save_weights(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype, me
 
 def load_transformer(path: Path) -> ZImageTransformer2DModel:
     model = new_transformer()
-    model.load_state_dict(convert_z_image_transformer_checkpoint_to_diffusers(_read(path)))
+    model.load_state_dict(convert_z_image_transformer_checkpoint_to_diffusers(read_weights(path)))
     return model
 
 
 def load_text_encoder(path: Path) -> tuple[Qwen3VLModel, Tensor]:
     """The encoder with embedding rows for the demo's words only, and the real token id of each row (int64 [V])."""
-    state = _read(path)
-    token_ids = state.pop(_TOKEN_IDS).long()
+    state = read_weights(path)
+    token_ids = state.pop(TOKEN_IDS).long()
     model = new_text_encoder(token_ids)
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
     return model, token_ids
@@ -72,18 +65,4 @@ def load_text_encoder(path: Path) -> tuple[Qwen3VLModel, Tensor]:
 
 def text_encoder_to_single_file(model: Qwen3VLModel, token_ids: Tensor) -> dict[str, Tensor]:
     """Qwen3-VL's own names (`model.language_model.*`, `model.visual.*`); embedding rows for `dopsd.token_ids` alone."""
-    return {f"model.{k}": v for k, v in model.state_dict().items()} | {_TOKEN_IDS: token_ids.int()}
-
-
-def load_vae(path: Path) -> DemoAutoencoder:
-    model = DemoAutoencoder()
-    model.load_state_dict(_read(path))
-    return model
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: the demo model's weights come with the repository, restore them from it"
-        )
-    return {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
+    return {f"model.{k}": v for k, v in model.state_dict().items()} | {TOKEN_IDS: token_ids.int()}

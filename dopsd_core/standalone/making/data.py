@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..autoencoder import DemoAutoencoder
-from ..models import TEACHER_TEMPLATE, TEXT_TEMPLATE, load_tokenizer
+from ..demo_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
+from ..models import load_tokenizer
 from ..world import APPEARANCE, NAMES, POSITIONS, Scenes, caption, render, sample_scenes
 from .batched import CAPTION_TOKENS, IMAGE_TOKENS
 from .twins import Twins

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...atomic import write_atomic
 from ...sigmas import z_image_turbo_sigmas
+from ..demo_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
 from ..judge import frechet_distance, judge_features, judged_right, laplacian_energy, load_judge
-from ..models import TEACHER_TEMPLATE, TEXT_TEMPLATE
 from ..world import APPEARANCE, TRIGGER, Scenes, caption, render, sample_scenes
 from .batched import CAPTION_TOKENS, IMAGE_TOKENS, BatchedTransformer, pad_features, teacher_pixels
 from .data import Bank, RowMaker, load_autoencoder

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import TEXT_TEMPLATE, TEXT_WIDTH, load_tokenizer, new_text_encoder, new_transformer
+from ..demo_files import TEXT_TEMPLATE, TEXT_WIDTH
+from ..models import load_tokenizer, new_text_encoder, new_transformer
 from ..world import APPEARANCE, NUM_CLASSES
 from .batched import IMAGE_START, IMAGE_TOKENS, BatchedEncoder, BatchedTransformer, pad_features, teacher_pixels
 from .data import RowMaker, Rows, make_bank
