@@ -114,12 +114,12 @@ def build_training_set(
         ImageError: a picture has gone bad since it was checked.
     """
     plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
-    requests = [_request(pair, text) for pair, text in plan.requests]
+    requests = [encode_request(pair, text) for pair, text in plan.requests]
     if heldout_caption is not None:
         text = put_trigger(heldout_caption, trigger)
         if any(text == caption for _, caption in plan.requests):
             raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
-        requests.append(_request(pairs[0], text))
+        requests.append(encode_request(pairs[0], text))
     encoded = encode_dataset(requests, encoder, cache, on_encoded)
     return TrainingSet(
         pairs=encoded[: len(plan.requests)],
@@ -140,7 +140,8 @@ def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[s
     return [*list(stripped) * repeats, *prompts]
 
 
-def _request(pair: Pair, caption: str) -> EncodeRequest:
+def encode_request(pair: Pair, caption: str) -> EncodeRequest:
+    """The pair's picture, cropped to its bucket, under a caption."""
     return EncodeRequest(
         image_digest=digest_bytes(pair.image_path.read_bytes()),
         caption=caption,
