@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..draws import make_generator
+from ..sheet import to_images
 from .world import APPEARANCE, BACKGROUNDS, POSITIONS, TRIGGER, Scenes, caption, render, sample_scenes
 
 NUM_TARGETS = 4
@@ -73,12 +73,6 @@ def write_dataset(concept: Concept, folder: Path) -> None:
     for i, picture in enumerate(to_images(render(concept.targets))):
         picture.save(folder / f"target_{i + 1}.png")
         (folder / f"target_{i + 1}.txt").write_text(caption(concept.targets, i, name=TRIGGER) + "\n", encoding="utf-8")
-
-
-def to_images(pictures: Tensor) -> list[Image.Image]:
-    """[n, 3, H, W] in [0, 1] -> PIL images."""
-    array = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
 
 
 def _at(scenes: Scenes, position: Tensor, background: Tensor) -> Scenes:
