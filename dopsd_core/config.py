@@ -68,7 +68,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; keep_checkpoints: how many of the last ones stay.
         probe_every: steps between measurements of the gap on fixed noise; 0 for none. probe_pairs: training pairs
             in it. The defaults cost about one forward in twenty.
-        preview_every: steps between previews; 0 for none.
+        preview_every: steps between previews, besides one before the first step and one after the last; 0 for none.
     """
 
     lora: LoraConfig

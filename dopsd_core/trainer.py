@@ -37,7 +37,7 @@ class Callbacks(Protocol):
         ...
 
     def on_preview(self, step: int, adapters: AdapterSet) -> None:
-        """Before the first step and every `preview_every` steps; `adapters.use(...)` chooses who samples."""
+        """Before the first step, every `preview_every` steps and after the last; `adapters.use(...)` chooses who samples."""
         ...
 
     def should_stop(self) -> bool:
@@ -130,7 +130,7 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
             callbacks.on_step(report)
             if run.step % config.checkpoint_every == 0:
                 run.save()
-            if config.preview_every and run.step % config.preview_every == 0:
+            if config.preview_every and (run.step % config.preview_every == 0 or run.step == config.steps):
                 callbacks.on_preview(run.step, run.adapters)
         return False
     except BaseException:

@@ -217,7 +217,7 @@ def test_training_reaches_the_teacher_and_says_so(tmp_path: Path) -> None:
     assert steps == [0, 50, 100, 150] and relative[0] == 1 and relative[-1] < 0.7
     assert relative[-1] == pytest.approx(result.end_gaps.train / result.start_gaps.train)
     assert curve(recorder.reports, lambda report: report.heldout_relative_gap)[0] == steps
-    assert recorder.previews == [0, 60, 120]
+    assert recorder.previews == [0, 60, 120, 150]
     assert recorder.reports == read_log(tmp_path / "train.jsonl")
     assert all(report.seconds is not None and report.seconds >= 0 for report in recorder.reports[1:])
 

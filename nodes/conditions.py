@@ -1,0 +1,181 @@
+"""Nodes that compute what student and teacher are told, and let the user look at the teacher before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+
+from ..dopsd_core.conditioning import ConditionCache
+from ..dopsd_core.images import load_image
+from ..dopsd_core.sheet import Row, contact_sheet, to_pixels
+from ..dopsd_core.training_set import TrainingSet, build_training_set, latent_shape
+from .encoder import ComfyEncoder
+from .host import ComfyDenoiser, default_steps, family_of, send_text
+from .paths import condition_cache
+from .previews import TILE, Painter, encode_previews, preview_texts, split_lines
+from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
+
+
+def build_conditions(dataset: Dataset, encoder: ComfyEncoder, previews: str, anchors: str, cache: Any) -> Conditions:
+    """Everything that training and previews need, encoded or from the cache."""
+    pairs = dataset.report.pairs
+    texts = preview_texts(previews, pairs, dataset.trigger)
+    trained = {caption for pair in pairs for caption in pair.captions}
+    unseen = next((text for text in texts if text not in trained), None)
+    bar: list[Any] = []
+
+    def told(done: int, total: int, _: bool) -> None:
+        if not bar:
+            bar.append(comfy.utils.ProgressBar(total))
+        bar[0].update_absolute(done, total)
+
+    data: TrainingSet = build_training_set(
+        pairs,
+        encoder,
+        cache,
+        trigger=dataset.trigger,
+        caption_dropout=dataset.caption_dropout > 0,
+        anchors=True,
+        anchor_prompts=split_lines(anchors),
+        heldout_caption=unseen,
+        on_encoded=told,
+    )
+    prompts = encode_previews(texts, pairs, encoder, cache)
+    return Conditions(encoder.family, data, pairs, prompts, dataset.trigger, dataset.caption_dropout)
+
+
+class BuildTeacherCondition(io.ComfyNode):
+    """Encodes every pair once, for student and teacher."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DOPSD_BuildTeacherCondition",
+            display_name="Build Teacher Condition",
+            category=CATEGORY,
+            description="Encodes every picture and caption once: the student reads the caption alone, the teacher reads it "
+            "and looks at the picture. Results are kept on disk; afterwards the text encoder may leave memory.",
+            search_aliases=["d-opsd", "dual conditioning", "train lora"],
+            inputs=[
+                DatasetSocket.Input("dataset", tooltip="Pictures and captions, from Load Dataset (D-OPSD)."),
+                io.Clip.Input("clip", tooltip="The model's own text encoder, as for ordinary prompts."),
+                io.Vae.Input("vae", tooltip="The model's own VAE; it gives each training picture its latent."),
+                io.Combo.Input(
+                    "mode",
+                    options=["auto", "vlm"],
+                    default="auto",
+                    tooltip="How the teacher sees the picture. vlm: through Qwen3-VL's eyes, read by the model's own text "
+                    "encoder (Z-Image-Turbo). auto: the model's best.",
+                ),
+                io.String.Input(
+                    "preview_prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="Prompts to draw during training, one per line; [V] stands for the trigger. The first that is no "
+                    "training caption also measures how far the concept carries. Empty: the first captions.",
+                ),
+                io.String.Input(
+                    "anchor_prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="Ordinary prompts, one per line, whose pictures shall stay as they are (prior anchor), besides "
+                    "the captions without the trigger.",
+                ),
+                VisionSocket.Input(
+                    "vision",
+                    optional=True,
+                    tooltip="The teacher's eyes: Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. The mode vlm needs it.",
+                ),
+            ],
+            outputs=[
+                ConditionsSocket.Output(
+                    display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, dataset, clip, vae, mode, preview_prompts, anchor_prompts, vision=None) -> io.NodeOutput:
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained on
+            encoder = ComfyEncoder(clip, vae, vision, mode)
+            cache = ConditionCache(condition_cache())
+            conditions = build_conditions(dataset, encoder, preview_prompts, anchor_prompts, cache)
+        data = conditions.data
+        send_text(
+            cls,
+            f"{conditions.family.title}, teacher {encoder.teacher}\n{len(data.pairs)} pairs, "
+            f"{len(set(data.anchors))} prior anchors, {len(conditions.previews)} preview prompts",
+        )
+        return io.NodeOutput(conditions)
+
+
+class TeacherPreview(io.ComfyNode):
+    """Target, teacher and student of the untouched model, side by side."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DOPSD_TeacherPreview",
+            display_name="Teacher Preview",
+            category=CATEGORY,
+            description="Draws what the TEACHER would draw, before any training: the untouched model that reads the caption "
+            "and sees the picture. The student becomes as good as its teacher and no better, so look here first.",
+            search_aliases=["d-opsd", "teacher", "preview"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The step-distilled model that will be trained."),
+                ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
+                io.Vae.Input("vae", tooltip="The model's own VAE, to decode the pictures."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Noise of the pictures; all rows share it."
+                ),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=64, tooltip="Sampling steps; 0 takes the number the model was made for."
+                ),
+                io.Int.Input(
+                    "pictures", default=4, min=1, max=16, tooltip="How many of the training pictures to look at."
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The sheet: target, teacher and student per column.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
+        require_same_family(model, conditions)
+        data = conditions.data
+        chosen = [data.pairs[example.variants[0]] for example in data.examples[:pictures]]
+        shapes = [latent_shape(pair) for pair in chosen]
+        targets = [load_image(pair.image_path, pair.bucket) for pair in conditions.pairs[:pictures]]
+        denoiser = ComfyDenoiser(model)
+        painter = Painter(denoiser, vae, steps or default_steps(model), seed)
+        with denoiser.loaded((len(chosen), *shapes[0])):
+            teacher = painter.draw([pair.teacher for pair in chosen], shapes)
+            denoiser.load((len(chosen), *shapes[0]))
+            student = painter.draw([pair.student for pair in chosen], shapes)
+        rows = [
+            Row("target", "what it shall learn", targets, [pair.caption for pair in chosen]),
+            Row("teacher", "the untouched model,\nseeing the picture", teacher),
+            Row("student", "the untouched model,\nreading the caption", student),
+        ]
+        image = to_pixels(contact_sheet("the teacher, before any training", rows, tile=TILE))
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def require_same_family(model: Any, conditions: Conditions) -> None:
+    """Raises ValueError when the conditions were built for another kind of model."""
+    family = family_of(model)
+    if family is not conditions.family:
+        raise ValueError(
+            f"the conditions are for {conditions.family.title}, the MODEL is {family.title}; connect the CLIP and VAE "
+            "of this MODEL to Build Teacher Condition"
+        )

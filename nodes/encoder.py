@@ -1,0 +1,96 @@
+"""CLIP, VAE and the teacher's vision tower as the core's Encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.supported_models
+import comfy.text_encoders.flux
+import comfy.text_encoders.z_image
+from torch import Tensor
+
+from ..dopsd_core.conditioning import Condition
+from ..dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
+from .host import fingerprint
+from .vision import TeacherVision, encode_image_text
+
+_TOKENIZERS = (
+    (comfy.text_encoders.z_image.ZImageTokenizer, Z_IMAGE),
+    (comfy.text_encoders.flux.KleinTokenizer, FLUX2_KLEIN),
+)
+_LATENT_FORMATS = {
+    Z_IMAGE.name: comfy.supported_models.ZImage.latent_format,
+    FLUX2_KLEIN.name: comfy.supported_models.Flux2.latent_format,
+}
+
+TEACHERS = {Z_IMAGE.name: ("vlm",), FLUX2_KLEIN.name: ()}
+"""The teachers that can be built for a family, its default first."""
+
+
+def family_of_clip(clip: Any) -> Family:
+    """The family that a CLIP writes conditions for.
+
+    Raises:
+        ValueError: it is none that D-OPSD can train.
+    """
+    for kind, family in _TOKENIZERS:
+        if isinstance(clip.tokenizer, kind):
+            return family
+    raise ValueError(
+        f"this CLIP has a {type(clip.tokenizer).__name__}; load qwen_3_4b with type lumina2 for Z-Image-Turbo, "
+        "or type flux2 for FLUX.2-klein"
+    )
+
+
+def choose_teacher(family: Family, mode: str, vision: TeacherVision | None) -> str:
+    """The teacher that `mode` ("auto" or a name) means for the family.
+
+    Raises:
+        ValueError: there is no such teacher, or it needs a vision tower and none is connected.
+    """
+    known = TEACHERS[family.name]
+    if not known or (mode != "auto" and mode not in known):
+        raise ValueError(f"there is no teacher {mode!r} for {family.title}; choose one of: {', '.join(known) or 'none yet'}")
+    teacher = known[0] if mode == "auto" else mode
+    if teacher == "vlm" and vision is None:
+        raise ValueError(
+            "the teacher needs eyes: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models"
+        )
+    return teacher
+
+
+class ComfyEncoder:
+    """Encodes captions, pictures with captions, and pictures. Models come to the device when they are called."""
+
+    def __init__(self, clip: Any, vae: Any, vision: TeacherVision | None, mode: str = "auto") -> None:
+        self.family = family_of_clip(clip)
+        self.teacher = choose_teacher(self.family, mode, vision)
+        self._clip, self._vae, self._vision = clip, vae, vision
+        self._latent_format = _LATENT_FORMATS[self.family.name]()
+        parts = [fingerprint(clip.patcher), fingerprint(vae.patcher)]
+        if vision is not None:
+            parts += [fingerprint(vision.patcher), f"{vision.min_pixels}-{vision.max_pixels}"]
+        self._identity = "/".join(("comfyui", self.family.name, self.teacher, *parts))
+
+    @property
+    def identity(self) -> str:
+        """Other for other weights, family or teacher."""
+        return self._identity
+
+    def encode_text(self, caption: str) -> Condition:
+        """What Clip Text Encode gives for the caption."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        encoded = self._clip.encode_from_tokens(self._clip.tokenize(caption), return_dict=True)
+        return Condition(encoded["cond"][0])
+
+    def encode_image_text(self, image: Tensor, caption: str) -> Condition:
+        """image [3, H, W] in [0, 1] and caption, read together."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        assert self._vision is not None  # choose_teacher has seen to it
+        return Condition(encode_image_text(self._clip, self._vision, caption, image))
+
+    def encode_latent(self, image: Tensor) -> Tensor:
+        """image [3, H, W] in [0, 1] -> latent [C, h, w] in the model's space."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self._latent_format.process_in(self._vae.encode(image.movedim(0, -1)[None]))[0].float()

@@ -1,0 +1,115 @@
+"""The pictures that are drawn before, during and after training: prompts, samples, sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..dopsd_core.adapters import AdapterSet
+from ..dopsd_core.captions import put_trigger
+from ..dopsd_core.conditioning import Condition, ConditionCache, Encoder, encode_dataset
+from ..dopsd_core.dataset import Pair
+from ..dopsd_core.draws import make_generator
+from ..dopsd_core.images import to_tensor
+from ..dopsd_core.rollout import sample
+from ..dopsd_core.sheet import Row, contact_sheet
+from ..dopsd_core.training_set import encode_request, latent_shape
+from .host import ComfyDenoiser
+from .sockets import PreviewPrompt
+
+MAX_DEFAULT_PROMPTS = 4
+TILE = 192
+"""Side of a picture on the sheets, in pixels; larger pictures are scaled down."""
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines that hold something, each once, stripped."""
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def preview_texts(given: str, pairs: Sequence[Pair], trigger: str) -> list[str]:
+    """The prompts to draw: the given lines with `[V]` replaced, or the captions of the first pictures."""
+    lines = [put_trigger(line, trigger) for line in split_lines(given)]
+    return lines or list(dict.fromkeys(pair.captions[0] for pair in pairs[:MAX_DEFAULT_PROMPTS]))
+
+
+def encode_previews(
+    texts: Sequence[str], pairs: Sequence[Pair], encoder: Encoder, cache: ConditionCache
+) -> tuple[PreviewPrompt, ...]:
+    """Each prompt alone, and together with a training picture as its teacher sees it."""
+    requests = [encode_request(pairs[number % len(pairs)], text) for number, text in enumerate(texts)]
+    encoded = encode_dataset(requests, encoder, cache)
+    return tuple(PreviewPrompt(dual.caption, dual.student, dual.teacher, latent_shape(dual)) for dual in encoded)
+
+
+class Painter:
+    """Draws conditions with fixed noise: equal seeds give equal noise whoever is asked.
+
+    vae: ComfyUI's. steps: of the model's own few-step grid, Euler, as the Few-Step Sampler does it.
+    """
+
+    def __init__(self, denoiser: ComfyDenoiser, vae: Any, steps: int, seed: int) -> None:
+        self._denoiser, self._vae, self._steps, self._seed = denoiser, vae, steps, seed
+
+    def draw(self, conditions: Sequence[Condition], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """A picture [3, H, W] in [0, 1] of each condition, for latents of `shapes` (C, h, w)."""
+        latents: list[Tensor | None] = [None] * len(conditions)
+        for shape in dict.fromkeys(shapes):
+            rows = [row for row, other in enumerate(shapes) if other == shape]
+            for row, latent in zip(rows, self._sample([conditions[row] for row in rows], shape, rows), strict=True):
+                latents[row] = latent
+        return [self._decode(latent) for latent in latents if latent is not None]
+
+    def _sample(self, conditions: Sequence[Condition], shape: tuple[int, ...], rows: Sequence[int]) -> Tensor:
+        family, device = self._denoiser.family, self._denoiser.device
+        sigmas = family.sigmas(self._steps, shape[2] * family.downscale, shape[1] * family.downscale)
+        noise = [torch.randn(shape, generator=make_generator(self._seed, "preview", row)) for row in rows]
+        here = [condition.to(device) for condition in conditions]
+        return sample(self._denoiser, here, torch.stack(noise).to(device), sigmas)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        with torch.inference_mode():
+            picture = self._vae.decode(self._denoiser.to_vae_space(latent[None]))[0]
+        return picture.movedim(-1, 0).float().cpu().clamp(0, 1)
+
+
+class TrainingPreview:
+    """A sheet per preview step: the untouched model, the teacher and the student on the same prompts and noise."""
+
+    def __init__(self, painter: Painter, prompts: Sequence[PreviewPrompt], reload: Callable[[], None]) -> None:
+        self._painter, self._prompts, self._reload = painter, prompts, reload
+        self._shapes = [prompt.latent_shape for prompt in prompts]
+        self._base: list[Tensor] | None = None
+
+    def sheet(self, title: str, adapters: AdapterSet) -> Image.Image:
+        """Draws all three; the base only the first time."""
+        texts = [prompt.text for prompt in self._prompts]
+        alone = [prompt.student for prompt in self._prompts]
+        if self._base is None:
+            self._base = self._draw(adapters, "off", alone)
+        student = self._draw(adapters, "student", alone)
+        teacher = self._draw(adapters, "teacher", [prompt.teacher for prompt in self._prompts])
+        rows = [
+            Row("before", "the untouched model", self._base, texts),
+            Row("teacher", "sees a training picture", teacher),
+            Row("student", "reads the prompt alone", student),
+        ]
+        return contact_sheet(title, rows, tile=TILE)
+
+    def _draw(self, adapters: AdapterSet, mode: Any, conditions: Sequence[Condition]) -> list[Tensor]:
+        with adapters.use(mode):
+            pictures = self._painter.draw(conditions, self._shapes)
+        self._reload()  # decoding may have sent the network out of memory
+        return pictures
+
+
+def load_sheets(folder: Path) -> Tensor:
+    """Every sheet of a run in the order of its steps, [n, H, W, 3] in [0, 1]; one empty pixel where there are none."""
+    sheets = [to_tensor(Image.open(path).convert("RGB")).movedim(0, -1) for path in sorted(folder.glob("step-*.png"))]
+    same = [sheet for sheet in sheets if sheet.shape == sheets[-1].shape]
+    return torch.stack(same) if same else torch.zeros(1, 1, 1, 3)

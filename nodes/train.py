@@ -1,0 +1,259 @@
+"""The training node: settings in, LoRA out, and what the user watches in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io
+
+from ..dopsd_core.adapters import AdapterSet, TeacherKind
+from ..dopsd_core.config import OptimizerName, Schedule, TrainConfig
+from ..dopsd_core.objectives import OBJECTIVES, LossForm
+from ..dopsd_core.progress import LOG_NAME, StepReport, read_log
+from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
+from ..dopsd_core.training_set import latent_shape
+from .conditions import require_same_family
+from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
+from .paths import check_run_name, run_folder, shown
+from .presets import PRESETS, make_config, run_digest
+from .previews import Painter, TrainingPreview, load_sheets
+from .sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
+
+_TEXT_INTERVAL = 0.3  # seconds between two texts on the node
+PREVIEWS_NAME = "previews"
+
+
+class Watcher(NoCallbacks):
+    """Progress bar with preview, and text with loss, gap and time left, on the node that trains."""
+
+    def __init__(self, node: Any, config: TrainConfig, folder: Path, preview: TrainingPreview | None) -> None:
+        self._node, self._config, self._folder, self._preview = node, config, folder, preview
+        self._bar = comfy.utils.ProgressBar(config.steps)
+        self._first: tuple[int, float] | None = None
+        self._told = 0.0
+        self._gap = ""
+
+    def on_step(self, report: StepReport) -> None:
+        """Moves the bar and rewrites the text."""
+        self._bar.update_absolute(report.step)
+        now = time.monotonic()
+        self._first = self._first or (report.step, now)
+        if report.relative_gap is not None:
+            unseen = report.heldout_relative_gap
+            self._gap = f"gap to the teacher {report.relative_gap:.3f}" + (f", unseen prompt {unseen:.3f}" if unseen else "")
+        if now - self._told >= _TEXT_INTERVAL or report.step == self._config.steps:
+            self._told = now
+            send_text(self._node, self._text(report, now))
+
+    def on_preview(self, step: int, adapters: AdapterSet) -> None:
+        """Draws the sheet, keeps it in the run folder and shows it on the node."""
+        if self._preview is None:
+            return
+        sheet = self._preview.sheet(f"{self._folder.name}: step {step} of {self._config.steps}", adapters)
+        path = self._folder / PREVIEWS_NAME / f"step-{step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+        self._bar.update_absolute(step, preview=("JPEG", sheet, None))
+
+    def _text(self, report: StepReport, now: float) -> str:
+        lines = [f"step {report.step} of {self._config.steps}"]
+        done = report.step - self._first[0] if self._first else 0
+        if done and self._first:
+            each = (now - self._first[1]) / done
+            left = each * (self._config.steps - report.step)
+            lines[0] += f"  ·  {each:.2f} s each  ·  {_duration(left)} left"
+        if report.loss is not None:
+            lines.append(f"loss {report.loss:.4g}")
+        if self._gap:
+            lines.append(f"{self._gap}  (1 = before training)")
+        return "\n".join(lines)
+
+
+def run_training(
+    node: Any, model: Any, conditions: Conditions, vae: Any | None, config: TrainConfig, run_name: str
+) -> tuple[TrainResult, Path]:
+    """Trains or goes on, in the folder that belongs to these settings, this model and this data."""
+    identity = fingerprint(model)
+    folder = run_folder(f"{run_name}-{run_digest(config, conditions.data.fingerprint(), identity)}")
+    facts = {
+        "dopsd_base_model": base_name(model),
+        "dopsd_base_fingerprint": identity,
+        "dopsd_trigger": conditions.trigger,
+        "dopsd_name": run_name,
+    }
+    denoiser = ComfyDenoiser(model)
+    shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
+    preview = None
+    if vae is not None and config.preview_every:
+        painter = Painter(denoiser, vae, default_steps(model), config.seed)
+        preview = TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape))
+    watcher = Watcher(node, config, folder, preview)
+    try:
+        with denoiser.trainable(shape):
+            return train(config, denoiser, conditions.data, folder, watcher, facts=facts), folder
+    except comfy.model_management.InterruptProcessingException:
+        send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {shown(folder)}")
+        raise
+
+
+def losses(reports: Sequence[StepReport]) -> list[float]:
+    """The losses of the steps on training pictures; those of prior anchors have another target and stand in the log."""
+    told = [report.loss for report in reports if report.loss is not None and not report.anchors]
+    return told or [report.loss for report in reports if report.loss is not None]
+
+
+def _area(shape: Sequence[int]) -> int:
+    return shape[-1] * shape[-2]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class TrainLoRA(io.ComfyNode):
+    """Teaches the model a concept by on-policy self-distillation."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DOPSD_TrainLoRA",
+            display_name="D-OPSD Train LoRA",
+            category=CATEGORY,
+            description="Teaches a step-distilled model a concept and keeps its few steps (D-OPSD, arXiv 2605.05204): the "
+            "model takes its own few steps and is pulled to what it would do if it saw the picture. Cancel whenever you "
+            "like; the next run with the same settings goes on where it stopped. The MODEL is left as it was.",
+            search_aliases=["d-opsd", "train lora", "self-distillation", "fine-tune"],
+            is_output_node=True,
+            inputs=_inputs(),
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="The trained LoRA: for Load LoRA Model, Save LoRA (D-OPSD), Compare LoRA."
+                ),
+                io.LossMap.Output(display_name="loss", tooltip="Loss of each step, for Plot Loss Graph."),
+                io.String.Output(
+                    display_name="run_folder",
+                    tooltip="Where the run lives: settings, log, checkpoints, previews and the LoRA.",
+                ),
+                io.Image.Output(display_name="previews", tooltip="The preview sheets in the order of their steps."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, run_name="") -> bool | str:
+        return check_run_name(run_name) or True
+
+    @classmethod
+    def execute(cls, model, conditions, run_name, preset, preview_every, vae=None, **settings) -> io.NodeOutput:
+        require_same_family(model, conditions)
+        chosen = {"lr": settings.pop("learning_rate"), **settings, "preview_every": preview_every}
+        chosen |= {"caption_dropout": conditions.caption_dropout}
+        config = make_config(preset, conditions.family, bool(conditions.data.anchors), chosen)
+        result, folder = run_training(cls, model, conditions, vae, config, run_name)
+        reports = read_log(folder / LOG_NAME)
+        send_text(cls, _summary(result, folder))
+        lora = TrainedLora.from_file(result.lora_path)
+        return io.NodeOutput(lora, {"loss": losses(reports)}, str(folder), load_sheets(folder / PREVIEWS_NAME))
+
+
+def _summary(result: TrainResult, folder: Path) -> str:
+    lines = [f"{result.step} steps done"]
+    if result.start_gaps and result.end_gaps:
+        relative, unseen = result.end_gaps.relative_to(result.start_gaps)
+        if relative is not None:
+            lines.append(
+                f"gap to the teacher {relative:.3f}"
+                + (f", unseen prompt {unseen:.3f}" if unseen is not None else "")
+                + "  (1 = before training)"
+            )
+    return "\n".join([*lines, shown(folder)])
+
+
+def _inputs() -> list[Any]:
+    return [
+        io.Model.Input("model", tooltip="The step-distilled model to teach: Z-Image-Turbo, FLUX.2-klein or the demo model."),
+        ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
+        io.String.Input(
+            "run_name", default="my_concept", tooltip="Name of the run; its folder under output/dopsd starts with it."
+        ),
+        io.Combo.Input(
+            "preset",
+            options=list(PRESETS),
+            default="standard",
+            tooltip="Settings that fit together. standard: for most concepts. quick look: is it going anywhere? paper: the "
+            "authors' settings, slow. demo model: for the embedded model only.",
+        ),
+        io.Int.Input(
+            "steps", default=0, min=0, max=100_000, tooltip="Optimizer steps; 0 takes the preset's. May be raised later."
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,  # by its name the page would draw another one after each run, and never resume
+            tooltip="Decides the LoRA's start, the order of the pictures and all noise. Another seed is another run.",
+        ),
+        io.Int.Input(
+            "preview_every",
+            default=50,
+            min=0,
+            max=10_000,
+            tooltip="Steps between preview pictures, which need the VAE; 0 for none.",
+        ),
+        *_advanced_inputs(),
+        io.Vae.Input("vae", optional=True, tooltip="The model's own VAE, for the preview pictures; training goes without."),
+    ]
+
+
+def _advanced_inputs() -> list[Any]:
+    def whole(name: str, default: int, high: int, tooltip: str, low: int = 0) -> Any:
+        return io.Int.Input(name, default=default, min=low, max=high, tooltip=tooltip, advanced=True)
+
+    def real(name: str, default: float, low: float, high: float, step: float, tooltip: str) -> Any:
+        return io.Float.Input(
+            name, default=default, min=low, max=high, step=step, round=False, tooltip=tooltip, advanced=True
+        )
+
+    def choice(name: str, options: Sequence[str], tooltip: str) -> Any:
+        return io.Combo.Input(name, options=list(options), default=options[0], tooltip=tooltip, advanced=True)
+
+    return [
+        real("learning_rate", 0.0, 0.0, 0.1, 1e-6, "Step size of AdamW; 0 takes the preset's (the paper: 1e-4)."),
+        whole("rank", 0, 1024, "Size of the LoRA; 0 takes the preset's."),
+        real("alpha", 0.0, 0.0, 4096.0, 0.5, "The LoRA is scaled by alpha / rank; 0 keeps the preset's scale."),
+        whole("batch_size", 0, 64, "Pictures in one forward; 0 takes the preset's."),
+        whole("grad_accumulation", 0, 1024, "Such batches in an optimizer step; 0 takes the preset's."),
+        whole("warmup", 0, 10_000, "Steps over which the learning rate rises; 0 takes the preset's."),
+        whole("rollout_steps", 4, 16, "K: the few steps that the student takes in training.", low=1),
+        whole("grad_steps", 0, 16, "Learn from so many of the K steps, drawn at random: faster, noisier. 0 for all."),
+        choice("loss", get_args(LossForm), "x0 converges faster, velocity is as printed in the paper."),
+        choice(
+            "teacher",
+            get_args(TeacherKind),
+            "Weights of the teacher: a moving average of the student's (ema), the untouched model (frozen, saves memory), "
+            "or the student's own (same).",
+        ),
+        real("ema_decay", 0.0, 0.0, 1.0, 1e-4, "Of the teacher's moving average, per step; 0 takes the preset's."),
+        real(
+            "anchor_probability",
+            -1.0,
+            -1.0,
+            1.0,
+            0.05,
+            "Share of steps that hold ordinary prompts at the untouched model, so that the concept stays out of them; "
+            "below 0 takes the preset's.",
+        ),
+        choice("objective", list(OBJECTIVES), "dopsd: self-distillation. sft: ordinary fine-tuning, to compare with."),
+        choice("schedule", get_args(Schedule), "Learning rate after warm-up: constant, or falling to 0 as a cosine."),
+        choice("optimizer", get_args(OptimizerName), "adamw8bit needs the package bitsandbytes."),
+        whole("checkpoint_every", 100, 10_000, "Steps between checkpoints.", low=1),
+        whole("probe_every", 25, 10_000, "Steps between measurements of the gap to the teacher; 0 for none."),
+    ]
