@@ -1,0 +1,234 @@
+"""Real ComfyUI inside the test process: its loading of custom nodes, its validation, its executor; no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.metadata
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from runs import Event, Run, status_of, text_event
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK = "ComfyUI-DOPSD"
+CHECKOUT = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+ON_CPU = os.environ.get("DOPSD_TEST_GPU", "") in ("", "0")
+
+# ComfyUI starts without these; the light environment of the tests leaves them out.
+NOT_NEEDED = re.compile(r"comfyui-workflow-templates.*|comfyui-embedded-docs.*|comfy-angle|pyopengl.*", re.IGNORECASE)
+
+
+def why_not() -> str:
+    """Why nothing here can run, in one line that says what to do; "" when all is there."""
+    if not (CHECKOUT / "main.py").exists():
+        return f"THE PACK WAS NOT TESTED: no ComfyUI at {CHECKOUT}, set COMFYUI_PATH to a checkout of it"
+    if missing := missing_needs():
+        names = ", ".join(missing)
+        return f"THE PACK WAS NOT TESTED: this Python lacks what ComfyUI needs ({names}), run `make comfyui`"
+    return ""
+
+
+def missing_needs() -> list[str]:
+    lines = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    names = [m.group() for line in lines if (m := re.match(r"[\w.-]+", line)) and not NOT_NEEDED.fullmatch(m.group())]
+    return [name for name in names if not is_installed(name)]
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def put_first_on_path() -> None:
+    """ComfyUI's checkout before everything, ours nowhere: its `nodes` is a module, ours a folder beside it."""
+    ours = {"", ".", str(ROOT), os.getcwd()} - {str(CHECKOUT)}
+    sys.path[:] = [str(CHECKOUT), *(p for p in sys.path if p not in ours and p != str(CHECKOUT))]
+
+
+def new_base(folder: Path) -> Path:
+    """A base directory of ComfyUI's with this checkout as its only custom node."""
+    for name in ("custom_nodes", "input", "output", "temp", "models", "user/default"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    link = folder / "custom_nodes" / PACK
+    try:
+        link.symlink_to(ROOT, target_is_directory=True)
+    except OSError:  # Windows without the right to make links
+        shutil.copytree(ROOT, link, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "runs"))
+    return folder
+
+
+class ComfyUI:
+    """The `comfyui` fixture. One per process: ComfyUI keeps its state in modules."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.input, self.output, self.temp = base, base / "input", base / "output", base / "temp"
+        self.root = ROOT
+        # A thread of its own as in the server (inference mode is per thread), and free of playwright's event loop.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompt_worker")
+        self._thread.submit(self._boot).result()
+
+    def _boot(self) -> None:
+        importlib.import_module("comfy.options")
+        args = importlib.import_module("comfy.cli_args").args
+        args.cpu, args.base_directory, args.database_url = ON_CPU, str(self.base), "sqlite:///:memory:"
+        args.disable_api_nodes = True
+        importlib.import_module("torch").set_num_threads(1)
+        # server first: loading custom nodes puts comfy/ on sys.path, where comfy/utils.py hides the utils package
+        server = importlib.import_module("server")
+        self.nodes = importlib.import_module("nodes")
+        self.execution = importlib.import_module("execution")
+        paths = importlib.import_module("folder_paths")
+        paths.add_model_folder_path("loras", str(self.output / "loras"))  # as main.py does
+        self.server = self._recording(server.PromptServer)(asyncio.new_event_loop())
+        self.server.sockets_metadata["tests"] = {"feature_flags": {"supports_preview_metadata": True}}
+        importlib.import_module("comfy.utils").set_progress_bar_global_hook(self._on_progress_bar)
+        self._load_nodes()
+        self._executor: Any = None
+        self._events: list[Event] = []
+        self._on_event: Callable[[Event], None] | None = None
+
+    def _load_nodes(self) -> None:
+        handler = _Lines()
+        logging.getLogger().addHandler(handler)
+        started = time.perf_counter()
+        asyncio.run(self.nodes.init_extra_nodes(init_custom_nodes=True, init_api_nodes=False))
+        self.load_seconds = time.perf_counter() - started
+        logging.getLogger().removeHandler(handler)
+        if not self.pack_nodes and "DOPSD_NODE_FILES" in os.environ:
+            return self._load_some_nodes()
+        if not self.pack_nodes:
+            raise RuntimeError("ComfyUI did not load the pack:\n" + "\n".join(handler.lines[-20:]))
+
+    def _load_some_nodes(self) -> None:
+        """TEMPORARY, until all of nodes/ is written: DOPSD_NODE_FILES=dataset,lora loads only these files of it."""
+        import types
+
+        wanted = [name for name in os.environ.get("DOPSD_NODE_FILES", "").split(",") if name]
+        package = types.ModuleType(self.module("").__name__ + ".nodes")
+        package.__path__ = [str(ROOT / "nodes")]
+        sys.modules[package.__name__] = package
+        base = importlib.import_module("comfy_api.latest").io.ComfyNode
+        for name in wanted:
+            module = self.module(f"nodes.{name}")
+            for node in vars(module).values():
+                if isinstance(node, type) and issubclass(node, base) and node.__module__ == module.__name__:
+                    self.nodes.NODE_CLASS_MAPPINGS[node.GET_SCHEMA().node_id] = node
+                    node.RELATIVE_PYTHON_MODULE = f"custom_nodes.{PACK}"  # pyright: ignore
+
+    @property
+    def pack_nodes(self) -> dict[str, Any]:
+        """Our node classes by id, as ComfyUI registered them."""
+        ours = f"custom_nodes.{PACK}"
+        mappings = self.nodes.NODE_CLASS_MAPPINGS
+        return {key: node for key, node in mappings.items() if getattr(node, "RELATIVE_PYTHON_MODULE", "") == ours}
+
+    def module(self, name: str) -> ModuleType:
+        """A module of the pack under the name ComfyUI gave it: module("nodes.host")."""
+        package = str(self.base / "custom_nodes" / PACK).replace(".", "_x_")
+        return importlib.import_module(f"{package}.{name}" if name else package)
+
+    def core(self, name: str) -> ModuleType:
+        """The core as the pack sees it: core("families"). Do not import a second copy beside it."""
+        return self.module(f"dopsd_core.{name}")
+
+    def execute(
+        self,
+        graph: dict,
+        *,
+        on_event: Callable[[Event], None] | None = None,
+        extra: dict | None = None,
+        keep_cache: bool = False,
+    ) -> Run:
+        """Validate and run an API graph. `keep_cache` leaves what earlier runs computed, as a server would.
+
+        `on_event` is called in the executor's thread, while the node waits.
+        """
+        return self._thread.submit(self._execute, graph, on_event, extra or {}, keep_cache).result()
+
+    def call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A plain call in the executor's thread."""
+        return self._thread.submit(function, *args, **kwargs).result()
+
+    def interrupt(self) -> None:
+        """What POST /interrupt does."""
+        self.nodes.interrupt_processing()
+
+    def _execute(self, graph: dict, on_event: Any, extra: dict, keep_cache: bool) -> Run:
+        prompt_id = str(uuid.uuid4())
+        valid, error, wanted, node_errors = asyncio.run(self.execution.validate_prompt(prompt_id, graph, None))
+        if not valid:
+            return Run(prompt_id, "refused", refusal={"error": error, "node_errors": node_errors})
+        if self._executor is None or not keep_cache:
+            kind, no_limits = self.execution.CacheType.CLASSIC, {"lru": 0, "ram": 0, "ram_inactive": 0}
+            self._executor = self.execution.PromptExecutor(self.server, cache_type=kind, cache_args=no_limits)
+        self._events, self._on_event = [], on_event
+        self.server.last_prompt_id = prompt_id
+        executor = self._executor
+        executor.execute(graph, prompt_id, {"client_id": "tests", **extra}, wanted)
+        messages = executor.status_messages
+        return Run(
+            prompt_id,
+            status_of(executor.success, messages),
+            executor.history_result["outputs"],
+            messages,
+            self._events,
+            values=asyncio.run(self._values(list(graph))),
+        )
+
+    async def _values(self, nodes: list[str]) -> dict[str, list[list]]:
+        entries = {node: await self._executor.caches.outputs.get(node) for node in nodes}
+        return {node: entry.outputs for node, entry in entries.items() if entry is not None}
+
+    def _recording(self, prompt_server: type) -> type:
+        """The real PromptServer, which tells us instead of a socket."""
+
+        def send_sync(server: Any, event: Any, data: Any, sid: str | None = None) -> None:
+            self._tell(event, data)
+
+        return type("PromptServer", (prompt_server,), {"send_sync": send_sync})
+
+    def _tell(self, event: Any, data: Any) -> None:
+        if event == 3:  # a text
+            told = text_event(data)
+        elif event == 4:  # a picture and whose it is
+            told = Event("preview", {**data[1], "image": data[0][1]}, time.monotonic())
+        else:
+            told = Event(event, data, time.monotonic())
+        self._events.append(told)
+        if self._on_event is not None:
+            self._on_event(told)
+
+    def _on_progress_bar(self, value: float, total: float, preview: Any, prompt_id: Any = None, node_id: Any = None):
+        """main.py's hook of comfy.utils.ProgressBar, which checks for an interrupt."""
+        importlib.import_module("comfy.model_management").throw_exception_if_processing_interrupted()
+        context = importlib.import_module("comfy_execution.utils").get_executing_context()
+        prompt_id, node_id = prompt_id or context.prompt_id, node_id or context.node_id
+        progress = importlib.import_module("comfy_execution.progress").get_progress_state()
+        progress.update_progress(node_id, value, total, preview)
+        self._tell("progress", {"value": value, "max": total, "prompt_id": prompt_id, "node": node_id})
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
