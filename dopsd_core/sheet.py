@@ -7,7 +7,7 @@ Text is wrapped into its place and ends in an ellipsis where there is too much o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from .images import FORMATS, to_rgb
+from .images import FORMATS, to_rgb, to_tensor
 
 _PAD, _LABEL = 6, 210
 _INK, _PAPER, _FAINT, _MAT = (20, 20, 24), (255, 255, 255), (110, 110, 118), (232, 232, 236)
@@ -35,12 +35,12 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the sheet: a label, a remark under it, pictures [n, 3, H, W] in [0, 1], and a word over each or
-    none."""
+    """One line of the sheet: a label, a remark under it, pictures [n, 3, H, W] or each [3, H, W] in [0, 1], and a word
+    over each or none."""
 
     label: str
     remark: str
-    pictures: Tensor
+    pictures: Tensor | Sequence[Tensor]
     captions: Sequence[str] = ()
 
 
@@ -148,10 +148,18 @@ def _notes(problems: str, hidden: int, width: int) -> list[_Block]:
     return [_wrap(text, 13, width, 3, _COLOURS.get(text.split(":")[0], _FAINT)) for text in texts]
 
 
-def to_images(pictures: Tensor) -> list[Image.Image]:
-    """[n, 3, H, W] in [0, 1] -> PIL images; what is not a number becomes black."""
-    array = (pictures.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+def to_images(pictures: Tensor | Sequence[Tensor]) -> list[Image.Image]:
+    """Pictures, each [3, H, W] in [0, 1] -> PIL images; what is not a number becomes black."""
+    arrays = [
+        (picture.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        for picture in pictures
+    ]
+    return [Image.fromarray(array) for array in arrays]
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """A picture as ComfyUI's IMAGE: [1, H, W, 3] fp32 in [0, 1]."""
+    return to_tensor(image.convert("RGB")).permute(1, 2, 0)[None]
 
 
 def fit_tile(picture: Image.Image, tile: int) -> Image.Image:

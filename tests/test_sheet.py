@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageChops, ImageFont
 
 from dopsd_core import sheet
-from dopsd_core.sheet import Row, contact_sheet, fit_tile, thumbnails, to_images
+from dopsd_core.sheet import Row, contact_sheet, fit_tile, thumbnails, to_images, to_pixels
 
 AWKWARD = (
     "", "\n\n", "日本語のとても長い説明文" * 40, "שלום עולם", "emoji 🎉👩‍👩‍👧", "\x00\x07\u202e", "\ud800 lone",
@@ -45,6 +45,17 @@ def test_every_picture_of_every_row_is_there_in_full() -> None:
     image = contact_sheet("title", rows, tile=128)
     assert count(image, red) == 3 * 128 * 128
     assert count(image, blue) == 128 * 55
+
+
+def test_pictures_of_one_row_may_differ_in_size() -> None:
+    red, blue = (200, 10, 10), (10, 10, 200)
+    image = contact_sheet("", [Row("", "", [plain(red, 64, 64)[0], plain(blue, 300, 100)[0]])], tile=90)
+    assert count(image, red) == 90 * 90 and count(image, blue) == 90 * 30
+
+
+def test_pixels_and_images_are_each_others_inverse() -> None:
+    pixels = torch.randint(0, 256, (1, 5, 7, 3)).float() / 255
+    assert torch.equal(to_pixels(to_images(pixels.permute(0, 3, 1, 2))[0]), pixels)
 
 
 def test_what_is_no_number_does_not_spoil_the_sheet() -> None:
