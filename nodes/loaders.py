@@ -1,0 +1,67 @@
+"""Nodes that load what ComfyUI's own loaders cannot: the demo model, and the teacher's vision tower alone."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from . import demo_models
+from .sockets import CATEGORY, VisionSocket
+from .vision import load_teacher_vision
+
+
+class LoadDemoModels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DOPSD_LoadDemoModels",
+            display_name="Load Demo Models",
+            category=CATEGORY,
+            description="A tiny model that comes with this pack, complete: Z-Image-Turbo's architecture in small, "
+            "64x64 pictures in 4 steps on any CPU. Try a training with it before loading a real one.",
+            search_aliases=["dopsd", "tiny model"],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The few-step transformer. Draws 64x64 pictures in 4 steps at CFG 1."
+                ),
+                io.Clip.Output(
+                    display_name="clip", tooltip="Its text encoder. It knows the words of the demo's captions only."
+                ),
+                io.Vae.Output(display_name="vae", tooltip="Its autoencoder, 8 pixels per latent."),
+                VisionSocket.Output(display_name="vision", tooltip="Its vision tower, for Build Teacher Condition."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(
+            demo_models.load_model(), demo_models.load_clip(), demo_models.load_vae(), demo_models.load_vision()
+        )
+
+
+class LoadTeacherVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DOPSD_LoadTeacherVision",
+            display_name="Load Teacher Vision",
+            category=CATEGORY,
+            description="Qwen3-VL-4B's vision tower (0.8 GB), the eyes of Z-Image-Turbo's teacher. It reads "
+            "pictures with the Qwen3-4B that CLIPLoader loads for Z-Image; the file's own language model is left out.",
+            search_aliases=["dopsd", "qwen3-vl"],
+            inputs=[
+                io.Combo.Input(
+                    "vision_name",
+                    options=folder_paths.get_filename_list("text_encoders"),
+                    tooltip="A Qwen3-VL-4B file in models/text_encoders, plain or fp8-scaled, such as "
+                    "qwen3vl_4b_fp8_scaled.safetensors.",
+                ),
+            ],
+            outputs=[
+                VisionSocket.Output(display_name="vision", tooltip="The vision tower, for Build Teacher Condition.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vision_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_teacher_vision(folder_paths.get_full_path_or_raise("text_encoders", vision_name)))
