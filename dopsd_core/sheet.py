@@ -7,7 +7,7 @@ Text is wrapped into its place and ends in an ellipsis where there is too much o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
