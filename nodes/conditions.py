@@ -9,8 +9,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..dopsd_core.conditioning import ConditionCache
-from ..dopsd_core.images import load_image
-from ..dopsd_core.sheet import Row, contact_sheet, to_pixels
+from ..dopsd_core.images import load_image, to_tensor
+from ..dopsd_core.sheet import Row, contact_sheet
 from ..dopsd_core.training_set import TrainingSet, build_training_set, latent_shape
 from .encoder import ComfyEncoder
 from .host import ComfyDenoiser, default_steps, family_of, send_text
@@ -167,7 +167,8 @@ class TeacherPreview(io.ComfyNode):
             Row("teacher", "the untouched model,\nseeing the picture", teacher),
             Row("student", "the untouched model,\nreading the caption", student),
         ]
-        image = to_pixels(contact_sheet("the teacher, before any training", rows, tile=TILE))
+        sheet = contact_sheet("the teacher, before any training", rows, tile=TILE)
+        image = to_tensor(sheet).movedim(0, -1)[None]
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

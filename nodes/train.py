@@ -19,7 +19,7 @@ from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
 from ..dopsd_core.training_set import latent_shape
 from .conditions import require_same_family
 from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
-from .paths import check_run_name, run_folder, shown
+from .paths import run_folder
 from .presets import PRESETS, make_config, run_digest
 from .previews import Painter, TrainingPreview, load_sheets
 from .sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
@@ -97,7 +97,7 @@ def run_training(
         with denoiser.trainable(shape):
             return train(config, denoiser, conditions.data, folder, watcher, facts=facts), folder
     except comfy.model_management.InterruptProcessingException:
-        send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {shown(folder)}")
+        send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {_shown(folder)}")
         raise
 
 
@@ -148,7 +148,11 @@ class TrainLoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, run_name="") -> bool | str:
-        return check_run_name(run_name) or True
+        try:
+            run_folder(run_name)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, model, conditions, run_name, preset, preview_every, vae=None, **settings) -> io.NodeOutput:
@@ -173,7 +177,11 @@ def _summary(result: TrainResult, folder: Path) -> str:
                 + (f", unseen prompt {unseen:.3f}" if unseen is not None else "")
                 + "  (1 = before training)"
             )
-    return "\n".join([*lines, shown(folder)])
+    return "\n".join([*lines, _shown(folder)])
+
+
+def _shown(folder: Path) -> str:
+    return f"output/{folder.parent.name}/{folder.name}"
 
 
 def _inputs() -> list[Any]:

@@ -1,0 +1,43 @@
+"""Small random models through ComfyUI's own classes; import only after the `comfyui` fixture has booted it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fill(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Seeded values for every parameter: ComfyUI leaves them uninitialised."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim >= 2:
+                values = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel())
+            else:
+                values = torch.rand(parameter.shape, generator=generator) * 0.4 + (0.8 if "norm" in name else -0.2)
+            parameter.copy_(values.to(parameter.dtype))
+    return module
+
+
+def z_image(dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None, seed: int = 0) -> Any:
+    """A Z-Image of 2 layers and text width 64 as a MODEL; weights in `dtype`, computed in `compute`."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.ZImage(
+        {
+            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "cap_feat_dim": 64, "n_layers": 2,
+            "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0, "multiple_of": 32,
+            "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+        }
+    )  # fmt: skip
+    config.set_inference_dtype(dtype, compute)
+    model = config.get_model({}, "")
+    fill(model.diffusion_model, seed)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
