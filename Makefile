@@ -1,28 +1,51 @@
-# make demo    teach the demo model a concept it has never seen (a few minutes on a laptop CPU)
-# make test    ruff, pyright and pytest, as CI runs them
-# Both make .venv on the first run. PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." is given to pip install.
+# make demo      teach the demo model a concept it has never seen (a few minutes on a laptop CPU)
+# make test      ruff, pyright and pytest, as CI runs them; inside ComfyUI too where there is a checkout of it
+# make browser   install chromium for the tests of the page (Debian and Ubuntu, as root)
+# The first two make .venv on the first run. PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." is given to pip install,
+# COMFYUI_PATH=... says where ComfyUI is (~/comfy/ComfyUI if not set).
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 DEMO_ARGS ?=
+COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
+export COMFYUI_PATH
 RUN = $(VENV)/bin/python
+INSTALL = $(RUN) -m pip install --only-binary=:all: $(PIP_ARGS)
 
-.PHONY: help demo test lint clean
+# Of ComfyUI's requirements: torch is ours, its two companions are in requirements-comfyui.txt, and the server does without the rest
+# (360 MB of templates, pictures and drivers).
+LEFT_OUT = torch|torchvision|torchaudio|spandrel|comfyui-workflow-templates|comfyui-embedded-docs|comfy-angle|PyOpenGL
+
+.PHONY: help demo test lint comfyui browser clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# //p' Makefile | sed '/^Of ComfyUI/,$$d'
 
 demo: $(VENV)/.standalone
 	$(RUN) -m dopsd_core demo $(DEMO_ARGS)
 
-test: lint
+test: lint comfyui
 	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q tests/comfyui
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+
+ifneq ($(wildcard $(COMFYUI_PATH)/main.py),)
+comfyui: $(VENV)/.comfyui
+else
+comfyui: $(VENV)/.dev
+	@echo "NO COMFYUI at $(COMFYUI_PATH): the pack will not be tested inside it (set COMFYUI_PATH to a checkout)"
+endif
+
+browser:
+	@if command -v chromium >/dev/null; then echo "chromium is installed"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; \
+	then echo "chromium was installed"; \
+	else echo "NO CHROMIUM and no way to install it here: the page will not be tested"; fi
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
@@ -33,9 +56,16 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.standalone: requirements-standalone.txt | $(VENV)/.python
-	$(RUN) -m pip install --only-binary=:all: $(PIP_ARGS) -r requirements-standalone.txt
+	$(INSTALL) -r requirements-standalone.txt
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.standalone
-	$(RUN) -m pip install --only-binary=:all: $(PIP_ARGS) -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.comfyui: requirements-comfyui.txt $(VENV)/.dev $(COMFYUI_PATH)/requirements.txt
+	grep -v -i -E '^($(LEFT_OUT))([^a-z-]|$$)' $(COMFYUI_PATH)/requirements.txt > $(VENV)/comfyui.txt
+	$(INSTALL) -c requirements-standalone.txt -c requirements-dev.txt -r $(VENV)/comfyui.txt
+	$(INSTALL) --no-deps -r requirements-comfyui.txt
+	rm -f $(VENV)/lib/python*/site-packages/torchaudio/lib/*.so
 	touch $@

@@ -108,26 +108,8 @@ class ComfyUI:
         asyncio.run(self.nodes.init_extra_nodes(init_custom_nodes=True, init_api_nodes=False))
         self.load_seconds = time.perf_counter() - started
         logging.getLogger().removeHandler(handler)
-        if not self.pack_nodes and "DOPSD_NODE_FILES" in os.environ:
-            return self._load_some_nodes()
         if not self.pack_nodes:
             raise RuntimeError("ComfyUI did not load the pack:\n" + "\n".join(handler.lines[-20:]))
-
-    def _load_some_nodes(self) -> None:
-        """TEMPORARY, until all of nodes/ is written: DOPSD_NODE_FILES=dataset,lora loads only these files of it."""
-        import types
-
-        wanted = [name for name in os.environ.get("DOPSD_NODE_FILES", "").split(",") if name]
-        package = types.ModuleType(self.module("").__name__ + ".nodes")
-        package.__path__ = [str(ROOT / "nodes")]
-        sys.modules[package.__name__] = package
-        base = importlib.import_module("comfy_api.latest").io.ComfyNode
-        for name in wanted:
-            module = self.module(f"nodes.{name}")
-            for node in vars(module).values():
-                if isinstance(node, type) and issubclass(node, base) and node.__module__ == module.__name__:
-                    self.nodes.NODE_CLASS_MAPPINGS[node.GET_SCHEMA().node_id] = node
-                    node.RELATIVE_PYTHON_MODULE = f"custom_nodes.{PACK}"  # pyright: ignore
 
     @property
     def pack_nodes(self) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""comfy-cli drives our server: `comfy run` is the headless way that the README names, so it is kept working here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+PICTURE = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 1, "color": 0x408020}},
+    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "cli"}},
+}
+
+
+@pytest.fixture
+def outside():
+    """A proxy that answers nothing and counts who asked: (its address, the callers)."""
+    listener, callers = socket.create_server(("127.0.0.1", 0)), []
+
+    def listen() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                callers.append(connection.recv(200))
+
+    threading.Thread(target=listen, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", callers
+    listener.close()
+
+
+@pytest.fixture
+def comfy(tmp_path, outside):
+    """comfy("run", ...) as a user would type it, with a home of its own; nothing may leave this machine."""
+    if importlib.util.find_spec("comfy_cli") is None:
+        pytest.skip("COMFY-CLI WAS NOT TESTED: it is not in this Python, run `make comfyui`")
+    proxy, callers = outside
+    env = {**os.environ, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    env |= {"DO_NOT_TRACK": "1", "COMFY_CLI_NO_REMOTE_REFRESH": "1"}
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        env[name] = env[name.lower()] = proxy
+    env["NO_PROXY"] = env["no_proxy"] = "127.0.0.1"
+
+    def comfy(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", *map(str, arguments)]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    yield comfy
+    assert not callers, callers
+
+
+def saved(folder, graph, name="graph.json"):
+    path = folder / name
+    path.write_text(json.dumps(graph), encoding="utf-8")
+    return path
+
+
+def test_runs_an_api_graph(comfy, server, tmp_path):
+    done = comfy(
+        "run", "--json", "--workflow", saved(tmp_path, PICTURE), "--wait", "--timeout", 60,
+        "--where", "local", "--host", "127.0.0.1", "--port", server.port,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    envelope = json.loads(done.stdout.splitlines()[-1])
+    assert envelope["ok"] and envelope["data"]["status"] == "completed"
+    (image,) = server.history(envelope["data"]["prompt_id"])["outputs"]["2"]["images"]
+    assert (server.output / image["filename"]).exists()
+
+
+def test_says_what_the_server_said(comfy, server, tmp_path):
+    bad = {**PICTURE, "1": {"class_type": "EmptyImage", "inputs": {**PICTURE["1"]["inputs"], "width": -5}}}
+    done = comfy(
+        "run", "--json", "--workflow", saved(tmp_path, bad), "--wait",
+        "--where", "local", "--host", "127.0.0.1", "--port", server.port,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "width" in done.stdout
+
+
+UI_PICTURE = {
+    "version": 0.4,
+    "last_node_id": 2,
+    "last_link_id": 1,
+    "links": [[1, 1, 0, 2, 0, "IMAGE"]],
+    "nodes": [
+        {
+            "id": 1,
+            "type": "EmptyImage",
+            "pos": [0, 0],
+            "size": [300, 150],
+            "flags": {},
+            "order": 0,
+            "mode": 0,
+            "inputs": [],
+            "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}],
+            "properties": {},
+            "widgets_values": [32, 32, 1, 0],
+        },
+        {
+            "id": 2,
+            "type": "SaveImage",
+            "pos": [400, 0],
+            "size": [300, 150],
+            "flags": {},
+            "order": 1,
+            "mode": 0,
+            "inputs": [{"name": "images", "type": "IMAGE", "link": 1}],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": ["cli"],
+        },
+    ],
+}
+
+
+def test_sets_inputs_of_a_saved_workflow(comfy, server, tmp_path):
+    """`workflow set-slot` writes the values in, `run` converts the workflow by asking the server about its nodes."""
+    where = ("--host", "127.0.0.1", "--port", server.port)
+    path = saved(tmp_path, UI_PICTURE)
+    done = comfy("--json", "workflow", "set-slot", path, "1.width=48", "2.filename_prefix=cli_set", *where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = comfy("run", "--json", "--workflow", path, "--wait", "--where", "local", *where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    from PIL import Image
+
+    (picture,) = server.output.glob("cli_set*.png")
+    assert Image.open(picture).size == (48, 32)
