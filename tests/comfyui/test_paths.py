@@ -1,0 +1,187 @@
+"""What a node may read and write, tried as someone would who sends graphs over the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ALLOWED_BY = "dopsd_datasets in extra_model_paths.yaml"
+
+
+def write_pair(folder: Path, name: str = "a", colour: str = "red") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(f"a {colour} square")
+
+
+@pytest.fixture
+def paths(comfyui):
+    return comfyui.module("nodes.paths")
+
+
+@pytest.fixture
+def extra(paths, tmp_path, monkeypatch) -> Path:
+    """A folder of the owner's, "sets", allowed as main.py does it for extra_model_paths.yaml."""
+    folder = tmp_path / "sets"
+    write_pair(folder / "cats")
+    monkeypatch.setitem(paths.folder_paths.folder_names_and_paths, paths.EXTRA, ([], set()))
+    paths.folder_paths.add_model_folder_path(paths.EXTRA, str(folder))
+    return folder
+
+
+def test_choices_are_folders_with_pictures_and_row_files(comfyui, paths, extra) -> None:
+    write_pair(comfyui.input / "nested" / "10_dogs")
+    (comfyui.input / "empty" / "deep").mkdir(parents=True, exist_ok=True)
+    write_pair(comfyui.input / ".hidden")
+    (comfyui.input / "nested" / "rows.jsonl").write_text("{}")
+    choices = paths.dataset_choices()
+    assert choices[0] == paths.DEMO
+    assert {"nested", "nested/10_dogs", "nested/rows.jsonl", "sets", "sets/cats"} <= set(choices)
+    assert not {"empty", "empty/deep", ".hidden", ".", ""} & set(choices)
+    for choice in choices:
+        assert paths.resolve_dataset(choice).exists()
+
+
+def test_the_owners_key_is_known_to_comfyui(comfyui, paths) -> None:
+    assert paths.EXTRA == "dopsd_datasets" and paths.EXTRA in paths.folder_paths.folder_names_and_paths
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "../secret", "..", "../../", "nested/../../secret", "/etc", "/", "//server/share", "\\\\server\\share\\x",
+        "C:\\Users", "C:secret", "c:/secret", "..\\secret", "nested\\..\\..\\secret", "file:x", "sets/../../secret",
+    ],
+)  # fmt: skip
+def test_what_leads_outside_is_refused_by_its_spelling(comfyui, paths, extra, choice: str) -> None:
+    write_pair(comfyui.base / "secret")
+    with pytest.raises(ValueError, match="lies outside") as caught:
+        paths.resolve_dataset(choice)
+    assert repr(choice) in str(caught.value) and ALLOWED_BY in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_outside_folder_is_refused_whether_it_exists_or_not(comfyui, paths, tmp_path) -> None:
+    write_pair(tmp_path / "there")
+    told = []
+    for name in ("there", "gone"):
+        with pytest.raises(ValueError) as caught:
+            paths.resolve_dataset(str(tmp_path / name))
+        told.append(str(caught.value).replace(name, "NAME"))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("choice", ["", "  ", "a\0b", "missing", "nested/missing", "~", "sets/missing", "other/cats"])
+def test_what_is_not_there_is_told(paths, extra, choice: str) -> None:
+    with pytest.raises(ValueError, match=r"there is no data set|choose a data set") as caught:
+        paths.resolve_dataset(choice)
+    assert ALLOWED_BY in str(caught.value)
+
+
+def test_a_link_out_of_the_input_folder_is_refused_until_its_target_is_allowed(
+    comfyui, paths, tmp_path, monkeypatch
+) -> None:
+    write_pair(tmp_path / "elsewhere" / "set")
+    link = comfyui.input / "link_out"
+    link.symlink_to(tmp_path / "elsewhere" / "set", target_is_directory=True)
+    try:
+        assert "link_out" not in paths.dataset_choices()
+        with pytest.raises(ValueError, match="'link_out' lies outside"):
+            paths.resolve_dataset("link_out")
+        allowed = ([str(tmp_path / "elsewhere")], set())
+        monkeypatch.setitem(paths.folder_paths.folder_names_and_paths, paths.EXTRA, allowed)
+        assert paths.resolve_dataset("link_out") == (tmp_path / "elsewhere" / "set").resolve()
+    finally:
+        link.unlink()
+
+
+def test_a_link_that_turns_in_a_circle_is_not_there(comfyui, paths) -> None:
+    link = comfyui.input / "circle"
+    link.symlink_to(link)
+    try:
+        with pytest.raises(ValueError, match="no data set"):
+            paths.resolve_dataset("circle")
+    finally:
+        link.unlink()
+
+
+def test_absolute_paths_inside_are_fine(comfyui, paths, extra) -> None:
+    write_pair(comfyui.input / "inside")
+    assert paths.resolve_dataset(str(comfyui.input / "inside")) == (comfyui.input / "inside").resolve()
+    assert paths.resolve_dataset(str(extra / "cats")) == (extra / "cats").resolve()
+
+
+def test_the_demo_is_drawn_once_and_equal_each_time(comfyui, paths) -> None:
+    folder = paths.resolve_dataset(paths.DEMO)
+    assert folder.is_relative_to(comfyui.temp.resolve())
+    assert sorted(path.suffix for path in folder.iterdir()) == [".png"] * 4 + [".txt"] * 4
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    stamp = (folder / "target_1.png").stat().st_mtime_ns
+    assert paths.resolve_dataset(paths.DEMO) == folder and (folder / "target_1.png").stat().st_mtime_ns == stamp
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    assert {path.name: path.read_bytes() for path in paths.resolve_dataset(paths.DEMO).iterdir()} == before
+
+
+def test_a_draft_that_fails_leaves_nothing(comfyui, paths) -> None:
+    def write(folder: Path) -> None:
+        (folder / "half.png").write_bytes(b"x")
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        paths.store_dataset("broken", write)
+    assert not [name for name in os.listdir(comfyui.temp) if "broken" in name]
+
+
+def test_the_fingerprint_sees_every_change(comfyui, paths) -> None:
+    folder = comfyui.input / "watched"
+    write_pair(folder)
+    seen = {paths.dataset_fingerprint("watched")}
+    assert paths.dataset_fingerprint("watched") in seen
+    (folder / "a.txt").write_text("a longer caption")
+    seen.add(paths.dataset_fingerprint("watched"))
+    os.utime(folder / "a.png", (1, 1))
+    seen.add(paths.dataset_fingerprint("watched"))
+    write_pair(folder / "10_more", "b")
+    seen.add(paths.dataset_fingerprint("watched"))
+    (folder / "10_more" / "b.txt").rename(folder / "10_more" / "c.txt")
+    seen.add(paths.dataset_fingerprint("watched"))
+    assert len(seen) == 5
+
+
+BAD_NAMES = (
+    "", " ", ".", "..", "../x", "/x", "x/../../y", "..\\x", "C:\\x", "C:x", "a:b", "con", "NUL.txt", "COM1", "lpt9.x",
+    "x.", ".x", "a\0b", "a\nb", "what?", "star*", "pipe|", '"', "x" * 101, "日" * 34,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: ascii(name[:12]))
+def test_bad_names_for_results_are_refused(comfyui, paths, name: str) -> None:
+    for call in (paths.run_folder, paths.lora_file_path):
+        with pytest.raises(ValueError, match=r"^the (run name|filename_prefix) ") as caught:
+            call(name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x/../y", "a//b", "/abs/x", "loras/", "loras/aux", "./x"])
+def test_bad_prefixes_are_refused(comfyui, paths, name: str) -> None:
+    before = sorted(comfyui.output.rglob("*"))
+    with pytest.raises(ValueError, match="^the filename_prefix "):
+        paths.lora_file_path(name)
+    assert sorted(comfyui.output.rglob("*")) == before
+
+
+def test_results_lie_in_the_output_folder(comfyui, paths) -> None:
+    output = comfyui.output.resolve()
+    assert paths.run_folder(" my concept 日本 ") == output / "dopsd" / "my concept 日本"
+    first = paths.lora_file_path("deep\\er/name")
+    assert first.resolve() == output / "deep" / "er" / "name_00001_.safetensors" and first.parent.is_dir()
+    first.touch()
+    assert paths.lora_file_path("deep/er/name").name == "name_00002_.safetensors"
+    assert paths.lora_file_path("deep/%year%").name.startswith("2")
+    assert paths.shown(first) == "output/deep/er/name_00001_.safetensors"
+    assert paths.condition_cache().is_relative_to(comfyui.base / "user")
