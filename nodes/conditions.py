@@ -56,8 +56,8 @@ class BuildTeacherCondition(io.ComfyNode):
             node_id="DOPSD_BuildTeacherCondition",
             display_name="Build Teacher Condition",
             category=CATEGORY,
-            description="Encodes every picture and caption once: the student reads the caption alone, the teacher reads it "
-            "and looks at the picture. Results are kept on disk; afterwards the text encoder may leave memory.",
+            description="Encodes every picture and caption once: the student reads the caption alone, the teacher "
+            "reads it and looks at the picture. Results are kept on disk; afterwards the text encoder may leave memory.",
             search_aliases=["d-opsd", "dual conditioning", "train lora"],
             inputs=[
                 DatasetSocket.Input("dataset", tooltip="Pictures and captions, from Load Dataset (D-OPSD)."),
@@ -67,33 +67,32 @@ class BuildTeacherCondition(io.ComfyNode):
                     "mode",
                     options=["auto", "vlm"],
                     default="auto",
-                    tooltip="How the teacher sees the picture. vlm: through Qwen3-VL's eyes, read by the model's own text "
-                    "encoder (Z-Image-Turbo). auto: the model's best.",
+                    tooltip="How the teacher sees the picture. vlm: through Qwen3-VL's eyes, read by the model's own "
+                    "text encoder (Z-Image-Turbo). auto: the model's best.",
                 ),
                 io.String.Input(
                     "preview_prompts",
                     multiline=True,
                     default="",
-                    tooltip="Prompts to draw during training, one per line; [V] stands for the trigger. The first that is no "
-                    "training caption also measures how far the concept carries. Empty: the first captions.",
+                    tooltip="Prompts to draw during training, one per line; [V] stands for the trigger. The first that "
+                    "is no training caption also measures how far the concept carries. Empty: the first captions.",
                 ),
                 io.String.Input(
                     "anchor_prompts",
                     multiline=True,
                     default="",
-                    tooltip="Ordinary prompts, one per line, whose pictures shall stay as they are (prior anchor), besides "
-                    "the captions without the trigger.",
+                    tooltip="Ordinary prompts, one per line, whose pictures shall stay as they are (prior anchor), "
+                    "besides the captions without the trigger.",
                 ),
                 VisionSocket.Input(
                     "vision",
                     optional=True,
-                    tooltip="The teacher's eyes: Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. The mode vlm needs it.",
+                    tooltip="The teacher's eyes: Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. The mode vlm "
+                    "needs it.",
                 ),
             ],
             outputs=[
-                ConditionsSocket.Output(
-                    display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA."
-                )
+                ConditionsSocket.Output(display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA.")
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -122,8 +121,8 @@ class TeacherPreview(io.ComfyNode):
             node_id="DOPSD_TeacherPreview",
             display_name="Teacher Preview",
             category=CATEGORY,
-            description="Draws what the TEACHER would draw, before any training: the untouched model that reads the caption "
-            "and sees the picture. The student becomes as good as its teacher and no better, so look here first.",
+            description="Draws what the TEACHER would draw, before any training: the untouched model that reads the "
+            "caption and sees the picture. The student becomes as good as its teacher and no better: look here first.",
             search_aliases=["d-opsd", "teacher", "preview"],
             is_output_node=True,
             inputs=[
@@ -136,16 +135,22 @@ class TeacherPreview(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Noise of the pictures; all rows share it."
+                    tooltip="Noise of the pictures; all rows share it.",
                 ),
                 io.Int.Input(
-                    "steps", default=0, min=0, max=64, tooltip="Sampling steps; 0 takes the number the model was made for."
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Sampling steps; 0 takes the number the model was made for.",
                 ),
                 io.Int.Input(
                     "pictures", default=4, min=1, max=16, tooltip="How many of the training pictures to look at."
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The sheet: target, teacher and student per column.")],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The sheet: target, teacher and student per column.")
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -51,7 +51,8 @@ def choose_teacher(family: Family, mode: str, vision: TeacherVision | None) -> s
     """
     known = TEACHERS[family.name]
     if not known or (mode != "auto" and mode not in known):
-        raise ValueError(f"there is no teacher {mode!r} for {family.title}; choose one of: {', '.join(known) or 'none yet'}")
+        choices = ", ".join(("auto", *known)) if known else "there is none yet, train Z-Image-Turbo"
+        raise ValueError(f"{family.title} has no teacher {mode!r}; choose one of: {choices}")
     teacher = known[0] if mode == "auto" else mode
     if teacher == "vlm" and vision is None:
         raise ValueError(

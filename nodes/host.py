@@ -100,7 +100,8 @@ class ComfyDenoiser:
 
     def sites(self) -> Sequence[LinearSite]:
         """Every Linear, plain, cast or quantised, its LoRA parts under diffusers' names."""
-        return [_site(name, module, self.family) for name, module in self._network.named_modules() if _is_linear(module)]
+        modules = self._network.named_modules()
+        return [_site(name, module, self.family) for name, module in modules if _is_linear(module)]
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         """x [B, C, h, w] fp32 in model space -> x0_hat, same shape. Stops here when the user has cancelled.

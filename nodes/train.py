@@ -19,7 +19,7 @@ from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
 from ..dopsd_core.training_set import latent_shape
 from .conditions import require_same_family
 from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
-from .paths import run_folder
+from .paths import run_folder, shown
 from .presets import PRESETS, make_config, run_digest
 from .previews import Painter, TrainingPreview, load_sheets
 from .sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
@@ -44,8 +44,7 @@ class Watcher(NoCallbacks):
         now = time.monotonic()
         self._first = self._first or (report.step, now)
         if report.relative_gap is not None:
-            unseen = report.heldout_relative_gap
-            self._gap = f"gap to the teacher {report.relative_gap:.3f}" + (f", unseen prompt {unseen:.3f}" if unseen else "")
+            self._gap = _told_gap(report.relative_gap, report.heldout_relative_gap)
         if now - self._told >= _TEXT_INTERVAL or report.step == self._config.steps:
             self._told = now
             send_text(self._node, self._text(report, now))
@@ -70,7 +69,7 @@ class Watcher(NoCallbacks):
         if report.loss is not None:
             lines.append(f"loss {report.loss:.4g}")
         if self._gap:
-            lines.append(f"{self._gap}  (1 = before training)")
+            lines.append(self._gap)
         return "\n".join(lines)
 
 
@@ -97,7 +96,7 @@ def run_training(
         with denoiser.trainable(shape):
             return train(config, denoiser, conditions.data, folder, watcher, facts=facts), folder
     except comfy.model_management.InterruptProcessingException:
-        send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {_shown(folder)}")
+        send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {shown(folder)}")
         raise
 
 
@@ -126,15 +125,17 @@ class TrainLoRA(io.ComfyNode):
             node_id="DOPSD_TrainLoRA",
             display_name="D-OPSD Train LoRA",
             category=CATEGORY,
-            description="Teaches a step-distilled model a concept and keeps its few steps (D-OPSD, arXiv 2605.05204): the "
-            "model takes its own few steps and is pulled to what it would do if it saw the picture. Cancel whenever you "
-            "like; the next run with the same settings goes on where it stopped. The MODEL is left as it was.",
+            description="Teaches a step-distilled model a concept and keeps its few steps (D-OPSD, arXiv 2605.05204): "
+            "the model takes its own few steps and is pulled to what it would do if it saw the picture. Cancel "
+            "whenever you like; the next run with the same settings goes on where it stopped. The MODEL is left as it "
+            "was.",
             search_aliases=["d-opsd", "train lora", "self-distillation", "fine-tune"],
             is_output_node=True,
             inputs=_inputs(),
             outputs=[
                 io.LoraModel.Output(
-                    display_name="lora", tooltip="The trained LoRA: for Load LoRA Model, Save LoRA (D-OPSD), Compare LoRA."
+                    display_name="lora",
+                    tooltip="The trained LoRA: for Load LoRA Model, Save LoRA (D-OPSD), Compare LoRA.",
                 ),
                 io.LossMap.Output(display_name="loss", tooltip="Loss of each step, for Plot Loss Graph."),
                 io.String.Output(
@@ -167,26 +168,25 @@ class TrainLoRA(io.ComfyNode):
         return io.NodeOutput(lora, {"loss": losses(reports)}, str(folder), load_sheets(folder / PREVIEWS_NAME))
 
 
+def _told_gap(relative: float, unseen: float | None) -> str:
+    told = f"gap to the teacher {relative:.3f}" + (f", unseen prompt {unseen:.3f}" if unseen is not None else "")
+    return f"{told}  (1 = before training)"
+
+
 def _summary(result: TrainResult, folder: Path) -> str:
     lines = [f"{result.step} steps done"]
     if result.start_gaps and result.end_gaps:
         relative, unseen = result.end_gaps.relative_to(result.start_gaps)
         if relative is not None:
-            lines.append(
-                f"gap to the teacher {relative:.3f}"
-                + (f", unseen prompt {unseen:.3f}" if unseen is not None else "")
-                + "  (1 = before training)"
-            )
-    return "\n".join([*lines, _shown(folder)])
-
-
-def _shown(folder: Path) -> str:
-    return f"output/{folder.parent.name}/{folder.name}"
+            lines.append(_told_gap(relative, unseen))
+    return "\n".join([*lines, shown(folder)])
 
 
 def _inputs() -> list[Any]:
     return [
-        io.Model.Input("model", tooltip="The step-distilled model to teach: Z-Image-Turbo, FLUX.2-klein or the demo model."),
+        io.Model.Input(
+            "model", tooltip="The step-distilled model to teach: Z-Image-Turbo, FLUX.2-klein or the demo model."
+        ),
         ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
         io.String.Input(
             "run_name", default="my_concept", tooltip="Name of the run; its folder under output/dopsd starts with it."
@@ -195,18 +195,23 @@ def _inputs() -> list[Any]:
             "preset",
             options=list(PRESETS),
             default="standard",
-            tooltip="Settings that fit together. standard: for most concepts. quick look: is it going anywhere? paper: the "
-            "authors' settings, slow. demo model: for the embedded model only.",
+            tooltip="Settings that fit together. standard: for most concepts. quick look: is it going anywhere? "
+            "paper: the authors' settings, slow. demo model: for the embedded model only.",
         ),
         io.Int.Input(
-            "steps", default=0, min=0, max=100_000, tooltip="Optimizer steps; 0 takes the preset's. May be raised later."
+            "steps",
+            default=0,
+            min=0,
+            max=100_000,
+            tooltip="Optimizer steps; 0 takes the preset's. May be raised later.",
         ),
         io.Int.Input(
             "seed",
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=False,  # by its name the page would draw another one after each run, and never resume
+            # by the input's name the page would draw another seed after each run, and no run would ever be resumed
+            control_after_generate=False,
             tooltip="Decides the LoRA's start, the order of the pictures and all noise. Another seed is another run.",
         ),
         io.Int.Input(
@@ -217,7 +222,9 @@ def _inputs() -> list[Any]:
             tooltip="Steps between preview pictures, which need the VAE; 0 for none.",
         ),
         *_advanced_inputs(),
-        io.Vae.Input("vae", optional=True, tooltip="The model's own VAE, for the preview pictures; training goes without."),
+        io.Vae.Input(
+            "vae", optional=True, tooltip="The model's own VAE, for the preview pictures; training goes without."
+        ),
     ]
 
 
@@ -246,8 +253,8 @@ def _advanced_inputs() -> list[Any]:
         choice(
             "teacher",
             get_args(TeacherKind),
-            "Weights of the teacher: a moving average of the student's (ema), the untouched model (frozen, saves memory), "
-            "or the student's own (same).",
+            "Weights of the teacher: a moving average of the student's (ema), the untouched model (frozen, saves "
+            "memory), or the student's own (same).",
         ),
         real("ema_decay", 0.0, 0.0, 1.0, 1e-4, "Of the teacher's moving average, per step; 0 takes the preset's."),
         real(

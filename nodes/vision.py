@@ -214,11 +214,11 @@ def seen_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tupl
     cell, area = VISION_CELL, height * width
     rows, columns = round(height / cell), round(width / cell)
     if rows * columns * cell * cell > max_pixels:
-        scale = math.sqrt(max_pixels / area)
-        rows, columns = (max(1, math.floor(side * scale / cell)) for side in (height, width))
+        shrink = math.sqrt(area / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
     elif rows * columns * cell * cell < min_pixels:
-        scale = math.sqrt(min_pixels / area)
-        rows, columns = (math.ceil(side * scale / cell) for side in (height, width))
+        grow = math.sqrt(min_pixels / area)
+        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
     return rows * cell, columns * cell
 
 
