@@ -57,7 +57,7 @@ class BuildTeacherCondition(io.ComfyNode):
             display_name="Build Teacher Condition",
             category=CATEGORY,
             description="Encodes every picture and caption once: the student reads the caption alone, the teacher "
-            "reads it and looks at the picture. Results are kept on disk; afterwards the text encoder may leave memory.",
+            "reads it and looks at the picture. Results are kept on disk; then the text encoder may leave memory.",
             search_aliases=["d-opsd", "dual conditioning", "train lora"],
             inputs=[
                 DatasetSocket.Input("dataset", tooltip="Pictures and captions, from Load Dataset (D-OPSD)."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import comfy.lora_convert
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
@@ -275,14 +277,25 @@ def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
     """
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names, log_missing=False)
-    used = set().union(*(getattr(patch, "loaded_keys", ()) for patch in loaded.values()))
-    if not loaded:
-        first = next(iter(tensors), "no keys at all")
+    fitting = [patch for target, patch in loaded.items() if _fits(model, target, patch)]
+    if not fitting:
+        first = next(iter(tensors), "no key at all")
         raise ValueError(
             f"none of the LoRA's {len(tensors)} tensors fit this model (the first is {first}): "
             "it was trained for another model; load that one"
         )
-    return len(used)
+    return len(set().union(*(getattr(patch, "loaded_keys", ()) for patch in fitting)))
+
+
+def _fits(model: Any, target: Any, patch: Any) -> bool:
+    """Whether a LoRA has the shape of its weight, or of its rows of it. ComfyUI itself logs misfits and goes on, and the
+    demo model's names are those of the real one."""
+    if not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
+        return True
+    key, rows = (target, None) if isinstance(target, str) else target[:2]
+    out_features, *rest = comfy.utils.get_attr(model.model, key).shape
+    up, down = patch.weights[:2]
+    return up.shape[0] == (rows[2] if rows else out_features) and down[0].numel() == math.prod(rest)
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:
