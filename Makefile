@@ -42,7 +42,7 @@ comfyui: $(VENV)/.dev
 endif
 
 browser:
-	@if command -v chromium >/dev/null; then echo "chromium is installed"; \
+	@if which chromium chromium-browser google-chrome 2>/dev/null | grep -q .; then echo "chromium is installed"; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; \
 	then echo "chromium was installed"; \
 	else echo "NO CHROMIUM and no way to install it here: the page will not be tested"; fi

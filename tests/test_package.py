@@ -1,0 +1,51 @@
+"""What is said twice in the repository's own files says the same."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import dopsd_core
+
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+VERSION = PYPROJECT["project"]["version"]
+
+
+def requirements(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_one_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION), "the Comfy Registry takes three numbers"
+    assert dopsd_core.__version__ == VERSION
+
+
+def test_the_changelog_is_headed_by_this_version():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == VERSION
+
+
+def test_comfyui_installs_what_the_package_depends_on():
+    assert requirements("requirements.txt") == PYPROJECT["project"]["dependencies"]
+    assert not any(re.match(r"torch\b", line) for line in requirements("requirements.txt")), "torch is the user's"
+
+
+@pytest.mark.parametrize("name", ["requirements-standalone.txt", "requirements-dev.txt", "requirements-comfyui.txt"])
+def test_every_version_is_fixed(name):
+    assert all(re.match(r"[\w.-]+==[\w.]+($|; )", line) for line in requirements(name))
+
+
+def test_the_registry_is_told_what_it_asks_for():
+    comfy, urls = PYPROJECT["tool"]["comfy"], PYPROJECT["project"]["urls"]
+    assert comfy["PublisherId"] and comfy["DisplayName"]
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"]), "comfy-cli drops a version of two numbers"
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    _, picture = comfy["Icon"].rsplit("/main/", 1)
+    assert (ROOT / picture).exists()
