@@ -288,14 +288,18 @@ def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _fits(model: Any, target: Any, patch: Any) -> bool:
-    """Whether a LoRA has the shape of its weight, or of its rows of it. ComfyUI itself logs misfits and goes on, and the
-    demo model's names are those of the real one."""
+    """Whether a LoRA has the shape of its weight, or of its slice of it.
+
+    ComfyUI itself logs a misfit and goes on; the demo model's names are also the real one's.
+    """
     if not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
         return True
-    key, rows = (target, None) if isinstance(target, str) else target[:2]
-    out_features, *rest = comfy.utils.get_attr(model.model, key).shape
+    key, part = (target, None) if isinstance(target, str) else target[:2]
+    shape = list(comfy.utils.get_attr(model.model, key).shape)
+    if part is not None:
+        shape[part[0]] = part[2]
     up, down = patch.weights[:2]
-    return up.shape[0] == (rows[2] if rows else out_features) and down[0].numel() == math.prod(rest)
+    return up.shape[0] == shape[0] and down[0].numel() == math.prod(shape[1:])
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:

@@ -22,7 +22,8 @@ def graph(folder: str = DEMO, **inputs: Any) -> dict:
 
 def write_pair(folder: Path, name: str, caption: str | None, size: tuple[int, int] = (64, 64), colour: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    Image.linear_gradient("L").resize(size).point(lambda value: (value + colour) % 256).save(folder / f"{name}.png")
+    gradient = Image.linear_gradient("L").resize(size).point([(value + colour) % 256 for value in range(256)])
+    gradient.save(folder / f"{name}.png")
     if caption is not None:
         (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
 

@@ -1,0 +1,200 @@
+"""Compare LoRA: the grid shows what ComfyUI's own nodes give, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+from loras import demo_lora, give, random_lora
+
+TILE, LEFT, TOP, STEP = 128, 210, 44 + 17, 128 + 6  # the grid's geometry for 64x64 pictures
+PROMPTS = "a [V] badge, top, on a sand background\n\n a red star badge, left, on a navy background "
+
+
+@pytest.fixture(scope="module")
+def tensors(comfyui) -> dict[str, torch.Tensor]:
+    return demo_lora(comfyui)
+
+
+def graph(**inputs: Any) -> dict:
+    settings = {
+        "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "prompts": PROMPTS, "strengths": "0.5, 1", "seed": 7,
+        "steps": 0, "width": 64, "height": 64, "lora_name": "none", **inputs,
+    }  # fmt: skip
+    return {
+        "1": {"class_type": "DOPSD_LoadDemoModels", "inputs": {}},
+        "2": {"class_type": "DOPSD_CompareLoRA", "inputs": settings},
+    }
+
+
+def with_lora(comfyui, lora: Any, **inputs: Any) -> dict:
+    return {"0": give(comfyui, lora), **graph(lora=["0", 0], **inputs)}
+
+
+def cell(image: torch.Tensor, row: int, column: int) -> torch.Tensor:
+    """The model's own pixels [64, 64, 3] of a picture of the grid."""
+    y, x = TOP + row * STEP, LEFT + column * STEP
+    return image[0, y : y + TILE : 2, x : x + TILE : 2]
+
+
+def sampled(comfyui, strength: float | None, prompt: str, seed: int, tensors: dict) -> torch.Tensor:
+    """The same picture by way of ComfyUI's loader, the Few-Step Sampler and VAE Decode."""
+    steps = {"steps": 0, "width": 64, "height": 64, "batch_size": 1, "sampler": "euler"}
+    nodes = {
+        "1": {"class_type": "DOPSD_LoadDemoModels", "inputs": {}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": prompt}},
+        "3": {
+            "class_type": "DOPSD_FewStepSampler",
+            "inputs": {"model": ["1", 0], "positive": ["2", 0], "seed": seed, **steps},
+        },
+        "4": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["1", 2]}},
+        "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}},
+    }
+    if strength is not None:
+        nodes["6"] = give(comfyui, tensors)
+        wanted = {"model": ["1", 0], "lora": ["6", 0], "strength_model": strength, "bypass": False}
+        nodes["7"] = {"class_type": "LoraModelLoader", "inputs": wanted}
+        nodes["3"]["inputs"]["model"] = ["7", 0]
+    run = comfyui.execute(nodes)
+    assert run.status == "success", run.error
+    return (run.value("4")[0].clamp(0, 1) * 255).round() / 255
+
+
+def test_each_cell_is_what_the_stock_nodes_give(comfyui, tensors, artefacts) -> None:
+    run = comfyui.execute(with_lora(comfyui, tensors))
+    assert run.status == "success", run.error
+    image = run.value("2")
+    comfyui.core("sheet").to_images(image.permute(0, 3, 1, 2))[0].save(artefacts / "compare_lora.png")
+    first, second = (line.strip() for line in PROMPTS.split("\n") if line)
+    for row, (prompt, seed) in enumerate([(first, 7), (second, 8)]):
+        for column, strength in enumerate([None, 0.5, 1.0]):
+            wanted = sampled(comfyui, strength, prompt, seed, tensors)
+            assert torch.allclose(cell(image, row, column), wanted, atol=1.5 / 255), (row, column)
+    assert (cell(image, 0, 0) - cell(image, 0, 2)).abs().mean() > 0.02, "the LoRA is to be seen"
+    assert (cell(image, 0, 0) - cell(image, 1, 0)).abs().mean() > 0.02
+    assert run.outputs["2"]["images"] and run.of("progress", "2")[-1].data["max"] == 6
+    assert (
+        run.texts("2")[0] == f"the connected LoRA: {len(tensors)} of {len(tensors)} tensors fit this model and are used"
+    )
+
+
+def test_a_file_and_the_connected_lora_give_the_same(comfyui, tensors) -> None:
+    given = {"lora": ["0", 0], "filename_prefix": "loras/compared", "dtype": "fp32", "peft_folder": False}
+    saving = {"0": give(comfyui, tensors), "1": {"class_type": "DOPSD_SaveLoRA", "inputs": given}}
+    assert comfyui.execute(saving).status == "success"
+    from_file = comfyui.execute(graph(lora_name="compared_00001_.safetensors", strengths="1"))
+    assert from_file.status == "success", from_file.error
+    connected = comfyui.execute(with_lora(comfyui, tensors, strengths="1", lora_name="compared_00001_.safetensors"))
+    for row in range(2):
+        assert torch.equal(cell(from_file.value("2"), row, 1), cell(connected.value("2"), row, 1))
+
+
+def weights_digest(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.model.state_dict().items()):
+        digest.update(name.encode() + value.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_the_model_is_as_it_was(comfyui, tensors) -> None:
+    run = comfyui.execute(with_lora(comfyui, tensors, strengths="1, -2"))
+    model = run.value("1")
+    assert not model.patches
+    comfyui.call(comfyui.module("nodes.host").ComfyDenoiser(model).load, (1, 16, 8, 8))  # takes patches off
+    assert weights_digest(model) == weights_digest(comfyui.call(comfyui.module("nodes.demo_models").load_model))
+
+
+def test_foreign_keys_are_counted(comfyui, tensors) -> None:
+    mixed = {**tensors, "transformer.nowhere.lora_A.weight": torch.ones(1, 1)}
+    run = comfyui.execute(with_lora(comfyui, mixed, strengths="1", prompts="a badge"))
+    assert f"{len(tensors)} of {len(mixed)} tensors" in run.texts("2")[0]
+
+
+def test_a_lora_of_another_model_is_refused(comfyui) -> None:
+    foreign = {f"transformer.blocks.0.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    run = comfyui.execute(with_lora(comfyui, foreign))
+    assert run.error.startswith("none of the LoRA's 2 tensors fit this model (the first is transformer.blocks.0.lora_A")
+
+
+def test_the_right_names_with_the_wrong_shapes_are_refused(comfyui, tensors) -> None:
+    wide = {key: torch.ones(4, 99) if ".lora_A." in key else torch.ones(99, 4) for key in tensors}
+    run = comfyui.execute(with_lora(comfyui, wide))
+    assert run.status == "error" and "trained for another model" in run.error, run.error
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({}, "there is no LoRA to compare: choose a file in lora_name, or connect lora"),
+        ({"prompts": " \n "}, "prompts: give 1 to 32 prompts, one per line, there are 0"),
+        ({"prompts": "x\n" * 33}, "prompts: give 1 to 32 prompts, one per line, there are 33"),
+    ],
+    ids=["no lora", "no prompts", "many prompts"],
+)
+def test_what_is_missing_is_one_sentence(comfyui, inputs: dict, sentence: str) -> None:
+    run = comfyui.execute(graph(**inputs))
+    assert run.status == "error" and run.error == sentence
+
+
+@pytest.mark.parametrize(
+    ("strengths", "sentence"),
+    [
+        ("", "strengths: give 1 to 8 numbers with commas between, there are 0"),
+        ("0.5, strong", "strengths: 'strong' is not a number; write numbers with commas between: 0.5, 1.0"),
+        ("1 2", "strengths: '1 2' is not a number"),
+        ("11", "strengths: 11 is not within -10..10"),
+        ("nan", "strengths: nan is not within"),
+        ("1,2,3,4,5,6,7,8,9", "there are 9"),
+    ],
+)
+def test_bad_strengths_are_refused_before_anything_runs(comfyui, strengths: str, sentence: str) -> None:
+    run = comfyui.execute(graph(strengths=strengths))
+    assert run.status == "refused" and sentence in run.error and not run.events
+
+
+def test_strengths_are_read_generously(comfyui) -> None:
+    parse = comfyui.module("nodes.lora").parse_strengths
+    assert parse("1; .5,\n 0,1.0,") == [1.0, 0.5, 0.0]
+
+
+def test_cancelling_stops_between_pictures(comfyui, tensors) -> None:
+    def cancel(event) -> None:
+        if event.kind == "progress":
+            comfyui.interrupt()
+
+    run = comfyui.execute(with_lora(comfyui, tensors), on_event=cancel)
+    assert run.status == "interrupted" and len(run.of("progress", "2")) == 1
+
+
+def test_real_sizes_are_scaled_down(comfyui) -> None:
+    columns = [[torch.rand(3, 768, 1280)] * 2 for _ in range(3)]
+    image = comfyui.module("nodes.lora").draw_grid("title", ["one", "two"], ["base", "a", "b"], columns)
+    assert image.width < 1700 and image.height < 700
+
+
+KLEIN = {
+    "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "num_heads": 1, "mlp_ratio": 3.0, "theta": 2000,
+    "out_channels": 128, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False,
+    "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3], "in_channels": 128, "hidden_size": 128,
+    "context_in_dim": 192, "patch_size": 1, "vec_in_dim": None, "depth": 1, "depth_single_blocks": 2,
+    "guidance_embed": False, "yak_mlp": False, "txt_norm": False,
+}  # fmt: skip
+
+
+def test_kleins_names_are_counted_too(comfyui, tensors) -> None:
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.Flux2(KLEIN)
+    config.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    model = comfy.model_patcher.ModelPatcher(config.get_model({}, ""), load_device=cpu, offload_device=cpu)
+    lora = random_lora(comfyui, model, 0.3, 4, 0)
+    lora_module = comfyui.module("nodes.lora")
+    assert lora_module.count_used(model, lora) == len(lora) > 20
+    demo = comfyui.call(comfyui.module("nodes.demo_models").load_model)
+    for other, foreign in ((model, tensors), (demo, lora)):
+        with pytest.raises(ValueError, match="trained for another model"):
+            lora_module.count_used(other, foreign)

@@ -1,0 +1,139 @@
+"""Save LoRA: the file loads in ComfyUI's own loader with every key used, and tells where it came from."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loras import demo_lora, give
+from safetensors import safe_open
+
+FACTS = {"dopsd_family": "z_image", "dopsd_step": "12", "dopsd_config": "{}", "dopsd_base_model": "demo"}
+
+
+@pytest.fixture(scope="module")
+def tensors(comfyui) -> dict[str, torch.Tensor]:
+    return demo_lora(comfyui)
+
+
+@pytest.fixture
+def save(comfyui, tensors):
+    """save(lora, **inputs) -> the run; node "1" is Save LoRA."""
+
+    def save(lora: Any = None, prefix: str = "loras/dopsd", dtype: str = "bf16", peft_folder: bool = False) -> Any:
+        given = comfyui.module("nodes.sockets").TrainedLora(tensors, FACTS) if lora is None else lora
+        inputs = {"lora": ["0", 0], "filename_prefix": prefix, "dtype": dtype, "peft_folder": peft_folder}
+        graph = {"0": give(comfyui, given), "1": {"class_type": "DOPSD_SaveLoRA", "inputs": inputs}}
+        return comfyui.execute(graph)
+
+    return save
+
+
+def read(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118  no dict
+
+
+def patches(model: Any) -> int:
+    return sum(len(entries) for entries in model.patches.values())
+
+
+def test_comfyuis_own_loader_uses_every_key(comfyui, save, tensors, caplog) -> None:
+    run = save(prefix="loras/all_keys")
+    assert run.status == "success", run.error
+    assert run.value("1") == str(comfyui.output / "loras" / "all_keys_00001_.safetensors")
+    graph = {
+        "1": {"class_type": "DOPSD_LoadDemoModels", "inputs": {}},
+        "2": {
+            "class_type": "LoraLoaderModelOnly",
+            "inputs": {"model": ["1", 0], "lora_name": "all_keys_00001_.safetensors", "strength_model": 1.0},
+        },
+        "3": {
+            "class_type": "DOPSD_FewStepSampler",
+            "inputs": {
+                "model": ["2", 0], "positive": ["4", 0], "seed": 0, "steps": 0, "width": 64, "height": 64,
+                "batch_size": 1, "sampler": "euler",
+            },
+        },
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a badge"}},
+        "5": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["1", 2]}},
+        "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
+    }  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        loaded = comfyui.execute(graph)
+    assert loaded.status == "success", loaded.error
+    assert "not loaded" not in caplog.text.lower()
+    assert patches(loaded.value("2")) == len(tensors) / 2 > 20
+
+
+def test_the_file_holds_what_it_says(comfyui, save, tensors) -> None:
+    run = save(dtype="fp32")
+    stored, header = read(run.value("1"))
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[key], tensors[key]) for key in tensors)
+    assert header["modelspec.architecture"] == "z_image/lora" and header["modelspec.title"].startswith("dopsd_0")
+    assert header["dopsd_version"] == comfyui.module("dopsd_core").__version__ and FACTS.items() <= header.items()
+    assert not [key for key in stored if key.endswith(".alpha")] and "lora_adapter_metadata" not in header
+    half, _ = read(save(dtype="bf16").value("1"))
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert "tensors" in run.texts("1")[-1] and "output/loras/dopsd_" in run.texts("1")[-1]
+
+
+def test_numbers_go_up_and_nothing_is_overwritten(comfyui, save) -> None:
+    names = [Path(save(prefix="many/x").value("1")).name for _ in range(3)]
+    assert names == ["x_00001_.safetensors", "x_00002_.safetensors", "x_00003_.safetensors"]
+    assert not list((comfyui.output / "many").glob("*.tmp"))
+
+
+def test_a_peft_folder_beside_it(comfyui, save, tensors) -> None:
+    peft = pytest.importorskip("peft")
+    run = save(prefix="loras/with_peft", dtype="fp32", peft_folder=True)
+    folder = comfyui.output / "loras" / "with_peft_00001_peft"
+    assert str(folder.name) in run.texts("1")[-1]
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    assert config.r == config.lora_alpha == 4
+    stored, _ = read(folder / "adapter_model.safetensors")
+    assert {key.replace("base_model.model.", "transformer.") for key in stored} == set(tensors)
+
+
+def test_peft_missing_is_one_sentence(comfyui, save, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    run = save(prefix="loras/no_peft", peft_folder=True)
+    assert run.status == "error" and "pip install peft" in run.error
+
+
+def test_another_trainers_lora_is_saved_as_it_is(save) -> None:
+    foreign = {
+        "diffusion_model.layers.0.attention.qkv.lora_up.weight": torch.ones(6, 2),
+        "diffusion_model.layers.0.attention.qkv.lora_down.weight": torch.ones(2, 4),
+        "diffusion_model.layers.0.attention.qkv.alpha": torch.tensor(2.0),
+    }
+    stored, header = read(save(foreign).value("1"))
+    assert stored.keys() == foreign.keys() and header["modelspec.architecture"] == "unknown/lora"
+    run = save(foreign, peft_folder=True)
+    assert run.status == "error" and "switch peft_folder off" in run.error
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({}, "there is no LoRA to save"),
+        ({"transformer.x.lora_A.weight": torch.tensor([[float("nan")]])}, "transformer.x.lora_A.weight is not finite"),
+        ({"transformer.x.lora_A.weight": torch.tensor([[float("inf")]])}, "is not finite; the LoRA is not saved"),
+    ],
+    ids=["empty", "nan", "inf"],
+)
+def test_what_is_no_lora_is_not_saved(comfyui, save, lora: dict, sentence: str) -> None:
+    run = save(lora, prefix="refused/x")
+    assert run.status == "error" and sentence in run.error
+    assert not list((comfyui.output / "refused").glob("*"))
+
+
+@pytest.mark.parametrize("prefix", ["../x", "/tmp/x", "", "loras/con", "C:\\x"])
+def test_a_bad_name_is_one_sentence(comfyui, save, prefix: str) -> None:
+    run = save(prefix=prefix)
+    assert run.status == "error" and run.error.startswith("the filename_prefix ") and "\n" not in run.error
