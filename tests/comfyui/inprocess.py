@@ -102,12 +102,13 @@ class ComfyUI:
         self._on_event: Callable[[Event], None] | None = None
 
     def _load_nodes(self) -> None:
-        handler = _Lines()
+        asyncio.run(self.nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+        handler, before, started = _Lines(), set(sys.modules), time.perf_counter()
         logging.getLogger().addHandler(handler)
-        started = time.perf_counter()
-        asyncio.run(self.nodes.init_extra_nodes(init_custom_nodes=True, init_api_nodes=False))
-        self.load_seconds = time.perf_counter() - started
+        asyncio.run(self.nodes.init_external_custom_nodes())
         logging.getLogger().removeHandler(handler)
+        self.pack_seconds = time.perf_counter() - started
+        self.pack_imports = set(sys.modules) - before  # names of all modules that came with the pack
         if not self.pack_nodes:
             raise RuntimeError("ComfyUI did not load the pack:\n" + "\n".join(handler.lines[-20:]))
 

@@ -57,7 +57,7 @@ class Server:
         with log.open("ab") as out:
             self.process = subprocess.Popen(command, cwd=CHECKOUT, env=env, stdout=out, stderr=subprocess.STDOUT)
         try:
-            self._wait_until_up(120)
+            self._wait_until_up(300)
         except BaseException:
             self.stop()
             raise

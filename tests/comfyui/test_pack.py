@@ -1,0 +1,159 @@
+"""The pack as ComfyUI sees it: ids, sockets and texts, its weight on the start, its pages and languages.
+
+Saved workflows name nodes by id and fill widgets by position, so the table below only ever grows at the end of a line.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+
+import make_locales
+import pytest
+from inprocess import PACK, ROOT
+
+# id: (inputs, outputs); "?" marks an input that may stay unconnected.
+FROZEN = {
+    "DOPSD_LoadDataset": (
+        "folder:COMBO resolution:INT trigger:STRING repeats:INT caption_dropout:FLOAT images:IMAGE? texts:STRING?",
+        "dataset:DOPSD_DATASET report:STRING",
+    ),
+    "DOPSD_BuildTeacherCondition": (
+        "dataset:DOPSD_DATASET clip:CLIP vae:VAE mode:COMBO preview_prompts:STRING anchor_prompts:STRING"
+        " vision:DOPSD_VISION?",
+        "conditions:DOPSD_CONDITIONS",
+    ),
+    "DOPSD_TeacherPreview": (
+        "model:MODEL conditions:DOPSD_CONDITIONS vae:VAE seed:INT steps:INT pictures:INT",
+        "image:IMAGE",
+    ),
+    "DOPSD_TrainLoRA": (
+        "model:MODEL conditions:DOPSD_CONDITIONS run_name:STRING preset:COMBO steps:INT seed:INT preview_every:INT"
+        " learning_rate:FLOAT rank:INT alpha:FLOAT batch_size:INT grad_accumulation:INT warmup:INT rollout_steps:INT"
+        " grad_steps:INT loss:COMBO teacher:COMBO ema_decay:FLOAT anchor_probability:FLOAT objective:COMBO"
+        " schedule:COMBO optimizer:COMBO checkpoint_every:INT probe_every:INT vae:VAE?",
+        "lora:LORA_MODEL loss:LOSS_MAP run_folder:STRING previews:IMAGE",
+    ),
+    "DOPSD_FewStepSampler": (
+        "model:MODEL positive:CONDITIONING seed:INT steps:INT width:INT height:INT batch_size:INT sampler:COMBO",
+        "latent:LATENT sigmas:SIGMAS",
+    ),
+    "DOPSD_SaveLoRA": (
+        "lora:LORA_MODEL filename_prefix:STRING dtype:COMBO peft_folder:BOOLEAN",
+        "lora_path:STRING",
+    ),
+    "DOPSD_CompareLoRA": (
+        "model:MODEL clip:CLIP vae:VAE prompts:STRING strengths:STRING seed:INT steps:INT width:INT height:INT"
+        " lora_name:COMBO lora:LORA_MODEL?",
+        "image:IMAGE",
+    ),
+    "DOPSD_LoadDemoModels": ("", "model:MODEL clip:CLIP vae:VAE vision:DOPSD_VISION"),
+    "DOPSD_LoadTeacherVision": ("vision_name:COMBO", "vision:DOPSD_VISION"),
+}
+OUTPUT_NODES = {
+    "DOPSD_LoadDataset",
+    "DOPSD_TeacherPreview",
+    "DOPSD_TrainLoRA",
+    "DOPSD_SaveLoRA",
+    "DOPSD_CompareLoRA",
+}
+DOCS = ROOT / "web" / "docs"
+HEAVY = {"transformers", "peft", "diffusers", "accelerate"}
+
+each_node = pytest.mark.parametrize("name", FROZEN)
+
+
+@pytest.fixture
+def schema(comfyui, name):
+    return comfyui.pack_nodes[name].GET_SCHEMA()
+
+
+def test_the_nodes_are_these(comfyui):
+    assert set(comfyui.pack_nodes) == set(FROZEN)
+
+
+@each_node
+def test_sockets_are_frozen(schema, name):
+    inputs = [f"{i.id}:{i.get_io_type()}{'?' if i.optional else ''}" for i in schema.inputs]
+    outputs = [f"{o.display_name}:{o.get_io_type()}" for o in schema.outputs]
+    assert (" ".join(inputs), " ".join(outputs)) == FROZEN[name]
+    assert schema.is_output_node == (name in OUTPUT_NODES)
+    assert schema.is_input_list == (name == "DOPSD_LoadDataset")
+
+
+@each_node
+def test_every_text_is_there(schema):
+    assert schema.category == "D-OPSD"
+    assert schema.description and schema.description.endswith(".")
+    said_nothing_about = [part.id for part in [*schema.inputs, *schema.outputs] if not part.tooltip]
+    assert not said_nothing_about
+
+
+def test_the_start_stays_quick(comfyui):
+    assert comfyui.pack_seconds < 2, f"{comfyui.pack_seconds:.1f} s"
+    brought = {module.partition(".")[0] for module in comfyui.pack_imports}
+    assert not brought & HEAVY
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda path: path.name)
+def test_node_files_import_nothing_heavy(path):
+    """ComfyUI imports transformers itself, so what the pack brought does not show; an import at the top would."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            assert not {alias.name.partition(".")[0] for alias in node.names} & {*HEAVY, "dopsd_core"}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert (node.module or "").partition(".")[0] not in {*HEAVY, "dopsd_core"}
+
+
+def test_nodes_are_thin():
+    """`execute` parses, calls and wraps."""
+    lengths = {}
+    for path in (ROOT / "nodes").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for method in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(method, ast.FunctionDef) and method.name == "execute" and method.end_lineno:
+                    lengths[f"{path.name}:{node.name}"] = method.end_lineno - method.lineno + 1
+    assert len(lengths) == len(FROZEN)
+    assert max(lengths.values()) <= 25, lengths
+    assert statistics.median(lengths.values()) <= 10, lengths
+
+
+def help_pages(name):
+    """The page that every language falls back to, and those of single languages; at least one of them."""
+    pages = [page for page in (DOCS / f"{name}.md", *sorted((DOCS / name).glob("*.md"))) if page.exists()]
+    assert pages, f"web/docs/{name}.md"
+    return pages
+
+
+@each_node
+def test_help_page_tells_every_input_and_output(schema, name):
+    for page in help_pages(name):
+        text = page.read_text(encoding="utf-8")
+        names = {part.id for part in schema.inputs} | {o.display_name for o in schema.outputs}
+        missing = sorted(part for part in names if not re.search(rf"\b{re.escape(part)}\b", text))
+        assert not missing, f"{page.relative_to(ROOT)} does not tell {missing}"
+
+
+@each_node
+def test_help_page_is_served(server, name):
+    for page in help_pages(name):
+        path = page.relative_to(DOCS).as_posix()
+        assert server.get_bytes(f"/extensions/{PACK}/docs/{path}") == page.read_bytes()
+
+
+def test_english_is_what_the_nodes_say(comfyui):
+    assert make_locales.read("en") == make_locales.schema_texts(comfyui.pack_nodes), "run make_locales.py"
+
+
+def test_chinese_is_complete():
+    english, chinese = make_locales.places(make_locales.read("en")), make_locales.places(make_locales.read("zh"))
+    assert set(chinese) == set(english)
+    sentences = {place: text for place, text in chinese.items() if place.endswith(("description", "tooltip"))}
+    assert not [place for place, text in sentences.items() if not re.search(r"[\u4e00-\u9fff]", text)]
+
+
+def test_languages_are_served(server):
+    served = server.get("/i18n")
+    for language in ("en", "zh"):
+        assert set(FROZEN) <= set(served[language]["nodeDefs"])
