@@ -9,13 +9,17 @@ import socket
 import subprocess
 import sys
 import threading
+import zipfile
+from pathlib import Path
 
 import pytest
+from inprocess import PACK, ROOT, new_base
 
 PICTURE = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 1, "color": 0x408020}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "cli"}},
 }
+SMALL = {"seed": 1, "steps": 0, "width": 64, "height": 64, "batch_size": 1, "sampler": "euler"}
 
 
 @pytest.fixture
@@ -49,9 +53,9 @@ def comfy(tmp_path, outside):
         env[name] = env[name.lower()] = proxy
     env["NO_PROXY"] = env["no_proxy"] = "127.0.0.1"
 
-    def comfy(*arguments: object) -> subprocess.CompletedProcess:
+    def comfy(*arguments: object, folder: Path = tmp_path) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", *map(str, arguments)]
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
 
     yield comfy
     assert not callers, callers
@@ -133,3 +137,37 @@ def test_sets_inputs_of_a_saved_workflow(comfy, server, tmp_path):
 
     (picture,) = server.output.glob("cli_set*.png")
     assert Image.open(picture).size == (48, 32)
+
+
+@pytest.fixture
+def registry_install(comfy, tmp_path):
+    """A base directory with the pack as the Comfy Registry would install it: what git has, less .comfyignore."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("THE REGISTRY'S ARCHIVE WAS NOT TESTED: this is not a git checkout")
+    clone, base = tmp_path / "clone", new_base(tmp_path / "base")
+    subprocess.run(["git", "-c", "safe.directory=*", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    for step in ("validate", "pack"):
+        done = comfy("--no-json", "node", step, folder=clone)
+        assert done.returncode == 0 and "warning" not in done.stdout.lower(), done.stdout + done.stderr
+    (base / "custom_nodes" / PACK).unlink()
+    with zipfile.ZipFile(clone / "node.zip") as archive:
+        archive.extractall(base / "custom_nodes" / "dopsd")
+    return base
+
+
+def test_the_registrys_archive_is_whole(registry_install, start_server):
+    """Committed files alone, under another folder name: nodes, demo weights, templates and pages are all there."""
+    pack = registry_install / "custom_nodes" / "dopsd"
+    assert not (pack / "tests").exists()
+    server = start_server(registry_install)
+    assert server.get("/object_info/DOPSD_TrainLoRA")["DOPSD_TrainLoRA"]["python_module"] == "custom_nodes.dopsd"
+    load = {"1": {"class_type": "DOPSD_LoadDemoModels", "inputs": {}}}
+    text = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a badge"}}
+    sample = {"class_type": "DOPSD_FewStepSampler", "inputs": {"model": ["1", 0], "positive": ["2", 0], **SMALL}}
+    decode = {"class_type": "VAEDecode", "inputs": {"vae": ["1", 2], "samples": ["3", 0]}}
+    show = {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}}
+    run = server.run({**load, "2": text, "3": sample, "4": decode, "5": show})
+    assert run.status == "success", run.error
+    templates = sorted(path.stem for path in (pack / "workflows").glob("*.json"))
+    assert templates and templates == sorted(server.get("/workflow_templates").get("dopsd", ()))
+    server.stop()
