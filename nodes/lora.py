@@ -323,7 +323,6 @@ class _Painter:
         blank = torch.zeros(1, *family.latent_shape(*self._size), device=comfy.model_management.intermediate_device())
         latents = []
         for row, condition in enumerate(conditions):
-            comfy.model_management.throw_exception_if_processing_interrupted()
             latents.append(few_step_sample(model, condition, blank, (seed + row) % 2**64, sigmas, "euler"))
             self._bar.update(1)
         return [self._vae.decode(latent)[0].permute(2, 0, 1) for latent in latents]

@@ -256,13 +256,16 @@ def test_batches_and_transparency(comfyui) -> None:
     assert store([batch, clear], ["one", "two", "four"]) != source
 
 
-def test_cancelling_stops_while_pictures_are_checked(comfyui, folder, monkeypatch) -> None:
-    events: list[Any] = []
+def test_cancelling_stops_at_the_next_picture(comfyui, folder, monkeypatch) -> None:
+    for number in range(8):
+        write_pair(folder, f"more{number}", "a [V] cat", colour=number)
+    core, decoded = comfyui.core("dataset"), []
+    decode = core.decode
+    monkeypatch.setattr(core, "decode", lambda path: decoded.append(path) or decode(path))
 
     def cancel(event) -> None:
         if event.kind == "progress":
-            events.append(event)
             comfyui.interrupt()
 
     run = comfyui.execute(graph(f"data/{folder.name}"), on_event=cancel)
-    assert run.status == "interrupted" and len(events) == 1
+    assert run.status == "interrupted" and len(decoded) == 2
