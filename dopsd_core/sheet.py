@@ -110,7 +110,7 @@ def _draw_label(draw: ImageDraw.ImageDraw, row: Row, width: int, top: int, heigh
 
 
 def thumbnails(
-    items: Sequence[tuple[Path | Image.Image, str]], problems: str = "", tile: int = 160, limit: int = 36
+    items: Sequence[tuple[Path | Image.Image, str]], problems: str = "", tile: int = 160, limit: int = 24
 ) -> Image.Image:
     """Pictures with their captions under them, then the problem list, errors in red.
 
