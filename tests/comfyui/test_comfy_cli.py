@@ -171,3 +171,26 @@ def test_the_registrys_archive_is_whole(registry_install, start_server):
     templates = sorted(path.stem for path in (pack / "workflows").glob("*.json"))
     assert templates and templates == sorted(server.get("/workflow_templates").get("dopsd", ()))
     server.stop()
+
+
+def test_trains_the_quickstart(comfy, server, tmp_path):
+    """The template itself, with fewer steps: a LoRA file is there at the end."""
+    where, path = ("--host", "127.0.0.1", "--port", server.port), tmp_path / "mine.json"
+    path.write_bytes((ROOT / "workflows" / "quickstart.json").read_bytes())
+    train, save = (node_of(path, name) for name in ("DOPSD_TrainLoRA", "DOPSD_SaveLoRA"))
+    values = (
+        f"{train}.steps=5",
+        f"{train}.preview_every=0",
+        f"{train}.run_name=cli",
+        f"{save}.filename_prefix=loras/cli",
+    )
+    done = comfy("--json", "workflow", "set-slot", path, *values, *where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = comfy("run", "--json", "--workflow", path, "--wait", "--where", "local", *where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((server.output / "loras").glob("cli*.safetensors"))
+
+
+def node_of(workflow, kind):
+    (node,) = (n["id"] for n in json.loads(workflow.read_text(encoding="utf-8"))["nodes"] if n["type"] == kind)
+    return node
