@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from inprocess import ComfyUI
 from safetensors.torch import save_file
 from torch import Tensor
@@ -246,16 +247,57 @@ def test_pictures_are_seen_at_the_size_of_qwens_own_processor(vision):
     assert vision.seen_size(64, 2048, spec.min_pixels, spec.max_pixels)[0] == 96  # enlarged to the least
 
 
+def test_the_real_layout_is_transformers_qwen3_vl(vision, tiny, tmp_path):
+    """Z-Image's stock CLIP with a vision file against Qwen3-VL with that language model, at a real picture size."""
+    import comfy.sd
+    from comfy.supported_models_base import ClipTarget
+    from comfy.text_encoders import z_image
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    width = tiny.tower["out_hidden_size"]
+    sizes = {"hidden_size": width, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 2,
+             "num_key_value_heads": 1}  # fmt: skip
+    target = ClipTarget(z_image.ZImageTokenizer, z_image.te())
+    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, "qwen3_4b_model_config": sizes})
+    toy.fill(clip.cond_stage_model)
+    tower, state = reference(tiny)
+    loaded = vision.load_teacher_vision(in_a_file(tmp_path / "vl.safetensors", state), tiny)
+    loaded.model.float()  # the positions are interpolated in the weights' dtype
+
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text_config = {**sizes, "vocab_size": 151936, "head_dim": 128, "rope_parameters": rope}
+    whole = Qwen3VLModel(Qwen3VLConfig(text_config=text_config, vision_config=dict(tiny.tower))).eval()
+    whole.visual.load_state_dict(tower.state_dict())
+    whole.language_model.load_state_dict(clip.cond_stage_model.qwen3_4b.transformer.model.state_dict())
+    image = seeded(3, 512, 768).mul(255).round()
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, min_pixels=512**2, max_pixels=768**2
+    )
+    pixels = processor(images=image.movedim(0, -1).byte().numpy(), return_tensors="pt")
+    prompt = vision.TEACHER_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * (16 * 24)).format(TEXT)
+    tokens = clip.tokenizer.qwen3_4b.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = whole(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), output_hidden_states=True, **pixels,
+            mm_token_type_ids=(tokens == 151655).long(),
+        )  # fmt: skip
+    expected = out.hidden_states[-2][0]
+    ours = vision.encode_image_text(clip, loaded, TEXT, image / 255)
+    assert ours.shape == expected.shape and (ours - expected).norm() < 1e-4 * expected.norm()
+
+
 # -- vision files -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tiny(vision: Any) -> Any:
     """The real tower's layout at toy sizes."""
-    config = vision.qwen3vl_4b().lm_config
+    real = vision.qwen3vl_4b()
     sizes = {"hidden_size": 64, "intermediate_size": 96, "depth": 4, "deepstack_visual_indexes": [0, 1, 2],
              "num_heads": 2, "num_position_embeddings": 36, "out_hidden_size": 48}  # fmt: skip
-    return dataclasses.replace(vision.qwen3vl_4b(), tower={**vision.qwen3vl_4b().tower, **sizes}, lm_config=config)
+    config = dataclasses.replace(real.lm_config, hidden_size=sizes["out_hidden_size"])
+    return dataclasses.replace(real, tower={**real.tower, **sizes}, lm_config=config)
 
 
 def reference(tiny: Any) -> Any:
