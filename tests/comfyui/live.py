@@ -97,6 +97,7 @@ class Server:
     def post(self, graph: dict, **extra: Any) -> str | dict:
         """Queue a graph: its prompt_id, or the body of the 400 that refuses it."""
         status, body = self.send("/prompt", {"prompt": graph, **extra})
+        self.node_errors = body.get("node_errors", {})  # ComfyUI also takes a graph of which only some outputs can run
         return body["prompt_id"] if status == 200 else body
 
     def interrupt(self) -> None:
@@ -150,7 +151,8 @@ class Server:
                     break
         past = self.history(answer)
         messages = past["status"]["messages"]
-        return Run(answer, status_of(past["status"]["completed"], messages), past["outputs"], messages, events)
+        refusal = {"node_errors": self.node_errors} if self.node_errors else {}
+        return Run(answer, status_of(past["status"]["completed"], messages), past["outputs"], messages, events, refusal)
 
     def kill(self) -> None:
         """As a power cut would."""

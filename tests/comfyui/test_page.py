@@ -1,0 +1,76 @@
+"""What a user does in the real page: finds the template, presses Run, watches, sees the pictures."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from browser import ComfyPage
+from graphs import SHORT, node_of, shipped
+from inprocess import PACK
+from live import Server
+from PIL import Image, ImageStat
+
+TYPES = "() => window.app.graph.nodes.map(n => n.type)"
+
+
+def open_quickstart(page: ComfyPage) -> None:
+    page.browse_templates()
+    dialog = page.page.get_by_role("dialog")
+    dialog.get_by_text(PACK, exact=True).first.click()
+    page.page.wait_for_timeout(800)
+    page.screenshot("templates")
+    dialog.get_by_text("quickstart", exact=True).first.click()
+    page.page.wait_for_function(
+        "() => window.app.graph.nodes.some(n => n.type === 'DOPSD_TrainLoRA')", timeout=20_000
+    )
+    page.page.wait_for_timeout(800)
+
+
+def picture(server: Server, image: dict[str, Any]) -> Image.Image:
+    query = "&".join(f"{key}={image[key]}" for key in ("filename", "subfolder", "type"))
+    return Image.open(io.BytesIO(server.get_bytes(f"/view?{query}"))).convert("RGB")
+
+
+def test_the_template_is_found_loads_and_runs(page: ComfyPage, server: Server) -> None:
+    open_quickstart(page)
+    api = shipped("quickstart")
+    saved = page.saved()["output"]
+    assert {key: node["inputs"] for key, node in saved.items()} == {key: node["inputs"] for key, node in api.items()}
+    assert sorted(page.page.evaluate(TYPES)) == sorted([*(n["class_type"] for n in api.values()), "MarkdownNote"])
+
+    page.set_widget("DOPSD_TrainLoRA", "steps", SHORT["steps"])
+    page.set_widget("DOPSD_TrainLoRA", "preview_every", 2)
+    assert page.run(timeout=300) == "execution_success"
+    page.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.page.wait_for_timeout(1500)
+    page.screenshot("quickstart_done")
+
+    shown = {detail["node"]: detail["output"].get("images", []) for kind, detail in page.heard() if kind == "executed"}
+    for kind in ("DOPSD_LoadDataset", "DOPSD_TeacherPreview", "DOPSD_CompareLoRA", "LossGraphNode", "PreviewImage"):
+        images = shown[node_of(api, kind)]
+        assert images and all(max(ImageStat.Stat(picture(server, image)).stddev) > 10 for image in images), kind
+    # on the canvas: the node that trained shows its last preview, the others their result
+    drawn = page.page.evaluate(
+        """() => Object.fromEntries(window.app.graph.nodes.map(n => [n.type, (n.imgs ?? []).map(i => i.naturalWidth)]))"""
+    )
+    for kind in ("DOPSD_TeacherPreview", "DOPSD_CompareLoRA", "DOPSD_TrainLoRA", "PreviewImage"):
+        assert drawn[kind] and min(drawn[kind]) > 64, (kind, drawn)
+    texts = [detail for kind, detail in page.heard() if kind == "progress_text"]
+    assert any("6 steps done" in str(text) for text in texts)
+
+
+def test_cancel_from_the_page_and_run_again(page: ComfyPage) -> None:
+    page.load_api(shipped("quickstart"))
+    page.set_widget("DOPSD_TrainLoRA", "run_name", "from_the_page")
+    page.start()
+    page.page.wait_for_function(
+        """() => window.heard.some(([kind, detail]) => kind === 'progress_text' && JSON.stringify(detail).includes('step 2 of'))""",
+        timeout=120_000,
+    )
+    page.page.evaluate("() => window.app.api.interrupt(null)")
+    assert page.wait_for_end(30) == "execution_interrupted"
+    page.set_widget("DOPSD_TrainLoRA", "steps", 12)
+    assert page.run(timeout=200) == "execution_success"
+    first = next(str(d) for kind, d in page.heard() if kind == "progress_text" and "of 12" in str(d))
+    assert "step 1 of" not in first and "step 0 of" not in first

@@ -1,0 +1,103 @@
+"""Every shipped workflow: its two forms agree with the nodes, and it runs on the demo model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graphs import SHORT, node_of, shipped, training
+from inprocess import ROOT, ComfyUI
+
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+TRAINS = ("quickstart", "z_image_turbo_train")
+DEMO_SLOTS = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2, "DOPSD_LoadTeacherVision": 3}
+
+
+def on_the_demo_model(graph: dict) -> dict:
+    """The workflow with the demo model in place of the loaders, small pictures and a short training."""
+    loaders = {key: DEMO_SLOTS[node["class_type"]] for key, node in graph.items() if node["class_type"] in DEMO_SLOTS}
+    graph = json.loads(json.dumps({key: node for key, node in graph.items() if key not in loaders}))
+    if loaders:
+        graph["demo"] = {"class_type": "DOPSD_LoadDemoModels", "inputs": {}}
+    small = {"width": 64, "height": 64, "resolution": 64, **{key: SHORT[key] for key in ("steps", "preview_every")}}
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in loaders:
+                node["inputs"][name] = ["demo", loaders[value[0]]]
+            elif name in small and not (name == "steps" and node["class_type"] != "DOPSD_TrainLoRA"):
+                node["inputs"][name] = small[name]
+        if node["class_type"] == "DOPSD_TrainLoRA":
+            node["inputs"] |= {"preset": "demo model", "rank": SHORT["rank"]}
+    return graph
+
+
+def test_all_are_there_with_thumbnail_and_api_form() -> None:
+    assert NAMES == ["compare", "quickstart", "z_image_turbo_sample", "z_image_turbo_train"]
+    for name in NAMES:
+        assert (ROOT / "workflows" / f"{name}.jpg").stat().st_size > 5000
+        assert shipped(name)
+    assert {path.suffix for path in (ROOT / "workflows").iterdir() if path.is_file()} == {".json", ".jpg"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_those_of_the_schemas(comfyui: ComfyUI, name: str) -> None:
+    """Each node exists, and its inputs in the API form are exactly the schema's (optional ones may be missing)."""
+    for node in shipped(name).values():
+        kind = comfyui.nodes.NODE_CLASS_MAPPINGS[node["class_type"]]
+        known = kind.INPUT_TYPES()
+        required, optional = set(known.get("required", {})), set(known.get("optional", {}))
+        given = set(node["inputs"])
+        assert required <= given <= required | optional, node
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loaders_tell_where_the_files_are_had(name: str) -> None:
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    for node in workflow["nodes"]:
+        if node["type"] in DEMO_SLOTS:
+            (model,) = node["properties"]["models"]
+            assert model["name"] in node["widgets_values"] and model["url"].endswith("/" + model["name"])
+            assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+
+
+@pytest.fixture(scope="module")
+def lora_file(comfyui: ComfyUI) -> Path:
+    graph = training("for-workflows", steps=1, preview_every=0)
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    folder = comfyui.output / "loras"
+    folder.mkdir(exist_ok=True)
+    target = folder / "my_concept_00001_.safetensors"
+    shutil.copy(Path(run.value("train", 2)) / "lora.safetensors", target)
+    return target
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs(comfyui: ComfyUI, name: str, lora_file: Path) -> None:
+    graph = on_the_demo_model(shipped(name))
+    if name == "z_image_turbo_train":
+        folder = comfyui.input / graph[node_of(graph, "DOPSD_LoadDataset")]["inputs"]["folder"]
+        if not folder.exists():
+            shutil.copytree(comfyui.temp / "dopsd-demo-badge", folder)
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    shows = {key for key, node in graph.items() if node["class_type"] in ("PreviewImage", "SaveImage")}
+    shows |= {key for key, node in graph.items() if node["class_type"] in ("DOPSD_CompareLoRA", "DOPSD_TeacherPreview")}
+    assert shows <= run.outputs.keys()
+    for key in shows:
+        for picture in run.outputs[key]["images"]:
+            assert varies(comfyui, picture), (key, picture)
+    if name in TRAINS:
+        assert len(run.previews(node_of(graph, "DOPSD_TrainLoRA"))) == 3
+        saved = run.value(node_of(graph, "DOPSD_SaveLoRA"))
+        assert Path(saved).parent == comfyui.output.resolve() / "loras" or Path(saved).parent == comfyui.output / "loras"
+
+
+def varies(comfyui: ComfyUI, picture: dict[str, Any]) -> bool:
+    from PIL import Image, ImageStat
+
+    folder = {"temp": comfyui.temp, "output": comfyui.output}[picture["type"]] / picture["subfolder"]
+    return max(ImageStat.Stat(Image.open(folder / picture["filename"]).convert("RGB")).stddev) > 10
