@@ -1,0 +1,201 @@
+"""What users read and see: help pages, names and tooltips in two languages, colours. As files, as served, in the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inprocess import PACK, ROOT
+from make_locales import CONTROL, places, read, schema_texts
+
+LANGUAGES = ("en", "zh")
+DOCS = ROOT / "web" / "docs"
+LINK_TYPES = ("DOPSD_DATASET", "DOPSD_CONDITIONS", "DOPSD_VISION")
+BODY = (0x26, 0x3E, 0x4F)  # of our nodes in dark themes, as in web/dopsd.js
+
+
+def help_page(node: str, language: str) -> Path:
+    return DOCS / f"{node}.md" if language == "en" else DOCS / node / f"{language}.md"
+
+
+def table_rows(text: str) -> set[str]:
+    """The words of the first column of every table: the id, behind its translation if there is one."""
+    return {word for cell in re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE) for word in cell.split()}
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_english_is_the_schema(comfyui):
+    told = "run tests/comfyui/make_locales.py, and look at the Chinese of what it says has changed"
+    assert places(read("en")) == places(schema_texts(comfyui.pack_nodes)), told
+
+
+def test_every_text_is_there_and_in_chinese():
+    english, chinese = places(read("en")), places(read("zh"))
+    assert chinese.keys() == english.keys()
+    assert all(english.values()) and all(chinese.values())
+    kept = {place for place, text in chinese.items() if not re.search(r"[\u4e00-\u9fff]", text)}
+    assert all(place.endswith(".name") for place in kept), kept  # words such as VAE, LoRA, alpha
+
+
+def test_nothing_reads_as_markup_of_the_page():
+    """Names and descriptions go through vue-i18n, to which { } @ and | are instructions."""
+    for language in LANGUAGES:
+        marked = {place for place, text in places(read(language)).items() if re.search(r"[{}@|]", text)}
+        assert not marked
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_help_names_every_input_and_output(comfyui, language):
+    for name, node in comfyui.pack_nodes.items():
+        schema = node.GET_SCHEMA()
+        rows = table_rows(help_page(name, language).read_text(encoding="utf-8"))
+        told = {given.id for given in schema.inputs} | {given.display_name for given in schema.outputs}
+        assert told <= rows, f"{name}: {told - rows}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_help_names_the_presets_as_they_are(comfyui, language):
+    text = help_page("DOPSD_TrainLoRA", language).read_text(encoding="utf-8")
+    for name, preset in comfyui.module("nodes.presets").PRESETS.items():
+        (row,) = re.findall(rf"^\| {re.escape(name)} \| (.+) \|$", text, re.MULTILINE)
+        numbers = [float(number) for number in re.findall(r"\d+", row)[:3]]
+        assert numbers == [preset.steps, preset.rank, preset.alpha], name
+
+
+def test_no_help_without_a_node(comfyui):
+    pages = {path.relative_to(DOCS) for path in DOCS.rglob("*.md")}
+    assert pages == {help_page(name, lang).relative_to(DOCS) for name in comfyui.pack_nodes for lang in LANGUAGES}
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+def test_i18n_has_every_node_and_input(server):
+    translated = server.get("/i18n")
+    ours = {k: v for k, v in server.get("/object_info").items() if v["python_module"] == f"custom_nodes.{PACK}"}
+    assert len(ours) == len(read("en"))
+    for language in LANGUAGES:
+        texts = translated[language]["nodeDefs"]
+        for name, info in ours.items():
+            inputs = {key for group in ("required", "optional") for key in info["input"].get(group, {})}
+            assert texts[name]["display_name"] and texts[name]["description"]
+            assert inputs == texts[name].get("inputs", {}).keys() - {CONTROL}
+            assert all(texts[name]["inputs"][key]["tooltip"] for key in inputs)
+            assert len(info["output"]) == len(texts[name]["outputs"])
+
+
+def test_help_is_served(server):
+    for name in read("en"):
+        for language in LANGUAGES:
+            path = help_page(name, language)
+            served = server.get_bytes(f"/extensions/{PACK}/docs/{path.relative_to(DOCS).as_posix()}")
+            assert served == path.read_bytes()
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_page(chromium, server, artefacts) -> Iterator[Callable[..., Any]]:
+    """open_page({setting: value}): ComfyUI's page under these settings; they are as before afterwards."""
+    import browser
+
+    @contextmanager
+    def opened(settings: dict[str, Any]) -> Iterator[Any]:
+        file = server.base / "user" / "default" / "comfy.settings.json"
+        before = file.read_text(encoding="utf-8")
+        file.write_text(json.dumps({**json.loads(before), **settings}), encoding="utf-8")
+        page = browser.ComfyPage(chromium, server.url, artefacts)
+        try:
+            yield page
+        finally:
+            page.close()
+            file.write_text(before, encoding="utf-8")
+
+    with ExitStack() as stack:
+        yield lambda settings: stack.enter_context(opened(settings))
+
+
+def show_help(page: Any, node: str) -> str:
+    """Selects the node, presses its Node Info button, and reads the panel."""
+    page.load_api({"1": {"class_type": node, "inputs": {}}})
+    page.page.evaluate("() => window.app.canvas.selectNode(window.app.graph.nodes[0])")
+    panel = page.page.locator(".node-help-content")
+    if not panel.count():
+        page.page.get_by_test_id("info-button").first.click()
+    panel.locator("h1").first.wait_for()
+    page.page.wait_for_timeout(300)
+    return panel.inner_text()
+
+
+@pytest.mark.browser
+def test_help_in_english(open_page):
+    page = open_page({"Comfy.VueNodes.Enabled": True, "Comfy.Locale": "en"})
+    for node, texts in read("en").items():
+        told = show_help(page, node)
+        assert told.startswith(texts["display_name"]) and "What goes wrong" in told
+        assert all(name in told for name in texts.get("inputs", {}) if name != CONTROL)
+    show_help(page, "DOPSD_TrainLoRA")
+    page.screenshot("help_en")
+
+
+@pytest.mark.browser
+def test_the_page_in_chinese(open_page):
+    page = open_page({"Comfy.VueNodes.Enabled": True, "Comfy.Locale": "zh"})
+    chinese = read("zh")["DOPSD_FewStepSampler"]
+    assert show_help(page, "DOPSD_FewStepSampler").startswith(chinese["display_name"])
+    page.screenshot("page_zh")
+    node = page.page.locator("[data-node-id]").first.inner_text()
+    inputs = [text["name"] for key, text in chinese["inputs"].items() if key != CONTROL]
+    assert all(name in node for name in (*inputs, chinese["outputs"]["0"]["name"]))
+    title = page.page.evaluate("() => LiteGraph.createNode('DOPSD_FewStepSampler').title")
+    assert title == chinese["display_name"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("vue", [True, False], ids=["nodes2", "classic"])
+def test_colours(open_page, vue):
+    page = open_page({"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "dark", "Comfy.Locale": "en"})
+    page.load_api(json.loads((ROOT / "workflows" / "api" / "quickstart.json").read_text(encoding="utf-8")))
+    colours = link_colours(page)
+    assert len({colour for row in colours for colour in row}) == len(LINK_TYPES)
+    assert share_of(BODY, page.screenshot(f"colours_dark_{vue}")) > 0.02
+    page.page.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
+    page.page.wait_for_timeout(800)
+    page.screenshot(f"colours_light_{vue}")
+    assert link_colours(page) == colours  # another theme has not emptied them
+    saved = page.saved()["workflow"]
+    ours = [node for node in saved["nodes"] if node["type"].startswith("DOPSD_")]
+    assert ours and all(node["bgcolor"] for node in ours)
+    assert not any(node.get("bgcolor") for node in saved["nodes"] if node not in ours)
+    taken_off = {**saved, "nodes": [{k: v for k, v in n.items() if k not in ("color", "bgcolor")} for n in saved["nodes"]]}
+    page.load_workflow(taken_off)
+    assert not any(node.get("bgcolor") for node in page.saved()["workflow"]["nodes"])
+
+
+def link_colours(page: Any) -> list[list[str]]:
+    """Of each of our types: its slots in the classic canvas, its links, its slots in Nodes 2.0."""
+    return page.page.evaluate(
+        """types => types.map(type => [
+            app.canvas.default_connection_color_byType[type],
+            app.canvas.constructor.link_type_colors[type],
+            getComputedStyle(document.documentElement).getPropertyValue(`--color-datatype-${type}`).trim(),
+        ])""",
+        LINK_TYPES,
+    )
+
+
+def share_of(colour: tuple[int, int, int], picture: Path) -> float:
+    """Share of pixels that are of this colour."""
+    from PIL import Image
+
+    image = Image.open(picture).convert("RGB")
+    counts = {value: count for count, value in image.getcolors(image.width * image.height) or []}
+    return counts.get(colour, 0) / (image.width * image.height)
