@@ -67,7 +67,7 @@ def main() -> int:
     problems += [f"zh has {place}, which no node has" for place in chinese if place not in after]
     changed = [place for place in after if place in before and before[place] != after[place]]
     print("\n".join([*problems, *(f"changed in en, look at zh: {place}: {after[place]}" for place in changed)]))
-    print(f"{file}: {len(after)} texts of {len(texts)} nodes; {len(problems)} problems in zh, {len(changed)} texts changed")
+    print(f"{file}: {len(after)} texts of {len(texts)} nodes, {len(changed)} changed; {len(problems)} problems in zh")
     return bool(problems)
 
 
