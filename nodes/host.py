@@ -186,12 +186,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _site(name: str, module: Any, family: Family) -> LinearSite:
-    forward: Callable[[Tensor], Tensor] = module.forward
-    if isinstance(module, comfy.ops.fp8_ops.Linear):  # it clamps its input in place
-        whole = forward
+    plain: Callable[[Tensor], Tensor] = module.forward
+    clamps = isinstance(module, comfy.ops.fp8_ops.Linear)  # its input, and in place
 
-        def forward(x: Tensor) -> Tensor:
-            return whole(x.clone())
+    def forward(x: Tensor) -> Tensor:
+        return plain(x.clone() if clamps else x)
 
     def grad_input(grad: Tensor) -> Tensor:
         """g [..., out] -> g @ W [..., in], the weight had the way ComfyUI has it in a forward."""

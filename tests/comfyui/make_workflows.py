@@ -71,9 +71,7 @@ def quickstart() -> Workflow:
     model, clip, vae, vision = (("models", slot) for slot in range(4))
     nodes = {
         "models": Node("DOPSD_LoadDemoModels", (0, 60), (360, 110)),
-        "data": Node(
-            "DOPSD_LoadDataset", (0, 230), (360, 560), {"folder": "demo badge (built in)", "resolution": 64}
-        ),
+        "data": Node("DOPSD_LoadDataset", (0, 230), (360, 560), {"folder": "demo badge (built in)", "resolution": 64}),
         "conditions": Node(
             "DOPSD_BuildTeacherCondition",
             (420, 60),
@@ -120,9 +118,12 @@ def quickstart() -> Workflow:
         "note": note(
             (0, 850),
             (360, 240),
-            "## Press Run\n\nA tiny model that ships with the pack learns a badge it has never seen from four pictures, in about "
-            "two minutes on a CPU. No downloads.\n\n**Look at the teacher first**: the student becomes as good as its teacher "
-            "and no better.\n\nCancel whenever you like: the next run goes on where it stopped. Then try your own pictures "
+            "## Press Run\n\nA tiny model that ships with the pack learns a badge it has never seen from four "
+            "pictures, in about "
+            "two minutes on a CPU. No downloads.\n\n**Look at the teacher first**: the student becomes as good as "
+            "its teacher "
+            "and no better.\n\nCancel whenever you like: the next run goes on where it stopped. Then try your own "
+            "pictures "
             "with *z_image_turbo_train*.",
         ),
     }
@@ -179,11 +180,15 @@ def z_image_turbo_train() -> Workflow:
         "note": note(
             (1400, 730),
             (460, 430),
-            "## Your concept on Z-Image-Turbo\n\n1. Make a folder in ComfyUI's `input`, say `my_concept`: 4 to 30 pictures, "
-            "and for each a `.txt` of the same name that says what is to be seen. Write `[V]` where the concept is named.\n"
+            "## Your concept on Z-Image-Turbo\n\n1. Make a folder in ComfyUI's `input`, say `my_concept`: 4 to 30 "
+            "pictures, "
+            "and for each a `.txt` of the same name that says what is to be seen. Write `[V]` where the concept is "
+            "named.\n"
             "2. Choose it in **Load Dataset**, with a trigger word that means nothing yet.\n"
-            "3. Bypass **D-OPSD Train LoRA** (Ctrl+B) for the first run and look at **Teacher Preview**: its second row is the "
-            "best that training can reach.\n4. Train. Cancel whenever you like; the next run with the same settings goes on.\n\n"
+            "3. Bypass **D-OPSD Train LoRA** (Ctrl+B) for the first run and look at **Teacher Preview**: its second "
+            "row is the "
+            "best that training can reach.\n4. Train. Cancel whenever you like; the next run with the same settings "
+            "goes on.\n\n"
             "`qwen3vl_4b` gives the teacher its eyes only: the words are read by Z-Image's own `qwen_3_4b`.\n\n"
             "These settings follow the paper; the pack has been measured on its demo model so far.",
         ),
@@ -226,7 +231,8 @@ def z_image_turbo_sample() -> Workflow:
         "note": note(
             (400, 410),
             (340, 130),
-            "Choose your LoRA (press R after saving one). Eight steps, no guidance, no negative prompt: as the model was made.",
+            "Choose your LoRA (press R after saving one). Eight steps, no guidance, no negative prompt: as the model "
+            "was made.",
         ),
     }
     return Workflow(nodes, [])
@@ -240,7 +246,8 @@ def compare() -> Workflow:
             (400, 60),
             (440, 560),
             {
-                "prompts": "a photo of ohwx on a wooden table\na photo of ohwx in the snow\na photo of a dog in the snow",
+                "prompts": "a photo of ohwx on a wooden table\na photo of ohwx in the snow\na photo of a dog in the "
+                "snow",
                 "strengths": "0.5, 1.0",
                 "control_after_generate": "fixed",
                 "width": 768,
@@ -255,7 +262,8 @@ def compare() -> Workflow:
         "note": note(
             (0, 480),
             (340, 220),
-            "One row per prompt, one column per strength, the same noise along a row. Keep a prompt **without** the trigger: "
+            "One row per prompt, one column per strength, the same noise along a row. Keep a prompt **without** the "
+            "trigger: "
             "it should look the same in every column.",
         ),
     }

@@ -21,9 +21,7 @@ def open_quickstart(page: ComfyPage) -> None:
     page.page.wait_for_timeout(800)
     page.screenshot("templates")
     dialog.get_by_text("quickstart", exact=True).first.click()
-    page.page.wait_for_function(
-        "() => window.app.graph.nodes.some(n => n.type === 'DOPSD_TrainLoRA')", timeout=20_000
-    )
+    page.page.wait_for_function("() => window.app.graph.nodes.some(n => n.type === 'DOPSD_TrainLoRA')", timeout=20_000)
     page.page.wait_for_timeout(800)
 
 
@@ -52,7 +50,9 @@ def test_the_template_is_found_loads_and_runs(page: ComfyPage, server: Server) -
         assert images and all(max(ImageStat.Stat(picture(server, image)).stddev) > 10 for image in images), kind
     # on the canvas: the node that trained shows its last preview, the others their result
     drawn = page.page.evaluate(
-        """() => Object.fromEntries(window.app.graph.nodes.map(n => [n.type, (n.imgs ?? []).map(i => i.naturalWidth)]))"""
+        """() => Object.fromEntries(
+            window.app.graph.nodes.map(n => [n.type, (n.imgs ?? []).map(i => i.naturalWidth)])
+        )"""
     )
     for kind in ("DOPSD_TeacherPreview", "DOPSD_CompareLoRA", "DOPSD_TrainLoRA", "PreviewImage"):
         assert drawn[kind] and min(drawn[kind]) > 64, (kind, drawn)
@@ -65,7 +65,9 @@ def test_cancel_from_the_page_and_run_again(page: ComfyPage) -> None:
     page.set_widget("DOPSD_TrainLoRA", "run_name", "from_the_page")
     page.start()
     page.page.wait_for_function(
-        """() => window.heard.some(([kind, detail]) => kind === 'progress_text' && JSON.stringify(detail).includes('step 2 of'))""",
+        """() => window.heard.some(
+            ([kind, detail]) => kind === 'progress_text' && JSON.stringify(detail).includes('step 2 of')
+        )""",
         timeout=120_000,
     )
     page.page.evaluate("() => window.app.api.interrupt(null)")

@@ -93,7 +93,9 @@ def test_runs(comfyui: ComfyUI, name: str, lora_file: Path) -> None:
     if name in TRAINS:
         assert len(run.previews(node_of(graph, "DOPSD_TrainLoRA"))) == 3
         saved = run.value(node_of(graph, "DOPSD_SaveLoRA"))
-        assert Path(saved).parent == comfyui.output.resolve() / "loras" or Path(saved).parent == comfyui.output / "loras"
+        assert (
+            Path(saved).parent == comfyui.output.resolve() / "loras" or Path(saved).parent == comfyui.output / "loras"
+        )
 
 
 def varies(comfyui: ComfyUI, picture: dict[str, Any]) -> bool:
