@@ -37,7 +37,7 @@ class Callbacks(Protocol):
         ...
 
     def on_preview(self, step: int, adapters: AdapterSet) -> None:
-        """Before the first step, every `preview_every` steps, after the last; `adapters.use(...)` chooses who samples."""
+        """At step 0, every `preview_every` steps and after the last; `adapters.use(...)` chooses who samples."""
         ...
 
     def should_stop(self) -> bool:
