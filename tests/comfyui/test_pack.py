@@ -1,4 +1,4 @@
-"""The pack as ComfyUI sees it: ids, sockets and texts, its weight on the start, its pages and languages.
+"""The pack as ComfyUI sees it: ids, sockets and texts, its weight on the start, how thin its nodes are.
 
 Saved workflows name nodes by id and fill widgets by position, so the table below only ever grows at the end of a line.
 """
@@ -6,12 +6,10 @@ Saved workflows name nodes by id and fill widgets by position, so the table belo
 from __future__ import annotations
 
 import ast
-import re
 import statistics
 
-import make_locales
 import pytest
-from inprocess import PACK, ROOT
+from inprocess import ROOT
 
 # id: (inputs, outputs); "?" marks an input that may stay unconnected.
 FROZEN = {
@@ -58,7 +56,6 @@ OUTPUT_NODES = {
     "DOPSD_SaveLoRA",
     "DOPSD_CompareLoRA",
 }
-DOCS = ROOT / "web" / "docs"
 HEAVY = {"transformers", "peft", "diffusers", "accelerate"}
 
 each_node = pytest.mark.parametrize("name", FROZEN)
@@ -117,43 +114,3 @@ def test_nodes_are_thin():
     assert len(lengths) == len(FROZEN)
     assert max(lengths.values()) <= 25, lengths
     assert statistics.median(lengths.values()) <= 10, lengths
-
-
-def help_pages(name):
-    """The page that every language falls back to, and those of single languages; at least one of them."""
-    pages = [page for page in (DOCS / f"{name}.md", *sorted((DOCS / name).glob("*.md"))) if page.exists()]
-    assert pages, f"web/docs/{name}.md"
-    return pages
-
-
-@each_node
-def test_help_page_tells_every_input_and_output(schema, name):
-    for page in help_pages(name):
-        text = page.read_text(encoding="utf-8")
-        names = {part.id for part in schema.inputs} | {o.display_name for o in schema.outputs}
-        missing = sorted(part for part in names if not re.search(rf"\b{re.escape(part)}\b", text))
-        assert not missing, f"{page.relative_to(ROOT)} does not tell {missing}"
-
-
-@each_node
-def test_help_page_is_served(server, name):
-    for page in help_pages(name):
-        path = page.relative_to(DOCS).as_posix()
-        assert server.get_bytes(f"/extensions/{PACK}/docs/{path}") == page.read_bytes()
-
-
-def test_english_is_what_the_nodes_say(comfyui):
-    assert make_locales.read("en") == make_locales.schema_texts(comfyui.pack_nodes), "run make_locales.py"
-
-
-def test_chinese_is_complete():
-    english, chinese = make_locales.places(make_locales.read("en")), make_locales.places(make_locales.read("zh"))
-    assert set(chinese) == set(english)
-    sentences = {place: text for place, text in chinese.items() if place.endswith(("description", "tooltip"))}
-    assert not [place for place, text in sentences.items() if not re.search(r"[\u4e00-\u9fff]", text)]
-
-
-def test_languages_are_served(server):
-    served = server.get("/i18n")
-    for language in ("en", "zh"):
-        assert set(FROZEN) <= set(served[language]["nodeDefs"])
