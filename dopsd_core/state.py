@@ -180,6 +180,11 @@ def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return state, contents
 
 
+def read_checkpoint_lora(folder: Path) -> dict[str, Tensor]:
+    """The student's raw tensors, fp32, of one checkpoint's folder."""
+    return parse_safetensors((folder / "lora.safetensors").read_bytes())
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         _read_verified(folder)

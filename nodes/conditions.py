@@ -81,8 +81,8 @@ class BuildTeacherCondition(io.ComfyNode):
                     "anchor_prompts",
                     multiline=True,
                     default="",
-                    tooltip="Ordinary prompts, one per line, whose pictures shall stay as they are (prior anchor), "
-                    "besides the captions without the trigger.",
+                    tooltip="Ordinary prompts, one per line, whose pictures shall stay as they are (prior anchor). "
+                    "Your captions with the trigger taken out are used as well.",
                 ),
                 VisionSocket.Input(
                     "vision",
@@ -142,7 +142,7 @@ class TeacherPreview(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="Sampling steps; 0 takes the number the model was made for.",
+                    tooltip="Sampling steps; 0 takes what the model was made for.",
                 ),
                 io.Int.Input(
                     "pictures", default=4, min=1, max=16, tooltip="How many of the training pictures to look at."

@@ -47,7 +47,7 @@ class LoadTeacherVision(io.ComfyNode):
             display_name="Load Teacher Vision",
             category=CATEGORY,
             description="Qwen3-VL-4B's vision tower (0.8 GB), the eyes of Z-Image-Turbo's teacher. It reads "
-            "pictures with the Qwen3-4B that CLIPLoader loads for Z-Image; the file's own language model is left out.",
+            "pictures with the Qwen3-4B that Load CLIP loads for Z-Image; the file's own language model is left out.",
             search_aliases=["dopsd", "qwen3-vl"],
             inputs=[
                 io.Combo.Input(

@@ -171,15 +171,15 @@ class CompareLoRA(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**64 - 1,
-                    control_after_generate=True,
+                    control_after_generate=False,  # two runs, two files, one noise
                     tooltip="Noise of the first prompt; each further prompt has the next seed. One row, one noise.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=0,
                     min=0,
-                    max=100,
-                    tooltip="Sampling steps. 0: as many as the model was distilled for.",
+                    max=64,
+                    tooltip="Sampling steps; 0 takes what the model was made for.",
                 ),
                 io.Int.Input("width", tooltip="Width of each picture in pixels. The demo model's is 64.", **pixels),
                 io.Int.Input("height", tooltip="Height of each picture in pixels. The demo model's is 64.", **pixels),

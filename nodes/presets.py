@@ -57,7 +57,8 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
             settings[name] = value
     if chosen.get("rank") and not chosen.get("alpha"):
         settings["alpha"] = chosen["rank"] * PRESETS[preset].alpha / PRESETS[preset].rank
-    settings["grad_steps"] = settings.get("grad_steps") or None
+    learned = settings.get("grad_steps") or 0
+    settings["grad_steps"] = learned if 0 < learned < settings.get("rollout_steps", family.rollout_steps) else None
     settings["warmup"] = min(settings["warmup"], max(settings["steps"] - 1, 0))
     lora = family.lora_config(settings.pop("rank"), settings.pop("alpha"))
     return TrainConfig(lora=lora, family=family.name, **settings)

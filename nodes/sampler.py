@@ -77,7 +77,8 @@ class FewStepSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps", default=0, min=0, max=64,
-                    tooltip="0 takes what the model was made for: Z-Image-Turbo 8, FLUX.2-klein 4, the demo model 4.",
+                    tooltip="Sampling steps; 0 takes what the model was made for: Z-Image-Turbo 8, FLUX.2-klein 4, "
+                    "the demo model 4.",
                 ),
                 io.Int.Input(
                     "width", default=1024, min=16, max=8192, step=16, tooltip="In pixels; 64 for the demo model."

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
-from safetensors import safe_open
 from torch import Tensor
 
 from ..dopsd_core.conditioning import Condition
@@ -81,9 +79,3 @@ class TrainedLora(dict[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         super().__init__(tensors)
         self.facts = dict(facts)
-
-    @classmethod
-    def from_file(cls, path: Path) -> TrainedLora:
-        """The tensors and header of a LoRA file, in its own dtype."""
-        with safe_open(path, "pt") as file:
-            return cls({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118

@@ -10,11 +10,15 @@ from typing import Any, get_args
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
+from safetensors import safe_open
 
 from ..dopsd_core.adapters import AdapterSet, TeacherKind
 from ..dopsd_core.config import OptimizerName, Schedule, TrainConfig
+from ..dopsd_core.families import get_family
+from ..dopsd_core.lora_file import fold_alpha
 from ..dopsd_core.objectives import OBJECTIVES, LossForm
 from ..dopsd_core.progress import LOG_NAME, StepReport, read_log
+from ..dopsd_core.state import read_checkpoint_lora
 from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
 from ..dopsd_core.training_set import latent_shape
 from .conditions import require_same_family
@@ -100,6 +104,15 @@ def run_training(
         raise
 
 
+def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
+    """The LoRA in full precision, from the last checkpoint, with the header of the LoRA file."""
+    tensors = fold_alpha(read_checkpoint_lora(result.checkpoint_path), config.lora)
+    prefix = get_family(config.family).key_prefix
+    with safe_open(result.lora_path, "pt") as file:
+        facts = file.metadata() or {}
+    return TrainedLora({prefix + key: tensors[key] for key in sorted(tensors)}, facts)
+
+
 def losses(reports: Sequence[StepReport]) -> list[float]:
     """The losses of the steps on training pictures; those of prior anchors have another target and stand in the log."""
     told = [report.loss for report in reports if report.loss is not None and not report.anchors]
@@ -164,7 +177,7 @@ class TrainLoRA(io.ComfyNode):
         result, folder = run_training(cls, model, conditions, vae, config, run_name)
         reports = read_log(folder / LOG_NAME)
         send_text(cls, _summary(result, folder))
-        lora = TrainedLora.from_file(result.lora_path)
+        lora = trained_lora(result, config)
         return io.NodeOutput(lora, {"loss": losses(reports)}, str(folder), load_sheets(folder / PREVIEWS_NAME))
 
 
@@ -185,7 +198,7 @@ def _summary(result: TrainResult, folder: Path) -> str:
 def _inputs() -> list[Any]:
     return [
         io.Model.Input(
-            "model", tooltip="The step-distilled model to teach: Z-Image-Turbo, FLUX.2-klein or the demo model."
+            "model", tooltip="The step-distilled model to teach: Z-Image-Turbo or the demo model; FLUX.2-klein not yet."
         ),
         ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
         io.String.Input(
@@ -245,7 +258,7 @@ def _advanced_inputs() -> list[Any]:
         whole("rank", 0, 1024, "Size of the LoRA; 0 takes the preset's."),
         real("alpha", 0.0, 0.0, 4096.0, 0.5, "The LoRA is scaled by alpha / rank; 0 keeps the preset's scale."),
         whole("batch_size", 0, 64, "Pictures in one forward; 0 takes the preset's."),
-        whole("grad_accumulation", 0, 1024, "Such batches in an optimizer step; 0 takes the preset's."),
+        whole("grad_accumulation", 0, 1024, "Batches that make one optimizer step together; 0 takes the preset's."),
         whole("warmup", 0, 10_000, "Steps over which the learning rate rises; 0 takes the preset's."),
         whole("rollout_steps", 4, 16, "K: the few steps that the student takes in training.", low=1),
         whole("grad_steps", 0, 16, "Learn from so many of the K steps, drawn at random: faster, noisier. 0 for all."),
@@ -256,15 +269,15 @@ def _advanced_inputs() -> list[Any]:
             "Weights of the teacher: a moving average of the student's (ema), the untouched model (frozen, saves "
             "memory), or the student's own (same).",
         ),
-        real("ema_decay", 0.0, 0.0, 1.0, 1e-4, "Of the teacher's moving average, per step; 0 takes the preset's."),
+        real("ema_decay", 0.0, 0.0, 1.0, 1e-4, "Share of the teacher ema that stays at a step; 0 takes the preset's."),
         real(
             "anchor_probability",
             -1.0,
             -1.0,
             1.0,
             0.05,
-            "Share of steps that hold ordinary prompts at the untouched model, so that the concept stays out of them; "
-            "below 0 takes the preset's.",
+            "Share of batches that hold ordinary prompts at the untouched model, so that the concept stays out of "
+            "them; below 0 takes the preset's.",
         ),
         choice("objective", list(OBJECTIVES), "dopsd: self-distillation. sft: ordinary fine-tuning, to compare with."),
         choice("schedule", get_args(Schedule), "Learning rate after warm-up: constant, or falling to 0 as a cosine."),

@@ -103,7 +103,6 @@ def quickstart() -> Workflow:
                 "prompts": "a [V] badge, right, on a forest background\na [V] badge, bottom, on a sky background\n"
                 "a badge, left, on a gray background",
                 "strengths": "0.5, 1.0",
-                "control_after_generate": "fixed",
                 "width": 64,
                 "height": 64,
             },
@@ -249,7 +248,6 @@ def compare() -> Workflow:
                 "prompts": "a photo of ohwx on a wooden table\na photo of ohwx in the snow\na photo of a dog in the "
                 "snow",
                 "strengths": "0.5, 1.0",
-                "control_after_generate": "fixed",
                 "width": 768,
                 "height": 768,
                 "lora_name": "my_concept_00001_.safetensors",
