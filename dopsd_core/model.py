@@ -71,6 +71,16 @@ class LinearSite:
             end = part.stop
 
 
+@dataclass(frozen=True)
+class BlockShape:
+    """What a transformer block works on. tokens: L of one sample. width: D, of a token between blocks. kept: elements
+    per token that the block's backward needs, LoRA aside."""
+
+    tokens: int
+    width: int
+    kept: int
+
+
 @runtime_checkable
 class Denoiser(Protocol):
     """A frozen network that predicts clean latents. The standalone host and ComfyUI's host both satisfy it."""
@@ -82,6 +92,10 @@ class Denoiser(Protocol):
 
     def sites(self) -> Sequence[LinearSite]:
         """EVERY Linear of the network; adapters choose targets among their parts and keep the others frozen."""
+        ...
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, each called once in a forward, in the order of the calls; for checkpointing."""
         ...
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:

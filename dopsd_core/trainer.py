@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from .adapters import AdapterSet
+from .checkpointing import checkpointed
 from .config import ConfigError, TrainConfig
 from .model import Denoiser
 from .progress import Gaps, StepReport
@@ -88,12 +89,15 @@ def train(
     *,
     resume: bool = True,
     facts: Mapping[str, str] | None = None,
+    checkpoint_blocks: int = 0,
 ) -> TrainResult:
     """Trains a LoRA, or goes on with the run in `run_dir`, and leaves the denoiser as it was.
 
     Args:
         resume: whether a run that is in `run_dir` may be continued; if not, finding one is an error.
         facts: what else the LoRA's header shall tell: base model, trigger, ...
+        checkpoint_blocks: how many blocks recompute in the backward, for less memory (`checkpointing.py`); the result
+            is the same.
 
     Raises:
         ConfigError: the configuration does not fit the data or this machine.
@@ -107,7 +111,7 @@ def train(
         run = Run(config, denoiser, data, Path(run_dir), facts)
         try:
             run.open(resume)
-            with run.adapters.attached():
+            with run.adapters.attached(), checkpointed(denoiser.blocks(), checkpoint_blocks):
                 stopped = _loop(run, callbacks)
             checkpoint_path = run.save()
             return TrainResult(run.step, stopped, run.save_lora(), checkpoint_path, run.start, run.last)

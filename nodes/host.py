@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -27,8 +27,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..dopsd_core.conditioning import Condition
 from ..dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
 from ..dopsd_core.model import LinearSite
+from ..dopsd_core.overrides import overridden
 
 _FAMILIES = ((comfy.supported_models.ZImage, Z_IMAGE), (comfy.supported_models.Flux2, FLUX2_KLEIN))
+
+_BLOCKS = {
+    Z_IMAGE.name: ("noise_refiner", "context_refiner", "layers"),
+    FLUX2_KLEIN.name: ("double_blocks", "single_blocks"),
+}
+_NORMS_OF_INPLACE_BLOCKS = {"img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm"}
+"""FLUX's blocks write into tensors (`img += ...`) that these norms have saved for the backward."""
+
+_FEW_TOKENS = 256
 
 STEPS_OPTION = "dopsd_steps"
 """Key of a MODEL's options: the steps it was distilled for, where they are not the family's."""
@@ -103,6 +113,11 @@ class ComfyDenoiser:
         modules = self._network.named_modules()
         return [_site(name, module, self.family) for name, module in modules if _is_linear(module)]
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks of the network, in its order."""
+        network: Any = self._network
+        return [block for name in _BLOCKS[self.family.name] for block in getattr(network, name)]
+
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         """x [B, C, h, w] fp32 in model space -> x0_hat, same shape. Stops here when the user has cancelled.
 
@@ -172,7 +187,7 @@ class ComfyDenoiser:
         `in_training` takes RoPE off the kernels that have no backward.
         """
         before = comfy.model_management.in_training
-        with self.loaded(shape), _thawed_small_parameters(self._network):
+        with self.loaded(shape), _thawed_small_parameters(self._network), _norms_on_clones(self._network):
             comfy.model_management.in_training = True
             try:
                 yield self
@@ -216,31 +231,20 @@ def _equal_shapes(conditions: Sequence[Condition]) -> list[list[int]]:
 def _plain_attention(_: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """torch's own attention: others (sage, split) have no backward or a slow one."""
     with ExitStack() as stack:
-        if args[0].device.type == "cpu":  # for tens of tokens the written-out form has by far the faster backward
+        # on a CPU, for tens of tokens, the written-out form has by far the faster backward
+        if args[0].device.type == "cpu" and args[0].shape[-2] <= _FEW_TOKENS:
             stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-@contextmanager
-def _thawed_small_parameters(network: nn.Module) -> Iterator[None]:
+def _thawed_small_parameters(network: nn.Module) -> AbstractContextManager[None]:
     """Inside the `with`, norms and embeddings compute with clones of their parameters where gradients flow.
 
     Loader nodes run in inference mode, and autograd cannot save the tensors made there. Linears need none of this:
     `FrozenLinear` saves nothing. The clone lives for one forward, so weights may be moved or streamed in between.
     """
-    previous: dict[nn.Module, Any] = {}
-    try:
-        for module in network.modules():
-            if not _is_linear(module) and next(module.parameters(recurse=False), None) is not None:
-                previous[module] = module.__dict__.get("forward")
-                module.__dict__["forward"] = _thawing(module, module.forward)
-        yield
-    finally:
-        for module, forward in previous.items():
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
+    modules = [m for m in network.modules() if not _is_linear(m)]
+    return overridden([m for m in modules if next(m.parameters(recurse=False), None) is not None], _thawing)
 
 
 def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,3 +261,13 @@ def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., An
             own.update(frozen)
 
     return thawed
+
+
+def _norms_on_clones(network: nn.Module) -> AbstractContextManager[None]:
+    """Inside the `with`, norms whose input the network overwrites later keep a clone of it for the backward."""
+    modules = (m for path, m in network.named_modules() if path.rpartition(".")[2] in _NORMS_OF_INPLACE_BLOCKS)
+    return overridden(modules, _on_clone)
+
+
+def _on_clone(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: forward(x.clone() if torch.is_grad_enabled() else x)

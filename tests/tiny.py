@@ -43,6 +43,9 @@ class TinyDenoiser(nn.Module):
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self)
 
+    def blocks(self) -> Sequence[nn.Module]:
+        return [self.enter, self.leave]
+
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         read = torch.stack([condition.features.mean(dim=0) for condition in conditions])
         tokens = x.flatten(2).transpose(1, 2)

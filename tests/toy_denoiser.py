@@ -98,6 +98,9 @@ class ToyDenoiser:
     def sites(self) -> list[LinearSite]:
         return plain_linear_sites(self.net, parts_of=Z_IMAGE.native_parts)
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.layers)
+
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         self.grad_modes.append(torch.is_grad_enabled())
         return x - sigma * self.net(x, sigma, [c.features for c in conditions])

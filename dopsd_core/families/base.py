@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..lora_config import LoraConfig
-from ..model import PartsOf, SitePart
+from ..model import BlockShape, PartsOf, SitePart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,9 @@ class Family:
     pixel_multiple: both sides of a training picture are multiples of it.
     lora_targets: patterns over part names, for `LoraConfig.targets`. key_prefix: stands before part names in LoRA
     files. native_parts: (module path, rows) of a Linear in the original, fused network -> its parts under diffusers'
-    names. rollout_steps, sample_steps: of training and of inference. lora_rank, lora_alpha, learning_rate: the
-    paper's settings.
+    names. block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens, text
+    tokens) -> what that block works on. patch: latent pixels on a side of an image token. rollout_steps, sample_steps:
+    of training and of inference. lora_rank, lora_alpha, learning_rate: the paper's settings.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Family:
     pixel_multiple: int
     lora_targets: tuple[str, ...]
     native_parts: PartsOf
+    block_shape: Callable[[str, Mapping[str, int], int, int], BlockShape]
+    patch: int
     key_prefix: str = "transformer."
     rollout_steps: int = 4
     sample_steps: int = 4
@@ -49,6 +52,10 @@ class Family:
                 f"{self.title} needs sides that are multiples of {self.pixel_multiple} pixels, got {width}x{height}"
             )
         return self.latent_channels, height // self.downscale, width // self.downscale
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Tokens of a latent of that size: one per patch."""
+        return (height // self.patch) * (width // self.patch)
 
     def lora_config(self, rank: int | None = None, alpha: float | None = None) -> LoraConfig:
         """The family's targets; rank as in the paper unless given, alpha at the paper's alpha / rank unless given."""

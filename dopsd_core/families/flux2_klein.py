@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from ..model import SitePart
+from ..model import BlockShape, SitePart
 from ..sigmas import flux2_klein_sigmas
 from .base import Family, split_rows
 
@@ -35,6 +36,22 @@ def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
     return (SitePart(stem + (_DOUBLE if kind == "double" else _SINGLE).get(rest, rest), 0, out_features),)
 
 
+def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_tokens: int) -> BlockShape:
+    """Per token a double-stream block keeps 11 D + 4 F elements and a single-stream block 10 D + 4 F, D its width and
+    F its MLP's.
+
+    D, double: inputs of the norms 2, of qkv, proj and MLP 3, qkv 3, q, k, v after RoPE 3. Single: input of the norm 1,
+    of its first Linear 1, qkv 3, q, k, v 3, attention 1, and its part in the input of the second Linear 1.
+    F: the gated pair 2, silu 1, the product 1. Texts are padded to 512 tokens.
+    """
+    tokens = image_tokens + max(text_tokens, 512)
+    if "attn.to_qkv_mlp_proj" in inputs:
+        dim = inputs["attn.to_qkv_mlp_proj"]
+        return BlockShape(tokens, dim, 10 * dim + 4 * (inputs["attn.to_out"] - dim))
+    dim = inputs["attn.to_q"]
+    return BlockShape(tokens, dim, 11 * dim + 4 * inputs["ff.linear_out"])
+
+
 FLUX2_KLEIN = Family(
     name="flux2_klein",
     title="FLUX.2-klein",
@@ -59,6 +76,8 @@ FLUX2_KLEIN = Family(
         "attn.to_out",
     ),
     native_parts=native_parts,
+    block_shape=block_shape,
+    patch=1,
     sample_steps=4,
     learning_rate=2e-5,
 )

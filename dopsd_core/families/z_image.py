@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..model import SitePart
+from collections.abc import Mapping
+
+from ..model import BlockShape, SitePart
 from ..sigmas import z_image_turbo_sigmas
 from .base import Family, split_rows
 
@@ -15,6 +17,18 @@ def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
     if name.endswith("attention.out"):
         name = name.removesuffix("out") + "to_out.0"
     return (SitePart(name, 0, out_features),)
+
+
+def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_tokens: int) -> BlockShape:
+    """A block keeps 13 D + 4 F elements per token, D its width and F its MLP's.
+
+    D: inputs of the four norms 4, of qkv, out, w1 and w3 (one) 3, qkv before its norms 3, q, k, v after RoPE 3.
+    F: w1, w3, silu(w1) and the input of w2. Both kinds of tokens are padded to multiples of 32.
+    """
+    image, text = -(-image_tokens // 32) * 32, -(-text_tokens // 32) * 32
+    tokens = image if name.startswith("noise_refiner") else text if name.startswith("context_refiner") else image + text
+    dim, hidden = inputs["attention.to_q"], inputs["feed_forward.w2"]
+    return BlockShape(tokens, dim, 13 * dim + 4 * hidden)
 
 
 Z_IMAGE = Family(
@@ -34,6 +48,8 @@ Z_IMAGE = Family(
         "feed_forward.w3",
     ),
     native_parts=native_parts,
+    block_shape=block_shape,
+    patch=2,
     sample_steps=8,
     learning_rate=1e-4,
 )

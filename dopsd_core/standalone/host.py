@@ -53,6 +53,10 @@ class StandaloneDenoiser:
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self.transformer)
 
+    def blocks(self) -> Sequence[nn.Module]:
+        net = self.transformer
+        return [*net.noise_refiner, *net.context_refiner, *net.layers]
+
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         """x [B, 16, h, w] fp32 -> x0_hat, same shape. The network runs on 1 - sigma and predicts x0 - noise."""
         time = torch.full((len(x),), 1.0 - sigma, device=x.device)

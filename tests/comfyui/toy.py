@@ -41,3 +41,24 @@ def z_image(dtype: torch.dtype = torch.float32, compute: torch.dtype | None = No
     fill(model.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def flux2(seed: int = 0) -> Any:
+    """A FLUX.2-klein of one double-stream and two single-stream blocks and text width 192 as a MODEL, fp32."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.Flux2(
+        {
+            "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "num_heads": 1, "mlp_ratio": 3.0, "theta": 2000,
+            "out_channels": 128, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False,
+            "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3], "in_channels": 128,
+            "hidden_size": 128, "context_in_dim": 192, "patch_size": 1, "vec_in_dim": None, "depth": 1,
+            "depth_single_blocks": 2, "guidance_embed": False, "yak_mlp": False, "txt_norm": False,
+        }
+    )  # fmt: skip
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    fill(model.diffusion_model, seed)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)

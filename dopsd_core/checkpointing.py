@@ -1,0 +1,118 @@
+"""Gradient checkpointing per block: how many blocks of a network recompute in the backward, and how they do it.
+
+A block that recomputes keeps its entry instead of everything that its backward needs, and costs another forward. Only
+as many do as memory asks for, and always the FIRST ones: the backward comes to them last, when what the others kept is
+gone, so that the recomputed block needs no room of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .families import Family
+from .lora_config import LoraConfig, match_targets
+from .model import LinearSite
+from .overrides import Forward, overridden
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """kept: what a block keeps for its backward. entry: what it keeps if it recomputes."""
+
+    kept: int
+    entry: int
+
+
+def checkpointed(blocks: Sequence[nn.Module], count: int) -> AbstractContextManager[None]:
+    """Inside the `with`, the first `count` blocks recompute in the backward; without gradients they run as ever.
+
+    The adapters' mode must be the forward's when the backward runs. Blocks work on clones of their tensors, because
+    some networks write into a block's inputs (`img += ...`), which the recomputation needs as they were.
+    """
+    return overridden(blocks[: max(count, 0)], _recomputing)
+
+
+def _recomputing(block: nn.Module, forward: Forward) -> Forward:
+    def on_clones(*args: Any, **kwargs: Any) -> Any:
+        return forward(*map(_clone, args), **{name: _clone(value) for name, value in kwargs.items()})
+
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(on_clones, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return recomputing
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+# -- how many ---------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(blocks: Sequence[BlockBytes], count: int) -> int:
+    """The most that the blocks keep at a time when the first `count` recompute.
+
+    Either at the end of the forward: the entries of the first `count` and all of the others. Or while block i <
+    `count` is recomputed: the entries up to its own, and all of it.
+    """
+    entries = list(accumulate((block.entry for block in blocks[:count]), initial=0))
+    forward = entries[-1] + sum(block.kept for block in blocks[count:])
+    return max([forward, *(entries[i + 1] + blocks[i].kept for i in range(count))])
+
+
+def blocks_to_checkpoint(blocks: Sequence[BlockBytes], budget: int) -> int:
+    """The fewest leading blocks to recompute for `peak_bytes` to be within the budget; all where none will do."""
+    counts = range(len(blocks) + 1)
+    return next((count for count in counts if peak_bytes(blocks, count) <= budget), len(blocks))
+
+
+def block_bytes(
+    blocks: Sequence[nn.Module],
+    sites: Sequence[LinearSite],
+    family: Family,
+    lora: LoraConfig,
+    image_tokens: int,
+    text_tokens: int,
+    batch: int = 1,
+    itemsize: int = 2,
+) -> list[BlockBytes]:
+    """Activation memory of every block, from the widths of its Linears alone.
+
+    kept = batch * L * (W + r * P) * itemsize + r * (I + O) * c,  entry = batch * L * D * itemsize
+
+    with L tokens and W elements per token kept by the block without LoRA (`Family.block_shape`), D the network's
+    width, r the rank, P the adapted parts of the block and I, O the sums of their inputs and outputs. A part keeps A x.
+    c is the itemsize of a compute dtype narrower than fp32, for which the LoRA is cast in each forward, else 0.
+    Attention is torch's fused one, which keeps no L x L matrix, and norms are fused (on a CPU only in fp32).
+    """
+    names = match_targets([part.name for site in sites for part in site.parts], lora.targets)
+    by_module = {site.module: site for site in sites}
+    out = []
+    for block in blocks:
+        inside = [by_module[module] for module in block.modules() if module in by_module]
+        inputs = {_tail(part.name): site.in_features for site in inside for part in site.parts}
+        shape = family.block_shape(inside[0].name, inputs, image_tokens, text_tokens)
+        adapted = [(part, site) for site in inside for part in site.parts if part.name in names]
+        # the As of one Linear are stacked and cast as one; the sums are the same
+        lora_elements = sum(lora.rank * (site.in_features + part.out_features) for part, site in adapted)
+        kept = batch * shape.tokens * (shape.kept + lora.rank * len(adapted)) * itemsize
+        cast = lora_elements * itemsize if itemsize < 4 else 0
+        out.append(BlockBytes(kept + cast, batch * shape.tokens * shape.width * itemsize))
+    return out
+
+
+def _tail(name: str) -> str:
+    """A part's name inside its block: "layers.3.attention.to_q" -> "attention.to_q"."""
+    head, _, rest = name.partition(".")
+    index, _, tail = rest.partition(".")
+    return tail if index.isdigit() else name
