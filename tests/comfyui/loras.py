@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,16 +30,22 @@ def random_lora(comfyui: ComfyUI, model: Any, strength: float, rank: int, seed: 
 
 def give(comfyui: ComfyUI, lora: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """A graph node whose only output is this LORA_MODEL."""
+    return give_values(comfyui, ("LORA_MODEL",), (lora,))
 
-    class GiveLora:
-        RETURN_TYPES, FUNCTION, CATEGORY = ("LORA_MODEL",), "give", "tests"
+
+def give_values(comfyui: ComfyUI, kinds: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """A graph node whose outputs are these values, of these socket types."""
+    name = f"TestGive{'_'.join(kinds)}"
+
+    class Give:
+        RETURN_TYPES, FUNCTION, CATEGORY = tuple(kinds), "give", "tests"
 
         @classmethod
         def INPUT_TYPES(cls) -> dict:
             return {"required": {}}
 
         def give(self) -> tuple:
-            return (lora,)
+            return tuple(values)
 
-    comfyui.nodes.NODE_CLASS_MAPPINGS["TestGiveLora"] = GiveLora
-    return {"class_type": "TestGiveLora", "inputs": {}}
+    comfyui.nodes.NODE_CLASS_MAPPINGS[name] = Give
+    return {"class_type": name, "inputs": {}}
