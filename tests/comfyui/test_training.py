@@ -173,3 +173,26 @@ def test_same_training_as_the_standalone_host(comfyui: ComfyUI, trained: Run, tm
     for kind in (".lora_B.", ".lora_A."):
         one, other = (torch.cat([t[key].float().flatten() for key in sorted(t) if kind in key]) for t in (ours, theirs))
         assert (one - other).norm() < 0.02 * other.norm(), kind
+
+
+def test_previews_and_rollouts_are_the_few_step_samplers(comfyui: ComfyUI, trained: Run) -> None:
+    """From one noise, the core's sampling on our bridge and the node's through ComfyUI's sampler end in one latent."""
+    model, conditions = trained.value("models"), trained.value("conditions")
+    sampler, host = comfyui.module("nodes.sampler"), comfyui.module("nodes.host")
+    prompt = conditions.previews[0]
+    sigmas = conditions.family.sigmas(4, 64, 64)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        import comfy.sample
+
+        latent = torch.zeros(1, *prompt.latent_shape)
+        with torch.inference_mode():
+            node = sampler.few_step_sample(model, [[prompt.student.features[None], {}]], latent, 3, sigmas, "euler")
+            noise = comfy.sample.prepare_noise(latent, 3)
+            denoiser = host.ComfyDenoiser(model)
+            with denoiser.loaded(latent.shape):
+                ours = comfyui.core("rollout").sample(denoiser, [prompt.student], noise, sigmas)
+                return node, denoiser.to_vae_space(ours)
+
+    node, ours = comfyui.call(both)
+    assert node.std() > 0.1 and torch.allclose(node, ours, atol=1e-4)
