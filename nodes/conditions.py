@@ -9,13 +9,12 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..dopsd_core.conditioning import ConditionCache
-from ..dopsd_core.images import load_image, to_tensor
-from ..dopsd_core.sheet import Row, contact_sheet
-from ..dopsd_core.training_set import TrainingSet, build_training_set, latent_shape
+from ..dopsd_core.sheet import to_pixels
+from ..dopsd_core.training_set import TrainingSet, build_training_set
 from .encoder import ComfyEncoder
 from .host import ComfyDenoiser, default_steps, family_of, send_text
 from .paths import condition_cache
-from .previews import TILE, Painter, encode_previews, preview_texts, split_lines
+from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
 from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
 
 
@@ -103,12 +102,7 @@ class BuildTeacherCondition(io.ComfyNode):
             encoder = ComfyEncoder(clip, vae, vision, mode)
             cache = ConditionCache(condition_cache())
             conditions = build_conditions(dataset, encoder, preview_prompts, anchor_prompts, cache)
-        data = conditions.data
-        send_text(
-            cls,
-            f"{conditions.family.title}, teacher {encoder.teacher}\n{len(data.pairs)} pairs, "
-            f"{len(set(data.anchors))} prior anchors, {len(conditions.previews)} preview prompts",
-        )
+        send_text(cls, f"teacher {encoder.teacher}\n{conditions.describe()}")
         return io.NodeOutput(conditions)
 
 
@@ -157,23 +151,8 @@ class TeacherPreview(io.ComfyNode):
     @classmethod
     def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
         require_same_family(model, conditions)
-        data = conditions.data
-        chosen = [data.pairs[example.variants[0]] for example in data.examples[:pictures]]
-        shapes = [latent_shape(pair) for pair in chosen]
-        targets = [load_image(pair.image_path, pair.bucket) for pair in conditions.pairs[:pictures]]
-        denoiser = ComfyDenoiser(model)
-        painter = Painter(denoiser, vae, steps or default_steps(model), seed)
-        with denoiser.loaded((len(chosen), *shapes[0])):
-            teacher = painter.draw([pair.teacher for pair in chosen], shapes)
-            denoiser.load((len(chosen), *shapes[0]))
-            student = painter.draw([pair.student for pair in chosen], shapes)
-        rows = [
-            Row("target", "what it shall learn", targets, [pair.caption for pair in chosen]),
-            Row("teacher", "the untouched model,\nseeing the picture", teacher),
-            Row("student", "the untouched model,\nreading the caption", student),
-        ]
-        sheet = contact_sheet("the teacher, before any training", rows, tile=TILE)
-        image = to_tensor(sheet).movedim(0, -1)[None]
+        painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
+        image = to_pixels(teacher_sheet(painter, conditions, pictures))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -15,12 +15,12 @@ from ..dopsd_core.captions import put_trigger
 from ..dopsd_core.conditioning import Condition, ConditionCache, Encoder, encode_dataset
 from ..dopsd_core.dataset import Pair
 from ..dopsd_core.draws import make_generator
-from ..dopsd_core.images import to_tensor
+from ..dopsd_core.images import load_image, to_tensor
 from ..dopsd_core.rollout import sample
 from ..dopsd_core.sheet import Row, contact_sheet
 from ..dopsd_core.training_set import encode_request, latent_shape
 from .host import ComfyDenoiser
-from .sockets import PreviewPrompt
+from .sockets import Conditions, PreviewPrompt
 
 MAX_DEFAULT_PROMPTS = 4
 TILE = 192
@@ -47,6 +47,24 @@ def encode_previews(
     return tuple(PreviewPrompt(dual.caption, dual.student, dual.teacher, latent_shape(dual)) for dual in encoded)
 
 
+def teacher_sheet(painter: Painter, conditions: Conditions, count: int) -> Image.Image:
+    """Target, teacher and student of the untouched model for the first `count` training pictures."""
+    data = conditions.data
+    chosen = [data.pairs[example.variants[0]] for example in data.examples[:count]]
+    shapes = [latent_shape(pair) for pair in chosen]
+    targets = [load_image(pair.image_path, pair.bucket) for pair in conditions.pairs[:count]]
+    with painter.denoiser.loaded((1, *shapes[0])):
+        teacher = painter.draw([pair.teacher for pair in chosen], shapes)
+        painter.denoiser.load((1, *shapes[0]))  # decoding may have sent it out of memory
+        student = painter.draw([pair.student for pair in chosen], shapes)
+    rows = [
+        Row("target", "what it shall learn", targets, [pair.caption for pair in chosen]),
+        Row("teacher", "the untouched model,\nseeing the picture", teacher),
+        Row("student", "the untouched model,\nreading the caption", student),
+    ]
+    return contact_sheet("the teacher, before any training", rows, tile=TILE)
+
+
 class Painter:
     """Draws conditions with fixed noise: equal seeds give equal noise whoever is asked.
 
@@ -54,7 +72,7 @@ class Painter:
     """
 
     def __init__(self, denoiser: ComfyDenoiser, vae: Any, steps: int, seed: int) -> None:
-        self._denoiser, self._vae, self._steps, self._seed = denoiser, vae, steps, seed
+        self.denoiser, self._vae, self._steps, self._seed = denoiser, vae, steps, seed
 
     def draw(self, conditions: Sequence[Condition], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """A picture [3, H, W] in [0, 1] of each condition, for latents of `shapes` (C, h, w)."""
@@ -66,15 +84,15 @@ class Painter:
         return [self._decode(latent) for latent in latents if latent is not None]
 
     def _sample(self, conditions: Sequence[Condition], shape: tuple[int, ...], rows: Sequence[int]) -> Tensor:
-        family, device = self._denoiser.family, self._denoiser.device
+        family, device = self.denoiser.family, self.denoiser.device
         sigmas = family.sigmas(self._steps, shape[2] * family.downscale, shape[1] * family.downscale)
         noise = [torch.randn(shape, generator=make_generator(self._seed, "preview", row)) for row in rows]
         here = [condition.to(device) for condition in conditions]
-        return sample(self._denoiser, here, torch.stack(noise).to(device), sigmas)
+        return sample(self.denoiser, here, torch.stack(noise).to(device), sigmas)
 
     def _decode(self, latent: Tensor) -> Tensor:
         with torch.inference_mode():
-            picture = self._vae.decode(self._denoiser.to_vae_space(latent[None]))[0]
+            picture = self._vae.decode(self.denoiser.to_vae_space(latent[None]))[0]
         return picture.movedim(-1, 0).float().cpu().clamp(0, 1)
 
 

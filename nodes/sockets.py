@@ -69,6 +69,14 @@ class Conditions:
     trigger: str
     caption_dropout: float
 
+    def describe(self) -> str:
+        """Counts, for the node's text."""
+        data = self.data
+        return (
+            f"{self.family.title}: {len(data.pairs)} pairs, {len(set(data.anchors))} prior anchors, "
+            f"{len(self.previews)} preview prompts"
+        )
+
 
 class TrainedLora(dict[str, Tensor]):
     """LORA_MODEL: the tensors of a LoRA file, alpha folded in, as ComfyUI's own loaders take them.
