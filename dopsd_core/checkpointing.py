@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .families import Family
 from .lora_config import LoraConfig, match_targets
-from .model import LinearSite
+from .model import BlockShape, LinearSite
 from .overrides import Forward, overridden
 
 
@@ -96,18 +96,27 @@ def block_bytes(
     Attention is torch's fused one, which keeps no L x L matrix, and norms are fused (on a CPU only in fp32).
     """
     names = match_targets([part.name for site in sites for part in site.parts], lora.targets)
-    by_module = {site.module: site for site in sites}
     out = []
-    for block in blocks:
-        inside = [by_module[module] for module in block.modules() if module in by_module]
-        inputs = {_tail(part.name): site.in_features for site in inside for part in site.parts}
-        shape = family.block_shape(inside[0].name, inputs, image_tokens, text_tokens)
+    for shape, inside in block_shapes(blocks, sites, family, image_tokens, text_tokens):
         adapted = [(part, site) for site in inside for part in site.parts if part.name in names]
         # the As of one Linear are stacked and cast as one; the sums are the same
         lora_elements = sum(lora.rank * (site.in_features + part.out_features) for part, site in adapted)
         kept = batch * shape.tokens * (shape.kept + lora.rank * len(adapted)) * itemsize
         cast = lora_elements * itemsize if itemsize < 4 else 0
         out.append(BlockBytes(kept + cast, batch * shape.tokens * shape.width * itemsize))
+    return out
+
+
+def block_shapes(
+    blocks: Sequence[nn.Module], sites: Sequence[LinearSite], family: Family, image_tokens: int, text_tokens: int
+) -> list[tuple[BlockShape, list[LinearSite]]]:
+    """What each block works on, and its Linears."""
+    by_module = {site.module: site for site in sites}
+    out = []
+    for block in blocks:
+        inside = [by_module[module] for module in block.modules() if module in by_module]
+        inputs = {_tail(part.name): site.in_features for site in inside for part in site.parts}
+        out.append((family.block_shape(inside[0].name, inputs, image_tokens, text_tokens), inside))
     return out
 
 

@@ -105,6 +105,16 @@ class ComfyDenoiser:
         return self._patcher.load_device
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the weights in the form in which they were loaded."""
+        return int(self._patcher.model_size())
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What activations are in."""
+        return self._patcher.model.get_dtype_inference()
+
+    @property
     def _network(self) -> nn.Module:
         return self._patcher.model.diffusion_model
 
@@ -160,20 +170,21 @@ class ComfyDenoiser:
 
     # -- in memory, and ready for gradients ---------------------------------------------------------------------------
 
-    def load(self, shape: Sequence[int]) -> None:
+    def load(self, shape: Sequence[int], reserve: int = 0) -> None:
         """Has ComfyUI bring the weights to the device, with room for samples of `shape` [B, C, h, w].
 
+        Where that, or `reserve` bytes if it is more, does not stay free, part of the weights stays in RAM.
         Called again after anything else was loaded. In inference mode, as ComfyUI itself does it: weights that were
         made in it can only be moved in it.
         """
         with torch.inference_mode():
-            needed = self._patcher.memory_required(list(shape))
+            needed = max(self._patcher.memory_required(list(shape)), reserve)
             comfy.model_management.load_models_gpu([self._patcher], memory_required=needed)
 
     @contextmanager
-    def loaded(self, shape: Sequence[int]) -> Iterator[ComfyDenoiser]:
+    def loaded(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
         """On the device inside the `with`."""
-        self.load(shape)
+        self.load(shape, reserve)
         self._patcher.pre_run()
         try:
             yield self
@@ -181,13 +192,13 @@ class ComfyDenoiser:
             self._patcher.cleanup()
 
     @contextmanager
-    def trainable(self, shape: Sequence[int]) -> Iterator[ComfyDenoiser]:
+    def trainable(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
         """On the device and open to gradients inside the `with`; as it was after it, whatever happens.
 
         `in_training` takes RoPE off the kernels that have no backward.
         """
         before = comfy.model_management.in_training
-        with self.loaded(shape), _thawed_small_parameters(self._network), _norms_on_clones(self._network):
+        with self.loaded(shape, reserve), _thawed_small_parameters(self._network), _norms_on_clones(self._network):
             comfy.model_management.in_training = True
             try:
                 yield self

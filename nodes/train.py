@@ -23,6 +23,15 @@ from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
 from ..dopsd_core.training_set import latent_shape
 from .conditions import require_same_family
 from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
+from .memory import (
+    MEMORY_CHOICES,
+    MemoryPlan,
+    OutOfMemory,
+    advice,
+    free_device_memory,
+    is_out_of_memory,
+    plan_memory,
+)
 from .paths import run_folder, shown
 from .presets import PRESETS, make_config, run_digest
 from .previews import Painter, TrainingPreview, load_sheets
@@ -35,15 +44,18 @@ PREVIEWS_NAME = "previews"
 class Watcher(NoCallbacks):
     """Progress bar with preview, and text with loss, gap and time left, on the node that trains."""
 
-    def __init__(self, node: Any, config: TrainConfig, folder: Path, preview: TrainingPreview | None) -> None:
-        self._node, self._config, self._folder, self._preview = node, config, folder, preview
-        self._bar = comfy.utils.ProgressBar(config.steps)
+    def __init__(self, node: Any, plan: MemoryPlan, folder: Path, preview: TrainingPreview | None) -> None:
+        self._node, self._config, self._folder, self._preview = node, plan.config, folder, preview
+        self._notes = plan.notes
+        self._bar = comfy.utils.ProgressBar(plan.config.steps)
         self._first: tuple[int, float] | None = None
         self._told = 0.0
+        self.step = 0
         self._gap = ""
 
     def on_step(self, report: StepReport) -> None:
         """Moves the bar and rewrites the text."""
+        self.step = report.step
         self._bar.update_absolute(report.step)
         now = time.monotonic()
         self._first = self._first or (report.step, now)
@@ -74,14 +86,22 @@ class Watcher(NoCallbacks):
             lines.append(f"loss {report.loss:.4g}")
         if self._gap:
             lines.append(self._gap)
+        lines += self._notes
         return "\n".join(lines)
 
 
 def run_training(
-    node: Any, model: Any, conditions: Conditions, vae: Any | None, config: TrainConfig, run_name: str
+    node: Any, model: Any, conditions: Conditions, vae: Any | None, config: TrainConfig, run_name: str, memory: str
 ) -> tuple[TrainResult, Path]:
-    """Trains or goes on, in the folder that belongs to these settings, this model and this data."""
+    """Trains or goes on, in the folder that belongs to these settings, this model and this data.
+
+    Raises:
+        OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
+    """
     identity = fingerprint(model)
+    denoiser = ComfyDenoiser(model)
+    plan = plan_memory(memory, denoiser, conditions, config)
+    config = plan.config
     folder = run_folder(f"{run_name}-{run_digest(config, conditions.data.fingerprint(), identity)}")
     facts = {
         "dopsd_base_model": base_name(model),
@@ -89,19 +109,28 @@ def run_training(
         "dopsd_trigger": conditions.trigger,
         "dopsd_name": run_name,
     }
-    denoiser = ComfyDenoiser(model)
     shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
     preview = None
     if vae is not None and config.preview_every:
         painter = Painter(denoiser, vae, default_steps(model), config.seed)
-        preview = TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape))
-    watcher = Watcher(node, config, folder, preview)
+        during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are there by then
+        preview = TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape, during))
+    watcher = Watcher(node, plan, folder, preview)
     try:
-        with denoiser.trainable(shape):
-            return train(config, denoiser, conditions.data, folder, watcher, facts=facts), folder
+        with denoiser.trainable(shape, plan.reserve):
+            count = plan.checkpoint_blocks
+            result = train(config, denoiser, conditions.data, folder, watcher, facts=facts, checkpoint_blocks=count)
+            return result, folder
     except comfy.model_management.InterruptProcessingException:
         send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {shown(folder)}")
         raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        told = f"{watcher.step} steps are kept in {shown(folder)}" if watcher.step else "no step was done"
+    # out of the handler: an exception holds on to the frames, and these to the activations
+    free_device_memory()
+    raise OutOfMemory(f"out of memory, with memory {plan.preset}: {told}; {advice(plan, conditions, denoiser.device)}")
 
 
 def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
@@ -173,8 +202,9 @@ class TrainLoRA(io.ComfyNode):
         require_same_family(model, conditions)
         chosen = {"lr": settings.pop("learning_rate"), **settings, "preview_every": preview_every}
         chosen |= {"caption_dropout": conditions.caption_dropout}
+        memory = chosen.pop("memory")
         config = make_config(preset, conditions.family, bool(conditions.data.anchors), chosen)
-        result, folder = run_training(cls, model, conditions, vae, config, run_name)
+        result, folder = run_training(cls, model, conditions, vae, config, run_name, memory)
         reports = read_log(folder / LOG_NAME)
         send_text(cls, _summary(result, folder))
         lora = trained_lora(result, config)
@@ -284,4 +314,11 @@ def _advanced_inputs() -> list[Any]:
         choice("optimizer", get_args(OptimizerName), "adamw8bit needs the package bitsandbytes."),
         whole("checkpoint_every", 100, 10_000, "Steps between checkpoints.", low=1),
         whole("probe_every", 25, 10_000, "Steps between measurements of the gap to the teacher; 0 for none."),
+        choice(
+            "memory",
+            MEMORY_CHOICES,
+            "Size of the GPU to fit into; auto goes by the one you have. What does not fit is recomputed or streamed, "
+            "which only takes time; from 16 GB down the teacher is frozen, from 12 GB down fewer steps are learned "
+            "from. The node says what was done.",
+        ),
     ]

@@ -62,3 +62,24 @@ def flux2(seed: int = 0) -> Any:
     fill(model.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def real_z_image(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Z-Image at its real size and without weights, for what follows from shapes alone."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.ZImage(
+        {
+            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 3840, "cap_feat_dim": 2560,
+            "n_layers": 30, "n_refiner_layers": 2, "qk_norm": True, "n_heads": 30, "n_kv_heads": 30,
+            "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True, "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        }
+    )  # fmt: skip
+    config.set_inference_dtype(dtype, None if dtype == torch.bfloat16 else torch.bfloat16)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(
+        config.get_model({}, "", device=torch.device("meta")), load_device=cpu, offload_device=cpu
+    )
