@@ -252,6 +252,11 @@ class AdapterSet:
         students = [p.data for p in self.parameters()]
         torch._foreach_lerp_(teacher, students, 1.0 - self.ema_decay)  # pyright: ignore[reportPrivateImportUsage]
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher has weights of its own."""
+        return self.teacher_kind == "ema"
+
     def part_names(self) -> list[str]:
         """The adapted parts, in site order."""
         return [part.name for adapter in self._adapters for part in adapter.parts]

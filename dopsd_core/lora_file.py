@@ -76,7 +76,7 @@ def load_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: not a safetensors file, or keys that are not a LoRA of diffusers' module names.
         FileNotFoundError: there is no such file.
     """
-    tensors, metadata = _read_safetensors(Path(path))
+    tensors, metadata = read_safetensors(Path(path))
     return _folded(tensors, path, lambda part, rank: 1.0), metadata
 
 
@@ -130,7 +130,7 @@ def load_peft(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     folder = Path(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors, _ = _read_safetensors(folder / "adapter_model.safetensors")
+        tensors, _ = read_safetensors(folder / "adapter_model.safetensors")
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {error}") from error
     for option in ("use_dora", "lora_bias"):
@@ -138,7 +138,7 @@ def load_peft(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"{folder}: {option} is set; only plain LoRA can be imported")
 
     def scale(part: str, rank: int) -> float:
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, part, config["lora_alpha"])
+        alpha = by_pattern(config.get("alpha_pattern") or {}, part, config["lora_alpha"])
         return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
     facts = {"base_model": str(config.get("base_model_name_or_path") or ""), "rank": str(config["r"])}
@@ -158,7 +158,13 @@ def _file_tensors(
     return {prefix + key: folded[key].detach().to("cpu", dtype).contiguous() for key in sorted(folded)}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file.
+
+    Raises:
+        ValueError: it is no safetensors file.
+        FileNotFoundError: it is not there.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
@@ -200,7 +206,7 @@ def _bare(key: str) -> str:
     return key
 
 
-def _by_pattern(patterns: Mapping[str, Any], part: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any], part: str, default: Any) -> Any:
     """peft's rule: the first pattern that is the name or a dotted tail of it."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", part):

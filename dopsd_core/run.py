@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import __version__
 from .adapters import AdapterSet
@@ -23,6 +24,7 @@ from .draws import DataOrder, draw_noise, draw_variant, make_generator
 from .families import get_family
 from .lock import FolderLock
 from .lora_file import save_lora
+from .lora_import import lora_digest, start_state
 from .model import Denoiser
 from .objectives import ObjectiveInputs, ObjectiveOutput
 from .optimizer import learning_rate, make_optimizer
@@ -61,6 +63,7 @@ class Run:
         data: TrainingSet,
         folder: Path,
         facts: Mapping[str, str] | None = None,
+        initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config, self.denoiser, self.data, self.folder = config, denoiser, data, folder
         self._facts = dict(facts or {})
@@ -81,6 +84,8 @@ class Run:
             teacher=config.teacher,
             ema_decay=config.ema_decay,
         )
+        self._initial = lora_digest(initial) if initial else ""
+        self._start_state = start_state(initial, self.adapters.state(), config.lora) if initial else None
         self.optimizer = make_optimizer(config, self.adapters.parameters())
         self.probe = Probe(config, denoiser, self.adapters, data)
         repeats = tuple(example.repeats for example in data.examples)
@@ -95,6 +100,9 @@ class Run:
             if not resume:
                 raise StateError(f"{self.folder} holds a run already; resume it, or choose another folder")
             self._load(checkpoint)
+        elif self._start_state is not None:
+            self._set_weights(self._start_state, self._start_state)
+        self._start_state = None
         write_atomic(self.folder / CONFIG_NAME, self.config.to_json().encode())
         self._log = RunLog(self.folder / LOG_NAME, self.step if checkpoint else -1)
 
@@ -148,6 +156,7 @@ class Run:
         facts = {
             "config": self.config.to_json(),
             "data": self._fingerprint,
+            "initial": self._initial,
             "optimizer": values,
             "start": None if self.start is None else dataclasses.astuple(self.start),
             "last": None if self.last is None else dataclasses.astuple(self.last),
@@ -168,6 +177,8 @@ class Run:
             "dopsd_objective": self.config.objective,
             "dopsd_family": self.config.family,
         }
+        if self._initial:
+            metadata["dopsd_initial"] = self._initial
         prefix = get_family(self.config.family).key_prefix
         save_lora(path, self.adapters.state(), self.config.lora, prefix=prefix, metadata=metadata)
         return path
@@ -184,6 +195,11 @@ class Run:
 
     def _is_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.adapters.parameters())
+
+    def _set_weights(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        self.adapters.load_state("student", student)
+        if self.adapters.has_teacher:
+            self.adapters.load_state("teacher", teacher)
 
     def _append(self, report: StepReport) -> None:
         if self._log is None:
@@ -252,14 +268,15 @@ class Run:
         changed = changes_that_forbid_resuming(TrainConfig.from_json(facts["config"]), self.config)
         if facts["data"] != self._fingerprint:
             changed = (*changed, "the data set: its pictures, captions, encoder or their order")
+        if facts.get("initial", "") != self._initial:
+            changed = (*changed, "the LoRA that it started from")
         if changed:
             raise StateError(
                 f"{self.folder} holds another run; choose another folder, or undo what changed: {'; '.join(changed)}"
             )
         if checkpoint.step > self.config.steps:
             raise StateError(f"{self.folder} is at step {checkpoint.step} already; raise steps ({self.config.steps})")
-        self.adapters.load_state("student", checkpoint.lora)
-        self.adapters.load_state("teacher", checkpoint.teacher)
+        self._set_weights(checkpoint.lora, checkpoint.teacher)
         saved = unflatten_state(checkpoint.optimizer, facts["optimizer"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved})
         self.step = checkpoint.step

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from .adapters import AdapterSet
 from .checkpointing import checkpointed
@@ -89,6 +90,7 @@ def train(
     *,
     resume: bool = True,
     facts: Mapping[str, str] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
     checkpoint_blocks: int = 0,
 ) -> TrainResult:
     """Trains a LoRA, or goes on with the run in `run_dir`, and leaves the denoiser as it was.
@@ -96,11 +98,15 @@ def train(
     Args:
         resume: whether a run that is in `run_dir` may be continued; if not, finding one is an error.
         facts: what else the LoRA's header shall tell: base model, trigger, ...
+        initial: the LoRA that a new run starts from, for student and teacher: folded tensors under part names, of the
+            configuration's rank or less (`lora_import`). A "frozen" teacher stays the base. A run goes on only with
+            the one that it started from.
         checkpoint_blocks: how many blocks recompute in the backward, for less memory (`checkpointing.py`); the result
             is the same.
 
     Raises:
         ConfigError: the configuration does not fit the data or this machine.
+        ValueError: `initial` does not fit the configuration.
         StateError: the run in `run_dir` is another one (the message names what differs), or all of it is damaged.
         FolderInUse: another run is working in `run_dir`.
         NonFiniteError: with its step; checkpoint and LoRA of the step before are saved.
@@ -108,7 +114,7 @@ def train(
     callbacks = callbacks or NoCallbacks()
     _check_data(config, data)
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
-        run = Run(config, denoiser, data, Path(run_dir), facts)
+        run = Run(config, denoiser, data, Path(run_dir), facts, initial)
         try:
             run.open(resume)
             with run.adapters.attached(), checkpointed(denoiser.blocks(), checkpoint_blocks):
