@@ -159,14 +159,16 @@ class ConditionCache:
         A folder that cannot be written costs the cache, not the run.
         """
         found = self.load(key)
-        if found is not None:
-            return found, True
-        tensors = {name: _plain_cpu(tensor) for name, tensor in compute().items()}
+        return (found, True) if found is not None else (self.keep(key, compute()), False)
+
+    def keep(self, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stores the entry and gives it back as ordinary tensors on the CPU; warns where it cannot be written."""
+        plain = {name: _plain_cpu(tensor) for name, tensor in tensors.items()}
         try:
-            self.store(key, tensors)
+            self.store(key, plain)
         except OSError as error:
             log.warning("cached condition %s cannot be written (%s); going on without", self.path(key), error)
-        return tensors, False
+        return plain
 
 
 def encode_dataset(
@@ -177,13 +179,24 @@ def encode_dataset(
 ) -> list[DualCondition]:
     """Both conditions and the target latent of every request, in order, on the CPU; from the cache where it has them.
 
+    Latents first, then conditions: where memory holds the VAE or the text encoder, each is brought in once.
+
     Raises:
         ValueError: the encoder returns a shape or a non-finite value that training could not use.
     """
+    keys = [cache_key("pair", r.image_digest, r.caption, encoder.identity, r.settings) for r in requests]
+    known = {key: cache.load(key) if cache is not None else None for key in dict.fromkeys(keys)}
+    latents = {
+        key: _encode_target(request, encoder)
+        for key, request in dict(zip(keys, requests, strict=True)).items()
+        if known[key] is None
+    }
     pairs = []
-    for done, request in enumerate(requests, 1):
-        key = cache_key("pair", request.image_digest, request.caption, encoder.identity, request.settings)
-        tensors, hit = _cached(cache, key, lambda request=request: _encode_pair(request, encoder))
+    for done, (key, request) in enumerate(zip(keys, requests, strict=True), 1):
+        tensors = known[key]
+        hit = tensors is not None
+        if tensors is None:
+            tensors = known[key] = _keep(cache, key, _encode_pair(request, encoder, latents.pop(key)))
         pairs.append(_unpack_pair(tensors, request.caption, key))
         if on_encoded is not None:
             on_encoded(done, len(requests), hit)
@@ -214,21 +227,34 @@ def encode_texts(
 def _cached(
     cache: ConditionCache | None, key: str, compute: Callable[[], Mapping[str, Tensor]]
 ) -> tuple[dict[str, Tensor], bool]:
-    if cache is not None:
-        return cache.get_or_compute(key, compute)
-    return {name: _plain_cpu(tensor) for name, tensor in compute().items()}, False
+    return cache.get_or_compute(key, compute) if cache is not None else (_keep(None, key, compute()), False)
 
 
-@torch.no_grad()
-def _encode_pair(request: EncodeRequest, encoder: Encoder) -> dict[str, Tensor]:
+def _keep(cache: ConditionCache | None, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return cache.keep(key, tensors) if cache else {name: _plain_cpu(tensor) for name, tensor in tensors.items()}
+
+
+def _image(request: EncodeRequest) -> Tensor:
     image = request.load_image()
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image of {request.caption!r} must be [3, H, W], got {tuple(image.shape)}")
+    return image
+
+
+@torch.no_grad()
+def _encode_target(request: EncodeRequest, encoder: Encoder) -> Tensor:
+    latent = encoder.encode_latent(_image(request)).float()
+    if latent.ndim != 3:
+        raise ValueError(f"encode_latent must return [C, h, w], got {tuple(latent.shape)}")
+    return _plain_cpu(latent)
+
+
+@torch.no_grad()
+def _encode_pair(request: EncodeRequest, encoder: Encoder, target_latent: Tensor) -> dict[str, Tensor]:
+    image = _image(request)
     tensors = _pack_condition("student", encoder.encode_text(request.caption))
     tensors |= _pack_condition("teacher", encoder.encode_image_text(image, request.caption))
-    tensors["target_latent"] = encoder.encode_latent(image).float()
-    if tensors["target_latent"].ndim != 3:
-        raise ValueError(f"encode_latent must return [C, h, w], got {tuple(tensors['target_latent'].shape)}")
+    tensors["target_latent"] = target_latent
     return _checked(tensors, request.caption)
 
 

@@ -226,6 +226,12 @@ def test_encoders_run_without_a_graph():
     assert not pair.student.features.requires_grad
 
 
+def test_latents_come_first_so_that_vae_and_text_encoder_need_not_share_memory():
+    encoder = CountingEncoder()
+    encode_dataset([request(), request(caption="another"), request()], encoder, None)
+    assert encoder.calls == ["latent", "latent", "text", "image_text", "text", "image_text"]
+
+
 def test_texts_are_cached_apart_from_pairs(tmp_path):
     cache, encoder = ConditionCache(tmp_path), CountingEncoder()
     captions = ["a red disc", "a blue disc"]
