@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditions import BuildTeacherCondition, TeacherPreview
 from .dataset import LoadDataset
+from .initial_lora import LoadLoRA
 from .loaders import LoadDemoModels, LoadTeacherVision
 from .lora import CompareLoRA, SaveLoRA
 from .sampler import FewStepSampler
@@ -24,6 +25,7 @@ class DopsdExtension(ComfyExtension):
             FewStepSampler,
             SaveLoRA,
             CompareLoRA,
+            LoadLoRA,
             LoadTeacherVision,
             LoadDemoModels,
         ]

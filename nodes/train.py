@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 from safetensors import safe_open
+from torch import Tensor
 
 from ..dopsd_core.adapters import AdapterSet, TeacherKind
 from ..dopsd_core.config import OptimizerName, Schedule, TrainConfig
@@ -23,6 +24,7 @@ from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
 from ..dopsd_core.training_set import latent_shape
 from .conditions import require_same_family
 from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
+from .initial_lora import start_of
 from .memory import (
     MEMORY_CHOICES,
     MemoryPlan,
@@ -44,9 +46,11 @@ PREVIEWS_NAME = "previews"
 class Watcher(NoCallbacks):
     """Progress bar with preview, and text with loss, gap and time left, on the node that trains."""
 
-    def __init__(self, node: Any, plan: MemoryPlan, folder: Path, preview: TrainingPreview | None) -> None:
+    def __init__(
+        self, node: Any, plan: MemoryPlan, folder: Path, preview: TrainingPreview | None, notes: Sequence[str] = ()
+    ) -> None:
         self._node, self._config, self._folder, self._preview = node, plan.config, folder, preview
-        self._notes = plan.notes
+        self._notes = (*plan.notes, *notes)
         self._bar = comfy.utils.ProgressBar(plan.config.steps)
         self._first: tuple[int, float] | None = None
         self._told = 0.0
@@ -91,7 +95,14 @@ class Watcher(NoCallbacks):
 
 
 def run_training(
-    node: Any, model: Any, conditions: Conditions, vae: Any | None, config: TrainConfig, run_name: str, memory: str
+    node: Any,
+    model: Any,
+    conditions: Conditions,
+    vae: Any | None,
+    config: TrainConfig,
+    run_name: str,
+    memory: str,
+    initial_lora: Mapping[str, Tensor] | None = None,
 ) -> tuple[TrainResult, Path]:
     """Trains or goes on, in the folder that belongs to these settings, this model and this data.
 
@@ -102,7 +113,9 @@ def run_training(
     denoiser = ComfyDenoiser(model)
     plan = plan_memory(memory, denoiser, conditions, config)
     config = plan.config
-    folder = run_folder(f"{run_name}-{run_digest(config, conditions.data.fingerprint(), identity)}")
+    start = start_of(initial_lora, denoiser, config)
+    digest = run_digest(config, conditions.data.fingerprint(), identity, *start.identity)
+    folder = run_folder(f"{run_name}-{digest}")
     facts = {
         "dopsd_base_model": base_name(model),
         "dopsd_base_fingerprint": identity,
@@ -115,11 +128,20 @@ def run_training(
         painter = Painter(denoiser, vae, default_steps(model), config.seed)
         during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are there by then
         preview = TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape, during))
-    watcher = Watcher(node, plan, folder, preview)
+    watcher = Watcher(node, plan, folder, preview, start.notes)
     try:
         with denoiser.trainable(shape, plan.reserve):
             count = plan.checkpoint_blocks
-            result = train(config, denoiser, conditions.data, folder, watcher, facts=facts, checkpoint_blocks=count)
+            result = train(
+                config,
+                denoiser,
+                conditions.data,
+                folder,
+                watcher,
+                facts=facts,
+                initial=start.tensors,
+                checkpoint_blocks=count,
+            )
             return result, folder
     except comfy.model_management.InterruptProcessingException:
         send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {shown(folder)}")
@@ -198,13 +220,15 @@ class TrainLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, conditions, run_name, preset, preview_every, vae=None, **settings) -> io.NodeOutput:
+    def execute(
+        cls, model, conditions, run_name, preset, preview_every, vae=None, initial_lora=None, **settings
+    ) -> io.NodeOutput:
         require_same_family(model, conditions)
         chosen = {"lr": settings.pop("learning_rate"), **settings, "preview_every": preview_every}
         chosen |= {"caption_dropout": conditions.caption_dropout}
         memory = chosen.pop("memory")
         config = make_config(preset, conditions.family, bool(conditions.data.anchors), chosen)
-        result, folder = run_training(cls, model, conditions, vae, config, run_name, memory)
+        result, folder = run_training(cls, model, conditions, vae, config, run_name, memory, initial_lora)
         reports = read_log(folder / LOG_NAME)
         send_text(cls, _summary(result, folder))
         lora = trained_lora(result, config)
@@ -267,6 +291,12 @@ def _inputs() -> list[Any]:
         *_advanced_inputs(),
         io.Vae.Input(
             "vae", optional=True, tooltip="The model's own VAE, for the preview pictures; training goes without."
+        ),
+        io.LoraModel.Input(
+            "initial_lora",
+            optional=True,
+            tooltip="A LoRA to train further, of any trainer, from Load LoRA (D-OPSD). Its rank may be at most the "
+            "run's. It counts as a setting: another one is another run.",
         ),
     ]
 

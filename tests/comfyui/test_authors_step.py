@@ -135,6 +135,7 @@ def ours(comfyui: ComfyUI, models: dict[str, Any], folder: Path) -> dict[str, An
                 "batch_size": 1, "grad_accumulation": PER_STEP, "warmup": 0, "rollout_steps": 4, "grad_steps": 0,
                 "loss": "x0", "teacher": "ema", "ema_decay": 0.9999, "anchor_probability": 0.0, "objective": "dopsd",
                 "schedule": "constant", "optimizer": "adamw", "checkpoint_every": 100, "probe_every": 0,
+                "memory": "auto",
             },
         },
     }  # fmt: skip

@@ -30,7 +30,8 @@ FROZEN = {
         "model:MODEL conditions:DOPSD_CONDITIONS run_name:STRING preset:COMBO steps:INT seed:INT preview_every:INT"
         " learning_rate:FLOAT rank:INT alpha:FLOAT batch_size:INT grad_accumulation:INT warmup:INT rollout_steps:INT"
         " grad_steps:INT loss:COMBO teacher:COMBO ema_decay:FLOAT anchor_probability:FLOAT objective:COMBO"
-        " schedule:COMBO optimizer:COMBO checkpoint_every:INT probe_every:INT memory:COMBO vae:VAE?",
+        " schedule:COMBO optimizer:COMBO checkpoint_every:INT probe_every:INT memory:COMBO vae:VAE?"
+        " initial_lora:LORA_MODEL?",
         "lora:LORA_MODEL loss:LOSS_MAP run_folder:STRING previews:IMAGE",
     ),
     "DOPSD_FewStepSampler": (
@@ -46,6 +47,7 @@ FROZEN = {
         " lora_name:COMBO lora:LORA_MODEL?",
         "image:IMAGE",
     ),
+    "DOPSD_LoadLoRA": ("lora_name:COMBO", "lora:LORA_MODEL"),
     "DOPSD_LoadDemoModels": ("", "model:MODEL clip:CLIP vae:VAE vision:DOPSD_VISION"),
     "DOPSD_LoadTeacherVision": ("vision_name:COMBO", "vision:DOPSD_VISION"),
 }
