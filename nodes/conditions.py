@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..dopsd_core.conditioning import ConditionCache
 from ..dopsd_core.sheet import to_pixels
 from ..dopsd_core.training_set import TrainingSet, build_training_set
+from .checkpoints import warn_if_undistilled
 from .encoder import ComfyEncoder
 from .host import ComfyDenoiser, default_steps, family_of, send_text
 from .paths import condition_cache
@@ -153,6 +154,7 @@ class TeacherPreview(io.ComfyNode):
         require_same_family(model, conditions)
         painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
         image = to_pixels(teacher_sheet(painter, conditions, pictures))
+        send_text(cls, warn_if_undistilled(model) or "the student becomes as good as the teacher row, and no better")
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -210,7 +210,7 @@ class CompareLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         texts, wanted = parse_prompts(prompts), parse_strengths(strengths)
         name, tensors = chosen_lora(lora_name, lora)
-        send_text(cls, f"{name}: {count_used(model, tensors)} of {len(tensors)} tensors fit this model and are used")
+        send_text(cls, f"{name}: {count_used(model, tensors)} of {len(tensors)} tensors fit and are used")
         variants = {"base": model}
         for strength in wanted:
             variants[f"strength {strength:g}"] = apply_lora(model, tensors, strength)

@@ -22,6 +22,7 @@ from ..dopsd_core.progress import LOG_NAME, StepReport, read_log
 from ..dopsd_core.state import read_checkpoint_lora
 from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
 from ..dopsd_core.training_set import latent_shape
+from .checkpoints import warn_if_undistilled
 from .conditions import require_same_family
 from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
 from .initial_lora import start_of
@@ -122,27 +123,18 @@ def run_training(
         "dopsd_trigger": conditions.trigger,
         "dopsd_name": run_name,
     }
+    options: Any = {"facts": facts, "initial": start.tensors, "checkpoint_blocks": plan.checkpoint_blocks}
     shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
     preview = None
     if vae is not None and config.preview_every:
         painter = Painter(denoiser, vae, default_steps(model), config.seed)
         during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are there by then
         preview = TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape, during))
-    watcher = Watcher(node, plan, folder, preview, start.notes)
+    warning = warn_if_undistilled(model)
+    watcher = Watcher(node, plan, folder, preview, (*start.notes, *([warning] if warning else [])))
     try:
         with denoiser.trainable(shape, plan.reserve):
-            count = plan.checkpoint_blocks
-            result = train(
-                config,
-                denoiser,
-                conditions.data,
-                folder,
-                watcher,
-                facts=facts,
-                initial=start.tensors,
-                checkpoint_blocks=count,
-            )
-            return result, folder
+            return train(config, denoiser, conditions.data, folder, watcher, **options), folder
     except comfy.model_management.InterruptProcessingException:
         send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {shown(folder)}")
         raise

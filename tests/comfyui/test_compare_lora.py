@@ -76,7 +76,7 @@ def test_each_cell_is_what_the_stock_nodes_give(comfyui, tensors, artefacts) -> 
     assert (cell(image, 0, 0) - cell(image, 1, 0)).abs().mean() > 0.02
     assert run.outputs["2"]["images"] and run.of("progress", "2")[-1].data["max"] == 6
     assert (
-        run.texts("2")[0] == f"the connected LoRA: {len(tensors)} of {len(tensors)} tensors fit this model and are used"
+        run.texts("2")[0] == f"the connected LoRA: {len(tensors)} of {len(tensors)} tensors fit and are used"
     )
 
 
