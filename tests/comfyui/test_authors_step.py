@@ -79,7 +79,7 @@ def transformers_twins(language: dict[str, Tensor], spec: Any) -> tuple[Any, Any
     """transformers' Qwen3, and its Qwen3-VL, whose own language weights are exchanged for those of Qwen3."""
     from transformers import Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
 
-    shape = {**TEXT, "vocab_size": 151936, "head_dim": 128}
+    shape: dict[str, Any] = {**TEXT, "vocab_size": 151936, "head_dim": 128}
     encoder = Qwen3Model(Qwen3Config(**shape, rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
     encoder.load_state_dict(language)
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}

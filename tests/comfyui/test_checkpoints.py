@@ -71,7 +71,7 @@ def test_the_weights_tell_where_the_name_does_not(comfyui: ComfyUI) -> None:
 def test_comfyui_still_leaves_that_mark(comfyui: ComfyUI, spread: float, small: bool) -> None:
     import comfy.model_detection
     from comfy.utils import z_image_to_diffusers
-    from diffusers import ZImageTransformer2DModel
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
     with torch.device("meta"):
         network = ZImageTransformer2DModel()

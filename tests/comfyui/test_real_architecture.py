@@ -15,7 +15,7 @@ MODULES, PARAMETERS = 238, 158_760_960
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    from diffusers import ZImageTransformer2DModel
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
     with torch.device("meta"):
         return ZImageTransformer2DModel()

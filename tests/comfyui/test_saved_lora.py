@@ -124,10 +124,12 @@ def test_comfyuis_loader_uses_every_key(
 
 
 def test_diffusers(network: Any, saved: Path, features: Tensor, students: Any, noise: Tensor) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+    nothing: Any = None
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipeline = ZImagePipeline(scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=network)
+    pipeline: Any = ZImagePipeline(scheduler, nothing, nothing, nothing, network)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(saved.parent), weight_name=saved.name)
     try:

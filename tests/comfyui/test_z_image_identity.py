@@ -15,7 +15,7 @@ from inprocess import ComfyUI
 from torch import Tensor
 
 TOLERANCE = 1e-4
-SIGMA, RANK, ALPHA = 0.75, 3, 6.0
+SIGMA, RANK, ALPHA = 0.75, 3, 6
 # (latent height, latent width, text lengths); tokens of the picture are height * width / 4
 CASES = {
     "nothing to pad": (16, 16, (32,)),
@@ -38,7 +38,7 @@ def pair(comfyui: ComfyUI) -> tuple[Any, Any]:
     return network, model
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(params=CASES.values(), ids=list(CASES))
 def inputs(request: Any) -> tuple[Tensor, list[Tensor]]:
     height, width, lengths = request.param
     generator = torch.Generator().manual_seed(1)

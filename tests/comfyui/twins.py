@@ -17,7 +17,7 @@ WIDTH = HEADS * sum(HEAD_DIM)
 
 def diffusers_z_image(text_width: int = 64, layers: int = 2, seed: int = 0) -> Any:
     """diffusers' ZImageTransformer2DModel, every parameter filled, the padding tokens too."""
-    from diffusers import ZImageTransformer2DModel
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
     network = ZImageTransformer2DModel(
         dim=WIDTH, n_heads=HEADS, n_kv_heads=HEADS, n_layers=layers, n_refiner_layers=1, cap_feat_dim=text_width,
