@@ -17,7 +17,7 @@ INSTALL = $(RUN) -m pip install --only-binary=:all: $(PIP_ARGS)
 # (360 MB of templates, pictures and drivers).
 LEFT_OUT = torch|torchvision|torchaudio|spandrel|comfyui-workflow-templates|comfyui-embedded-docs|comfy-angle|PyOpenGL
 
-.PHONY: help demo test lint comfyui browser clean
+.PHONY: help demo test test-core test-comfyui lint comfyui browser clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,9 +26,15 @@ help:
 demo: $(VENV)/.standalone
 	$(RUN) -m dopsd_core demo $(DEMO_ARGS)
 
+# The two halves side by side: each keeps to one core.
 test: lint comfyui
-	$(RUN) -m pytest -q
-	$(RUN) -m pytest -q tests/comfyui
+	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-core test-comfyui
+
+test-core:
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q
+
+test-comfyui:
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/comfyui
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
