@@ -134,9 +134,9 @@ def report(threads: int) -> str:
     lines = ["| what | seconds |", "|---|---|", *(f"| {name} | {seconds:.1f} |" for name, seconds in rows)]
     day = datetime.date.today().isoformat()
     lines.append(
-        f"\nOverhead of the training node over the bare loop on the same MODEL: {server['train'] / comfyui - 1:.1%}; over "
-        f"the standalone host's: {server['train'] / standalone - 1:.1%}. Server's memory afterwards {server['rss_mb']:.0f} "
-        f"MB. {platform.machine()}, {threads} threads, {day}."
+        f"\nOverhead of the training node over the bare loop on the same MODEL: {server['train'] / comfyui - 1:.1%}; "
+        f"over the standalone host's: {server['train'] / standalone - 1:.1%}. Server's memory afterwards "
+        f"{server['rss_mb']:.0f} MB. {platform.machine()}, {threads} threads, {day}."
     )
     return "\n".join(lines)
 

@@ -41,8 +41,8 @@ def main() -> None:
             page.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
             page.page.wait_for_timeout(7000)  # until the message that it is done has gone
             with Image.open(page.screenshot("graph")) as shot:
-                canvas = shot.convert("RGB")
-                canvas.crop((60, 45, canvas.width - 10, canvas.height - 60)).save(ROOT / "docs" / "graph.png", optimize=True)
+                canvas = shot.convert("RGB").crop((60, 45, shot.width - 10, shot.height - 60))
+                canvas.save(ROOT / "docs" / "graph.png", optimize=True)
             page.close()
         (previews,) = (server.output / "dopsd").glob("*/previews")
         sheets = [Image.open(path).convert("RGB") for path in sorted(previews.iterdir())]
