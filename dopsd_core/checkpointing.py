@@ -8,13 +8,14 @@ gone, so that the recomputed block needs no room of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .families import Family
@@ -41,12 +42,15 @@ def checkpointed(blocks: Sequence[nn.Module], count: int) -> AbstractContextMana
 
 
 def _recomputing(block: nn.Module, forward: Forward) -> Forward:
-    def on_clones(*args: Any, **kwargs: Any) -> Any:
-        return forward(*map(_clone, args), **{name: _clone(value) for name, value in kwargs.items()})
-
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        backends = _attention_backends()
+
+        def on_clones(*args: Any, **kwargs: Any) -> Any:
+            with _attention_as(backends):
+                return forward(*map(_clone, args), **{name: _clone(value) for name, value in kwargs.items()})
+
         return checkpoint(on_clones, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return recomputing
@@ -54,6 +58,22 @@ def _recomputing(block: nn.Module, forward: Forward) -> Forward:
 
 def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _attention_backends() -> list[SDPBackend]:
+    """Those that torch's attention may use here; a host may have chosen them around its forward."""
+    cuda = torch.backends.cuda
+    enabled = {
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
+    }
+    return [backend for backend, is_enabled in enabled.items() if is_enabled]
+
+
+def _attention_as(backends: list[SDPBackend]) -> AbstractContextManager[Any]:
+    return nullcontext() if backends == _attention_backends() else sdpa_kernel(backends)
 
 
 # -- how many ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dopsd_core.adapters import AdapterSet
 from dopsd_core.checkpointing import (
@@ -180,6 +181,18 @@ def test_equal_blocks_need_no_room_for_recomputing() -> None:
 
 
 diffusers = pytest.importorskip("diffusers")
+
+
+def test_attention_recomputes_the_way_the_host_had_it() -> None:
+    """The host asks for one kind of attention around its forward only."""
+    seen: list[bool] = []
+    block = nn.Sequential(nn.Linear(2, 2))
+    block[0].register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    with checkpointed([block], 1):
+        with sdpa_kernel([SDPBackend.MATH]):
+            out = block(torch.ones(1, 2))
+        out.sum().backward()
+    assert seen == [False, False] and torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.mark.parametrize("count", [0, 2, 6])

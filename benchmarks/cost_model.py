@@ -1,0 +1,97 @@
+"""FLOPs of an optimizer step by formula; docs/cost.md tells it in words, tests/test_cost_model.py counts it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dopsd_core.checkpointing import block_shapes
+from dopsd_core.families import Family
+from dopsd_core.lora_config import LoraConfig, match_targets
+from dopsd_core.model import Denoiser
+
+FUSED_ATTENTION_BACKWARD = 2.5
+"""Matrix products of attention's backward over those of its forward: 5 against 2, as scores are computed again."""
+WRITTEN_OUT_ATTENTION_BACKWARD = 2.0
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """FLOPs (a multiply-add is two) of one pass over one sample. linears: the frozen Linears. attention: scores and
+    values. lora: A and B. blocks: all three of each block, for recomputing."""
+
+    linears: float
+    attention: float
+    lora: float
+    blocks: tuple[float, ...]
+
+    def forward(self, with_lora: bool = True) -> float:
+        """One forward."""
+        return self.linears + self.attention + (self.lora if with_lora else 0.0)
+
+    def backward(self, attention_factor: float = FUSED_ATTENTION_BACKWARD) -> float:
+        """g @ W of each frozen Linear (no weight gradient), attention's, and twice the LoRA: its inputs and weights."""
+        return self.linears + attention_factor * self.attention + 2 * self.lora
+
+    def recompute(self, count: int) -> float:
+        """The forward of the first `count` blocks once more."""
+        return sum(self.blocks[:count])
+
+
+def pass_cost(denoiser: Denoiser, family: Family, lora: LoraConfig, image_tokens: int, text_tokens: int) -> PassCost:
+    """From the widths of the Linears. Embedders and the output layer run on image tokens, modulations on one token."""
+    sites = denoiser.sites()
+    names = match_targets([part.name for site in sites for part in site.parts], lora.targets)
+    shapes = block_shapes(denoiser.blocks(), sites, family, image_tokens, text_tokens)
+    inside = {site.name for _, members in shapes for site in members}
+    linears = attention = adapters = 0.0
+    for site in sites:
+        if site.name not in inside:
+            tokens = text_tokens if site.name.startswith("cap_embedder") else image_tokens
+            linears += 2.0 * _tokens(site.name, tokens) * site.in_features * site.out_features
+    blocks = []
+    for shape, members in shapes:
+        own = sum(2.0 * _tokens(s.name, shape.tokens) * s.in_features * s.out_features for s in members)
+        parts = [(site, part) for site in members for part in site.parts if part.name in names]
+        low_rank = sum(2.0 * shape.tokens * lora.rank * (s.in_features + p.out_features) for s, p in parts)
+        scores = 4.0 * shape.tokens**2 * shape.width
+        linears, attention, adapters = linears + own, attention + scores, adapters + low_rank
+        blocks.append(own + scores + low_rank)
+    return PassCost(linears, attention, adapters, tuple(blocks))
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """An optimizer step: K rollout steps of which `grad_steps` are learned from, one sample.
+
+    teacher_has_lora: the ema teacher; a frozen one is the base alone. recompute: FLOPs of the blocks that do.
+    """
+
+    student: PassCost
+    teacher: PassCost
+    rollout_steps: int = 4
+    grad_steps: int = 4
+    checkpoint_blocks: int = 0
+    teacher_has_lora: bool = True
+    attention_factor: float = FUSED_ATTENTION_BACKWARD
+
+    @property
+    def model_flops(self) -> float:
+        """What the step needs at least: recomputing left out."""
+        m, k = self.grad_steps, self.rollout_steps
+        forwards = m * (k + 1) / (m + 1)  # on average: the rollout ends with the last step that is learned from
+        teacher = self.teacher.forward(self.teacher_has_lora)
+        return forwards * self.student.forward() + m * (teacher + self.student.backward(self.attention_factor))
+
+    @property
+    def flops(self) -> float:
+        """What is computed."""
+        return self.model_flops + self.grad_steps * self.student.recompute(self.checkpoint_blocks)
+
+    @property
+    def forward_equivalents(self) -> float:
+        """In forwards of the student."""
+        return self.flops / self.student.forward()
+
+
+def _tokens(name: str, tokens: int) -> int:
+    return 1 if any(word in name for word in ("adaLN", "modulation", "t_embedder", "time_in")) else tokens
