@@ -159,7 +159,8 @@ def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
 def losses(reports: Sequence[StepReport]) -> list[float]:
     """The losses of the steps on training pictures; those of prior anchors have another target and stand in the log."""
     told = [report.loss for report in reports if report.loss is not None and not report.anchors]
-    return told or [report.loss for report in reports if report.loss is not None]
+    # a plot needs two points: a run of a few steps may have fewer without its anchors
+    return told if len(told) > 1 else [report.loss for report in reports if report.loss is not None]
 
 
 def _area(shape: Sequence[int]) -> int:
