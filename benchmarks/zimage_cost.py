@@ -191,7 +191,7 @@ class DiffusersNetwork(Network):
 
         with torch.device(device):
             net = ZImageTransformer2DModel(n_layers=layers, dim=128 * heads, n_heads=heads, n_kv_heads=heads)
-        net = net.to(dtype)
+        nn.Module.to(net, dtype)
         fill(net)
         self.denoiser = InDtype(net)
 
@@ -255,7 +255,7 @@ class AuthorsEncoders(nn.Module):
     @torch.no_grad()
     def forward(self, image_tokens: int, text_tokens: int) -> tuple[Tensor, Tensor]:
         """Features [64, 2560] of the prompt, and [L, 2560] of prompt and image. Patches are 4 to an image token."""
-        first = self.embed[0].weight
+        first = next(self.embed.parameters())
         ids = torch.arange(text_tokens, device=first.device) % len(first)
         student = self.language[0](self.embed[0](ids)[None])[0]
         seen = self.tower(torch.randn(1, 4 * image_tokens, 1024, device=first.device, dtype=first.dtype))
@@ -279,8 +279,8 @@ class Bench:
         self.teacher_tokens = self.vision_tokens + STUDENT_TOKENS + 6
         generator = torch.Generator().manual_seed(0)
         lengths = (STUDENT_TOKENS, self.teacher_tokens)
-        conditions = [Condition(torch.randn(n, 2560, generator=generator).to(device)) for n in lengths]
-        self.pair = DualCondition(*conditions, torch.zeros(self.shape[1:]), "caption", "key")
+        student, teacher = (Condition(torch.randn(n, 2560, generator=generator).to(device)) for n in lengths)
+        self.pair = DualCondition(student, teacher, torch.zeros(self.shape[1:]), "caption", "key")
         self.noise = torch.randn(self.shape, generator=generator).to(device)
         self.sigmas = Z_IMAGE.sigmas(config.rollout_steps, resolution, resolution)
         self.adapters = AdapterSet(
@@ -383,12 +383,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size, repeats = (8192, 10) if device.type == "cuda" else (1024, 3)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
-        a @ b
+        torch.mm(a, b)
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(repeats):
-        a @ b
+        torch.mm(a, b)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return 2 * size**3 * repeats / (time.perf_counter() - began)

@@ -42,12 +42,12 @@ def model(denoiser, **settings) -> StepCost:
 
 def counted(denoiser, objective: DOPSD, teacher: TeacherKind = "ema", count: int = 0) -> int:
     generator = torch.Generator().manual_seed(0)
-    conditions = [Condition(torch.randn(length, 12, generator=generator)) for length in (STUDENT, TEACHER)]
-    pair = DualCondition(*conditions, torch.zeros(4, SIDE, SIDE), "caption", "key")
+    student, reader = (Condition(torch.randn(length, 12, generator=generator)) for length in (STUDENT, TEACHER))
+    pair = DualCondition(student, reader, torch.zeros(4, SIDE, SIDE), "caption", "key")
     adapters = AdapterSet(denoiser.sites(), CONFIG, teacher=teacher)
     noise = torch.randn(1, 4, SIDE, SIDE, generator=generator)
     sigmas = (1.0, 0.9, 0.75, 0.5, 0.0)
-    inputs = ObjectiveInputs(denoiser, adapters, [pair], noise, sigmas, generator, conditions[:1])
+    inputs = ObjectiveInputs(denoiser, adapters, [pair], noise, sigmas, generator, [student])
     with adapters.attached(), checkpointed(denoiser.blocks(), count), FlopCounterMode(display=False) as counter:
         objective.backward(inputs)
     return counter.get_total_flops()
