@@ -52,6 +52,8 @@ def test_gives_lora_losses_folder_and_previews(comfyui: ComfyUI, trained: Run) -
     assert previews.shape[0] == 3 and previews.shape[-1] == 3 and 0.05 < previews.std() < 1
     with safe_open(folder / "lora.safetensors", "pt") as file:
         facts = file.metadata()
+        for key in lora:  # the socket has in full what the file has in bf16
+            assert torch.equal(file.get_tensor(key), lora[key].bfloat16()), key
     assert facts["dopsd_base_model"] == "dopsd_demo_turbo_bf16.safetensors" and facts["dopsd_step"] == "6"
     assert json.loads(facts["dopsd_config"])["steps"] == 6 and len(facts["dopsd_dataset"]) == 64
 
@@ -64,6 +66,22 @@ def test_shows_progress_text_and_pictures(trained: Run) -> None:
     assert texts[-1].startswith("6 steps done\ngap to the teacher ") and "output/dopsd/whole-" in texts[-1]
     pictures = trained.previews("train")
     assert len(pictures) == 3 and all(max(ImageStat.Stat(picture).stddev) > 10 for picture in pictures)
+
+
+def test_sheets_show_who_is_said_to_draw(comfyui: ComfyUI, trained: Run) -> None:
+    """Untrained, the student draws what the base draws, the teacher something else; trained, the student too."""
+    tile, pad = comfyui.module("nodes.previews").TILE, 6
+
+    def rows(sheet: torch.Tensor) -> list[torch.Tensor]:
+        bottom = sheet.shape[0] - 2 * pad
+        tops = [bottom - tile - number * (tile + pad) for number in (2, 1, 0)]
+        return [sheet[top : top + tile, -(tile + pad) * 3 :] for top in tops]
+
+    previews = trained.value("train", 3)
+    base, teacher, student = rows(previews[0])
+    assert torch.equal(student, base) and not torch.equal(teacher, base)
+    later_base, _, later_student = rows(previews[-1])
+    assert torch.equal(later_base, base) and not torch.equal(later_student, base)
 
 
 def test_comfyuis_own_loader_gives_what_the_trainer_had(comfyui: ComfyUI, trained: Run) -> None:
