@@ -102,7 +102,9 @@ def test_memory_does_not_grow_from_run_to_run(server: Server) -> None:
 
     warm = [trained(seed) for seed in range(2)][-1]
     later = [trained(seed) for seed in range(2, 5)]
-    assert min(later[-2:]) - warm < 40 * 2**20, [warm, *later]
+    # what leaks grows in every run; the allocator's own arenas grow in some and then stay
+    growth = [after - before for before, after in zip([warm, *later], later, strict=False)]
+    assert min(growth) < 8 * 2**20, growth
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
