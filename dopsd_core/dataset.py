@@ -27,15 +27,17 @@ MAX_LOSS = 0.2
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its captions, one of which is drawn at each visit.
+    """A picture and its captions, one of which is drawn at each visit; or an edit, its sources and its instructions.
 
     Attributes:
-        image_path: the picture file.
+        image_path: the picture file; the result of an edit.
         captions: at least one, none empty; `[V]` already replaced by the trigger.
         width, height: size of the upright picture in pixels.
         bucket: the size it is trained in.
         repeats: visits per epoch.
         source, line: the file that the captions stand in, and the line of a JSONL.
+        sources: the pictures that an edit starts from, in order, cropped to the bucket of the result; none for a plain
+            picture.
     """
 
     image_path: Path
@@ -46,6 +48,7 @@ class Pair:
     repeats: int
     source: Path
     line: int | None = None
+    sources: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
