@@ -19,8 +19,9 @@ class Family:
     lora_targets: patterns over part names, for `LoraConfig.targets`. key_prefix: stands before part names in LoRA
     files. native_parts: (module path, rows) of a Linear in the original, fused network -> its parts under diffusers'
     names. block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens, text
-    tokens) -> what that block works on. patch: latent pixels on a side of an image token. rollout_steps, sample_steps:
-    of training and of inference. lora_rank, lora_alpha, learning_rate: the paper's settings.
+    tokens) -> what that block works on. teachers: names in `teachers.TEACHERS` that the model can have, its default
+    first (the one that edits is the default of data with sources). patch: latent pixels on a side of an image token. rollout_steps, sample_steps:
+    of training and of inference. lora_rank, lora_alpha, learning_rate, paper_steps: the paper's settings.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Family:
     lora_targets: tuple[str, ...]
     native_parts: PartsOf
     block_shape: Callable[[str, Mapping[str, int], int, int], BlockShape]
+    teachers: tuple[str, ...]
     patch: int
     key_prefix: str = "transformer."
     rollout_steps: int = 4
@@ -39,6 +41,7 @@ class Family:
     lora_rank: int = 64
     lora_alpha: float = 128.0
     learning_rate: float = 1e-4
+    paper_steps: int = 2000
     pixel_budget: int = 1024 * 1024
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:

@@ -77,8 +77,10 @@ FLUX2_KLEIN = Family(
     ),
     native_parts=native_parts,
     block_shape=block_shape,
+    teachers=("edit", "vlm", "edit_target"),
     patch=1,
     sample_steps=4,
     learning_rate=2e-5,
+    paper_steps=3000,
 )
 """Attention and MLPs of the double-stream AND the single-stream blocks (the reference scripts miss the latter)."""
