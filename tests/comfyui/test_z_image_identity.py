@@ -65,56 +65,14 @@ def test_gradients_of_a_lora(comfyui: ComfyUI, pair: Any, inputs: Any) -> None:
     """Ours through ComfyUI in training mode, theirs through peft; a LoRA that does something already."""
     network, model = pair
     x, features = inputs
+    conditions = [comfyui.core("conditioning").Condition(f) for f in features]
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    start = lora_weights(comfyui, model)
-    ours_v, ours = our_gradients(comfyui, model, start, x, features, weight)
-    theirs_v, theirs = peft_gradients(network, start, x, features, weight)
+    start = twins.random_student(comfyui, model, RANK)
+    ours_v, ours = twins.our_gradients(comfyui, model, start, ALPHA, x, SIGMA, conditions, weight)
+    theirs_v, theirs = twins.peft_gradients(
+        network, start, ALPHA, lambda: twins.velocity(network, x, SIGMA, features), weight
+    )
     assert twins.relative(ours_v, theirs_v) < TOLERANCE
     assert ours.keys() == theirs.keys() and len(ours) == 2 * 7 * 4
     errors = {key: twins.relative(ours[key], theirs[key]) for key in theirs}
     assert max(errors.values()) < TOLERANCE, max(errors.items(), key=lambda item: item[1])
-
-
-def lora_weights(comfyui: ComfyUI, model: Any) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shapes = new_adapters(comfyui, comfyui.module("nodes.host").ComfyDenoiser(model)).state()
-    return {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in shapes.items()}
-
-
-def new_adapters(comfyui: ComfyUI, denoiser: Any) -> Any:
-    config = denoiser.family.lora_config(RANK, ALPHA)
-    return comfyui.core("adapters").AdapterSet(denoiser.sites(), config, teacher="frozen")
-
-
-def our_gradients(
-    comfyui: ComfyUI, model: Any, start: dict[str, Tensor], x: Tensor, features: list[Tensor], weight: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
-    condition = comfyui.core("conditioning").Condition
-    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(x.shape):
-        adapters = new_adapters(comfyui, denoiser)
-        adapters.load_state("student", start)
-        with adapters.attached():
-            v = (x - denoiser.predict_x0(x, SIGMA, [condition(f) for f in features])) / SIGMA
-            (v * weight).sum().backward()
-        return v.detach(), twins.gradients(adapters)
-
-
-def peft_gradients(
-    network: Any, start: dict[str, Tensor], x: Tensor, features: list[Tensor], weight: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    from peft import LoraConfig
-
-    names = sorted({key.rsplit(".lora_", 1)[0] for key in start})
-    network.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names), "ours")
-    try:
-        own = {key.replace(".ours.", "."): p for key, p in network.named_parameters() if ".ours." in key}
-        assert own.keys() == start.keys()
-        with torch.no_grad():
-            for key, parameter in own.items():
-                parameter.copy_(start[key])
-        v = twins.velocity(network, x, SIGMA, features)
-        (v * weight).sum().backward()
-        return v.detach(), {key: p.grad for key, p in own.items()}
-    finally:
-        network.delete_adapters("ours")

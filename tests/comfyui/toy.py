@@ -43,8 +43,11 @@ def z_image(dtype: torch.dtype = torch.float32, compute: torch.dtype | None = No
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def flux2(seed: int = 0) -> Any:
-    """A FLUX.2-klein of one double-stream and two single-stream blocks and text width 192 as a MODEL, fp32."""
+def flux2(seed: int = 0, **sizes: Any) -> Any:
+    """A FLUX.2-klein of one double-stream and two single-stream blocks and text width 192 as a MODEL, fp32.
+
+    sizes: entries of ComfyUI's configuration to have otherwise.
+    """
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -54,7 +57,7 @@ def flux2(seed: int = 0) -> Any:
             "out_channels": 128, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False,
             "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3], "in_channels": 128,
             "hidden_size": 128, "context_in_dim": 192, "patch_size": 1, "vec_in_dim": None, "depth": 1,
-            "depth_single_blocks": 2, "guidance_embed": False, "yak_mlp": False, "txt_norm": False,
+            "depth_single_blocks": 2, "guidance_embed": False, "yak_mlp": False, "txt_norm": False, **sizes,
         }
     )  # fmt: skip
     config.set_inference_dtype(torch.float32, None)

@@ -1,14 +1,17 @@
 """One small random Z-Image twice: diffusers' network, and ComfyUI's MODEL with the same weights.
 
-Import only after the `comfyui` fixture has booted ComfyUI.
+And what twins of every family share: a LoRA's gradients, ours through ComfyUI in training mode and peft's. Import only
+after the `comfyui` fixture has booted ComfyUI.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import toy
+from inprocess import ComfyUI
 from torch import Tensor
 
 HEADS, HEAD_DIM = 2, (8, 12, 12)
@@ -86,13 +89,46 @@ def velocity(network: Any, x: Tensor, sigma: float, features: list[Tensor]) -> T
     return -torch.stack(list(out)).squeeze(2)
 
 
+# -- of every family ---------------------------------------------------------------------------------------------------
+
+
 def relative(got: Tensor, wanted: Tensor) -> float:
     """|got - wanted| / |wanted|."""
     assert got.shape == wanted.shape and float(wanted.norm()) > 0
     return float((got - wanted).norm() / wanted.norm())
 
 
-def gradients(adapters: Any) -> dict[str, Tensor]:
+def new_adapters(comfyui: ComfyUI, denoiser: Any, rank: int, alpha: float) -> Any:
+    """The family's own targets, the student alone."""
+    config = denoiser.family.lora_config(rank, alpha)
+    return comfyui.core("adapters").AdapterSet(denoiser.sites(), config, teacher="frozen")
+
+
+def random_student(comfyui: ComfyUI, model: Any, rank: int, seed: int = 3) -> dict[str, Tensor]:
+    """The raw state of a student whose every weight does something."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = new_adapters(comfyui, comfyui.module("nodes.host").ComfyDenoiser(model), rank, 1.0).state()
+    return {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in shapes.items()}
+
+
+def our_gradients(
+    comfyui: ComfyUI, model: Any, start: dict[str, Tensor], alpha: int, x: Tensor, sigma: float,
+    conditions: Sequence[Any], weight: Tensor, num_checkpointed: int = 0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The velocity v [B, C, h, w] of a student, and the gradients of (v * weight).sum(); called as a node is."""
+    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
+    recomputing = comfyui.core("checkpointing").checkpointed(denoiser.blocks(), num_checkpointed)
+    rank = next(value.shape[0] for key, value in start.items() if ".lora_A." in key)
+    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(x.shape):
+        adapters = new_adapters(comfyui, denoiser, rank, alpha)
+        adapters.load_state("student", start)
+        with adapters.attached(), recomputing:
+            v = (x - denoiser.predict_x0(x, sigma, conditions)) / sigma
+            (v * weight).sum().backward()
+        return v.detach(), _gradients(adapters)
+
+
+def _gradients(adapters: Any) -> dict[str, Tensor]:
     """The gradients of a set's student under the keys of its state."""
     found = []
     for adapter in adapters._adapters:
@@ -100,3 +136,25 @@ def gradients(adapters: Any) -> dict[str, Tensor]:
         for number, b in enumerate(adapter.student.b):
             found += [adapter.student.a.grad[number * rank : (number + 1) * rank], b.grad]
     return dict(zip(adapters.state(), found, strict=True))
+
+
+def peft_gradients(
+    network: Any, start: dict[str, Tensor], alpha: int, predict: Callable[[], Tensor], weight: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same of diffusers' network with peft's LoRA on it. predict: the network's velocity [B, C, h, w]."""
+    from peft import LoraConfig
+
+    names = sorted({key.rsplit(".lora_", 1)[0] for key in start})
+    rank = next(value.shape[0] for key, value in start.items() if ".lora_A." in key)
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), "ours")
+    try:
+        own = {key.replace(".ours.", "."): p for key, p in network.named_parameters() if ".ours." in key}
+        assert own.keys() == start.keys()
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(start[key])
+        v = predict()
+        (v * weight).sum().backward()
+        return v.detach(), {key: p.grad for key, p in own.items()}
+    finally:
+        network.delete_adapters("ours")
