@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .adapters import AdapterSet
+from .buckets import Bucket
 from .captions import put_trigger
+from .condition_cache import ConditionCache, digest_bytes
 from .conditioning import (
     Condition,
-    ConditionCache,
     DualCondition,
     Encoder,
     EncodeRequest,
     OnEncoded,
-    digest_bytes,
+    Picture,
     encode_dataset,
     encode_texts,
 )
@@ -30,6 +33,13 @@ from .images import load_image
 from .model import Denoiser
 from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
+from .teachers import VLM, Teacher
+
+TeacherImage = Literal["own", "other"]
+"""Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
+
+MAX_OTHERS = 3
+"""Of so many other pictures one is drawn at each visit."""
 
 STRIPPED_SHARE = 0.75
 """Share of the captions without the concept's name among the prior anchors, where other prompts are given too."""
@@ -92,6 +102,8 @@ def build_training_set(
     encoder: Encoder,
     cache: ConditionCache | None = None,
     *,
+    teacher: Teacher = VLM,
+    teacher_image: TeacherImage = "own",
     trigger: str = "",
     caption_dropout: bool = False,
     anchors: bool = False,
@@ -103,6 +115,8 @@ def build_training_set(
 
     Args:
         pairs: of a `DatasetReport` without errors.
+        teacher: how the target is shown to the teacher; one that edits needs pairs with sources, others pairs without.
+        teacher_image: whether it is shown the pair's own target or up to `MAX_OTHERS` others.
         trigger: as given to `read_dataset`; taken out of the captions for the anchors.
         caption_dropout: encode the empty caption too.
         anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
@@ -110,23 +124,60 @@ def build_training_set(
         heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
 
     Raises:
-        ValueError: `heldout_caption` is trained, or the encoder returns what cannot be used.
+        ValueError: the pairs do not fit the teacher, `heldout_caption` is trained, or the encoder returns what cannot
+            be used.
         ImageError: a picture has gone bad since it was checked.
     """
+    _require_fit(pairs, teacher, teacher_image)
     plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
-    requests = [encode_request(pair, text) for pair, text in plan.requests]
+    shown = {id(pair): shown_to_teacher(pairs, index, teacher_image) for index, pair in enumerate(pairs)}
+    requests, copies = [], []
+    for pair, text in plan.requests:
+        copies.append(range(len(requests), len(requests) + len(shown[id(pair)])))
+        requests += [encode_request(pair, text, other) for other in shown[id(pair)]]
     if heldout_caption is not None:
         text = put_trigger(heldout_caption, trigger)
         if any(text == caption for _, caption in plan.requests):
             raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
-        requests.append(encode_request(pairs[0], text))
-    encoded = encode_dataset(requests, encoder, cache, on_encoded)
+        requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
+    encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
     return TrainingSet(
-        pairs=encoded[: len(plan.requests)],
+        pairs=encoded[: sum(map(len, copies))],
         anchors=encode_texts(_weighted_anchors(plan.anchors, anchor_prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
-        examples=plan.examples,
+        examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
     )
+
+
+def _require_fit(pairs: Sequence[Pair], teacher: Teacher, teacher_image: TeacherImage) -> None:
+    lacking = sum(not pair.sources for pair in pairs)
+    if teacher.edits and lacking:
+        raise ValueError(
+            f"the teacher {teacher.name} trains edits, and {lacking} of {len(pairs)} pictures have no source: give a "
+            "folder with source/ and target/, or a .jsonl with ref_img and target_img"
+        )
+    if not teacher.edits and lacking < len(pairs):
+        raise ValueError(
+            f"the data set has source pictures, for which the teacher {teacher.name} has no use: choose "
+            "edit_target, or load the folder of the targets alone"
+        )
+    if teacher_image == "other" and teacher.edits:
+        raise ValueError("an edit has one wanted result: set teacher_image to own for the teacher edit_target")
+    if teacher_image == "other" and len(pairs) < 2:
+        raise ValueError("teacher_image other needs at least two pictures; add some, or set it to own")
+
+
+def shown_to_teacher(pairs: Sequence[Pair], index: int, teacher_image: TeacherImage) -> list[Pair]:
+    """The pairs whose pictures the teacher may be shown for pair `index`: itself, or those after it, round the end."""
+    if teacher_image == "own":
+        return [pairs[index]]
+    return [pairs[(index + step) % len(pairs)] for step in range(1, min(len(pairs), MAX_OTHERS + 1))]
+
+
+def _drawing_copies(example: Example, copies: Sequence[Sequence[int]]) -> Example:
+    """The example with each of its pairs replaced by its copies, which differ in what the teacher is shown."""
+    variants = tuple(copy for index in example.variants for copy in copies[index])
+    return replace(example, variants=variants, dropped=None if example.dropped is None else copies[example.dropped][0])
 
 
 def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[str]:
@@ -140,14 +191,19 @@ def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[s
     return [*list(stripped) * repeats, *prompts]
 
 
-def encode_request(pair: Pair, caption: str) -> EncodeRequest:
-    """The pair's picture, cropped to its bucket, under a caption."""
-    return EncodeRequest(
-        image_digest=digest_bytes(pair.image_path.read_bytes()),
-        caption=caption,
-        load_image=lambda: load_image(pair.image_path, pair.bucket),
-        settings={"bucket": [pair.bucket.width, pair.bucket.height]},
-    )
+def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> EncodeRequest:
+    """The pair under a caption, all pictures cropped; its sources as it is itself (the authors' way).
+
+    shown: the pair whose picture the teacher sees; None for the same.
+    """
+    sources = tuple(_picture(path, pair.bucket) for path in pair.sources)
+    other = None if shown is None or shown is pair else _picture(shown.image_path, shown.bucket)
+    return EncodeRequest(_picture(pair.image_path, pair.bucket), caption, sources, other)
+
+
+def _picture(path: Path, bucket: Bucket) -> Picture:
+    digest = digest_bytes(path.read_bytes())
+    return Picture(digest, lambda: load_image(path, bucket), {"bucket": [bucket.width, bucket.height]})
 
 
 class Probe:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
-from ..dopsd_core.conditioning import ConditionCache
+from ..dopsd_core.condition_cache import ConditionCache
 from ..dopsd_core.sheet import to_pixels
-from ..dopsd_core.training_set import TrainingSet, build_training_set
+from ..dopsd_core.teachers import TEACHERS, Teacher
+from ..dopsd_core.training_set import TeacherImage, TrainingSet, build_training_set
 from .checkpoints import warn_if_undistilled
-from .encoder import ComfyEncoder
+from .encoder import ComfyEncoder, teacher_for
 from .host import ComfyDenoiser, default_steps, family_of, send_text
 from .paths import condition_cache
 from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
 from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
 
 
-def build_conditions(dataset: Dataset, encoder: ComfyEncoder, previews: str, anchors: str, cache: Any) -> Conditions:
+def build_conditions(
+    dataset: Dataset,
+    encoder: ComfyEncoder,
+    cache: ConditionCache,
+    teacher: Teacher,
+    teacher_image: TeacherImage,
+    previews: str,
+    anchors: str,
+) -> Conditions:
     """Everything that training and previews need, encoded or from the cache."""
     pairs = dataset.report.pairs
     texts = preview_texts(previews, pairs, dataset.trigger)
@@ -36,6 +45,8 @@ def build_conditions(dataset: Dataset, encoder: ComfyEncoder, previews: str, anc
         pairs,
         encoder,
         cache,
+        teacher=teacher,
+        teacher_image=teacher_image,
         trigger=dataset.trigger,
         caption_dropout=dataset.caption_dropout > 0,
         anchors=True,
@@ -43,8 +54,8 @@ def build_conditions(dataset: Dataset, encoder: ComfyEncoder, previews: str, anc
         heldout_caption=unseen,
         on_encoded=told,
     )
-    prompts = encode_previews(texts, pairs, encoder, cache)
-    return Conditions(encoder.family, data, pairs, prompts, dataset.trigger, dataset.caption_dropout)
+    prompts = encode_previews(texts, pairs, encoder, cache, teacher, teacher_image)
+    return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout)
 
 
 class BuildTeacherCondition(io.ComfyNode):
@@ -65,10 +76,12 @@ class BuildTeacherCondition(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's own VAE; it gives each training picture its latent."),
                 io.Combo.Input(
                     "mode",
-                    options=["auto", "vlm"],
+                    options=["auto", *TEACHERS],
                     default="auto",
                     tooltip="How the teacher sees the picture. vlm: through Qwen3-VL's eyes, read by the model's own "
-                    "text encoder (Z-Image-Turbo). auto: the model's best.",
+                    "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
+                    "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose data has source pictures. auto: the "
+                    "model's best for the data.",
                 ),
                 io.String.Input(
                     "preview_prompts",
@@ -90,6 +103,24 @@ class BuildTeacherCondition(io.ComfyNode):
                     tooltip="The teacher's eyes: Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. The mode vlm "
                     "needs it.",
                 ),
+                io.Combo.Input(
+                    "teacher_image",
+                    options=list(get_args(TeacherImage)),
+                    default="own",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which picture the teacher is shown. own: the one being trained. other: up to three others "
+                    "of the data set in turn, so that it cannot copy; for subjects shown in different places.",
+                ),
+                io.String.Input(
+                    "teacher_sentence",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the teacher is told after the caption, in the modes edit and edit_target. Empty: a "
+                    "sentence that asks it to keep to the reference image. A single - : nothing.",
+                ),
             ],
             outputs=[
                 ConditionsSocket.Output(display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA.")
@@ -98,12 +129,27 @@ class BuildTeacherCondition(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, dataset, clip, vae, mode, preview_prompts, anchor_prompts, vision=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        dataset,
+        clip,
+        vae,
+        mode,
+        preview_prompts,
+        anchor_prompts,
+        vision=None,
+        teacher_image: TeacherImage = "own",
+        teacher_sentence="",
+    ) -> io.NodeOutput:
+        edits = any(pair.sources for pair in dataset.report.pairs)
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained on
-            encoder = ComfyEncoder(clip, vae, vision, mode)
+            encoder = ComfyEncoder(clip, vae, vision)
+            teacher = teacher_for(encoder, mode, edits, teacher_sentence)
             cache = ConditionCache(condition_cache())
-            conditions = build_conditions(dataset, encoder, preview_prompts, anchor_prompts, cache)
-        send_text(cls, f"teacher {encoder.teacher}\n{conditions.describe()}")
+            conditions = build_conditions(
+                dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
+            )
+        send_text(cls, conditions.describe())
         return io.NodeOutput(conditions)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dopsd_core.conditioning import Condition
 from ..dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
+from ..dopsd_core.teachers import Teacher, choose_teacher
 from .host import fingerprint
 from .vision import TeacherVision, encode_image_text
 
@@ -23,9 +24,6 @@ _LATENT_FORMATS = {
     Z_IMAGE.name: comfy.supported_models.ZImage.latent_format,
     FLUX2_KLEIN.name: comfy.supported_models.Flux2.latent_format,
 }
-
-TEACHERS = {Z_IMAGE.name: ("vlm",), FLUX2_KLEIN.name: ()}
-"""The teachers that can be built for a family, its default first."""
 
 
 def family_of_clip(clip: Any) -> Family:
@@ -43,41 +41,42 @@ def family_of_clip(clip: Any) -> Family:
     )
 
 
-def choose_teacher(family: Family, mode: str, vision: TeacherVision | None) -> str:
-    """The teacher that `mode` ("auto" or a name) means for the family.
+def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str) -> Teacher:
+    """The teacher that `mode` means for the encoder's family, with the user's sentence; `edits`: the data has sources.
 
     Raises:
         ValueError: there is no such teacher, or it needs a vision tower and none is connected.
     """
-    known = TEACHERS[family.name]
-    if not known or (mode != "auto" and mode not in known):
-        choices = ", ".join(("auto", *known)) if known else "there is none yet, train Z-Image-Turbo"
-        raise ValueError(f"{family.title} has no teacher {mode!r}; choose one of: {choices}")
-    teacher = known[0] if mode == "auto" else mode
-    if teacher == "vlm" and vision is None:
-        raise ValueError(
-            "the teacher needs eyes: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models"
-        )
+    teacher = choose_teacher(encoder.family.teachers, mode, edits).with_sentence(sentence)
+    if teacher.sees == "features":
+        encoder.require_vision()
     return teacher
 
 
 class ComfyEncoder:
     """Encodes captions, pictures with captions, and pictures. Models come to the device when they are called."""
 
-    def __init__(self, clip: Any, vae: Any, vision: TeacherVision | None, mode: str = "auto") -> None:
+    def __init__(self, clip: Any, vae: Any, vision: TeacherVision | None) -> None:
         self.family = family_of_clip(clip)
-        self.teacher = choose_teacher(self.family, mode, vision)
         self._clip, self._vae, self._vision = clip, vae, vision
         self._latent_format = _LATENT_FORMATS[self.family.name]()
         parts = [fingerprint(clip.patcher), fingerprint(vae.patcher)]
         if vision is not None:
             parts += [fingerprint(vision.patcher), f"{vision.min_pixels}-{vision.max_pixels}"]
-        self._identity = "/".join(("comfyui", self.family.name, self.teacher, *parts))
+        self._identity = "/".join(("comfyui", self.family.name, *parts))
 
     @property
     def identity(self) -> str:
-        """Other for other weights, family or teacher."""
+        """Other for other weights or another family."""
         return self._identity
+
+    def require_vision(self) -> TeacherVision:
+        """Raises ValueError when no vision tower is connected."""
+        if self._vision is None:
+            raise ValueError(
+                "the teacher needs eyes: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models"
+            )
+        return self._vision
 
     def encode_text(self, caption: str) -> Condition:
         """What Clip Text Encode gives for the caption."""
@@ -88,8 +87,7 @@ class ComfyEncoder:
     def encode_image_text(self, image: Tensor, caption: str) -> Condition:
         """image [3, H, W] in [0, 1] and caption, read together."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        assert self._vision is not None  # choose_teacher has seen to it
-        return Condition(encode_image_text(self._clip, self._vision, caption, image))
+        return Condition(encode_image_text(self._clip, self.require_vision(), caption, image))
 
     def encode_latent(self, image: Tensor) -> Tensor:
         """image [3, H, W] in [0, 1] -> latent [C, h, w] in the model's space."""

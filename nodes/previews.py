@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..dopsd_core.adapters import AdapterSet
 from ..dopsd_core.captions import put_trigger
-from ..dopsd_core.conditioning import Condition, ConditionCache, Encoder, encode_dataset
+from ..dopsd_core.condition_cache import ConditionCache
+from ..dopsd_core.conditioning import Condition, Encoder, encode_dataset
 from ..dopsd_core.dataset import Pair
 from ..dopsd_core.draws import make_generator
 from ..dopsd_core.images import load_image, to_tensor
 from ..dopsd_core.rollout import sample
 from ..dopsd_core.sheet import Row, contact_sheet
-from ..dopsd_core.training_set import encode_request, latent_shape
+from ..dopsd_core.teachers import Teacher
+from ..dopsd_core.training_set import TeacherImage, encode_request, latent_shape, shown_to_teacher
 from .host import ComfyDenoiser
 from .sockets import Conditions, PreviewPrompt
 
@@ -39,11 +41,19 @@ def preview_texts(given: str, pairs: Sequence[Pair], trigger: str) -> list[str]:
 
 
 def encode_previews(
-    texts: Sequence[str], pairs: Sequence[Pair], encoder: Encoder, cache: ConditionCache
+    texts: Sequence[str],
+    pairs: Sequence[Pair],
+    encoder: Encoder,
+    cache: ConditionCache,
+    teacher: Teacher,
+    teacher_image: TeacherImage,
 ) -> tuple[PreviewPrompt, ...]:
     """Each prompt alone, and together with a training picture as its teacher sees it."""
-    requests = [encode_request(pairs[number % len(pairs)], text) for number, text in enumerate(texts)]
-    encoded = encode_dataset(requests, encoder, cache)
+    requests = []
+    for number, text in enumerate(texts):
+        index = number % len(pairs)
+        requests.append(encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0]))
+    encoded = encode_dataset(requests, encoder, cache, teacher=teacher)
     return tuple(PreviewPrompt(dual.caption, dual.student, dual.teacher, latent_shape(dual)) for dual in encoded)
 
 

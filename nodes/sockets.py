@@ -12,6 +12,7 @@ from torch import Tensor
 from ..dopsd_core.conditioning import Condition
 from ..dopsd_core.dataset import DatasetReport, Pair
 from ..dopsd_core.families import Family
+from ..dopsd_core.teachers import Teacher
 from ..dopsd_core.training_set import TrainingSet
 
 if TYPE_CHECKING:
@@ -59,10 +60,11 @@ class PreviewPrompt:
 class Conditions:
     """Everything that training needs once the encoders have left.
 
-    pairs: the pictures, one per example of `data`. caption_dropout as in `Dataset`.
+    pairs: the pictures, one per example of `data`. teacher: how it is shown them. caption_dropout as in `Dataset`.
     """
 
     family: Family
+    teacher: Teacher
     data: TrainingSet
     pairs: tuple[Pair, ...]
     previews: tuple[PreviewPrompt, ...]
@@ -73,8 +75,8 @@ class Conditions:
         """Counts, for the node's text."""
         data = self.data
         return (
-            f"{self.family.title}: {len(data.pairs)} pairs, {len(set(data.anchors))} prior anchors, "
-            f"{len(self.previews)} preview prompts"
+            f"{self.family.title}, teacher {self.teacher.name}: {len(data.pairs)} pairs, "
+            f"{len(set(data.anchors))} prior anchors, {len(self.previews)} preview prompts"
         )
 
 

@@ -9,15 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.conditioning import (
-    Condition,
-    ConditionCache,
-    EncodeRequest,
-    cache_key,
-    digest_bytes,
-    encode_dataset,
-    encode_texts,
-)
+from dopsd_core.condition_cache import ConditionCache, cache_key, digest_bytes
+from dopsd_core.conditioning import Condition, EncodeRequest, Picture, encode_dataset, encode_texts
+from dopsd_core.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
 
 
 class CountingEncoder:
@@ -46,8 +40,15 @@ class CountingEncoder:
         return self._draw(image.sum().item(), shape=(4, 2, 2)).half()
 
 
-def request(data=b"file", caption="a [V] emblem", **settings):
-    return EncodeRequest(digest_bytes(data), caption, lambda: torch.full((3, 8, 8), 0.25), settings)
+def picture(data=b"file", grey=0.25, **settings):
+    return Picture(digest_bytes(data), lambda: torch.full((3, 8, 8), grey), settings)
+
+
+def request(data=b"file", caption="a [V] emblem", sources=(), shown=None, **settings):
+    return EncodeRequest(picture(data, **settings), caption, sources, shown)
+
+
+SOURCE, OTHER = picture(b"source", 0.5), picture(b"other", 0.75)
 
 
 def assert_same(a, b):
@@ -70,7 +71,7 @@ def test_a_hit_gives_the_same_pair_without_encoder_or_image(tmp_path, reference)
     def no_image():
         raise AssertionError("a hit must not open the image")
 
-    hit = EncodeRequest(digest_bytes(b"file"), "a [V] emblem", no_image)
+    hit = EncodeRequest(Picture(digest_bytes(b"file"), no_image), "a [V] emblem")
     seen = []
     (second,) = encode_dataset([hit], encoder, ConditionCache(tmp_path), lambda *report: seen.append(report))
     assert encoder.calls == []
@@ -115,13 +116,18 @@ def test_the_order_of_settings_does_not_matter():
 def stored(tmp_path):
     cache = ConditionCache(tmp_path)
     (pair,) = encode_dataset([request()], CountingEncoder(), cache)
-    return cache, pair, cache.path(pair.key)
+    return cache, pair, seen_path(cache)
+
+
+def seen_path(cache, caption="a [V] emblem"):
+    """Of the part that the vision tower and the text encoder make together."""
+    return cache.path(cache_key("seen", digest_bytes(b"file"), caption, "toy-1", {}))
 
 
 def assert_recomputed(cache, pair, caplog, word="damaged or stale"):
     encoder = CountingEncoder()
     (again,) = encode_dataset([request()], encoder, cache)
-    assert len(encoder.calls) == 3
+    assert encoder.calls == ["image_text"], "one part was damaged, the others were not"
     assert word in caplog.text
     assert_same(again, pair)
     encoder.calls.clear()
@@ -141,13 +147,13 @@ def test_no_bit_flip_is_trusted(tmp_path):
     """One bit anywhere in the file: rejected, or without any effect on what is loaded."""
     cache, pair, path = stored(tmp_path)
     data = path.read_bytes()
-    intact = cache.load(pair.key)
+    intact = cache.load(path.stem)
     assert intact is not None
     rejected = 0
     positions = range(0, len(data), 3)
     for position in positions:
         path.write_bytes(data[:position] + bytes([data[position] ^ (1 << position % 8)]) + data[position + 1 :])
-        loaded = cache.load(pair.key)
+        loaded = cache.load(path.stem)
         rejected += loaded is None
         assert loaded is None or (
             loaded.keys() == intact.keys() and all(torch.equal(loaded[k], intact[k]) for k in intact)
@@ -165,14 +171,14 @@ def test_a_flipped_bit_of_a_tensor_is_recomputed(tmp_path, caplog):
 
 def test_an_entry_of_another_key_is_stale_under_this_one(tmp_path, caplog):
     cache, pair, path = stored(tmp_path)
-    (other,) = encode_dataset([request(caption="another")], CountingEncoder(), cache)
-    os.replace(cache.path(other.key), path)
+    encode_dataset([request(caption="another")], CountingEncoder(), cache)
+    os.replace(seen_path(cache, "another"), path)
     assert_recomputed(cache, pair, caplog, "written for key")
 
 
 def test_an_entry_of_another_format_is_stale(tmp_path, caplog):
     cache, pair, path = stored(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b"dopsd-conditions-1", b"dopsd-conditions-0"))
+    path.write_bytes(path.read_bytes().replace(b"dopsd-conditions-2", b"dopsd-conditions-0"))
     assert_recomputed(cache, pair, caplog)
 
 
@@ -188,16 +194,14 @@ def test_a_folder_in_the_place_of_an_entry_costs_the_cache_and_not_the_run(tmp_p
 
 def test_writers_at_the_same_time_leave_a_whole_entry(tmp_path):
     cache = ConditionCache(tmp_path)
-    tensors = {"student.features": torch.randn(200, 50)}
+    tensors = {"features": torch.randn(200, 50)}
     threads = [threading.Thread(target=cache.store, args=("k", tensors)) for _ in range(8)]
     for thread in threads:
         thread.start()
     loads = [cache.load("k") for _ in range(30)]
     for thread in threads:
         thread.join()
-    assert all(
-        loaded is None or torch.equal(loaded["student.features"], tensors["student.features"]) for loaded in loads
-    )
+    assert all(loaded is None or torch.equal(loaded["features"], tensors["features"]) for loaded in loads)
     assert cache.load("k") is not None
     assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]
 
@@ -228,8 +232,9 @@ def test_encoders_run_without_a_graph():
 
 def test_latents_come_first_so_that_vae_and_text_encoder_need_not_share_memory():
     encoder = CountingEncoder()
-    encode_dataset([request(), request(caption="another"), request()], encoder, None)
-    assert encoder.calls == ["latent", "latent", "text", "image_text", "text", "image_text"]
+    encode_dataset([request(), request(b"file 2"), request(caption="another"), request()], encoder, None)
+    assert encoder.calls[:2] == ["latent", "latent"]
+    assert sorted(encoder.calls[2:]) == ["image_text"] * 3 + ["text"] * 2
 
 
 def test_texts_are_cached_apart_from_pairs(tmp_path):
@@ -244,22 +249,105 @@ def test_texts_are_cached_apart_from_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("method", "result", "message"),
     [
-        ("encode_text", Condition(torch.zeros(1, 3, 6)), r"student features must be \[L, D\], got \(1, 3, 6\)"),
+        ("encode_text", Condition(torch.zeros(1, 3, 6)), r"features must be \[L, D\], got \(1, 3, 6\)"),
         ("encode_latent", torch.zeros(1, 4, 2, 2), r"must return \[C, h, w\], got \(1, 4, 2, 2\)"),
-        ("encode_latent", torch.full((4, 2, 2), torch.nan), "non-finite target_latent for caption 'a .V. emblem'"),
+        ("encode_latent", torch.full((4, 2, 2), torch.nan), "non-finite latent for a picture"),
     ],
 )
 def test_what_training_could_not_use_is_refused_and_not_cached(tmp_path, method, result, message):
     encoder = CountingEncoder()
     setattr(encoder, method, lambda *args: result)
-    with pytest.raises(ValueError, match=message):
-        encode_dataset([request()], encoder, ConditionCache(tmp_path))
-    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            encode_dataset([request()], encoder, ConditionCache(tmp_path))
 
 
 def test_the_entry_is_a_plain_safetensors_file_with_its_key(tmp_path):
-    _, pair, path = stored(tmp_path)
+    _, _, path = stored(tmp_path)
     data = path.read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert header["__metadata__"]["key"] == pair.key
-    assert {"student.features", "teacher.features", "target_latent"} < set(header)
+    assert header["__metadata__"]["key"] == path.stem
+    assert set(header) == {"__metadata__", "features"}
+
+
+# -- teachers ----------------------------------------------------------------------------------------------------------
+
+
+def told(teacher, caption="a [V] emblem"):
+    return CountingEncoder().encode_text(f"{caption} {teacher.sentence}").features
+
+
+def latent_of(grey):
+    return CountingEncoder().encode_latent(torch.full((3, 8, 8), grey)).float()
+
+
+def assert_condition(condition, features, *references):
+    assert torch.equal(condition.features, features)
+    assert len(condition.reference_latents) == len(references)
+    assert all(torch.equal(a, b) for a, b in zip(condition.reference_latents, references, strict=True))
+
+
+def test_the_edit_teacher_has_the_target_as_reference_and_is_told_to_keep_to_it():
+    encoder = CountingEncoder()
+    (pair,) = encode_dataset([request()], encoder, None, teacher=EDIT)
+    assert_condition(pair.teacher, told(EDIT), latent_of(0.25))
+    assert_condition(pair.student, encoder.encode_text("a [V] emblem").features)
+    assert torch.equal(pair.target_latent, latent_of(0.25))
+
+
+def test_the_teacher_of_an_edit_has_source_and_target_and_its_student_the_source():
+    encoder = CountingEncoder()
+    (pair,) = encode_dataset([request(sources=(SOURCE, OTHER))], encoder, None, teacher=EDIT_TARGET)
+    assert_condition(pair.student, encoder.encode_text("a [V] emblem").features, latent_of(0.5), latent_of(0.75))
+    assert_condition(pair.teacher, told(EDIT_TARGET), latent_of(0.5), latent_of(0.75), latent_of(0.25))
+    assert torch.equal(pair.target_latent, latent_of(0.25))
+
+
+@pytest.mark.parametrize("teacher", [VLM, EDIT])
+def test_another_picture_is_shown_to_the_teacher_alone(teacher):
+    (own,) = encode_dataset([request()], CountingEncoder(), None, teacher=teacher)
+    (other,) = encode_dataset([request(shown=OTHER)], CountingEncoder(), None, teacher=teacher)
+    assert torch.equal(own.target_latent, other.target_latent)
+    assert torch.equal(own.student.features, other.student.features)
+    assert own.key != other.key
+    if teacher is VLM:
+        assert_condition(other.teacher, CountingEncoder()._draw("a [V] emblem", 144.0, shape=(16, 6)))
+    else:
+        assert_condition(other.teacher, own.teacher.features, latent_of(0.75))
+
+
+def test_pairs_share_what_they_have_in_common(tmp_path):
+    encoder, cache = CountingEncoder(), ConditionCache(tmp_path)
+    requests = [request(sources=(SOURCE,)), request(b"file 2", sources=(SOURCE,))]
+    one, two = encode_dataset(requests, encoder, cache, teacher=EDIT_TARGET)
+    assert sorted(encoder.calls) == ["latent", "latent", "latent", "text", "text"]
+    assert one.teacher.features is two.teacher.features
+    assert one.student.reference_latents[0] is two.teacher.reference_latents[0]
+    assert one.key != two.key
+
+
+@pytest.mark.parametrize("changed", [EDIT.with_sentence("Copy it."), EDIT.with_sentence("-"), VLM])
+def test_teacher_and_sentence_are_part_of_a_pair(changed):
+    (one,) = encode_dataset([request()], CountingEncoder(), None, teacher=EDIT)
+    (two,) = encode_dataset([request()], CountingEncoder(), None, teacher=changed)
+    assert one.key != two.key
+    assert not torch.equal(one.teacher.features, two.teacher.features) if changed.sentence else True
+
+
+def test_a_sentence_follows_the_caption_and_may_be_left_out():
+    assert EDIT.told("a dog") == f"a dog {EDIT.sentence}"
+    assert EDIT.told("") == EDIT.sentence
+    assert EDIT.with_sentence("  ").told("a dog") == EDIT.told("a dog")
+    assert EDIT.with_sentence(" Copy it. ").told("a dog") == "a dog Copy it."
+    assert EDIT.with_sentence("-").told("a dog") == "a dog" == VLM.with_sentence("-").told("a dog")
+    with pytest.raises(ValueError, match="reads the caption alone"):
+        VLM.with_sentence("Copy it.")
+
+
+def test_an_edit_without_a_source_is_refused():
+    with pytest.raises(ValueError, match="'edit_target' needs a source picture; 'a .V. emblem' has none"):
+        encode_dataset([request()], CountingEncoder(), None, teacher=EDIT_TARGET)
+
+
+def test_teachers_go_by_their_names():
+    assert all(name == teacher.name for name, teacher in TEACHERS.items())

@@ -1,5 +1,6 @@
 """From files to a training set: every caption encoded once, from the cache the second time."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dopsd_core.conditioning import Condition, ConditionCache
-from dopsd_core.dataset import Example, read_dataset
+from dopsd_core.condition_cache import ConditionCache
+from dopsd_core.conditioning import Condition
+from dopsd_core.dataset import Example, Pair, read_dataset
+from dopsd_core.families import FAMILIES
+from dopsd_core.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM, Teacher, choose_teacher
 from dopsd_core.trainer import train
-from dopsd_core.training_set import TrainingSet, _weighted_anchors, build_training_set, grid_of
+from dopsd_core.training_set import TeacherImage, TrainingSet, _weighted_anchors, build_training_set, grid_of
 from tests.tiny import CHANNELS, FEATURES, TinyDenoiser, make_config, make_data, make_pair
 
 
@@ -96,3 +100,82 @@ def test_captions_without_the_name_are_three_quarters_of_the_anchors() -> None:
     weighted = _weighted_anchors(("a dog", "a cat"), tuple("abcdefgh"))
     assert weighted.count("a dog") == weighted.count("a cat") == 12 and len(weighted) == 32
     assert set("abcdefgh") < set(weighted)
+
+
+# -- teachers ----------------------------------------------------------------------------------------------------------
+
+
+def pictures(tmp_path: Path, count: int) -> tuple[Pair, ...]:
+    for number in range(count):
+        Image.new("RGB", (64, 64), (40 * number + 5, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"a [V] dog, {number}")
+    return read_dataset(tmp_path, pixel_budget=4096, multiple=16).pairs
+
+
+def with_sources(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
+    """Every picture an edit of the one before it."""
+    return tuple(replace(pair, sources=(pairs[i - 1].image_path,)) for i, pair in enumerate(pairs))
+
+
+def reference(condition: Condition, index: int = -1) -> float:
+    return float(condition.reference_latents[index].mean())
+
+
+def test_another_picture_means_never_the_own_and_each_of_the_others_in_turn(tmp_path: Path) -> None:
+    pairs = pictures(tmp_path, 5)
+    own = build_training_set(pairs, TinyEncoder(), teacher=EDIT, caption_dropout=True, heldout_caption="a cat")
+    other = build_training_set(
+        pairs, TinyEncoder(), teacher=EDIT, teacher_image="other", caption_dropout=True, heldout_caption="a cat"
+    )
+    shades = [float(pair.target_latent.mean()) for pair in own.pairs[::2] if pair.target_latent is not None]
+    assert len(set(shades)) == 5
+    for index, example in enumerate(other.examples):
+        drawn = [other.pairs[variant] for variant in example.variants]
+        assert {reference(pair.teacher) for pair in drawn} == {shades[(index + step) % 5] for step in (1, 2, 3)}
+        assert example.dropped is not None and other.pairs[example.dropped].caption == ""
+        for pair in (*drawn, other.pairs[example.dropped]):
+            assert pair.target_latent is not None and float(pair.target_latent.mean()) == shades[index]
+            assert reference(pair.teacher) != shades[index]
+    assert own.heldout is not None and reference(own.heldout.teacher) == shades[0]
+    assert other.heldout is not None and reference(other.heldout.teacher) == shades[1]
+    assert len({*own.pairs, *other.pairs}) == 10 + 30 and own.fingerprint() != other.fingerprint()
+
+
+def test_an_edit_starts_from_its_source(tmp_path: Path) -> None:
+    pairs = pictures(tmp_path, 3)
+    data = build_training_set(with_sources(pairs), TinyEncoder(), teacher=EDIT_TARGET)
+    shades = [float(pair.target_latent.mean()) for pair in data.pairs if pair.target_latent is not None]
+    for index, pair in enumerate(data.pairs):
+        assert [reference(pair.student, i) for i in range(len(pair.student.reference_latents))] == [shades[index - 1]]
+        assert [reference(pair.teacher, i) for i in range(2)] == [shades[index - 1], shades[index]]
+
+
+def test_data_that_does_not_fit_the_teacher_is_refused_before_any_encoding(tmp_path: Path) -> None:
+    pairs = pictures(tmp_path, 2)
+    encoder = TinyEncoder()
+    cases: list[tuple[tuple[Pair, ...], Teacher, TeacherImage, str]] = [
+        (pairs, EDIT_TARGET, "own", "2 of 2 pictures have no source: give a folder with source/ and target/"),
+        ((*with_sources(pairs)[:1], pairs[1]), EDIT_TARGET, "own", "1 of 2 pictures have no source"),
+        (with_sources(pairs), EDIT, "own", "for which the teacher edit has no use: choose edit_target"),
+        (with_sources(pairs), EDIT_TARGET, "other", "set teacher_image to own"),
+        (pairs[:1], EDIT, "other", "needs at least two pictures"),
+    ]
+    for data, teacher, teacher_image, message in cases:
+        with pytest.raises(ValueError, match=message):
+            build_training_set(data, encoder, teacher=teacher, teacher_image=teacher_image)
+    assert encoder.seen == []
+
+
+def test_the_mode_names_the_teacher_and_auto_goes_by_model_and_data() -> None:
+    klein, z_image = FAMILIES["flux2_klein"].teachers, FAMILIES["z_image"].teachers
+    assert (choose_teacher(klein, "auto", edits=False), choose_teacher(klein, "auto", edits=True)) == (
+        EDIT,
+        EDIT_TARGET,
+    )
+    assert choose_teacher(z_image, "auto", edits=False) is VLM
+    assert choose_teacher(klein, "vlm", edits=False) is VLM
+    with pytest.raises(ValueError, match="no teacher 'edit'; choose one of: auto, vlm"):
+        choose_teacher(z_image, "edit", edits=False)
+    with pytest.raises(ValueError, match="no teacher 'auto' for pictures with sources"):
+        choose_teacher(z_image, "auto", edits=True)
+    assert all(name in TEACHERS for family in FAMILIES.values() for name in family.teachers)

@@ -20,8 +20,8 @@ class Family:
     files. native_parts: (module path, rows) of a Linear in the original, fused network -> its parts under diffusers'
     names. block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens, text
     tokens) -> what that block works on. teachers: names in `teachers.TEACHERS` that the model can have, its default
-    first (the one that edits is the default of data with sources). patch: latent pixels on a side of an image token. rollout_steps, sample_steps:
-    of training and of inference. lora_rank, lora_alpha, learning_rate, paper_steps: the paper's settings.
+    first. patch: latent pixels on a side of an image token. rollout_steps, sample_steps: of training and of inference.
+    lora_rank, lora_alpha, learning_rate, paper_steps: the paper's settings.
     """
 
     name: str

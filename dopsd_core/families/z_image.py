@@ -49,6 +49,7 @@ Z_IMAGE = Family(
     ),
     native_parts=native_parts,
     block_shape=block_shape,
+    teachers=("vlm",),
     patch=2,
     sample_steps=8,
     learning_rate=1e-4,

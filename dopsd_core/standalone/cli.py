@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..arguments import config_from_args
-from ..conditioning import ConditionCache
+from ..condition_cache import ConditionCache
 from ..dataset import read_dataset
 from ..draws import make_generator
 from ..families import Z_IMAGE

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..conditioning import Condition, ConditionCache
+from ..condition_cache import ConditionCache
+from ..conditioning import Condition
 from ..config import TrainConfig
 from ..dataset import read_dataset
 from ..draws import make_generator
