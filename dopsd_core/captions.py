@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 PLACEHOLDER = "[V]"
 """How the authors' captions write the concept."""
@@ -29,7 +30,11 @@ class CaptionError(ValueError):
         self.line = line
 
 
-def read_caption_file(path: Path) -> str:
+Kind = Literal["caption", "instruction"]
+"""Of a text: an instruction says what an edit changes."""
+
+
+def read_caption_file(path: Path, kind: Kind = "caption") -> str:
     """The text of a caption file, stripped.
 
     Raises:
@@ -39,7 +44,8 @@ def read_caption_file(path: Path) -> str:
         raise CaptionError("is no file")
     text = decode_utf8(path.read_bytes()).strip()
     if not text:
-        raise CaptionError("the caption is empty; write what the picture shows")
+        wanted = "what the picture shows" if kind == "caption" else "what is to change"
+        raise CaptionError(f"the {kind} is empty; write {wanted}")
     return text
 
 

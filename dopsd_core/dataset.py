@@ -1,4 +1,4 @@
-"""A data set on disk: a folder of pictures with captions beside them, or the authors' JSONL; all its problems at once.
+"""A data set on disk, of pictures or of edits, in a folder or in the authors' JSONL; all its problems at once.
 
     report = read_dataset("photos", pixel_budget=1024 * 1024, multiple=16, trigger="ohwx")
     report.raise_for_errors()
@@ -12,17 +12,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from .buckets import Bucket, cover_box, make_buckets, must_enlarge, nearest_bucket
+from .buckets import Bucket, make_buckets
 from .captions import has_trigger, put_trigger, remove_trigger
-from .dataset_files import Entry, Problem, Problems, read_folder, read_jsonl
-from .images import ImageError, decode, pixel_digest
-
-MAX_LOSS = 0.2
-"""The share of a picture that may be cut away without a warning."""
+from .dataset_checks import Fit, PictureChecker
+from .dataset_files import Entry, Problem, Problems, read_folder
+from .dataset_rows import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,16 @@ class DatasetReport:
 
     def describe(self) -> str:
         """The report in words: counts, buckets, then every problem on a line of its own."""
-        lines = [f"{self.source}: {len(self.pairs)} usable picture{'s' * (len(self.pairs) != 1)}"]
+        sources = {source for pair in self.pairs for source in pair.sources}
+        what = "edit pair" if sources else "picture"
+        lines = [f"{self.source}: {len(self.pairs)} usable {what}{'s' * (len(self.pairs) != 1)}"]
         counts = Counter(pair.bucket for pair in self.pairs)
         lines += [f"  {count:4d} in bucket {bucket}" for bucket, count in sorted(counts.items())]
         repeated = sum(pair.repeats > 1 for pair in self.pairs)
         if repeated:
             lines.append(f"  {repeated:4d} repeated, {sum(pair.repeats for pair in self.pairs)} visits per epoch")
+        if sources:
+            lines.append(f"  {len(sources):4d} source pictures, cut to the buckets of their targets")
         varied = sum(len(pair.captions) > 1 for pair in self.pairs)
         if varied:
             lines.append(f"  {varied:4d} with several captions")
@@ -112,11 +113,12 @@ def read_dataset(
     root: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetReport:
-    """Reads and checks a whole data set; every picture is decoded once.
+    """Reads and checks a whole data set; every file is decoded once.
 
     Args:
         source: a folder of pictures with same-named .txt captions (sub-folders too; one named `10_anything` repeats its
-            pictures 10 times), or a .jsonl file with a row per picture.
+            pictures 10 times); a folder of edits, target/ being such a folder and source/ holding what each edit starts
+            from at the same place; or a .jsonl file with a row per picture or per edit.
         pixel_budget: the most pixels of a training picture.
         multiple: the sides of a training picture are multiples of it.
         trigger: replaces `[V]` in the captions; "" leaves `[V]` there.
@@ -132,21 +134,20 @@ def read_dataset(
     source = Path(source)
     problems = Problems()
     entries = _read_entries(source, problems)
-    checker = _PictureChecker(
+    checker = PictureChecker(
         root=Path(root) if root is not None else (source if source.is_dir() else source.parent),
         buckets=make_buckets(pixel_budget, multiple),
-        trigger=trigger.strip(),
-        repeats=repeats,
         problems=problems,
     )
+    trigger = trigger.strip()
     pairs: list[Pair] = []
     for done, entry in enumerate(entries, 1):
-        pair = checker.check(entry)
-        if pair is not None:
-            pairs.append(pair)
+        fit = checker.check(entry)
+        if fit is not None and entry.captions:
+            pairs.append(_make_pair(entry, fit, trigger, repeats))
         if progress is not None:
             progress(done, len(entries))
-    checker.warn_without_trigger(pairs)
+    _warn_without_trigger(pairs, trigger, problems)
     if not entries and not any(problem.severity == "error" for problem in problems.found):
         problems.error(source, None, "no pictures; put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there")
     return DatasetReport(source, tuple(pairs), tuple(problems.found))
@@ -162,92 +163,32 @@ def _read_entries(source: Path, problems: Problems) -> list[Entry]:
     return []
 
 
-@dataclass
-class _PictureChecker:
-    """Turns entries into pairs, remembering the pictures seen."""
+def _make_pair(entry: Entry, fit: Fit, trigger: str, repeats: int) -> Pair:
+    return Pair(
+        image_path=entry.image,
+        captions=tuple(put_trigger(caption, trigger) for caption in entry.captions),
+        width=fit.width,
+        height=fit.height,
+        bucket=fit.bucket,
+        repeats=entry.repeats * repeats,
+        source=entry.source,
+        line=entry.line,
+        sources=entry.sources,
+    )
 
-    root: Path
-    buckets: Sequence[Bucket]
-    trigger: str
-    repeats: int
-    problems: Problems
-    seen: dict[str, Path] = field(default_factory=dict)
 
-    def check(self, entry: Entry) -> Pair | None:
-        """The pair of an entry, or None after noting why there is none."""
-        size = self._check_picture(entry)
-        if size is None or not entry.captions:
-            return None
-        width, height = size
-        bucket = nearest_bucket(width, height, self.buckets)
-        self._warn_of_fit(entry, width, height, bucket)
-        captions = tuple(put_trigger(caption, self.trigger) for caption in entry.captions)
-        repeats = entry.repeats * self.repeats
-        return Pair(entry.image, captions, width, height, bucket, repeats, entry.source, entry.line)
-
-    def warn_without_trigger(self, pairs: Sequence[Pair]) -> None:
-        """Warns of captions that do not name the concept, where there is a trigger or some captions say `[V]`."""
-        lacking = [(pair, sum(not has_trigger(text, self.trigger) for text in pair.captions)) for pair in pairs]
-        if not self.trigger and all(count == len(pair.captions) for pair, count in lacking):
-            return
-        name = f"the trigger {self.trigger!r}" if self.trigger else "[V]"
-        for pair, count in lacking:
-            if count:
-                which = "the caption lacks" if len(pair.captions) == 1 else f"{count} captions lack"
-                self.problems.warning(pair.source, pair.line or 1, f"{which} {name}: it teaches the words it has")
-
-    def _check_picture(self, entry: Entry) -> tuple[int, int] | None:
-        resolved = self._inside(entry)
-        if resolved is None:
-            return None
-        try:
-            image, frames = decode(resolved)
-        except ImageError as error:
-            self._note("error", entry, str(error))
-            return None
-        twin = self.seen.setdefault(pixel_digest(image), entry.image)
-        if twin is not entry.image:
-            self._note("error", entry, f"duplicate: the same picture as {twin}; remove one, or use repeats")
-            return None
-        if frames > 1:
-            self._note("warning", entry, f"animated: only the first of {frames} frames is used")
-        if entry.declared not in (None, image.size):
-            declared = "x".join(map(str, entry.declared or ()))
-            self._note("warning", entry, f"is {image.width}x{image.height}, the row says {declared}: the file counts")
-        return image.size
-
-    def _inside(self, entry: Entry) -> Path | None:
-        """The real path of the picture if it exists inside the root."""
-        try:
-            resolved = entry.image.resolve(strict=True)
-            root = self.root.resolve(strict=True)
-        except FileNotFoundError:
-            self._note("error", entry, "no such file")
-        except (OSError, ValueError, RuntimeError) as error:
-            self._note("error", entry, f"cannot be opened: {error}")
-        else:
-            if not resolved.is_relative_to(root):
-                self._note("error", entry, f"leaves the folder {root}; move it there, or choose a wider root folder")
-            elif not resolved.is_file():
-                self._note("error", entry, "is no file")
-            else:
-                return resolved
-        return None
-
-    def _warn_of_fit(self, entry: Entry, width: int, height: int, bucket: Bucket) -> None:
-        if must_enlarge(width, height, bucket):
-            self._note("warning", entry, f"is {width}x{height}, smaller than its bucket {bucket}: it is enlarged")
-        left, top, right, bottom = cover_box(width, height, bucket)
-        loss = 1 - (right - left) * (bottom - top) / (width * height)
-        if loss > MAX_LOSS:
-            self._note("warning", entry, f"is {width}x{height}: {loss:.0%} is cut away to fit its bucket {bucket}")
-
-    def _note(self, severity: Literal["error", "warning"], entry: Entry, message: str) -> None:
-        """Names the row for a JSONL (with the picture in the message), the picture itself for a folder."""
-        if entry.line is None:
-            self.problems.add(severity, entry.image, None, message)
-        else:
-            self.problems.add(severity, entry.source, entry.line, f"{entry.image}: {message}")
+def _warn_without_trigger(pairs: Sequence[Pair], trigger: str, problems: Problems) -> None:
+    """Warns of captions that do not name the concept, where there is a trigger or some captions say `[V]`; of
+    instructions only where there is a trigger, because an edit need not have a name."""
+    lacking = [(pair, sum(not has_trigger(text, trigger) for text in pair.captions)) for pair in pairs]
+    if not trigger and all(pair.sources or count == len(pair.captions) for pair, count in lacking):
+        return
+    name = f"the trigger {trigger!r}" if trigger else "[V]"
+    for pair, count in lacking:
+        if count:
+            kind = "instruction" if pair.sources else "caption"
+            which = f"the {kind} lacks" if len(pair.captions) == 1 else f"{count} {kind}s lack"
+            problems.warning(pair.source, pair.line or 1, f"{which} {name}: it teaches the words it has")
 
 
 @dataclass(frozen=True)
@@ -270,7 +211,8 @@ class EncodingPlan:
     """What must be encoded before training: (pair, caption) requests, and how examples draw from them.
 
     `anchors` are the captions without the concept's name, for the prior anchor; captions that do not name it have none:
-    held at the base and taught the concept, one text would pull both ways.
+    held at the base and taught the concept, one text would pull both ways. Nor have edits: an instruction without its
+    picture is no prompt.
     """
 
     requests: tuple[tuple[Pair, str], ...]
@@ -287,6 +229,7 @@ def plan_encoding(pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: 
         index = {text: len(requests) + offset for offset, text in enumerate(texts)}
         requests += [(pair, text) for text in texts]
         examples.append(Example(tuple(index[text] for text in pair.captions), index.get(""), pair.repeats))
-    named = [caption for pair in pairs for caption in pair.captions if has_trigger(caption, trigger)]
+    plain = [pair for pair in pairs if not pair.sources]
+    named = [caption for pair in plain for caption in pair.captions if has_trigger(caption, trigger)]
     anchors = dict.fromkeys(re.sub(r"\s+", " ", remove_trigger(caption, trigger)) for caption in named)
     return EncodingPlan(tuple(requests), tuple(examples), tuple(text for text in anchors if text))

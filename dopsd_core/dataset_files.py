@@ -1,25 +1,24 @@
-"""The two forms of a data set on disk, as entries that no picture has been opened for yet.
+"""A data set's folder as entries that no picture has been opened for yet.
 
-Folder: pictures with a .txt of the same name beside them. JSONL: a row per picture, the authors' keys,
+photos/a.png            a picture
+photos/a.txt            its caption
 
-    {"local_path_list": ["a.png"], "h*w": "832*1264", "short_en": "a [V] dog", "detailed_zh": "..."}
+edits/target/a.png      the result of an edit
+edits/target/a.txt      its instruction
+edits/source/a.jpg      the picture that it starts from; other files of the folder are told, not guessed at
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from .captions import CAPTION_KEYS, CaptionError, decode_utf8, read_caption_file, row_captions
+from .captions import CaptionError, Kind, read_caption_file
 from .images import SUFFIXES
-
-PATH_KEYS = ("local_path_list", "local_paths", "image_path_list", "image_paths", "image_path", "path", "file_name")
-"""Keys of a row for its picture, the first present one counts; the first path of a list is used."""
 
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
 
@@ -63,7 +62,8 @@ class Problems:
 class Entry:
     """A picture with captions, as the data set says; `captions` is empty where a problem was noted instead.
 
-    `line` is the line of a JSONL (None in a folder), `declared` the size that a row states, (width, height).
+    `line` is the line of a JSONL (None in a folder), `declared` the size that a row states, (width, height); `sources`
+    are the pictures that an edit starts from, in order.
     """
 
     image: Path
@@ -72,16 +72,24 @@ class Entry:
     line: int | None = None
     repeats: int = 1
     declared: tuple[int, int] | None = None
+    sources: tuple[Path, ...] = ()
 
 
 def read_folder(folder: Path, problems: Problems) -> list[Entry]:
-    """The pictures of a folder and its sub-folders by name, hidden ones left out, with the captions beside them."""
+    """The pictures of a folder and its sub-folders by name, hidden ones left out, with the captions beside them.
+
+    A folder with the sub-folders source/ and target/ holds edits, of these two alone.
+    """
     files = _walk(folder, problems)
     captions = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
     rows = [file.name for file in files if file.suffix.lower() == ".jsonl"]
     hint = f" (there is {rows[0]}: to read that one, give its path)" if rows else ""
-    entries = [_folder_entry(folder, picture, captions, hint, problems) for picture in pictures]
+    halves = edit_folders(folder)
+    if halves is None:
+        entries = [_folder_entry(folder, picture, captions, hint, problems) for picture in pictures]
+    else:
+        entries = _EditFolder(folder, *halves, captions, hint, problems).entries(pictures)
     stems = {picture.with_suffix("") for picture in pictures}
     for file in files:
         if file.suffix.lower() in UNREAD_SUFFIXES:
@@ -93,29 +101,67 @@ def read_folder(folder: Path, problems: Problems) -> list[Entry]:
     return entries
 
 
-def read_jsonl(file: Path, problems: Problems) -> list[Entry]:
-    """The rows of a JSONL; paths are relative to its folder. Empty lines are skipped."""
+def edit_folders(folder: Path) -> tuple[Path, Path] | None:
+    """The sub-folders source/ and target/ of a folder of edits, in any case of letters; None where one is missing."""
     try:
-        text = decode_utf8(file.read_bytes())
-    except (OSError, CaptionError) as error:
-        problems.error(file, getattr(error, "line", None), str(error))
-        return []
-    entries: list[Entry] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.error(file, number, f"not a JSON row: {error}")
-            continue
-        if not isinstance(row, dict):
-            problems.error(file, number, f"a row must be a JSON object, this one is {type(row).__name__}")
-            continue
-        entry = _row_entry(file, number, row, problems)
-        if entry is not None:
-            entries.append(entry)
-    return entries
+        found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    except OSError:
+        return None
+    return (found["source"], found["target"]) if {"source", "target"} <= found.keys() else None
+
+
+@dataclass(frozen=True)
+class _EditFolder:
+    """Pairs what lies in target/ with what lies at the same place in source/, whatever its suffix."""
+
+    folder: Path
+    source: Path
+    target: Path
+    captions: Mapping[Path, Path]
+    hint: str
+    problems: Problems
+
+    def entries(self, pictures: Sequence[Path]) -> list[Entry]:
+        """An entry for each picture in target/; pictures that belong to none are noted."""
+        starts: dict[Path, list[Path]] = {}
+        targets = []
+        for picture in pictures:
+            if picture.is_relative_to(self.target):
+                targets.append(picture)
+            elif picture.is_relative_to(self.source):
+                starts.setdefault(picture.with_suffix(""), []).append(picture)
+            else:
+                self.problems.error(picture, None, "lies beside source/ and target/: move it into one of them")
+        entries = [self._entry(target, starts) for target in targets]
+        self._note_sources(starts, {self._start(target) for target in targets})
+        return entries
+
+    def _entry(self, target: Path, starts: Mapping[Path, Sequence[Path]]) -> Entry:
+        start = self._start(target)
+        stray = self.captions.get(start)
+        hint = f" (there is {stray.relative_to(self.folder)}: move it)" if stray is not None else self.hint
+        entry = _folder_entry(self.folder, target, self.captions, hint, self.problems, "instruction")
+        found = starts.get(start, ())
+        if not found:
+            place = f"{start.relative_to(self.folder)}{target.suffix}"
+            self.problems.error(target, None, f"no source: put the picture that this edit starts from at {place}")
+        elif stray is not None and entry.captions:
+            self.problems.warning(stray, None, f"not read: the instruction is the one in {entry.source.parent.name}/")
+        return replace(entry, sources=tuple(found), captions=entry.captions if len(found) == 1 else ())
+
+    def _note_sources(self, starts: Mapping[Path, Sequence[Path]], wanted: set[Path]) -> None:
+        for start, found in starts.items():
+            if len(found) > 1:
+                names = ", ".join(path.name for path in found)
+                self.problems.error(found[0], None, f"{len(found)} sources of one name: {names}; keep one")
+            if start not in wanted:
+                place = self.target / start.relative_to(self.source)
+                told = f"a source without a target: its edit's result is missing at {place.relative_to(self.folder)}.*"
+                self.problems.warning(found[0], None, told)
+
+    def _start(self, target: Path) -> Path:
+        """Where the source of a target lies, without its suffix."""
+        return self.source / target.relative_to(self.target).with_suffix("")
 
 
 def _walk(folder: Path, problems: Problems) -> list[Path]:
@@ -137,16 +183,23 @@ def _walk(folder: Path, problems: Problems) -> list[Path]:
     return files
 
 
-def _folder_entry(folder: Path, image: Path, captions: Mapping[Path, Path], hint: str, problems: Problems) -> Entry:
+def _folder_entry(
+    folder: Path,
+    image: Path,
+    captions: Mapping[Path, Path],
+    hint: str,
+    problems: Problems,
+    kind: Kind = "caption",
+) -> Entry:
     caption_file = captions.get(image.with_suffix(""))
     texts: tuple[str, ...] = ()
     if caption_file is None:
-        problems.error(image, None, f"no caption: write it to {image.with_suffix('.txt').name} beside it{hint}")
+        problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
     else:
         try:
             if not caption_file.resolve().is_relative_to(folder.resolve()):
                 raise CaptionError(f"leaves the folder {folder}")
-            texts = (read_caption_file(caption_file),)
+            texts = (read_caption_file(caption_file, kind),)
         except CaptionError as error:
             problems.error(caption_file, error.line or 1, str(error))
         except OSError as error:
@@ -157,52 +210,3 @@ def _folder_entry(folder: Path, image: Path, captions: Mapping[Path, Path], hint
         problems.error(image.parent, None, "the folder's name asks for 0 repeats; name it 1_... or rename it")
         repeats = 1
     return Entry(image, texts, caption_file or image, None, repeats)
-
-
-def _row_entry(file: Path, number: int, row: Mapping[str, object], problems: Problems) -> Entry | None:
-    captions, complaints = row_captions(row)
-    for complaint in complaints:
-        problems.add("warning" if captions else "error", file, number, complaint)
-    if not captions and not complaints:
-        problems.error(file, number, f"no caption: give at least one of {', '.join(CAPTION_KEYS)}")
-    path = _row_path(file, number, row, problems)
-    if path is None:
-        return None
-    repeats = row.get("repeats", 1)
-    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
-        problems.error(file, number, f"'repeats' is {repeats!r}, it must be a whole number from 1 on")
-        repeats = 1
-    declared = _row_size(file, number, row, problems)
-    return Entry(file.parent / path, tuple(captions.values()), file, number, repeats, declared)
-
-
-def _row_path(file: Path, number: int, row: Mapping[str, object], problems: Problems) -> str | None:
-    key = next((key for key in PATH_KEYS if row.get(key) is not None), None)
-    if key is None:
-        problems.error(file, number, f"no picture: give one of {', '.join(PATH_KEYS)}")
-        return None
-    value = row[key]
-    paths = value if isinstance(value, list) else [value]
-    if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
-        problems.error(file, number, f"{key!r} is {value!r}, it must be a path or a list of paths")
-        return None
-    if len(paths) > 1:
-        problems.warning(file, number, f"{key!r} has {len(paths)} paths: only the first is used")
-    return str(paths[0])
-
-
-def _row_size(file: Path, number: int, row: Mapping[str, object], problems: Problems) -> tuple[int, int] | None:
-    """The (width, height) that a row states as "h*w" or "w*h", for comparison with the file's own."""
-    for key in ("h*w", "w*h"):
-        value = row.get(key)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if value is None:
-            continue
-        numbers = re.fullmatch(r"\s*(\d+)\s*[*x]\s*(\d+)\s*", value) if isinstance(value, str) else None
-        if numbers is None:
-            problems.warning(file, number, f"{key!r} is {value!r}, not like '832*1264': the file's own size counts")
-            continue
-        first, second = int(numbers[1]), int(numbers[2])
-        return (second, first) if key == "h*w" else (first, second)
-    return None

@@ -1,6 +1,5 @@
 """Every problem of a data set is found on real files, all at once, and named by file and line."""
 
-import json
 import os
 import struct
 import zlib
@@ -10,43 +9,9 @@ import pytest
 from PIL import Image
 
 from dopsd_core.buckets import Bucket
-from dopsd_core.dataset import DatasetError, DatasetReport, plan_encoding, read_dataset
+from dopsd_core.dataset import DatasetError, plan_encoding
 
-
-def picture(
-    path: Path, colour: object = None, size: tuple[int, int] = (64, 64), mode: str = "RGB", **save: object
-) -> Path:
-    """A picture file whose pixels differ from those of other names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shade = zlib.crc32(path.name.encode())
-    default = (shade & 255, shade >> 8 & 255, shade >> 16 & 255)
-    Image.new(mode, size, default if colour is None else colour).save(path, **save)  # type: ignore[arg-type]
-    return path
-
-
-def pair(folder: Path, name: str, caption: str = "a [V] emblem", **kwargs: object) -> Path:
-    """A picture with its caption."""
-    path = picture(folder / name, **kwargs)  # type: ignore[arg-type]
-    path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    return path
-
-
-def read(source: Path, **kwargs: object) -> DatasetReport:
-    return read_dataset(source, **{"pixel_budget": 4096, "multiple": 16, **kwargs})  # type: ignore[arg-type]
-
-
-def rows(file: Path, *lines: object) -> Path:
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
-def only(problems: tuple, file: Path, line: int | None, *words: str) -> None:
-    """Asserts that there is one problem, at this place, whose message has these words."""
-    assert len(problems) == 1, [str(problem) for problem in problems]
-    assert (problems[0].file, problems[0].line) == (file, line)
-    for word in words:
-        assert word in problems[0].message
+from .written import only, pair, picture, read, rows
 
 
 def bomb(path: Path, side: int = 50_000) -> Path:
