@@ -83,20 +83,29 @@ def test_a_hit_gives_the_same_pair_without_encoder_or_image(tmp_path, reference)
 
 
 @pytest.mark.parametrize(
-    ("changed", "identity"),
+    ("changed", "identity", "anew"),
     [
-        (request(data=b"edited"), "toy-1"),
-        (request(caption="a [V] emblem."), "toy-1"),
-        (request(bucket=[64, 64]), "toy-1"),
-        (request(), "toy-2"),
+        (request(data=b"edited"), "toy-1", ["latent", "image_text"]),
+        (request(caption="a [V] emblem."), "toy-1", ["image_text", "text"]),
+        (request(bucket=[64, 64]), "toy-1", ["latent", "image_text"]),
+        (request(), "toy-2", ["latent", "image_text", "text"]),
     ],
 )
-def test_whatever_decides_the_tensors_is_in_the_key(tmp_path, changed, identity):
+def test_whatever_decides_a_part_is_in_its_key(tmp_path, changed, identity, anew):
     cache = ConditionCache(tmp_path)
     encode_dataset([request()], CountingEncoder(), cache)
-    encoder = CountingEncoder(identity)
-    encode_dataset([changed], encoder, cache)
-    assert encoder.calls
+    encoder, told = CountingEncoder(identity), []
+    encode_dataset([changed], encoder, cache, lambda *report: told.append(report))
+    assert sorted(encoder.calls) == sorted(anew)
+    assert told == [(1, 1, False)]
+
+
+def test_a_pair_is_no_hit_when_its_latent_alone_was_missing(tmp_path):
+    cache, told = ConditionCache(tmp_path), []
+    encode_dataset([request()], CountingEncoder(), cache)
+    cache.path(cache_key("latent", digest_bytes(b"file"), "", "toy-1", {})).unlink()
+    encode_dataset([request(), request()], CountingEncoder(), cache, lambda *report: told.append(report))
+    assert told == [(1, 2, False), (2, 2, True)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -235,6 +244,12 @@ def test_latents_come_first_so_that_vae_and_text_encoder_need_not_share_memory()
     encode_dataset([request(), request(b"file 2"), request(caption="another"), request()], encoder, None)
     assert encoder.calls[:2] == ["latent", "latent"]
     assert sorted(encoder.calls[2:]) == ["image_text"] * 3 + ["text"] * 2
+    encoder.calls.clear()
+    encode_dataset([request(), request(b"file 2", shown=OTHER)], encoder, None, teacher=EDIT)
+    assert encoder.calls == ["latent"] * 3 + ["text"] * 2
+    encoder.calls.clear()
+    encode_dataset([request(), request(b"file 2", sources=(SOURCE, OTHER))][1:], encoder, None, teacher=EDIT_TARGET)
+    assert encoder.calls == ["latent"] * 3 + ["text"] * 2
 
 
 def test_texts_are_cached_apart_from_pairs(tmp_path):
