@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import CompareLoRA
 from .conditions import BuildTeacherCondition, TeacherPreview
 from .dataset import LoadDataset
 from .initial_lora import LoadLoRA
 from .loaders import LoadDemoModels, LoadTeacherVision
-from .lora import CompareLoRA, SaveLoRA
+from .lora import SaveLoRA
 from .sampler import FewStepSampler
 from .train import TrainLoRA
 

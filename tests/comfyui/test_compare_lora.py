@@ -155,7 +155,7 @@ def test_bad_strengths_are_refused_before_anything_runs(comfyui, strengths: str,
 
 
 def test_strengths_are_read_generously(comfyui) -> None:
-    parse = comfyui.module("nodes.lora").parse_strengths
+    parse = comfyui.module("nodes.compare").parse_strengths
     assert parse("1; .5,\n 0,1.0,") == [1.0, 0.5, 0.0]
 
 
@@ -170,7 +170,7 @@ def test_cancelling_stops_between_pictures(comfyui, tensors) -> None:
 
 def test_real_sizes_are_scaled_down(comfyui) -> None:
     columns = [[torch.rand(3, 768, 1280)] * 2 for _ in range(3)]
-    image = comfyui.module("nodes.lora").draw_grid("title", ["one", "two"], ["base", "a", "b"], columns)
+    image = comfyui.module("nodes.compare").draw_grid("title", ["one", "two"], ["base", "a", "b"], columns)
     assert image.width < 1700 and image.height < 700
 
 
@@ -192,7 +192,7 @@ def test_kleins_names_are_counted_too(comfyui, tensors) -> None:
     cpu = torch.device("cpu")
     model = comfy.model_patcher.ModelPatcher(config.get_model({}, ""), load_device=cpu, offload_device=cpu)
     lora = random_lora(comfyui, model, 0.3, 4, 0)
-    lora_module = comfyui.module("nodes.lora")
+    lora_module = comfyui.module("nodes.compare")
     assert lora_module.count_used(model, lora) == len(lora) > 20
     demo = comfyui.call(comfyui.module("nodes.demo_models").load_model)
     for other, foreign in ((model, tensors), (demo, lora)):

@@ -44,7 +44,7 @@ FROZEN = {
     ),
     "DOPSD_CompareLoRA": (
         "model:MODEL clip:CLIP vae:VAE prompts:STRING strengths:STRING seed:INT steps:INT width:INT height:INT"
-        " lora_name:COMBO lora:LORA_MODEL?",
+        " lora_name:COMBO lora:LORA_MODEL? reference:IMAGE?",
         "image:IMAGE",
     ),
     "DOPSD_LoadLoRA": ("lora_name:COMBO", "lora:LORA_MODEL"),
