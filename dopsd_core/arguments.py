@@ -166,7 +166,10 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resolution: int | None = None) -> None:
     parser.add_argument(
-        "dataset", type=Path, metavar="DATASET", help="folder of pictures and .txt captions, or a .jsonl"
+        "dataset",
+        type=Path,
+        metavar="DATASET",
+        help="folder of pictures and .txt captions, of edits in source/ and target/, or a .jsonl",
     )
     parser.add_argument("--trigger", default="", metavar="WORD", help="word for the concept; replaces [V] in captions")
     parser.add_argument("--resolution", type=int, default=resolution, metavar="N", help=resolution_help)

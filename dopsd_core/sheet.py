@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .images import FORMATS, to_rgb, to_tensor
 
-_PAD, _LABEL = 6, 210
+_PAD, _LABEL, _ARROW = 6, 210, 18
 _INK, _PAPER, _FAINT, _MAT = (20, 20, 24), (255, 255, 255), (110, 110, 118), (232, 232, 236)
 _COLOURS = {"error": (176, 0, 32), "warning": (150, 90, 0)}
 _PROBLEM_LINES = 14
@@ -31,6 +31,9 @@ _FALLBACK_FONTS = (
 """Fonts of the usual systems that are tried for what Pillow's own, ASCII and little more, cannot draw."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+Shown = Path | Image.Image | Sequence[Path | Image.Image]
+"""A picture, or the pictures of an edit: its sources, then its target."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +112,19 @@ def _draw_label(draw: ImageDraw.ImageDraw, row: Row, width: int, top: int, heigh
     remark.draw(draw, _PAD + 2, y + label.height + 2)
 
 
-def thumbnails(
-    items: Sequence[tuple[Path | Image.Image, str]], problems: str = "", tile: int = 160, limit: int = 24
-) -> Image.Image:
+def thumbnails(items: Sequence[tuple[Shown, str]], problems: str = "", tile: int = 160, limit: int = 24) -> Image.Image:
     """Pictures with their captions under them, then the problem list, errors in red.
 
-    A picture that cannot be read is an empty tile. Pictures beyond `limit` are counted, not shown.
+    A picture that cannot be read is an empty tile. Items beyond `limit` are counted, not shown.
     """
-    shown = items[:limit]
-    columns = max(3, min(6, round(len(shown) ** 0.5 + 0.49)))
-    width = columns * (tile + _PAD) + _PAD
-    cells = [(_thumbnail(picture, tile), _wrap(text, max(11, tile // 12), tile, 3, _INK)) for picture, text in shown]
+    shown = [((what,) if isinstance(what, Path | Image.Image) else tuple(what), text) for what, text in items[:limit]]
+    across = min(3, max((len(pictures) for pictures, _ in shown), default=1))
+    columns = max(3, min(6, round((across * len(shown)) ** 0.5 + 0.49)))
+    columns, cell = -(-columns // across), across * tile + (across - 1) * _ARROW
+    width = columns * (cell + _PAD) + _PAD
+    cells = [
+        (_strip(pictures, tile, cell), _wrap(text, max(11, tile // 12), cell, 3, _INK)) for pictures, text in shown
+    ]
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     tall = [max(picture.height for picture, _ in line) for line in lines]
     heights = [high + max(text.height for _, text in line) + 2 * _PAD for high, line in zip(tall, lines, strict=True)]
@@ -129,8 +134,8 @@ def thumbnails(
     draw, top = ImageDraw.Draw(sheet), _PAD
     for line, high, height in zip(lines, tall, heights, strict=True):
         for i, (picture, text) in enumerate(line):
-            x = _PAD + i * (tile + _PAD)
-            _paste(sheet, picture, (x, top, tile, high))
+            x = _PAD + i * (cell + _PAD)
+            _paste(sheet, picture, (x, top, cell, high))
             text.draw(draw, x, top + high + 2)
         top += height
     for block in notes:
@@ -142,7 +147,7 @@ def thumbnails(
 def _notes(problems: str, hidden: int, width: int) -> list[_Block]:
     """The lines under the thumbnails, at most `_PROBLEM_LINES` problems."""
     found = [line for line in problems.splitlines() if line.strip()]
-    texts = [f"and {hidden} more pictures"] * (hidden > 0) + found[:_PROBLEM_LINES]
+    texts = [f"and {hidden} more"] * (hidden > 0) + found[:_PROBLEM_LINES]
     if len(found) > _PROBLEM_LINES:
         texts.append(f"and {len(found) - _PROBLEM_LINES} more lines")
     return [_wrap(text, 13, width, 3, _COLOURS.get(text.split(":")[0], _FAINT)) for text in texts]
@@ -167,6 +172,24 @@ def fit_tile(picture: Image.Image, tile: int) -> Image.Image:
     scale = tile / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+
+
+def _strip(pictures: Sequence[Path | Image.Image], tile: int, width: int) -> Image.Image:
+    """The pictures of an edit side by side, an arrow before the last; a single picture as it is."""
+    if len(pictures) == 1:
+        return _thumbnail(pictures[0], tile)
+    gaps = len(pictures) - 1
+    room = min(tile, (width - gaps * _ARROW) // len(pictures))
+    parts = [_thumbnail(picture, room) for picture in pictures]
+    height = max(part.height for part in parts)
+    strip = Image.new("RGB", (sum(part.width for part in parts) + gaps * _ARROW, height), _MAT)
+    x = 0
+    for part in parts:
+        strip.paste(part, (x, (height - part.height) // 2))
+        x += part.width + _ARROW
+    tip, middle = strip.width - parts[-1].width - 5, height // 2
+    ImageDraw.Draw(strip).polygon([(tip - 8, middle - 7), (tip - 8, middle + 7), (tip, middle)], fill=_FAINT)
+    return strip
 
 
 def _thumbnail(picture: Path | Image.Image, tile: int) -> Image.Image:

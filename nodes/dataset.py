@@ -53,7 +53,9 @@ class LoadDataset(io.ComfyNode):
                     "folder",
                     options=dataset_choices(),
                     tooltip="A folder in ComfyUI's input folder with pictures, each with a .txt of the same name that "
-                    "holds its caption; or a .jsonl file with a row per picture. The owner of this ComfyUI can allow "
+                    "holds its caption; or a .jsonl file with a row per picture. For edits: a folder with target and "
+                    "source in it, a result and its instruction in the one, what it starts from under the same name in "
+                    "the other. The owner of this ComfyUI can allow "
                     "more folders under dopsd_datasets in extra_model_paths.yaml. Not read when images are connected.",
                 ),
                 io.Int.Input(
@@ -183,8 +185,8 @@ def _write_pair(folder: Path, where: Sequence[int], picture: Image.Image, text: 
 
 
 def draw_report(report: DatasetReport) -> Image.Image:
-    """Thumbnails with captions, and the problems under them."""
-    items = [(pair.image_path, pair.captions[0]) for pair in report.pairs]
+    """Thumbnails with captions, an edit's sources beside its target, and the problems under them."""
+    items = [((*pair.sources, pair.image_path), pair.captions[0]) for pair in report.pairs]
     problems = "\n".join(str(problem) for problem in (*report.errors, *report.warnings))
     return thumbnails(items, without_folder(problems, report))
 

@@ -21,6 +21,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
+from ..dopsd_core.dataset_files import Problems, edit_folders
+from ..dopsd_core.dataset_rows import read_jsonl
 from ..dopsd_core.images import SUFFIXES
 from ..dopsd_core.standalone.concept import make_concept, write_dataset
 
@@ -87,17 +89,33 @@ def allowed_root(path: Path) -> Path | None:
 
 
 def dataset_fingerprint(choice: str) -> str:
-    """Changes when a file of the data set comes, goes, grows or is written."""
+    """Changes when a file of the data set comes, goes, grows or is written, wherever a .jsonl has it."""
     if choice == DEMO:
         return DEMO
     source = locate_dataset(choice)
     digest = hashlib.sha256(str(source).encode())
-    for parent, folders, names in os.walk(source if source.is_dir() else source.parent):
-        folders.sort()
-        for name in sorted(names):
-            facts = os.stat(os.path.join(parent, name), follow_symlinks=False)
-            digest.update(f"{parent}/{name}|{facts.st_size}|{facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    for file in _files_of(source):
+        try:
+            facts = os.stat(file)
+        except (OSError, ValueError):  # not there, or a link to nothing
+            digest.update(f"{file}|-\n".encode(errors="surrogateescape"))
+        else:
+            digest.update(f"{file}|{facts.st_size}|{facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _files_of(source: Path) -> Iterator[str]:
+    """All files below a data set's folder, and what the rows of a .jsonl name in the rest of the allowed folder."""
+    folder = source if source.is_dir() else source.parent
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(parent, name) for name in sorted(names))
+    if source != folder and (root := allowed_root(source)):
+        entries = read_jsonl(source, Problems())
+        named = {os.path.normpath(path) for entry in entries for path in (entry.image, *entry.sources)}
+        yield from sorted(
+            path for path in named if Path(path).is_relative_to(root) and not Path(path).is_relative_to(folder)
+        )
 
 
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
@@ -122,13 +140,17 @@ def _roots() -> list[tuple[str, Path]]:
 
 
 def _data_below(root: Path) -> list[PurePosixPath]:
-    """Folders that hold pictures, those above them, and .jsonl files, relative to the root; hidden ones left out."""
+    """Folders that hold pictures, those above them, and .jsonl files, relative to the root; hidden ones left out, and
+    the halves of a folder of edits."""
     found: set[PurePosixPath] = set()
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         here = PurePosixPath(Path(parent).relative_to(root).as_posix())
         endings = {os.path.splitext(name)[1].lower() for name in names}
-        if not endings.isdisjoint(SUFFIXES):
+        halves = edit_folders(Path(parent)) if here.name else None  # the root is no data set
+        if halves:
+            folders[:] = [name for name in folders if name not in {half.name for half in halves}]
+        if halves or not endings.isdisjoint(SUFFIXES):
             found.update((here, *here.parents))
         found.update(here / name for name in names if name.lower().endswith(ROW_SUFFIXES) and not name.startswith("."))
     return sorted(found)

@@ -101,6 +101,22 @@ def test_thumbnails_read_files_and_name_what_they_cannot_read(tmp_path: Path) ->
     assert count(image, sheet._COLOURS["error"]) > 20 and count(image, sheet._COLOURS["warning"]) > 20
 
 
+def test_an_edit_is_one_strip_its_target_last_behind_an_arrow() -> None:
+    red, green, blue = (200, 10, 10), (10, 200, 10), (10, 10, 200)
+    pictures = [Image.new("RGB", (30, 20), colour) for colour in (red, green, blue)]
+    image = thumbnails([((pictures[0], pictures[2]), "make it blue"), (pictures[:1], "as it is")], tile=60)
+    assert (count(image, red), count(image, blue)) == (2 * 60 * 40, 60 * 40)
+    strip = image.crop((sheet._PAD, sheet._PAD, sheet._PAD + 2 * 60 + sheet._ARROW, sheet._PAD + 40))
+    middle = [strip.getpixel((x, 20)) for x in range(strip.width)]
+    assert middle[:60] == [red] * 60 and middle[-60:] == [blue] * 60
+    assert sheet._FAINT in middle[60:-60] and sheet._MAT in middle[60:-60]
+    many = thumbnails(
+        [((*pictures, *pictures, pictures[2]), "of six"), ((pictures[0], pictures[1]), "of one")], tile=60
+    )
+    assert many.width == 3 * 60 + 2 * sheet._ARROW + 2 * sheet._PAD, "the strip of six leaves its cell"
+    assert count(many, green) > 60 * 40 and 0 < count(many, blue) < 60 * 40
+
+
 def test_many_thumbnails_are_counted_not_drawn() -> None:
     picture = Image.new("RGB", (20, 20), (200, 10, 10))
     image = thumbnails([(picture, "x")] * 50, "\n".join(["error: y"] * 99), tile=40, limit=30)

@@ -195,12 +195,102 @@ def test_a_changed_folder_is_read_again_and_an_unchanged_one_is_not(comfyui, fol
     assert again.value("1").report.pairs[0].captions == ("a [V] cat in a hat",)
 
 
+# -- edits -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edits(comfyui, request) -> Path:
+    """A folder of two edits in input/, of its own for each test."""
+    folder = comfyui.input / "edits" / request.node.name.replace("[", "-").replace("]", "").replace("/", "-")
+    for name, colour in (("a", 10), ("b", 120)):
+        write_pair(folder / "target", name, f"make it {colour}", (96, 64), colour=colour)
+        write_pair(folder / "source", name, None, (64, 96), colour=colour + 60)
+    return folder
+
+
+def test_edits_are_shown_beside_their_sources(comfyui, edits, run, artefacts) -> None:
+    done = run(edits)
+    assert done.status == "success", done.error
+    pairs = done.value("1").report.pairs
+    assert [(pair.image_path.name, pair.sources, pair.captions) for pair in pairs] == [
+        (f"{name}.png", (edits.resolve() / "source" / f"{name}.png",), (f"make it {colour}",))
+        for name, colour in (("a", 10), ("b", 120))
+    ]
+    assert "2 usable edit pairs" in done.texts("1")[-1] and "2 source pictures" in done.value("1", 1)
+    assert "warning: source/a.png: is 64x96: " in done.texts("1")[-1].replace("\\", "/")
+    picture = shown_picture(comfyui, done)
+    picture.save(artefacts / "load_edits.png")
+    tiles = [picture.crop((x, 0, x + 160, 160)) for x in (30, 240)]
+    assert all(len(tile.convert("RGB").getcolors(1 << 24) or ()) > 40 for tile in tiles)  # a gradient in both halves
+
+
+def test_rows_of_edits(comfyui, edits) -> None:
+    row = {"ref_img": ["source/a.png", "source/b.png"], "target_img": "target/a.png", "short_en": "put both together"}
+    (edits / "rows.jsonl").write_text(json.dumps(row))
+    run = comfyui.execute(graph(f"edits/{edits.name}/rows.jsonl"))
+    assert run.status == "success", run.error
+    (pair,) = run.value("1").report.pairs
+    assert [path.name for path in pair.sources] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "../../../secret.png", "source/link.png"])
+def test_sources_that_leave_the_input_folder_are_refused(comfyui, edits, place: str) -> None:
+    write_pair(comfyui.base, "secret", None)
+    (edits / "source" / "link.png").symlink_to(comfyui.base / "secret.png")
+    (edits / "rows.jsonl").write_text(json.dumps({"ref_img": place, "target_img": "target/a.png", "text": "change"}))
+    run = comfyui.execute(graph(f"edits/{edits.name}/rows.jsonl"))
+    assert run.status == "error" and "leaves the folder" in run.error and str(comfyui.input) in run.error
+
+
+def break_source(folder: Path) -> None:
+    (folder / "source" / "a.png").write_bytes(b"no picture")
+
+
+def break_by_stray(folder: Path) -> None:
+    write_pair(folder, "z", "beside them", colour=3)
+
+
+def break_by_loss(folder: Path) -> None:
+    (folder / "source" / "b.png").unlink()
+
+
+def break_nothing_changed(folder: Path) -> None:
+    (folder / "source" / "a.png").write_bytes((folder / "target" / "a.png").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (break_source, "error: source/a.png: not a PNG, JPEG, WebP or BMP picture"),
+        (break_by_stray, "error: z.png: lies beside source/ and target/: move it into one of them"),
+        (break_by_loss, "error: target/b.png: no source: put the picture that this edit starts from at source/b.png"),
+        (break_nothing_changed, "error: target/a.png: the same picture as its source"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "-")[:20],
+)
+def test_bad_edits_stop_with_their_sentence(edits, run, spoil, sentence: str) -> None:
+    spoil(edits)
+    done = run(edits)
+    assert done.status == "error" and sentence in done.error.splitlines()[0].replace("\\", "/"), done.error
+
+
+def test_a_changed_source_is_read_again(comfyui, edits) -> None:
+    choice = f"edits/{edits.name}"
+    comfyui.execute(graph(choice))
+    assert not comfyui.execute(graph(choice), keep_cache=True).of("text", "1")
+    write_pair(edits / "source", "a", None, (96, 64), colour=200)
+    os.utime(edits / "source" / "a.png", ns=(1, 1))
+    assert (
+        "source/a.png" not in comfyui.execute(graph(choice), keep_cache=True).texts("1")[-1]
+    )  # of the right shape now
+
+
 # -- from ComfyUI's own nodes ------------------------------------------------------------------------------------------
 
 
-def from_nodes(folder: str, **inputs: Any) -> dict:
+def from_nodes(pictures: str, **inputs: Any) -> dict:
     return {
-        "9": {"class_type": "LoadImageTextDataSetFromFolder", "inputs": {"folder": folder}},
+        "9": {"class_type": "LoadImageTextDataSetFromFolder", "inputs": {"folder": pictures}},
         **graph(images=["9", 0], texts=["9", 1], **inputs),
     }
 
@@ -243,6 +333,12 @@ def test_counts_that_do_not_match_are_one_sentence(comfyui, folder) -> None:
     assert comfyui.execute(bad).error.startswith("2 images and 0 texts")
 
 
+def test_connected_images_stay_plain_pictures(comfyui, edits) -> None:
+    run = comfyui.execute(from_nodes(f"edits/{edits.name}/target", folder=f"edits/{edits.name}"))
+    assert run.status == "success", run.error
+    assert [pair.sources for pair in run.value("1").report.pairs] == [(), ()]
+
+
 def test_batches_and_transparency(comfyui) -> None:
     store = comfyui.module("nodes.dataset").store_pictures
     batch = torch.rand(2, 32, 48, 3)
@@ -260,7 +356,7 @@ def test_batches_and_transparency(comfyui) -> None:
 def test_cancelling_stops_at_the_next_picture(comfyui, folder, monkeypatch) -> None:
     for number in range(8):
         write_pair(folder, f"more{number}", "a [V] cat", colour=number)
-    core, decoded = comfyui.core("dataset"), []
+    core, decoded = comfyui.core("dataset_checks"), []
     decode = core.decode
     monkeypatch.setattr(core, "decode", lambda path: decoded.append(path) or decode(path))
 

@@ -153,6 +153,42 @@ def test_the_fingerprint_sees_every_change(comfyui, paths) -> None:
     assert len(seen) == 5
 
 
+def test_the_fingerprint_sees_sources_and_what_rows_name_elsewhere(comfyui, paths, tmp_path) -> None:
+    folder, other = comfyui.input / "watched_edits", comfyui.input / "elsewhere"
+    write_pair(folder / "target"), write_pair(folder / "source"), write_pair(other), write_pair(tmp_path)
+    (folder / "source" / "link.png").symlink_to(other / "a.png")
+    (folder / "sub").mkdir()
+    row = '{"ref_img": ["../source/a.png", "../../elsewhere/a.png", "a\\u0000", "%s"], "target_img": "../target/a.png"}'
+    (folder / "sub" / "rows.jsonl").write_text(row % (tmp_path / "a.png").as_posix())
+
+    def marks() -> tuple[str, str]:
+        return paths.dataset_fingerprint("watched_edits"), paths.dataset_fingerprint("watched_edits/sub/rows.jsonl")
+
+    seen = [marks()]
+    assert marks() == seen[0]
+    for number, file in enumerate((folder / "source" / "a.png", folder / "target" / "a.png", other / "a.png"), 1):
+        os.utime(file, (number, number))
+        seen.append(marks())
+    assert all(len(set(column)) == 4 for column in zip(*seen, strict=True))
+    (other / "a.png").unlink()
+    assert not set(marks()) & set(seen[-1])
+    gone = marks()
+    os.utime(tmp_path / "a.png", (9, 9))  # outside of what may be read: never looked at
+    assert marks() == gone
+
+
+def test_the_halves_of_edits_are_not_offered(comfyui, paths) -> None:
+    for half in ("source", "target"):
+        write_pair(comfyui.input / "offered" / "edits" / half / "10_more")
+        write_pair(
+            comfyui.input / "offered" / "alone" / half if half == "target" else comfyui.input / "offered" / "alone"
+        )
+    (comfyui.input / "offered" / "edits" / "rows.jsonl").touch()
+    found = {choice for choice in paths.dataset_choices() if choice.startswith("offered")}
+    edits = {"offered", "offered/edits", "offered/edits/rows.jsonl"}
+    assert found == edits | {"offered/alone", "offered/alone/target"}
+
+
 BAD_NAMES = (
     "", " ", ".", "..", "../x", "/x", "x/../../y", "..\\x", "C:\\x", "C:x", "a:b", "con", "NUL.txt", "COM1", "lpt9.x",
     "x.", ".x", "a\0b", "a\nb", "what?", "star*", "pipe|", '"', "x" * 101, "日" * 34,
