@@ -1,0 +1,143 @@
+"""The vision tower out of Qwen3-VL's files: one of ComfyUI's or of Hugging Face's, or several with their index.
+
+Only the tower is read, a tenth of what such files hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.text_encoders import qwen3vl
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .vision import TeacherVision, VisionSpec, new_vision, qwen3vl_4b
+
+_PREFIXES = ("model.visual.", "visual.")
+_ONE_OF_SEVERAL = re.compile(r"(.+)-\d{5}-of-(?!00001\.)\d{5}\.safetensors")
+
+
+def load_teacher_vision(path: str | Path, spec: VisionSpec | None = None) -> TeacherVision:
+    """The vision tower of a safetensors file, plain or quantised, or of the several files that it is one of.
+
+    Raises:
+        ValueError: the files hold something else or less; the message says what was expected and what was found.
+    """
+    spec, path, dtype = spec or qwen3vl_4b(), Path(path), torch.bfloat16
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(_open(part)) for part in tower_files(path)]
+            names = [(file, full) for file in files for full in file.keys()]  # noqa: SIM118  no mapping
+            tower = {short: (file, full) for file, full in names if (short := _short_name(full))}
+            _refuse_others(path.name, {s: file.get_slice(full).get_shape() for s, (file, full) in tower.items()}, spec)
+            state = {short: file.get_tensor(full) for short, (file, full) in tower.items()}
+            metadata = _tower_metadata(file.metadata() or {} for file in files)
+        state, _ = comfy.utils.convert_old_quants(state, "", metadata)
+        ops = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True)
+        return new_vision(_in_dtype(state, dtype), spec, ops, dtype)
+    except (SafetensorError, RuntimeError) as e:
+        raise ValueError(f"{path.name} cannot be read as the vision tower of {spec.title}: {str(e)[:300]}") from e
+
+
+def tower_files(path: Path) -> list[Path]:
+    """The files that hold the tower: `path` itself, or where it is one of several, those that the index names.
+
+    Raises:
+        ValueError: the index or one of the files is not there, or the index is none.
+    """
+    if not (name := _ONE_OF_SEVERAL.fullmatch(path.name)):
+        return [path]
+    index = path.with_name(f"{name[1]}.safetensors.index.json")
+    if not index.is_file():
+        raise ValueError(
+            f"{path.name} is one of several files and {index.name}, which says what is in which, is not beside it: "
+            "put all files of the model into one folder below models/text_encoders"
+        )
+    try:
+        places = json.loads(index.read_bytes())["weight_map"]
+        parts = sorted({str(part) for tensor, part in places.items() if _short_name(tensor)})
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(
+            f"{index.name} beside {path.name} is not an index of safetensors files: download it again"
+        ) from e
+    for part in parts:
+        # Windows knows all the ways out of a folder: /, \ and drives
+        if PureWindowsPath(part).name != part or not part.endswith(".safetensors"):
+            raise ValueError(f"{index.name} names {part!r}, which is no file of its own folder: download it again")
+        if not path.with_name(part).is_file():
+            raise ValueError(
+                f"the vision tower is in {part} by {index.name}, and that file is not beside it: download it too"
+            )
+    return [path.with_name(part) for part in parts]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as e:
+        raise ValueError(f"{path.name} cannot be read, download it again: {str(e)[:300]}") from e
+
+
+def _short_name(name: str) -> str:
+    """The name inside the tower, or "" for what does not belong to it. `scaled_fp8` marks an older fp8 layout."""
+    if name == "scaled_fp8":
+        return name
+    return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), "")
+
+
+def _refuse_others(name: str, shapes: Mapping[str, Sequence[int]], spec: VisionSpec) -> None:
+    wanted = _describe(spec.tower["hidden_size"], spec.tower["depth"], spec.tower["deepstack_visual_indexes"])
+    wanted += f", output {spec.tower['out_hidden_size']}"
+    inside = [key for key in shapes if key != "scaled_fp8"]
+    if not inside:
+        found = "no vision tower at all (no `visual.*` tensors)"
+    elif "pos_embed.weight" not in shapes or "merger.linear_fc2.weight" not in shapes:
+        found = "a vision tower of another kind (Qwen2.5-VL?)"
+    else:
+        width, output = shapes["pos_embed.weight"][-1], shapes["merger.linear_fc2.weight"][0]
+        found = _describe(width, len(_indices(inside, "blocks.")), _indices(inside, "deepstack_merger_list."))
+        found += f", output {output}"
+    if found != wanted:
+        raise ValueError(
+            f"{name} is not {spec.title}: expected its vision tower ({wanted}), found {found}. "
+            f"Choose a file of {spec.title} with vision"
+        )
+    meta = qwen3vl.Qwen3VLVisionModel(dict(spec.tower), device="meta", dtype=torch.bfloat16, ops=comfy.ops.manual_cast)
+    if missing := sorted(meta.state_dict().keys() - shapes.keys()):
+        raise ValueError(
+            f"{name} holds only a part of the vision tower of {spec.title} ({len(missing)} tensors such as "
+            f"visual.{missing[0]} are missing): download all of its files again"
+        )
+
+
+def _describe(width: int, blocks: int, deepstack: Iterable[object]) -> str:
+    return f"width {width}, {blocks} blocks, {len(list(deepstack))} DeepStack mergers"
+
+
+def _indices(names: Iterable[str], prefix: str) -> set[str]:
+    return {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+
+
+def _tower_metadata(headers: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Which layers are quantised may stand in the headers, under the files' own names."""
+    key = "_quantization_metadata"
+    found = [json.loads(header[key])["layers"] for header in headers if key in header]
+    layers = {short: kind for part in found for full, kind in part.items() if (short := _short_name(full))}
+    return {key: json.dumps({"layers": layers})} if found else {}
+
+
+def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything in `dtype` but the quantised layers."""
+    quantised = {name.removesuffix(".comfy_quant") for name in state if name.endswith(".comfy_quant")}
+    return {
+        name: value.to(dtype) if value.is_floating_point() and name.rpartition(".")[0] not in quantised else value
+        for name, value in state.items()
+    }
