@@ -66,3 +66,76 @@ def _velocity(network: Any, x: Tensor, features: Tensor, references: Sequence[Te
     out = network(tokens, texts, torch.tensor([sigma]), all_ids, text_ids, return_dict=False)[0]
     unpacked: Any = Pipeline._unpack_latents_with_ids(out[:, : ids.shape[1]], ids)
     return unpacked
+
+
+# -- VAE, text encoder, pipeline ---------------------------------------------------------------------------------------
+
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 28, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+"""A text encoder of as many layers as klein reads from; its features are three times as wide."""
+CHAT = (
+    "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n{{ '<think>\\n\\n</think>\\n\\n' }}"
+)
+"""What Qwen3's chat template makes of one message without thinking."""
+
+
+def vaes(seed: int = 4) -> tuple[Any, Any]:
+    """(ComfyUI's VAE, diffusers' AutoencoderKLFlux2) of 128 channels; ComfyUI translates the names itself."""
+    import comfy.sd
+    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+
+    theirs = AutoencoderKLFlux2(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    toy.fill(theirs, seed)
+    generator = torch.Generator().manual_seed(seed)
+    theirs.bn.running_mean.normal_(0, 0.3, generator=generator)
+    theirs.bn.running_var.uniform_(0.5, 2.0, generator=generator)
+    shape = {
+        "double_z": True, "z_channels": 32, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
+        "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "batch_norm_latent": True,
+    }  # fmt: skip
+    with torch.inference_mode():
+        config = {"params": {"ddconfig": shape, "embed_dim": 32}}
+        ours = comfy.sd.VAE(sd=dict(theirs.state_dict()), config=config, dtype=torch.float32)
+    ours.downscale_ratio = ours.upscale_ratio = 16  # as ComfyUI finds for itself in the full-sized file
+    ours.latent_channels = 128
+    return ours, theirs.eval().requires_grad_(False)
+
+
+def clips(seed: int = 1) -> tuple[Any, Any, Any]:
+    """(ComfyUI's CLIP, transformers' Qwen3 with its weights, a tokenizer with klein's template)."""
+    import comfy.sd
+    from comfy.supported_models_base import ClipTarget
+    from comfy.text_encoders import flux
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.inference_mode():
+        target = ClipTarget(flux.KleinTokenizer, flux.klein_te(model_type="qwen3_4b"))
+        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, "qwen3_4b_model_config": TEXT})
+        toy.fill(clip.cond_stage_model, seed)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    shape: dict[str, Any] = {**TEXT, "vocab_size": 151936, "head_dim": 128}
+    encoder = Qwen3Model(Qwen3Config(**shape, rope_parameters=rope))
+    encoder.load_state_dict(clip.cond_stage_model.qwen3_4b.transformer.model.state_dict())
+    tokenizer = clip.tokenizer.qwen3_4b.tokenizer
+    tokenizer.chat_template = CHAT  # ComfyUI never reads it
+    return clip, encoder.eval().requires_grad_(False), tokenizer
+
+
+def pipeline(network: Any, vae: Any, encoder: Any = None, tokenizer: Any = None) -> Any:
+    """diffusers' Flux2KleinPipeline, its scheduler configured as in klein's repositories."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, time_shift_type="exponential")
+    pipe = Flux2KleinPipeline(scheduler, vae, encoder, tokenizer, network, is_distilled=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def in_model_space(pipe: Any, latents: Tensor) -> Tensor:
+    """The pipeline's latents [B, 32, H / 8, W / 8] as the network has them, [B, 128, H / 16, W / 16]."""
+    bn = pipe.vae.bn
+    std = (bn.running_var + pipe.vae.config.batch_norm_eps).sqrt()
+    return (pipe._patchify_latents(latents) - bn.running_mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
