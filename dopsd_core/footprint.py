@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .adapters import TeacherKind
 from .checkpointing import BlockBytes, block_bytes, block_shapes, peak_bytes
 from .families import Family
-from .lora_config import LoraConfig, match_targets
+from .lora_config import LoraConfig, lora_size
 from .model import Denoiser
 
 _TRANSIENT = 5
@@ -66,9 +66,7 @@ def estimate(
     """
     sites, blocks = denoiser.sites(), denoiser.blocks()
     image = family.image_tokens(*latent[-2:])
-    chosen = match_targets([part.name for site in sites for part in site.parts], lora.targets)
-    adapted = [(site, part) for site in sites for part in site.parts if part.name in chosen]
-    elements = lora.rank * sum(site.in_features + part.out_features for site, part in adapted)
+    _, elements = lora_size(sites, lora)
     moments, average = 2 if eight_bit else 8, 4 if teacher == "ema" else 0
     widest = max(
         shape.tokens * max(site.in_features for site in inside)

@@ -9,8 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .model import LinearSite
 
 _WILDCARDS = re.compile(r"[*?\[]")
+_BETWEEN_TARGETS = re.compile(r"[,\n](?![^{}\n]*\})")
 _MAX_RANK = 1024
 
 
@@ -41,6 +46,14 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+def parse_targets(text: str) -> tuple[str, ...]:
+    """The targets of a text: separated by commas or lines, () for none.
+
+    No name has a comma in it, so the only one that a regular expression needs is that of {m,n}: it separates nothing.
+    """
+    return tuple(target for piece in _BETWEEN_TARGETS.split(text) if (target := piece.strip()))
+
+
 def match_targets(names: Sequence[str], targets: Sequence[str]) -> frozenset[str]:
     """The names that at least one target selects.
 
@@ -54,6 +67,13 @@ def match_targets(names: Sequence[str], targets: Sequence[str]) -> frozenset[str
             raise ValueError(_unmatched_message(target, names))
         chosen.update(hits)
     return frozenset(chosen)
+
+
+def lora_size(sites: Sequence[LinearSite], config: LoraConfig) -> tuple[int, int]:
+    """How many parts get a LoRA, which are modules of the unfused network, and how many parameters it has in all."""
+    chosen = match_targets([part.name for site in sites for part in site.parts], config.targets)
+    widths = [site.in_features + part.out_features for site in sites for part in site.parts if part.name in chosen]
+    return len(widths), config.rank * sum(widths)
 
 
 def part_seed(seed: int, name: str) -> int:

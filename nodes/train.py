@@ -39,6 +39,7 @@ from .paths import run_folder, shown
 from .presets import PRESETS, make_config, run_digest
 from .previews import Painter, TrainingPreview, load_sheets
 from .sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
+from .targets import require_blocks, size_of, told_size
 
 _TEXT_INTERVAL = 0.3  # seconds between two texts on the node
 PREVIEWS_NAME = "previews"
@@ -51,7 +52,7 @@ class Watcher(NoCallbacks):
         self, node: Any, plan: MemoryPlan, folder: Path, preview: TrainingPreview | None, notes: Sequence[str] = ()
     ) -> None:
         self._node, self._config, self._folder, self._preview = node, plan.config, folder, preview
-        self._notes = (*plan.notes, *notes)
+        self._notes = (*notes, *plan.notes)
         self._bar = comfy.utils.ProgressBar(plan.config.steps)
         self._first: tuple[int, float] | None = None
         self._told = 0.0
@@ -108,10 +109,12 @@ def run_training(
     """Trains or goes on, in the folder that belongs to these settings, this model and this data.
 
     Raises:
+        ValueError: a target matches nothing, or something outside the blocks.
         OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
     """
     identity = fingerprint(model)
     denoiser = ComfyDenoiser(model)
+    require_blocks(denoiser, config.lora)
     plan = plan_memory(memory, denoiser, conditions, config)
     config = plan.config
     start = start_of(initial_lora, denoiser, config)
@@ -130,8 +133,8 @@ def run_training(
         painter = Painter(denoiser, vae, default_steps(model), config.seed)
         during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are there by then
         preview = TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape, during))
-    warning = warn_if_undistilled(model)
-    watcher = Watcher(node, plan, folder, preview, (*start.notes, *([warning] if warning else [])))
+    notes = [size_of(denoiser, config.lora), *start.notes, warn_if_undistilled(model)]
+    watcher = Watcher(node, plan, folder, preview, [note for note in notes if note])
     try:
         with denoiser.trainable(shape, plan.reserve):
             return train(config, denoiser, conditions.data, folder, watcher, **options), folder
@@ -222,9 +225,8 @@ class TrainLoRA(io.ComfyNode):
         memory = chosen.pop("memory")
         config = make_config(preset, conditions.family, bool(conditions.data.anchors), chosen)
         result, folder = run_training(cls, model, conditions, vae, config, run_name, memory, initial_lora)
-        reports = read_log(folder / LOG_NAME)
-        send_text(cls, _summary(result, folder))
-        lora = trained_lora(result, config)
+        reports, lora = read_log(folder / LOG_NAME), trained_lora(result, config)
+        send_text(cls, _summary(result, folder, lora))
         return io.NodeOutput(lora, {"loss": losses(reports)}, str(folder), load_sheets(folder / PREVIEWS_NAME))
 
 
@@ -233,12 +235,13 @@ def _told_gap(relative: float, unseen: float | None) -> str:
     return f"{told}  (1 = before training)"
 
 
-def _summary(result: TrainResult, folder: Path) -> str:
+def _summary(result: TrainResult, folder: Path, lora: Mapping[str, Tensor]) -> str:
     lines = [f"{result.step} steps done"]
     if result.start_gaps and result.end_gaps:
         relative, unseen = result.end_gaps.relative_to(result.start_gaps)
         if relative is not None:
             lines.append(_told_gap(relative, unseen))
+    lines.append(told_size(len(lora) // 2, sum(tensor.numel() for tensor in lora.values())))
     return "\n".join([*lines, shown(folder)])
 
 
@@ -291,6 +294,14 @@ def _inputs() -> list[Any]:
             tooltip="A LoRA to train further, of any trainer, from Load LoRA (D-OPSD). Its rank may be at most the "
             "run's. It counts as a setting: another one is another run.",
         ),
+        io.String.Input(
+            "targets",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Which layers learn: names or patterns, separated by commas, such as layers.*.attention.*; empty: "
+            "all attention and MLP layers of the blocks.",
+        ),
     ]
 
 
@@ -307,7 +318,7 @@ def _advanced_inputs() -> list[Any]:
         return io.Combo.Input(name, options=list(options), default=options[0], tooltip=tooltip, advanced=True)
 
     return [
-        real("learning_rate", 0.0, 0.0, 0.1, 1e-6, "Step size of AdamW; 0 takes the preset's (the paper: 1e-4)."),
+        real("learning_rate", 0.0, 0.0, 0.1, 1e-6, "Step size of AdamW; 0 takes the preset's (the paper: 1e-4, for FLUX.2-klein 2e-5)."),
         whole("rank", 0, 1024, "Size of the LoRA; 0 takes the preset's."),
         real("alpha", 0.0, 0.0, 4096.0, 0.5, "The LoRA is scaled by alpha / rank; 0 keeps the preset's scale."),
         whole("batch_size", 0, 64, "Pictures in one forward; 0 takes the preset's."),

@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.lora_config import LoraConfig, match_targets, part_seed
+from dopsd_core.adapters import AdapterSet
+from dopsd_core.lora_config import LoraConfig, lora_size, match_targets, parse_targets, part_seed
+
+from .toy_denoiser import ToyDenoiser, ToyNet, fuse_qkv
 
 NAMES = [f"{s}.{i}.{m}" for s in ("layers", "context_refiner") for i in range(12) for m in ("attention.to_q", "ff.w1")]
 
@@ -41,6 +44,31 @@ def test_a_near_miss_is_suggested():
 def test_a_broken_regular_expression_says_so():
     with pytest.raises(ValueError, match="not a regular expression"):
         match_targets(NAMES, ["re:("])
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("", ()),
+        (" ,\n, ", ()),
+        ("to_q", ("to_q",)),
+        (" to_q ,layers.*.ff.w1\nto_v,", ("to_q", "layers.*.ff.w1", "to_v")),
+        (r"to_q, re:layers\.\d{1,2}\..*, to_v", ("to_q", r"re:layers\.\d{1,2}\..*", "to_v")),
+        ("re:a{2}, re:b{,3}\nc", ("re:a{2}", "re:b{,3}", "c")),
+    ],
+)
+def test_commas_and_lines_separate_targets_and_a_repetition_does_not(text, targets):
+    assert parse_targets(text) == targets
+
+
+@pytest.mark.parametrize("targets", [("*",), ("to_q", "to_k"), ("layers.0.*",)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_size_is_that_of_what_is_made(targets, fused):
+    denoiser = ToyDenoiser(fuse_qkv(ToyNet()) if fused else ToyNet())
+    config = LoraConfig(rank=3, targets=targets)
+    adapters = AdapterSet(denoiser.sites(), config)
+    made = len(adapters.part_names()), sum(parameter.numel() for parameter in adapters.parameters())
+    assert lora_size(denoiser.sites(), config) == made
 
 
 @pytest.mark.parametrize(

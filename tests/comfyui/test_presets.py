@@ -18,23 +18,25 @@ def presets(comfyui: ComfyUI) -> Any:
     return comfyui.module("nodes.presets")
 
 
-def make(comfyui: ComfyUI, preset: str, has_anchors: bool = True, **chosen: Any) -> Any:
-    family = comfyui.core("families").Z_IMAGE
-    return comfyui.module("nodes.presets").make_config(preset, family, has_anchors, {**NOTHING_CHOSEN, **chosen})
+def make(comfyui: ComfyUI, preset: str, has_anchors: bool = True, family: str = "z_image", **chosen: Any) -> Any:
+    kind = comfyui.core("families").get_family(family)
+    return comfyui.module("nodes.presets").make_config(preset, kind, has_anchors, {**NOTHING_CHOSEN, **chosen})
 
 
 def test_every_preset_is_a_whole_configuration(comfyui: ComfyUI, presets: Any) -> None:
     for name, preset in presets.PRESETS.items():
         config = make(comfyui, name)
-        for field in ("steps", "batch_size", "grad_accumulation", "warmup", "ema_decay", "anchor_probability"):
+        assert config.steps == (preset.steps or 2000)
+        for field in ("batch_size", "grad_accumulation", "warmup", "ema_decay", "anchor_probability"):
             assert getattr(config, field) == getattr(preset, field), (name, field)
         assert (config.lora.rank, config.lora.alpha, config.seed) == (preset.rank, preset.alpha, 7)
         assert config.lr == (preset.lr or 1e-4) and config.grad_steps is None
 
 
-def test_paper_is_what_the_authors_ran(comfyui: ComfyUI) -> None:
-    config = make(comfyui, "paper")
-    assert (config.lora.rank, config.lora.alpha, config.lr, config.steps) == (64, 128.0, 1e-4, 2000)
+@pytest.mark.parametrize(("family", "lr", "steps"), [("z_image", 1e-4, 2000), ("flux2_klein", 2e-5, 3000)])
+def test_paper_is_what_the_authors_ran(comfyui: ComfyUI, family: str, lr: float, steps: int) -> None:
+    config = make(comfyui, "paper", family=family)
+    assert (config.lora.rank, config.lora.alpha, config.lr, config.steps) == (64, 128.0, lr, steps)
     assert (config.rollout_steps, config.ema_decay, config.clip, config.weight_decay) == (4, 0.9999, 1.0, 0.0)
     assert config.batch_size * config.grad_accumulation == 4 and config.anchor_probability == 0.0
 
@@ -48,6 +50,28 @@ def test_choices_go_over_the_preset(comfyui: ComfyUI) -> None:
 @pytest.mark.parametrize(("rank", "alpha", "scale"), [(0, 0.0, 2.0), (8, 0.0, 2.0), (8, 8.0, 1.0), (0, 32.0, 1.0)])
 def test_rank_alone_keeps_the_scale(comfyui: ComfyUI, rank: int, alpha: float, scale: float) -> None:
     assert make(comfyui, "standard", rank=rank, alpha=alpha).lora.scale == scale
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("layers.*.attention.*", ("layers.*.attention.*",)),
+        (" feed_forward.w1 ,\nfeed_forward.w2,", ("feed_forward.w1", "feed_forward.w2")),
+        (
+            r"attention.to_q, re:layers\.\d{1,2}\.(attention|feed_forward)\..*, to_v",
+            ("attention.to_q", r"re:layers\.\d{1,2}\.(attention|feed_forward)\..*", "to_v"),
+        ),
+    ],
+)
+def test_targets_are_separated_by_commas_or_lines(comfyui: ComfyUI, text: str, targets: tuple[str, ...]) -> None:
+    assert make(comfyui, "standard", targets=text).lora.targets == targets
+
+
+@pytest.mark.parametrize("chosen", [{}, {"targets": ""}, {"targets": " , "}], ids=["none", "empty", "blank"])
+@pytest.mark.parametrize("family", ["z_image", "flux2_klein"])
+def test_no_targets_are_the_familys(comfyui: ComfyUI, family: str, chosen: dict[str, str]) -> None:
+    config = make(comfyui, "standard", family=family, **chosen)
+    assert config.lora == comfyui.core("families").get_family(family).lora_config(32)
 
 
 def test_without_prompts_to_anchor_a_preset_anchors_nothing_but_a_choice_stands(comfyui: ComfyUI) -> None:
@@ -66,4 +90,5 @@ def test_digest_changes_with_what_forbids_resuming_and_with_nothing_else(comfyui
     same = digest("data", "model")
     assert same == digest("data", "model", steps=900) == digest("data", "model", checkpoint_every=7)
     others = [digest("data", "model", seed=8), digest("data", "model", lr=2e-4), digest("data", "other")]
-    assert len({same, *others}) == 4
+    others.append(digest("data", "model", targets="to_q"))
+    assert len({same, *others}) == 5
