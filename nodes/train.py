@@ -318,7 +318,14 @@ def _advanced_inputs() -> list[Any]:
         return io.Combo.Input(name, options=list(options), default=options[0], tooltip=tooltip, advanced=True)
 
     return [
-        real("learning_rate", 0.0, 0.0, 0.1, 1e-6, "Step size of AdamW; 0 takes the preset's (the paper: 1e-4, for FLUX.2-klein 2e-5)."),
+        real(
+            "learning_rate",
+            0.0,
+            0.0,
+            0.1,
+            1e-6,
+            "Step size of AdamW; 0 takes the preset's (the paper: 1e-4, for FLUX.2-klein 2e-5).",
+        ),
         whole("rank", 0, 1024, "Size of the LoRA; 0 takes the preset's."),
         real("alpha", 0.0, 0.0, 4096.0, 0.5, "The LoRA is scaled by alpha / rank; 0 keeps the preset's scale."),
         whole("batch_size", 0, 64, "Pictures in one forward; 0 takes the preset's."),

@@ -63,10 +63,11 @@ def test_help_names_every_input_and_output(comfyui, language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_help_names_the_presets_as_they_are(comfyui, language):
     text = help_page("DOPSD_TrainLoRA", language).read_text(encoding="utf-8")
+    papers = comfyui.core("families").Z_IMAGE.paper_steps
     for name, preset in comfyui.module("nodes.presets").PRESETS.items():
         (row,) = re.findall(rf"^\| {re.escape(name)} \| (.+) \|$", text, re.MULTILINE)
         numbers = [float(number) for number in re.findall(r"\d+", row)[:3]]
-        assert numbers == [preset.steps or comfyui.core("families").Z_IMAGE.paper_steps, preset.rank, preset.alpha], name
+        assert numbers == [preset.steps or papers, preset.rank, preset.alpha], name
 
 
 def test_no_help_without_a_node(comfyui):
