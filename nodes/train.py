@@ -248,7 +248,7 @@ def _summary(result: TrainResult, folder: Path, lora: Mapping[str, Tensor]) -> s
 def _inputs() -> list[Any]:
     return [
         io.Model.Input(
-            "model", tooltip="The step-distilled model to teach: Z-Image-Turbo or the demo model; FLUX.2-klein not yet."
+            "model", tooltip="The step-distilled model to teach: Z-Image-Turbo, FLUX.2-klein or the demo model."
         ),
         ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
         io.String.Input(
