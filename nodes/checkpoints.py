@@ -11,12 +11,9 @@ import re
 from typing import Any
 
 from ..dopsd_core.families import Z_IMAGE
-from .host import base_name, family_of
+from .families import family_of, in_comfyui
+from .host import base_name
 
-_ADVICE = {
-    "z_image": "z_image_turbo_bf16 or its fp8 or int8 variant",
-    "flux2_klein": "flux-2-klein-4b or -9b, not their -base-",
-}
 _DE_DISTILLED = re.compile(r"de[-_ ]?(turbo|distill)|undistill")
 _DISTILLED = re.compile(r"turbo|distill|lightning|(?<!\d)[48][-_ ]?step")
 _BASE = re.compile(
@@ -31,7 +28,8 @@ def warn_if_undistilled(model: Any) -> str | None:
         return None
     return (
         f"{name or 'this model'} looks like an undistilled checkpoint ({reason}): D-OPSD needs one that was distilled "
-        f"for few steps, such as {_ADVICE[family.name]}; another draws nothing usable in so few, and learns from that"
+        f"for few steps, such as {in_comfyui(family).distilled}; another draws nothing usable in so few, and learns "
+        "from that"
     )
 
 

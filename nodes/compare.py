@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..dopsd_core.sheet import Row, contact_sheet, to_pixels
-from .host import default_steps, family_of, send_text
+from .families import family_of
+from .host import default_steps, send_text
 from .sampler import few_step_sample
 from .sockets import CATEGORY
 

@@ -14,7 +14,8 @@ from ..dopsd_core.teachers import TEACHERS, Teacher
 from ..dopsd_core.training_set import TeacherImage, TrainingSet, build_training_set
 from .checkpoints import warn_if_undistilled
 from .encoder import ComfyEncoder, teacher_for
-from .host import ComfyDenoiser, default_steps, family_of, send_text
+from .families import family_of
+from .host import ComfyDenoiser, default_steps, send_text
 from .paths import condition_cache
 from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
 from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket

@@ -5,40 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
-import comfy.supported_models
-import comfy.text_encoders.flux
-import comfy.text_encoders.z_image
 from torch import Tensor
 
 from ..dopsd_core.conditioning import Condition
-from ..dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
 from ..dopsd_core.teachers import Teacher, choose_teacher
+from .families import family_of_clip, in_comfyui
 from .host import fingerprint
 from .vision import TeacherVision, encode_image_text
-
-_TOKENIZERS = (
-    (comfy.text_encoders.z_image.ZImageTokenizer, Z_IMAGE),
-    (comfy.text_encoders.flux.KleinTokenizer, FLUX2_KLEIN),
-)
-_LATENT_FORMATS = {
-    Z_IMAGE.name: comfy.supported_models.ZImage.latent_format,
-    FLUX2_KLEIN.name: comfy.supported_models.Flux2.latent_format,
-}
-
-
-def family_of_clip(clip: Any) -> Family:
-    """The family that a CLIP writes conditions for.
-
-    Raises:
-        ValueError: it is none that D-OPSD can train.
-    """
-    for kind, family in _TOKENIZERS:
-        if isinstance(clip.tokenizer, kind):
-            return family
-    raise ValueError(
-        f"this CLIP has a {type(clip.tokenizer).__name__}; load qwen_3_4b with type lumina2 for Z-Image-Turbo, "
-        "or type flux2 for FLUX.2-klein"
-    )
 
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str) -> Teacher:
@@ -59,7 +32,7 @@ class ComfyEncoder:
     def __init__(self, clip: Any, vae: Any, vision: TeacherVision | None) -> None:
         self.family = family_of_clip(clip)
         self._clip, self._vae, self._vision = clip, vae, vision
-        self._latent_format = _LATENT_FORMATS[self.family.name]()
+        self._latent_format = in_comfyui(self.family).model.latent_format()
         parts = [fingerprint(clip.patcher), fingerprint(vae.patcher)]
         if vision is not None:
             parts += [fingerprint(vision.patcher), f"{vision.min_pixels}-{vision.max_pixels}"]

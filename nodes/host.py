@@ -10,14 +10,13 @@ Legend: B batch, C latent channels, h w latent size, L tokens, D features; `sigm
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.ops
-import comfy.supported_models
 import torch
 from comfy.quant_ops import QuantizedTensor
 from server import PromptServer
@@ -25,37 +24,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dopsd_core.conditioning import Condition
-from ..dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
+from ..dopsd_core.families import Family
 from ..dopsd_core.model import LinearSite
 from ..dopsd_core.overrides import overridden
-
-_FAMILIES = ((comfy.supported_models.ZImage, Z_IMAGE), (comfy.supported_models.Flux2, FLUX2_KLEIN))
-
-_BLOCKS = {
-    Z_IMAGE.name: ("noise_refiner", "context_refiner", "layers"),
-    FLUX2_KLEIN.name: ("double_blocks", "single_blocks"),
-}
-_NORMS_OF_INPLACE_BLOCKS = {"img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm"}
-"""FLUX's blocks write into tensors (`img += ...`) that these norms have saved for the backward."""
+from .families import family_of, in_comfyui
 
 _FEW_TOKENS = 256
 
 STEPS_OPTION = "dopsd_steps"
 """Key of a MODEL's options: the steps it was distilled for, where they are not the family's."""
-
-
-def family_of(model: Any) -> Family:
-    """The family of a MODEL (ModelPatcher).
-
-    Raises:
-        ValueError: it is none that D-OPSD can train.
-    """
-    config = model.model.model_config
-    for kind, family in _FAMILIES:
-        if isinstance(config, kind):
-            return family
-    titles = " and ".join(family.title for _, family in _FAMILIES)
-    raise ValueError(f"this MODEL is a {type(config).__name__}; D-OPSD trains {titles}: load one of them")
 
 
 def default_steps(model: Any) -> int:
@@ -126,7 +103,7 @@ class ComfyDenoiser:
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks of the network, in its order."""
         network: Any = self._network
-        return [block for name in _BLOCKS[self.family.name] for block in getattr(network, name)]
+        return [block for name in in_comfyui(self.family).blocks for block in getattr(network, name)]
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         """x [B, C, h, w] fp32 in model space -> x0_hat, same shape. Stops here when the user has cancelled.
@@ -198,7 +175,12 @@ class ComfyDenoiser:
         `in_training` takes RoPE off the kernels that have no backward.
         """
         before = comfy.model_management.in_training
-        with self.loaded(shape, reserve), _thawed_small_parameters(self._network), _norms_on_clones(self._network):
+        overwritten = in_comfyui(self.family).overwritten
+        with (
+            self.loaded(shape, reserve),
+            _thawed_small_parameters(self._network),
+            _norms_on_clones(self._network, overwritten),
+        ):
             comfy.model_management.in_training = True
             try:
                 yield self
@@ -274,9 +256,12 @@ def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., An
     return thawed
 
 
-def _norms_on_clones(network: nn.Module) -> AbstractContextManager[None]:
-    """Inside the `with`, norms whose input the network overwrites later keep a clone of it for the backward."""
-    modules = (m for path, m in network.named_modules() if path.rpartition(".")[2] in _NORMS_OF_INPLACE_BLOCKS)
+def _norms_on_clones(network: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
+    """Inside the `with`, norms of these names, whose input is overwritten later, keep a clone of it for the backward.
+
+    FLUX's blocks write into tensors (`img += ...`) that their norms have saved.
+    """
+    modules = (m for path, m in network.named_modules() if path.rpartition(".")[2] in names)
     return overridden(modules, _on_clone)
 
 

@@ -14,17 +14,15 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
-from .host import default_steps, family_of
+from ..dopsd_core.families import Family
+from .families import family_of, in_comfyui
+from .host import default_steps
 from .sockets import CATEGORY
-
-TEMPLATE_SAMPLERS = {Z_IMAGE.name: "res_multistep", FLUX2_KLEIN.name: "euler"}
-"""What ComfyUI's own workflow templates sample each family with. Training is always Euler."""
 
 
 def sampler_name(sampler: str, family: Family) -> str:
     """ComfyUI's name for "euler" or "template"."""
-    return TEMPLATE_SAMPLERS[family.name] if sampler == "template" else sampler
+    return in_comfyui(family).sampler if sampler == "template" else sampler
 
 
 def few_step_sample(
