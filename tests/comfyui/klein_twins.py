@@ -89,8 +89,9 @@ def vaes(seed: int = 4) -> tuple[Any, Any]:
     theirs = AutoencoderKLFlux2(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
     toy.fill(theirs, seed)
     generator = torch.Generator().manual_seed(seed)
-    theirs.bn.running_mean.normal_(0, 0.3, generator=generator)
-    theirs.bn.running_var.uniform_(0.5, 2.0, generator=generator)
+    bn: Any = theirs.bn
+    bn.running_mean.normal_(0, 0.3, generator=generator)
+    bn.running_var.uniform_(0.5, 2.0, generator=generator)
     shape = {
         "double_z": True, "z_channels": 32, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
         "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "batch_norm_latent": True,

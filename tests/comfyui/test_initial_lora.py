@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import klein_twins
 import pytest
 import torch
 import twins
@@ -17,38 +19,70 @@ from torch import Tensor
 
 RANK, ALPHA = 4, 10.0
 RUN_RANK, RUN_ALPHA = 14, 7.0
-SHAPE = (1, 16, 10, 6)
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return twins.as_model(twins.diffusers_z_image())
+@dataclass(frozen=True, eq=False)
+class Toy:
+    """A MODEL, ComfyUI's own table from diffusers' names to its, the tails in ComfyUI's names of the Linears that are
+    trained, and shapes of a latent and a text."""
+
+    model: Any
+    table: dict[str, Any]
+    kinds: tuple[str, ...]
+    latent: tuple[int, ...]
+    text: tuple[int, int]
+
+    def linears(self, native: bool) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of every Linear of the blocks under the original or diffusers' names; no line of ours."""
+        weights = {k.removesuffix(".weight"): v.shape for k, v in self.model.model.diffusion_model.state_dict().items()}
+        own = {name: tuple(shape) for name, shape in weights.items() if name.endswith(self.kinds)}
+        if native:
+            return own
+        there = {name.removesuffix(".weight") for name in self.in_diffusers()}
+        found = {}
+        for name, target in self.table.items():
+            key, rows = (target, None) if isinstance(target, str) else (target[0], target[1] and target[1][2])
+            key, name, is_weight = key.removesuffix(".weight"), name.removesuffix(".weight"), name.endswith(".weight")
+            if is_weight and key in own and name in there:
+                found[name] = (rows or own[key][0], own[key][1])
+        return found
+
+    def in_diffusers(self) -> Iterable[str]:
+        """ComfyUI's table has names of several versions of FLUX; these are the network's."""
+        if self.latent[1] == 128:
+            return klein_twins.diffusers_klein(self.model).state_dict()
+        return self.table
 
 
-def linears(model: Any, native: bool) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of every Linear of the blocks under the original or diffusers' names; no line of ours."""
+def z_image() -> Toy:
     from comfy.utils import z_image_to_diffusers
 
-    weights = {k.removesuffix(".weight"): v.shape for k, v in model.model.diffusion_model.state_dict().items()}
-    kinds = (".attention.qkv", ".attention.out", ".feed_forward.w1", ".feed_forward.w2", ".feed_forward.w3")
-    own = {name: tuple(shape) for name, shape in weights.items() if name.endswith(kinds)}
-    if native:
-        return own
+    model = twins.as_model(twins.diffusers_z_image())
     table = z_image_to_diffusers(model.model.model_config.unet_config)
-    found = {}
-    for name, target in table.items():
-        key, rows = (target, None) if isinstance(target, str) else (target[0], target[1][2])
-        if (key := key.removesuffix(".weight")) in own and name.endswith(".weight"):
-            found[name.removesuffix(".weight")] = (rows or own[key][0], own[key][1])
-    return found
+    kinds = (".attention.qkv", ".attention.out", ".feed_forward.w1", ".feed_forward.w2", ".feed_forward.w3")
+    return Toy(model, table, kinds, (1, 16, 10, 6), (19, 64))
+
+
+def flux2_klein() -> Toy:
+    from comfy.utils import flux_to_diffusers
+
+    model = klein_twins.model()
+    table = flux_to_diffusers(model.model.model_config.unet_config)
+    kinds = ("_attn.qkv", "_attn.proj", "_mlp.0", "_mlp.2", ".linear1", ".linear2")
+    return Toy(model, table, kinds, (1, 128, 5, 3), (512, 96))
+
+
+@pytest.fixture(scope="module", params=[z_image, flux2_klein], ids=["z_image", "flux2_klein"])
+def toy(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Toy:
+    return request.param()
 
 
 def random_file(
-    model: Any, native: bool, named: Callable[[str], str], down: str, up: str, alpha: float | None = None
+    toy: Toy, native: bool, named: Callable[[str], str], down: str, up: str, alpha: float | None = None
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     file = {}
-    for name, (rows, columns) in sorted(linears(model, native).items()):
+    for name, (rows, columns) in sorted(toy.linears(native).items()):
         file[named(name) + down] = torch.randn(RANK, columns, generator=generator) * 0.1
         file[named(name) + up] = torch.randn(rows, RANK, generator=generator) * 0.1
         if alpha is not None:
@@ -65,38 +99,72 @@ def flat(prefix: str) -> Callable[[str], str]:
 
 
 AB, DOWN_UP = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")
-FORMATS = {
+OF_BOTH = {
     "ours and diffusers": (False, dotted("transformer."), *AB),
-    "ai-toolkit": (False, dotted("diffusion_model."), *AB),
-    "with alpha": (False, dotted("diffusion_model."), *AB, ALPHA),
+    "with alpha": (False, dotted("transformer."), *AB, ALPHA),
+    "no prefix": (False, dotted(""), *AB),
+    "adapter's name": (False, dotted("transformer."), ".lora_A.default.weight", ".lora_B.default.weight"),
     "comfyui's trainer": (True, dotted("diffusion_model."), *DOWN_UP, ALPHA),
     "diffusion-pipe": (True, dotted("diffusion_model."), *AB),
     "lora_unet, original names": (True, flat("lora_unet_"), *DOWN_UP, ALPHA),
     "simpletuner": (False, flat("lycoris_"), *DOWN_UP, ALPHA),
 }
+OF_ONE = {
+    "ai-toolkit": (z_image, (False, dotted("diffusion_model."), *AB)),
+    "ai-toolkit with alpha": (z_image, (False, dotted("diffusion_model."), *AB, ALPHA)),
+    "onetrainer": (flux2_klein, (False, flat("lora_transformer_"), *DOWN_UP, ALPHA)),
+}
+NOT_IN_COMFYUI = {
+    "peft": (False, dotted("base_model.model."), *AB),
+    "peft around a pipeline's": (False, dotted("base_model.model.transformer."), *AB),
+    "diffusers' names after ComfyUI's prefix": (False, dotted("diffusion_model."), *AB),
+}
 
 
-@pytest.mark.parametrize("made", FORMATS.values(), ids=FORMATS.keys())
-def test_the_student_starts_as_the_stock_loader_draws(comfyui: ComfyUI, model: Any, made: tuple) -> None:
-    assert_same_start(comfyui, model, random_file(model, *made))
+@pytest.mark.parametrize("made", OF_BOTH.values(), ids=OF_BOTH.keys())
+def test_the_student_starts_as_the_stock_loader_draws(comfyui: ComfyUI, toy: Toy, made: tuple) -> None:
+    assert_same_start(comfyui, toy, random_file(toy, *made))
 
 
-def test_musubis_file_before_and_after_its_conversion(comfyui: ComfyUI, model: Any) -> None:
+@pytest.mark.parametrize(("build", "made"), OF_ONE.values(), ids=OF_ONE.keys())
+def test_formats_of_one_family(comfyui: ComfyUI, build: Callable[[], Toy], made: tuple) -> None:
+    toy = build()
+    assert_same_start(comfyui, toy, random_file(toy, *made))
+
+
+@pytest.mark.parametrize("made", NOT_IN_COMFYUI.values(), ids=NOT_IN_COMFYUI.keys())
+def test_what_comfyui_cannot_load_has_its_own_effect_all_the_same(comfyui: ComfyUI, toy: Toy, made: tuple) -> None:
+    as_loaded = random_file(toy, *OF_BOTH["ours and diffusers"])
+    assert_same_start(comfyui, toy, random_file(toy, *made), as_loaded=as_loaded)
+
+
+def test_the_authors_checkpoint(comfyui: ComfyUI, toy: Toy) -> None:
+    """Student and teacher in one file, under names that no loader knows; the student is what is continued."""
+    as_loaded = random_file(toy, *OF_BOTH["ours and diffusers"])
+    file = {}
+    for key, value in as_loaded.items():
+        name = key.replace("transformer.", "base_model.model.", 1).removesuffix("weight")
+        file |= {f"{name}student.weight": value, f"{name}teacher.weight": torch.randn_like(value)}
+    assert_same_start(comfyui, toy, file, as_loaded=as_loaded)
+
+
+def test_musubis_file_before_and_after_its_conversion(comfyui: ComfyUI) -> None:
     """Raw, ComfyUI loads none of its attention. Converted, q, k and v are one of three times the rank and alpha."""
-    raw = random_file(model, False, flat("lora_unet_"), *DOWN_UP, ALPHA)
+    toy = z_image()
+    raw = random_file(toy, False, flat("lora_unet_"), *DOWN_UP, ALPHA)
     converted = {key.replace("attention_to_out_0", "attention_out"): value for key, value in raw.items()}
     for name in [key.removesuffix("to_q.alpha") for key in raw if key.endswith("to_q.alpha")]:
         three = [[converted.pop(f"{name}to_{x}{kind}") for x in "qkv"] for kind in (*DOWN_UP, ".alpha")]
         converted[f"{name}qkv.lora_down.weight"] = torch.cat(three[0])
         converted[f"{name}qkv.lora_up.weight"] = torch.block_diag(*three[1])
         converted[f"{name}qkv.alpha"] = 3 * three[2][0]
-    start = assert_same_start(comfyui, model, converted)
+    start = assert_same_start(comfyui, toy, converted)
     assert {value.shape[0] for key, value in start.items() if ".lora_A." in key} == {RANK}
-    assert_same_start(comfyui, model, raw, as_loaded=converted)
+    assert_same_start(comfyui, toy, raw, as_loaded=converted)
 
 
 def assert_same_start(
-    comfyui: ComfyUI, model: Any, file: dict[str, Tensor], as_loaded: dict[str, Tensor] | None = None
+    comfyui: ComfyUI, toy: Toy, file: dict[str, Tensor], as_loaded: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Through Load LoRA (D-OPSD) and into a new run of another rank and alpha, against LoraLoaderModelOnly."""
     for name, tensors in (("start", file), ("stock", as_loaded or file)):
@@ -104,6 +172,7 @@ def assert_same_start(
         save_file(
             {key: value.clone() for key, value in tensors.items()}, comfyui.output / "loras" / f"{name}.safetensors"
         )
+    model = toy.model
     graph = {
         "model": give_values(comfyui, ("MODEL",), [model]),
         "ours": {"class_type": "DOPSD_LoadLoRA", "inputs": {"lora_name": "start.safetensors"}},
@@ -123,19 +192,23 @@ def assert_same_start(
     assert not start.notes
     adapters = core("adapters").AdapterSet(denoiser.sites(), config.lora, teacher="frozen")
     adapters.load_state("student", core("lora_import").start_state(start.tensors, adapters.state(), config.lora))
-    base, stock = predicted(comfyui, model), predicted(comfyui, run.value("stock"))
+    base, stock = predicted(comfyui, toy, model), predicted(comfyui, toy, run.value("stock"))
     with adapters.attached():
-        ours = predicted(comfyui, model)
+        ours = predicted(comfyui, toy, model)
+    parts = [part.name for site in denoiser.sites() for part in site.parts]
+    assert {key.rsplit(".lora_", 1)[0] for key in start.tensors} == core("lora_config").match_targets(
+        parts, config.lora.targets
+    )
     assert (stock - base).norm() > 0.05 * base.norm()
     assert (ours - stock).norm() < 1e-4 * (stock - base).norm()
     return start.tensors
 
 
-def predicted(comfyui: ComfyUI, model: Any) -> Tensor:
+def predicted(comfyui: ComfyUI, toy: Toy, model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    x, features = torch.randn(SHAPE, generator=generator), torch.randn(19, 64, generator=generator)
+    x, features = torch.randn(toy.latent, generator=generator), torch.randn(toy.text, generator=generator)
     condition = comfyui.core("conditioning").Condition(features)
-    with torch.inference_mode(), comfyui.module("nodes.host").ComfyDenoiser(model).loaded(SHAPE) as denoiser:
+    with torch.inference_mode(), comfyui.module("nodes.host").ComfyDenoiser(model).loaded(x.shape) as denoiser:
         return denoiser.predict_x0(x, 0.75, [condition])
 
 

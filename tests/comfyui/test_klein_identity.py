@@ -40,6 +40,7 @@ CASES: dict[str, tuple[Size, list[tuple[int, list[Size]]]]] = {
     "two references": ((6, 4), [(512, [(4, 7), (9, 3)])]),
     "a long text and a reference": ((6, 4), [(513, [(4, 7)])]),
     "batch with references": ((6, 4), [(512, [(4, 7), (9, 3)]), (512, [(4, 7), (9, 3)])]),
+    "batch of sizes of references": ((6, 4), [(512, [(4, 7)]), (512, [(7, 4)]), (512, [(4, 7)])]),
     "batch of all kinds": ((6, 4), [(512, []), (512, [(4, 7)]), (600, [(4, 7)]), (512, [(9, 3), (4, 7)]), (512, [])]),
 }
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import klein_twins
 import pytest
 import torch
 import twins
@@ -19,30 +21,54 @@ from inprocess import ComfyUI
 from loras import give_values
 from torch import Tensor
 
-RANK, ALPHA, SEED, STEPS = 4, 10.0, 11, 8
-WIDTH, HEIGHT = 112, 80  # 35 tokens, padded to 64
+RANK, ALPHA, SEED = 4, 10.0, 11
+WIDTH, HEIGHT = 112, 80  # for Z-Image 35 tokens, padded to 64
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def network() -> Any:
-    return twins.diffusers_z_image()
+@dataclass(frozen=True, eq=False)
+class Twins:
+    """A network of diffusers' and the MODEL of ComfyUI with its weights, what both are told [L, D], the steps to draw
+    in, and the number of parts that get a LoRA."""
+
+    network: Any
+    model: Any
+    features: Tensor
+    steps: int
+    parts: int
+
+    def velocity(self, network: Any, x: Tensor, sigma: float) -> Tensor:
+        library = klein_twins if self.is_klein else twins
+        return library.velocity(network, x, sigma, [self.features])
+
+    @property
+    def is_klein(self) -> bool:
+        return "Flux2" in type(self.network).__name__
+
+
+def text(length: int, width: int) -> Tensor:
+    return torch.randn(length, width, generator=torch.Generator().manual_seed(5))
+
+
+def z_image() -> Twins:
+    network = twins.diffusers_z_image()
+    return Twins(network, twins.as_model(network), text(23, 64), 8, 7 * 4)
+
+
+def flux2_klein() -> Twins:
+    model = klein_twins.model(double=2, single=3)
+    return Twins(klein_twins.diffusers_klein(model), model, text(512, 96), 4, 12 * 2 + 2 * 3)
+
+
+@pytest.fixture(scope="module", params=[z_image, flux2_klein], ids=["z_image", "flux2_klein"])
+def pair(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Twins:
+    return request.param()
 
 
 @pytest.fixture(scope="module")
-def model(comfyui: ComfyUI, network: Any) -> Any:
-    return twins.as_model(network)
-
-
-@pytest.fixture(scope="module")
-def features() -> Tensor:
-    return torch.randn(23, 64, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(scope="module")
-def adapters(comfyui: ComfyUI, model: Any) -> Any:
+def adapters(comfyui: ComfyUI, pair: Twins) -> Any:
     """What training leaves: a student whose every weight does something."""
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
+    denoiser = comfyui.module("nodes.host").ComfyDenoiser(pair.model)
     config = denoiser.family.lora_config(RANK, ALPHA)
     adapters = comfyui.core("adapters").AdapterSet(denoiser.sites(), config, teacher="frozen")
     generator = torch.Generator().manual_seed(6)
@@ -52,11 +78,11 @@ def adapters(comfyui: ComfyUI, model: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def saved(comfyui: ComfyUI, adapters: Any) -> Path:
+def saved(comfyui: ComfyUI, pair: Twins, adapters: Any) -> Path:
     """The file of Save LoRA (D-OPSD); the peft folder lies beside it."""
     folded = comfyui.core("lora_file").fold_alpha(adapters.state(), adapters.config)
     tensors = {f"transformer.{key}": value for key, value in folded.items()}
-    lora = comfyui.module("nodes.sockets").TrainedLora(tensors, {"dopsd_family": "z_image"})
+    lora = comfyui.module("nodes.sockets").TrainedLora(tensors, {"dopsd_family": "flux2_klein" if pair.is_klein else "z_image"})
     inputs = {"lora": ["lora", 0], "filename_prefix": "loras/three_ways", "dtype": "fp32", "peft_folder": True}
     run = comfyui.execute(
         {
@@ -69,16 +95,17 @@ def saved(comfyui: ComfyUI, adapters: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def noise() -> Tensor:
-    return torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.manual_seed(SEED))
+def noise(comfyui: ComfyUI, pair: Twins) -> Tensor:
+    shape = comfyui.module("nodes.host").family_of(pair.model).latent_shape(WIDTH, HEIGHT)
+    return torch.randn(1, *shape, generator=torch.manual_seed(SEED))
 
 
 @pytest.fixture(scope="module")
-def students(comfyui: ComfyUI, model: Any, adapters: Any, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def students(comfyui: ComfyUI, pair: Twins, adapters: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Latents of the untouched model, and of the student in the trainer."""
-    core, condition = comfyui.core("rollout"), comfyui.core("conditioning").Condition(features)
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
-    sigmas = denoiser.family.sigmas(STEPS, WIDTH, HEIGHT)
+    core, condition = comfyui.core("rollout"), comfyui.core("conditioning").Condition(pair.features)
+    denoiser = comfyui.module("nodes.host").ComfyDenoiser(pair.model)
+    sigmas = denoiser.family.sigmas(pair.steps, WIDTH, HEIGHT)
 
     def draw() -> Tensor:
         return core.sample(denoiser, [condition], noise, sigmas)
@@ -97,11 +124,9 @@ def assert_same(latents: Tensor, students: tuple[Tensor, Tensor]) -> None:
     assert (latents - student).norm() < 1e-3 * effect
 
 
-def test_comfyuis_loader_uses_every_key(
-    comfyui: ComfyUI, model: Any, saved: Path, features: Tensor, students: Any, caplog: Any
-) -> None:
+def test_comfyuis_loader_uses_every_key(comfyui: ComfyUI, pair: Twins, saved: Path, students: Any, caplog: Any) -> None:
     graph = {
-        "given": give_values(comfyui, ("MODEL", "CONDITIONING"), [model, [[features[None], {}]]]),
+        "given": give_values(comfyui, ("MODEL", "CONDITIONING"), [pair.model, [[pair.features[None], {}]]]),
         "lora": {
             "class_type": "LoraLoaderModelOnly",
             "inputs": {"model": ["given", 0], "lora_name": saved.name, "strength_model": 1.0},
@@ -109,7 +134,7 @@ def test_comfyuis_loader_uses_every_key(
         "sample": {
             "class_type": "DOPSD_FewStepSampler",
             "inputs": {
-                "model": ["lora", 0], "positive": ["given", 1], "seed": SEED, "steps": STEPS, "width": WIDTH,
+                "model": ["lora", 0], "positive": ["given", 1], "seed": SEED, "steps": 0, "width": WIDTH,
                 "height": HEIGHT, "batch_size": 1, "sampler": "euler",
             },
         },
@@ -119,35 +144,44 @@ def test_comfyuis_loader_uses_every_key(
         run = comfyui.execute(graph)
     assert run.status == "success", run.error
     assert "not loaded" not in caplog.text.lower()
-    assert sum(len(entries) for entries in run.value("lora").patches.values()) == 7 * 4
-    assert_same(model.model.process_latent_in(run.value("sample")["samples"]), students)
+    assert sum(len(entries) for entries in run.value("lora").patches.values()) == pair.parts
+    assert_same(pair.model.model.process_latent_in(run.value("sample")["samples"]), students)
 
 
-def test_diffusers(network: Any, saved: Path, features: Tensor, students: Any, noise: Tensor) -> None:
+def test_diffusers(pair: Twins, saved: Path, students: Any, noise: Tensor) -> None:
+    pipeline = klein_pipeline(pair) if pair.is_klein else z_image_pipeline(pair)
+    pipeline.load_lora_weights(str(saved.parent), weight_name=saved.name)
+    try:
+        latents = pipeline(
+            prompt_embeds=pair.features[None] if pair.is_klein else [pair.features], latents=noise, width=WIDTH,
+            height=HEIGHT, num_inference_steps=pair.steps, guidance_scale=0.0, output_type="latent",
+        ).images  # fmt: skip
+    finally:
+        pipeline.unload_lora_weights()
+    assert_same(klein_twins.in_model_space(pipeline, latents) if pair.is_klein else latents, students)
+
+
+def z_image_pipeline(pair: Twins) -> Any:
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     nothing: Any = None
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipeline: Any = ZImagePipeline(scheduler, nothing, nothing, nothing, network)
+    pipeline: Any = ZImagePipeline(scheduler, nothing, nothing, nothing, pair.network)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(str(saved.parent), weight_name=saved.name)
-    try:
-        latents = pipeline(
-            prompt_embeds=[features], latents=noise, width=WIDTH, height=HEIGHT, num_inference_steps=STEPS,
-            guidance_scale=0.0, output_type="latent",
-        ).images  # fmt: skip
-    finally:
-        pipeline.unload_lora_weights()
-    assert_same(latents, students)
+    return pipeline
 
 
-def test_peft(comfyui: ComfyUI, network: Any, saved: Path, features: Tensor, students: Any, noise: Tensor) -> None:
+def klein_pipeline(pair: Twins) -> Any:
+    return klein_twins.pipeline(pair.network, klein_twins.vaes()[1])
+
+
+def test_peft(comfyui: ComfyUI, pair: Twins, saved: Path, students: Any, noise: Tensor) -> None:
     from peft import PeftModel
 
-    loaded = PeftModel.from_pretrained(copy.deepcopy(network), str(saved.with_name(f"{saved.stem}peft")))
-    x, sigmas = noise, comfyui.core("sigmas").z_image_turbo_sigmas(STEPS)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(pair.network), str(saved.with_name(f"{saved.stem}peft")))
+    x, family = noise, comfyui.module("nodes.host").family_of(pair.model)
     with torch.no_grad():
-        for sigma, following in pairwise(sigmas):
-            x = x + (following - sigma) * twins.velocity(loaded, x, sigma, [features])
+        for sigma, following in pairwise(family.sigmas(pair.steps, WIDTH, HEIGHT)):
+            x = x + (following - sigma) * pair.velocity(loaded, x, sigma)
     assert_same(x, students)
