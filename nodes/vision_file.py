@@ -83,7 +83,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except SafetensorError as e:
-        raise ValueError(f"{path.name} cannot be read, download it again: {str(e)[:300]}") from e
+        raise ValueError(f"{path.name} cannot be read as a safetensors file, download it again: {str(e)[:300]}") from e
 
 
 def _short_name(name: str) -> str:

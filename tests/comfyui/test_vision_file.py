@@ -194,7 +194,7 @@ def test_the_8b_is_told_from_the_4b(vision_file, tmp_path):
 def test_a_file_that_is_missing_or_broken_is_named(vision_file, tiny, reference, tmp_path):
     paths = towers.in_several(tmp_path, reference[1])
     paths[1].write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=f"{paths[1].name} cannot be read, download it again"):
+    with pytest.raises(ValueError, match=f"{paths[1].name} cannot be read as a safetensors file, download it again"):
         vision_file.load_teacher_vision(paths[0], tiny)
     paths[1].unlink()
     with pytest.raises(ValueError, match=f"tower is in {paths[1].name} by model.*index.json, and that file is not"):
