@@ -70,6 +70,14 @@ def test_help_names_the_presets_as_they_are(comfyui, language):
         assert numbers == [preset.steps or papers, preset.rank, preset.alpha], name
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_help_quotes_the_teachers(comfyui, language):
+    """Their sentences are to be read, so that users can write better ones."""
+    text = " ".join(help_page("DOPSD_BuildTeacherCondition", language).read_text(encoding="utf-8").split())
+    for name, teacher in comfyui.core("teachers").TEACHERS.items():
+        assert f"| {name} |" in text and teacher.sentence in text, name
+
+
 def test_no_help_without_a_node(comfyui):
     pages = {path.relative_to(DOCS) for path in DOCS.rglob("*.md")}
     assert pages == {help_page(name, lang).relative_to(DOCS) for name in comfyui.pack_nodes for lang in LANGUAGES}
