@@ -11,7 +11,7 @@ from ..dopsd_core.conditioning import Condition
 from ..dopsd_core.teachers import Teacher, choose_teacher
 from .families import family_of_clip, in_comfyui
 from .host import fingerprint
-from .vision import TeacherVision, encode_image_text
+from .vision import TeacherVision, encode_image_text, text_encoder
 
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str) -> Teacher:
@@ -44,11 +44,16 @@ class ComfyEncoder:
         return self._identity
 
     def require_vision(self) -> TeacherVision:
-        """Raises ValueError when no vision tower is connected."""
+        """The vision tower.
+
+        Raises:
+            ValueError: none is connected, or not the one that goes with the CLIP.
+        """
         if self._vision is None:
             raise ValueError(
                 "the teacher needs eyes: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models"
             )
+        text_encoder(self._clip, self._vision)
         return self._vision
 
     def encode_text(self, caption: str) -> Condition:

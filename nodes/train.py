@@ -124,6 +124,7 @@ def run_training(
         "dopsd_base_model": base_name(model),
         "dopsd_base_fingerprint": identity,
         "dopsd_trigger": conditions.trigger,
+        "dopsd_teacher_sees": conditions.teacher.name,
         "dopsd_name": run_name,
     }
     options: Any = {"facts": facts, "initial": start.tensors, "checkpoint_blocks": plan.checkpoint_blocks}
