@@ -58,19 +58,23 @@ def encode_previews(
 
 
 def teacher_sheet(painter: Painter, conditions: Conditions, count: int) -> Image.Image:
-    """Target, teacher and student of the untouched model for the first `count` training pictures."""
+    """Target, teacher and student of the untouched model for the first `count` training pictures; sources of edits."""
     data = conditions.data
     chosen = [data.pairs[example.variants[0]] for example in data.examples[:count]]
     shapes = [latent_shape(pair) for pair in chosen]
-    targets = [load_image(pair.image_path, pair.bucket) for pair in conditions.pairs[:count]]
+    shown = conditions.pairs[:count]
+    targets = [load_image(pair.image_path, pair.bucket) for pair in shown]
+    sources = [load_image(pair.sources[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
     with painter.denoiser.loaded((1, *shapes[0])):
         teacher = painter.draw([pair.teacher for pair in chosen], shapes)
         painter.denoiser.load((1, *shapes[0]))  # decoding may have sent it out of memory
         student = painter.draw([pair.student for pair in chosen], shapes)
+    texts, reads = [pair.caption for pair in chosen], "source and instruction" if sources else "reading the caption"
     rows = [
-        Row("target", "what it shall learn", targets, [pair.caption for pair in chosen]),
+        *([Row("source", "what the edit starts from", sources, texts)] if sources else []),
+        Row("target", "what it shall learn", targets, () if sources else texts),
         Row("teacher", "the untouched model,\nseeing the picture", teacher),
-        Row("student", "the untouched model,\nreading the caption", student),
+        Row("student", f"the untouched model,\n{reads}", student),
     ]
     return contact_sheet("the teacher, before any training", rows, tile=TILE)
 
