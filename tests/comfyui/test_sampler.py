@@ -1,14 +1,19 @@
-"""Few-Step Sampler is KSampler on Z-Image's grid, and SamplerCustom with Flux2Scheduler on FLUX.2-klein's."""
+"""Few-Step Sampler is KSampler on Z-Image's grid, and the graph of ComfyUI's own workflows for FLUX.2-klein."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import toy
+import twins
 from inprocess import ComfyUI
+from loras import give_values
+from runs import Run
 from torch import Tensor
 
 LOAD = {"class_type": "DOPSD_LoadDemoModels", "inputs": {}}
@@ -26,27 +31,6 @@ def few_step(**inputs: Any) -> dict:
 
 def shown(*nodes: str) -> dict:
     return {f"show {node}": {"class_type": "PreviewAny", "inputs": {"source": [node, 0]}} for node in nodes}
-
-
-def klein() -> Any:
-    """A small FLUX.2-klein as a MODEL."""
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = comfy.supported_models.Flux2(
-        {
-            "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "num_heads": 1, "mlp_ratio": 3.0, "theta": 2000,
-            "out_channels": 128, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False,
-            "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3], "in_channels": 128,
-            "hidden_size": 128, "context_in_dim": 192, "patch_size": 1, "vec_in_dim": None, "depth": 1,
-            "depth_single_blocks": 2, "guidance_embed": False, "yak_mlp": False, "txt_norm": False,
-        }
-    )  # fmt: skip
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
-    toy.fill(model.diffusion_model)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -92,27 +76,89 @@ def test_steps_0_of_z_image_turbo_are_8(comfyui: ComfyUI):
     assert sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "template"])
-def test_it_is_sampler_custom_with_flux2_scheduler(comfyui: ComfyUI, sampler: str):
-    import comfy.sample
-    import comfy.samplers
-    from comfy_extras.nodes_flux import Flux2Scheduler
+@dataclass(frozen=True)
+class Picture:
+    """What a klein graph draws: its size, how many, in how many steps, by which sampler of ours, and after which
+    references (width, height)."""
 
-    model = klein()
-    with torch.inference_mode():
-        positive = [[torch.randn(1, 512, 192, generator=torch.Generator().manual_seed(0)), {}]]
-        node = comfyui.module("nodes.sampler").FewStepSampler
-        latent, sigmas = _result(comfyui, node, model, positive, 5, 0, 96, 64, 1, sampler)
-        stock_sigmas = Flux2Scheduler.execute(4, 96, 64).result[0]
-        zeros = torch.zeros(1, 128, 4, 6)
-        euler, noise = comfy.samplers.sampler_object("euler"), comfy.sample.prepare_noise(zeros, 5)
-        stock = comfyui.call(
-            _no_grad, comfy.sample.sample_custom, model, noise, 1.0, euler, stock_sigmas, positive, positive, zeros,
-            disable_pbar=True, seed=5,
-        )  # fmt: skip
-    assert torch.allclose(sigmas, stock_sigmas, atol=1e-6)
-    assert latent["samples"].shape == zeros.shape and latent["samples"].std() > 0.01
-    assert torch.allclose(latent["samples"], stock, atol=1e-5)
+    width: int = 64
+    height: int = 64
+    batch_size: int = 1
+    steps: int = 0
+    sampler: str = "euler"
+    references: tuple[tuple[int, int], ...] = ()
+
+
+PICTURES = {
+    "square": Picture(),
+    "wide": Picture(width=112, height=80),
+    "tall, by the template's sampler": Picture(width=48, height=256, sampler="template"),
+    "large": Picture(width=512, height=288),
+    "batch": Picture(width=96, batch_size=2),
+    "other steps": Picture(width=80, steps=7),
+    "edit": Picture(width=80, references=((80, 64),)),
+    "edit of several": Picture(width=80, height=96, references=((48, 112), (64, 64)), sampler="template"),
+    "batch of edits": Picture(batch_size=2, references=((96, 48),)),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES.values(), ids=list(PICTURES))
+def test_it_is_kleins_template(comfyui: ComfyUI, picture: Picture):
+    """Flux2Scheduler, CFGGuider at 1 with an emptied negative and SamplerCustomAdvanced, run by ComfyUI's executor."""
+    run = drawn(comfyui, picture)
+    assert torch.allclose(run.value("ours", 1), run.value("sigmas"), atol=1e-6)
+    assert run.value("ours")["samples"].shape[1:] == (128, picture.height // 16, picture.width // 16)
+    assert twins.relative(run.value("ours")["samples"], run.value("stock")["samples"]) < 1e-5
+
+
+def test_references_are_seen(comfyui: ComfyUI):
+    """The equalities above are not of pictures that ignore them, or in what shape they come."""
+    pictures = [Picture(), Picture(references=((80, 64),)), Picture(references=((64, 80),))]
+    latents = [drawn(comfyui, picture).value("ours")["samples"] for picture in pictures]
+    assert all(twins.relative(a, b) > 3e-4 for a, b in pairwise(latents))
+
+
+def drawn(comfyui: ComfyUI, picture: Picture) -> Run:
+    """The picture by nodes "stock" and "ours"."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(1, 512, 192, generator=generator)
+    seen = [{"samples": torch.randn(1, 128, h // 16, w // 16, generator=generator)} for w, h in picture.references]
+    kinds = ("MODEL", "CONDITIONING", *("LATENT" for _ in seen))
+    graph = {"given": give_values(comfyui, kinds, [toy.flux2(), [[text, {}]], *seen]), **kleins_template(picture)}
+    graph["ours"] = few_step(
+        model=["given", 0], positive=graph["guider"]["inputs"]["positive"], seed=5, steps=picture.steps,
+        width=picture.width, height=picture.height, batch_size=picture.batch_size, sampler=picture.sampler,
+    )  # fmt: skip
+    run = comfyui.execute({**graph, **shown("stock", "ours")})
+    assert run.status == "success", run.error
+    return run
+
+
+def kleins_template(picture: Picture) -> dict:
+    said, negative, graph = ["given", 1], ["zero", 0], {}
+    graph["zero"] = node("ConditioningZeroOut", conditioning=["given", 1])
+    for i in range(len(picture.references)):  # on the positive and the negative
+        latent = ["given", 2 + i]
+        graph[f"reference{i}"] = node("ReferenceLatent", conditioning=said, latent=latent)
+        graph[f"zeroed{i}"] = node("ReferenceLatent", conditioning=negative, latent=latent)
+        said, negative = [f"reference{i}", 0], [f"zeroed{i}", 0]
+    size = {"width": picture.width, "height": picture.height}
+    return {
+        **graph,
+        "empty": node("EmptyFlux2LatentImage", batch_size=picture.batch_size, **size),
+        "sigmas": node("Flux2Scheduler", steps=picture.steps or 4, **size),
+        "sampler": node("KSamplerSelect", sampler_name="euler"),
+        "guider": node("CFGGuider", model=["given", 0], positive=said, negative=negative, cfg=1.0),
+        "noise": node("RandomNoise", noise_seed=5),
+        "stock": node(
+            "SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["sampler", 0],
+            sigmas=["sigmas", 0], latent_image=["empty", 0],
+        ),
+    }  # fmt: skip
+
+
+def node(kind: str, **inputs: Any) -> dict:
+    return {"class_type": kind, "inputs": inputs}
 
 
 def _result(comfyui: ComfyUI, node: Any, *inputs: Any) -> Any:

@@ -82,7 +82,8 @@ def saved(comfyui: ComfyUI, pair: Twins, adapters: Any) -> Path:
     """The file of Save LoRA (D-OPSD); the peft folder lies beside it."""
     folded = comfyui.core("lora_file").fold_alpha(adapters.state(), adapters.config)
     tensors = {f"transformer.{key}": value for key, value in folded.items()}
-    lora = comfyui.module("nodes.sockets").TrainedLora(tensors, {"dopsd_family": "flux2_klein" if pair.is_klein else "z_image"})
+    facts = {"dopsd_family": comfyui.module("nodes.host").family_of(pair.model).name}
+    lora = comfyui.module("nodes.sockets").TrainedLora(tensors, facts)
     inputs = {"lora": ["lora", 0], "filename_prefix": "loras/three_ways", "dtype": "fp32", "peft_folder": True}
     run = comfyui.execute(
         {
