@@ -60,6 +60,20 @@ def test_the_template_is_found_loads_and_runs(page: ComfyPage, server: Server) -
     assert any("6 steps done" in str(text) for text in texts)
 
 
+def test_the_teacher_is_looked_at_alone(page: ComfyPage) -> None:
+    """As help and recipes say: select Teacher Preview and press the triangle above it."""
+    page.load_api(shipped("quickstart"))
+    page.set_widget("DOPSD_TeacherPreview", "seed", 5)  # another run's answer may be in the cache
+    page.page.evaluate(
+        "() => app.canvas.selectNode(app.graph.nodes.find(n => n.type === 'DOPSD_TeacherPreview'))",
+    )
+    page.page.get_by_label("Execute to selected output nodes").click()
+    assert page.wait_for_end(120) == "execution_success"
+    graph = page.saved()["output"]
+    ran = {graph[detail["node"]]["class_type"] for kind, detail in page.heard() if kind == "executed"}
+    assert ran == {"DOPSD_LoadDataset", "DOPSD_TeacherPreview"}
+
+
 def test_cancel_from_the_page_and_run_again(page: ComfyPage) -> None:
     page.load_api(shipped("quickstart"))
     page.set_widget("DOPSD_TrainLoRA", "run_name", "from_the_page")

@@ -1,0 +1,303 @@
+"""The shipped workflows: which nodes, where, with which values, and where the models' files are had.
+
+`make_workflows.py` builds them in ComfyUI's page. FLUX.2-klein's are in `templates_klein.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+HUB = "https://huggingface.co/Comfy-Org"
+_PLACES = (
+    ("diffusion_models", "z_image_turbo_bf16", "z_image_turbo/resolve/main/split_files"),
+    ("diffusion_models", "flux-2-klein-4b", "flux2-klein/resolve/main/split_files"),
+    ("text_encoders", "qwen_3_4b", "z_image_turbo/resolve/main/split_files"),
+    ("text_encoders", "qwen3vl_4b_fp8_scaled", "Qwen3-VL/resolve/main"),
+    ("vae", "ae", "z_image_turbo/resolve/main/split_files"),
+    ("vae", "flux2-vae", "flux2-dev/resolve/main/split_files"),
+)
+MODELS = {
+    f"{file}.safetensors": {
+        "name": f"{file}.safetensors",
+        "url": f"{HUB}/{repository}/{folder}/{file}.safetensors",
+        "directory": folder,
+    }
+    for folder, file, repository in _PLACES
+}
+"""File -> what a loader's node says of it, as in ComfyUI's own templates."""
+
+COLOURS = ("#3f789e", "#8A8", "#b58b2a", "#a1309b")
+
+
+@dataclass
+class Node:
+    """A node of a workflow: `values` are widget values by name, `links` say input = (node, output slot)."""
+
+    kind: str
+    pos: tuple[int, int]
+    size: tuple[int, int]
+    values: dict[str, Any] = field(default_factory=dict)
+    links: dict[str, tuple[str, int]] = field(default_factory=dict)
+    title: str = ""
+
+
+@dataclass
+class Workflow:
+    nodes: dict[str, Node]
+    groups: list[tuple[str, tuple[int, int, int, int], str]]  # title, (x, y, width, height), colour
+
+
+def note(pos: tuple[int, int], size: tuple[int, int], text: str) -> Node:
+    return Node("MarkdownNote", pos, size, {"": text})
+
+
+def loaders(model: str, clip_type: str, vae: str, top: int = 60) -> dict[str, Node]:
+    """A family's three files, as in ComfyUI's own template."""
+    return {
+        "model": Node("UNETLoader", (0, top), (340, 90), {"unet_name": f"{model}.safetensors"}),
+        "clip": Node(
+            "CLIPLoader", (0, top + 140), (340, 110), {"clip_name": "qwen_3_4b.safetensors", "type": clip_type}
+        ),
+        "vae": Node("VAELoader", (0, top + 300), (340, 60), {"vae_name": f"{vae}.safetensors"}),
+    }
+
+
+def z_image_loaders() -> dict[str, Node]:
+    return loaders("z_image_turbo_bf16", "lumina2", "ae")
+
+
+def z_image_vision() -> Node:
+    return Node("DOPSD_LoadTeacherVision", (0, 480), (340, 60), {"vision_name": "qwen3vl_4b_fp8_scaled.safetensors"})
+
+
+def data(top: int, bottom: int, folder: str, trigger: str = "ohwx") -> Node:
+    values = {"folder": folder, "resolution": 768, "trigger": trigger}
+    return Node("DOPSD_LoadDataset", (0, top), (340, bottom - top), values)
+
+
+def conditions(previews: str, vision: tuple[str, int] | None = None) -> Node:
+    links = {"dataset": ("data", 0), "clip": ("clip", 0), "vae": ("vae", 0)}
+    if vision is not None:
+        links["vision"] = vision
+    return Node("DOPSD_BuildTeacherCondition", (420, 60), (400, 540), {"preview_prompts": previews}, links)
+
+
+def train(begun: dict[str, Node], run_name: str, text: str) -> Workflow:
+    """Looking, training and keeping behind `begun`: the loaders, "data" and "conditions"."""
+    model, told, vae = ("model", 0), ("conditions", 0), ("vae", 0)
+    nodes = {
+        **begun,
+        "look": Node(
+            "DOPSD_TeacherPreview", (420, 680), (400, 580), links={"model": model, "conditions": told, "vae": vae}
+        ),
+        "train": Node(
+            "DOPSD_TrainLoRA",
+            (880, 60),
+            (460, 1200),
+            {"run_name": run_name, "preset": "standard", "preview_every": 100},
+            {"model": model, "conditions": told, "vae": vae},
+        ),
+        "save": Node(
+            "DOPSD_SaveLoRA", (1400, 60), (460, 150), {"filename_prefix": f"loras/{run_name}"}, {"lora": ("train", 0)}
+        ),
+        "plot": Node(
+            "LossGraphNode", (1400, 270), (460, 400), {"filename_prefix": "loss_graph"}, {"loss": ("train", 1)}
+        ),
+        "note": note((1400, 730), (460, 530), text),
+    }
+    titles = ("1 · Model and pictures", "2 · Look at the teacher", "3 · Train", "4 · Keep")
+    frames = ((-20, 380), (400, 440), (860, 500), (1380, 500))
+    groups = [
+        (title, (x, -10, width, 1290), colour)
+        for title, (x, width), colour in zip(titles, frames, COLOURS, strict=True)
+    ]
+    return Workflow(nodes, groups)
+
+
+def lora_of(name: str) -> Node:
+    values = {"lora_name": f"{name}_00001_.safetensors", "strength_model": 1.0}
+    return Node("LoraLoaderModelOnly", (400, 60), (340, 90), values, {"model": ("model", 0)})
+
+
+PICTURES = (
+    "1. Make a folder in ComfyUI's `input`, say `my_concept`: 4 to 30 pictures, and for each a `.txt` of the same name "
+    "that says what is to be seen. Write `[V]` where the concept is named.\n"
+    "2. Choose it in **Load Dataset**, with a trigger word that means nothing yet.\n"
+)
+LOOK = (
+    "3. Select **Teacher Preview** and press the ▶ above it: only what it needs runs. Its second row is the best that "
+    "training can reach.\n"
+)
+GO = "4. Train. Cancel whenever you like; the next run with the same settings goes on.\n\n"
+
+DEMO_PROMPTS = (
+    "a [V] badge, left, on a white background\n"
+    "a [V] badge, middle, on a navy background\n"
+    "a badge, top, on a sand background"
+)
+
+
+def quickstart() -> Workflow:
+    model, clip, vae, vision = (("models", slot) for slot in range(4))
+    nodes = {
+        "models": Node("DOPSD_LoadDemoModels", (0, 60), (360, 110)),
+        "data": Node("DOPSD_LoadDataset", (0, 230), (360, 620), {"folder": "demo badge (built in)", "resolution": 64}),
+        "conditions": Node(
+            "DOPSD_BuildTeacherCondition",
+            (420, 60),
+            (400, 500),
+            {"preview_prompts": DEMO_PROMPTS},
+            {"dataset": ("data", 0), "clip": clip, "vae": vae, "vision": vision},
+        ),
+        "look": Node(
+            "DOPSD_TeacherPreview",
+            (420, 640),
+            (400, 540),
+            links={"model": model, "conditions": ("conditions", 0), "vae": vae},
+        ),
+        "train": Node(
+            "DOPSD_TrainLoRA",
+            (880, 60),
+            (460, 1120),
+            {"run_name": "demo_badge", "preset": "demo model", "preview_every": 20},
+            {"model": model, "conditions": ("conditions", 0), "vae": vae},
+        ),
+        "save": Node(
+            "DOPSD_SaveLoRA", (1400, 60), (420, 150), {"filename_prefix": "loras/demo_badge"}, {"lora": ("train", 0)}
+        ),
+        "compare": Node(
+            "DOPSD_CompareLoRA",
+            (1400, 270),
+            (420, 910),
+            {
+                "prompts": "a [V] badge, right, on a forest background\na [V] badge, bottom, on a sky background\n"
+                "a badge, left, on a gray background",
+                "strengths": "0.5, 1.0",
+                "width": 64,
+                "height": 64,
+            },
+            {"model": model, "clip": clip, "vae": vae, "lora": ("train", 0)},
+        ),
+        "plot": Node(
+            "LossGraphNode", (1880, 60), (460, 420), {"filename_prefix": "loss_graph"}, {"loss": ("train", 1)}
+        ),
+        "strip": Node(
+            "PreviewImage", (1880, 540), (460, 640), links={"images": ("train", 3)}, title="Every preview of the run"
+        ),
+        "note": note(
+            (0, 910),
+            (360, 270),
+            "## Press Run\n\nA tiny model that ships with the pack learns a badge it has never seen from four "
+            "pictures, in about two minutes on a CPU. No downloads.\n\n**Look at the teacher first**: the student "
+            "becomes as good as its teacher and no better.\n\nCancel whenever you like: the next run goes on where it "
+            "stopped. Then try your own pictures with *z_image_turbo_train* or *klein_train*.",
+        ),
+    }
+    titles = ("1 · Model and pictures", "2 · Look at the teacher", "3 · Train", "4 · Keep and compare")
+    frames = ((-20, 400), (400, 440), (860, 500), (1380, 980))
+    groups = [
+        (title, (x, -10, width, 1210), colour)
+        for title, (x, width), colour in zip(titles, frames, COLOURS, strict=True)
+    ]
+    return Workflow(nodes, groups)
+
+
+def z_image_turbo_train() -> Workflow:
+    begun = {
+        **z_image_loaders(),
+        "vision": z_image_vision(),
+        "data": data(600, 1260, "my_concept"),
+        "conditions": conditions("a photo of [V] on a wooden table\na photo of [V] in the snow", ("vision", 0)),
+    }
+    text = (
+        f"## Your concept on Z-Image-Turbo\n\n{PICTURES}{LOOK}{GO}"
+        "`qwen3vl_4b` gives the teacher its eyes only: the words are read by Z-Image's own `qwen_3_4b`.\n\n"
+        "These settings follow the paper; the pack has been measured on its demo model so far."
+    )
+    return train(begun, "my_concept", text)
+
+
+def z_image_turbo_teacher_preview() -> Workflow:
+    nodes = {
+        **z_image_loaders(),
+        "vision": z_image_vision(),
+        "data": data(600, 1260, "my_concept"),
+        "conditions": conditions("a photo of [V] on a wooden table\na photo of [V] in the snow", ("vision", 0)),
+        "look": Node(
+            "DOPSD_TeacherPreview",
+            (880, 60),
+            (760, 1200),
+            links={"model": ("model", 0), "conditions": ("conditions", 0), "vae": ("vae", 0)},
+        ),
+        "note": note(
+            (420, 680),
+            (400, 580),
+            "## Look at the teacher first\n\nTop row: your pictures. Second row: the teacher, what the untouched model "
+            "draws when it **sees** the picture and reads the caption. Third row: the student, what it draws from the "
+            "caption alone.\n\nTraining brings the third row to the second, and no further.\n\n"
+            "- **Good:** the second row has your concept, sharp, and follows the caption.\n"
+            "- **Bad:** it looks like the third row, is blurred or garbled, or shows the wrong thing. Change pictures "
+            "and captions before you train.\n\n"
+            "Then open *z_image_turbo_train* with the same data: what was encoded here is kept on disk.",
+        ),
+    }
+    return Workflow(nodes, [])
+
+
+def z_image_turbo_sample() -> Workflow:
+    nodes = {
+        **z_image_loaders(),
+        "lora": lora_of("my_concept"),
+        "prompt": Node(
+            "CLIPTextEncode", (400, 200), (340, 160), {"text": "a photo of ohwx in the snow"}, {"clip": ("clip", 0)}
+        ),
+        "sample": Node(
+            "DOPSD_FewStepSampler",
+            (800, 60),
+            (320, 300),
+            {"sampler": "template"},
+            {"model": ("lora", 0), "positive": ("prompt", 0)},
+        ),
+        "decode": Node("VAEDecode", (800, 410), (320, 60), links={"samples": ("sample", 0), "vae": ("vae", 0)}),
+        "save": Node(
+            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/picture"}, {"images": ("decode", 0)}
+        ),
+        "note": note(
+            (400, 410),
+            (340, 130),
+            "Choose your LoRA (press R after saving one). Eight steps, no guidance, no negative prompt: as the model "
+            "was made.",
+        ),
+    }
+    return Workflow(nodes, [])
+
+
+def compare() -> Workflow:
+    nodes = {
+        **z_image_loaders(),
+        "compare": Node(
+            "DOPSD_CompareLoRA",
+            (400, 60),
+            (440, 560),
+            {
+                "prompts": "a photo of ohwx on a wooden table\na photo of ohwx in the snow\na photo of a dog in the "
+                "snow",
+                "strengths": "0.5, 1.0",
+                "width": 768,
+                "height": 768,
+                "lora_name": "my_concept_00001_.safetensors",
+            },
+            {"model": ("model", 0), "clip": ("clip", 0), "vae": ("vae", 0)},
+        ),
+        "save": Node(
+            "SaveImage", (900, 60), (560, 560), {"filename_prefix": "dopsd/compare"}, {"images": ("compare", 0)}
+        ),
+        "note": note(
+            (0, 480),
+            (340, 220),
+            "One row per prompt, one column per strength, the same noise along a row. Keep a prompt **without** the "
+            "trigger: it should look the same in every column.",
+        ),
+    }
+    return Workflow(nodes, [])
