@@ -61,9 +61,14 @@ class PictureChecker:
             declared = "x".join(map(str, entry.declared or ()))
             self._note("warning", entry, entry.image, f"is {width}x{height}, the row says {declared}: the file counts")
         bucket = nearest_bucket(width, height, self.buckets)
-        self._warn_of_fit(entry, entry.image, target.size, bucket, "its bucket")
+        enlarged = must_enlarge(width, height, bucket)
+        if enlarged:
+            self._warn_of_size(entry, entry.image, target.size, f"its bucket {bucket}")
+        self._warn_of_loss(entry, entry.image, target.size, bucket, "its bucket")
         for path, source in zip(entry.sources, sources, strict=True):
-            self._warn_of_fit(entry, path, source.size, bucket, "its target's bucket")
+            if not enlarged and must_enlarge(*source.size, bucket):  # as small as its target is no news
+                self._warn_of_size(entry, path, source.size, f"its target's bucket {bucket}")
+            self._warn_of_loss(entry, path, source.size, bucket, "its target's bucket")
         return Fit(width, height, bucket)
 
     def _look(self, entry: Entry, path: Path) -> _Looked | None:
@@ -122,11 +127,12 @@ class PictureChecker:
                 return resolved
         return None
 
-    def _warn_of_fit(self, entry: Entry, path: Path, size: tuple[int, int], bucket: Bucket, where: str) -> None:
+    def _warn_of_size(self, entry: Entry, path: Path, size: tuple[int, int], where: str) -> None:
+        told = f"is {size[0]}x{size[1]}, smaller than {where}: it is enlarged"
+        self._note("warning", entry, path, told)
+
+    def _warn_of_loss(self, entry: Entry, path: Path, size: tuple[int, int], bucket: Bucket, where: str) -> None:
         width, height = size
-        if must_enlarge(width, height, bucket):
-            told = f"is {width}x{height}, smaller than {where} {bucket}: it is enlarged"
-            self._note("warning", entry, path, told)
         left, top, right, bottom = cover_box(width, height, bucket)
         loss = 1 - (right - left) * (bottom - top) / (width * height)
         if loss > MAX_LOSS:

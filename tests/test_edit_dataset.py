@@ -292,6 +292,8 @@ def test_the_target_decides_the_bucket_of_its_sources(tmp_path: Path) -> None:
     assert load_image(source, by_name["near"].bucket).shape == (3, 48, 80)
     picture(far, size=(60, 60))
     only(read(tmp_path).warnings, far, None, "60x60, smaller than its target's bucket 64x64: it is enlarged")
+    target = picture(tmp_path / "target" / "far.png", size=(62, 62))
+    only(read(tmp_path).warnings, target, None, "62x62, smaller than its bucket")  # and so is its source, of course
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
