@@ -19,26 +19,30 @@ NO_SENTENCE = "-"
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
     """sees: the picture in the text features, or as a reference latent. sentence: follows the caption, in the teacher's
-    text only. edits: student and teacher have the pair's source pictures as references; needs data with sources."""
+    text only; of_others is its sentence for other pictures than the pair's own, which share the subject and no more.
+    edits: student and teacher have the pair's source pictures as references; needs data with sources."""
 
     name: str
     sees: Literal["features", "reference"]
     sentence: str = ""
+    of_others: str = ""
     edits: bool = False
 
     def told(self, caption: str) -> str:
         """The teacher's text."""
         return f"{caption} {self.sentence}".strip() if self.sentence else caption
 
-    def with_sentence(self, sentence: str) -> Teacher:
+    def with_sentence(self, sentence: str, others: bool = False) -> Teacher:
         """With the user's sentence; "" keeps the teacher's own, "-" takes it out.
+
+        others: it is shown other pictures than the pair's own.
 
         Raises:
             ValueError: the teacher sees through a vision tower and reads the caption alone.
         """
         sentence = sentence.strip()
         if not sentence:
-            return self
+            return replace(self, sentence=self.of_others) if others and self.of_others else self
         if self.sees == "features" and sentence != NO_SENTENCE:
             raise ValueError(f"the teacher {self.name!r} reads the caption alone; leave its sentence empty")
         return replace(self, sentence="" if sentence == NO_SENTENCE else sentence)
@@ -50,6 +54,7 @@ EDIT = Teacher(
     sees="reference",
     sentence="Keep the subject with its face and details, the background and the composition as in the reference "
     "image.",
+    of_others="The subject is the one of the reference image, with its face and details.",
 )
 EDIT_TARGET = Teacher(
     name="edit_target",

@@ -145,7 +145,7 @@ class BuildTeacherCondition(io.ComfyNode):
         edits = any(pair.sources for pair in dataset.report.pairs)
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained on
             encoder = ComfyEncoder(clip, vae, vision)
-            teacher = teacher_for(encoder, mode, edits, teacher_sentence)
+            teacher = teacher_for(encoder, mode, edits, teacher_sentence, teacher_image == "other")
             cache = ConditionCache(condition_cache())
             conditions = build_conditions(
                 dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts

@@ -14,13 +14,13 @@ from .host import fingerprint
 from .vision import TeacherVision, encode_image_text, text_encoder
 
 
-def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str) -> Teacher:
+def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> Teacher:
     """The teacher that `mode` means for the encoder's family, with the user's sentence; `edits`: the data has sources.
 
     Raises:
         ValueError: there is no such teacher, or it needs a vision tower and none is connected.
     """
-    teacher = choose_teacher(encoder.family.teachers, mode, edits).with_sentence(sentence)
+    teacher = choose_teacher(encoder.family.teachers, mode, edits).with_sentence(sentence, others)
     if teacher.sees == "features":
         encoder.require_vision()
     return teacher

@@ -359,6 +359,14 @@ def test_a_sentence_follows_the_caption_and_may_be_left_out():
         VLM.with_sentence("Copy it.")
 
 
+def test_of_other_pictures_only_the_subject_is_asked_for():
+    assert "background" in EDIT.sentence and "background" not in EDIT.with_sentence("", others=True).told("a dog")
+    assert EDIT.with_sentence("", others=True).told("a dog") == f"a dog {EDIT.of_others}"
+    assert EDIT.with_sentence("Copy it.", others=True).sentence == "Copy it."
+    assert EDIT.with_sentence("-", others=True).sentence == ""
+    assert VLM.with_sentence("", others=True) == VLM
+
+
 def test_an_edit_without_a_source_is_refused():
     with pytest.raises(ValueError, match="'edit_target' needs a source picture; 'a .V. emblem' has none"):
         encode_dataset([request()], CountingEncoder(), None, teacher=EDIT_TARGET)

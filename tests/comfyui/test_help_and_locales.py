@@ -75,7 +75,7 @@ def test_help_quotes_the_teachers(comfyui, language):
     """Their sentences are to be read, so that users can write better ones."""
     text = " ".join(help_page("DOPSD_BuildTeacherCondition", language).read_text(encoding="utf-8").split())
     for name, teacher in comfyui.core("teachers").TEACHERS.items():
-        assert f"| {name} |" in text and teacher.sentence in text, name
+        assert f"| {name} |" in text and teacher.sentence in text and teacher.of_others in text, name
 
 
 def test_no_help_without_a_node(comfyui):

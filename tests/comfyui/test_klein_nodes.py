@@ -138,6 +138,8 @@ def test_other_pictures_and_other_words(comfyui: ComfyUI, models: dict[str, Any]
         assert torch.equal(
             pair.teacher.features, text_features(comfyui, models, f"{pair.caption} Paint the same badge.")
         )
+    unworded = comfyui.execute(graph("klein", {"teacher_image": "other"})).value("conditions").teacher
+    assert unworded.sentence == comfyui.core("teachers").EDIT.of_others
 
 
 def text_features(comfyui: ComfyUI, models: dict[str, Any], text: str) -> torch.Tensor:
