@@ -155,7 +155,8 @@ def test_the_fingerprint_sees_every_change(comfyui, paths) -> None:
 
 def test_the_fingerprint_sees_sources_and_what_rows_name_elsewhere(comfyui, paths, tmp_path) -> None:
     folder, other = comfyui.input / "watched_edits", comfyui.input / "elsewhere"
-    write_pair(folder / "target"), write_pair(folder / "source"), write_pair(other), write_pair(tmp_path)
+    for place in (folder / "target", folder / "source", other, tmp_path):
+        write_pair(place)
     (folder / "source" / "link.png").symlink_to(other / "a.png")
     (folder / "sub").mkdir()
     row = '{"ref_img": ["../source/a.png", "../../elsewhere/a.png", "a\\u0000", "%s"], "target_img": "../target/a.png"}'
