@@ -61,6 +61,19 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
     comfyui.close()
 
 
+@pytest.fixture(scope="module")
+def stock(comfyui: ComfyUI) -> Iterator[Callable[..., None]]:
+    """stock(*names): small files under their official names (all of stock_files.FILES without any), which ComfyUI's own
+    loader nodes take as long as the module's tests run."""
+    import stock_files
+
+    written: list[Path] = []
+    with stock_files.thin():
+        yield lambda *names: written.extend(stock_files.write(comfyui.base / "models", *names))
+    for path in written:
+        path.unlink()
+
+
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory, artefacts: Path) -> Iterator[Callable[..., Server]]:
     """start_server(base=None, flags=(), threads=1): another server, over a new base directory if none is given."""

@@ -23,6 +23,24 @@ def shipped(name: str) -> dict:
     return json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def shrunk(graph: dict, **settings: Any) -> dict:
+    """The graph on few pictures of 64 pixels and with a short training; loaders, file names and wiring stay.
+
+    settings: of Train LoRA, over `SHORT`.
+    """
+    graph = json.loads(json.dumps(graph))
+    small = {"width": 64, "height": 64, "resolution": 64, "megapixels": 0.01, "pictures": 1}
+    short = {**{key: SHORT[key] for key in ("steps", "rank", "preview_every", "probe_every")}, **settings}
+    for node in graph.values():
+        inputs, trains = node["inputs"], node["class_type"] == "DOPSD_TrainLoRA"
+        for name, value in {**small, **(short if trains else {})}.items():
+            if name in inputs and not isinstance(inputs[name], list):
+                inputs[name] = value
+        for name in {"prompts", "preview_prompts"} & inputs.keys():
+            inputs[name] = inputs[name].partition("\n")[0]
+    return graph
+
+
 def node_of(graph: dict, kind: str) -> str:
     """The id of the graph's one node of that class."""
     (found,) = [key for key, node in graph.items() if node["class_type"] == kind]
