@@ -118,6 +118,10 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--model", default="demo", choices=("demo",), help="what to train (default: %(default)s)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to take settings from")
     parser.add_argument(
+        "--teacher-image", choices=("own", "other"), default="own",
+        help="show the teacher the picture that is trained, or up to three others of the data set in turn",
+    )  # fmt: skip
+    parser.add_argument(
         "--heldout-caption", metavar="TEXT", help="a caption that is not trained, to measure the gap to the teacher on"
     )
     parser.add_argument("--fresh", action="store_true", help="refuse to continue a run that is in --output already")

@@ -72,6 +72,15 @@ def test_inspecting_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "1 in bucket 64x64" in capsys.readouterr().out
 
 
+def test_edits_are_not_for_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place, shade in (("source", 1), ("target", 200)):
+        (tmp_path / "edits" / place).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (shade, 2, 3)).save(tmp_path / "edits" / place / "a.png")
+    (tmp_path / "edits" / "target" / "a.txt").write_text("make it red")
+    assert main(["train", str(tmp_path / "edits"), "--output", str(tmp_path / "run")]) == 1
+    assert "holds edits, and the demo model does not edit" in capsys.readouterr().err
+
+
 def test_mistakes_are_told_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect-dataset", str(tmp_path), "--resolution", "3"]) == 1
     assert "error: a pixel budget of 9" in capsys.readouterr().err

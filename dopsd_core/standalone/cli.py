@@ -80,6 +80,8 @@ def run_train(args: argparse.Namespace) -> int:
         repeats=args.repeats, root=args.root,
     )  # fmt: skip
     report.raise_for_errors()
+    if any(pair.sources for pair in report.pairs):
+        raise ValueError(f"{args.dataset} holds edits, and the demo model does not edit: give pictures with captions")
     _say(report.describe())
     model = load_demo_model()
     unknown = model.encoder.unknown_words([caption for pair in report.pairs for caption in pair.captions])
@@ -87,8 +89,8 @@ def run_train(args: argparse.Namespace) -> int:
         _say(f"warning: the demo model was never taught these words: {', '.join(unknown)}")
     data = build_training_set(
         report.pairs, model.encoder, ConditionCache(args.output / "cache"), trigger=args.trigger,
-        caption_dropout=config.caption_dropout > 0, anchors=config.anchor_probability > 0,
-        heldout_caption=args.heldout_caption,
+        teacher_image=args.teacher_image, caption_dropout=config.caption_dropout > 0,
+        anchors=config.anchor_probability > 0, heldout_caption=args.heldout_caption,
     )  # fmt: skip
     if config.anchor_probability and not data.anchors and args.anchor_probability is None:
         _say("warning: no caption names the trigger, so there is no prior to anchor; anchor_probability is set to 0")
