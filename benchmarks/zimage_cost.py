@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost_model import StepCost, pass_cost
-from benchmarks.live_bytes import LiveBytes
+from benchmarks.counters import LiveBytes
 from dopsd_core.adapters import AdapterSet
 from dopsd_core.checkpointing import checkpointed
 from dopsd_core.conditioning import Condition, DualCondition

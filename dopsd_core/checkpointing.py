@@ -79,21 +79,22 @@ def _attention_as(backends: list[SDPBackend]) -> AbstractContextManager[Any]:
 # -- how many ---------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(blocks: Sequence[BlockBytes], count: int) -> int:
-    """The most that the blocks keep at a time when the first `count` recompute.
+def peak_bytes(blocks: Sequence[BlockBytes], count: int, forward: int = 0, backward: int = 0) -> int:
+    """The most that the blocks take at a time when the first `count` recompute.
 
-    Either at the end of the forward: the entries of the first `count` and all of the others. Or while block i <
-    `count` is recomputed: the entries up to its own, and all of it.
+    Either between forward and backward, while the teacher looks at the same state: the entries of the first `count` and
+    all of the others. Or while block i < `count` is recomputed and run back: the entries up to its own, and all of it.
+    forward, backward: bytes that live for a moment inside a block's forward and backward.
     """
     entries = list(accumulate((block.entry for block in blocks[:count]), initial=0))
-    forward = entries[-1] + sum(block.kept for block in blocks[count:])
-    return max([forward, *(entries[i + 1] + blocks[i].kept for i in range(count))])
+    between = entries[-1] + sum(block.kept for block in blocks[count:]) + max(forward, backward)
+    return max([between, *(entries[i + 1] + blocks[i].kept + backward for i in range(count))])
 
 
-def blocks_to_checkpoint(blocks: Sequence[BlockBytes], budget: int) -> int:
+def blocks_to_checkpoint(blocks: Sequence[BlockBytes], budget: int, forward: int = 0, backward: int = 0) -> int:
     """The fewest leading blocks to recompute for `peak_bytes` to be within the budget; all where none will do."""
     counts = range(len(blocks) + 1)
-    return next((count for count in counts if peak_bytes(blocks, count) <= budget), len(blocks))
+    return next((n for n in counts if peak_bytes(blocks, n, forward, backward) <= budget), len(blocks))
 
 
 def block_bytes(

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .adapters import TeacherKind
-from .checkpointing import BlockBytes, block_bytes, block_shapes, peak_bytes
+from .checkpointing import BlockBytes, block_bytes, block_shapes, blocks_to_checkpoint, peak_bytes
 from .families import Family
 from .lora_config import LoraConfig, lora_size
 from .model import Denoiser
 
-_TRANSIENT = 5
-"""So many tensors as wide as the block's widest input: gradients and RoPE in fp32. 3 to 4.5 were counted."""
+_FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
+"""Elements per token. For a moment in a block, in units of its widest input: in a forward without a graph (counted:
+Z-Image 4.8, klein 5.2), and in a backward beyond what was kept (2.2, 2.9). Kept outside the blocks, in units of the
+width: 3 to 4 were counted."""
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes on the device while an optimizer step is made.
 
-    With P the LoRA's elements: P = r * sum over the adapted parts of (inputs + outputs), r the rank.
+    With P the LoRA's elements: P = r * sum over the adapted parts of (inputs + outputs), r the rank; L tokens, D the
+    network's width, I a block's widest input.
 
     weights: of the base, in whatever form they were loaded.
     lora: 4 P, master weights in fp32.
     training: gradients 4 P, Adam's two moments 8 P (2 P in 8 bits), and an ema teacher 4 P.
-    working: 5 * batch * L * I * itemsize for what lives for a moment inside a block, I its widest input, and the
-        largest weight in the compute dtype twice, where weights are cast or streamed.
+    working: what embedders and the output layer keep, 4 * batch * L * D * itemsize, and the largest weight in the
+        compute dtype twice, where weights are cast or streamed.
+    forward, backward: 5.5 and 3 * batch * L * I * itemsize, which live for a moment; the forward's is the teacher's,
+        whose sequence may be the longer one.
     blocks: what each block keeps for its backward, `checkpointing.block_bytes`.
     """
 
@@ -33,50 +37,57 @@ class Footprint:
     lora: int
     training: int
     working: int
+    forward: int
+    backward: int
     blocks: tuple[BlockBytes, ...]
-
-    @property
-    def resident(self) -> int:
-        """All but weights and activations."""
-        return self.lora + self.training + self.working
 
     def total(self, checkpoint_blocks: int) -> int:
         """The peak with so many blocks recomputing."""
-        return self.weights + self.resident + peak_bytes(self.blocks, checkpoint_blocks)
+        activations = peak_bytes(self.blocks, checkpoint_blocks, self.forward, self.backward)
+        return self.weights + self.lora + self.training + self.working + activations
+
+    def blocks_to_checkpoint(self, budget: int) -> int:
+        """The fewest blocks to recompute for the peak to be within the budget; all where none will do."""
+        activations = budget - (self.weights + self.lora + self.training + self.working)
+        return blocks_to_checkpoint(self.blocks, activations, self.forward, self.backward)
 
 
 def estimate(
     denoiser: Denoiser,
     family: Family,
     lora: LoraConfig,
-    latent: Sequence[int],
-    student_tokens: int,
-    teacher_tokens: int,
+    student: tuple[int, int],
+    teacher: tuple[int, int],
     weights: int,
     *,
     batch: int = 1,
     itemsize: int = 2,
-    teacher: TeacherKind = "ema",
+    teacher_kind: TeacherKind = "ema",
     eight_bit: bool = False,
 ) -> Footprint:
-    """The footprint of training on latents of shape `latent` [C, h, w].
+    """The footprint of training on samples of at most so many (image, text) tokens, `Family.tokens`.
 
-    student_tokens, teacher_tokens: length of the longest text of each. weights: bytes of the base as loaded. itemsize:
-    of the compute dtype. Memory of the framework and of other programs is not in it.
+    weights: bytes of the base as loaded. itemsize: of the compute dtype. Memory of the framework and of other programs
+    is not in it.
     """
     sites, blocks = denoiser.sites(), denoiser.blocks()
-    image = family.image_tokens(*latent[-2:])
     _, elements = lora_size(sites, lora)
-    moments, average = 2 if eight_bit else 8, 4 if teacher == "ema" else 0
-    widest = max(
-        shape.tokens * max(site.in_features for site in inside)
-        for shape, inside in block_shapes(blocks, sites, family, image, max(student_tokens, teacher_tokens))
-    )
+    moments, average = 2 if eight_bit else 8, 4 if teacher_kind == "ema" else 0
+    longer = (max(student[0], teacher[0]), max(student[1], teacher[1]))
     largest = max(site.in_features * site.out_features for site in sites)
+    width = max(shape.tokens * shape.width for shape, _ in block_shapes(blocks, sites, family, *student))
     return Footprint(
         weights=weights,
         lora=4 * elements,
         training=(4 + moments + average) * elements,
-        working=(_TRANSIENT * batch * widest + 2 * largest) * itemsize,
-        blocks=tuple(block_bytes(blocks, sites, family, lora, image, student_tokens, batch, itemsize)),
+        working=(_OUTSIDE * batch * width + 2 * largest) * itemsize,
+        forward=int(_FORWARD * batch * _widest(denoiser, family, longer) * itemsize),
+        backward=int(_BACKWARD * batch * _widest(denoiser, family, student) * itemsize),
+        blocks=tuple(block_bytes(blocks, sites, family, lora, *student, batch, itemsize)),
     )
+
+
+def _widest(denoiser: Denoiser, family: Family, tokens: tuple[int, int]) -> int:
+    """Elements of the widest input of a Linear in a block, for one sample."""
+    shapes = block_shapes(denoiser.blocks(), denoiser.sites(), family, *tokens)
+    return max(shape.tokens * max(site.in_features for site in inside) for shape, inside in shapes)

@@ -16,7 +16,6 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ..dopsd_core.checkpointing import blocks_to_checkpoint, peak_bytes
 from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.footprint import Footprint, estimate
 from ..dopsd_core.training_set import latent_shape
@@ -24,61 +23,53 @@ from .host import ComfyDenoiser
 from .sockets import Conditions
 
 AUTO = "auto"
-_GB = 10**9
+_MB, _GB = 10**6, 10**9
 _MARGIN = 0.95  # of what is free: for the allocator's gaps and the estimate's error
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MemoryPreset:
     """card: the size that it is meant for. budget: what training may take of it. side, rank: what fits comfortably
-    with an fp8 or int8 base. The others are fields of `TrainConfig` that it sets where they are at their defaults.
-    trades: what it gives up, in one sentence."""
+    with an fp8 or int8 base. trades: what it gives up, in one sentence. It takes the frozen teacher and Adam in 8 bits
+    if `lean`, and learns from `grad_steps` of the few, where `TrainConfig` is at its defaults."""
 
     card: int
     budget: int
     side: int
     rank: int
     trades: str
-    frozen_teacher: bool = False
-    eight_bit: bool = False
+    lean: bool = False
     grad_steps: int | None = None
 
 
 MEMORY_PRESETS: Mapping[str, MemoryPreset] = {
     "24 GB": MemoryPreset(
-        card=24 * _GB,
-        budget=int(19.5 * _GB),
-        side=1024,
-        rank=64,
-        trades="only time: blocks that do not fit recompute in the backward",
+        24 * _GB, 19_500 * _MB, 1024, 64, "only time: blocks that do not fit recompute in the backward"
     ),
     "16 GB": MemoryPreset(
-        card=16 * _GB,
-        budget=int(14.5 * _GB),
-        side=1024,
-        rank=64,
-        trades="the teacher's moving average (it is frozen) and Adam's precision (8 bits, if bitsandbytes is there)",
-        frozen_teacher=True,
-        eight_bit=True,
+        16 * _GB,
+        14_500 * _MB,
+        1024,
+        64,
+        "the teacher's moving average (it is frozen) and Adam's precision (8 bits, if bitsandbytes is there)",
+        lean=True,
     ),
     "12 GB": MemoryPreset(
-        card=12 * _GB,
-        budget=int(11.0 * _GB),
-        side=768,
-        rank=32,
-        trades="besides that, half the gradient: it learns from 2 of the few steps, as streamed weights are slow",
-        frozen_teacher=True,
-        eight_bit=True,
+        12 * _GB,
+        11_000 * _MB,
+        768,
+        32,
+        "besides that, half the gradient: it learns from 2 of the few steps, as streamed weights are slow",
+        lean=True,
         grad_steps=2,
     ),
     "8 GB": MemoryPreset(
-        card=8 * _GB,
-        budget=int(7.2 * _GB),
-        side=512,
-        rank=16,
-        trades="besides that, three quarters of the gradient: it learns from 1 of the few steps",
-        frozen_teacher=True,
-        eight_bit=True,
+        8 * _GB,
+        7_200 * _MB,
+        512,
+        16,
+        "besides that, three quarters of the gradient: it learns from 1 of the few steps",
+        lean=True,
         grad_steps=1,
     ),
 }
@@ -135,39 +126,44 @@ def make_plan(
     preset = MEMORY_PRESETS[name]
     config, notes = _with_trades(config, preset, denoiser.device)
     footprint = footprint_of(denoiser, conditions, config)
-    room = budget - footprint.weights - footprint.resident
-    count = blocks_to_checkpoint(footprint.blocks, room)
-    activations = peak_bytes(footprint.blocks, count)
-    streamed = min(max(activations - room, 0), footprint.weights)
+    count = footprint.blocks_to_checkpoint(budget)
+    beside = footprint.total(count) - footprint.weights
+    streamed = min(max(footprint.total(count) - budget, 0), footprint.weights)
     if count:
         notes.append(f"{count} of {len(footprint.blocks)} blocks recompute in the backward (time, no quality)")
     if streamed:
         notes.append(f"{_gb(streamed)} of the weights stay in RAM and stream in (time, no quality)")
-    if footprint.resident + activations > budget:
-        notes.append(f"needs {_gb(footprint.resident + activations)} of {_gb(budget)} even so: {_smaller(preset)}")
+    if beside > budget:
+        notes.append(f"needs {_gb(beside)} of {_gb(budget)} even so: {_smaller(preset)}")
     elif streamed and _is_larger(preset, conditions, config):
         notes.append(f"it would be faster smaller: {_smaller(preset)}")
-    reserve = footprint.resident + activations + max(free - budget, 0)
+    # ComfyUI adds its own reserve to what it is asked to keep free; the plan has counted that already
+    reserve = max(beside + max(free - budget, 0) - int(comfy.model_management.extra_reserved_memory()), 0)
     return MemoryPlan(name, config, footprint, count, streamed, reserve, tuple(notes))
 
 
 def footprint_of(denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig) -> Footprint:
     """What training with this configuration takes."""
-    pairs = conditions.data.pairs
-    students = [*(pair.student for pair in pairs), *conditions.data.anchors]
+    pairs, family = conditions.data.pairs, conditions.family
+    students = [family.tokens(latent_shape(pair), pair.student) for pair in pairs]
+    students += [(0, len(anchor.features)) for anchor in conditions.data.anchors]
+    teachers = [family.tokens(latent_shape(pair), pair.teacher) for pair in pairs]
     return estimate(
         denoiser,
-        conditions.family,
+        family,
         config.lora,
-        max((latent_shape(pair) for pair in pairs), key=_area),
-        max(len(condition.features) for condition in students),
-        max(len(pair.teacher.features) for pair in pairs),
+        _most(students),
+        _most(teachers),
         denoiser.weight_bytes,
         batch=config.batch_size,
         itemsize=denoiser.compute_dtype.itemsize,
-        teacher=config.teacher,
+        teacher_kind=config.teacher,
         eight_bit=config.optimizer == "adamw8bit",
     )
+
+
+def _most(tokens: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return max(image for image, _ in tokens), max(text for _, text in tokens)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -214,10 +210,10 @@ def _with_trades(config: TrainConfig, preset: MemoryPreset, device: torch.device
     """The preset's trades where the user left the defaults, and a line for each."""
     changes: dict[str, Any] = {}
     notes = []
-    if preset.frozen_teacher and config.teacher == "ema":
+    if preset.lean and config.teacher == "ema":
         changes["teacher"] = "frozen"
         notes.append("the teacher is the frozen model, not a moving average of the student")
-    if preset.eight_bit and config.optimizer == "adamw" and can_use_8bit(device):
+    if preset.lean and config.optimizer == "adamw" and can_use_8bit(device):
         changes["optimizer"] = "adamw8bit"
         notes.append("Adam's moments in 8 bits")
     wanted = preset.grad_steps

@@ -153,25 +153,25 @@ def test_training_ends_with_the_same_bits(tmp_path) -> None:
 SIZES = st.lists(st.builds(BlockBytes, st.integers(20, 100), st.integers(0, 10)), max_size=8)
 
 
-@given(SIZES, st.integers(0, 900))
-def test_the_fewest_blocks_that_fit(blocks: list[BlockBytes], budget: int) -> None:
-    count = blocks_to_checkpoint(blocks, budget)
-    peaks = [peak_bytes(blocks, n) for n in range(len(blocks) + 1)]
+@given(SIZES, st.integers(0, 900), st.integers(0, 90), st.integers(0, 90))
+def test_the_fewest_blocks_that_fit(blocks: list[BlockBytes], budget: int, forward: int, backward: int) -> None:
+    count = blocks_to_checkpoint(blocks, budget, forward, backward)
+    peaks = [peak_bytes(blocks, n, forward, backward) for n in range(len(blocks) + 1)]
     assert peaks[count] <= budget or count == len(blocks)
     assert all(peak > budget for peak in peaks[:count])
 
 
-@given(SIZES)
-def test_the_peak_is_that_of_a_simulated_step(blocks: list[BlockBytes]) -> None:
-    """Walks forward and backward and keeps books, instead of the closed form."""
+@given(SIZES, st.integers(0, 90), st.integers(0, 90))
+def test_the_peak_is_that_of_a_simulated_step(blocks: list[BlockBytes], forward: int, backward: int) -> None:
+    """Walks forward, teacher and backward and keeps books, instead of the closed form."""
     for count in range(len(blocks) + 1):
         alive = [block.entry if i < count else block.kept for i, block in enumerate(blocks)]
-        highest = sum(alive)
+        highest = sum(alive) + forward
         for i in reversed(range(len(blocks))):
-            if i < count:
-                highest = max(highest, sum(alive) + blocks[i].kept)
+            recomputed = blocks[i].kept if i < count else 0
+            highest = max(highest, sum(alive) + recomputed + backward)
             alive[i] = 0
-        assert peak_bytes(blocks, count) == highest
+        assert peak_bytes(blocks, count, forward, backward) == max(highest, backward)
 
 
 def test_equal_blocks_need_no_room_for_recomputing() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..lora_config import LoraConfig
 from ..model import BlockShape, PartsOf, SitePart
+
+if TYPE_CHECKING:
+    from ..conditioning import Condition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +22,10 @@ class Family:
     pixel_multiple: both sides of a training picture are multiples of it.
     lora_targets: patterns over part names, for `LoraConfig.targets`. key_prefix: stands before part names in LoRA
     files. native_parts: (module path, rows) of a Linear in the original, fused network -> its parts under diffusers'
-    names. block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens, text
-    tokens) -> what that block works on. teachers: names in `teachers.TEACHERS` that the model can have, its default
-    first. patch: latent pixels on a side of an image token. rollout_steps, sample_steps: of training and of inference.
+    names. block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens of latent
+    and references, text tokens) -> what that block works on. teachers: names in `teachers.TEACHERS` that the model can
+    have, its default first. patch: latent pixels on a side of an image token. rollout_steps, sample_steps: of training
+    and of inference.
     lora_rank, lora_alpha, learning_rate, paper_steps: the paper's settings.
     """
 
@@ -59,6 +64,11 @@ class Family:
     def image_tokens(self, height: int, width: int) -> int:
         """Tokens of a latent of that size: one per patch."""
         return (height // self.patch) * (width // self.patch)
+
+    def tokens(self, latent: Sequence[int], condition: Condition) -> tuple[int, int]:
+        """(image, text) tokens of a forward on a latent [C, h, w]; references join the image's."""
+        shapes = [latent, *(reference.shape for reference in condition.reference_latents)]
+        return sum(self.image_tokens(*shape[-2:]) for shape in shapes), len(condition.features)
 
     def lora_config(self, rank: int | None = None, alpha: float | None = None) -> LoraConfig:
         """The family's targets; rank as in the paper unless given, alpha at the paper's alpha / rank unless given."""

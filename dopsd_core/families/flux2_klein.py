@@ -37,19 +37,19 @@ def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
 
 
 def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_tokens: int) -> BlockShape:
-    """Per token a double-stream block keeps 11 D + 4 F elements and a single-stream block 10 D + 4 F, D its width and
+    """Per token a double-stream block keeps 12 D + 4 F elements and a single-stream block 9 D + 4 F, D its width and
     F its MLP's.
 
-    D, double: inputs of the norms 2, of qkv, proj and MLP 3, qkv 3, q, k, v after RoPE 3. Single: input of the norm 1,
-    of its first Linear 1, qkv 3, q, k, v 3, attention 1, and its part in the input of the second Linear 1.
-    F: the gated pair 2, silu 1, the product 1. Texts are padded to 512 tokens.
+    D, double: inputs of the norms 2, of qkv, proj and MLP 3, qkv 3, q, k after RoPE and v 3, attention 1. Single: input
+    of the norm 1, of its first Linear 1, qkv 3 (v among them), q, k after RoPE 2, attention 1 and its copy in the input
+    of the second Linear 1. F: the gated pair 2, silu 1, the product 1. Texts are padded to 512 tokens.
     """
     tokens = image_tokens + max(text_tokens, 512)
     if "attn.to_qkv_mlp_proj" in inputs:
         dim = inputs["attn.to_qkv_mlp_proj"]
-        return BlockShape(tokens, dim, 10 * dim + 4 * (inputs["attn.to_out"] - dim))
+        return BlockShape(tokens, dim, 9 * dim + 4 * (inputs["attn.to_out"] - dim))
     dim = inputs["attn.to_q"]
-    return BlockShape(tokens, dim, 11 * dim + 4 * inputs["ff.linear_out"])
+    return BlockShape(tokens, dim, 12 * dim + 4 * inputs["ff.linear_out"])
 
 
 FLUX2_KLEIN = Family(

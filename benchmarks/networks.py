@@ -1,0 +1,63 @@
+"""The real architectures as ComfyUI's own classes (it must be importable), of any size, with random weights or none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def z_image(layers: int = 30, heads: int = 30, refiners: int = 2) -> tuple[str, dict[str, Any]]:
+    """Z-Image of so many main blocks and width 128 * `heads`, as ComfyUI's detection configures it."""
+    return "ZImage", {
+        "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 128 * heads, "cap_feat_dim": 2560,
+        "n_layers": layers, "n_refiner_layers": refiners, "qk_norm": True, "n_heads": heads, "n_kv_heads": heads,
+        "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0,
+        "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+    }  # fmt: skip
+
+
+def klein(double: int = 5, single: int = 20, heads: int = 24, context: int = 7680) -> tuple[str, dict[str, Any]]:
+    """FLUX.2-klein 4B, or of so many blocks and width 128 * `heads`; the 9B is 8, 24, 32 and 12288."""
+    return "Flux2", {
+        "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "num_heads": heads, "mlp_ratio": 3.0, "theta": 2000,
+        "out_channels": 128, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False,
+        "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3], "in_channels": 128,
+        "hidden_size": 128 * heads, "context_in_dim": context, "patch_size": 1, "vec_in_dim": None, "depth": double,
+        "depth_single_blocks": single, "guidance_embed": False, "yak_mlp": False, "txt_norm": False,
+    }  # fmt: skip
+
+
+def build(
+    network: tuple[str, Mapping[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    compute: torch.dtype | None = None,
+    load_device: torch.device | None = None,
+) -> Any:
+    """The MODEL (ModelPatcher), as a loader node makes it, with weights in `dtype` on `device` that are not filled in.
+
+    compute: the dtype of activations, where it is another. load_device: where it runs, `device` if not given.
+    """
+    supported, patcher = (importlib.import_module(f"comfy.{name}") for name in ("supported_models", "model_patcher"))
+    kind, settings = network
+    config = getattr(supported, kind)(dict(settings))
+    config.set_inference_dtype(dtype, compute)
+    with torch.inference_mode():
+        model = config.get_model({}, "", device=device)
+    return patcher.ModelPatcher(model, load_device=load_device or device, offload_device=device)
+
+
+def fill(module: nn.Module, device: torch.device) -> nn.Module:
+    """Random values in place, of a size that keeps activations near 1; drawn on `device`, where that is fast."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim >= 2:
+                noise = torch.randn(parameter.shape, device=device, dtype=torch.float32)
+                parameter.copy_(noise.mul_(parameter[0].numel() ** -0.5))
+            else:
+                parameter.copy_(torch.ones(parameter.shape))
+    return module
