@@ -97,6 +97,11 @@ class Painter:
                 latents[row] = latent
         return [self._decode(latent) for latent in latents if latent is not None]
 
+    def sources(self, conditions: Sequence[Condition]) -> list[Tensor]:
+        """The first reference picture [3, H, W] of each condition that has one."""
+        firsts = [condition.reference_latents[0] for condition in conditions if condition.reference_latents]
+        return [self._decode(latent.to(self.denoiser.device)) for latent in firsts]
+
     def _sample(self, conditions: Sequence[Condition], shape: tuple[int, ...], rows: Sequence[int]) -> Tensor:
         family, device = self.denoiser.family, self.denoiser.device
         sigmas = family.sigmas(self._steps, shape[2] * family.downscale, shape[1] * family.downscale)
@@ -111,25 +116,29 @@ class Painter:
 
 
 class TrainingPreview:
-    """A sheet per preview step: the untouched model, the teacher and the student on the same prompts and noise."""
+    """A sheet per preview step: untouched model, teacher and student on the same prompts and noise; sources of edits."""
 
     def __init__(self, painter: Painter, prompts: Sequence[PreviewPrompt], reload: Callable[[], None]) -> None:
         self._painter, self._prompts, self._reload = painter, prompts, reload
         self._shapes = [prompt.latent_shape for prompt in prompts]
         self._base: list[Tensor] | None = None
+        self._sources: list[Tensor] = []
 
     def sheet(self, title: str, adapters: AdapterSet) -> Image.Image:
-        """Draws all three; the base only the first time."""
+        """Draws all of them; the base and the sources only the first time."""
         texts = [prompt.text for prompt in self._prompts]
         alone = [prompt.student for prompt in self._prompts]
         if self._base is None:
+            self._sources = self._painter.sources(alone)
             self._base = self._draw(adapters, "off", alone)
         student = self._draw(adapters, "student", alone)
         teacher = self._draw(adapters, "teacher", [prompt.teacher for prompt in self._prompts])
+        edits = bool(self._sources)
         rows = [
-            Row("before", "the untouched model", self._base, texts),
-            Row("teacher", "sees a training picture", teacher),
-            Row("student", "reads the prompt alone", student),
+            *([Row("source", "what the edit starts from", self._sources, texts)] if edits else []),
+            Row("before", "the untouched model", self._base, () if edits else texts),
+            Row("teacher", "sees a wanted result" if edits else "sees a training picture", teacher),
+            Row("student", "source and instruction" if edits else "reads the prompt alone", student),
         ]
         return contact_sheet(title, rows, tile=TILE)
 
