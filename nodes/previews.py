@@ -116,7 +116,7 @@ class Painter:
 
 
 class TrainingPreview:
-    """A sheet per preview step: untouched model, teacher and student on the same prompts and noise; sources of edits."""
+    """A sheet per preview step: untouched model, teacher and student on one and the same noise; sources of edits."""
 
     def __init__(self, painter: Painter, prompts: Sequence[PreviewPrompt], reload: Callable[[], None]) -> None:
         self._painter, self._prompts, self._reload = painter, prompts, reload
