@@ -71,7 +71,7 @@ def test_the_teacher_is_looked_at_alone(page: ComfyPage) -> None:
     assert page.wait_for_end(120) == "execution_success"
     graph = page.saved()["output"]
     ran = {graph[detail["node"]]["class_type"] for kind, detail in page.heard() if kind == "executed"}
-    assert ran == {"DOPSD_LoadDataset", "DOPSD_TeacherPreview"}
+    assert ran - {"DOPSD_LoadDataset"} == {"DOPSD_TeacherPreview"}  # the data set may come from the cache
 
 
 def test_cancel_from_the_page_and_run_again(page: ComfyPage) -> None:
