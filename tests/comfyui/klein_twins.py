@@ -104,22 +104,27 @@ def vaes(seed: int = 4) -> tuple[Any, Any]:
     return ours, theirs.eval().requires_grad_(False)
 
 
-def clips(seed: int = 1) -> tuple[Any, Any, Any]:
-    """(ComfyUI's CLIP, transformers' Qwen3 with its weights, a tokenizer with klein's template)."""
+def clips(seed: int = 1, name: str = "qwen3_4b") -> tuple[Any, Any, Any]:
+    """(ComfyUI's CLIP, transformers' Qwen3 with its weights, a tokenizer with klein's template).
+
+    name: "qwen3_4b", or "qwen3_8b" for the text encoder of klein 9B.
+    """
     import comfy.sd
     from comfy.supported_models_base import ClipTarget
     from comfy.text_encoders import flux
     from transformers import Qwen3Config, Qwen3Model
 
     with torch.inference_mode():
-        target = ClipTarget(flux.KleinTokenizer, flux.klein_te(model_type="qwen3_4b"))
-        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, "qwen3_4b_model_config": TEXT})
+        kind = flux.KleinTokenizer8B if name == "qwen3_8b" else flux.KleinTokenizer
+        target = ClipTarget(kind, flux.klein_te(model_type=name))
+        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, f"{name}_model_config": TEXT})
         toy.fill(clip.cond_stage_model, seed)
     rope = {"rope_type": "default", "rope_theta": 1e6}
     shape: dict[str, Any] = {**TEXT, "vocab_size": 151936, "head_dim": 128}
     encoder = Qwen3Model(Qwen3Config(**shape, rope_parameters=rope))
-    encoder.load_state_dict(clip.cond_stage_model.qwen3_4b.transformer.model.state_dict())
-    tokenizer = clip.tokenizer.qwen3_4b.tokenizer
+    weights = getattr(clip.cond_stage_model, name).transformer.model.state_dict()
+    encoder.load_state_dict({key: value for key, value in weights.items() if key != "lm_head.weight"})
+    tokenizer = getattr(clip.tokenizer, name).tokenizer
     tokenizer.chat_template = CHAT  # ComfyUI never reads it
     return clip, encoder.eval().requires_grad_(False), tokenizer
 

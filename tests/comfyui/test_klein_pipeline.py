@@ -44,15 +44,20 @@ def as_image(picture: Image.Image) -> Tensor:
     return torch.from_numpy(numpy.asarray(picture).copy()).float()[None] / 255
 
 
-def test_texts(ours: dict[str, Any]) -> None:
-    """All 512 positions, padding included."""
+@pytest.mark.parametrize("name", ["qwen3_4b", "qwen3_8b"])
+def test_texts(comfyui: ComfyUI, ours: dict[str, Any], name: str) -> None:
+    """All 512 positions, padding included; through the encoder of Build Teacher Condition."""
+    clip, pipe = ours["clip"], ours["pipe"]
+    if name == "qwen3_8b":
+        clip, encoder, tokenizer = comfyui.call(klein_twins.clips, 1, name)
+        pipe = klein_twins.pipeline(ours["pipe"].transformer, ours["pipe"].vae, encoder, tokenizer)
+    host = comfyui.module("nodes.encoder").ComfyEncoder(clip, ours["vae"], None)
     for text in (PROMPT, "", "[V] " * 90):
-        with torch.inference_mode():
-            got = ours["clip"].encode_from_tokens(ours["clip"].tokenize(text))
+        got = comfyui.call(in_inference_mode, host.encode_text, text).features
         with torch.no_grad():
-            wanted, _ = ours["pipe"].encode_prompt(text)
-        assert got.shape == (1, 512, 96)
-        assert twins.relative(got, wanted) < 1e-5
+            wanted, _ = pipe.encode_prompt(text)
+        assert got.shape == (512, 96)
+        assert twins.relative(got, wanted[0]) < 1e-5
 
 
 def test_latents_of_pictures(comfyui: ComfyUI, ours: dict[str, Any], sources: list[Image.Image]) -> None:
