@@ -49,12 +49,16 @@ def send_text(cls: Any, text: str) -> None:
 def fingerprint(patcher: Any) -> str:
     """16 hex digits: other for other weights or patches, cheap for any size.
 
-    Of every parameter name and shape, of the one-dimensional ones (norms, biases) also the values: they differ
-    between any two checkpoints, are small, and stay readable where matrices are quantised.
+    Of every parameter name, shape and form, of the one-dimensional ones (norms, biases) also the values: they differ
+    between any two checkpoints, are small, and stay readable where matrices are quantised. Not of the quantised ones'
+    scales: those are others while a LoRA is patched in.
     """
     digest = hashlib.sha256()
     for name, parameter in patcher.model.named_parameters():
-        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}\n".encode())
+        form = str(parameter.dtype)
+        if isinstance(parameter, QuantizedTensor):  # calls itself what it computes in
+            form += f" {parameter._layout_cls} {getattr(parameter._params, 'convrot', '')}"
+        digest.update(f"{name}|{tuple(parameter.shape)}|{form}\n".encode())
         if parameter.ndim == 1 and parameter.is_floating_point() and not parameter.is_meta:
             digest.update(parameter.detach().float().cpu().numpy().tobytes())
     for key, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):

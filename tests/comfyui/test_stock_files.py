@@ -17,6 +17,7 @@ from inprocess import ROOT, ComfyUI
 from PIL import Image, ImageStat
 from runs import Run
 from safetensors import safe_open
+from torch import Tensor
 
 Stock = Callable[..., None]
 
@@ -28,6 +29,9 @@ PAIRS = {
 """A workflow that trains, and the one that samples with its LoRA."""
 LOOKS = ("z_image_turbo_teacher_preview", "compare")
 """Those that only show pictures, of the data set and of the LoRA of z_image_turbo_train."""
+UP_TO_CONDITIONS = (
+    "CLIPLoader", "VAELoader", "DOPSD_LoadTeacherVision", "DOPSD_LoadDataset", "DOPSD_BuildTeacherCondition",
+)  # fmt: skip
 VERY_SHORT = {"steps": 2, "preview_every": 2, "probe_every": 2}
 
 
@@ -103,6 +107,29 @@ def test_samples_with_what_was_trained(
     without = comfyui.execute(graph, keep_cache=True)
     (drawn,), (base,) = pictures(comfyui, with_it), pictures(comfyui, without)
     assert varies(drawn) and drawn.tobytes() != base.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("workflow", "file"),
+    [("z_image_turbo_teacher_preview", "qwen_3_4b_fp8_mixed"), ("klein_train", "qwen_3_4b_fp8_scaled")],
+)
+def test_conditions_of_an_8_bit_text_encoder(
+    comfyui: ComfyUI, train: Callable[[str], Run], workflow: str, file: str
+) -> None:
+    """Near those of the plain file; and not those, from the cache."""
+
+    def features(name: str) -> list[Tensor]:
+        graph = {k: node for k, node in shrunk(shipped(workflow)).items() if node["class_type"] in UP_TO_CONDITIONS}
+        graph[node_of(graph, "CLIPLoader")]["inputs"]["clip_name"] = f"{name}.safetensors"
+        conditions = node_of(graph, "DOPSD_BuildTeacherCondition")
+        graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": [conditions, 0]}}
+        run = comfyui.execute(graph)
+        assert run.status == "success", run.error
+        pairs = run.value(conditions).data.pairs
+        return [condition.features for pair in pairs for condition in (pair.student, pair.teacher)]
+
+    for rounded, plain in zip(features(file), features("qwen_3_4b"), strict=True):
+        assert 1e-3 < (rounded - plain).norm() / plain.norm() < 0.3  # 28 layers of random weights, 3 % each
 
 
 @pytest.mark.parametrize("name", LOOKS)
