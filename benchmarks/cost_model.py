@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dopsd_core.checkpointing import block_shapes
 from dopsd_core.families import Family
 from dopsd_core.lora_config import LoraConfig, match_targets
-from dopsd_core.model import Denoiser
+from dopsd_core.model import Denoiser, LinearSite
 
 FUSED_ATTENTION_BACKWARD = 2.5
 """Matrix products of attention's backward over those of its forward: 5 against 2, as scores are computed again."""
@@ -37,26 +37,42 @@ class PassCost:
         return sum(self.blocks[:count])
 
 
-def pass_cost(denoiser: Denoiser, family: Family, lora: LoraConfig, image_tokens: int, text_tokens: int) -> PassCost:
-    """From the widths of the Linears. Embedders and the output layer run on image tokens, modulations on one token."""
+def pass_cost(denoiser: Denoiser, family: Family, lora: LoraConfig, tokens: tuple[int, int]) -> PassCost:
+    """From the widths of the Linears and the (image, text) tokens, `Family.tokens`."""
+    image, text = tokens
     sites = denoiser.sites()
     names = match_targets([part.name for site in sites for part in site.parts], lora.targets)
-    shapes = block_shapes(denoiser.blocks(), sites, family, image_tokens, text_tokens)
+    shapes = block_shapes(denoiser.blocks(), sites, family, image, text)
     inside = {site.name for _, members in shapes for site in members}
-    linears = attention = adapters = 0.0
-    for site in sites:
-        if site.name not in inside:
-            tokens = text_tokens if site.name.startswith("cap_embedder") else image_tokens
-            linears += 2.0 * _tokens(site.name, tokens) * site.in_features * site.out_features
+    outside = [site for site in sites if site.name not in inside]
+    linears = sum(2.0 * _tokens(s, image, text, image) * s.in_features * s.out_features for s in outside)
+    attention = adapters = 0.0
     blocks = []
     for shape, members in shapes:
-        own = sum(2.0 * _tokens(s.name, shape.tokens) * s.in_features * s.out_features for s in members)
-        parts = [(site, part) for site in members for part in site.parts if part.name in names]
-        low_rank = sum(2.0 * shape.tokens * lora.rank * (s.in_features + p.out_features) for s, p in parts)
+        own = low_rank = 0.0
+        for site in members:
+            length = _tokens(site, image, shape.tokens - image, shape.tokens)
+            widths = [site.in_features + part.out_features for part in site.parts if part.name in names]
+            own += 2.0 * length * site.in_features * site.out_features
+            low_rank += 2.0 * length * lora.rank * sum(widths)
         scores = 4.0 * shape.tokens**2 * shape.width
         linears, attention, adapters = linears + own, attention + scores, adapters + low_rank
         blocks.append(own + scores + low_rank)
     return PassCost(linears, attention, adapters, tuple(blocks))
+
+
+_OF_TEXT = ("cap_embedder", "context_embedder", "txt_in", "attn.add_", "to_add_out", "ff_context")
+_OF_TIME = ("adaLN", "modulation", "t_embedder", "time_", "norm_out")
+
+
+def _tokens(site: LinearSite, image: int, text: int, whole: int) -> int:
+    """How many tokens a Linear works on, by its name: those of one stream, one (the time), or the whole sequence."""
+    name = site.parts[0].name
+    if any(word in name for word in _OF_TEXT):
+        return text
+    if any(word in name for word in _OF_TIME):
+        return 1
+    return image if name.startswith("transformer_blocks.") else whole
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,3 @@ class StepCost:
     def forward_equivalents(self) -> float:
         """In forwards of the student."""
         return self.flops / self.student.forward()
-
-
-def _tokens(name: str, tokens: int) -> int:
-    return 1 if any(word in name for word in ("adaLN", "modulation", "t_embedder", "time_in")) else tokens

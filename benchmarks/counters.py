@@ -1,4 +1,4 @@
-"""Bytes that are alive, counted op by op, also of steps that no machine here could hold.
+"""Bytes that are alive and FLOPs, counted op by op, also of steps that no machine here could hold.
 
 In a dry run the network lies on torch's "meta" device: tensors have shapes and no contents, so that a step at the real
 size takes seconds and no memory. Every op goes through autograd and the counters as it would on a GPU, with the kernels
@@ -19,6 +19,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 META = torch.device("meta")
+
+
+def _attention_flop(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """Scores and values, from the shapes [B, H, L, d]."""
+    batch, heads, length, width = query
+    return 4 * batch * heads * length * key[2] * width
+
+
+def _attention_backward_flop(_: Any, query: Any, key: Any, *__: Any, **___: Any) -> int:
+    """Five products where the forward has two."""
+    return 5 * _attention_flop(query, key) // 2
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+}
+"""For FlopCounterMode, which leaves these two out."""
 
 
 class LiveBytes(TorchDispatchMode):

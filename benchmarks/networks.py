@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
 
 
 def z_image(layers: int = 30, heads: int = 30, refiners: int = 2) -> tuple[str, dict[str, Any]]:
@@ -61,3 +70,63 @@ def fill(module: nn.Module, device: torch.device) -> nn.Module:
             else:
                 parameter.copy_(torch.ones(parameter.shape))
     return module
+
+
+# -- behind a Denoiser -------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Network:
+    """A random network behind a Denoiser. memory: `nodes.memory`, if it is ComfyUI's."""
+
+    title: str
+    denoiser: Any
+    module: nn.Module
+    memory: Any = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the network."""
+        return sum(p.numel() * p.itemsize for p in self.module.parameters())
+
+    def trainable(self, shape: Sequence[int], reserve: int = 0) -> Any:
+        """Ready for gradients, inside the `with`."""
+        return self.denoiser.trainable(shape, reserve) if hasattr(self.denoiser, "trainable") else nullcontext()
+
+
+def comfyui(
+    network: tuple[str, Mapping[str, Any]], device: torch.device, dtype: torch.dtype, weights: torch.dtype | None = None
+) -> Network:
+    """ComfyUI's class and the denoiser of our training node. weights: their dtype where it is another; they are made
+    in RAM then, as a loader node does it."""
+    modules = pack(device)
+    home = torch.device("cpu") if weights and device.type == "cuda" else device
+    model = build(network, home, weights or dtype, dtype if weights else None, device)
+    module = model.model.diffusion_model
+    if device.type != "meta":
+        with torch.inference_mode():
+            fill(module, device)
+    return Network("ComfyUI", modules("host").ComfyDenoiser(model), module, modules("memory"))
+
+
+def diffusers(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Network:
+    """diffusers' class."""
+    with torch.device(device):
+        denoiser = make()
+    nn.Module.to(denoiser.transformer, dtype)
+    fill(denoiser.transformer, device)
+    return Network("diffusers", denoiser, denoiser.transformer)
+
+
+def pack(device: torch.device) -> Callable[[str], Any]:
+    """name -> module of our `nodes` folder, without ComfyUI's server and without registering any node."""
+    if "dopsd_pack" not in sys.modules:
+        sys.path.insert(0, str(COMFYUI))
+        importlib.import_module("comfy.options")
+        importlib.import_module("comfy.cli_args").args.cpu = device.type != "cuda"
+        sys.modules.setdefault("server", types.SimpleNamespace(PromptServer=None))  # type: ignore[arg-type]
+        for name, path in (("dopsd_pack", ROOT), ("dopsd_pack.nodes", ROOT / "nodes")):
+            package = types.ModuleType(name)
+            package.__path__ = [str(path)]
+            sys.modules[name] = package
+    return lambda name: importlib.import_module(f"dopsd_pack.nodes.{name}")

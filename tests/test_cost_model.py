@@ -7,13 +7,14 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost_model import WRITTEN_OUT_ATTENTION_BACKWARD, StepCost, pass_cost
 from dopsd_core.adapters import AdapterSet, TeacherKind
 from dopsd_core.checkpointing import checkpointed
 from dopsd_core.conditioning import Condition, DualCondition
-from dopsd_core.families import Z_IMAGE
+from dopsd_core.families import FLUX2_KLEIN, Z_IMAGE
 from dopsd_core.objectives import DOPSD, ObjectiveInputs
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,7 +37,7 @@ def denoiser():
 
 def model(denoiser, **settings) -> StepCost:
     image = Z_IMAGE.image_tokens(SIDE, SIDE)
-    student, teacher = (pass_cost(denoiser, Z_IMAGE, CONFIG, image, text) for text in (STUDENT, TEACHER))
+    student, teacher = (pass_cost(denoiser, Z_IMAGE, CONFIG, (image, text)) for text in (STUDENT, TEACHER))
     return StepCost(student, teacher, attention_factor=WRITTEN_OUT_ATTENTION_BACKWARD, **settings)
 
 
@@ -63,7 +64,7 @@ def test_a_whole_step(denoiser, count: int) -> None:
 def test_a_frozen_teacher_has_no_lora(denoiser) -> None:
     got = counted(denoiser, DOPSD(), teacher="frozen")
     assert got == pytest.approx(model(denoiser, teacher_has_lora=False).flops, rel=0.05)
-    saved = 4 * pass_cost(denoiser, Z_IMAGE, CONFIG, Z_IMAGE.image_tokens(SIDE, SIDE), TEACHER).lora
+    saved = 4 * model(denoiser).teacher.lora
     assert counted(denoiser, DOPSD()) - got == pytest.approx(saved, rel=0.01)
 
 
@@ -88,3 +89,49 @@ def test_frozen_weights_have_no_gradient(denoiser) -> None:
     """A backward with weight gradients would be two forwards of the Linears; ours is one."""
     student = model(denoiser).student
     assert student.backward(0.0) - 2 * student.lora == student.linears
+
+
+# -- FLUX.2-klein: two streams, references ----------------------------------------------------------------------------
+
+KLEIN_SIDE, KLEIN_TEXT = 12, 512
+TEACHERS = {"vlm": (0, 0), "edit": (0, 1), "edit_target": (1, 2)}
+"""References of student and teacher."""
+
+
+@pytest.fixture(scope="module")
+def klein():
+    from benchmarks.diffusers_hosts import klein
+
+    torch.manual_seed(0)
+    return klein(
+        2, 2, 4, 12, attention_head_dim=32, axes_dims_rope=(8, 8, 8, 8), in_channels=8, timestep_guidance_channels=16
+    )
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_whole_step_of_klein(klein, name: str, count: int) -> None:
+    """The teacher's references lengthen its forward alone; the student's those of forward, backward and recomputing."""
+    config = FLUX2_KLEIN.lora_config(8)
+    generator = torch.Generator().manual_seed(0)
+    latent = (8, KLEIN_SIDE, KLEIN_SIDE)
+    student, teacher = (
+        Condition(
+            torch.randn(KLEIN_TEXT, 12, generator=generator), tuple(torch.randn(latent) for _ in range(references))
+        )
+        for references in TEACHERS[name]
+    )
+    pair = DualCondition(student, teacher, torch.zeros(latent), "caption", "key")
+    adapters = AdapterSet(klein.sites(), config)
+    inputs = ObjectiveInputs(klein, adapters, [pair], torch.randn(1, *latent), (1.0, 0.8, 0.0), generator)
+    with (
+        sdpa_kernel([SDPBackend.MATH]),
+        adapters.attached(),
+        checkpointed(klein.blocks(), count),
+        FlopCounterMode(display=False) as counter,
+    ):
+        DOPSD().backward(inputs)
+    seen, read = (pass_cost(klein, FLUX2_KLEIN, config, FLUX2_KLEIN.tokens(latent, c)) for c in (student, teacher))
+    factor = WRITTEN_OUT_ATTENTION_BACKWARD
+    wanted = StepCost(seen, read, 2, 2, checkpoint_blocks=count, attention_factor=factor)
+    assert counter.get_total_flops() == pytest.approx(wanted.flops, rel=0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,9 @@ META = torch.device("meta")
 
 def benchmark(name: str) -> Any:
     """A module of `benchmarks` that imports nothing of ours."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -220,7 +221,7 @@ def test_the_real_models_lora_and_activations(comfyui: ComfyUI) -> None:
 
 
 def test_references_count_where_they_are_seen(comfyui: ComfyUI) -> None:
-    """The student's are kept for the backward, the teacher's live for a moment, those of a Z-Image are none."""
+    """The student's are kept for the backward, the teacher's live for a moment."""
 
     def footprint(student: int, teacher: int) -> Any:
         case = Case(comfyui, real(networks.klein(1, 1)), (128, 32, 32), (512, 512), (student, teacher))

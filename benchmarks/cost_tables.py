@@ -1,0 +1,79 @@
+"""The tables of docs/cost.md, by formula: what a step costs, and what the training node plans.
+
+python -m benchmarks.cost_tables            from the root of the checkout; needs ComfyUI, a minute
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from benchmarks import klein_cost, networks, zimage_cost
+from benchmarks.cost_model import StepCost, pass_cost
+from benchmarks.counters import META
+from benchmarks.real_size import GB, make_plan, say
+from benchmarks.real_step import Subject
+from dopsd_core.config import TrainConfig
+
+SIDES, K = (512, 768, 1024), 4
+PRESETS = (("24 GB", 64), ("16 GB", 64), ("12 GB", 32), ("8 GB", 16))
+BASES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+def costs(name: str, subject: Subject) -> None:
+    """Of one optimizer step on one sample at rank 64."""
+    network, family = networks.comfyui(subject.comfyui, META, torch.bfloat16), subject.family
+    for side in SIDES:
+        latent = family.latent_shape(side, side)
+        student, teacher = (
+            pass_cost(network.denoiser, family, family.lora_config(), family.tokens(latent, condition))
+            for condition in subject.conditions(side, META)
+        )
+        whole = StepCost(student, teacher, K, K)
+        every = replace(whole, checkpoint_blocks=len(student.blocks))
+        few = [f"{replace(whole, grad_steps=m).forward_equivalents:.1f} S" for m in (2, 1)]
+        parts = [f"{flops / 1e12:.1f}" for flops in (student.forward(), teacher.forward(), student.backward())]
+        steps = [f"{cost.flops / 1e12:.0f}, {cost.forward_equivalents:.1f} S" for cost in (whole, every)]
+        say("| " + " | ".join([name, str(side), *parts, *steps, *few]) + " |\n")
+
+
+def plans(name: str, subject: Subject, base: str) -> None:
+    """What each preset does at each resolution: peak, blocks that recompute, weights that stay in RAM."""
+    weights = BASES[base]
+    network = networks.comfyui(subject.comfyui, META, torch.bfloat16, None if weights == torch.bfloat16 else weights)
+    config = TrainConfig(lora=subject.family.lora_config(), anchor_probability=0.0)
+    for preset, rank in PRESETS:
+        cells = []
+        for side in reversed(SIDES):
+            plan = make_plan(subject, network, preset, side, rank, config)
+            streamed = f", {plan.streamed / GB:.1f} in RAM" if plan.streamed else ""
+            cells.append(f"{plan.peak / GB:.1f}: {plan.checkpoint_blocks} of {len(plan.footprint.blocks)}{streamed}")
+        say("| " + " | ".join([f"{name}, {base} {network.weight_bytes / GB:.1f}", preset, str(rank), *cells]) + " |\n")
+
+
+def main() -> None:
+    klein = {f"klein {size}, {teacher}": klein_cost.subject(size, teacher) for size, teacher in klein_cost_rows()}
+    say(
+        "| model, teacher | side | S, TFLOP | T | B | step | all blocks recompute | m = 2 of 4 | m = 1 |\n"
+        + "|---" * 9
+        + "|\n"
+    )
+    for name, subject in {"Z-Image": zimage_cost.subject(), **klein}.items():
+        costs(name, subject)
+    say("\n| model, base in GB | memory | rank | 1024 | 768 | 512 |\n" + "|---" * 6 + "|\n")
+    for name, subject in {
+        "Z-Image": zimage_cost.subject(),
+        "klein 4B": klein_cost.subject("4B"),
+        "klein 9B": klein_cost.subject("9B"),
+    }.items():
+        for base in BASES:
+            plans(name, subject, base)
+
+
+def klein_cost_rows() -> list[tuple[str, str]]:
+    return [("4B", "edit"), ("4B", "vlm"), ("4B", "edit_target"), ("9B", "edit")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What the benchmarks at real size share: a network with a LoRA, our step and a plain re-statement of the authors',
+counters, the table. The scripts: zimage_cost, klein_cost.
+
+    --device cuda   measures: seconds, peak memory, utilisation
+    --device cpu    the same, reduced in size; the peak is that of tensors and FLOPs are counted, both op by op
+    --device meta   a dry run at full size: no seconds, but peak and FLOPs counted as on a GPU (ComfyUI only)
+
+Variants: ours with no block recomputing, with all of them, and (ComfyUI only) under each memory preset; and the
+authors' loop: the graphs of all K steps alive until one backward, all blocks recomputing, text encoders of the real
+shapes resident and run in every step. Their VAE is left out, which is in their favour. Network: ComfyUI's own class
+behind our node's denoiser where $COMFYUI_PATH (or ~/comfy/ComfyUI) is a checkout, else diffusers'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import platform
+import sys
+import types
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import counters, networks
+from benchmarks.authors_encoders import AuthorsEncoders
+from benchmarks.networks import Network
+from benchmarks.real_step import GB, Bench, Row, Subject, matmul_rate
+from dopsd_core import objectives
+from dopsd_core.conditioning import DualCondition
+from dopsd_core.config import TrainConfig
+
+HEAD = (
+    "| variant | side | rank | s/step | peak GB | recompute | TFLOP | utilisation | counted | |\n" + "|---" * 10 + "|\n"
+)
+
+
+class Session:
+    """Device, options and the rows so far."""
+
+    def __init__(self, subject: Subject, args: argparse.Namespace, device: torch.device) -> None:
+        self.subject, self.args, self.device = subject, args, device
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.rate = 0.0 if self.device.type == "meta" else matmul_rate(self.device, self.dtype)
+        self.rows: list[Row] = []
+        lora = subject.family.lora_config(args.rank)
+        self.config = TrainConfig(lora=lora, rollout_steps=args.rollout_steps, anchor_probability=0.0)
+
+    def add(self, row: Row, make: Callable[[Row], Row]) -> None:
+        """Fills a row in and prints it; running out of memory is a row too."""
+        try:
+            make(row)
+        except torch.OutOfMemoryError:
+            row.note = "out of memory"
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.rows.append(row)
+        say(row.line(self.subject.targets.get((row.variant, row.side), "")))
+
+    def new_network(self, weights: torch.dtype | None = None) -> Network:
+        wanted = self.args.host
+        if wanted == "comfyui" or (wanted == "auto" and (networks.COMFYUI / "main.py").exists()):
+            return networks.comfyui(self.subject.comfyui, self.device, self.dtype, weights)
+        return networks.diffusers(self.subject.diffusers, self.device, self.dtype)
+
+    def bench(self, network: Network, side: int, config: TrainConfig) -> Bench:
+        return Bench(self.subject, network, side, config, self.device)
+
+    def ours(self, network: Network, row: Row) -> Row:
+        bench = self.bench(network, row.side, self.config)
+        return bench.measure(row, self.args.steps, self.rate, bench.ours)
+
+    def authors(self, network: Network, encoders: AuthorsEncoders, row: Row) -> Row:
+        bench = self.bench(network, row.side, self.config)
+        size = sum(p.numel() * p.itemsize for p in encoders.parameters())
+        bench.measure(row, self.args.steps, self.rate, lambda: bench.authors(encoders), beside=size)
+        row.counted = None  # their encoders are not in the cost model
+        return row
+
+    def preset(self, weights: torch.dtype, row: Row) -> Row:
+        """On a card that the planner takes to be as large as this one."""
+        network = self.new_network(weights)
+        free = None if self.device.type == "meta" else free_memory(self.device)
+        plan = make_plan(self.subject, network, row.variant, row.side, row.rank, self.config, free)
+        bench = self.bench(network, row.side, plan.config)
+        row.recompute, row.planned_gb = plan.checkpoint_blocks, plan.peak / GB
+        row.note = f"{'fp8' if weights == torch.float8_e4m3fn else 'bf16'} base"
+        bench.measure(row, self.args.steps, self.rate, bench.ours, plan.reserve)
+        if self.device.type == "meta":
+            row.peak_gb -= plan.streamed / GB
+        if plan.config.grad_steps:
+            row.counted = None  # what m of K cost is an average over the draws
+        return row
+
+
+def make_plan(
+    subject: Subject, network: Network, preset: str, side: int, rank: int, config: TrainConfig, free: int | None = None
+) -> Any:
+    """The MemoryPlan of the training node. free: bytes of the device, the preset's budget if not given."""
+    family, memory = subject.family, network.memory
+    student, teacher = subject.conditions(side, counters.META)
+    latent = torch.empty(family.latent_shape(side, side), device=counters.META)
+    data = types.SimpleNamespace(pairs=[DualCondition(student, teacher, latent, "", "")], anchors=())
+    conditions = types.SimpleNamespace(data=data, family=family)
+    config, budget = replace(config, lora=family.lora_config(rank)), memory.MEMORY_PRESETS[preset].budget
+    return memory.make_plan(preset, network.denoiser, conditions, config, budget, free or budget)
+
+
+def free_memory(device: torch.device) -> int:
+    """As ComfyUI sees it, with nothing of its own left there."""
+    management = importlib.import_module("comfy.model_management")
+    management.unload_all_models()
+    management.soft_empty_cache()
+    return int(management.get_free_memory(device))
+
+
+def run(subject: Subject, args: argparse.Namespace) -> Session:
+    session = Session(subject, args, torch.device(args.device))
+    describe(session)
+    network = session.new_network()
+    with ExitStack() as stack:
+        if session.device.type == "meta":
+            stack.enter_context(counters.dry_run(networks.pack(session.device)("host"), objectives))
+        blocks = len(network.denoiser.blocks())
+        say(f"network: {network.title}'s, {network.weight_bytes / GB:.2f} GB of weights, {blocks} blocks\n\n{HEAD}")
+        for side in args.resolutions:
+            for variant, count in (("none", 0), ("all", blocks)):
+                session.add(Row(variant, side, args.rank, recompute=count), partial(session.ours, network))
+        if args.baseline:
+            kind = (subject.encoder, subject.vision is not None)
+            encoders = AuthorsEncoders(*kind, session.device, session.dtype, args.encoder_layers)
+            for side in args.resolutions:
+                row = Row("authors", side, args.rank, recompute=blocks)
+                session.add(row, partial(session.authors, network, encoders))
+            del encoders
+        presets = args.presets and session.device.type != "cpu" and network.memory is not None
+        del network
+        gc.collect()
+        for name, side, rank, fp8 in subject.presets if presets else ():
+            weights = torch.float8_e4m3fn if fp8 else torch.bfloat16
+            session.add(Row(name, side, rank), partial(session.preset, weights))
+        compare(session.rows)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in session.rows], indent=1) + "\n", encoding="utf-8")
+    return session
+
+
+def describe(session: Session) -> None:
+    """Date, machine, versions and options."""
+    name = platform.processor() or platform.machine()
+    if session.device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    args = session.args
+    say(f"{date.today()}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {session.dtype}\n")
+    say(f"{session.subject.size}, K = {args.rollout_steps}, batch 1; ")
+    speed = f"{args.steps} steps timed, matrix products run at {session.rate / 1e12:.2f} TFLOP/s"
+    say((speed if session.rate else "dry run: counted, not measured") + "\n")
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """The authors' loop over ours, per resolution."""
+    known = {(row.variant, row.side): row for row in rows if row.peak_gb}
+    say("\n")
+    for (variant, side), theirs in known.items():
+        for name in ("none", "all"):
+            ours = known.get((name, side))
+            if variant == "authors" and ours is not None:
+                say(f"{side}, {name} recomputing: {ours.peak_gb / theirs.peak_gb:.2f} of the authors' peak memory")
+                say(
+                    f", {theirs.seconds / ours.seconds:.2f} x their steps/s\n"
+                    if theirs.seconds and ours.seconds
+                    else "\n"
+                )
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all have."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu", "meta")
+    )
+    made.add_argument("--host", default="auto", choices=("auto", "comfyui", "diffusers"))
+    made.add_argument("--encoder-layers", type=int, default=36, help="of the authors' language models; really 36")
+    made.add_argument("--resolutions", type=int, nargs="+", default=[512, 768, 1024])
+    made.add_argument("--rank", type=int, default=64)
+    made.add_argument("--rollout-steps", type=int, default=4, help="K")
+    made.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
+    made.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True, help="the authors' loop")
+    made.add_argument("--presets", action=argparse.BooleanOptionalAction, default=True, help="memory presets (no CPU)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="the rows for a program")
+    return made

@@ -1,0 +1,210 @@
+"""A network with a LoRA on it, our step and a plain re-statement of the authors', timed and counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import counters
+from benchmarks.authors_encoders import AuthorsEncoders
+from benchmarks.cost_model import StepCost, pass_cost
+from benchmarks.networks import Network
+from dopsd_core.adapters import AdapterSet
+from dopsd_core.checkpointing import checkpointed
+from dopsd_core.conditioning import Condition, DualCondition
+from dopsd_core.config import TrainConfig
+from dopsd_core.families import Family
+from dopsd_core.objectives import DOPSD, ObjectiveInputs, self_distillation_loss
+from dopsd_core.optimizer import make_optimizer
+from dopsd_core.rollout import rollout
+
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to measure. size: what of it is there, in words. comfyui: of `networks`. diffusers: makes a Denoiser of
+    `diffusers_hosts`. context: width of the text features. texts: side of the picture -> tokens of the student's and
+    the teacher's. vision: side -> how many of the teacher's are from a vision tower, if it has one. references: of
+    student and teacher, of the picture's size. encoder: width of the text encoder. targets: (variant, side) -> what is
+    asked of it. presets: (name, side, rank, in fp8).
+    """
+
+    family: Family
+    size: str
+    comfyui: tuple[str, dict[str, Any]]
+    diffusers: Callable[[], Any]
+    context: int
+    texts: Callable[[int], tuple[int, int]]
+    vision: Callable[[int], int] | None = None
+    references: tuple[int, int] = (0, 0)
+    encoder: int
+    targets: Mapping[tuple[str, int], str]
+    presets: Sequence[tuple[str, int, int, bool]]
+
+    def conditions(self, side: int, device: torch.device) -> tuple[Condition, Condition]:
+        """The student's and the teacher's, random."""
+        latent = self.family.latent_shape(side, side)
+        student, teacher = (
+            Condition(
+                torch.randn(length, self.context, device=device),
+                tuple(torch.randn(latent, device=device) for _ in range(count)),
+            )
+            for length, count in zip(self.texts(side), self.references, strict=True)
+        )
+        return student, teacher
+
+
+@dataclass
+class Row:
+    """One line of the table. peak_gb: weights included. utilisation: model FLOPs (no recomputing) per second over the
+    rate of a large bf16 (on a CPU: fp32) matrix product measured in this run. counted: FLOPs by torch's counter over
+    those of the cost model."""
+
+    variant: str
+    side: int
+    rank: int
+    seconds: float | None = None
+    peak_gb: float = 0.0
+    recompute: int = 0
+    tflop: float = 0.0
+    utilisation: float | None = None
+    counted: float | None = None
+    planned_gb: float | None = None
+    note: str = ""
+
+    def line(self, target: str = "") -> str:
+        """Of a Markdown table."""
+        seconds = "" if self.seconds is None else f"{self.seconds:.3f}"
+        used = "" if self.utilisation is None else f"{self.utilisation:.0%}"
+        counted = "" if self.counted is None else f"{self.counted:.3f}"
+        planned = "" if self.planned_gb is None else f" (planned {self.planned_gb:.2f})"
+        cells = (self.variant, self.side, self.rank, seconds, f"{self.peak_gb:.2f}{planned}", self.recompute)
+        cells += (f"{self.tflop:.2f}", used, counted, "; ".join(filter(None, (self.note, target))))
+        return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+class Bench:
+    """A network with a LoRA, one pair of a resolution, and the two kinds of step."""
+
+    def __init__(
+        self, subject: Subject, network: Network, side: int, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.subject, self.network, self.side, self.config, self.device = subject, network, side, config, device
+        self.latent = subject.family.latent_shape(side, side)
+        self.student, self.teacher = subject.conditions(side, device)
+        pair = DualCondition(self.student, self.teacher, torch.zeros(self.latent), "caption", "key")
+        self.adapters = AdapterSet(
+            network.denoiser.sites(), config.lora, device=device, teacher=config.teacher, ema_decay=config.ema_decay
+        )
+        self.optimizer = make_optimizer(config, self.adapters.parameters())
+        noise, sigmas = (
+            torch.randn(1, *self.latent, device=device),
+            subject.family.sigmas(config.rollout_steps, side, side),
+        )
+        self.inputs = ObjectiveInputs(network.denoiser, self.adapters, [pair], noise, sigmas, torch.Generator())
+
+    def ours(self) -> None:
+        """As run.py makes it, its checks and log aside."""
+        self.optimizer.zero_grad(set_to_none=True)
+        DOPSD(grad_steps=self.config.grad_steps).backward(self.inputs)
+        self.finish()
+
+    def authors(self, encoders: AuthorsEncoders) -> None:
+        """Encode, K student and teacher forwards, one backward over the mean."""
+        self.optimizer.zero_grad(set_to_none=True)
+        denoiser, adapters, inputs = self.network.denoiser, self.adapters, self.inputs
+        vision = self.subject.vision(self.side) if self.subject.vision else 0
+        features = encoders(*self.subject.texts(self.side), vision, self.subject.context)
+        student, teacher = (replace(c, features=f) for c, f in zip((self.student, self.teacher), features, strict=True))
+        losses = []
+        predict = lambda x, sigma: denoiser.predict_x0(x, sigma, [student])  # noqa: E731
+        for state in rollout(predict, inputs.noise, inputs.sigmas, grad_steps=range(len(inputs.sigmas))):
+            with adapters.use("teacher"), torch.no_grad():
+                target = denoiser.predict_x0(state.x, state.sigma, [teacher])
+            losses.append(self_distillation_loss(state.x0, target, state.sigma))
+        torch.stack(losses).mean().backward()
+        self.finish()
+
+    def finish(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
+        self.optimizer.step()
+        self.adapters.update_teacher()
+
+    def cost(self, checkpoint_blocks: int) -> StepCost:
+        family, lora, k = self.subject.family, self.config.lora, self.config.rollout_steps
+        student, teacher = (
+            pass_cost(self.network.denoiser, family, lora, family.tokens(self.latent, condition))
+            for condition in (self.student, self.teacher)
+        )
+        m = self.config.grad_steps or k
+        return StepCost(student, teacher, k, m, checkpoint_blocks, self.config.teacher == "ema")
+
+    def measure(
+        self, row: Row, steps: int, rate: float, step: Callable[[], None], reserve: int = 0, beside: int = 0
+    ) -> Row:
+        """Mean of `steps` after one that is not counted; peak over all of them. beside: bytes that are resident."""
+        cost = self.cost(row.recompute)
+        row.tflop = cost.flops / 1e12
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self.network.trainable((1, *self.latent), reserve))
+            stack.enter_context(self.adapters.attached())
+            stack.enter_context(checkpointed(self.network.denoiser.blocks(), row.recompute))
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            step()  # warm-up
+            if self.device.type != "cuda":
+                row.peak_gb, row.counted = self.count(step, cost, beside)
+            if self.device.type != "meta":
+                row.seconds = self.time(step, steps)
+                row.utilisation = cost.model_flops / row.seconds / rate
+            if self.device.type == "cuda":
+                row.peak_gb = torch.cuda.max_memory_allocated() / GB
+        return row
+
+    def time(self, step: Callable[[], None], steps: int) -> float:
+        """Seconds of a step: the mean, as steps with m of K differ."""
+        synchronise(self.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronise(self.device)
+        return (time.perf_counter() - began) / steps
+
+    def count(self, step: Callable[[], None], cost: StepCost, beside: int) -> tuple[float, float]:
+        """(peak GB, FLOPs over the model's) of a step, with what was there before added."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        weights = self.adapters.parameters() * (2 if self.config.teacher == "ema" else 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        with counters.LiveBytes() as live:
+            step()
+        with FlopCounterMode(display=False, custom_mapping=counters.CPU_ATTENTION) as flops:
+            step()
+        there = beside + self.network.weight_bytes + sum(tensor.nbytes for tensor in [*weights, *moments])
+        return (live.peak + there) / GB, flops.get_total_flops() / cost.flops
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large square product of random numbers."""
+    size, repeats = (8192, 10) if device.type == "cuda" else (1024, 3)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for number in range(3 + repeats):
+        if number == 3:
+            synchronise(device)
+            began = time.perf_counter()
+        torch.mm(a, b)
+    synchronise(device)
+    return 2 * size**3 * repeats / (time.perf_counter() - began)
