@@ -69,7 +69,7 @@ def test_targets_are_separated_by_commas_or_lines(comfyui: ComfyUI, text: str, t
 
 @pytest.mark.parametrize("chosen", [{}, {"targets": ""}, {"targets": " , "}], ids=["none", "empty", "blank"])
 @pytest.mark.parametrize("family", ["z_image", "flux2_klein"])
-def test_no_targets_are_the_familys(comfyui: ComfyUI, family: str, chosen: dict[str, str]) -> None:
+def test_no_targets_are_the_familys(comfyui: ComfyUI, family: str, chosen: dict[str, Any]) -> None:
     config = make(comfyui, "standard", family=family, **chosen)
     assert config.lora == comfyui.core("families").get_family(family).lora_config(32)
 
