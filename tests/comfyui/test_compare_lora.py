@@ -75,9 +75,7 @@ def test_each_cell_is_what_the_stock_nodes_give(comfyui, tensors, artefacts) -> 
     assert (cell(image, 0, 0) - cell(image, 0, 2)).abs().mean() > 0.02, "the LoRA is to be seen"
     assert (cell(image, 0, 0) - cell(image, 1, 0)).abs().mean() > 0.02
     assert run.outputs["2"]["images"] and run.of("progress", "2")[-1].data["max"] == 6
-    assert (
-        run.texts("2")[0] == f"the connected LoRA: {len(tensors)} of {len(tensors)} tensors fit and are used"
-    )
+    assert run.texts("2")[0] == f"the connected LoRA: {len(tensors)} of {len(tensors)} tensors fit and are used"
 
 
 def test_a_file_and_the_connected_lora_give_the_same(comfyui, tensors) -> None:
