@@ -57,7 +57,8 @@ def build(
     config.set_inference_dtype(dtype, compute)
     with torch.inference_mode():
         model = config.get_model({}, "", device=device)
-    return patcher.ModelPatcher(model, load_device=load_device or device, offload_device=device)
+    home = device if device.type == "meta" else torch.device("cpu")
+    return patcher.ModelPatcher(model, load_device=load_device or device, offload_device=home)
 
 
 def fill(module: nn.Module, device: torch.device) -> nn.Module:

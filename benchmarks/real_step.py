@@ -99,16 +99,18 @@ class Bench:
         self.subject, self.network, self.side, self.config, self.device = subject, network, side, config, device
         self.latent = subject.family.latent_shape(side, side)
         self.student, self.teacher = subject.conditions(side, device)
-        pair = DualCondition(self.student, self.teacher, torch.zeros(self.latent), "caption", "key")
+
+    def prepare(self) -> None:
+        """Adapters, optimizer and inputs: after the network is loaded, as a run does it, or they would take its room."""
+        denoiser, config, device = self.network.denoiser, self.config, self.device
         self.adapters = AdapterSet(
-            network.denoiser.sites(), config.lora, device=device, teacher=config.teacher, ema_decay=config.ema_decay
+            denoiser.sites(), config.lora, device=device, teacher=config.teacher, ema_decay=config.ema_decay
         )
         self.optimizer = make_optimizer(config, self.adapters.parameters())
-        noise, sigmas = (
-            torch.randn(1, *self.latent, device=device),
-            subject.family.sigmas(config.rollout_steps, side, side),
-        )
-        self.inputs = ObjectiveInputs(network.denoiser, self.adapters, [pair], noise, sigmas, torch.Generator())
+        pair = DualCondition(self.student, self.teacher, torch.zeros(self.latent), "caption", "key")
+        noise = torch.randn(1, *self.latent, device=device)
+        sigmas = self.subject.family.sigmas(config.rollout_steps, self.side, self.side)
+        self.inputs = ObjectiveInputs(denoiser, self.adapters, [pair], noise, sigmas, torch.Generator())
 
     def ours(self) -> None:
         """As run.py makes it, its checks and log aside."""
@@ -156,6 +158,7 @@ class Bench:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.network.trainable((1, *self.latent), reserve))
+            self.prepare()
             stack.enter_context(self.adapters.attached())
             stack.enter_context(checkpointed(self.network.denoiser.blocks(), row.recompute))
             if self.device.type == "cuda":
