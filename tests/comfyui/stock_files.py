@@ -255,7 +255,6 @@ FILES: Mapping[str, tuple[Maker, Quantiser | None]] = {
     "diffusion_models/flux-2-klein-4b-fp8": (klein, fp8_in_header),
     "text_encoders/qwen_3_4b": (qwen3, None),
     "text_encoders/qwen_3_4b_fp8_mixed": (qwen3, fp8_in_header),
-    "text_encoders/qwen_3_4b_fp8_scaled": (qwen3, fp8_scaled),
     "text_encoders/qwen3vl_4b_fp8_scaled": (qwen3vl, fp8_in_header),
     "vae/ae": (lambda: autoencoder(16), None),
     "vae/flux2-vae": (lambda: autoencoder(32), None),
