@@ -1,8 +1,8 @@
 """Base weights in every form that users have them in: whole trainings on 8-bit files, and with weights left in RAM.
 
 The files are small (stock_files.py) and come through UNETLoader; conditions are random features, so no encoder runs.
-Weights in RAM are those of ComfyUI's classic partial loading, with all its casts, patches and bookkeeping; on a CPU they
-lie where the others do, so no transfer is tested, and its dynamic VRAM, which needs CUDA, is not run at all.
+Weights in RAM are those of ComfyUI's classic partial loading, with all its casts, patches and bookkeeping. On a CPU
+they lie where the others do, so no transfer is tested; its dynamic VRAM, which needs CUDA, is not run at all.
 """
 
 from __future__ import annotations
