@@ -101,7 +101,7 @@ class Bench:
         self.student, self.teacher = subject.conditions(side, device)
 
     def prepare(self) -> None:
-        """Adapters, optimizer and inputs: after the network is loaded, as a run does it, or they would take its room."""
+        """Adapters, optimizer and inputs: after the network is loaded, as in a run, or they would take its room."""
         denoiser, config, device = self.network.denoiser, self.config, self.device
         self.adapters = AdapterSet(
             denoiser.sites(), config.lora, device=device, teacher=config.teacher, ema_decay=config.ema_decay
