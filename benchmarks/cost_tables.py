@@ -53,7 +53,7 @@ def plans(name: str, subject: Subject, base: str) -> None:
 
 
 def main() -> None:
-    klein = {f"klein {size}, {teacher}": klein_cost.subject(size, teacher) for size, teacher in klein_cost_rows()}
+    klein = {f"klein {size}, {teacher}": klein_cost.subject(size, teacher) for size, teacher in klein_rows()}
     say(
         "| model, teacher | side | S, TFLOP | T | B | step | all blocks recompute | m = 2 of 4 | m = 1 |\n"
         + "|---" * 9
@@ -71,7 +71,7 @@ def main() -> None:
             plans(name, subject, base)
 
 
-def klein_cost_rows() -> list[tuple[str, str]]:
+def klein_rows() -> list[tuple[str, str]]:
     return [("4B", "edit"), ("4B", "vlm"), ("4B", "edit_target"), ("9B", "edit")]
 
 

@@ -17,6 +17,7 @@ import torch
 from benchmarks import networks, real_size
 from benchmarks.real_size import Session, say
 from benchmarks.real_step import GB, Row, Subject
+from benchmarks.zimage_cost import vision_tokens
 from dopsd_core.families import FLUX2_KLEIN
 from dopsd_core.footprint import estimate
 
@@ -41,7 +42,7 @@ TEXT = 512
 
 def subject(name: str = "4B", teacher: str = "edit", **sizes: int | None) -> Subject:
     """klein 4B or 9B; `sizes` (double, single, heads) where they are not the real ones."""
-    real = SIZES[name]
+    real, sees = SIZES[name], teacher == "vlm"
     double, single, heads = (sizes.get(key) or real[i] for i, key in enumerate(("double", "single", "heads")))
 
     def denoiser():
@@ -56,7 +57,8 @@ def subject(name: str = "4B", teacher: str = "edit", **sizes: int | None) -> Sub
         comfyui=networks.klein(double, single, heads, real[3]),
         diffusers=denoiser,
         context=real[3],
-        texts=lambda side: (TEXT, TEXT),
+        texts=lambda side: (TEXT, max(TEXT, vision_tokens(side) + 70) if sees else TEXT),
+        vision=vision_tokens if sees else None,
         references=REFERENCES[teacher],
         encoder=real[3] // 3,
         targets=TARGETS if name == "4B" else {},
