@@ -1,7 +1,9 @@
 """Families are data: geometry, targets, and the names of fused projections."""
 
 import pytest
+import torch
 
+from dopsd_core.conditioning import Condition
 from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE, get_family
 
 
@@ -23,6 +25,14 @@ def test_latent_shape(family, shape):
     assert family.latent_shape(512, 768) == shape
     with pytest.raises(ValueError, match="multiples of 16 pixels, got 500x768"):
         family.latent_shape(500, 768)
+
+
+def test_references_are_tokens_of_the_image():
+    """klein has one token per latent pixel, Z-Image one per 2 x 2; references may have sizes of their own."""
+    text = torch.zeros(7, 3)
+    assert Z_IMAGE.tokens((16, 8, 6), Condition(text)) == (12, 7)
+    references = (torch.zeros(128, 4, 5), torch.zeros(128, 2, 2))
+    assert FLUX2_KLEIN.tokens((128, 8, 6), Condition(text, references)) == (48 + 20 + 4, 7)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
