@@ -19,7 +19,6 @@ from benchmarks.real_size import Session, say
 from benchmarks.real_step import GB, Row, Subject
 from benchmarks.zimage_cost import vision_tokens
 from dopsd_core.families import FLUX2_KLEIN
-from dopsd_core.footprint import estimate
 
 TARGETS = {
     ("24 GB", 1024): "< 20 GB",
@@ -76,15 +75,9 @@ def by_formula(session: Session, larger: Subject) -> None:
         if row.variant in ("none", "all") and not row.note:
             count = 0 if row.variant == "none" else len(network.denoiser.blocks())
             bench = made.bench(network, row.side, made.config)
-            student, teacher = (larger.family.tokens(bench.latent, c) for c in (bench.student, bench.teacher))
-            cost, size = bench.cost(count), network.weight_bytes
-            footprint = estimate(network.denoiser, larger.family, made.config.lora, student, teacher, size)
+            cost, peak = bench.cost(count), bench.footprint().total(count) / GB
             seconds = cost.model_flops / (session.rate * row.utilisation) if row.utilisation else None
-            say(
-                Row(
-                    row.variant, row.side, row.rank, seconds, footprint.total(count) / GB, count, cost.flops / 1e12
-                ).line()
-            )
+            say(Row(row.variant, row.side, row.rank, seconds, peak, count, cost.flops / 1e12).line())
 
 
 def main() -> None:

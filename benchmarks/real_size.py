@@ -77,6 +77,7 @@ class Session:
 
     def ours(self, network: Network, row: Row) -> Row:
         bench = self.bench(network, row.side, self.config)
+        row.planned_gb = bench.footprint().total(row.recompute) / GB
         return bench.measure(row, self.args.steps, self.rate, bench.ours)
 
     def authors(self, network: Network, encoders: AuthorsEncoders, row: Row) -> Row:

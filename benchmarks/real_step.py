@@ -20,6 +20,7 @@ from dopsd_core.checkpointing import checkpointed
 from dopsd_core.conditioning import Condition, DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Family
+from dopsd_core.footprint import Footprint, estimate
 from dopsd_core.objectives import DOPSD, ObjectiveInputs, self_distillation_loss
 from dopsd_core.optimizer import make_optimizer
 from dopsd_core.rollout import rollout
@@ -147,6 +148,14 @@ class Bench:
         )
         m = self.config.grad_steps or k
         return StepCost(student, teacher, k, m, checkpoint_blocks, self.config.teacher == "ema")
+
+    def footprint(self) -> Footprint:
+        """What the formula says of memory."""
+        family, network, kind = self.subject.family, self.network, self.config.teacher
+        student, teacher = (family.tokens(self.latent, condition) for condition in (self.student, self.teacher))
+        size, itemsize = network.weight_bytes, 4 if self.device.type == "cpu" else 2
+        lora, sites = self.config.lora, network.denoiser
+        return estimate(sites, family, lora, student, teacher, size, itemsize=itemsize, teacher_kind=kind)
 
     def measure(
         self, row: Row, steps: int, rate: float, step: Callable[[], None], reserve: int = 0, beside: int = 0
