@@ -17,7 +17,7 @@ INSTALL = $(RUN) -m pip install --only-binary=:all: $(PIP_ARGS)
 # (360 MB of templates, pictures and drivers).
 LEFT_OUT = torch|torchvision|torchaudio|spandrel|comfyui-workflow-templates|comfyui-embedded-docs|comfy-angle|PyOpenGL
 
-.PHONY: help demo test test-core test-comfyui lint comfyui browser clean
+.PHONY: help demo test test-core test-comfyui lint comfyui browser clean test-comfyui-a-k test-comfyui-l-r test-comfyui-s-z
 .DEFAULT_GOAL := help
 
 help:
@@ -26,15 +26,19 @@ help:
 demo: $(VENV)/.standalone
 	$(RUN) -m dopsd_core demo $(DEMO_ARGS)
 
-# The two halves side by side: each keeps to one core.
+# Side by side: each part keeps to one core.
 test: lint comfyui
 	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-core test-comfyui
 
 test-core:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 
-test-comfyui:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/comfyui
+COMFYUI_PARTS = test-comfyui-a-k test-comfyui-l-r test-comfyui-s-z
+
+test-comfyui: $(COMFYUI_PARTS)
+
+$(COMFYUI_PARTS): test-comfyui-%:
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/comfyui/test_[$*]*.py
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
