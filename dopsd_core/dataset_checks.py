@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from .buckets import Bucket, cover_box, must_enlarge, nearest_bucket
-from .dataset_files import Entry, Problems
+from .dataset_files import Entry
 from .images import ImageError, decode, pixel_digest
+from .problems import Problems
 
 MAX_LOSS = 0.2
 """The share of a picture that may be cut away without a warning."""
@@ -77,13 +78,15 @@ class PictureChecker:
             return None
         if real not in self.looked:
             try:
-                image, frames = decode(real)
+                decoded = decode(real)
             except ImageError as error:
                 self.looked[real] = str(error)
             else:
-                self.looked[real] = _Looked(image.size, pixel_digest(image))
-                if frames > 1:
-                    self._note("warning", entry, path, f"animated: only the first of {frames} frames is used")
+                self.looked[real] = _Looked(decoded.image.size, pixel_digest(decoded.image))
+                if decoded.frames > 1:
+                    self._note("warning", entry, path, f"animated: only the first of {decoded.frames} frames is used")
+                for remark in decoded.remarks:
+                    self._note("warning", entry, path, remark)
         found = self.looked[real]
         if isinstance(found, str):
             self._note("error", entry, path, found)
