@@ -106,7 +106,8 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _space(profile: bytes) -> str:
-    return ImageCms.ImageCmsProfile(BytesIO(profile)).profile.xcolor_space.strip()
+    opened: Any = ImageCms.ImageCmsProfile(BytesIO(profile))
+    return opened.profile.xcolor_space.strip()
 
 
 @lru_cache(maxsize=8)
@@ -134,7 +135,9 @@ def _probe(mode: str) -> Image.Image:
     if mode == "L":
         return Image.frombytes("L", (256, 1), bytes(range(256)))
     levels = range(0, 256, 17)
-    return Image.frombytes("RGB", (16**3, 1), bytes(c for r in levels for g in levels for b in levels for c in (r, g, b)))
+    return Image.frombytes(
+        "RGB", (16**3, 1), bytes(c for r in levels for g in levels for b in levels for c in (r, g, b))
+    )
 
 
 # -- statements without a profile --------------------------------------------------------------------------------------
@@ -167,7 +170,9 @@ def _numbered(info: dict[Any, Any]) -> Colours:
         profile = make_profile(primaries, SRGB_CURVE if gamma is None or is_srgb else 1 / gamma)
     except (ValueError, ZeroDivisionError, struct.error):
         return Colours(remark="its gamma or its primaries make no sense: its colours are taken as sRGB")
-    return Colours(profile, "has no colour profile: its colours are converted from its gamma and primaries (gAMA, cHRM)")
+    return Colours(
+        profile, "has no colour profile: its colours are converted from its gamma and primaries (gAMA, cHRM)"
+    )
 
 
 def _by_exif(image: Image.Image) -> Colours:

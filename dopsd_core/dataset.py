@@ -120,8 +120,8 @@ def read_dataset(
 
     Args:
         source: a folder of pictures with same-named .txt captions (sub-folders too; one named `10_anything` repeats its
-            pictures 10 times, up to 1000); a folder of edits, target/ being such a folder and source/ holding what each edit starts
-            from at the same place; or a .jsonl file with a row per picture or per edit.
+            pictures 10 times, up to MAX_REPEATS); a folder of edits, target/ being such a folder and source/ holding
+            what each edit starts from at the same place; or a .jsonl file with a row per picture or per edit.
         pixel_budget: the most pixels of a training picture.
         multiple: the sides of a training picture are multiples of it.
         trigger: replaces `[V]` in the captions; "" leaves `[V]` there.

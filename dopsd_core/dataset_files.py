@@ -208,7 +208,9 @@ class _EditFolder:
         """Warns of a text beside the source where the target has its own."""
         for stray in self.reader.captions.captions.get((start.parent, folded(start.name)), ()):
             if entry.captions:
-                self.problems.warning(stray, None, f"not read: the instruction is the one in {entry.source.parent.name}/")
+                self.problems.warning(
+                    stray, None, f"not read: the instruction is the one in {entry.source.parent.name}/"
+                )
                 self.reader.named.add(stray)
 
     def _note_sources(self, starts: Mapping[Place, Sequence[Path]], wanted: Iterable[Place]) -> None:
@@ -218,7 +220,9 @@ class _EditFolder:
                 self.problems.error(found[0], None, f"{len(found)} sources of one name: {names}; keep one")
             if start not in wanted:
                 place = self.target.relative_to(self.folder) / found[0].relative_to(self.source).with_suffix("")
-                self.problems.warning(found[0], None, f"a source without a target: its edit's result is missing at {place}.*")
+                self.problems.warning(
+                    found[0], None, f"a source without a target: its edit's result is missing at {place}.*"
+                )
 
 
 def _place_below(half: Path, picture: Path) -> Place:

@@ -20,7 +20,16 @@ from .images import SUFFIXES
 from .problems import Problems
 from .repeats import MAX_REPEATS
 
-PATH_KEYS = ("local_path_list", "local_paths", "image_path_list", "image_paths", "image_path", "path", "file_name", "image")
+PATH_KEYS = (
+    "local_path_list",
+    "local_paths",
+    "image_path_list",
+    "image_paths",
+    "image_path",
+    "path",
+    "file_name",
+    "image",
+)
 """Keys of a row for its picture, the first present one counts; the first path of a list is used."""
 
 SOURCE_KEY, TARGET_KEY = "ref_img", "target_img"
@@ -30,11 +39,13 @@ _IMAGE, _FILE = r"_?(?:img|image)s?(?:_?(?:path|file|file_?name)s?)?(?:_?list)?"
 
 _SOURCE = re.compile(
     rf"((?:ref|reference|control|conditioning|source|src|input|original|before|edit|kontext){_IMAGE}"
-    rf"|control_paths?|(?:input|source|control|reference){_FILE}|source|input|control|before)(?:_?([0-9]{1,9}))?"
+    rf"|control_paths?|(?:input|source|control|reference){_FILE}|source|input|control|before)(?:_?([0-9]{{1,9}}))?"
 )
 """Keys for what an edit starts from, in the datasets of other trainers, with the number of several: control_path_0."""
 
-_TARGET = re.compile(rf"(?:target|output|edited|after|result){_IMAGE}|(?:target|output|edited){_FILE}|target|output|after")
+_TARGET = re.compile(
+    rf"(?:target|output|edited|after|result){_IMAGE}|(?:target|output|edited){_FILE}|target|output|after"
+)
 """Keys for its result."""
 
 _WORDS = frozenset(("source", "input", "control", "before", "target", "output", "after"))
@@ -129,7 +140,9 @@ def _name_unread(file: Path, keys: Sequence[str], problems: Problems) -> None:
     if keys:
         rest = len(keys) - _NAMED_KEYS
         names = ", ".join(_shown(key) for key in keys[:_NAMED_KEYS]) + f" and {rest} more" * (rest > 0)
-        problems.warning(file, None, f"the keys {names} are not read" if len(keys) > 1 else f"the key {names} is not read")
+        problems.warning(
+            file, None, f"the keys {names} are not read" if len(keys) > 1 else f"the key {names} is not read"
+        )
 
 
 def _refuse_mixture(file: Path, entries: Sequence[Entry], problems: Problems) -> None:
@@ -245,8 +258,9 @@ class _Row:
     def _paths(self, key: str) -> tuple[Path, ...]:
         """The path or paths under a key; none where they are no such thing."""
         value = self.values[key]
-        paths = value if isinstance(value, list) else [value]
-        if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
+        given = value if isinstance(value, list) else [value]
+        paths = [path for path in given if isinstance(path, str) and path.strip()]
+        if not paths or len(paths) < len(given):
             self._error(f"{key!r} is {_shown(value)}, it must be a path or a list of paths")
             return ()
         urls = [path for path in paths if _URL.match(path)]
@@ -278,7 +292,9 @@ class _Row:
                 value = value[place]
             if value is None:
                 continue
-            numbers = re.fullmatch(r"\s*([0-9]{1,9})\s*[*x]\s*([0-9]{1,9})\s*", value) if isinstance(value, str) else None
+            numbers = (
+                re.fullmatch(r"\s*([0-9]{1,9})\s*[*x]\s*([0-9]{1,9})\s*", value) if isinstance(value, str) else None
+            )
             if numbers is None:
                 self._warning(f"{key!r} is {_shown(value)}, not like '832*1264': the file's own size counts")
                 continue

@@ -83,8 +83,8 @@ def decode(path: Path, draft: int | None = None) -> Decoded:
 
     draft: for thumbnails of so many pixels; a JPEG is then decoded at about that size.
     """
+    file = _read(path)
     try:
-        file = _read(path)
         parts = png.take_apart(file) if file.startswith(png.SIGNATURE) else None
         with _strict_pillow(), Image.open(BytesIO(parts.data if parts else file), formats=FORMATS) as image:
             _check_claim(image)
@@ -108,10 +108,14 @@ def decode(path: Path, draft: int | None = None) -> Decoded:
 
 
 def _read(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ImageError(f"it has {size / 2**30:.0f} GB, more than any image of {MAX_PIXELS // 1_000_000} million pixels")
-    return path.read_bytes()
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            limit = f"more than an image of {MAX_PIXELS // 1_000_000} million pixels needs"
+            raise ImageError(f"it has {size / 2**30:.1f} GB, {limit}: a mistake, or make it smaller")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
 
 _pillow = threading.Lock()

@@ -43,7 +43,8 @@ class Png:
 
 def take_apart(file: bytes) -> Png:
     """The parts of a file that begins with SIGNATURE. What is truncated or broken stays, for Pillow to find."""
-    kept, profile, coding = [SIGNATURE], None, None
+    kept: list[bytes | memoryview] = [SIGNATURE]
+    profile, coding = None, None
     for name, body, whole in _chunks(file):
         if name == b"iCCP" and profile is None:
             profile = _profile(body)

@@ -43,12 +43,15 @@ class NamedRepeats:
     def _read(self, folder: Path, digits: str) -> int:
         rename = f"rename the folder, to 1_{folder.name} for 1 repeat"
         if _DATE.match(folder.name):
-            self.problems.error(folder, None, f"its name begins like a year or a date, or asks for {digits} repeats: {rename}")
+            told = f"its name begins with {digits} like a year or a date, which would be {digits} repeats"
+            self.problems.error(folder, None, f"{told}: {rename}")
         elif not 1 <= int(digits) <= MAX_REPEATS:
-            told = f"its name asks for {digits} repeats, which must be 1 to {MAX_REPEATS}"
+            told = f"its name asks for {digits} repeats, and 1 to {MAX_REPEATS} are allowed"
             self.problems.error(folder, None, f"{told}: {rename}")
         else:
             if digits.startswith("0"):
-                self.problems.warning(folder, None, f"its name is read as {int(digits)} repeats: {rename} if it is none")
+                self.problems.warning(
+                    folder, None, f"its name is read as {int(digits)} repeats: {rename} if it is none"
+                )
             return int(digits)
         return 1

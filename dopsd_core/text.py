@@ -1,7 +1,7 @@
 """Text that leaves the program. File names may hold bytes that are no text, and not every console can show all of it.
 
-Python keeps such bytes as lone surrogates: `caf\\udce9.png` for the Latin-1 name `café.png`. Writing one out as UTF-8 is
-an error, so every text that is sent, saved or shown goes through `printable`, every text that is hashed through
+Python keeps such bytes as lone surrogates: `caf\\udce9.png` for the Latin-1 name `café.png`. Writing one out as UTF-8
+is an error, so every text that is sent, saved or shown goes through `printable`, every text that is hashed through
 `hashable`.
 """
 

@@ -120,7 +120,7 @@ def build_training_set(
         trigger: as given to `read_dataset`; taken out of the captions for the anchors.
         caption_dropout: encode the empty caption too.
         anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
-            for it.
+            for it; `[V]` stands for the trigger.
         heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
 
     Raises:
@@ -141,9 +141,10 @@ def build_training_set(
             raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
         requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
+    prompts = [put_trigger(prompt, trigger) for prompt in anchor_prompts]
     return TrainingSet(
         pairs=encoded[: sum(map(len, copies))],
-        anchors=encode_texts(_weighted_anchors(plan.anchors, anchor_prompts), encoder, cache) if anchors else (),
+        anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
     )

@@ -8,6 +8,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from ..dopsd_core.captions import check_prompts, has_trigger
 from ..dopsd_core.condition_cache import ConditionCache
 from ..dopsd_core.sheet import to_pixels
 from ..dopsd_core.teachers import TEACHERS, Teacher
@@ -57,6 +58,24 @@ def build_conditions(
     )
     prompts = encode_previews(texts, pairs, encoder, cache, teacher, teacher_image)
     return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout)
+
+
+def prompt_remarks(previews: str, anchors: str, trigger: str) -> list[str]:
+    """What is doubtful in the prompts that a user typed, as warnings.
+
+    Raises:
+        ValueError: one holds characters that are no text.
+    """
+    plain = split_lines(anchors)
+    found = check_prompts(split_lines(previews), "preview prompt", trigger) + check_prompts(
+        plain, "anchor prompt", trigger
+    )
+    found += [
+        f"anchor prompt {number}: it names the concept, which training would hold back: take the name out"
+        for number, prompt in enumerate(plain, 1)
+        if has_trigger(prompt, trigger)
+    ]
+    return [f"warning: {message}" for message in found]
 
 
 class BuildTeacherCondition(io.ComfyNode):
@@ -142,6 +161,7 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher_image: TeacherImage = "own",
         teacher_sentence="",
     ) -> io.NodeOutput:
+        remarks = prompt_remarks(preview_prompts, anchor_prompts, dataset.trigger)
         edits = any(pair.sources for pair in dataset.report.pairs)
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained on
             encoder = ComfyEncoder(clip, vae, vision)
@@ -150,7 +170,7 @@ class BuildTeacherCondition(io.ComfyNode):
             conditions = build_conditions(
                 dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
             )
-        send_text(cls, conditions.describe())
+        send_text(cls, "\n".join([conditions.describe(), *remarks]))
         return io.NodeOutput(conditions)
 
 
