@@ -25,6 +25,9 @@ INSTRUCTION_KEYS = ("instruction", "edit_instruction", "edit_prompt")
 CAPTION_KEYS = (*AUTHORS_KEYS, "caption", "prompt", "text")
 """All keys that are read as captions, the authors' and the common ones."""
 
+MAX_BYTES = 1 << 20
+"""The most bytes of a caption file; encoders read a few thousand."""
+
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NAMED = 4  # near misses in a sentence
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
@@ -56,10 +59,13 @@ def read_caption_file(path: Path, kind: Kind = "caption") -> str:
     """The text of a caption file, as it stands there.
 
     Raises:
-        CaptionError: the file is empty, no ordinary file, not UTF-8, or holds characters that are no text.
+        CaptionError: the file is empty, too large, no ordinary file, not UTF-8, or holds characters that are no text.
     """
     if not path.is_file():
         raise CaptionError("is no file")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise CaptionError(f"has {size / 2**20:.0f} MB: that is no {kind}")
     text = decode_utf8(path.read_bytes())
     check_text(text)
     if not text.strip():

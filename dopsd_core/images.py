@@ -141,8 +141,6 @@ def _strict_pillow() -> Iterator[None]:
 
 def _check_claim(image: Image.Image) -> None:
     width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"it claims {width}x{height} pixels: an empty image")
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"it claims {width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million: "

@@ -29,11 +29,12 @@ from .config import TrainConfig
 from .dataset import Example, Pair, plan_encoding
 from .draws import draw_noise, make_generator
 from .families import get_family
-from .images import load_image
+from .images import ImageError, load_image
 from .model import Denoiser
 from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
 from .teachers import VLM, Teacher
+from .text import printable
 
 TeacherImage = Literal["own", "other"]
 """Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
@@ -203,8 +204,13 @@ def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> Encod
 
 
 def _picture(path: Path, bucket: Bucket) -> Picture:
-    digest = digest_bytes(path.read_bytes())
-    return Picture(digest, lambda: load_image(path, bucket), {"bucket": [bucket.width, bucket.height]})
+    def load() -> Tensor:
+        try:
+            return load_image(path, bucket)
+        except ImageError as error:
+            raise ImageError(printable(f"{path}: {error}")) from error
+
+    return Picture(digest_bytes(path.read_bytes()), load, {"bucket": [bucket.width, bucket.height]})
 
 
 class Probe:
