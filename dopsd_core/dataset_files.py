@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .caption_files import CaptionFiles, Place, folded
+from .caption_files import CaptionFiles, Place, composed, folded, place_of
 from .captions import CaptionError, Kind, read_caption_file
 from .images import SUFFIXES
 from .problems import Problem, Problems
@@ -93,6 +93,7 @@ class _FolderReader:
 
     def __post_init__(self) -> None:
         self._repeats = NamedRepeats(self.folder, self.problems)
+        self._rows = next((file for file in self.files if file.suffix.lower() in ROW_SUFFIXES), None)
 
     def entry(self, image: Path, kind: Kind = "caption") -> Entry:
         """The picture with its caption; a problem is noted where there is none that can be used."""
@@ -130,9 +131,9 @@ class _FolderReader:
     def _note_lack(self, image: Path, kind: Kind) -> None:
         meant, remark = self.captions.near_misses(image)
         self.named.update(meant)
-        rows = [file.name for file in self.files if file.suffix.lower() in ROW_SUFFIXES]
-        if not remark and rows:
-            remark = f"there is {rows[0]}: to read that one, give its path"
+        if not remark and self._rows is not None:
+            self.named.add(self._rows)
+            remark = f"there is {self._rows.name}: to read that one, give its path"
         hint = f" ({remark})" if remark else ""
         self.problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
 
@@ -146,7 +147,8 @@ class _FolderReader:
 
     def note_unread(self) -> None:
         """Names what was not read: captions without a picture, and other files, those of a kind once."""
-        places = {(file.parent, folded(file.stem)) for file in self.files if file.suffix.lower() != ".txt"}
+        images = (*SUFFIXES, *UNREAD_SUFFIXES)
+        places = {place_of(file) for file in self.files if file.suffix.lower() in images}
         rest: dict[str, list[Path]] = {}
         for file in self.files:
             suffix = file.suffix.lower()
@@ -154,10 +156,11 @@ class _FolderReader:
                 continue
             if suffix != ".txt":
                 rest.setdefault(suffix, []).append(file)
-            elif (file.parent, folded(file.stem)) not in places:
+            elif place_of(file) not in places:
                 self.problems.warning(file, None, "a caption without a picture of its name")
         for suffix, files in rest.items():
-            more = f" (nor are {len(files) - 1} other {suffix or 'such'} files)" if len(files) > 1 else ""
+            count = len(files) - 1
+            more = f", like {count} more {f'{suffix} file'.strip()}{'s' * (count > 1)}" if count else ""
             self.problems.warning(files[0], None, f"not read{more}: {_what_to_do(suffix)}")
 
 
@@ -182,22 +185,33 @@ class _EditFolder:
     def entries(self, pictures: Sequence[Path]) -> list[Entry]:
         """An entry for each picture in target/; pictures that belong to none are noted."""
         starts: dict[Place, list[Path]] = {}
-        targets = []
+        targets: dict[Path, Place] = {}
         for picture in pictures:
             if picture.is_relative_to(self.target):
-                targets.append(picture)
+                targets[picture] = _place_below(self.target, picture)
             elif picture.is_relative_to(self.source):
                 starts.setdefault(_place_below(self.source, picture), []).append(picture)
             else:
                 self.problems.error(picture, None, "lies beside source/ and target/: move it into one of them")
-        entries = [self._entry(target, starts) for target in targets]
-        self._note_sources(starts, {_place_below(self.target, target) for target in targets})
+        wanted = set(targets.values())
+        loose = {_folded_place(place): place for place in starts if place not in wanted}
+        found = {target: self._start(place, starts, loose) for target, place in targets.items()}
+        entries = [self._entry(target, starts.get(found[target], ())) for target in targets]
+        self._note_sources(starts, set(found.values()))
         return entries
 
-    def _entry(self, target: Path, starts: Mapping[Place, Sequence[Path]]) -> Entry:
+    def _start(self, target: Place, starts: Mapping[Place, Sequence[Path]], loose: Mapping[Place, Place]) -> Place:
+        """The place in source/ that belongs to one in target/: the same, or else one that differs in case alone."""
+        other = loose.get(_folded_place(target))
+        if target in starts or other is None:
+            return target
+        told = f"taken as the source of {target[1]}: the names differ in upper and lower case; make them equal"
+        self.problems.warning(starts[other][0], None, told)
+        return other
+
+    def _entry(self, target: Path, found: Sequence[Path]) -> Entry:
         start = self.source / target.relative_to(self.target).with_suffix("")
         entry = self.reader.entry(target, "instruction")
-        found = starts.get(_place_below(self.target, target), ())
         if not found:
             place = f"{start.relative_to(self.folder)}{target.suffix}"
             self.problems.error(target, None, f"no source: put the picture that this edit starts from at {place}")
@@ -208,27 +222,29 @@ class _EditFolder:
         """Warns of a text beside the source where the target has its own."""
         for stray in self.reader.captions.captions.get((start.parent, folded(start.name)), ()):
             if entry.captions:
-                self.problems.warning(
-                    stray, None, f"not read: the instruction is the one in {entry.source.parent.name}/"
-                )
+                told = f"not read: the instruction is the one in {entry.source.parent.name}/"
+                self.problems.warning(stray, None, told)
                 self.reader.named.add(stray)
 
-    def _note_sources(self, starts: Mapping[Place, Sequence[Path]], wanted: Iterable[Place]) -> None:
+    def _note_sources(self, starts: Mapping[Place, Sequence[Path]], used: Collection[Place]) -> None:
         for start, found in starts.items():
             if len(found) > 1:
                 names = ", ".join(path.name for path in found)
                 self.problems.error(found[0], None, f"{len(found)} sources of one name: {names}; keep one")
-            if start not in wanted:
+            if start not in used:
                 place = self.target.relative_to(self.folder) / found[0].relative_to(self.source).with_suffix("")
-                self.problems.warning(
-                    found[0], None, f"a source without a target: its edit's result is missing at {place}.*"
-                )
+                told = f"a source without a target: its edit's result is missing at {place}.*"
+                self.problems.warning(found[0], None, told)
 
 
 def _place_below(half: Path, picture: Path) -> Place:
     """What a source and its target have in common: the folder below source/ or target/, and the name."""
     inside = picture.relative_to(half)
-    return Path(*map(folded, inside.parent.parts)), folded(inside.stem)
+    return Path(*map(composed, inside.parent.parts)), composed(inside.stem)
+
+
+def _folded_place(place: Place) -> Place:
+    return Path(*map(folded, place[0].parts)), folded(place[1])
 
 
 def _walk(folder: Path, problems: Problems) -> list[Path]:

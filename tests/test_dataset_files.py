@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dopsd_core.caption_files import folded
 from dopsd_core.repeats import MAX_REPEATS
 
-from .written import only, pair, picture, read
+from .written import only, pair, picture, read, require_case
 
 NFC, NFD = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
 
@@ -41,6 +41,7 @@ def test_another_case_of_letters_is_used_and_named(tmp_path: Path) -> None:
 
 
 def test_names_that_differ_in_case_alone_are_two_where_both_are_there(tmp_path: Path) -> None:
+    require_case(tmp_path)
     pair(tmp_path, "a.png", "a [V] one")
     pair(tmp_path, "A.png", "a [V] two")
     report = read(tmp_path)
@@ -54,6 +55,7 @@ def test_names_that_differ_in_case_alone_are_two_where_both_are_there(tmp_path: 
 
 @pytest.mark.parametrize("second", ["a.TXT", "A.txt"])
 def test_two_captions_of_one_image(tmp_path: Path, second: str) -> None:
+    require_case(tmp_path)
     path = pair(tmp_path, "a.png")
     (tmp_path / second).write_text("another [V]")
     only(read(tmp_path).problems, path, None, "2 captions of its name", second, "a.txt", "keep one")
@@ -102,6 +104,13 @@ def test_captions_of_other_images_are_no_near_misses(tmp_path: Path) -> None:
     mask = picture(tmp_path / "more" / "a-mask.png", colour=(7, 7, 7))
     assert "a mask of a.png? masks are not used" in messages(read(tmp_path).errors)[mask.name]
     assert path.name in messages(read(tmp_path).errors)
+
+
+def test_a_text_beside_another_file_of_its_name_is_named(tmp_path: Path) -> None:
+    pair(tmp_path, "a.png")
+    (tmp_path / "b.txt").write_text("a [V]")
+    (tmp_path / "b.json").write_text("{}")
+    assert messages(read(tmp_path).warnings)["b.txt"] == "a caption without a picture of its name"
 
 
 def test_instructions_have_near_misses_too(tmp_path: Path) -> None:
@@ -173,12 +182,12 @@ def test_unread_files_of_a_kind_are_one_warning(tmp_path: Path) -> None:
     report = read(tmp_path)
     assert len(report.pairs) == 3 and report.errors == ()
     assert messages(report.warnings) == {
-        "a.json": "not read (nor are 2 other .json files): of a folder images and .txt captions are read",
+        "a.json": "not read, like 2 more .json files: of a folder images and .txt captions are read",
         "a.npz": "not read: of a folder images and .txt captions are read",
         "a.caption": "not read: of a folder images and .txt captions are read",
         "notes": "not read: of a folder images and .txt captions are read",
         "rows.jsonl": "not read: to read it, give its path instead of the folder's",
-        "a.heic": "not read (nor are 1 other .heic files): convert .heic files to PNG, JPEG, WebP or BMP",
+        "a.heic": "not read, like 1 more .heic file: convert .heic files to PNG, JPEG, WebP or BMP",
     }
 
 
