@@ -188,7 +188,9 @@ def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resoluti
     )
     parser.add_argument("--trigger", default="", metavar="WORD", help="word for the concept; replaces [V] in captions")
     parser.add_argument("--resolution", type=int, default=resolution, metavar="N", help=resolution_help)
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="visits per epoch of each picture")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="visits per epoch of each image, up to 1000"
+    )
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="pictures may not lie outside of it; default: DATASET's"
     )

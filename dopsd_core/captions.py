@@ -128,7 +128,7 @@ def _what_it_is(character: str) -> str:
     if "\ud800" <= character <= "\udfff":
         return f"the text holds half a character ({code}): it was cut or converted wrongly; write it again"
     if character == "\ufeff":
-        return "the text holds a byte-order mark (U+FEFF) after its beginning, as joined files do; remove it"
+        return "the text holds a byte-order mark (U+FEFF) inside, as joined files do; remove it"
     return f"the text holds the control character {code}; remove it and save the text as UTF-8"
 
 
@@ -157,12 +157,13 @@ def row_captions(row: Mapping[str, object]) -> RowCaptions:
         value = row[key]
         if not isinstance(value, str):
             found.complaints.append(f"{key!r} is {type(value).__name__}, not text")
-        elif not value.strip():
+        elif not value.strip("\ufeff \t\r\n"):
             found.complaints.append(f"{key!r} is an empty caption")
         else:
             try:
-                check_text(value)
-                found.texts[key] = value.strip()
+                text = value.removeprefix("\ufeff")
+                check_text(text)
+                found.texts[key] = text.strip()
             except CaptionError as error:
                 found.errors.append(f"{key!r}: {error}")
     return found

@@ -164,6 +164,7 @@ def store_pictures(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
         ValueError: there are not as many texts as images, one is no text, or a pair comes more than MAX_REPEATS times.
     """
     pictures = [picture for batch in images for picture in to_images(batch.permute(0, 3, 1, 2))]
+    texts = [text.removeprefix("\ufeff") for text in texts]  # which a file may begin with, read by another node
     if len(pictures) != len(texts):
         raise ValueError(
             f"{len(pictures)} images and {len(texts)} texts are connected to Load Dataset; give one text for each image"

@@ -61,7 +61,7 @@ def test_utf8_is_never_taken_for_another_encoding(text: str) -> None:
         ("\x07", "the control character U+0007"),
         ("\x92", "the control character U+0092"),  # ’ of cp1252 read as Latin-1
         ("\x7f", "the control character U+007F"),
-        ("\ufeff", "a byte-order mark (U+FEFF) after its beginning"),
+        ("\ufeff", "a byte-order mark (U+FEFF) inside"),
         ("\uffff", "the control character U+FFFF"),
     ],
 )
@@ -74,6 +74,14 @@ def test_characters_that_are_no_text(tmp_path: Path, character: str, told: str) 
     jsonl = rows(tmp_path / "a.jsonl", {"path": "a.png", "text": "fine", "short_en": f"a{character}dog"})
     jsonl.write_text(json.dumps(json.loads(jsonl.read_text("utf-8"))))  # every character as an escape
     only(read(jsonl).errors, jsonl, 1, f"'short_en': the text holds {told}")
+
+
+def test_a_mark_at_the_beginning_is_no_part_of_the_text(tmp_path: Path) -> None:
+    pair(tmp_path, "a.png").with_suffix(".txt").write_bytes(b"\xef\xbb\xbfa dog")
+    assert read(tmp_path).pairs[0].captions == ("a dog",)
+    file = rows(tmp_path / "a.jsonl", {"path": "a.png", "text": "\ufeffa dog", "short_en": "\ufeff"})
+    assert read(file).pairs[0].captions == ("a dog",)
+    only(read(file).problems, file, 1, "'short_en' is an empty caption")
 
 
 def test_half_a_character(tmp_path: Path) -> None:

@@ -365,6 +365,11 @@ def test_connected_texts_that_are_no_text(comfyui, text: str, told: str) -> None
     assert told in str(caught.value)
 
 
+def test_a_mark_that_another_node_left_on_a_text(comfyui) -> None:
+    source = comfyui.module("nodes.dataset").store_pictures([torch.rand(1, 16, 16, 3)], ["\ufeffa [V] dog"])
+    assert (source / "image_0001.txt").read_bytes() == b"a [V] dog"
+
+
 def test_a_connected_pair_comes_at_most_as_often_as_a_folder_may_ask(comfyui) -> None:
     store = comfyui.module("nodes.dataset").store_pictures
     pixels = torch.rand(1, 16, 16, 3).expand(1001, -1, -1, -1)
