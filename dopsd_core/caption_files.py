@@ -91,7 +91,7 @@ class CaptionFiles:
         beside = [file for file in self.near.get(place_of(image), []) if file not in self.of(image)]
         wanted = image.with_suffix(CAPTION_SUFFIX).name
         if beside:
-            first = beside[0]
+            first = next((file for file in beside if folded(file.name).startswith(folded(image.name))), beside[0])
             if self._belongs_exactly(first) and first.suffix.lower() == CAPTION_SUFFIX:
                 return beside, f"there is {first.name}, which belongs to another image"
             if first.suffix.lower() in _STRUCTURED:
@@ -114,7 +114,7 @@ def _grouped(items: Iterable[tuple[Key, Path]]) -> dict[Key, list[Path]]:
 
 def _bare(name: str, suffixes: Sequence[str]) -> str:
     """`a` of a.caption, a.png.txt, a.txt.txt, a_caption.txt and the like."""
-    known = (CAPTION_SUFFIX, *_OTHER_TEXTS, *_STRUCTURED, *suffixes)
+    name, known = name.rstrip(), (CAPTION_SUFFIX, *_OTHER_TEXTS, *_STRUCTURED, *suffixes)
     while (suffix := Path(name).suffix.lower()) in known and suffix:
         name = name[: -len(suffix)].rstrip()
     return re.sub(r"(?i)[._ -]captions?$", "", name)

@@ -148,8 +148,8 @@ def _coded(coding: tuple[int, int, int, int]) -> Colours:
     if (primaries, curve) == (1, 13) and matrix == 0 and is_full:
         return Colours()
     if primaries not in _CODED_PRIMARIES or curve not in _CODED_CURVES or matrix != 0 or not is_full:
-        told = "/".join(map(str, coding))
-        return Colours(remark=f"its colours are coded as {told} (cICP), which is not read; save it as sRGB")
+        numbers = "/".join(map(str, coding))
+        return Colours(remark=f"its colours are coded as {numbers} (cICP), which is not read; save it as sRGB")
     return Colours(make_profile(_CODED_PRIMARIES[primaries], _CODED_CURVES[curve]))
 
 

@@ -5,7 +5,7 @@ photos/a.txt            its caption
 
 edits/target/a.png      the result of an edit
 edits/target/a.txt      its instruction
-edits/source/a.jpg      the picture that it starts from; other files of the folder are told, not guessed at
+edits/source/a.jpg      the picture that it starts from; other files of the folder are reported
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class _FolderReader:
             self.problems.error(image, None, f"{len(found)} {kind}s of its name: {names}; keep one")
             return Entry(image, (), found[0], None, repeats)
         if not self.captions.names_exactly(found[0], image):
-            told = f"taken as the {kind} of {image.name}: the names differ in upper and lower case; make them equal"
-            self.problems.warning(found[0], None, told)
+            message = f"taken as the {kind} of {image.name}: the names differ in upper and lower case; make them equal"
+            self.problems.warning(found[0], None, message)
         text = self._text(found[0], kind)
         before = text[: len(text) - len(text.lstrip())]
         texts = (text.strip(),) if text else ()
@@ -142,8 +142,8 @@ class _FolderReader:
         for file, images in self.used.items():
             if len(images) > 1:
                 names = " and ".join(image.name for image in images)
-                told = f"{names} share the caption {file.name}: give each a name of its own, or remove one"
-                self.problems.warning(images[0], None, told)
+                message = f"{names} share the caption {file.name}: give each a name of its own, or remove one"
+                self.problems.warning(images[0], None, message)
 
     def note_unread(self) -> None:
         """Names what was not read: captions without a picture, and other files, those of a kind once."""
@@ -205,8 +205,8 @@ class _EditFolder:
         other = loose.get(_folded_place(target))
         if target in starts or other is None:
             return target
-        told = f"taken as the source of {target[1]}: the names differ in upper and lower case; make them equal"
-        self.problems.warning(starts[other][0], None, told)
+        message = f"taken as the source of {target[1]}: the names differ in upper and lower case; make them equal"
+        self.problems.warning(starts[other][0], None, message)
         return other
 
     def _entry(self, target: Path, found: Sequence[Path]) -> Entry:
@@ -222,8 +222,8 @@ class _EditFolder:
         """Warns of a text beside the source where the target has its own."""
         for stray in self.reader.captions.captions.get((start.parent, folded(start.name)), ()):
             if entry.captions:
-                told = f"not read: the instruction is the one in {entry.source.parent.name}/"
-                self.problems.warning(stray, None, told)
+                message = f"not read: the instruction is the one in {entry.source.parent.name}/"
+                self.problems.warning(stray, None, message)
                 self.reader.named.add(stray)
 
     def _note_sources(self, starts: Mapping[Place, Sequence[Path]], used: Collection[Place]) -> None:
@@ -233,8 +233,8 @@ class _EditFolder:
                 self.problems.error(found[0], None, f"{len(found)} sources of one name: {names}; keep one")
             if start not in used:
                 place = self.target.relative_to(self.folder) / found[0].relative_to(self.source).with_suffix("")
-                told = f"a source without a target: its edit's result is missing at {place}.*"
-                self.problems.warning(found[0], None, told)
+                message = f"a source without a target: its edit's result is missing at {place}.*"
+                self.problems.warning(found[0], None, message)
 
 
 def _place_below(half: Path, picture: Path) -> Place:

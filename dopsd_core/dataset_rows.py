@@ -39,17 +39,24 @@ _IMAGE, _FILE = r"_?(?:img|image)s?(?:_?(?:path|file|file_?name)s?)?(?:_?list)?"
 
 _SOURCE = re.compile(
     rf"((?:ref|reference|control|conditioning|source|src|input|original|before|edit|kontext){_IMAGE}"
-    rf"|control_paths?|(?:input|source|control|reference){_FILE}|source|input|control|before)(?:_?([0-9]{{1,9}}))?"
+    rf"|control_paths?|(?:input|source|control|reference){_FILE}|source|source_path|input|input_path|control|before)"
+    r"(?:_?([0-9]{1,9}))?"
 )
 """Keys for what an edit starts from, in the datasets of other trainers, with the number of several: control_path_0."""
 
 _TARGET = re.compile(
-    rf"(?:target|output|edited|after|result){_IMAGE}|(?:target|output|edited){_FILE}|target|output|after"
+    rf"(?:target|output|edited|after|result){_IMAGE}|(?:target|output|edited){_FILE}"
+    r"|target|target_path|output|output_path|after"
 )
 """Keys for its result."""
 
-_WORDS = frozenset(("source", "input", "control", "before", "target", "output", "after"))
-"""Of those, the ones that may as well name where a picture is from: read where the value is a path of an image."""
+_WORDS = frozenset(
+    (
+        "source", "source_path", "input", "input_path", "control", "before",
+        "target", "target_path", "output", "output_path", "after",
+    )
+)  # fmt: skip
+"""Of those, the ones that may as well say where an image is from: read where the value is a path of an image."""
 
 _REPEATS_KEYS = ("repeats", "num_repeats")
 _SIZE_KEYS = ("h*w", "w*h")
@@ -71,8 +78,8 @@ def read_jsonl(file: Path, problems: Problems) -> list[Entry]:
         problems.error(file, getattr(error, "line", None), str(error))
         return []
     if _is_json_file(text):
-        told = "a JSON file, not a JSONL: write one object per line, without [ ] around them and commas between them"
-        problems.error(file, None, told)
+        message = "a JSON file, not a JSONL: write one object per line, without [ ] around them and commas between them"
+        problems.error(file, None, message)
         return []
     entries: list[Entry] = []
     unread: dict[str, None] = {}
@@ -154,9 +161,9 @@ def _refuse_mixture(file: Path, entries: Sequence[Entry], problems: Problems) ->
     if few:
         rest = len(few) - _NAMED_ROWS
         rows = ", ".join(map(str, few[:_NAMED_ROWS])) + f" and {rest} more" * (rest > 0)
-        told = f"rows {rows} are" if len(few) > 1 else f"row {rows} is"
+        message = f"rows {rows} are" if len(few) > 1 else f"row {rows} is"
         problems.error(
-            file, few[0], f"{told} of {kind}, the other {len(many)} of {other}: put each kind into a file of its own"
+            file, few[0], f"{message} of {kind}, the other {len(many)} of {other}: put each kind into a file of its own"
         )
 
 

@@ -19,6 +19,9 @@ _DATE = re.compile(
     r"|[0-9]{1,2}_[0-9]{1,2}_(?:19|20)[0-9]{2}(?![0-9])"  # 12_5_2024
 )
 
+_NUMBERING = re.compile(r"0|[0-9]{1,2}_[0-9]{1,4}(?:_|$)")
+"""A count that may as well number a list, or be the month of a year: 01_front, 3_4_view, 12_2024."""
+
 
 @dataclass
 class NamedRepeats:
@@ -43,13 +46,13 @@ class NamedRepeats:
     def _read(self, folder: Path, digits: str) -> int:
         rename = f"rename the folder, to 1_{folder.name} for 1 repeat"
         if _DATE.match(folder.name):
-            told = f"its name begins with {digits} like a year or a date, which would be {digits} repeats"
-            self.problems.error(folder, None, f"{told}: {rename}")
+            message = f"its name begins with {digits} like a year or a date, which would be {digits} repeats"
+            self.problems.error(folder, None, f"{message}: {rename}")
         elif not 1 <= int(digits) <= MAX_REPEATS:
-            told = f"its name asks for {digits} repeats, and 1 to {MAX_REPEATS} are allowed"
-            self.problems.error(folder, None, f"{told}: {rename}")
+            message = f"its name asks for {digits} repeats, and 1 to {MAX_REPEATS} are allowed"
+            self.problems.error(folder, None, f"{message}: {rename}")
         else:
-            if digits.startswith("0"):
+            if _NUMBERING.match(folder.name) and int(digits) > 1:
                 self.problems.warning(
                     folder, None, f"its name is read as {int(digits)} repeats: {rename} if it is none"
                 )

@@ -80,6 +80,7 @@ def test_two_images_of_one_caption(tmp_path: Path) -> None:
         ("A.PNG.TXT", "there is A.PNG.TXT: rename it to a.txt"),
         ("a.text", "there is a.text: rename it to a.txt"),
         ("a .txt", "there is a .txt: rename it to a.txt"),
+        ("a.txt ", "there is a.txt : rename it to a.txt"),
         ("a_caption.txt", "there is a_caption.txt: rename it to a.txt"),
         ("a", "there is a: rename it to a.txt"),
         ("a.json", "there is a.json: only .txt is read, write its caption to a.txt"),
@@ -144,7 +145,8 @@ def test_counts_out_of_bounds(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("10_dog", 10), ("1000_dog", 1000), ("3_4_view", 3), ("dog_10", 1), ("10 dog", 1), ("٣_dog", 1)]
+    ("name", "count"),
+    [("10_dog", 10), ("1000_dog", 1000), ("1_3_4_view", 1), ("dog_10", 1), ("10 dog", 1), ("٣_dog", 1)],
 )
 def test_counts_that_are_read(tmp_path: Path, name: str, count: int) -> None:
     pair(tmp_path / name, "a.png")
@@ -154,11 +156,12 @@ def test_counts_that_are_read(tmp_path: Path, name: str, count: int) -> None:
     assert [item.repeats for item in read(tmp_path / name).pairs] == [1, 1]
 
 
-def test_the_nearest_count_holds_and_numbering_is_a_warning(tmp_path: Path) -> None:
-    pair(tmp_path / "2_all" / "05_near", "a.png")
+@pytest.mark.parametrize(("name", "count"), [("05_near", 5), ("3_4_view", 3), ("12_2024", 12), ("12_2024_trip", 12)])
+def test_the_nearest_count_holds_and_numbering_is_a_warning(tmp_path: Path, name: str, count: int) -> None:
+    pair(tmp_path / "2_all" / name, "a.png")
     report = read(tmp_path)
-    only(report.problems, tmp_path / "2_all" / "05_near", None, "is read as 5 repeats", "1_05_near for 1 repeat")
-    assert report.errors == () and report.pairs[0].repeats == 5
+    only(report.problems, tmp_path / "2_all" / name, None, f"is read as {count} repeats", f"1_{name} for 1 repeat")
+    assert report.errors == () and report.pairs[0].repeats == count
 
 
 def test_the_users_repeats_have_the_same_bound(tmp_path: Path) -> None:

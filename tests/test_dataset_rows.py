@@ -15,7 +15,7 @@ KEYS = (
     "control_path", "control_path_0", "control_path_1", "control_path_10", "control_image", "control_image_2",
     "source_image", "source_image_path", "source", "input", "input_image", "input_images", "edit_image",
     "kontext_images", "original_image", "reference_image", "ref_images", "conditioning_image", "input_file_name",
-    "before", "ref_img",
+    "before", "ref_img", "source_path",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def shape(report: DatasetReport) -> list[tuple[str, list[str], tuple[str, ...], 
 
 
 @pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("target", ["image_path", "file_name", "image", "target_img", "target_image", "output_image"])
+@pytest.mark.parametrize("target", ["image_path", "file_name", "image", "target_img", "target_image", "output_path"])
 def test_sources_under_the_keys_of_other_trainers(folder: Path, key: str, target: str) -> None:
     file = rows(folder / "a.jsonl", {target: "0.png", key: "1.png", "caption": "make it winter"})
     report = read(file)
