@@ -29,11 +29,12 @@ from .config import TrainConfig
 from .dataset import Example, Pair, plan_encoding
 from .draws import draw_noise, make_generator
 from .families import get_family
-from .images import load_image
+from .images import ImageError, load_image
 from .model import Denoiser
 from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
 from .teachers import VLM, Teacher
+from .text import printable
 
 TeacherImage = Literal["own", "other"]
 """Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
@@ -120,7 +121,7 @@ def build_training_set(
         trigger: as given to `read_dataset`; taken out of the captions for the anchors.
         caption_dropout: encode the empty caption too.
         anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
-            for it.
+            for it; `[V]` stands for the trigger.
         heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
 
     Raises:
@@ -141,9 +142,10 @@ def build_training_set(
             raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
         requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
+    prompts = [put_trigger(prompt, trigger) for prompt in anchor_prompts]
     return TrainingSet(
         pairs=encoded[: sum(map(len, copies))],
-        anchors=encode_texts(_weighted_anchors(plan.anchors, anchor_prompts), encoder, cache) if anchors else (),
+        anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
     )
@@ -202,8 +204,13 @@ def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> Encod
 
 
 def _picture(path: Path, bucket: Bucket) -> Picture:
-    digest = digest_bytes(path.read_bytes())
-    return Picture(digest, lambda: load_image(path, bucket), {"bucket": [bucket.width, bucket.height]})
+    def load() -> Tensor:
+        try:
+            return load_image(path, bucket)
+        except ImageError as error:
+            raise ImageError(printable(f"{path}: {error}")) from error
+
+    return Picture(digest_bytes(path.read_bytes()), load, {"bucket": [bucket.width, bucket.height]})
 
 
 class Probe:

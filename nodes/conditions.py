@@ -8,6 +8,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from ..dopsd_core.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.condition_cache import ConditionCache
 from ..dopsd_core.sheet import to_pixels
 from ..dopsd_core.teachers import TEACHERS, Teacher
@@ -57,6 +58,26 @@ def build_conditions(
     )
     prompts = encode_previews(texts, pairs, encoder, cache, teacher, teacher_image)
     return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout)
+
+
+def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> list[str]:
+    """What is doubtful in the texts that a user typed, as warnings.
+
+    Raises:
+        ValueError: one holds characters that are no text.
+    """
+    texts = {
+        "preview prompt": split_lines(previews),
+        "anchor prompt": split_lines(anchors),
+        "teacher_sentence": [sentence],
+    }
+    found = [remark for what, prompts in texts.items() for remark in check_prompts(prompts, what, trigger)]
+    for number, prompt in enumerate(texts["anchor prompt"], 1):
+        if has_trigger(prompt, trigger):
+            found.append(
+                f"anchor prompt {number}: it names the concept, which training would hold back: take the name out"
+            )
+    return [f"warning: {message}" for message in found]
 
 
 class BuildTeacherCondition(io.ComfyNode):
@@ -142,15 +163,17 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher_image: TeacherImage = "own",
         teacher_sentence="",
     ) -> io.NodeOutput:
+        remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
         edits = any(pair.sources for pair in dataset.report.pairs)
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained on
             encoder = ComfyEncoder(clip, vae, vision)
-            teacher = teacher_for(encoder, mode, edits, teacher_sentence, teacher_image == "other")
+            sentence = put_trigger(teacher_sentence, dataset.trigger)
+            teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
             cache = ConditionCache(condition_cache())
             conditions = build_conditions(
                 dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
             )
-        send_text(cls, conditions.describe())
+        send_text(cls, "\n".join([conditions.describe(), *remarks]))
         return io.NodeOutput(conditions)
 
 

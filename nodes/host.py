@@ -27,6 +27,7 @@ from ..dopsd_core.conditioning import Condition
 from ..dopsd_core.families import Family
 from ..dopsd_core.model import LinearSite
 from ..dopsd_core.overrides import overridden
+from ..dopsd_core.text import printable
 from .families import family_of, in_comfyui
 
 _FEW_TOKENS = 256
@@ -43,7 +44,7 @@ def default_steps(model: Any) -> int:
 def send_text(cls: Any, text: str) -> None:
     """Shows text on the node; `cls` is a node class with the hidden input unique_id."""
     if cls.hidden is not None and cls.hidden.unique_id is not None:
-        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
+        PromptServer.instance.send_progress_text(printable(text), cls.hidden.unique_id)
 
 
 def fingerprint(patcher: Any) -> str:
