@@ -70,14 +70,14 @@ class Digester:
 
     def of(self, value: Any) -> bytes:
         """32 bytes."""
-        if (plain := _plain(value)) is not None:
-            return _hash(plain)
         if (known := self._known.get(id(value))) is not None:
             return known[1]
         if id(value) in self._inside:  # a cycle: by how many levels it goes back
             return _hash(f"cycle {len(self._inside) - self._inside[id(value)]}".encode())
         self._inside[id(value)] = len(self._inside)
         try:
+            if (plain := _plain(value)) is not None:
+                return _hash(plain)
             counted = self._substitute(value)
             result = self._read(value) if counted is value else self.of(counted)
         except Exception:  # reading an object runs its code, which can fail in any way

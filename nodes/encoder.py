@@ -13,6 +13,8 @@ from .families import family_of_clip, in_comfyui
 from .identity import identity_of
 from .vision import TeacherVision, encode_image_text, text_encoder
 
+_EMBEDDING = "embedding:"
+
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> Teacher:
     """The teacher that `mode` means for the encoder's family, with the user's sentence; `edits`: the data has sources.
@@ -40,6 +42,12 @@ class ComfyEncoder:
     def identity(self) -> str:
         """Other for another family, and for whatever else CLIP, VAE and vision tower would encode otherwise with."""
         return self._identity
+
+    def identity_for(self, caption: str) -> str:
+        """`identity`, with the contents of the embeddings that the caption names, which ComfyUI reads from files."""
+        if _EMBEDDING not in caption:
+            return self._identity
+        return f"{self._identity}/{identity_of(self._clip.tokenize(caption)).digest}"
 
     def require_vision(self) -> TeacherVision:
         """The vision tower.
