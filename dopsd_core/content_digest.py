@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from .tensor_digest import Content, digest_tensors
 
+log = logging.getLogger("dopsd")
+
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8  # CPython's type flags: made by a class statement; of an extension
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__annotations__", "__slots__"}
@@ -80,7 +82,8 @@ class Digester:
                 return _hash(plain)
             counted = self._substitute(value)
             result = self._read(value) if counted is value else self.of(counted)
-        except Exception:  # reading an object runs its code, which can fail in any way
+        except Exception as error:  # reading an object runs its code, which can fail in any way
+            log.debug("a %s cannot be read: %r", name_of(type(value)), error)
             result = self._unique(value)
         finally:
             del self._inside[id(value)]

@@ -135,6 +135,8 @@ _CONFIG = (
     *_does_not_count(
         custom_operations="the layers' classes: read in the network",
         quant_config="how weights are quantised: read in the network",
+        supported_inference_dtypes="the dtypes were chosen from them",
+        memory_usage_factor="an estimate of memory",
     ),
 )
 
@@ -216,15 +218,21 @@ class Identity:
     digest: str
     unknown: tuple[str, ...] = ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user, if anything cannot be compared."""
+        if not self.unknown:
+            return ()
+        return (f"it holds what cannot be compared ({', '.join(self.unknown)}): every run starts anew",)
+
 
 def identity_of(*values: Any) -> Identity:
     """Of ModelPatchers (MODEL), CLIPs, VAEs and vision towers together; logs what cannot be compared."""
     reader = _Reader()
-    digest = reader.digester.digest(values)[:HEX_DIGITS]
-    unknown = tuple(reader.digester.unknown)
-    if unknown:
-        log.warning("cannot be compared with another time: %s; so nothing of before is taken up", ", ".join(unknown))
-    return Identity(digest, unknown)
+    found = Identity(reader.digester.digest(values)[:HEX_DIGITS], tuple(reader.digester.unknown))
+    for note in found.notes:
+        log.warning("a model: %s", note)
+    return found
 
 
 def fingerprint(value: Any) -> str:
