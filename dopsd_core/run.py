@@ -74,6 +74,9 @@ class Run:
         self._log: RunLog | None = None
         self._lock = FolderLock(folder)
         self._fingerprint = data.fingerprint()
+        self._model = self._facts.get("dopsd_base_fingerprint", "")
+        self._heldout = data.heldout.key if data.heldout is not None else ""
+        self._is_other_heldout = False
         self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if config.anchor_probability else []
         self.objective = config.make_objective()
         self.adapters = AdapterSet(
@@ -102,7 +105,6 @@ class Run:
             self._load(checkpoint)
         elif self._start_state is not None:
             self._set_weights(self._start_state, self._start_state)
-        self._start_state = None
         write_atomic(self.folder / CONFIG_NAME, self.config.to_json().encode())
         self._log = RunLog(self.folder / LOG_NAME, self.step if checkpoint else -1)
 
@@ -121,6 +123,27 @@ class Run:
         report = StepReport(step=0, gap=self.start.train, relative_gap=relative, heldout_relative_gap=heldout)
         self._append(report)
         return report
+
+    def measure_other_heldout(self) -> None:
+        """Where the held-out pair is another than the saved run's: its gap, and what that was before training.
+
+        The pair trains nothing, so a run goes on with another; but gaps of two pairs cannot be compared.
+        """
+        if not self._is_other_heldout or self.start is None or self.last is None:
+            return
+        self._is_other_heldout = False
+        self.last = dataclasses.replace(self.last, heldout=self.probe.measure_heldout())
+        self.start = dataclasses.replace(self.start, heldout=self._heldout_at_the_start())
+
+    def _heldout_at_the_start(self) -> float | None:
+        if self._start_state is None:  # student and teacher began as the untouched model
+            return self.probe.measure_heldout(untrained=True)
+        student, teacher = self.adapters.state("student"), self.adapters.state("teacher")
+        self._set_weights(self._start_state, self._start_state)
+        try:
+            return self.probe.measure_heldout()
+        finally:
+            self._set_weights(student, teacher)
 
     def make_step(self) -> StepReport:
         """One optimizer step: accumulate, check, clip, step, teacher, probe, log."""
@@ -156,6 +179,8 @@ class Run:
         facts = {
             "config": self.config.to_json(),
             "data": self._fingerprint,
+            "model": self._model,
+            "heldout": self._heldout,
             "initial": self._initial,
             "optimizer": values,
             "start": None if self.start is None else dataclasses.astuple(self.start),
@@ -268,6 +293,8 @@ class Run:
         changed = changes_that_forbid_resuming(TrainConfig.from_json(facts["config"]), self.config)
         if facts["data"] != self._fingerprint:
             changed = (*changed, "the data set: its pictures, captions, encoder or their order")
+        if facts.get("model", self._model) != self._model:
+            changed = (*changed, "the model: its weights, or what is put on it")
         if facts.get("initial", "") != self._initial:
             changed = (*changed, "the LoRA that it started from")
         if changed:
@@ -282,6 +309,7 @@ class Run:
         self.step = checkpoint.step
         self.start = Gaps(*facts["start"]) if facts["start"] else None
         self.last = Gaps(*facts["last"]) if facts["last"] else None
+        self._is_other_heldout = facts.get("heldout", "") != self._heldout
         log.info("going on with %s at step %d", self.folder, self.step)
 
 

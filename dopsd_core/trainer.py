@@ -97,7 +97,8 @@ def train(
 
     Args:
         resume: whether a run that is in `run_dir` may be continued; if not, finding one is an error.
-        facts: what else the LoRA's header shall tell: base model, trigger, ...
+        facts: what else the LoRA's header shall tell: base model, trigger, ... A run goes on only with a model of the
+            same `dopsd_base_fingerprint`, where that is given.
         initial: the LoRA that a new run starts from, for student and teacher: folded tensors under part names, of the
             configuration's rank or less (`lora_import`). A "frozen" teacher stays the base. A run goes on only with
             the one that it started from.
@@ -129,6 +130,7 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
     """Steps until the last one or a stop; True when stopped. Saves the state whatever ends it."""
     config = run.config
     try:
+        run.measure_other_heldout()
         if run.step == 0 and run.start is None and config.probe_every:
             callbacks.on_step(run.measure_start())
         if config.preview_every and run.step == 0:

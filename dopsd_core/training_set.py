@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .adapters import AdapterSet
+from .adapters import AdapterSet, Mode
 from .buckets import Bucket
 from .captions import put_trigger
 from .condition_cache import ConditionCache, digest_bytes
@@ -88,13 +88,15 @@ class TrainingSet:
         return tuple(latent_shape(self.pairs[example.variants[0]]) for example in self.examples)
 
     def fingerprint(self) -> str:
-        """Equal for the same pairs, anchors, held-out pair and examples in the same order."""
+        """Equal for the same pairs, anchors and examples in the same order. The held-out pair, which trains nothing,
+        does not count."""
         digest = hashlib.sha256()
-        for pair in (*self.pairs, *((self.heldout,) if self.heldout else ())):
+        for pair in self.pairs:
             digest.update(f"{pair.key}|{pair.caption}|{latent_shape(pair)}\n".encode())
         for anchor in self.anchors:
+            digest.update(f"{tuple(anchor.features.shape)}\n".encode())
             digest.update(anchor.features.detach().cpu().float().contiguous().numpy().tobytes())
-        digest.update(repr((len(self.pairs), self.heldout is None, tuple(self.examples))).encode())
+        digest.update(repr((len(self.pairs), len(self.anchors), tuple(self.examples))).encode())
         return digest.hexdigest()
 
 
@@ -204,13 +206,18 @@ def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> Encod
 
 
 def _picture(path: Path, bucket: Bucket) -> Picture:
+    digest = digest_bytes(path.read_bytes())
+
     def load() -> Tensor:
         try:
-            return load_image(path, bucket)
+            image = load_image(path, bucket)
         except ImageError as error:
             raise ImageError(printable(f"{path}: {error}")) from error
+        if digest_bytes(path.read_bytes()) != digest:  # what is encoded now would be kept as the image of before
+            raise ImageError(printable(f"{path} was written to while the dataset was being encoded: run again"))
+        return image
 
-    return Picture(digest_bytes(path.read_bytes()), load, {"bucket": [bucket.width, bucket.height]})
+    return Picture(digest, load, {"bucket": [bucket.width, bucket.height]})
 
 
 class Probe:
@@ -225,9 +232,14 @@ class Probe:
     def measure(self) -> Gaps:
         """The gaps now: mean over the pairs, and of the held-out pair."""
         gaps = [self._gap(pair, noise) for pair, noise in self._pairs]
-        return Gaps(sum(gaps) / len(gaps), self._gap(*self._heldout) if self._heldout else None)
+        return Gaps(sum(gaps) / len(gaps), self.measure_heldout())
 
-    def _gap(self, pair: DualCondition, noise: Tensor) -> float:
+    def measure_heldout(self, untrained: bool = False) -> float | None:
+        """The gap of the held-out pair, now or without any LoRA; None where there is no such pair."""
+        return self._gap(*self._heldout, untrained) if self._heldout else None
+
+    def _gap(self, pair: DualCondition, noise: Tensor, untrained: bool = False) -> float:
+        modes: tuple[Mode, Mode] = ("off", "off") if untrained else ("student", "teacher")
         device = self._denoiser.device
         inputs = ObjectiveInputs(
             denoiser=self._denoiser,
@@ -237,7 +249,7 @@ class Probe:
             sigmas=grid_of(self._config, latent_shape(pair)),
             generator=make_generator(self._config.seed, "probe"),
         )
-        return measure_gap(inputs).gap
+        return measure_gap(inputs, student_mode=modes[0], teacher_mode=modes[1]).gap
 
     def _noise(self, number: int, pair: DualCondition) -> Tensor:
         return draw_noise(self._config.seed, -1, number, [latent_shape(pair)])

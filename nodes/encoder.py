@@ -10,8 +10,10 @@ from torch import Tensor
 from ..dopsd_core.conditioning import Condition
 from ..dopsd_core.teachers import Teacher, choose_teacher
 from .families import family_of_clip, in_comfyui
-from .host import fingerprint
+from .identity import identity_of
 from .vision import TeacherVision, encode_image_text, text_encoder
+
+_EMBEDDING = "embedding:"
 
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> Teacher:
@@ -33,15 +35,19 @@ class ComfyEncoder:
         self.family = family_of_clip(clip)
         self._clip, self._vae, self._vision = clip, vae, vision
         self._latent_format = in_comfyui(self.family).model.latent_format()
-        parts = [fingerprint(clip.patcher), fingerprint(vae.patcher)]
-        if vision is not None:
-            parts += [fingerprint(vision.patcher), f"{vision.min_pixels}-{vision.max_pixels}"]
-        self._identity = "/".join(("comfyui", self.family.name, *parts))
+        rounding = str(comfy.model_management.intermediate_dtype())
+        self._identity = "/".join(("comfyui", self.family.name, rounding, identity_of(clip, vae, vision).digest))
 
     @property
     def identity(self) -> str:
-        """Other for other weights or another family."""
+        """Other for another family, and for whatever else CLIP, VAE and vision tower would encode otherwise with."""
         return self._identity
+
+    def identity_for(self, caption: str) -> str:
+        """`identity`, with the contents of the embeddings that the caption names, which ComfyUI reads from files."""
+        if _EMBEDDING not in caption:
+            return self._identity
+        return f"{self._identity}/{identity_of(self._clip.tokenize(caption)).digest}"
 
     def require_vision(self) -> TeacherVision:
         """The vision tower.

@@ -231,6 +231,11 @@ def condition_cache() -> Path:
     return Path(folder_paths.get_user_directory()) / "dopsd" / "conditions"
 
 
+def known_weights() -> Path:
+    """Where digests of large weight files are kept between sessions."""
+    return Path(folder_paths.get_user_directory()) / "dopsd" / "weights.json"
+
+
 def _checked(name: str, what: str) -> str:
     """A plain name for a file or folder, on Windows too."""
     if not name:

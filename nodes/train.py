@@ -24,7 +24,8 @@ from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
 from ..dopsd_core.training_set import latent_shape
 from .checkpoints import warn_if_undistilled
 from .conditions import require_same_family
-from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
+from .host import ComfyDenoiser, base_name, default_steps, send_text
+from .identity import identity_of
 from .initial_lora import start_of
 from .memory import (
     MEMORY_CHOICES,
@@ -112,17 +113,17 @@ def run_training(
         ValueError: a target matches nothing, or something outside the blocks.
         OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
     """
-    identity = fingerprint(model)
+    identity = identity_of(model)
     denoiser = ComfyDenoiser(model)
     require_blocks(denoiser, config.lora)
     plan = plan_memory(memory, denoiser, conditions, config)
     config = plan.config
     start = start_of(initial_lora, denoiser, config)
-    digest = run_digest(config, conditions.data.fingerprint(), identity, *start.identity)
+    digest = run_digest(config, conditions.data.fingerprint(), identity.digest, *start.identity)
     folder = run_folder(f"{run_name}-{digest}")
     facts = {
         "dopsd_base_model": base_name(model),
-        "dopsd_base_fingerprint": identity,
+        "dopsd_base_fingerprint": identity.digest,
         "dopsd_trigger": conditions.trigger,
         "dopsd_teacher_sees": conditions.teacher.name,
         "dopsd_name": run_name,

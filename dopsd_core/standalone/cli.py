@@ -101,7 +101,8 @@ def run_train(args: argparse.Namespace) -> int:
         _say("warning: no caption names the trigger, so there is no prior to anchor; anchor_probability is set to 0")
         config = dataclasses.replace(config, anchor_probability=0.0)
     with tqdm(total=config.steps, unit="step") as bar:
-        result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh)
+        facts = {"dopsd_base_fingerprint": model.fingerprint}
+        result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts)
     _say(f"{result.step} steps; LoRA: {result.lora_path}")
     return 0
 
