@@ -34,7 +34,7 @@ EXTRA = "dopsd_datasets"
 
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
-_FORBIDDEN = re.compile(r'[<>:"|?*\\/\x00-\x1f\x7f]')
+_FORBIDDEN = re.compile(r'[<>:"|?*\\/\x00-\x1f\x7f\ud800-\udfff]')
 _LONGEST_NAME = 100
 
 folder_paths.folder_names_and_paths.setdefault(EXTRA, ([], set()))
@@ -217,12 +217,20 @@ def lora_file_path(prefix: str) -> Path:
     Raises:
         ValueError: the prefix is empty, absolute, leads outside or is no name on some system.
     """
-    parts = prefix.strip().replace("\\", "/").split("/")
-    for part in parts:
-        _checked(part, "filename_prefix")
+    parts = require_lora_name(prefix)
     output = folder_paths.get_output_directory()
     folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), output)
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def require_lora_name(prefix: str) -> list[str]:
+    """The parts of a `filename_prefix` for `lora_file_path`; touches nothing.
+
+    Raises:
+        ValueError: it is empty, absolute, leads outside or is no name on some system.
+    """
+    parts = prefix.strip().replace("\\", "/").split("/")
+    return [_checked(part, "filename_prefix") for part in parts]
 
 
 def condition_cache() -> Path:

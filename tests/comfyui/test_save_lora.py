@@ -136,4 +136,5 @@ def test_what_is_no_lora_is_not_saved(comfyui, save, lora: dict, sentence: str) 
 @pytest.mark.parametrize("prefix", ["../x", "/tmp/x", "", "loras/con", "C:\\x"])
 def test_a_bad_name_is_one_sentence(comfyui, save, prefix: str) -> None:
     run = save(prefix=prefix)
-    assert run.status == "error" and run.error.startswith("the filename_prefix ") and "\n" not in run.error
+    assert run.status == "refused" and "\n" not in run.error
+    assert run.error.startswith("filename_prefix - the filename_prefix ")
