@@ -106,9 +106,9 @@ class CompareLoRA(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, strengths: str | None = None, prompts: str | None = None) -> bool | str:
         try:
-            if strengths is not None:
+            if isinstance(strengths, str):  # else it comes over a link
                 parse_strengths(strengths)
-            if prompts is not None:
+            if isinstance(prompts, str):
                 parse_prompts(prompts)
         except ValueError as error:
             return str(error)

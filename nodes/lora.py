@@ -66,7 +66,7 @@ class SaveLoRA(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         try:
-            if filename_prefix is not None:
+            if isinstance(filename_prefix, str):  # else it comes over a link
                 require_lora_name(filename_prefix)
         except ValueError as error:
             return str(error)

@@ -226,9 +226,10 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, run_name="") -> bool | str:
+    def validate_inputs(cls, run_name: str | None = None) -> bool | str:
         try:
-            run_folder(run_name)
+            if isinstance(run_name, str):  # else it comes over a link
+                run_folder(run_name)
         except ValueError as error:
             return str(error)
         return True

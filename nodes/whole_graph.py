@@ -54,7 +54,7 @@ def find_left_out(graph: Graph, targets: Collection[str] | None = None) -> LeftO
     """
     if not any(_is_ours(graph, node) for node in graph):
         return None
-    valid, _, good, errors = _validate(graph, targets)
+    valid, _, good, errors = _validate(copy.deepcopy(dict(graph)), targets)
     if not valid or not errors:
         return None
     runs = _needed(graph, good)
@@ -85,7 +85,7 @@ def require_whole_graph(node: Any) -> None:
     graph = node.hidden.prompt if node.hidden is not None else None
     if not graph or _is_checked():
         return
-    if found := find_left_out(graph):
+    if found := find_left_out(_as_sent(graph)):
         raise LeftOutError(found.describe(graph))
 
 
@@ -96,17 +96,27 @@ def _is_checked() -> bool:
 
 
 def _validate(graph: Graph, targets: Collection[str] | None) -> tuple[bool, Any, list[str], dict[str, Any]]:
-    """ComfyUI's own validation of a copy, in a thread without an event loop of its own."""
-    draft = {node: {**graph[node], "inputs": _rewrapped(graph[node].get("inputs", {}))} for node in graph}
+    """ComfyUI's own validation, which may write into the graph; in a thread that has no event loop yet."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, execution.validate_prompt("dopsd", draft, targets)).result()  # type: ignore
+        return thread.submit(asyncio.run, execution.validate_prompt("dopsd", graph, targets)).result()  # type: ignore
 
 
-def _rewrapped(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs as a client sends them: validation takes a list for a link unless it is wrapped, and has unwrapped it
-    already in a graph that runs."""
-    bare = {name for name, value in inputs.items() if isinstance(value, list) and not is_link(value)}
-    return {name: {"__value__": value} if name in bare else copy.deepcopy(value) for name, value in inputs.items()}
+def _as_sent(graph: Graph) -> Graph:
+    """A graph that runs as its client sent it: validation has unwrapped lists, and would take them for links now.
+
+    Our own nodes have no input that is a list.
+    """
+    return {
+        id: node if _is_ours(graph, id) else {**node, "inputs": _wrapped(node.get("inputs", {}))}
+        for id, node in graph.items()
+    }
+
+
+def _wrapped(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {"__value__": value} if isinstance(value, list) and not is_link(value) else value
+        for name, value in inputs.items()
+    }
 
 
 def _is_ours(graph: Graph, node: str) -> bool:
@@ -141,10 +151,14 @@ def _title(graph: Graph, node: str) -> str:
 
 
 def _sentences(graph: Graph, errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Node and problem; of what a node itself found wrong the details say all."""
-    found = []
-    for node, said in errors.items():
-        for error in said["errors"]:
-            about = "" if error["type"] == "custom_validation_failed" else f"{error['message']}: "
-            found.append(f"{_titles(graph, [node])}: {about}{error['details']}")
-    return list(dict.fromkeys(found))
+    """Each node, input and problem once."""
+    lines = [f"{_titles(graph, [node])}: {_sentence(error)}" for node, of in errors.items() for error in of["errors"]]
+    return list(dict.fromkeys(lines))
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    name, details = error.get("extra_info", {}).get("input_name", ""), str(error["details"])
+    if error["type"] == "custom_validation_failed":  # the details are the node's own sentence
+        return details.replace(f"{name} - ", f"{name}: ", 1)
+    about = f" ({details})" if details not in ("", name) else ""
+    return f"{name}: {error['message']}{about}" if name else f"{error['message']}{about}"
