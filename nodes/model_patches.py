@@ -8,7 +8,7 @@ trained and sampled on its own. Whatever is not known to be used is named.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,17 +46,20 @@ def unused_patches(model: Any) -> tuple[str, ...]:
     if model.hook_patches:
         found.append("a LoRA or other weights on hooks")
     note = "the MODEL carries {}, which training and previews do not use"
-    return (*(note.format(what) for what in dict.fromkeys(found)), *unused_schedule(model))
+    return (*(note.format(what) for what in dict.fromkeys(found)), *unused_schedule(model, ("shift", "noise_scale")))
 
 
-def unused_schedule(model: Any) -> tuple[str, ...]:
-    """One line if the MODEL's sampling is patched to another noise schedule than the family's; () otherwise."""
+def unused_schedule(model: Any, parameters: Sequence[str] = ("shift",)) -> tuple[str, ...]:
+    """One line if the MODEL's sampling is patched to another noise schedule than the family's; () otherwise.
+
+    parameters: those that are not used; ComfyUI's samplers take the scale of the noise from the MODEL.
+    """
     patched = model.object_patches.get("model_sampling")
     settings = model.model.model_config.sampling_settings
     changes = [
         f"{name} {float(value):g}"
-        for name, usual in (("shift", settings.get("shift", 1.0)), ("noise_scale", settings.get("noise_scale", 1.0)))
-        if (value := getattr(patched, name, None)) is not None and abs(float(value) - usual) > 1e-6
+        for name in parameters
+        if (value := getattr(patched, name, None)) is not None and abs(float(value) - settings.get(name, 1.0)) > 1e-6
     ]
     if not changes:
         return ()
