@@ -105,7 +105,7 @@ def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, mon
 
 
 def test_a_run_that_is_resumed_or_was_complete_says_so(comfyui: ComfyUI) -> None:
-    settings = {"preview_every": 0, "probe_every": 0, "warmup": 0}
+    settings = {"preview_every": 0, "probe_every": 0}
     assert comfyui.execute(training("again", steps=2, **settings)).status == "success"
     more = comfyui.execute(training("again", steps=3, **settings))
     assert once("resumed at step 2", more.texts("train")[-1])
@@ -171,7 +171,7 @@ def test_an_error_says_what_is_kept_and_where(
 
 
 def test_another_runs_folder_is_left_alone(comfyui: ComfyUI) -> None:
-    settings = {"preview_every": 0, "probe_every": 0, "warmup": 0}
+    settings = {"preview_every": 0, "probe_every": 0}
     assert comfyui.execute(training("longer", steps=3, **settings)).status == "success"
     before = report_of(comfyui, "longer")
     refused = comfyui.execute(training("longer", steps=2, **settings))
