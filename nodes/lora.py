@@ -13,7 +13,7 @@ from ..dopsd_core.lora_config import LoraConfig
 from ..dopsd_core.lora_file import save_lora, save_peft
 from .host import send_text
 from .inputs import checked
-from .lora_header import header_for
+from .lora_header import header_for, trigger_of
 from .paths import lora_file_path, require_lora_name, shown
 from .sockets import CATEGORY
 
@@ -78,6 +78,8 @@ class SaveLoRA(io.ComfyNode):
         path = lora_file_path(filename_prefix)
         write_lora(path, lora, DTYPES[dtype])
         text = f"{shown(path)}\n{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"
+        if trigger := trigger_of(getattr(lora, "facts", {})):
+            text += f"\ntrigger: {trigger}"
         if peft_folder:
             folder = path.with_name(f"{path.stem}peft")
             write_peft(folder, lora, DTYPES[dtype])
