@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
-from server import PromptServer
 
 from .compare import CompareLoRA
 from .conditions import BuildTeacherCondition, TeacherPreview
@@ -13,14 +12,14 @@ from .loaders import LoadDemoModels, LoadTeacherVision
 from .lora import SaveLoRA
 from .sampler import FewStepSampler
 from .train import TrainLoRA
-from .whole_graph import refuse_in_part
+from .whole_graph import register
 
 
 class DopsdExtension(ComfyExtension):
     """What ComfyUI registers."""
 
     async def on_load(self) -> None:
-        PromptServer.instance.add_on_prompt_handler(refuse_in_part)
+        register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

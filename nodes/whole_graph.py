@@ -64,9 +64,23 @@ def find_left_out(graph: Graph, targets: Collection[str] | None = None) -> LeftO
     return LeftOut(tuple(outputs), errors) if outputs else None
 
 
+def register() -> None:
+    """Has every prompt that ComfyUI's server receives go through `refuse_in_part`, after other packs' handlers: these
+    may change the graph. They are registered while packs load, so the first prompt is early enough to come last."""
+    server, joined = PromptServer.instance, []
+
+    def join(request: dict[str, Any]) -> dict[str, Any]:
+        if not joined:
+            joined.append(True)
+            server.add_on_prompt_handler(refuse_in_part)
+        return request
+
+    server.add_on_prompt_handler(join)
+
+
 def refuse_in_part(request: dict[str, Any]) -> dict[str, Any]:
-    """For `PromptServer.add_on_prompt_handler`: has ComfyUI validate only the output nodes that it would drop, if a
-    node of ours is dropped with them, so that it answers with HTTP 400 and their errors."""
+    """The body of POST /prompt. If ComfyUI would drop output nodes and a node of ours with them, it is changed so that
+    ComfyUI validates these alone and answers with HTTP 400 and their errors."""
     graph, extra = request.get("prompt"), request.setdefault("extra_data", {})
     if not isinstance(graph, dict) or not isinstance(extra, dict):
         return request

@@ -105,6 +105,27 @@ def test_what_nobody_asks_for_may_be_invalid(server: Server) -> None:
     assert refused.status == "refused" and "train" in refused.refusal["node_errors"]
 
 
+def test_what_other_packs_make_of_a_graph_counts(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their handlers may be registered after ours, and mend what the client sent."""
+    monkeypatch.setattr(comfyui.server, "on_prompt_handlers", [])
+    comfyui.module("nodes.whole_graph").register()
+
+    def mend(request: dict) -> dict:
+        request["prompt"]["train"]["inputs"]["run_name"] = "mended"
+        return request
+
+    graph = whole()
+    change("train", run_name="aux")(graph)
+    refused = comfyui.call(comfyui.server.trigger_on_prompt, {"prompt": graph})
+    assert set(refused["partial_execution_targets"]) == {"train", "save", "compare"}
+    monkeypatch.setattr(comfyui.server, "on_prompt_handlers", [])
+    comfyui.module("nodes.whole_graph").register()
+    comfyui.server.add_on_prompt_handler(mend)
+    for _ in range(2):
+        change("train", run_name="aux")(graph)
+        assert "partial_execution_targets" not in comfyui.call(comfyui.server.trigger_on_prompt, {"prompt": graph})
+
+
 def test_other_nodes_are_comfyuis_business(comfyui: ComfyUI) -> None:
     """An invalid node after ours, without which all of ours still run; and a graph without ours."""
     find = comfyui.module("nodes.whole_graph").find_left_out
