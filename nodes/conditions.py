@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import comfy.utils
@@ -17,6 +18,8 @@ from .checkpoints import warn_if_undistilled
 from .encoder import ComfyEncoder, teacher_for
 from .families import family_of
 from .host import ComfyDenoiser, default_steps, send_text
+from .inputs import checked
+from .model_patches import require_own_sampling, unused_patches
 from .paths import condition_cache
 from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
 from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
@@ -100,6 +103,7 @@ class BuildTeacherCondition(io.ComfyNode):
                     "mode",
                     options=["auto", *TEACHERS],
                     default="auto",
+                    optional=True,
                     tooltip="How the teacher sees the picture. vlm: through Qwen3-VL's eyes, read by the model's own "
                     "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
                     "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose data has source pictures. auto: the "
@@ -109,6 +113,7 @@ class BuildTeacherCondition(io.ComfyNode):
                     "preview_prompts",
                     multiline=True,
                     default="",
+                    optional=True,
                     tooltip="Prompts to draw during training, one per line; [V] stands for the trigger. The first that "
                     "is no training caption also measures how far the concept carries. Empty: the first captions.",
                 ),
@@ -116,6 +121,7 @@ class BuildTeacherCondition(io.ComfyNode):
                     "anchor_prompts",
                     multiline=True,
                     default="",
+                    optional=True,
                     tooltip="Ordinary prompts, one per line, whose pictures shall stay as they are (prior anchor). "
                     "Your captions with the trigger taken out are used as well.",
                 ),
@@ -147,10 +153,11 @@ class BuildTeacherCondition(io.ComfyNode):
             outputs=[
                 ConditionsSocket.Output(display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA.")
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         dataset,
@@ -173,8 +180,9 @@ class BuildTeacherCondition(io.ComfyNode):
             conditions = build_conditions(
                 dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
             )
-        send_text(cls, "\n".join([conditions.describe(), *remarks]))
-        return io.NodeOutput(conditions)
+        notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision))
+        send_text(cls, "\n".join((conditions.describe(), *notes)))
+        return io.NodeOutput(replace(conditions, notes=notes))
 
 
 class TeacherPreview(io.ComfyNode):
@@ -200,6 +208,7 @@ class TeacherPreview(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
+                    optional=True,
                     tooltip="Noise of the pictures; all rows share it.",
                 ),
                 io.Int.Input(
@@ -207,10 +216,16 @@ class TeacherPreview(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
+                    optional=True,
                     tooltip="Sampling steps; 0 takes what the model was made for.",
                 ),
                 io.Int.Input(
-                    "pictures", default=4, min=1, max=16, tooltip="How many of the training pictures to look at."
+                    "pictures",
+                    default=4,
+                    min=1,
+                    max=16,
+                    optional=True,
+                    tooltip="How many of the training pictures to look at.",
                 ),
             ],
             outputs=[
@@ -220,12 +235,26 @@ class TeacherPreview(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
         require_same_family(model, conditions)
+        require_own_sampling(model)
         painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
         image = to_pixels(teacher_sheet(painter, conditions, pictures))
-        send_text(cls, warn_if_undistilled(model) or "the student becomes as good as the teacher row, and no better")
+        notes = [warn_if_undistilled(model), *conditions.notes, *unused_patches(model)]
+        notes.append("the student becomes as good as the teacher row, and no better")
+        send_text(cls, "\n".join(filter(None, notes)))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def unused_encoders(teacher: Teacher, clip: Any, vision: Any | None) -> tuple[str, ...]:
+    """One line for each thing that was given to Build Teacher Condition and is not used."""
+    notes = []
+    if vision is not None and teacher.sees != "features":
+        notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
+    if clip.use_clip_schedule or clip.apply_hooks_to_conds:
+        notes.append("the hooks on the CLIP are not used: captions are encoded without a schedule")
+    return tuple(notes)
 
 
 def require_same_family(model: Any, conditions: Conditions) -> None:

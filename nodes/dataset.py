@@ -21,6 +21,7 @@ from ..dopsd_core.repeats import MAX_REPEATS
 from ..dopsd_core.sheet import thumbnails, to_images, to_pixels
 from ..dopsd_core.text import printable
 from .host import send_text
+from .inputs import checked
 from .paths import (
     DEMO,
     allowed_root,
@@ -67,12 +68,14 @@ class LoadDataset(io.ComfyNode):
                     min=64,
                     max=2048,
                     step=16,
+                    optional=True,
                     tooltip="Side of a square training picture. Other shapes get as many pixels: 1024 also means "
                     "1152x896. Lower needs less memory and time. The demo model's pictures are 64.",
                 ),
                 io.String.Input(
                     "trigger",
                     default="",
+                    optional=True,
                     tooltip="The word for your concept; it replaces [V] in the captions. Choose one that means nothing "
                     "yet, such as ohwx. Empty: [V] stays as it is.",
                 ),
@@ -81,6 +84,7 @@ class LoadDataset(io.ComfyNode):
                     default=1,
                     min=1,
                     max=MAX_REPEATS,
+                    optional=True,
                     tooltip="Visits per epoch of each picture. It multiplies what a folder named 10_anything or the "
                     "rows of a .jsonl ask for.",
                 ),
@@ -90,6 +94,7 @@ class LoadDataset(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
+                    optional=True,
                     tooltip="Share of the visits at which the caption is left empty. 0 is right for a concept with a "
                     "trigger word; a style gains from 0.1.",
                 ),
@@ -127,6 +132,7 @@ class LoadDataset(io.ComfyNode):
         return choice and dataset_fingerprint(choice)
 
     @classmethod
+    @checked
     def execute(
         cls,
         folder: list[str],
@@ -137,8 +143,7 @@ class LoadDataset(io.ComfyNode):
         images: list[Tensor] | None = None,
         texts: list[str] | None = None,
     ) -> io.NodeOutput:
-        given = images is not None or texts is not None
-        source = store_pictures(images or [], texts or []) if given else resolve_dataset(folder[0])
+        source, note = _source(folder[0], images, texts)
         report = read_dataset(
             source,
             pixel_budget=resolution[0] ** 2,
@@ -148,10 +153,19 @@ class LoadDataset(io.ComfyNode):
             root=allowed_root(source),
             progress=_progress(),
         )
-        send_text(cls, shortened(without_folder(report.describe(), report)))
+        send_text(cls, note + shortened(without_folder(report.describe(), report)))
         refuse_errors(report)
         dataset = Dataset(report, trigger[0].strip(), caption_dropout[0])
-        return io.NodeOutput(dataset, report.describe(), ui=ui.PreviewImage(to_pixels(draw_report(report)), cls=cls))
+        pixels = to_pixels(draw_report(report))
+        return io.NodeOutput(dataset, note + report.describe(), ui=ui.PreviewImage(pixels, cls=cls))
+
+
+def _source(choice: str, images: list[Tensor] | None, texts: list[str] | None) -> tuple[Path, str]:
+    """Where the data is, and a line that names the choice of a folder that is not read."""
+    if images is None and texts is None:
+        return resolve_dataset(choice), ""
+    note = "" if choice == DEMO else f"the folder {choice} is not read: images are connected\n"
+    return store_pictures(images or [], texts or []), note
 
 
 def store_pictures(images: Sequence[Tensor], texts: Sequence[str]) -> Path:

@@ -218,12 +218,20 @@ def lora_file_path(prefix: str) -> Path:
     Raises:
         ValueError: the prefix is empty, absolute, leads outside or is no name on some system.
     """
-    parts = prefix.strip().replace("\\", "/").split("/")
-    for part in parts:
-        _checked(part, "filename_prefix")
+    parts = require_lora_name(prefix)
     output = folder_paths.get_output_directory()
     folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), output)
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def require_lora_name(prefix: str) -> list[str]:
+    """The parts of a `filename_prefix` for `lora_file_path`; touches nothing.
+
+    Raises:
+        ValueError: it is empty, absolute, leads outside or is no name on some system.
+    """
+    parts = prefix.strip().replace("\\", "/").split("/")
+    return [_checked(part, "filename_prefix") for part in parts]
 
 
 def condition_cache() -> Path:
