@@ -228,7 +228,7 @@ class Run:
                 sigmas=grid_of(config, shapes[0]),
                 generator=make_generator(config.seed, "objective", self.step, micro),
                 anchors=self._anchors,
-                loss_scale=1 / config.grad_accumulation,
+                loss_scale=self.loss_scale.value / config.grad_accumulation,
             )
         )
 

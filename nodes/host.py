@@ -92,8 +92,8 @@ class ComfyDenoiser:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations are in."""
-        return self._patcher.model.get_dtype_inference()
+        """What activations are in, whether or not the MODEL is loaded: nodes may have set it, and that is applied then."""
+        return self._patcher.get_model_object("manual_cast_dtype") or self._patcher.model.get_dtype()
 
     @property
     def _network(self) -> nn.Module:
