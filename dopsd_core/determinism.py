@@ -12,8 +12,11 @@ from contextlib import contextmanager
 
 import torch
 
+from .config import ConfigError
+
 _VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 _SETTINGS = (":4096:8", ":16:8")
+_WITHOUT = " does not have a deterministic implementation"
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -30,8 +33,10 @@ def obstacle(device: torch.device) -> str | None:
 def deterministic_algorithms(is_on: bool) -> Iterator[None]:
     """Inside the `with`, torch has only deterministic algorithms, if `is_on`; its settings are the caller's after it.
 
-    Torch then gives fused attention a deterministic backward too, and raises RuntimeError for an operation that has no
-    deterministic form.
+    Torch then gives fused attention a deterministic backward too.
+
+    Raises:
+        ConfigError: the network uses an operation that has no deterministic form.
     """
     if not is_on:
         yield
@@ -41,6 +46,12 @@ def deterministic_algorithms(is_on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False  # it would choose among algorithms by their speed today
         yield
+    except RuntimeError as error:
+        if (operation := str(error).partition(_WITHOUT)[0]) == str(error):
+            raise
+        raise ConfigError(
+            (f"deterministic is on, and {operation} of this model has no deterministic form; switch it off",)
+        ) from error
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .atomic import write_atomic
 from .config import TrainConfig
-from .disk import Reserve, require_room, require_writable, writing
+from .disk import DiskError, Reserve, require_room, require_writable, writing
 from .families import get_family
 from .footprint import SavedBytes, saved_bytes
 from .lock import FolderLock
@@ -25,6 +25,12 @@ from .state import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
 CONFIG_NAME = "config.json"
 LORA_NAME = "lora.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
+
+_SLACK = 4096
+"""Bytes by which two checkpoints of a run may differ: numbers in their JSON."""
+
+_LOG_BYTES = 10**6
+"""Held besides where there is room, for the lines of the log between two saves."""
 
 
 def check_run_folder(config: TrainConfig, denoiser: Denoiser, folder: Path, host_bytes: int = 0) -> None:
@@ -55,7 +61,8 @@ class RunFolder:
 
     def __init__(self, path: Path, config: TrainConfig, denoiser: Denoiser) -> None:
         self.path, self._config = path, config
-        self._size = _sizes(config, denoiser)
+        self._lora_bytes = (size := _sizes(config, denoiser)).lora
+        self._checkpoint_bytes = size.checkpoint  # of what was written, once there is one
         self._lock = FolderLock(path)
         self._reserve = Reserve(path)
         self._log: RunLog | None = None
@@ -105,7 +112,11 @@ class RunFolder:
         Raises:
             DiskError: there is not so much left.
         """
-        self._reserve.hold(self._size.checkpoint + self._size.lora)
+        size = self._checkpoint_bytes + self._lora_bytes
+        try:
+            self._reserve.hold(size + _LOG_BYTES)
+        except DiskError:
+            self._reserve.hold(size)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
         """Writes a checkpoint, unless there is one of its step, and gives its folder.
@@ -118,6 +129,7 @@ class RunFolder:
             self._log.sync()
         path = save_checkpoint(self.path / CHECKPOINTS_NAME, checkpoint, self._config.keep_checkpoints)
         self._checkpoint_step = checkpoint.step
+        self._checkpoint_bytes = sum(file.stat().st_size for file in path.iterdir()) + _SLACK
         return path
 
     def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
