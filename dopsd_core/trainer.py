@@ -30,7 +30,7 @@ from .run import NonFiniteError, Run
 from .run_folder import check_run_folder
 from .training_set import TrainingSet
 
-__all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "TrainingSet", "check_run_folder", "train"]
+__all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "TrainingSet", "check_run", "train"]
 
 log = logging.getLogger("dopsd")
 
@@ -121,9 +121,7 @@ def train(
         NonFiniteError: with its step; checkpoint and LoRA of the step before are saved.
     """
     callbacks = callbacks or NoCallbacks()
-    _check_data(config, data)
-    _check_machine(config, denoiser)
-    check_run_folder(config, denoiser, Path(run_dir), host_bytes)
+    check_run(config, denoiser, data, run_dir, host_bytes)
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
         run = Run(config, denoiser, data, Path(run_dir), facts, initial)
         try:
@@ -140,6 +138,20 @@ def train(
             raise
         finally:
             run.close()
+
+
+def check_run(
+    config: TrainConfig, denoiser: Denoiser, data: TrainingSet, run_dir: str | Path, host_bytes: int = 0
+) -> None:
+    """Checks all that can be checked before any work on the device; `train` begins with it. Leaves nothing behind.
+
+    Raises:
+        ConfigError, DiskError, ValueError: as `train` does.
+    """
+    _check_data(config, data)
+    if config.deterministic and (problem := obstacle(denoiser.device)):
+        raise ConfigError((problem,))
+    check_run_folder(config, denoiser, Path(run_dir), host_bytes)
 
 
 def _loop(run: Run, callbacks: Callbacks) -> bool:
@@ -163,11 +175,6 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
         if config.preview_every and (run.step % config.preview_every == 0 or run.step == config.steps):
             callbacks.on_preview(run.step, run.adapters)
     return False
-
-
-def _check_machine(config: TrainConfig, denoiser: Denoiser) -> None:
-    if config.deterministic and (problem := obstacle(denoiser.device)):
-        raise ConfigError((problem,))
 
 
 def _check_data(config: TrainConfig, data: TrainingSet) -> None:

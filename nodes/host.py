@@ -92,7 +92,7 @@ class ComfyDenoiser:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations are in, whether or not the MODEL is loaded: nodes may have set it, and that is applied then."""
+        """What activations are in. A node may have set it on the MODEL, which takes effect when that is loaded."""
         return self._patcher.get_model_object("manual_cast_dtype") or self._patcher.model.get_dtype()
 
     @property

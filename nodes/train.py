@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,13 +15,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..dopsd_core.adapters import AdapterSet, TeacherKind
+from ..dopsd_core.atomic import write_atomic
 from ..dopsd_core.config import OptimizerName, Schedule, TrainConfig
 from ..dopsd_core.families import get_family
 from ..dopsd_core.lora_file import fold_alpha
 from ..dopsd_core.objectives import OBJECTIVES, LossForm
 from ..dopsd_core.progress import LOG_NAME, StepReport, read_log
 from ..dopsd_core.state import read_checkpoint_lora
-from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
+from ..dopsd_core.trainer import NoCallbacks, TrainResult, check_run, train
 from ..dopsd_core.training_set import latent_shape
 from .checkpoints import warn_if_undistilled
 from .conditions import require_same_family
@@ -37,12 +39,13 @@ from .memory import (
 )
 from .paths import run_folder, shown
 from .presets import PRESETS, make_config, run_digest
-from .previews import Painter, TrainingPreview, load_sheets
+from .previews import TILE, Painter, TrainingPreview, load_sheets
 from .sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
 from .targets import require_blocks, size_of, told_size
 
 _TEXT_INTERVAL = 0.3  # seconds between two texts on the node
 PREVIEWS_NAME = "previews"
+_ROWS = 4  # of a preview sheet: source, before, teacher, student
 
 
 class Watcher(NoCallbacks):
@@ -78,7 +81,9 @@ class Watcher(NoCallbacks):
         sheet = self._preview.sheet(f"{self._folder.name}: step {step} of {self._config.steps}", adapters)
         path = self._folder / PREVIEWS_NAME / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        file = BytesIO()
+        sheet.save(file, "PNG")
+        write_atomic(path, file.getvalue())
         self._bar.update_absolute(step, preview=("JPEG", sheet, None))
 
     def _text(self, report: StepReport, now: float) -> str:
@@ -110,6 +115,7 @@ def run_training(
 
     Raises:
         ValueError: a target matches nothing, or something outside the blocks.
+        DiskError: the folder cannot be written or has no room; before the model is loaded, if it is known by then.
         OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
     """
     identity = fingerprint(model)
@@ -128,6 +134,8 @@ def run_training(
         "dopsd_name": run_name,
     }
     options: Any = {"facts": facts, "initial": start.tensors, "checkpoint_blocks": plan.checkpoint_blocks}
+    options["host_bytes"] = _preview_bytes(config, conditions) if vae is not None else 0
+    check_run(config, denoiser, conditions.data, folder, options["host_bytes"])
     shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
     preview = None
     if vae is not None and config.preview_every:
@@ -165,6 +173,12 @@ def losses(reports: Sequence[StepReport]) -> list[float]:
     told = [report.loss for report in reports if report.loss is not None and not report.anchors]
     # a plot needs two points: a run of a few steps may have fewer without its anchors
     return told if len(told) > 1 else [report.loss for report in reports if report.loss is not None]
+
+
+def _preview_bytes(config: TrainConfig, conditions: Conditions) -> int:
+    """What the preview sheets of the run take on the disk, at most."""
+    sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
+    return sheets * len(conditions.previews) * _ROWS * 3 * TILE**2
 
 
 def _area(shape: Sequence[int]) -> int:
@@ -302,6 +316,14 @@ def _inputs() -> list[Any]:
             advanced=True,
             tooltip="Which layers learn: names or patterns, separated by commas, such as layers.*.attention.*; empty: "
             "all attention and MLP layers of the blocks.",
+        ),
+        io.Boolean.Input(
+            "deterministic",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Use torch's deterministic algorithms, so that equal runs on a GPU end bit-identical. Slower; on "
+            "NVIDIA start ComfyUI with --deterministic. Switching it makes another run.",
         ),
     ]
 
