@@ -42,6 +42,10 @@ _CONFIG_OPTIONS: Mapping[str, tuple[dict[str, Any], str]] = {
     "probe_every": ({"type": int}, "steps between measurements of the gap to the teacher; 0 for none"),
     "probe_pairs": ({"type": int}, "training pairs in that measurement"),
     "preview_every": ({"type": int}, "steps between preview pictures; 0 for none"),
+    "deterministic": (
+        {"action": argparse.BooleanOptionalAction},
+        "torch's deterministic algorithms: equal runs end bit-identical on a GPU too; slower",
+    ),
 }
 """Fields of TrainConfig as options; absent ones keep the value of --config or of the model's defaults."""
 
@@ -143,7 +147,7 @@ def _add_train(commands: Any) -> None:
     lora.add_argument("--targets", nargs="+", metavar="PATTERN", help="names or patterns of the layers that get one")
     settings = parser.add_argument_group("settings", "defaults: those of --config, or of the model")
     for name, (options, text) in _CONFIG_OPTIONS.items():
-        metavar = {} if "choices" in options else {"metavar": "N" if options["type"] is int else "X"}
+        metavar = {"metavar": "N" if options["type"] is int else "X"} if "type" in options else {}
         settings.add_argument(f"--{name.replace('_', '-')}", help=text, **options, **metavar)
 
 

@@ -72,8 +72,8 @@ class ComfyDenoiser:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations are in."""
-        return self._patcher.model.get_dtype_inference()
+        """What activations are in. A node may have set it on the MODEL, which takes effect when that is loaded."""
+        return self._patcher.get_model_object("manual_cast_dtype") or self._patcher.model.get_dtype()
 
     @property
     def _network(self) -> nn.Module:

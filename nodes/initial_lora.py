@@ -49,8 +49,8 @@ def start_of(
         return Start()
     imported = import_lora(lora, denoiser.sites(), config.lora.targets)
     notes = _differences(getattr(lora, "facts", {}), trigger, base_model)
-    if left_out := imported.left_out:
-        notes.append(f"{len(left_out)} tensors of initial_lora are not trained and left out, such as {left_out[0]}")
+    if imported.left_out:
+        notes.append(f"initial_lora: {imported.describe_left_out()}")
     return Start(imported.tensors, (lora_digest(imported.tensors),), tuple(notes))
 
 

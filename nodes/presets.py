@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..dopsd_core.config import RESUMABLE_CHANGES, TrainConfig
+from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.families import Family
 from ..dopsd_core.lora_config import parse_targets
 
@@ -84,5 +84,4 @@ def _keeps_preset(name: str, value: float) -> bool:
 
 def run_digest(config: TrainConfig, *facts: str) -> str:
     """8 hex digits that stay the same as long as a run may be resumed: settings, and facts of model and data."""
-    fields = {name: value for name, value in json.loads(config.to_json()).items() if name not in RESUMABLE_CHANGES}
-    return hashlib.sha256(json.dumps([fields, *facts], sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([config.identity(), *facts], sort_keys=True).encode()).hexdigest()[:8]

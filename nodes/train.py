@@ -20,7 +20,7 @@ from ..dopsd_core.lora_file import fold_alpha
 from ..dopsd_core.objectives import OBJECTIVES, LossForm
 from ..dopsd_core.progress import LOG_NAME, StepReport, read_log
 from ..dopsd_core.state import read_checkpoint_lora
-from ..dopsd_core.trainer import NonFiniteError, TrainResult, train
+from ..dopsd_core.trainer import NonFiniteError, TrainResult, check_run, train
 from ..dopsd_core.training_set import latent_shape
 from .checkpoints import warn_if_undistilled
 from .conditions import require_same_family
@@ -40,12 +40,14 @@ from .memory import (
 from .model_patches import require_own_sampling, unused_patches
 from .paths import run_folder
 from .presets import PRESETS, make_config, run_digest
-from .previews import Painter, TrainingPreview, load_sheets
+from .previews import TILE, Painter, TrainingPreview, load_sheets
 from .report import Notes
 from .sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
 from .targets import require_blocks
 from .unused import unused_settings
 from .watcher import PREVIEWS_NAME, RunFacts, Watcher
+
+_ROWS = 4  # of a preview sheet: source, before, teacher, student
 
 
 class TrainingError(RuntimeError):
@@ -85,6 +87,7 @@ def run_training(
         ConfigError: the settings do not fit.
         ValueError: a target matches nothing, or something outside the blocks.
         TrainingError: loss or gradient is not finite.
+        DiskError: the folder cannot be written or has no room; before the model is loaded, if it is known by then.
         OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
     """
     identity = identity_of(model)
@@ -104,6 +107,8 @@ def run_training(
         "dopsd_name": wanted.run_name,
     }
     options: Any = {"facts": facts, "initial": start.tensors, "checkpoint_blocks": plan.checkpoint_blocks}
+    options["host_bytes"] = _preview_bytes(config, conditions) if vae is not None else 0
+    check_run(config, denoiser, conditions.data, folder, options["host_bytes"])
     shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
     unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, vae is not None)
     notes = Notes((*conditions.notes, *_model_notes(model), *identity.notes, *start.notes, *unused, *plan.notes))
@@ -189,6 +194,12 @@ def losses(reports: Sequence[StepReport]) -> list[float]:
     told = [report.loss for report in reports if report.loss is not None and not report.anchors]
     # a plot needs two points: a run of a few steps may have fewer without its anchors
     return told if len(told) > 1 else [report.loss for report in reports if report.loss is not None]
+
+
+def _preview_bytes(config: TrainConfig, conditions: Conditions) -> int:
+    """What the preview sheets of the run take on the disk, at most."""
+    sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
+    return sheets * len(conditions.previews) * _ROWS * 3 * TILE**2
 
 
 def _area(shape: Sequence[int]) -> int:
@@ -312,6 +323,14 @@ def _inputs() -> list[Any]:
             advanced=True,
             tooltip="Which layers learn: names or patterns, separated by commas, such as layers.*.attention.*; empty: "
             "all attention and MLP layers of the blocks.",
+        ),
+        io.Boolean.Input(
+            "deterministic",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Use torch's deterministic algorithms, so that equal runs on a GPU end bit-identical. Slower; on "
+            "NVIDIA start ComfyUI with --deterministic. Switching it makes another run.",
         ),
     ]
 

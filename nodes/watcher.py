@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import comfy.utils
 
 from ..dopsd_core.adapters import AdapterSet
+from ..dopsd_core.atomic import write_atomic
 from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.progress import StepReport
-from ..dopsd_core.run import CHECKPOINTS_NAME
+from ..dopsd_core.run_folder import CHECKPOINTS_NAME
 from ..dopsd_core.trainer import NoCallbacks, TrainResult
 from .host import send_text
 from .paths import shown
@@ -72,7 +74,9 @@ class Watcher(NoCallbacks):
         sheet = self._preview.sheet(f"{folder.name}: step {step} of {self._steps}", adapters)
         path = folder / PREVIEWS_NAME / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        file = BytesIO()
+        sheet.save(file, "PNG")
+        write_atomic(path, file.getvalue())
         self._bar.update_absolute(step, preview=("JPEG", sheet, None))
 
     # -- the end ------------------------------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ class StandaloneDenoiser:
     def device(self) -> torch.device:
         return self.transformer.device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self.transformer)
 
