@@ -22,6 +22,7 @@ from torch import Tensor
 from ..dopsd_core.sheet import Row, contact_sheet, to_pixels
 from .families import family_of
 from .host import default_steps, send_text
+from .paths import stamp_of
 from .sampler import few_step_sample
 from .sockets import CATEGORY
 
@@ -101,6 +102,11 @@ class CompareLoRA(io.ComfyNode):
         except ValueError as error:
             return str(error)
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+        """A file may be exchanged under its name."""
+        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
     def execute(
