@@ -127,16 +127,18 @@ class Run:
         self.folder.append(report)
         return report
 
-    def measure_other_heldout(self) -> None:
-        """Where the held-out pair is another than the saved run's: its gap, and what that was before training.
+    def meet_heldout(self) -> bool:
+        """Whether the held-out pair is another than the saved run's; then its gap is measured, and what that was
+        before training.
 
         The pair trains nothing, so a run goes on with another; but gaps of two pairs cannot be compared.
         """
-        if not self._is_other_heldout or self.start is None or self.last is None:
-            return
-        self._is_other_heldout = False
+        is_other, self._is_other_heldout = self._is_other_heldout, False
+        if not is_other or self.start is None or self.last is None:
+            return is_other
         self.last = dataclasses.replace(self.last, heldout=self.probe.measure_heldout())
         self.start = dataclasses.replace(self.start, heldout=self._heldout_at_the_start())
+        return True
 
     def _heldout_at_the_start(self) -> float | None:
         if self._start_state is None:  # student and teacher began as the untouched model

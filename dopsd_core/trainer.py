@@ -43,7 +43,8 @@ class Callbacks(Protocol):
         ...
 
     def on_preview(self, step: int, adapters: AdapterSet) -> None:
-        """At step 0, every `preview_every` steps and after the last; `adapters.use(...)` chooses who samples."""
+        """At step 0, every `preview_every` steps, after the last, and where a run goes on with another held-out pair;
+        `adapters.use(...)` chooses who samples."""
         ...
 
     def should_stop(self) -> bool:
@@ -158,11 +159,11 @@ def check_run(
 def _loop(run: Run, callbacks: Callbacks) -> bool:
     """Steps until the last one or a stop; True when stopped."""
     config = run.config
-    run.measure_other_heldout()
+    is_other_heldout = run.meet_heldout()
     if run.step == 0 and run.start is None and config.probe_every:
         callbacks.on_step(run.measure_start())
-    if config.preview_every and run.step == 0:
-        callbacks.on_preview(0, run.adapters)
+    if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
+        callbacks.on_preview(run.step, run.adapters)
     while run.step < config.steps:
         if callbacks.should_stop():
             return True

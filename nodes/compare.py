@@ -24,6 +24,7 @@ from .families import family_of
 from .host import default_steps, send_text
 from .inputs import checked
 from .model_patches import unused_schedule
+from .paths import stamp_of
 from .sampler import few_step_sample
 from .sockets import CATEGORY
 
@@ -113,6 +114,11 @@ class CompareLoRA(io.ComfyNode):
         except ValueError as error:
             return str(error)
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+        """A file may be exchanged under its name."""
+        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
     @checked

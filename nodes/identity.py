@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_sampling
 import comfy.sd
 import comfy.supported_models_base
 import comfy.weight_adapter
@@ -266,6 +267,7 @@ class _Reader:
             (comfy.weight_adapter.WeightAdapterBase, _adapter),
             (comfy.weight_adapter.BypassInjectionManager, lambda manager: ("bypass", manager.hooks)),
             (comfy.weight_adapter.BypassForwardHook, _bypass),
+            (_SHIFTED, _sampling),
             (QuantizedTensor, _quantized),
             (Tensor, _tensor),
             (nn.Module, self._module),
@@ -331,6 +333,16 @@ def _network(patcher: Any) -> dict[str, Any]:
 def _config(config: Any) -> Any:
     names = [row.what for row in TABLE["config"] if row.counts]
     return "config", name_of(type(config)), {name: getattr(config, name) for name in names}
+
+
+_SHIFTED = (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.ModelSamplingFlux)
+_OF_MODULES = vars(nn.Module()).keys()
+
+
+def _sampling(sampling: Any) -> Any:
+    """Without the table of noise levels, which follows from the shift: dynamic VRAM may leave it another clone's."""
+    own = {name: value for name, value in vars(sampling).items() if name not in _OF_MODULES and not _is_state(name)}
+    return "sampling", type(sampling), own
 
 
 # -- what patches are made of -----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..dopsd_core.lora_import import import_lora, lora_digest, read_lora
 from .host import ComfyDenoiser, send_text
 from .inputs import checked
 from .lora_header import kept_header, trigger_of
+from .paths import stamp_of
 from .sockets import CATEGORY, TrainedLora
 
 
@@ -105,8 +105,7 @@ class LoadLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str) -> Any:
-        facts = os.stat(folder_paths.get_full_path_or_raise("loras", lora_name))
-        return facts.st_size, facts.st_mtime_ns
+        return stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
     @checked

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from . import demo_models
 from .inputs import checked
+from .paths import stamp_of
 from .sockets import CATEGORY, VisionSocket
 from .vision_file import load_teacher_vision, tower_files
 
@@ -71,8 +72,7 @@ class LoadTeacherVision(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vision_name: str) -> Any:
-        facts = [file.stat() for file in tower_files(cls._path(vision_name))]
-        return [(fact.st_size, fact.st_mtime_ns) for fact in facts]
+        return [stamp_of(file) for file in tower_files(cls._path(vision_name))]
 
     @classmethod
     @checked

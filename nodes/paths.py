@@ -97,11 +97,11 @@ def dataset_fingerprint(choice: str) -> str:
     digest = hashlib.sha256(hashable(str(source)))
     for file in _files_of(source):
         try:
-            facts = os.stat(file)
+            facts = stamp_of(file)
         except (OSError, ValueError):  # not there, or a link to nothing
             digest.update(hashable(f"{file}|-\n"))
         else:
-            digest.update(hashable(f"{file}|{facts.st_size}|{facts.st_mtime_ns}\n"))
+            digest.update(hashable(f"{file}|{facts}\n"))
     return digest.hexdigest()
 
 
@@ -117,6 +117,16 @@ def _files_of(source: Path) -> Iterator[str]:
         yield from sorted(
             path for path in named if Path(path).is_relative_to(root) and not Path(path).is_relative_to(folder)
         )
+
+
+def stamp_of(path: Path | str) -> tuple[str, int, int, int]:
+    """(name, size, times of the last writing and of the last change of any kind): others once the file was exchanged.
+
+    Raises:
+        OSError: it is not there.
+    """
+    facts = os.stat(path)
+    return str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..dopsd_core.atomic import write_atomic
 from ..dopsd_core.content_digest import Digester, name_of
 from ..dopsd_core.tensor_digest import WHOLE_BYTES, Content, digest_tensors
-from .paths import known_weights
+from .paths import known_weights, stamp_of
 
 log = logging.getLogger("dopsd")
 
@@ -173,12 +173,6 @@ def loaded_from(patcher: Any) -> list[Path]:
     """The files that a loader node took the patcher's network from; none where the loader does not tell."""
     made_by = getattr(patcher, "cached_patcher_init", None)
     return [Path(text) for text in _texts(made_by[1] if made_by else ()) if os.path.isfile(text)]
-
-
-def stamp_of(path: Path) -> tuple[str, int, int]:
-    """(name, size, time of the last change): others when the file was written to."""
-    facts = path.stat()
-    return str(path), facts.st_size, facts.st_mtime_ns
 
 
 def _texts(value: Any) -> Iterator[str]:

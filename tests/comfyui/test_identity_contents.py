@@ -520,9 +520,9 @@ comfyui.close()
 
 
 def test_after_a_restart_all_are_the_same(comfyui: ComfyUI, tmp_path: Path) -> None:
-    """In another folder, with another order of sets."""
+    """In another folder, with another order of sets, and on a CPU whatever this runs on."""
     tests = str(Path(__file__).parent)
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "DOPSD_TEST_GPU": ""}
     script = SCRIPT.format(tests=tests, base=str(tmp_path))
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
