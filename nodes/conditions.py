@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import comfy.utils
-import torch
 from comfy_api.latest import io, ui
 
 from ..dopsd_core.condition_cache import ConditionCache
@@ -14,8 +13,9 @@ from ..dopsd_core.teachers import TEACHERS, Teacher
 from ..dopsd_core.training_set import TeacherImage, TrainingSet, build_training_set
 from .checkpoints import warn_if_undistilled
 from .encoder import ComfyEncoder, teacher_for
-from .families import family_of
+from .fits import require_trainable
 from .host import ComfyDenoiser, default_steps, send_text
+from .lengths import length_notes
 from .paths import condition_cache
 from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
 from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
@@ -56,7 +56,8 @@ def build_conditions(
         on_encoded=told,
     )
     prompts = encode_previews(texts, pairs, encoder, cache, teacher, teacher_image)
-    return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout)
+    notes = length_notes(encoder, teacher, pairs, teacher_image, texts, dataset.report.source)
+    return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout, notes)
 
 
 class BuildTeacherCondition(io.ComfyNode):
@@ -143,14 +144,11 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher_sentence="",
     ) -> io.NodeOutput:
         edits = any(pair.sources for pair in dataset.report.pairs)
-        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained on
-            encoder = ComfyEncoder(clip, vae, vision)
-            teacher = teacher_for(encoder, mode, edits, teacher_sentence, teacher_image == "other")
-            cache = ConditionCache(condition_cache())
-            conditions = build_conditions(
-                dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
-            )
-        send_text(cls, conditions.describe())
+        encoder = ComfyEncoder(clip, vae, vision)
+        teacher = teacher_for(encoder, mode, edits, teacher_sentence, teacher_image == "other")
+        cache = ConditionCache(condition_cache())
+        conditions = build_conditions(dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts)
+        send_text(cls, "\n".join([conditions.describe(), *conditions.notes]))
         return io.NodeOutput(conditions)
 
 
@@ -198,18 +196,8 @@ class TeacherPreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
-        require_same_family(model, conditions)
+        require_trainable(model, conditions, vae)
         painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
         image = to_pixels(teacher_sheet(painter, conditions, pictures))
         send_text(cls, warn_if_undistilled(model) or "the student becomes as good as the teacher row, and no better")
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
-
-
-def require_same_family(model: Any, conditions: Conditions) -> None:
-    """Raises ValueError when the conditions were built for another kind of model."""
-    family = family_of(model)
-    if family is not conditions.family:
-        raise ValueError(
-            f"the conditions are for {conditions.family.title}, the MODEL is {family.title}; connect the CLIP and VAE "
-            "of this MODEL to Build Teacher Condition"
-        )

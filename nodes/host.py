@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 from server import PromptServer
 from torch import Tensor, nn
 
 from ..dopsd_core.conditioning import Condition
-from ..dopsd_core.families import Family
 from ..dopsd_core.model import LinearSite
 from .bypass import kept_injected
 from .families import family_of, in_comfyui
@@ -86,6 +86,16 @@ class ComfyDenoiser:
     def weight_bytes(self) -> int:
         """Size of the weights in the form in which they were loaded."""
         return int(self._patcher.model_size())
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether ComfyUI's dynamic VRAM decides, use by use, which weights are on the device."""
+        return self._patcher.is_dynamic()
+
+    def patched_in_8_bits(self) -> int:
+        """How many of the weights that LoRAs or other patches on the MODEL change are held in 8 bits or fewer."""
+        weights = (comfy.utils.get_attr(self._patcher.model, key) for key in self._patcher.patches)
+        return sum(isinstance(w, QuantizedTensor) or (w.is_floating_point() and w.itemsize < 2) for w in weights)
 
     @property
     def compute_dtype(self) -> torch.dtype:

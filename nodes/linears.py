@@ -153,7 +153,9 @@ def _is_from_known_package(module: nn.Module) -> bool:
 
 
 def _require_known_class(name: str, module: nn.Module) -> None:
-    matrices = [value for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if value.ndim > 1]
+    matrices = [
+        value for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if value.ndim > 1
+    ]
     is_leaf = next(module.children(), None) is None
     if is_leaf and matrices and not has_own_cast(module) and not _is_from_known_package(module):
         raise UnknownLayer(name, module, "it is no Linear, and what it computes is not known")

@@ -23,7 +23,7 @@ from ..dopsd_core.state import read_checkpoint_lora
 from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
 from ..dopsd_core.training_set import latent_shape
 from .checkpoints import warn_if_undistilled
-from .conditions import require_same_family
+from .fits import require_trainable
 from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
 from .initial_lora import start_of
 from .memory import (
@@ -220,7 +220,7 @@ class TrainLoRA(io.ComfyNode):
     def execute(
         cls, model, conditions, run_name, preset, preview_every, vae=None, initial_lora=None, **settings
     ) -> io.NodeOutput:
-        require_same_family(model, conditions)
+        require_trainable(model, conditions, vae)
         chosen = {"lr": settings.pop("learning_rate"), **settings, "preview_every": preview_every}
         chosen |= {"caption_dropout": conditions.caption_dropout}
         memory = chosen.pop("memory")
