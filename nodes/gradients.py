@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dopsd_core.overrides import overridden
-from .linears import cast_parameters, has_own_cast, is_linear
+from .linears import cast_parameters, has_own_cast, is_linear, plain
 
 _FEW_TOKENS = 256
 _WITH_BACKWARD = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -25,7 +25,7 @@ _FUNCTIONS = ("weight_function", "bias_function")
 
 
 def thawed_small_parameters(network: nn.Module) -> AbstractContextManager[None]:
-    """Inside the `with`, norms and embeddings compute with clones of their parameters where gradients flow.
+    """Inside the `with`, norms and other small modules compute with clones of their parameters where gradients flow.
 
     A clone lives for one forward, so weights may be moved, streamed or evicted in between.
     """
@@ -78,7 +78,7 @@ def plain_attention(
 def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def thawed(*args: Any, **kwargs: Any) -> Any:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if not torch.is_grad_enabled() or x is None or not _is_unsafe(module, x):
+        if not torch.is_grad_enabled() or x is None or not x.is_floating_point() or not _is_unsafe(module, x):
             return forward(*args, **kwargs)
         with _computing_with(module, _clones(module, x)):
             return forward(*args, **kwargs)
@@ -89,9 +89,12 @@ def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., An
 def _is_unsafe(module: nn.Module, x: Tensor) -> bool:
     """Whether autograd could not save the parameters that a forward on x uses, or would find others there later."""
     parameters = [value for value in module._parameters.values() if value is not None]
-    return has_own_cast(module) or any(value.is_inference() or value.device != x.device for value in parameters)
+    return has_own_cast(module) or any(
+        value.is_inference() or value.device != x.device or type(value) is not nn.Parameter for value in parameters
+    )
 
 
+@torch.no_grad()
 def _clones(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The parameters as ordinary tensors on the device of x, as a forward has them there."""
     if has_own_cast(module) or hasattr(module, "_v"):  # a patch of dynamic VRAM is put on in the cast alone
@@ -99,7 +102,7 @@ def _clones(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
             cast = {"weight": weight, "bias": bias}
             return {name: value.clone() for name, value in cast.items() if value is not None}
     own = {name: value for name, value in module._parameters.items() if value is not None}
-    return {name: value.detach().to(x.device, copy=True) for name, value in own.items()}
+    return {name: plain(value).to(x.device, copy=True) for name, value in own.items()}
 
 
 @contextmanager

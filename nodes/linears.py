@@ -53,11 +53,18 @@ def has_own_cast(module: nn.Module) -> bool:
     return callable(getattr(type(module), "cast_bias_weight", None))
 
 
+def plain(value: Any) -> Any:
+    """A tensor without another pack's subclass, whose operations may be others (GGUF's `clone` gives itself)."""
+    if type(value) is Tensor or not isinstance(value, Tensor) or isinstance(value, QuantizedTensor):
+        return value
+    return value.as_subclass(Tensor)
+
+
 @contextmanager
 def cast_parameters(module: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Weight and bias in the dtype and on the device of x, valid inside the `with`; quantised ones dequantised."""
     if has_own_cast(module):
-        weight, bias = (_plain(value) for value in module.cast_bias_weight(x)[:2])
+        weight, bias = (plain(value) for value in module.cast_bias_weight(x)[:2])
         yield weight, bias
     elif not hasattr(module, "weight_function"):
         yield module.weight.detach().to(x), None if module.bias is None else module.bias.detach().to(x)
@@ -67,11 +74,6 @@ def cast_parameters(module: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor | N
             yield weight.dequantize().to(x.dtype) if isinstance(weight, QuantizedTensor) else weight, bias
         finally:
             comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-
-
-def _plain(value: Any) -> Any:
-    """A tensor without another pack's subclass, whose operations may be others (GGUF's `clone` gives itself)."""
-    return value if type(value) is Tensor or not isinstance(value, Tensor) else value.as_subclass(Tensor)
 
 
 def _path(name: str) -> str:
@@ -85,7 +87,7 @@ def _site(name: str, module: Any, family: Family) -> LinearSite:
     clamps = isinstance(module, comfy.ops.fp8_ops.Linear)  # its input, and in place
 
     def forward(x: Tensor) -> Tensor:
-        return _plain(own(x.clone() if clamps else x))
+        return plain(own(x.clone() if clamps else x))
 
     def grad_input(grad: Tensor) -> Tensor:
         """g -> g @ W, the weight as the module has it in a forward."""
