@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..dopsd_core.sheet import Row, contact_sheet, to_pixels
 from .families import family_of
+from .fits import is_demo_model, require_vae
 from .host import default_steps, send_text
 from .inputs import checked
 from .model_patches import unused_schedule
@@ -126,6 +127,7 @@ class CompareLoRA(io.ComfyNode):
         cls, model, clip, vae, prompts, strengths, seed, steps, width, height, lora_name, lora=None, reference=None
     ) -> io.NodeOutput:
         texts, wanted = parse_prompts(prompts), parse_strengths(strengths)
+        require_vae(vae, family_of(model), is_demo_model(model))
         if reference is not None:
             require_editing(model)
         name, tensors = chosen_lora(lora_name, lora)

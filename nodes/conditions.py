@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import comfy.utils
-import torch
 from comfy_api.latest import io, ui
 
 from ..dopsd_core.captions import check_prompts, has_trigger, put_trigger
@@ -16,9 +15,10 @@ from ..dopsd_core.teachers import TEACHERS, Teacher
 from ..dopsd_core.training_set import TeacherImage, TrainingSet, build_training_set
 from .checkpoints import warn_if_undistilled
 from .encoder import ComfyEncoder, teacher_for
-from .families import family_of
+from .fits import require_trainable
 from .host import ComfyDenoiser, default_steps, send_text
 from .inputs import checked
+from .lengths import length_notes
 from .model_patches import require_own_sampling, unused_patches
 from .paths import condition_cache
 from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
@@ -60,7 +60,8 @@ def build_conditions(
         on_encoded=told,
     )
     prompts = encode_previews(texts, pairs, encoder, cache, teacher, teacher_image)
-    return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout)
+    notes = length_notes(encoder, teacher, pairs, teacher_image, texts, dataset.report.source)
+    return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout, notes)
 
 
 def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> list[str]:
@@ -172,14 +173,11 @@ class BuildTeacherCondition(io.ComfyNode):
     ) -> io.NodeOutput:
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
         edits = any(pair.sources for pair in dataset.report.pairs)
-        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be trained on
-            encoder = ComfyEncoder(clip, vae, vision)
-            sentence = put_trigger(teacher_sentence, dataset.trigger)
-            teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
-            cache = ConditionCache(condition_cache())
-            conditions = build_conditions(
-                dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
-            )
+        encoder = ComfyEncoder(clip, vae, vision)
+        sentence = put_trigger(teacher_sentence, dataset.trigger)
+        teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
+        cache = ConditionCache(condition_cache())
+        conditions = build_conditions(dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts)
         notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision))
         send_text(cls, "\n".join((conditions.describe(), *notes)))
         return io.NodeOutput(replace(conditions, notes=notes))
@@ -237,7 +235,7 @@ class TeacherPreview(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
-        require_same_family(model, conditions)
+        require_trainable(model, conditions, vae)
         require_own_sampling(model)
         painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
         image = to_pixels(teacher_sheet(painter, conditions, pictures))
@@ -255,13 +253,3 @@ def unused_encoders(teacher: Teacher, clip: Any, vision: Any | None) -> tuple[st
     if clip.use_clip_schedule or clip.apply_hooks_to_conds:
         notes.append("the hooks on the CLIP are not used: captions are encoded without a schedule")
     return tuple(notes)
-
-
-def require_same_family(model: Any, conditions: Conditions) -> None:
-    """Raises ValueError when the conditions were built for another kind of model."""
-    family = family_of(model)
-    if family is not conditions.family:
-        raise ValueError(
-            f"the conditions are for {conditions.family.title}, the MODEL is {family.title}; connect the CLIP and VAE "
-            "of this MODEL to Build Teacher Condition"
-        )

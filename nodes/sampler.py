@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dopsd_core.families import Family
 from .families import family_of, in_comfyui
+from .fits import require_text_width
 from .host import default_steps, send_text
 from .inputs import checked
 from .model_patches import unused_schedule
@@ -39,7 +40,12 @@ def few_step_sample(
     """Latents [B, C, h, w] of MODEL and CONDITIONING at CFG 1, so without a negative; `latent` zeros for a new picture.
 
     The noise of a seed is KSampler's. callback: (step, x0_hat, x, number of steps).
+
+    Raises:
+        ValueError: the CONDITIONING was written by the text encoder of another model.
     """
+    for features, _ in positive:
+        require_text_width(model, features.shape[-1], "positive has features")
     latent = comfy.sample.fix_empty_latent_channels(model, latent)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})

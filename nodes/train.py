@@ -23,7 +23,7 @@ from ..dopsd_core.state import read_checkpoint_lora
 from ..dopsd_core.trainer import NonFiniteError, TrainResult, check_run, train
 from ..dopsd_core.training_set import latent_shape
 from .checkpoints import warn_if_undistilled
-from .conditions import require_same_family
+from .fits import require_trainable
 from .host import ComfyDenoiser, base_name, default_steps
 from .identity import identity_of
 from .initial_lora import start_of
@@ -251,7 +251,7 @@ class TrainLoRA(io.ComfyNode):
     def execute(
         cls, model, conditions, run_name, preset, memory, learning_rate, vae=None, initial_lora=None, **settings
     ) -> io.NodeOutput:
-        require_same_family(model, conditions)
+        require_trainable(model, conditions, vae)
         require_own_sampling(model)
         chosen = {**settings, "lr": learning_rate, "caption_dropout": conditions.caption_dropout}
         run = run_training(cls, model, conditions, vae, Wanted(run_name, memory, preset, chosen), initial_lora)
