@@ -31,6 +31,7 @@ from .optimizer import learning_rate, make_optimizer
 from .progress import LOG_NAME, Gaps, RunLog, StepReport
 from .state import Checkpoint, StateError, flatten_state, load_checkpoint, save_checkpoint, unflatten_state
 from .training_set import Probe, TrainingSet, grid_of, latent_shape, pair_to
+from .transfer import to_device
 
 log = logging.getLogger("dopsd")
 
@@ -218,7 +219,7 @@ class Run:
                 denoiser=self.denoiser,
                 adapters=self.adapters,
                 pairs=[pair_to(pair, device) for pair in pairs],
-                noise=draw_noise(config.seed, self.step, first, shapes).to(device),
+                noise=to_device(draw_noise(config.seed, self.step, first, shapes), device),
                 sigmas=grid_of(config, shapes[0]),
                 generator=make_generator(config.seed, "objective", self.step, micro),
                 anchors=self._anchors,

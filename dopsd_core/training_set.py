@@ -34,6 +34,7 @@ from .model import Denoiser
 from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
 from .teachers import VLM, Teacher
+from .transfer import to_device
 
 TeacherImage = Literal["own", "other"]
 """Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
@@ -226,7 +227,7 @@ class Probe:
             denoiser=self._denoiser,
             adapters=self._adapters,
             pairs=[pair_to(pair, device)],
-            noise=noise.to(device),
+            noise=to_device(noise, device),
             sigmas=grid_of(self._config, latent_shape(pair)),
             generator=make_generator(self._config.seed, "probe"),
         )
