@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .condition_cache import ConditionCache, cache_key, plain_cpu
 from .teachers import VLM, Teacher
+from .transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +35,8 @@ class Condition:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
         """The same condition elsewhere; shares memory where nothing changes."""
-        return Condition(
-            self.features.to(device, dtype), tuple(latent.to(device, dtype) for latent in self.reference_latents)
-        )
+        latents = tuple(to_device(latent, device, dtype) for latent in self.reference_latents)
+        return Condition(to_device(self.features, device, dtype), latents)
 
 
 @dataclass(frozen=True, eq=False)

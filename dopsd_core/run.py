@@ -27,6 +27,7 @@ from .progress import Gaps, StepReport
 from .run_folder import RunFolder
 from .state import Checkpoint, StateError, flatten_state, unflatten_paths, unflatten_state
 from .training_set import Probe, TrainingSet, grid_of, latent_shape, pair_to
+from .transfer import to_device
 
 log = logging.getLogger("dopsd")
 
@@ -249,7 +250,7 @@ class Run:
                 denoiser=self.denoiser,
                 adapters=self.adapters,
                 pairs=[pair_to(pair, device) for pair in pairs],
-                noise=draw_noise(config.seed, self.step, first, shapes).to(device),
+                noise=to_device(draw_noise(config.seed, self.step, first, shapes), device),
                 sigmas=grid_of(config, shapes[0]),
                 generator=make_generator(config.seed, "objective", self.step, micro),
                 anchors=self._anchors,

@@ -35,6 +35,7 @@ from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
 from .teachers import VLM, Teacher
 from .text import printable
+from .transfer import to_device
 
 TeacherImage = Literal["own", "other"]
 """Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
@@ -245,7 +246,7 @@ class Probe:
             denoiser=self._denoiser,
             adapters=self._adapters,
             pairs=[pair_to(pair, device)],
-            noise=noise.to(device),
+            noise=to_device(noise, device),
             sigmas=grid_of(self._config, latent_shape(pair)),
             generator=make_generator(self._config.seed, "probe"),
         )

@@ -92,7 +92,7 @@ def test_a_file_and_the_connected_lora_give_the_same(comfyui, tensors) -> None:
 def weights_digest(model: Any) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.model.state_dict().items()):
-        digest.update(name.encode() + value.float().numpy().tobytes())
+        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
