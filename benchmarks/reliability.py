@@ -1,0 +1,54 @@
+"""What the pack survives: kills, bad input, load, cancels, full disks, hostile paths.
+
+    python -m benchmarks.reliability kills                  200 SIGKILLs, each resumed
+    python -m benchmarks.reliability render                 docs/reliability.md from docs/reliability.json
+
+Each command measures one thing, continues where it was stopped (--fresh starts anew) and records what it found in
+docs/reliability.json, from which docs/reliability.md is written. Exit code 1 when something was not as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.reliability_report import RESULTS, WORK, Section, measured_here, record, render
+
+
+def kills(args: argparse.Namespace) -> Section:
+    from benchmarks import reliability_kills
+
+    return reliability_kills.measure(args.count, args.steps, args.seed, args.work, args.fresh)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; `measure` of its result is the function of the command, None for `render`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for journals (default: %(default)s)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("render", help="write the page from the JSON").set_defaults(measure=None)
+    one = commands.add_parser("kills", help="SIGKILLs of a training")
+    one.set_defaults(measure=kills)
+    one.add_argument("--count", type=int, default=200)
+    one.add_argument("--steps", type=int, default=60, help="of each run")
+    for command in (one,):
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--fresh", action="store_true", help="throw away what an earlier call has measured")
+    return parser
+
+
+def main() -> int:
+    args = make_parser().parse_args()
+    if args.measure is None:
+        print(render(args.results))
+        return 0
+    section = measured_here(args.measure(args))
+    record(section, args.results)
+    print(section.to_markdown())
+    return 0 if section.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
