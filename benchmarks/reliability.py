@@ -1,6 +1,7 @@
 """What the pack survives: kills, bad input, load, cancels, full disks, hostile paths.
 
     python -m benchmarks.reliability kills                  200 SIGKILLs, each resumed
+    python -m benchmarks.reliability fuzz                   50,000 damaged inputs
     python -m benchmarks.reliability render                 docs/reliability.md from docs/reliability.json
 
 Each command measures one thing, continues where it was stopped (--fresh starts anew) and records what it found in
@@ -22,6 +23,15 @@ def kills(args: argparse.Namespace) -> Section:
     return reliability_kills.measure(args.count, args.steps, args.seed, args.work, args.fresh)
 
 
+def fuzz(args: argparse.Namespace) -> Section | str:
+    from benchmarks import reliability_fuzz
+
+    kinds = reliability_fuzz.core_kinds()
+    if args.only:
+        return reliability_fuzz.show(kinds, args.only, args.seed, args.work)
+    return reliability_fuzz.measure(args.count, args.seed, args.jobs, args.work, args.fresh, kinds)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `measure` of its result is the function of the command, None for `render`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,7 +43,12 @@ def make_parser() -> argparse.ArgumentParser:
     one.set_defaults(measure=kills)
     one.add_argument("--count", type=int, default=200)
     one.add_argument("--steps", type=int, default=60, help="of each run")
-    for command in (one,):
+    bad = commands.add_parser("fuzz", help="damaged inputs")
+    bad.set_defaults(measure=fuzz)
+    bad.add_argument("--count", type=int, default=50_000)
+    bad.add_argument("--jobs", type=int, default=1, help="worker processes at a time")
+    bad.add_argument("--only", metavar="KIND:NUMBER", help="one input again, with its traceback")
+    for command in (one, bad):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--fresh", action="store_true", help="throw away what an earlier call has measured")
     return parser
@@ -44,7 +59,11 @@ def main() -> int:
     if args.measure is None:
         print(render(args.results))
         return 0
-    section = measured_here(args.measure(args))
+    found = args.measure(args)
+    if isinstance(found, str):
+        print(found)
+        return 0
+    section = measured_here(found)
     record(section, args.results)
     print(section.to_markdown())
     return 0 if section.passed else 1

@@ -113,13 +113,14 @@ class Killer:
         folder = self._work / "uncut"
         shutil.rmtree(folder, ignore_errors=True)
         child, began, before = self._start(folder), time.monotonic(), STARTING
-        spent, visits = Counter[int](), Counter[int]()
+        spent, visits = [0.0] * len(PHASES), [0] * len(PHASES)
         with _mapped(self._mark_file) as mark:
             while child.is_alive():
                 looked, phase = time.monotonic(), mark[0]
                 visits[phase] += phase != before
                 time.sleep(0.0002)
-                before, spent[phase] = phase, spent[phase] + time.monotonic() - looked
+                spent[phase] += time.monotonic() - looked
+                before = phase
         child.join()
         if child.exitcode != 0:
             raise RuntimeError(f"the uninterrupted run failed with exit code {child.exitcode}")
