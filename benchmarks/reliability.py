@@ -26,7 +26,7 @@ def kills(args: argparse.Namespace) -> Section:
 def fuzz(args: argparse.Namespace) -> Section | str:
     from benchmarks import reliability_fuzz
 
-    kinds = reliability_fuzz.core_kinds()
+    kinds = reliability_fuzz.core_kinds() if args.core else reliability_fuzz.all_kinds()
     if args.only:
         return reliability_fuzz.show(kinds, args.only, args.seed, args.work)
     return reliability_fuzz.measure(args.count, args.seed, args.jobs, args.work, args.fresh, kinds)
@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     bad = commands.add_parser("fuzz", help="damaged inputs")
     bad.set_defaults(measure=fuzz)
     bad.add_argument("--count", type=int, default=50_000)
+    bad.add_argument("--core", action="store_true", help="without the kinds that need ComfyUI")
     bad.add_argument("--jobs", type=int, default=1, help="worker processes at a time")
     bad.add_argument("--only", metavar="KIND:NUMBER", help="one input again, with its traceback")
     for command in (one, bad):

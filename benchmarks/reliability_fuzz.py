@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability_inputs import KINDS, Kind
+from benchmarks.reliability_inputs import KINDS, Broken, Kind, Refused
 from benchmarks.reliability_mutators import Chance
 from benchmarks.reliability_report import ROOT, Journal, Progress, Section, Table
 from benchmarks.reliability_trees import snapshot
 
-HANG_SECONDS = 10
 MEMORY_BYTES = 4 * 2**30
 """What an input may make a worker ask for; a MemoryError is an undocumented error."""
 
@@ -98,6 +97,8 @@ def try_case(case: Case, work: Path) -> Verdict:
     try:
         case.read(folder)
         verdict = Verdict("accepted", "")
+    except Refused as refused:
+        verdict = Verdict(str(refused), "")
     except Exception as error:
         verdict = judge(error, case.kind)
     if not verdict.failure and (after := snapshot(folder)) != before:
@@ -110,6 +111,8 @@ def judge(error: Exception, kind: Kind) -> Verdict:
     """Whether an exception is one that the functions document, raised by them on purpose and with words in it."""
     name = type(error).__name__
     trace = "".join(traceback.format_exception(error))
+    if isinstance(error, Broken):
+        return Verdict("broken", str(error).partition("\n")[0], trace)
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{_short(last.filename)}:{last.name}"
     is_ours = type(error).__module__.rpartition(".")[0].endswith("dopsd_core") or type(error) in kind.documented
@@ -148,6 +151,7 @@ def run_worker(kinds: Sequence[Kind], spec: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     (kind,) = (kind for kind in kinds if kind.name == spec["kind"])
+    kind.make(Chance(0))  # what is loaded for it takes memory too
     limit = _virtual_bytes() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     work, skip = Path(spec["work"]), set(spec["skip"])
@@ -162,7 +166,7 @@ def _read_chunk(kind: Kind, seed: int, numbers: Iterable[int], work: Path) -> di
     failures, slowest, worst = [], 0.0, -1
     for number in numbers:
         (work / "current").write_text(str(number))
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)  # its thread ends a hang inside C code too
+        faulthandler.dump_traceback_later(kind.hang_seconds, exit=True)  # its thread ends a hang inside C code too
         began = time.perf_counter()
         case = Case(kind, seed, number)
         verdict = try_case(case, work)
@@ -262,8 +266,8 @@ class Fuzz:
         return stop
 
     def _note_death(self, task: Task, number: int, code: int, errors: str) -> None:
-        hung = "Timeout (0:00" in errors
-        failure = f"a hang over {HANG_SECONDS} s" if hung else f"the process died with exit code {code}"
+        hung = "Timeout (0:0" in errors
+        failure = "a hang" if hung else f"the process died with exit code {code}"
         found = {"number": number, "failure": failure, "mutations": None}
         with self._lock:
             row = {"kind": task.kind, "start": number, "stop": number, "outcomes": {failure: 1}, "failures": [found]}
@@ -318,8 +322,8 @@ def summary(journal: Journal, shares: dict[str, int], seed: int) -> Section:
     columns = ("kind", "inputs", "accepted", "refused with", "failures", "slowest, s")
     notes = [
         "A failure is an exception that the function does not document or that comes out of another library, a hang "
-        f"over {HANG_SECONDS} s, more than {MEMORY_BYTES // 2**30} GB asked for, or a changed byte, name or link in "
-        "the folder that was read.",
+        "over 10 s (60 s for a workflow, which may train a step), more than "
+        f"{MEMORY_BYTES // 2**30} GB asked for, or a changed byte, name or link in the folder that was read.",
         *(f"{n} times: {failure}" for failure, n in failures.most_common()),
     ]
     return Section(
@@ -346,3 +350,10 @@ def show(kinds: Sequence[Kind], name: str, seed: int, work: Path) -> str:
 def core_kinds() -> tuple[Kind, ...]:
     """The kinds that need no ComfyUI."""
     return KINDS
+
+
+def all_kinds() -> tuple[Kind, ...]:
+    """All kinds; those of ComfyUI boot it when the first input of theirs is made."""
+    from benchmarks.reliability_inputs_comfyui import COMFYUI_KINDS
+
+    return (*KINDS, *COMFYUI_KINDS)

@@ -55,6 +55,14 @@ from tests.toy_denoiser import ToyDenoiser
 Mutation = Callable[[Tree, Chance], None]
 
 
+class Refused(Exception):
+    """Raised by a reader whose input was refused as it should be, by other means than an exception; says how."""
+
+
+class Broken(Exception):
+    """Raised by a reader that saw what must not be; the first line of its text names the failure."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of input.
@@ -66,6 +74,7 @@ class Kind:
         mutations: what is done to it, one at a time.
         read: hands the folder that holds it to the public functions.
         documented: what these may raise by their docstrings, and nothing else.
+        hang_seconds: what may take longer is a hang.
     """
 
     name: str
@@ -74,6 +83,7 @@ class Kind:
     mutations: Sequence[Mutation]
     read: Callable[[Path, Chance], None]
     documented: tuple[type[Exception], ...]
+    hang_seconds: int = 10
 
 
 def on_file(change: Callable[[bytes, Chance], bytes], *endings: str) -> Mutation:
@@ -127,7 +137,7 @@ def read_pictures(folder: Path, _: Chance) -> None:
     (path,) = (Path(entry) for entry in folder.iterdir())
     picture = read_image(path)
     if picture.mode != "RGB" or min(picture.size) < 1:
-        raise AssertionError(f"read_image gave {picture.mode} {picture.size}")
+        raise Broken(f"read_image gave {picture.mode} {picture.size}")
     load_image(path, Bucket(32, 32))
 
 
@@ -215,7 +225,7 @@ def read_configs(folder: Path, chance: Chance) -> None:
     config = config_from_args(args, {})
     again = TrainConfig.from_json(config.to_json())
     if again != config or changes_that_forbid_resuming(config, again):
-        raise AssertionError("a configuration is not what it was after a round trip through JSON")
+        raise Broken("a configuration is not what it was after a round trip through JSON")
     config.idle_fields()
     targets = parse_targets(chance.choice((*[", ".join(config.lora.targets)] * 3, chance.choice(NONSENSE))))
     match_targets(("enter", "leave", *(part.name for site in _toy().sites() for part in site.parts)), targets)

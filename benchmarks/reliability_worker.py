@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks.reliability_fuzz import core_kinds, run_worker
+from benchmarks.reliability_fuzz import all_kinds, run_worker
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    run_worker(core_kinds(), spec)
+    run_worker(all_kinds(), spec)
 
 
 if __name__ == "__main__":
