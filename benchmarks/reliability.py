@@ -2,6 +2,9 @@
 
     python -m benchmarks.reliability kills                  200 SIGKILLs, each resumed
     python -m benchmarks.reliability fuzz                   50,000 damaged inputs
+    python -m benchmarks.reliability server-kills           10 SIGKILLs of a ComfyUI server in a training
+    python -m benchmarks.reliability trainings              200 trainings in one ComfyUI server
+    python -m benchmarks.reliability moments                cancels, full disks and the like, and what the user sees
     python -m benchmarks.reliability render                 docs/reliability.md from docs/reliability.json
 
 Each command measures one thing, continues where it was stopped (--fresh starts anew) and records what it found in
@@ -32,6 +35,24 @@ def fuzz(args: argparse.Namespace) -> Section | str:
     return reliability_fuzz.measure(args.count, args.seed, args.jobs, args.work, args.fresh, kinds)
 
 
+def trainings(args: argparse.Namespace) -> Section:
+    from benchmarks import reliability_load
+
+    return reliability_load.measure(args.count, args.work, args.fresh)
+
+
+def server_kills(args: argparse.Namespace) -> Section:
+    from benchmarks import reliability_server_kills
+
+    return reliability_server_kills.measure(args.count, args.seed, args.work, args.fresh)
+
+
+def moments(args: argparse.Namespace) -> Section:
+    from benchmarks import reliability_moments
+
+    return reliability_moments.measure(args.only, args.work, args.fresh)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `measure` of its result is the function of the command, None for `render`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +70,16 @@ def make_parser() -> argparse.ArgumentParser:
     bad.add_argument("--core", action="store_true", help="without the kinds that need ComfyUI")
     bad.add_argument("--jobs", type=int, default=1, help="worker processes at a time")
     bad.add_argument("--only", metavar="KIND:NUMBER", help="one input again, with its traceback")
-    for command in (one, bad):
+    many = commands.add_parser("trainings", help="trainings in one ComfyUI server")
+    many.set_defaults(measure=trainings)
+    many.add_argument("--count", type=int, default=200)
+    server = commands.add_parser("server-kills", help="SIGKILLs of a ComfyUI server")
+    server.set_defaults(measure=server_kills)
+    server.add_argument("--count", type=int, default=10)
+    bad_times = commands.add_parser("moments", help="cancels, full disks and the like, and what the user sees")
+    bad_times.set_defaults(measure=moments)
+    bad_times.add_argument("--only", default="", metavar="NAME", help="scenarios whose name begins like this")
+    for command in (one, bad, many, server, bad_times):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--fresh", action="store_true", help="throw away what an earlier call has measured")
     return parser
