@@ -5,6 +5,7 @@
     python -m benchmarks.reliability server-kills           10 SIGKILLs of a ComfyUI server in a training
     python -m benchmarks.reliability trainings              200 trainings in one ComfyUI server
     python -m benchmarks.reliability moments                cancels, full disks and the like, and what the user sees
+    python -m benchmarks.reliability paths                  100 attempts to reach outside of the allowed folders
     python -m benchmarks.reliability render                 docs/reliability.md from docs/reliability.json
 
 Each command measures one thing, continues where it was stopped (--fresh starts anew) and records what it found in
@@ -53,6 +54,12 @@ def moments(args: argparse.Namespace) -> Section:
     return reliability_moments.measure(args.only, args.work, args.fresh)
 
 
+def paths(args: argparse.Namespace) -> Section:
+    from benchmarks import reliability_paths
+
+    return reliability_paths.measure(args.work)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `measure` of its result is the function of the command, None for `render`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,7 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     bad_times = commands.add_parser("moments", help="cancels, full disks and the like, and what the user sees")
     bad_times.set_defaults(measure=moments)
     bad_times.add_argument("--only", default="", metavar="NAME", help="scenarios whose name begins like this")
-    for command in (one, bad, many, server, bad_times):
+    outside = commands.add_parser("paths", help="attempts to reach outside of the allowed folders")
+    outside.set_defaults(measure=paths)
+    for command in (one, bad, many, server, bad_times, outside):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--fresh", action="store_true", help="throw away what an earlier call has measured")
     return parser
