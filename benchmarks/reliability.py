@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.reliability_report import RESULTS, WORK, Section, measured_here, record, render
+from benchmarks.reliability_report import RESULTS, WORK, Section, comfyui_version, measured_here, record, render
 
 
 def kills(args: argparse.Namespace) -> Section:
@@ -60,50 +61,51 @@ def paths(args: argparse.Namespace) -> Section:
     return reliability_paths.measure(args.work)
 
 
+COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], Section | str], str, int]] = {
+    "kills": (kills, "SIGKILLs of a training", 200),
+    "server-kills": (server_kills, "SIGKILLs of a ComfyUI server", 10),
+    "fuzz": (fuzz, "damaged inputs", 50_000),
+    "trainings": (trainings, "trainings in one ComfyUI server", 200),
+    "moments": (moments, "cancels, full disks and the like, and what the user sees", 0),
+    "paths": (paths, "attempts to reach outside of the allowed folders", 0),
+}
+"""name -> (measurement, in words, how many by default; 0 where the number is fixed)."""
+
+WITHOUT_COMFYUI = ("kills",)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; `measure` of its result is the function of the command, None for `render`."""
+    """The parser; `command` of its result is one of COMMANDS, or "render"."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for journals (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("render", help="write the page from the JSON").set_defaults(measure=None)
-    one = commands.add_parser("kills", help="SIGKILLs of a training")
-    one.set_defaults(measure=kills)
-    one.add_argument("--count", type=int, default=200)
-    one.add_argument("--steps", type=int, default=60, help="of each run")
-    bad = commands.add_parser("fuzz", help="damaged inputs")
-    bad.set_defaults(measure=fuzz)
-    bad.add_argument("--count", type=int, default=50_000)
-    bad.add_argument("--core", action="store_true", help="without the kinds that need ComfyUI")
-    bad.add_argument("--jobs", type=int, default=1, help="worker processes at a time")
-    bad.add_argument("--only", metavar="KIND:NUMBER", help="one input again, with its traceback")
-    many = commands.add_parser("trainings", help="trainings in one ComfyUI server")
-    many.set_defaults(measure=trainings)
-    many.add_argument("--count", type=int, default=200)
-    server = commands.add_parser("server-kills", help="SIGKILLs of a ComfyUI server")
-    server.set_defaults(measure=server_kills)
-    server.add_argument("--count", type=int, default=10)
-    bad_times = commands.add_parser("moments", help="cancels, full disks and the like, and what the user sees")
-    bad_times.set_defaults(measure=moments)
-    bad_times.add_argument("--only", default="", metavar="NAME", help="scenarios whose name begins like this")
-    outside = commands.add_parser("paths", help="attempts to reach outside of the allowed folders")
-    outside.set_defaults(measure=paths)
-    for command in (one, bad, many, server, bad_times, outside):
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--fresh", action="store_true", help="throw away what an earlier call has measured")
+    commands.add_parser("render", help="write the page from the JSON")
+    made = {}
+    for name, (_, words, count) in COMMANDS.items():
+        made[name] = commands.add_parser(name, help=words)
+        made[name].add_argument("--seed", type=int, default=0)
+        made[name].add_argument("--fresh", action="store_true", help="throw away what an earlier call has measured")
+        if count:
+            made[name].add_argument("--count", type=int, default=count)
+    made["kills"].add_argument("--steps", type=int, default=60, help="of each run")
+    made["fuzz"].add_argument("--core", action="store_true", help="without the kinds that need ComfyUI")
+    made["fuzz"].add_argument("--jobs", type=int, default=1, help="worker processes at a time")
+    made["fuzz"].add_argument("--only", metavar="KIND:NUMBER", help="one input again, with its traceback")
+    made["moments"].add_argument("--only", default="", metavar="NAME", help="scenarios whose name begins like this")
     return parser
 
 
 def main() -> int:
     args = make_parser().parse_args()
-    if args.measure is None:
+    if args.command == "render":
         print(render(args.results))
         return 0
-    found = args.measure(args)
+    found = COMMANDS[args.command][0](args)
     if isinstance(found, str):
         print(found)
         return 0
-    section = measured_here(found)
+    section = measured_here(found, *([] if args.command in WITHOUT_COMFYUI else [comfyui_version()]))
     record(section, args.results)
     print(section.to_markdown())
     return 0 if section.passed else 1

@@ -6,10 +6,12 @@ Import in a process of its own: ComfyUI takes over `sys.path`, and this checkout
 from __future__ import annotations
 
 import asyncio
+import atexit
 import dataclasses
 import json
 import logging
 import re
+import shutil
 import sys
 import tempfile
 import uuid
@@ -47,6 +49,7 @@ def comfyui() -> Any:
     inprocess.put_first_on_path()
     sys.path.insert(1, str(TESTS))
     base = inprocess.new_base(Path(tempfile.mkdtemp(prefix="dopsd-fuzz-")))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
     found = inprocess.ComfyUI(base)
     logging.getLogger().setLevel(logging.CRITICAL)
     folder = found.input / DATA

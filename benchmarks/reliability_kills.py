@@ -73,11 +73,22 @@ def configurations(steps: int) -> tuple[TrainConfig, ...]:
 def train_marked(config: str, folder: str, mark_file: str) -> None:
     """The run of a JSON configuration in `folder`, which says in the first byte of `mark_file` what it is doing."""
     torch.set_num_threads(1)
-    with _mapped(Path(mark_file)) as mark:
-        for name, phase in (("open", OPENING), ("save", SAVING), ("save_lora", SAVING_LORA)):
-            setattr(Run, name, _marking(getattr(Run, name), mark, phase))
+    with _mapped(Path(mark_file)) as mark, _marked_run(mark):
         mark[0] = TRAINING
         train(TrainConfig.from_json(config), TinyDenoiser(), killable_data(), folder)
+
+
+@contextmanager
+def _marked_run(mark: mmap.mmap) -> Iterator[None]:
+    """Inside, the methods of a run that are phases of their own say so."""
+    real = {name: getattr(Run, name) for name in ("open", "save", "save_lora")}
+    try:
+        for (name, method), phase in zip(real.items(), (OPENING, SAVING, SAVING_LORA), strict=True):
+            setattr(Run, name, _marking(method, mark, phase))
+        yield
+    finally:
+        for name, method in real.items():
+            setattr(Run, name, method)
 
 
 def _marking(function: Callable[..., Any], mark: mmap.mmap, phase: int) -> Callable[..., Any]:

@@ -20,7 +20,6 @@ from benchmarks.reliability_server import (
     Server,
     arm,
     booted,
-    comfyui_version,
     drawn,
     new_home,
     result_of,
@@ -183,8 +182,3 @@ def _growth(values: list[float]) -> tuple[float, float]:
     """(median of the first tenth, median of the last tenth)."""
     tenth = max(len(values) // 10, 1)
     return median(values[:tenth]), median(values[-tenth:])
-
-
-def versions() -> str:
-    """For the section's line."""
-    return comfyui_version()

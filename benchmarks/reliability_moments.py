@@ -169,8 +169,8 @@ def server_killed(stage: Stage) -> Outcome:
         arm(server, "within a step", 20, "kill")
         try:
             server.run(graph())
-        except Exception as error:  # the connection broke
-            said = f"the connection to the server is lost ({type(error).__name__})"
+        except Exception:  # the connection broke, in whatever way
+            said = "the page loses the server"
         else:
             said = "THE SERVER WAS NOT KILLED"
     with booted(base) as server:
@@ -233,8 +233,6 @@ def save_on_full_disk(stage: Stage) -> Outcome:
     with mounted(base / "output", SMALL_DISK), booted(base) as server:
         saving = {"lora": ["train", 0], "filename_prefix": "loras/x", "dtype": "fp32", "peft_folder": False}
         both = graph() | {"save": {"class_type": "DOPSD_SaveLoRA", "inputs": saving}}
-        arm(server, "in the LoRA's save", 1, "interrupt")  # never comes once the run is complete
-        server.run(graph())
         server.run(graph())
         fill(server.output)
         run = server.run(both)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -128,9 +130,22 @@ def machine_facts() -> str:
     )
 
 
+def comfyui_version() -> str:
+    """Of the checkout that is measured, in words."""
+    checkout = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    try:
+        found = re.search(r'"([\d.]+)"', (checkout / "comfyui_version.py").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return f"ComfyUI {found[1]}" if found else "no ComfyUI"
+
+
 @dataclass
 class Journal:
-    """What a measurement has done so far, a JSON object per line; a kill costs at most the last line."""
+    """What a measurement has done so far, a JSON object per line; a kill costs at most the last line.
+
+    The first line names the code that was measured: what other code did is no part of a measurement.
+    """
 
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -139,16 +154,16 @@ class Journal:
     def open(cls, path: Path, *, fresh: bool = False) -> Journal:
         """The journal at `path` with its rows; `fresh` throws older ones away."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            path.unlink(missing_ok=True)
-        journal = cls(path)
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        head, kept = {"code": code_digest()}, []
+        lines = [] if fresh or not path.exists() else path.read_text(encoding="utf-8").splitlines()
+        for line in lines:
             try:
-                journal.rows.append(json.loads(line))
+                kept.append(json.loads(line))
             except ValueError:  # cut in two
                 break
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in journal.rows).encode())
-        return journal
+        rows = kept[1:] if kept[:1] == [head] else []
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in (head, *rows)).encode())
+        return cls(path, rows)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row; it is out of this process when the call returns."""
@@ -173,6 +188,14 @@ class Progress:
         rate = (done - self._first) / max(now - self._began, 1e-9)
         left = (self._total - done) / rate / 60 if rate else float("inf")
         print(f"{self._what}: {done} of {self._total}, {rate:.2g}/s, {left:.0f} min left  {note}", flush=True)
+
+
+def code_digest() -> str:
+    """16 hex digits: other for other code of the pack."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("dopsd_core", "nodes") for path in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}|".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def counts_table(rows: Sequence[tuple[str, object]]) -> Table:

@@ -19,11 +19,11 @@ if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))  # the client and the graphs of the tests inside ComfyUI
 
 from graphs import drawing, training  # noqa: E402
-from inprocess import CHECKOUT, new_base, why_not  # noqa: E402
+from inprocess import new_base, why_not  # noqa: E402
 from live import Server  # noqa: E402
 from runs import Run  # noqa: E402
 
-__all__ = ["Run", "Server", "booted", "comfyui_version", "new_home", "training", "why_not"]
+__all__ = ["Run", "Server", "booted", "new_home", "training", "why_not"]
 
 QUICK: dict[str, Any] = {
     "rank": 4, "batch_size": 2, "rollout_steps": 2, "checkpoint_every": 2, "preview_every": 2, "probe_every": 2,
@@ -62,12 +62,6 @@ def booted(base: Path, *flags: str) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
-
-
-def comfyui_version() -> str:
-    """Of the checkout that is measured."""
-    text = (CHECKOUT / "comfyui_version.py").read_text(encoding="utf-8")
-    return f"ComfyUI {text.partition('=')[2].strip().splitlines()[0]}".replace('"', "")
 
 
 def arm(server: Server, moment: str, number: int, action: str) -> None:
