@@ -11,14 +11,17 @@ from typing import IO
 
 from .lock import try_lock
 
+from .disk import explained
 
+
+@explained
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes `data` so that `path` holds the old contents or the new at any moment, a power cut included.
 
     What a killed process left of an earlier attempt at the same file is removed.
 
     Raises:
-        OSError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
+        DiskError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
     """
     _remove_leftovers(path)
     file, temporary = _open_temporary(path)
