@@ -7,12 +7,15 @@ import os
 import secrets
 from pathlib import Path
 
+from .disk import explained
 
+
+@explained
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes `data` so that `path` holds the old contents or the new at any moment, a power cut included.
 
     Raises:
-        OSError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
+        DiskError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
     """
     # Not tempfile: its files are readable by their owner alone, and stay so after the rename.
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"

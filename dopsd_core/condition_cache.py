@@ -65,7 +65,8 @@ class ConditionCache:
             log.warning("cached condition %s cannot be read (%s); computing it anew", path, error)
             return None
         try:
-            return _parse_entry(data, key)
+            with torch.inference_mode(False):  # the tensors are ordinary ones whoever asks
+                return _parse_entry(data, key)
         except Exception as error:  # a damaged file can fail in any way inside the parser
             log.warning("cached condition %s is damaged or stale (%s); computing it anew", path, error)
             return None

@@ -34,6 +34,7 @@ from .model import Denoiser
 from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
 from .teachers import VLM, Teacher
+from .text import printable
 
 TeacherImage = Literal["own", "other"]
 """Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
@@ -122,7 +123,7 @@ def build_training_set(
         trigger: as given to `read_dataset`; taken out of the captions for the anchors.
         caption_dropout: encode the empty caption too.
         anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
-            for it.
+            for it; `[V]` stands for the trigger.
         heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
 
     Raises:
@@ -143,9 +144,10 @@ def build_training_set(
             raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
         requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
+    prompts = [put_trigger(prompt, trigger) for prompt in anchor_prompts]
     return TrainingSet(
         pairs=encoded[: sum(map(len, copies))],
-        anchors=encode_texts(_weighted_anchors(plan.anchors, anchor_prompts), encoder, cache) if anchors else (),
+        anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
     )
@@ -207,9 +209,12 @@ def _picture(path: Path, bucket: Bucket) -> Picture:
     digest = digest_bytes(path.read_bytes())
 
     def load() -> Tensor:
-        image = load_image(path, bucket)
+        try:
+            image = load_image(path, bucket)
+        except ImageError as error:
+            raise ImageError(printable(f"{path}: {error}")) from error
         if digest_bytes(path.read_bytes()) != digest:  # what is encoded now would be kept as the image of before
-            raise ImageError(f"{path} was written to while the dataset was being encoded: run again")
+            raise ImageError(printable(f"{path} was written to while the dataset was being encoded: run again"))
         return image
 
     return Picture(digest, load, {"bucket": [bucket.width, bucket.height]})

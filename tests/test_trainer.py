@@ -20,7 +20,7 @@ from dopsd_core.lock import FolderInUse
 from dopsd_core.lora_file import load_lora, unfold_alpha
 from dopsd_core.progress import StepReport, curve, read_log
 from dopsd_core.run import Run
-from dopsd_core.state import StateError, load_checkpoint
+from dopsd_core.state import Checkpoint, StateError, load_checkpoint
 from dopsd_core.trainer import NoCallbacks, NonFiniteError, TrainingSet, TrainResult, train
 from tests.tiny import (
     TinyDenoiser,
@@ -121,6 +121,58 @@ def test_killed_while_writing_it_ends_bit_identical(
     train(killable_config(STEPS), TinyDenoiser(), killable_data(), tmp_path)
     assert saved_bytes(tmp_path) == uninterrupted
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.startswith("step-")] == []
+
+
+class Adaptive(torch.optim.AdamW):
+    """Keeps a step size that it learns in its groups, as Prodigy does, and one table in all states, as 8-bit Adam."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.table = torch.linspace(0.5, 1.5, 256)
+        for group in self.param_groups:
+            group["d"] = 1e-3
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["d"] *= 1.5
+            group["lr"] = group["d"]
+        result = super().step(closure)
+        for state in self.state.values():
+            state.setdefault("quant/state", {"table": self.table, "name": "dynamic"})
+        return result
+
+
+def test_all_of_an_optimizers_state_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dopsd_core.run.make_optimizer", lambda config, parameters: Adaptive(parameters))
+    train(make_config(), TinyDenoiser(), make_data(), tmp_path / "whole")
+    for stop in (1, 4, 12):
+        train(make_config(steps=stop), TinyDenoiser(), make_data(), tmp_path / "cut")
+    assert saved_bytes(tmp_path / "cut") == saved_bytes(tmp_path / "whole")
+
+
+def test_a_run_of_release_0_2_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints hold the optimizer's state alone, by path, and nothing of a loss scale."""
+    monkeypatch.setattr("dopsd_core.state.FORMAT", "dopsd-checkpoint-1")
+    now = Run._checkpoint
+
+    def then(self: Run) -> Checkpoint:
+        checkpoint = now(self)
+        state = self.optimizer.state_dict()["state"]
+        tensors = {f"{n}/{key}": value for n, values in state.items() for key, value in values.items()}
+        facts = {k: v for k, v in checkpoint.facts.items() if k not in ("optimizer_state", "loss_scale")}
+        config = {k: v for k, v in json.loads(facts["config"]).items() if k != "deterministic"}
+        facts |= {"optimizer": {}, "config": json.dumps(config)}
+        return Checkpoint(checkpoint.step, checkpoint.lora, checkpoint.teacher, tensors, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_checkpoint", then)
+        train(make_config(steps=6), TinyDenoiser(), make_data(), tmp_path / "cut")
+    monkeypatch.undo()
+    state = json.loads((tmp_path / "cut/checkpoints/step-000006/state.json").read_text())
+    assert state["format"] == "dopsd-checkpoint-1" and state["facts"]["optimizer"] == {}
+    train(make_config(), TinyDenoiser(), make_data(), tmp_path / "cut")
+    train(make_config(), TinyDenoiser(), make_data(), tmp_path / "whole")
+    assert saved_bytes(tmp_path / "cut") == saved_bytes(tmp_path / "whole")
 
 
 def test_an_unlike_seed_ends_unlike(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:

@@ -203,3 +203,20 @@ def test_the_mode_names_the_teacher_and_auto_goes_by_model_and_data() -> None:
     with pytest.raises(ValueError, match="no teacher 'auto' for pictures with sources"):
         choose_teacher(z_image, "auto", edits=True)
     assert all(name in TEACHERS for family in FAMILIES.values() for name in family.teachers)
+
+
+def test_every_given_text_shares_the_rule_of_captions(tmp_path: Path) -> None:
+    report = read_dataset(folder(tmp_path), pixel_budget=4096, multiple=16, trigger="sks")
+    encoder = TinyEncoder()
+    build_training_set(
+        report.pairs, encoder, trigger="sks", anchors=True, anchor_prompts=["a [v] cat"], heldout_caption="a [v] bird"
+    )
+    assert {"text a sks cat", "text a sks bird"} <= set(encoder.seen)
+    assert not [seen for seen in encoder.seen if "[v]" in seen]
+
+
+def test_an_image_that_has_gone_bad_since_is_named(tmp_path: Path) -> None:
+    report = read_dataset(folder(tmp_path), pixel_budget=4096, multiple=16)
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ImageError, match=r"b\.png: not a PNG"):
+        build_training_set(report.pairs, TinyEncoder())

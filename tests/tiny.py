@@ -40,6 +40,10 @@ class TinyDenoiser(nn.Module):
     def device(self) -> torch.device:
         return self.enter.weight.device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.enter.weight.dtype
+
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self)
 

@@ -93,6 +93,7 @@ class ToyDenoiser:
     def __init__(self, net: ToyNet | None = None) -> None:
         self.net = net or ToyNet()
         self.device = torch.device("cpu")
+        self.compute_dtype = torch.float32
         self.grad_modes: list[bool] = []
 
     def sites(self) -> list[LinearSite]:

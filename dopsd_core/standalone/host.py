@@ -50,6 +50,10 @@ class StandaloneDenoiser:
     def device(self) -> torch.device:
         return self.transformer.device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self.transformer)
 
@@ -99,12 +103,17 @@ class StandaloneEncoder:
 
     @torch.no_grad()
     def encode_latent(self, image: Tensor) -> Tensor:
-        return self.vae.encode(image[None] * 2 - 1)[0]
+        return self.vae.encode(image[None].to(self._vae_device) * 2 - 1)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, 16, h, w] -> pictures [B, 3, 8h, 8w] in [0, 1]."""
-        return torch.cat([self.vae.decode(part) for part in latents.split(64)]).add(1).div(2).clamp(0, 1)
+        parts = latents.to(self._vae_device).split(64)
+        return torch.cat([self.vae.decode(part) for part in parts]).add(1).div(2).clamp(0, 1)
+
+    @property
+    def _vae_device(self) -> torch.device:
+        return next(self.vae.parameters()).device
 
     def unknown_words(self, captions: Iterable[str]) -> list[str]:
         """The words of the captions that the demo model has no embedding of its own for: it reads them in pieces."""

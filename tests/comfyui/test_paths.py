@@ -192,7 +192,7 @@ def test_the_halves_of_edits_are_not_offered(comfyui, paths) -> None:
 
 BAD_NAMES = (
     "", " ", ".", "..", "../x", "/x", "x/../../y", "..\\x", "C:\\x", "C:x", "a:b", "con", "NUL.txt", "COM1", "lpt9.x",
-    "x.", ".x", "a\0b", "a\nb", "what?", "star*", "pipe|", '"', "x" * 101, "日" * 34,
+    "x.", ".x", "a\0b", "a\nb", "what?", "star*", "pipe|", '"', "x" * 101, "日" * 34, "\ud83d",
 )  # fmt: skip
 
 
