@@ -4,8 +4,8 @@
     python -m benchmarks.identity_cost --comfyui      # a MODEL in ComfyUI ($COMFYUI_PATH), its weights the mapped ones
 
 The file has the layers of Z-Image in bf16; every second one is noise, the others are zeros that take no room on the
-disk. It is written to a temporary folder (--folder: another one) and deleted afterwards. cold: the file is not in
-the operating system's cache (Linux only, and only as far as it lets go of it); warm: it is; again: with its pages mapped,
+disk. It is written to a temporary folder (--folder: another one) and deleted afterwards. cold: the file is not in the
+operating system's cache (Linux only, and only as far as it lets go of it); warm: it is; again: with its pages mapped,
 as in a second run of one session; by file: the digest is remembered by the file's size and time.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -23,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,11 +32,13 @@ from torch import Tensor, nn
 
 from dopsd_core.tensor_digest import COVERED_BYTES, Content, digest_tensors
 
+WIDTH, HIDDEN, TIME = 3840, 10240, 256
 BLOCK = {
-    "attention.qkv.weight": (11520, 3840), "attention.out.weight": (3840, 3840), "feed_forward.w1.weight": (10240, 3840),
-    "feed_forward.w2.weight": (3840, 10240), "feed_forward.w3.weight": (10240, 3840), "adaLN.weight": (15360, 256),
-    "attention_norm1.weight": (3840,), "attention_norm2.weight": (3840,), "ffn_norm1.weight": (3840,),
-    "ffn_norm2.weight": (3840,),
+    "attention.qkv.weight": (3 * WIDTH, WIDTH), "attention.out.weight": (WIDTH, WIDTH),
+    "feed_forward.w1.weight": (HIDDEN, WIDTH), "feed_forward.w2.weight": (WIDTH, HIDDEN),
+    "feed_forward.w3.weight": (HIDDEN, WIDTH), "adaLN.weight": (4 * WIDTH, TIME),
+    "attention_norm1.weight": (WIDTH,), "attention_norm2.weight": (WIDTH,), "ffn_norm1.weight": (WIDTH,),
+    "ffn_norm2.weight": (WIDTH,),
 }  # fmt: skip
 BLOCKS = 34
 _CHUNK = 2**22
@@ -48,14 +50,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / "big.safetensors"
         write_file(path, arguments.blocks)
-        print(f"{_machine()}\n{path.stat().st_size / 1e9:.1f} GB in {BLOCKS} blocks, every second tensor noise")
+        print(f"{_machine()}\n{path.stat().st_size / 1e9:.1f} GB, every second tensor noise")
         measure: Callable[[Path, int], Iterator[tuple[str, list[float]]]]
         measure = of_a_model if arguments.comfyui else of_tensors
         for what, seconds in measure(path, arguments.repeats):
-            middle = statistics.median(seconds)
-            print(
-                f"{what:10s} {middle:6.2f} s (of {len(seconds)}: {min(seconds):.2f} to {max(seconds):.2f})", flush=True
-            )
+            spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+            print(f"{what:14s} {statistics.median(seconds):6.2f} s (of {len(seconds)}: {spread})", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -170,7 +170,8 @@ def _comfyui() -> Any:
 
 
 def _forget(path: Path) -> bool:
-    """Has the operating system let go of the file; False where there is no such thing."""
+    """Has the operating system let go of the file, which nothing may have mapped then; False where it cannot."""
+    gc.collect()
     if not hasattr(os, "posix_fadvise"):
         return False
     with path.open("rb") as file:
@@ -190,12 +191,9 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _machine() -> str:
-    facts = SimpleNamespace(cores=os.cpu_count(), threads=torch.get_num_threads())
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    today = datetime.date.today().isoformat()
-    return (
-        f"{today}, {platform.platform()}, {facts.cores} cores, {facts.threads} threads, torch {torch.__version__}{load}"
-    )
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{datetime.date.today()}, {platform.platform()}, {cores}, torch {torch.__version__}{load}"
 
 
 if __name__ == "__main__":

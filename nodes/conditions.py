@@ -178,7 +178,7 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
         cache = ConditionCache(condition_cache())
         conditions = build_conditions(dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts)
-        notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision))
+        notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
         send_text(cls, "\n".join((conditions.describe(), *notes)))
         return io.NodeOutput(replace(conditions, notes=notes))
 

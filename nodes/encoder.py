@@ -37,6 +37,9 @@ class ComfyEncoder:
     They are called in inference mode, as ComfyUI's own nodes call them: weights that were made in it must only be moved
     in it, or every later use of them fails. What is handed on are ordinary tensors on the CPU.
 
+    Attributes:
+        notes: for the user, one line each.
+
     Raises:
         ValueError: CLIP and VAE are not of one family of ours.
     """
@@ -46,8 +49,9 @@ class ComfyEncoder:
         require_training_vae(vae, clip)
         self._clip, self._vae, self._vision = clip, vae, vision
         self._latent_format = in_comfyui(self.family).model.latent_format()
-        rounding = str(comfy.model_management.intermediate_dtype())
-        self._identity = "/".join(("comfyui", self.family.name, rounding, identity_of(clip, vae, vision).digest))
+        rounding, found = str(comfy.model_management.intermediate_dtype()), identity_of(clip, vae, vision)
+        self._identity = "/".join(("comfyui", self.family.name, rounding, found.digest))
+        self.notes = found.notes
 
     @property
     def identity(self) -> str:

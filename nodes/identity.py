@@ -198,7 +198,59 @@ _VISION = (
     *_does_not_count(model="the patcher's network"),
 )
 
+_RUN = (
+    *_counts(
+        images="Load Dataset: their bytes; a folder's own name does not count",
+        texts="Load Dataset: captions, as they are trained",
+        trigger="Load Dataset: as far as it is in captions",
+        resolution="Load Dataset: the size of the images",
+        repeats="Load Dataset: how often each is seen",
+        caption_dropout="Load Dataset: the share of visits without a caption",
+        clip="Build Teacher Condition: as in the table of CLIP",
+        vae="Build Teacher Condition: as in the table of VAE. Train LoRA's, which draws previews, does not count",
+        vision="Build Teacher Condition: as in the table of vision",
+        mode="Build Teacher Condition: the teacher that it comes to",
+        teacher_image="Build Teacher Condition: what the teacher is shown",
+        teacher_sentence="Build Teacher Condition: what the teacher is told besides",
+        anchor_prompts="Build Teacher Condition: they are trained on",
+        model="Train LoRA: as in the tables of patcher, network and config",
+        initial_lora="Train LoRA: the weights that it starts from",
+        preset="Train LoRA: the settings that it stands for",
+        seed="Train LoRA: the LoRA's start, the order of the images and all noise",
+        learning_rate="Train LoRA: a setting",
+        rank="Train LoRA: a setting",
+        alpha="Train LoRA: a setting",
+        batch_size="Train LoRA: a setting",
+        grad_accumulation="Train LoRA: a setting",
+        warmup="Train LoRA: a setting",
+        rollout_steps="Train LoRA: a setting",
+        grad_steps="Train LoRA: a setting",
+        loss="Train LoRA: a setting",
+        teacher="Train LoRA: a setting",
+        ema_decay="Train LoRA: a setting",
+        anchor_probability="Train LoRA: a setting",
+        objective="Train LoRA: a setting",
+        schedule="Train LoRA: a setting",
+        optimizer="Train LoRA: a setting",
+        targets="Train LoRA: a setting",
+        deterministic="Train LoRA: a setting",
+        memory="Train LoRA: the settings that it trades for memory",
+    ),
+    *_does_not_count(
+        folder="Load Dataset: where the images are",
+        dataset="Build Teacher Condition: Load Dataset's, read above",
+        conditions="Train LoRA: Build Teacher Condition's, read above",
+        preview_prompts="Build Teacher Condition: they are drawn and measured, not trained on",
+        run_name="Train LoRA: the folder's name begins with it",
+        steps="Train LoRA: a run may be made longer",
+        preview_every="Train LoRA: what is drawn meanwhile",
+        checkpoint_every="Train LoRA: what is kept meanwhile",
+        probe_every="Train LoRA: what is measured meanwhile",
+    ),
+)
+
 TABLE: Mapping[str, tuple[Row, ...]] = {
+    "run": _RUN,
     "patcher": _PATCHER,
     "network": _NETWORK,
     "config": _CONFIG,
@@ -206,9 +258,9 @@ TABLE: Mapping[str, tuple[Row, ...]] = {
     "VAE": _VAE,
     "vision": _VISION,
 }
-"""By what holds it: a ModelPatcher (MODEL), the network in it, the network's configuration, a CLIP, a VAE, a vision
-tower. The weights, layers and functions of a network are `weights.py`'s; settings and data of a run are counted in
-`run_digest` and `TrainingSet.fingerprint`. Of network and config only what counts here is read."""
+"""By what holds it: a run, by the inputs of its nodes (put together in `run_digest` and `TrainingSet.fingerprint`); a
+ModelPatcher (MODEL), the network in it, the network's configuration, a CLIP, a VAE, a vision tower. The weights, layers
+and functions of a network are read in `weights.py`. Of network and config only what counts here is read."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +276,8 @@ class Identity:
         """For the user, if anything cannot be compared."""
         if not self.unknown:
             return ()
-        return (f"it holds what cannot be compared ({', '.join(self.unknown)}): every run starts anew",)
+        kinds = ", ".join(self.unknown)
+        return (f"what is put on MODEL, CLIP or VAE holds {kinds}, which cannot be compared: every run starts anew",)
 
 
 def identity_of(*values: Any) -> Identity:
@@ -232,7 +285,7 @@ def identity_of(*values: Any) -> Identity:
     reader = _Reader()
     found = Identity(reader.digester.digest(values)[:HEX_DIGITS], tuple(reader.digester.unknown))
     for note in found.notes:
-        log.warning("a model: %s", note)
+        log.warning(note)
     return found
 
 

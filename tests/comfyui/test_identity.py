@@ -184,7 +184,7 @@ ROWS = rows_of("nodes/identity.py")
 
 
 def test_the_rows_here_are_the_tables(identity: Any) -> None:
-    tables = [(title, row.what, row.counts) for title, rows in identity.TABLE.items() for row in rows]
+    tables = [(title, row.what, row.counts) for title, rows in identity.TABLE.items() for row in rows if title != "run"]
     assert sorted(tables) == sorted(ROWS) and len(ROWS) == len({row[:2] for row in ROWS}) > 90
     assert all(row.why for rows in identity.TABLE.values() for row in rows)
     assert {(title, name) for title, changes in CHANGES.items() for name in changes} <= {row[:2] for row in ROWS}

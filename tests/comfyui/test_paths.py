@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,48 @@ def test_the_fingerprint_sees_every_change(comfyui, paths) -> None:
     (folder / "10_more" / "b.txt").rename(folder / "10_more" / "c.txt")
     seen.add(paths.dataset_fingerprint("watched"))
     assert len(seen) == 5
+
+
+def exchange(path: Path) -> None:
+    """Another file of the same name, size and time, as a download that keeps the server's time leaves it."""
+    facts = path.stat()
+    other = path.with_name(f"other {path.name}")
+    other.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    os.utime(other, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    os.replace(other, path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="keeps no time of the last change of any kind")
+def test_a_file_exchanged_under_its_name_size_and_time_is_read_again(comfyui, paths) -> None:
+    """Load Dataset, Load LoRA, Compare LoRA and Load Teacher Vision, whose files ComfyUI caches by these."""
+    lora, vision = (comfyui.base / "models" / kind / "exchanged.safetensors" for kind in ("loras", "text_encoders"))
+    folder = comfyui.input / "exchanged"
+    write_pair(folder)
+    for path in (lora, vision):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100))
+    nodes = {name: node.fingerprint_inputs for name, node in comfyui.pack_nodes.items()}
+    asked = {
+        folder / "a.png": lambda: nodes["DOPSD_LoadDataset"](folder=["exchanged"]),
+        folder / "a.txt": lambda: nodes["DOPSD_LoadDataset"](folder=["exchanged"]),
+        lora: lambda: (
+            nodes["DOPSD_LoadLoRA"](lora_name=lora.name),
+            nodes["DOPSD_CompareLoRA"](lora_name=lora.name, strengths="1"),
+        ),
+        vision: lambda: nodes["DOPSD_LoadTeacherVision"](vision_name=vision.name),
+    }
+    for path, ask in asked.items():
+        before = ask()
+        assert ask() == before
+        exchange(path)
+        after = ask()
+        assert after != before, path
+        if path == lora:
+            assert all(one != other for one, other in zip(before, after, strict=True))
+    for path in (lora, vision):
+        path.unlink()
+    assert not nodes["DOPSD_CompareLoRA"](lora_name="none") and not nodes["DOPSD_CompareLoRA"](lora_name=None)
 
 
 def test_the_fingerprint_sees_sources_and_what_rows_name_elsewhere(comfyui, paths, tmp_path) -> None:
