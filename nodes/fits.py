@@ -92,7 +92,7 @@ def require_training_vae(vae: Any, clip: Any) -> None:
         others = [in_comfyui(other) for other in all_families() if _misfit(vae, other, demo=False) is None]
         ways = [f"; or, to train {other.family.title}, load the CLIP as {other.clip_files}" for other in others]
         raise ValueError(f"{error}{''.join(ways)}") from None
-    if isinstance(getattr(vae, "first_stage_model", None), comfy.taesd.taesd.TAESD):
+    if _is_taesd(vae):
         raise ValueError(
             "the input vae is a small one for previews (TAESD), whose latents are approximate: connect Load VAE with "
             f"{in_comfyui(family).vae_file} to vae"
@@ -108,8 +108,17 @@ def _misfit(vae: Any, family: Family, demo: bool) -> str | None:
         return f"one for {'sound' if dimensions == 1 else 'video'}"
     if channels is None:
         return "another model's" if demo else None
-    shape = (channels, vae.spacial_compression_encode())
-    owners = [other for other in all_families() if (other.latent_channels, other.downscale) == shape]
+    scale = vae.spacial_compression_encode()
+    # ComfyUI says of every TAESD that it scales by 8
+    owners = [
+        other
+        for other in all_families()
+        if other.latent_channels == channels and (other.downscale == scale or _is_taesd(vae))
+    ]
     if owners == [family] and not demo:
         return None
-    return f"{owners[0].title}'s" if owners else f"one of {shape[0]} channels at 1/{shape[1]} of the image's size"
+    return f"{owners[0].title}'s" if owners else f"one of {channels} channels at 1/{scale} of the image's size"
+
+
+def _is_taesd(vae: Any) -> bool:
+    return isinstance(getattr(vae, "first_stage_model", None), comfy.taesd.taesd.TAESD)

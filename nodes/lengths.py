@@ -30,7 +30,7 @@ def length_notes(
 ) -> tuple[str, ...]:
     """A line for each caption and each preview prompt that is too long for the teacher or the model.
 
-    root: of the dataset; files are named from there.
+    root: the dataset's folder or JSONL; files are named from there.
     """
     texts: list[tuple[str, str, Sequence[Pair]]] = []
     for index, pair in enumerate(pairs):
@@ -65,7 +65,8 @@ def _notes(encoder: ComfyEncoder, teacher: Teacher, place: str, text: str, shown
 
 
 def _place(pair: Pair, text: str, root: Path) -> str:
-    file = pair.source.relative_to(root) if pair.source.is_relative_to(root) and pair.source != root else pair.source
+    folder = root if root.is_dir() else root.parent
+    file = pair.source.relative_to(folder) if pair.source.is_relative_to(folder) else pair.source
     where = f"{file.as_posix()}{'' if pair.line is None else f':{pair.line}'}"
     several = len(set(pair.captions)) > 1
     return f"{where}, caption {pair.captions.index(text) + 1}" if several else where

@@ -132,7 +132,7 @@ def require_adjoints(sites: Sequence[LinearSite], device: torch.device, dtype: t
     Raises:
         UnknownLayer: it does not hold.
     """
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # as in training
         for site in sites:
             if not _is_known(site.module):
                 generator = torch.Generator().manual_seed(0)
