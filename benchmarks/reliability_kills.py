@@ -31,7 +31,8 @@ from benchmarks.reliability_report import Journal, Progress, Section, counts_tab
 from dopsd_core.config import TrainConfig
 from dopsd_core.lora_file import load_lora
 from dopsd_core.progress import LOG_NAME, read_log
-from dopsd_core.run import CHECKPOINTS_NAME, CONFIG_NAME, LORA_NAME, Run
+from dopsd_core.run import Run
+from dopsd_core.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, LORA_NAME
 from dopsd_core.trainer import train
 from tests.tiny import TinyDenoiser, killable_config, killable_data, saved_bytes
 

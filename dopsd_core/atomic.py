@@ -9,9 +9,8 @@ import secrets
 from pathlib import Path
 from typing import IO
 
-from .lock import try_lock
-
 from .disk import explained
+from .lock import try_lock
 
 
 @explained
