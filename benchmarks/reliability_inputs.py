@@ -156,7 +156,12 @@ def read_row_file(folder: Path, chance: Chance) -> None:
 def _read_data(source: Path, chance: Chance) -> None:
     """Everything that is done with a data set before encoding. Problems of the data are in the report alone."""
     trigger = chance.choice(("", "", "sks", *NONSENSE))
-    report = read_dataset(source, pixel_budget=32 * 32, multiple=16, trigger=trigger)
+    try:
+        report = read_dataset(source, pixel_budget=32 * 32, multiple=16, trigger=trigger)
+    except ValueError as error:
+        if str(error).startswith("the trigger"):
+            raise Refused("trigger refused") from error
+        raise
     report.describe()
     if chance.random() < 0.2:
         _inspect(source, chance.choice(("utf-8", "cp1252", "ascii")))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from .buckets import Bucket, cover_box, must_enlarge, nearest_bucket
@@ -112,22 +113,26 @@ class PictureChecker:
         return False
 
     def _inside(self, entry: Entry, path: Path) -> Path | None:
-        """The real path of a picture if it exists inside the root."""
+        """The real path of an image if it exists inside the root.
+
+        Of what is spelled as if outside nobody learns whether it exists: a JSONL may come from anywhere.
+        """
+        roots = (Path(os.path.abspath(self.root)), self.root.resolve())
+        spelled = Path(os.path.abspath(path))
+        leaves = f"leaves the folder {roots[1]}; move it there, or choose a wider root folder"
+        is_inside = any(spelled.is_relative_to(root) for root in roots)
+        reason = leaves if is_inside else f"no such file that may be read: it {leaves}"
         try:
-            resolved = path.resolve(strict=True)
-            root = self.root.resolve(strict=True)
-        except FileNotFoundError:
-            self._note("error", entry, path, "no such file")
+            resolved = path.resolve(strict=True) if shares_drive(spelled, roots) else None
         except (OSError, ValueError, RuntimeError) as error:
-            self._note("error", entry, path, f"cannot be opened: {error}")
-        else:
-            if not resolved.is_relative_to(root):
-                message = f"leaves the folder {root}; move it there, or choose a wider root folder"
-                self._note("error", entry, path, message)
-            elif not resolved.is_file():
-                self._note("error", entry, path, "is no file")
-            else:
+            resolved = None
+            if is_inside:
+                reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error}"
+        if resolved is not None and resolved.is_relative_to(roots[1]):
+            if resolved.is_file():
                 return resolved
+            reason = "is no file"
+        self._note("error", entry, path, reason)
         return None
 
     def _warn_of_size(self, entry: Entry, path: Path, size: tuple[int, int], where: str) -> None:
@@ -148,3 +153,11 @@ class PictureChecker:
             self.problems.add(severity, path, None, message)
         else:
             self.problems.add(severity, entry.source, entry.line, f"{path}: {message}")
+
+
+def shares_drive(path: PurePath, roots: Sequence[PurePath]) -> bool:
+    """Whether a path is on the drive or network share of one of the roots.
+
+    Only Windows has those, and there a mere look at a file on a share would sign in to its server.
+    """
+    return path.drive.casefold() in {root.drive.casefold() for root in roots}

@@ -126,6 +126,8 @@ class _FolderReader:
             self.problems.error(file, error.line or 1, str(error))
         except OSError as error:
             self.problems.error(file, None, f"cannot be read: {error.strerror}")
+        except RuntimeError:  # Python up to 3.12 says it so
+            self.problems.error(file, None, "cannot be read: a link that turns in a circle")
         return ""
 
     def _note_lack(self, image: Path, kind: Kind) -> None:

@@ -70,6 +70,8 @@ def resolve_dataset(choice: str) -> Path:
 
 def locate_dataset(choice: str) -> Path:
     """As `resolve_dataset`, for any choice but the demo; touches nothing."""
+    if not isinstance(choice, str):  # a damaged graph; ComfyUI hands it on as it is
+        raise ValueError(f"the folder must be text, it is {type(choice).__name__}; {_how_to_allow()}")
     if not choice.strip() or "\0" in choice:
         raise ValueError(f"choose a data set folder; {_how_to_allow()}")
     for candidate in _candidates(choice):
@@ -209,6 +211,8 @@ def run_folder(name: str) -> Path:
     Raises:
         ValueError: the name is empty or no plain name of a folder on every system.
     """
+    if not isinstance(name, str):  # a damaged graph; ComfyUI hands it on as it is
+        raise ValueError(f"the run name must be text, it is {type(name).__name__}")
     return Path(folder_paths.get_output_directory()).resolve() / "dopsd" / _checked(name.strip(), "run name")
 
 

@@ -82,6 +82,24 @@ def test_what_is_not_there_is_told(paths, extra, choice: str) -> None:
     assert ALLOWED_BY in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [3, None, ["x"], {"a": 1}, 0.5], ids=str)
+def test_what_a_damaged_graph_has_in_place_of_a_name_is_refused(comfyui, paths, value: object) -> None:
+    for call in (paths.locate_dataset, paths.run_folder):
+        with pytest.raises(ValueError, match=f"must be text, it is {type(value).__name__}"):
+            call(value)
+
+
+def test_a_damaged_link_in_a_graph_is_told_without_a_traceback(comfyui) -> None:
+    from graphs import training
+
+    for node, name, value in (("data", "folder", 3), ("data", "folder", ["x"]), ("train", "run_name", ["x"])):
+        graph = training()
+        graph[node]["inputs"][name] = value
+        run = comfyui.execute(graph)
+        assert run.status in ("refused", "error") and run.error
+        assert "has no attribute" not in run.error + str(run.refusal), "the pack raised in validation"
+
+
 def test_a_link_out_of_the_input_folder_is_refused_until_its_target_is_allowed(
     comfyui, paths, tmp_path, monkeypatch
 ) -> None:
