@@ -31,7 +31,8 @@ FROZEN = {
         " learning_rate:FLOAT? rank:INT? alpha:FLOAT? batch_size:INT? grad_accumulation:INT? warmup:INT?"
         " rollout_steps:INT? grad_steps:INT? loss:COMBO? teacher:COMBO? ema_decay:FLOAT? anchor_probability:FLOAT?"
         " objective:COMBO? schedule:COMBO? optimizer:COMBO? checkpoint_every:INT? probe_every:INT? memory:COMBO?"
-        " vae:VAE? initial_lora:LORA_MODEL? targets:STRING?",
+        " vae:VAE? initial_lora:LORA_MODEL? targets:STRING?"
+        " deterministic:BOOLEAN?",
         "lora:LORA_MODEL loss:LOSS_MAP run_folder:STRING previews:IMAGE",
     ),
     "DOPSD_FewStepSampler": (
