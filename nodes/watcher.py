@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import comfy.utils
 
 from ..dopsd_core.adapters import AdapterSet
+from ..dopsd_core.atomic import write_atomic
 from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.progress import StepReport
-from ..dopsd_core.run import CHECKPOINTS_NAME
 from ..dopsd_core.trainer import NoCallbacks, TrainResult
 from .host import send_text
 from .paths import shown
@@ -72,7 +73,9 @@ class Watcher(NoCallbacks):
         sheet = self._preview.sheet(f"{folder.name}: step {step} of {self._steps}", adapters)
         path = folder / PREVIEWS_NAME / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        file = BytesIO()
+        sheet.save(file, "PNG")
+        write_atomic(path, file.getvalue())
         self._bar.update_absolute(step, preview=("JPEG", sheet, None))
 
     # -- the end ------------------------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ class Watcher(NoCallbacks):
 
     def kept(self) -> str:
         """How many steps are saved, and where."""
-        saved = [path.name for path in (self._facts.folder / CHECKPOINTS_NAME).glob("step-*")]
+        saved = [path.name for path in (self._facts.folder / "checkpoints").glob("step-*")]
         steps = [int(digits) for name in saved if (digits := name.removeprefix("step-")).isdigit()]
         return f"{max(steps)} steps are kept in {shown(self._facts.folder)}" if steps else "no step was done"
 
