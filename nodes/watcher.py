@@ -14,7 +14,6 @@ from ..dopsd_core.adapters import AdapterSet
 from ..dopsd_core.atomic import write_atomic
 from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.progress import StepReport
-from ..dopsd_core.run_folder import CHECKPOINTS_NAME
 from ..dopsd_core.trainer import NoCallbacks, TrainResult
 from .host import send_text
 from .paths import shown
@@ -102,7 +101,7 @@ class Watcher(NoCallbacks):
 
     def kept(self) -> str:
         """How many steps are saved, and where."""
-        saved = [path.name for path in (self._facts.folder / CHECKPOINTS_NAME).glob("step-*")]
+        saved = [path.name for path in (self._facts.folder / "checkpoints").glob("step-*")]
         steps = [int(digits) for name in saved if (digits := name.removeprefix("step-")).isdigit()]
         return f"{max(steps)} steps are kept in {shown(self._facts.folder)}" if steps else "no step was done"
 

@@ -51,7 +51,7 @@ LINES = (
     "grad_steps 9 is not used: there are 4 rollout_steps",
     "warmup 50 is cut to 5: the run has 6 steps",
     "vae is not used: preview_every is 0",
-    "1 tensors of initial_lora are not trained and left out, such as diffusion_model.x_embedder.diff_b",
+    "diffusion_model.x_embedder.diff_b",  # of initial_lora
     "initial_lora was trained with the trigger 'zwx', the dataset has none",
     "the MODEL's patched sampling (shift 7.5) is not used",
     "the MODEL carries a guidance function, which training and previews do not use",
