@@ -189,6 +189,30 @@ def test_a_wider_file_is_what_it_is_computed_as(who: Any) -> None:
     assert who(model) != before
 
 
+def test_a_file_in_fp32_is_the_same_model_before_and_after_its_first_load(
+    comfyui: ComfyUI, fresh: Any, who: Any
+) -> None:
+    """Where ComfyUI keeps the file mapped and computes in bf16, its first load rewrites the padding tokens."""
+    fresh("MODEL")
+    folder = comfyui.base / "models" / "diffusion_models"
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: value.float() + 1e-4 * torch.randn(value.shape, generator=generator)
+        for name, value in load_file(folder / "z_image_turbo_bf16.safetensors").items()
+    }
+    save_file(weights, folder / "test_wide.safetensors")
+    try:
+        model = load(comfyui, "MODEL", unet_name="test_wide.safetensors")
+        before = who(model)
+        to_device(comfyui, model)
+        assert who(model) == before
+        drawn(comfyui, model)
+        off_device(comfyui)
+        assert who(model) == before == who(load(comfyui, "MODEL", unet_name="test_wide.safetensors"))
+    finally:
+        (folder / "test_wide.safetensors").unlink()
+
+
 # -- where they lie ---------------------------------------------------------------------------------------------------
 
 
