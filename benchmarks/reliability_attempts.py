@@ -28,19 +28,19 @@ FOLDERS = (
     "..\\secret", "good\\..\\..\\secret", "file://SECRET", "good/\0/../../secret", "\0", "~", "~root", "$HOME",
     "%2e%2e/secret", "..%2fsecret", "\uff0e\uff0e/secret", "....//secret", " ../secret", "../secret ", "link_out",
     "link_out/.", "link_link", "sets/../../secret", "sets/link_out", "BASE/input/../secret", "BASE/output", "secret",
-    "linked_picture", "linked_caption", "linked_both", "linked_source", "linked_target", "linked_folder",
+    "linked_image", "linked_caption", "linked_both", "linked_source", "linked_target", "linked_folder",
     "rows_out.jsonl", "rows_out.jsonl/../link_out",
 )  # fmt: skip
 """Names of datasets. Here and below SECRET and BASE stand for those folders, as on the page."""
 
-PICTURES = (
-    "SECRET/a.png", "../secret/a.png", "../../secret/a.png", "good/../../secret/a.png", "link_picture.png",
+IMAGES = (
+    "SECRET/a.png", "../secret/a.png", "../../secret/a.png", "good/../../secret/a.png", "link_image.png",
     "link_out/a.png", "file://SECRET/a.png", "//server/share/a.png", "\\\\server\\share\\a.png", "C:\\a.png",
     "~/a.png", "$HOME/a.png", "a\0.png", "/dev/zero", "/proc/self/environ", "/etc/passwd", "%2e%2e/secret/a.png",
     "x" * 5000,
 )  # fmt: skip
 ROWS: tuple[dict[str, Any], ...] = (
-    *({"image_path": path, "caption": "a [V] badge"} for path in PICTURES),
+    *({"image_path": path, "caption": "a [V] badge"} for path in IMAGES),
     {"local_path_list": ["SECRET/a.png", "good/a.png"], "short_en": "a [V] badge"},
     {"ref_img": ["SECRET/a.png"], "target_img": "good/a.png", "user_prompt_en": "x"},
     {"ref_img": ["good/a.png", "../secret/a.png"], "target_img": "good/a.png", "user_prompt_en": "x"},
@@ -111,12 +111,12 @@ class Field:
             ("link_out", self.secret),
             ("link_link", source / "link_out"),
             ("rows_out.jsonl", self.secret / "rows.jsonl"),
-            ("link_picture.png", self.secret / "a.png"),
+            ("link_image.png", self.secret / "a.png"),
         ):
             (source / name).symlink_to(target)
         (self.extra / "link_out").symlink_to(self.secret)
         folders = {
-            "linked_picture": ("a.png",), "linked_caption": ("a.txt",), "linked_both": ("a.png", "a.txt"),
+            "linked_image": ("a.png",), "linked_caption": ("a.txt",), "linked_both": ("a.png", "a.txt"),
             "linked_source": ("source/a.png",), "linked_target": ("target/a.png", "target/a.txt"),
         }  # fmt: skip
         for name, links in folders.items():
@@ -234,14 +234,14 @@ def vision_graph(name: str) -> dict[str, Any]:
 
 
 def write_pair(folder: Path, text: str, colour: str = "red") -> None:
-    """One picture with its caption."""
+    """One image with its caption."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 64), colour).save(folder / "a.png")
     (folder / "a.txt").write_text(text, encoding="utf-8")
 
 
 def png() -> bytes:
-    """A small picture, to upload."""
+    """A small image, to upload."""
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), "green").save(stream, "PNG")
     return stream.getvalue()

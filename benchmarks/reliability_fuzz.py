@@ -262,7 +262,7 @@ class Fuzz:
             stop = min(row["start"] + CHUNK, task.stop)
             self._journal.append({**row, "stop": stop})
             failed = sum(len(one["failures"]) for one in self._journal.rows)
-            self._progress.tell(inputs_in(self._journal), f"{failed} failures")
+            self._progress.show(inputs_in(self._journal), f"{failed} failures")
         return stop
 
     def _note_death(self, task: Task, number: int, code: int, errors: str) -> None:

@@ -30,8 +30,8 @@ from benchmarks.reliability_seeds import (
     make_caption,
     make_config_file,
     make_folder,
+    make_image_file,
     make_lora,
-    make_picture,
     make_rows,
     make_run,
 )
@@ -132,29 +132,29 @@ def read_captions(folder: Path, chance: Chance) -> None:
     remove_trigger(named, trigger)
 
 
-def read_pictures(folder: Path, _: Chance) -> None:
-    """The picture, whole and fitted to a bucket."""
+def read_images(folder: Path, _: Chance) -> None:
+    """The image, whole and fitted to a bucket."""
     (path,) = (Path(entry) for entry in folder.iterdir())
-    picture = read_image(path)
-    if picture.mode != "RGB" or min(picture.size) < 1:
-        raise Broken(f"read_image gave {picture.mode} {picture.size}")
+    image = read_image(path)
+    if image.mode != "RGB" or min(image.size) < 1:
+        raise Broken(f"read_image gave {image.mode} {image.size}")
     load_image(path, Bucket(32, 32))
 
 
 def read_folders(folder: Path, chance: Chance) -> None:
-    """The folder as a data set."""
+    """The folder as a dataset."""
     _read_data(folder, chance)
 
 
 def read_row_file(folder: Path, chance: Chance) -> None:
-    """The JSONL as a data set; a link to a whole disk in its place is what its owner chose to read."""
+    """The JSONL as a dataset; a link to a whole disk in its place is what its owner chose to read."""
     if (rows := folder / "rows.jsonl").is_symlink():
         return
     _read_data(rows, chance)
 
 
 def _read_data(source: Path, chance: Chance) -> None:
-    """Everything that is done with a data set before encoding. Problems of the data are in the report alone."""
+    """Everything that is done with a dataset before encoding. Problems of the data are in the report alone."""
     trigger = chance.choice(("", "", "sks", *NONSENSE))
     try:
         report = read_dataset(source, pixel_budget=32 * 32, multiple=16, trigger=trigger)
@@ -255,9 +255,9 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "images",
         9_000,
-        make_picture,
+        make_image_file,
         [on_file(mutate_bytes, ""), on_file(mutate_png, ".png"), on_file(mutate_png, ".png")],
-        read_pictures,
+        read_images,
         (ImageError,),
     ),
     Kind(

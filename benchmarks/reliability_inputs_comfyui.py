@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.reliability_inputs import Broken, Kind, Refused, as_json, on_file
 from benchmarks.reliability_mutators import Chance, mutate_bytes, mutate_json, mutate_safetensors
 from benchmarks.reliability_report import ROOT
-from benchmarks.reliability_seeds import pictures
+from benchmarks.reliability_seeds import images
 from benchmarks.reliability_trees import Tree, snapshot
 
 TESTS = ROOT / "tests" / "comfyui"
@@ -54,7 +54,7 @@ def comfyui() -> Any:
     logging.getLogger().setLevel(logging.CRITICAL)
     folder = found.input / DATA
     folder.mkdir()
-    (folder / "a.png").write_bytes(pictures()["rgb.png"])
+    (folder / "a.png").write_bytes(images()["rgb.png"])
     (folder / "a.txt").write_text("a [V] badge, left", encoding="utf-8")
     return found
 
@@ -134,12 +134,12 @@ def _execute(host: Any, graph: dict[str, Any]) -> None:
     run = host.execute(graph)
     if run.status != "error":
         return
-    told = run.message("execution_error")
-    files = _files("".join(told["traceback"]))
-    name = told["exception_type"].rpartition(".")[2]
-    if _is_ours(files) and (name not in DOCUMENTED or not _is_ours(files[-1:]) or not told["exception_message"]):
-        trace = "".join(told["traceback"])
-        raise Broken(f"{told['node_type']}: undocumented {name}: {told['exception_message']}\n{trace}")
+    message = run.message("execution_error")
+    files = _files("".join(message["traceback"]))
+    name = message["exception_type"].rpartition(".")[2]
+    if _is_ours(files) and (name not in DOCUMENTED or not _is_ours(files[-1:]) or not message["exception_message"]):
+        trace = "".join(message["traceback"])
+        raise Broken(f"{message['node_type']}: undocumented {name}: {message['exception_message']}\n{trace}")
 
 
 def _is_demo(graph: Mapping[str, Any]) -> bool:

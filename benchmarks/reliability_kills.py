@@ -215,7 +215,9 @@ def _is_whole_checkpoint(folder: Path) -> bool:
     """By the checksums in its state.json, read here without the code that is on trial."""
     try:
         sums = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sha256"]
-        return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == told for name, told in sums.items())
+        return all(
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected for name, expected in sums.items()
+        )
     except (OSError, ValueError, KeyError):
         return False
 
@@ -259,7 +261,7 @@ def measure(count: int, steps: int, seed: int, work: Path, fresh: bool) -> Secti
         uncut = uncuts[which] = uncuts.get(which) or killers[which].uncut()
         row = cut_run(killers[which], work / f"run-{number}", uncut, min(left, KILLS_PER_RUN))
         journal.append(row)
-        progress.tell(kills_in(journal), "" if row["identical"] else f"run-{number} is NOT identical")
+        progress.show(kills_in(journal), "" if row["identical"] else f"run-{number} is NOT identical")
     return summary(journal, seed)
 
 

@@ -119,7 +119,7 @@ def _train_all(count: int, work: Path, journal: Journal) -> None:
     reference = references(work)
     progress = Progress("trainings", count)
     with booted(new_home(work / "home")) as server:
-        before, picture = state(server), drawn(server, 0.0)
+        before, image = state(server), drawn(server, 0.0)
         train_to_end(server, "first", SETTINGS[0])
         settled = state(server)
         wanted = {name: before[name] for name in MUST_STAY} | {name: settled[name] for name in MUST_SETTLE}
@@ -128,9 +128,9 @@ def _train_all(count: int, work: Path, journal: Journal) -> None:
             if number % LOOK_EVERY == LOOK_EVERY - 1 or number == count - 1:
                 row["state"] = state(server)
                 row["changed"] = [name for name, value in wanted.items() if row["state"][name] != value]
-                row["same picture"] = drawn(server, (number + 1) * 1e-12) == picture
+                row["same image"] = drawn(server, (number + 1) * 1e-12) == image
             journal.append(row)
-            progress.tell(number + 1, f"{row['rss'] / 2**20:.0f} MB")
+            progress.show(number + 1, f"{row['rss'] / 2**20:.0f} MB")
     shutil.rmtree(work / "home")
 
 
@@ -158,10 +158,10 @@ def summary(journal: Journal) -> Section:
         ("open files after the warm-up, at the end", f"{files[0]:.0f}, {files[1]:.0f}"),
         ("looks at MODEL, CLIP and VAE", len(looks)),
         ("of them with anything changed", sum(bool(row["changed"]) for row in looks)),
-        ("pictures of the untouched MODEL that differ", sum(not row["same picture"] for row in looks)),
+        ("images of the untouched MODEL that differ", sum(not row["same image"] for row in looks)),
     ]
     flat = all(end <= start * (1 + MOST_GROWTH) for start, end in (memory, objects, tensors))
-    right = not wrong and not changed and all(row["same picture"] for row in looks)
+    right = not wrong and not changed and all(row["same image"] for row in looks)
     cut = all(row["cut"] in ("", "interrupted", "error") for row in rows)
     notes = [
         f"Flat means at most {MOST_GROWTH:.0%} more, of resident memory, objects and tensors. Looked at: "

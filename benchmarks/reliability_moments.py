@@ -72,8 +72,8 @@ class Stage:
         """Queues the run once more: what came of it, and whether it has the expected bits."""
         run = server.run(graph(name))
         same = run.status == "success" and result_of(run_folder(server, name)) == self.expected
-        told = "the same bits as uninterrupted" if same else "OTHER BITS" if run.status == "success" else seen(run)
-        return told, same
+        then = "the same bits as uninterrupted" if same else "OTHER BITS" if run.status == "success" else seen(run)
+        return then, same
 
 
 def graph(name: str = NAME, **changes: Any) -> dict[str, Any]:
@@ -94,13 +94,13 @@ def seen(run: Run, node: str = "train") -> str:
 def cancelled(stage: Stage, moment: str) -> Outcome:
     """Cancel at one kind of moment; then the model is looked at, and the run is queued again."""
     with stage.server() as server:
-        before, picture = state(server), drawn(server, 0.0)
+        before, image = state(server), drawn(server, 0.0)
         arm(server, moment, 1 if "LoRA" in moment or "before" in moment else 2, "interrupt")
         run = server.run(graph())
         after, later = state(server), drawn(server, 1e-12)
-        clean = all(before[name] == after[name] for name in STAYS) and picture == later
-        told, same = stage.again(server)
-        return Outcome(seen(run), f"{told}; MODEL, CLIP, VAE {'untouched' if clean else 'CHANGED'}", same and clean)
+        clean = all(before[name] == after[name] for name in STAYS) and image == later
+        then, same = stage.again(server)
+        return Outcome(seen(run), f"{then}; MODEL, CLIP, VAE {'untouched' if clean else 'CHANGED'}", same and clean)
 
 
 def failed(stage: Stage) -> Outcome:
@@ -108,8 +108,8 @@ def failed(stage: Stage) -> Outcome:
     with stage.server() as server:
         arm(server, "within a step", 20, "fail")
         run = server.run(graph())
-        told, same = stage.again(server)
-        return Outcome(seen(run), told, same and run.status == "error")
+        then, same = stage.again(server)
+        return Outcome(seen(run), then, same and run.status == "error")
 
 
 def queued_twice(stage: Stage) -> Outcome:
@@ -118,8 +118,8 @@ def queued_twice(stage: Stage) -> Outcome:
         first = server.post(graph())
         second = server.run(graph())
         ok = finished(server, first) == "success" == second.status
-        told, same = stage.again(server)
-        return Outcome(f"first: success; second: {seen(second)}", told, ok and same)
+        then, same = stage.again(server)
+        return Outcome(f"first: success; second: {seen(second)}", then, ok and same)
 
 
 def queued_and_cancelled(stage: Stage) -> Outcome:
@@ -129,8 +129,8 @@ def queued_and_cancelled(stage: Stage) -> Outcome:
         first = server.post(graph("other", seed=7))
         second = server.run(graph())
         same = second.status == "success" and result_of(run_folder(server, NAME)) == stage.expected
-        told = "the second has the same bits as alone" if same else "THE SECOND IS ANOTHER"
-        return Outcome(f"first: {finished(server, first)}; second: {seen(second)}", told, same)
+        then = "the second has the same bits as alone" if same else "THE SECOND IS ANOTHER"
+        return Outcome(f"first: {finished(server, first)}; second: {seen(second)}", then, same)
 
 
 def taken_out_of_the_queue(stage: Stage) -> Outcome:
@@ -141,8 +141,8 @@ def taken_out_of_the_queue(stage: Stage) -> Outcome:
         ended = finished(server, first)
         time.sleep(2)
         none = not list((server.output / "dopsd").glob("never-*"))
-        told, same = stage.again(server)
-        return Outcome(f"first: {ended}; the second never began" if none else "THE SECOND BEGAN", told, none and same)
+        then, same = stage.again(server)
+        return Outcome(f"first: {ended}; the second never began" if none else "THE SECOND BEGAN", then, none and same)
 
 
 def two_servers(stage: Stage) -> Outcome:
@@ -186,10 +186,10 @@ def full_disk(stage: Stage, moment: str) -> Outcome:
         arm(server, moment, 1 if "LoRA" in moment or "before" in moment else 2, "fill disk")
         run = server.run(graph())
         (server.output / "filler").unlink(missing_ok=True)
-        told, same = stage.again(server)
+        then, same = stage.again(server)
         words = run.error.lower()
         named = "output" in words and ("space" in words or "full" in words)
-        return Outcome(seen(run), f"with room again: {told}", same and run.status == "error" and named)
+        return Outcome(seen(run), f"with room again: {then}", same and run.status == "error" and named)
 
 
 def no_room_at_all(stage: Stage) -> Outcome:
@@ -211,9 +211,9 @@ def read_only_output(stage: Stage) -> Outcome:
         remount(base / "output", "ro")
         run = server.run(graph())
         remount(base / "output", "rw")
-        told, same = stage.again(server)
+        then, same = stage.again(server)
         return Outcome(
-            seen(run), f"writable again: {told}", same and run.status == "error" and "output" in run.error.lower()
+            seen(run), f"writable again: {then}", same and run.status == "error" and "output" in run.error.lower()
         )
 
 
@@ -331,7 +331,7 @@ def measure(only: str, work: Path, fresh: bool) -> Section:
         except NotHere as reason:
             outcome = Outcome(str(reason), "", True)
         journal.append({"what": name, **vars(outcome)})
-        progress.tell(len(journal.rows), f"{name}: {outcome}")
+        progress.show(len(journal.rows), f"{name}: {outcome}")
     shutil.rmtree(work / "home", ignore_errors=True)
     return summary(journal)
 

@@ -197,8 +197,8 @@ def mutate_safetensors(data: bytes, chance: Chance) -> bytes:
         header = mutate_json(header, chance)
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     text += b" " * (-len(text) % 8)
-    told = len(text) if chance.random() < 0.9 else chance.choice((0, 1, len(text) * 2, 2**40, 2**64 - 1))
-    return struct.pack("<Q", told) + text + body
+    length = len(text) if chance.random() < 0.9 else chance.choice((0, 1, len(text) * 2, 2**40, 2**64 - 1))
+    return struct.pack("<Q", length) + text + body
 
 
 def _mutate_header(header: dict[str, Any], chance: Chance) -> dict[str, Any]:

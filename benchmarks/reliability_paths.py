@@ -41,10 +41,10 @@ FORBIDDEN = ("/etc/passwd", "/proc/self/environ", "/dev/zero")
 
 @dataclass(frozen=True)
 class Answer:
-    """status: "success", "refused" or "error". told: what the sender is told."""
+    """status: "success", "refused" or "error". message: what the sender is answered."""
 
     status: str
-    told: str
+    message: str
 
 
 def send(server: Server, attempt: Attempt) -> Answer:
@@ -54,8 +54,8 @@ def send(server: Server, attempt: Attempt) -> Answer:
     if attempt.view:
         return _http(urllib.request.Request(server.url + attempt.view.replace(" ", "%20")))
     run = server.run(attempt.graph or {})
-    told = run.error or json.dumps(run.outputs) + " ".join(run.texts())
-    return Answer("refused" if run.status == "refused" or run.refusal else run.status, told)
+    message = run.error or json.dumps(run.outputs) + " ".join(run.texts())
+    return Answer("refused" if run.status == "refused" or run.refusal else run.status, message)
 
 
 def _http(request: urllib.request.Request) -> Answer:
@@ -150,9 +150,9 @@ def measure(work: Path, limit: int = 0) -> Section:
         progress, rows = Progress("attempts", len(attempts)), []
         for number, attempt in enumerate(attempts, 1):
             answer = send(server, attempt)
-            leaks = audit.leaks() + (["the answer holds the secret"] if CANARY in answer.told else [])
-            rows.append((attempt, Answer(answer.status, field.as_on_the_page(answer.told)), leaks))
-            progress.tell(number)
+            leaks = audit.leaks() + (["the answer holds the secret"] if CANARY in answer.message else [])
+            rows.append((attempt, Answer(answer.status, field.as_on_the_page(answer.message)), leaks))
+            progress.show(number)
         if (snapshot(field.secret), snapshot(field.base / "secret")) != before:
             failed.append("the secret's folder was changed")
     return summary(rows, failed)
@@ -170,7 +170,7 @@ def _first_of_each(attempts: Sequence[Attempt], limit: int) -> list[Attempt]:
 
 def summary(rows: Sequence[tuple[Attempt, Answer, list[str]]], failed: Sequence[str]) -> Section:
     """The section of the page: every attempt with what came of it."""
-    table = [(attempt.kind, _quoted(attempt.what), _told(answer), _leak(leaks)) for attempt, answer, leaks in rows]
+    table = [(attempt.kind, _quoted(attempt.what), _shown(answer), _leak(leaks)) for attempt, answer, leaks in rows]
     leaking = sum(bool(leaks) for _, _, leaks in rows)
     refused = sum(answer.status != "success" for _, answer, _ in rows)
     notes = (
@@ -194,10 +194,10 @@ def _quoted(text: str) -> str:
     return f"`{text}`" if len(text) < 100 else f"`{text[:40]}...` ({len(text)} characters)"
 
 
-def _told(answer: Answer) -> str:
+def _shown(answer: Answer) -> str:
     if answer.status == "success":
         return "stays inside"
-    first = answer.told.splitlines()[0] if answer.told else ""
+    first = answer.message.splitlines()[0] if answer.message else ""
     return f"{answer.status}: {first[:100]}"
 
 

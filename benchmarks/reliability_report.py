@@ -177,14 +177,14 @@ class Progress:
 
     def __init__(self, what: str, total: int, done: int = 0, every: float = 10.0) -> None:
         self._what, self._total, self._first, self._every = what, total, done, every
-        self._began = self._told = time.monotonic()
+        self._began = self._shown = time.monotonic()
 
-    def tell(self, done: int, note: str = "") -> None:
+    def show(self, done: int, note: str = "") -> None:
         """Prints when the last line is old enough, and at the end."""
         now = time.monotonic()
-        if now - self._told < self._every and done < self._total:
+        if now - self._shown < self._every and done < self._total:
             return
-        self._told = now
+        self._shown = now
         rate = (done - self._first) / max(now - self._began, 1e-9)
         left = (self._total - done) / rate / 60 if rate else float("inf")
         print(f"{self._what}: {done} of {self._total}, {rate:.2g}/s, {left:.0f} min left  {note}", flush=True)
@@ -215,7 +215,8 @@ def _section_from(fields: Mapping[str, Any]) -> Section:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
+    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.split("\n"))
+    return "<br>".join(lines).replace("|", "\\|")
 
 
 def _processor() -> str:

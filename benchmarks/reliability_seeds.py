@@ -26,8 +26,8 @@ from tests.toy_denoiser import ToyDenoiser
 
 
 @cache
-def pictures() -> Mapping[str, bytes]:
-    """Small pictures of every form that is read, by file name."""
+def images() -> Mapping[str, bytes]:
+    """Small images of every form that is read, by file name."""
     return {name: _encoded(name, mode, kind, **options) for name, (mode, kind, options) in _FORMS.items()}
 
 
@@ -57,9 +57,9 @@ _FORMS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
 
 def _encoded(name: str, mode: str, kind: str, **options: Any) -> bytes:
     chance, stream = Chance(name), io.BytesIO()
-    picture = Image.frombytes("RGB", (24, 16), chance.randbytes(24 * 16 * 3))
+    image = Image.frombytes("RGB", (24, 16), chance.randbytes(24 * 16 * 3))
     deep = Image.frombytes("I;16", (24, 16), chance.randbytes(24 * 16 * 2)) if mode == "I;16" else None
-    (deep or picture.convert(mode)).save(stream, kind, **options)
+    (deep or image.convert(mode)).save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -76,19 +76,19 @@ def make_caption(chance: Chance) -> Tree:
     return Tree({b"a.txt": chance.choice(CAPTIONS).encode()})
 
 
-def make_picture(chance: Chance) -> Tree:
-    """One picture file."""
-    name = chance.choice(sorted(pictures()))
-    return Tree({name.encode(): pictures()[name]})
+def make_image_file(chance: Chance) -> Tree:
+    """One image file."""
+    name = chance.choice(sorted(images()))
+    return Tree({name.encode(): images()[name]})
 
 
 def make_folder(chance: Chance) -> Tree:
-    """A data set of pictures, or of edits."""
-    names = chance.sample(sorted(pictures()), 3)
+    """A dataset of images, or of edits."""
+    names = chance.sample(sorted(images()), 3)
     texts = [chance.choice(CAPTIONS).encode() for _ in names]
-    first, second, third = (pictures()[name] for name in names)
+    first, second, third = (images()[name] for name in names)
     stems = [name.partition(".")[0] + str(at) for at, name in enumerate(names)]
-    files = {f"{stem}.{name.rpartition('.')[2]}": pictures()[name] for stem, name in zip(stems, names, strict=True)}
+    files = {f"{stem}.{name.rpartition('.')[2]}": images()[name] for stem, name in zip(stems, names, strict=True)}
     files |= {f"{stem}.txt": text for stem, text in zip(stems, texts, strict=True)}
     if chance.random() < 0.4:
         files = {"target/a.png": first, "target/a.txt": texts[0], "source/a.jpg": second, "source/b.png": third}
@@ -99,8 +99,8 @@ def make_folder(chance: Chance) -> Tree:
 
 
 def make_rows(chance: Chance) -> Tree:
-    """A JSONL of pictures or of edits, with its files."""
-    files = {f"p{at}.png": pictures()[name] for at, name in enumerate(("rgb.png", "rgba.png", "palette.png"))}
+    """A JSONL of images or of edits, with its files."""
+    files = {f"p{at}.png": images()[name] for at, name in enumerate(("rgb.png", "rgba.png", "palette.png"))}
     plain: list[dict[str, Any]] = [
         {"local_path_list": ["p0.png"], "h*w": "16*24", "short_en": "a [V] dog", "detailed_zh": "\u72d7"},
         {"image_path": "p1.png", "caption": "a [V] cat", "repeats": 3},
@@ -133,12 +133,12 @@ def _lora_files() -> Mapping[str, bytes]:
     kohya = {f"lora_unet_{key.replace('.', '_', key.count('.') - 2)}": value for key, value in raw.items()}
     kohya = {key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): value for key, value in kohya.items()}
     kohya |= {key.replace("lora_down.weight", "alpha"): torch.tensor(6.0) for key in kohya if "lora_down" in key}
-    told = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 6, "transformer.r": 3})}
+    header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 6, "transformer.r": 3})}
     peft = {f"base_model.model.{key}": value for key, value in raw.items()}
     return {
         "own": own,
         "kohya": format_safetensors(kohya),
-        "diffusers": format_safetensors(raw, told),
+        "diffusers": format_safetensors(raw, header),
         "peft": format_safetensors(peft),
     }
 

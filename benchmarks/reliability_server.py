@@ -83,7 +83,7 @@ def state(server: Server) -> dict[str, Any]:
 
 
 def drawn(server: Server, shift: float) -> bytes:
-    """The pixels of one and the same picture of the untouched MODEL; another `shift` near 0 computes them anew."""
+    """The pixels of one and the same image of the untouched MODEL; another `shift` near 0 computes them anew."""
     graph = {"models": training()["models"], **drawing(PROMPT, model=("shifted", 0))}
     inputs = {"model": ["models", 0], "shift": 3.0 + shift}
     graph["shifted"] = {"class_type": "ModelSamplingAuraFlow", "inputs": inputs}
@@ -95,7 +95,7 @@ def drawn(server: Server, shift: float) -> bytes:
 
 
 def pixels(server: Server, image: dict[str, str]) -> bytes:
-    """Of a picture that a node shows; the file itself holds the graph too."""
+    """Of an image that a node shows; the file itself holds the graph too."""
     import io
 
     from PIL import Image

@@ -72,7 +72,7 @@ def measure(count: int, seed: int, work: Path, fresh: bool) -> Section:
         moments = [MOMENTS[turn % len(MOMENTS)] for turn in range(first, first + min(left, KILLS_PER_RUN))]
         row = cut_run(base, moments, chance, expected)
         journal.append(row)
-        progress.tell(sum(len(row["kills"]) for row in journal.rows))
+        progress.show(sum(len(row["kills"]) for row in journal.rows))
         if row["identical"]:
             shutil.rmtree(base)
     return summary(journal, seed)

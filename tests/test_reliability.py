@@ -25,7 +25,7 @@ from dopsd_core.run import Run  # noqa: E402
 
 
 def section(key: str, **changes: Any) -> Section:
-    fields = {"title": key, "command": "run", "passed": True, "table": Table(("a", "b"), (("1|2", "3\n4"),))}
+    fields = {"title": key, "command": "run", "passed": True, "table": Table(("a", "b"), (("1|2", "3\n4\0"),))}
     return Section(key=key, **(fields | changes))
 
 
@@ -41,7 +41,7 @@ def test_a_section_is_kept_and_written_to_the_page_in_its_place(tmp_path: Path) 
     page = results.with_suffix(".md").read_text(encoding="utf-8")
     assert page.index("## kills") < page.index("## paths")
     assert "FAILED. `run`" in page and "PASSED. `run`, 20" in page and "ComfyUI 1" in page and "a note" in page
-    assert "| 1\\|2 | 3<br>4 |" in page
+    assert "| 1\\|2 | 3<br>4\\x00 |" in page
 
 
 def test_a_journal_loses_the_line_that_a_kill_cut(tmp_path: Path) -> None:
