@@ -21,7 +21,8 @@ from ..dopsd_core.families import get_family
 from ..dopsd_core.lora_file import fold_alpha
 from ..dopsd_core.objectives import OBJECTIVES, LossForm
 from ..dopsd_core.progress import LOG_NAME, StepReport, read_log
-from ..dopsd_core.state import read_checkpoint_lora
+from ..dopsd_core.run_folder import CHECKPOINTS_NAME
+from ..dopsd_core.state import read_checkpoint_lora, saved_steps
 from ..dopsd_core.trainer import NoCallbacks, TrainResult, check_run, train
 from ..dopsd_core.training_set import latent_shape
 from .checkpoints import warn_if_undistilled
@@ -148,12 +149,12 @@ def run_training(
         with denoiser.trainable(shape, plan.reserve):
             return train(config, denoiser, conditions.data, folder, watcher, **options), folder
     except comfy.model_management.InterruptProcessingException:
-        send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {shown(folder)}")
+        send_text(node, f"stopped; run again with the same settings to resume\n{_kept(folder, watcher.step)}")
         raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        told = f"{watcher.step} steps are kept in {shown(folder)}" if watcher.step else "no step was done"
+        told = _kept(folder, watcher.step)
     # out of the handler: an exception holds on to the frames, and these to the activations
     free_device_memory()
     raise OutOfMemory(f"out of memory, with memory {plan.preset}: {told}; {advice(plan, conditions, denoiser.device)}")
@@ -173,6 +174,14 @@ def losses(reports: Sequence[StepReport]) -> list[float]:
     told = [report.loss for report in reports if report.loss is not None and not report.anchors]
     # a plot needs two points: a run of a few steps may have fewer without its anchors
     return told if len(told) > 1 else [report.loss for report in reports if report.loss is not None]
+
+
+def _kept(folder: Path, step: int) -> str:
+    """What is on the disk of the `step` steps that were done."""
+    saved = next(iter(saved_steps(folder / CHECKPOINTS_NAME)), 0)
+    if saved < step:
+        return f"of {step} steps {saved} are kept in {shown(folder)}: the rest could not be saved, see the console"
+    return f"{step} steps are kept in {shown(folder)}" if step else "no step was done"
 
 
 def _preview_bytes(config: TrainConfig, conditions: Conditions) -> int:
