@@ -72,13 +72,14 @@ def config_from_args(args: argparse.Namespace, defaults: Mapping[str, Any]) -> T
 
     Raises:
         ConfigError: with every problem.
-        OSError: the file of --config cannot be read.
+        ValueError: the file of --config is not UTF-8.
+        OSError: it cannot be read.
     """
     import dataclasses
 
     from .config import ConfigError, TrainConfig
 
-    base = TrainConfig.from_json(args.config.read_text(encoding="utf-8")) if args.config else TrainConfig(**defaults)
+    base = TrainConfig.from_json(_read_text(args.config)) if args.config else TrainConfig(**defaults)
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     fields |= {name: getattr(args, name) for name in _CONFIG_OPTIONS if getattr(args, name) is not None}
     rank = args.rank or base.lora.rank
@@ -90,6 +91,16 @@ def config_from_args(args: argparse.Namespace, defaults: Mapping[str, Any]) -> T
     except ValueError as error:
         raise ConfigError((str(error),)) from error
     return TrainConfig(**fields)
+
+
+def _read_text(file: Path) -> str:
+    """Raises ValueError with the file's name when it is not UTF-8; Windows' own consoles write UTF-16."""
+    from .captions import CaptionError, decode_utf8
+
+    try:
+        return decode_utf8(file.read_bytes())
+    except CaptionError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _add_demo(commands: Any) -> None:
@@ -181,7 +192,9 @@ def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resoluti
     )
     parser.add_argument("--trigger", default="", metavar="WORD", help="word for the concept; replaces [V] in captions")
     parser.add_argument("--resolution", type=int, default=resolution, metavar="N", help=resolution_help)
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="visits per epoch of each picture")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="visits per epoch of each image, up to 1000"
+    )
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="pictures may not lie outside of it; default: DATASET's"
     )

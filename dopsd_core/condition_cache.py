@@ -18,7 +18,12 @@ from .atomic import write_atomic
 
 log = logging.getLogger("dopsd")
 
-FORMAT = "dopsd-conditions-2"
+FORMAT = "dopsd-conditions-3"
+"""Part of every key, so that entries of another format are never read. They may be deleted.
+
+Raised when an encoder's identity, or what is done to images before they are encoded, comes to mean something else: the
+entries of 2 were kept under identities that different text encoders had in common, and without colour profiles.
+"""
 
 
 def digest_bytes(data: bytes) -> str:
@@ -60,7 +65,8 @@ class ConditionCache:
             log.warning("cached condition %s cannot be read (%s); computing it anew", path, error)
             return None
         try:
-            return _parse_entry(data, key)
+            with torch.inference_mode(False):  # the tensors are ordinary ones whoever asks
+                return _parse_entry(data, key)
         except Exception as error:  # a damaged file can fail in any way inside the parser
             log.warning("cached condition %s is damaged or stale (%s); computing it anew", path, error)
             return None

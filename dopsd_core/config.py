@@ -130,7 +130,7 @@ class TrainConfig:
         """
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError((f"not JSON: {error}",)) from error
         if not isinstance(fields, dict):
             raise ConfigError((f"a JSON object is needed, this is {type(fields).__name__}",))

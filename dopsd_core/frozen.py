@@ -24,7 +24,7 @@ class FrozenLinear(torch.autograd.Function):
         """x [..., in_features] -> [..., out_features]; grad mode is off here, so the host runs its inference path."""
         ctx.site = site
         ctx.dtype = x.dtype
-        return site.forward(x)
+        return _owned(site.forward(x))
 
     @staticmethod
     @once_differentiable
@@ -38,4 +38,11 @@ def frozen_linear(x: Tensor, site: LinearSite) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return FrozenLinear.apply(x, site)
     with torch.no_grad():
-        return site.forward(x)
+        out = site.forward(x)
+    return _owned(out) if torch.is_grad_enabled() else out
+
+
+def _owned(out: Tensor) -> Tensor:
+    """A clone of a view. Networks write into what a Linear gives them (`img += ...`), and autograd forbids that on a
+    view that was made without gradients, as a host's `reshape` of its output is."""
+    return out.clone() if out._is_view() else out

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .atomic import write_atomic
 from .lora_config import LoraConfig
+from .text import printable
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
 _PEFT_PREFIX = "base_model.model."
@@ -67,9 +68,7 @@ def save_lora(
     if "lora_adapter_metadata" in (metadata or {}):
         raise ValueError("metadata may not hold 'lora_adapter_metadata': diffusers would apply alpha a second time")
     path = Path(path)
-    # a file name that is no UTF-8 may be among the facts, and must not cost the file
-    facts = {key: text.encode("utf-8", "backslashreplace").decode() for key, text in (metadata or {}).items()}
-    header = {"format": "pt", **facts}
+    header = {"format": "pt", **{key: printable(value) for key, value in (metadata or {}).items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, format_safetensors(_file_tensors(tensors, config, prefix, dtype), header))
 

@@ -24,6 +24,7 @@ from .conditioning import Condition, DualCondition
 from .model import Denoiser
 from .rollout import PredictX0, RolloutStep, rollout
 from .sigmas import shift_sigma
+from .transfer import to_device
 
 LossForm = Literal["x0", "velocity"]
 SigmaDistribution = Literal["logit-normal", "uniform", "grid"]
@@ -221,7 +222,7 @@ class SFT:
                 raise ValueError(f"sft needs target latents; {pair.caption!r} has none, encode it with its image")
             sigma = self.draw_sigma(inputs.sigmas, inputs.generator)
             noise = inputs.noise[index : index + 1].float()
-            target = pair.target_latent.to(noise.device, torch.float32).unsqueeze(0)
+            target = to_device(pair.target_latent, noise.device, torch.float32).unsqueeze(0)
             x = torch.lerp(target, noise, sigma)
             with inputs.adapters.use("student"):
                 x0 = inputs.denoiser.predict_x0(x, sigma, [pair.student]).float()

@@ -27,6 +27,7 @@ from .progress import Gaps, StepReport
 from .run_folder import RunFolder
 from .state import Checkpoint, StateError, flatten_state, unflatten_paths, unflatten_state
 from .training_set import Probe, TrainingSet, grid_of, latent_shape, pair_to
+from .transfer import to_device
 
 log = logging.getLogger("dopsd")
 
@@ -70,6 +71,9 @@ class Run:
         self.last: Gaps | None = None
         self.is_between_steps = True
         self._fingerprint = data.fingerprint()
+        self._model = self._facts.get("dopsd_base_fingerprint", "")
+        self._heldout = data.heldout.key if data.heldout is not None else ""
+        self._is_other_heldout = False
         self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if config.anchor_probability else []
         self.objective = config.make_objective()
         self.adapters = AdapterSet(
@@ -102,7 +106,6 @@ class Run:
             self._load(checkpoint)
         elif self._start_state is not None:
             self._set_weights(self._start_state, self._start_state)
-        self._start_state = None
         self.folder.begin(self.step, is_new=checkpoint is None)
         if self.loss_scale.is_on:
             log.info("the network computes in fp16: losses are scaled, by %g now", self.loss_scale.value)
@@ -124,6 +127,29 @@ class Run:
         report = StepReport(step=0, gap=self.start.train, relative_gap=relative, heldout_relative_gap=heldout)
         self.folder.append(report)
         return report
+
+    def meet_heldout(self) -> bool:
+        """Whether the held-out pair is another than the saved run's; then its gap is measured, and what that was
+        before training.
+
+        The pair trains nothing, so a run goes on with another; but gaps of two pairs cannot be compared.
+        """
+        is_other, self._is_other_heldout = self._is_other_heldout, False
+        if not is_other or self.start is None or self.last is None:
+            return is_other
+        self.last = dataclasses.replace(self.last, heldout=self.probe.measure_heldout())
+        self.start = dataclasses.replace(self.start, heldout=self._heldout_at_the_start())
+        return True
+
+    def _heldout_at_the_start(self) -> float | None:
+        if self._start_state is None:  # student and teacher began as the untouched model
+            return self.probe.measure_heldout(untrained=True)
+        student, teacher = self.adapters.state("student"), self.adapters.state("teacher")
+        self._set_weights(self._start_state, self._start_state)
+        try:
+            return self.probe.measure_heldout()
+        finally:
+            self._set_weights(student, teacher)
 
     def make_step(self) -> StepReport:
         """One optimizer step: accumulate, check, clip, step, teacher, probe, log.
@@ -224,7 +250,7 @@ class Run:
                 denoiser=self.denoiser,
                 adapters=self.adapters,
                 pairs=[pair_to(pair, device) for pair in pairs],
-                noise=draw_noise(config.seed, self.step, first, shapes).to(device),
+                noise=to_device(draw_noise(config.seed, self.step, first, shapes), device),
                 sigmas=grid_of(config, shapes[0]),
                 generator=make_generator(config.seed, "objective", self.step, micro),
                 anchors=self._anchors,
@@ -277,6 +303,8 @@ class Run:
         facts = {
             "config": self.config.to_json(),
             "data": self._fingerprint,
+            "model": self._model,
+            "heldout": self._heldout,
             "initial": self._initial,
             "optimizer_state": rest,
             "loss_scale": self.loss_scale.state(),
@@ -312,6 +340,8 @@ class Run:
         changed = changes_that_forbid_resuming(TrainConfig.from_json(facts["config"]), self.config)
         if facts["data"] != self._fingerprint:
             changed = (*changed, "the data set: its pictures, captions, encoder or their order")
+        if facts.get("model", self._model) != self._model:
+            changed = (*changed, "the model: its weights, or what is put on it")
         if facts.get("initial", "") != self._initial:
             changed = (*changed, "the LoRA that it started from")
         if changed:
@@ -326,6 +356,7 @@ class Run:
         self.step = checkpoint.step
         self.start = Gaps(*facts["start"]) if facts["start"] else None
         self.last = Gaps(*facts["last"]) if facts["last"] else None
+        self._is_other_heldout = facts.get("heldout", "") != self._heldout
         log.info("resuming %s at step %d", folder, self.step)
 
     def _optimizer_state(self, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Callbacks(Protocol):
         ...
 
     def on_preview(self, step: int, adapters: AdapterSet) -> None:
-        """At step 0, every `preview_every` steps and after the last; `adapters.use(...)` chooses who samples."""
+        """At step 0, every `preview_every` steps, after the last, and where a run goes on with another held-out pair;
+        `adapters.use(...)` chooses who samples."""
         ...
 
     def should_stop(self) -> bool:
@@ -102,7 +103,8 @@ def train(
 
     Args:
         resume: whether a run that is in `run_dir` may be continued; if not, finding one is an error.
-        facts: what else the LoRA's header shall tell: base model, trigger, ...
+        facts: what else the LoRA's header shall tell: base model, trigger, ... A run goes on only with a model of the
+            same `dopsd_base_fingerprint`, where that is given.
         initial: the LoRA that a new run starts from, for student and teacher: folded tensors under part names, of the
             configuration's rank or less (`lora_import`). A "frozen" teacher stays the base. A run goes on only with
             the one that it started from.
@@ -157,10 +159,11 @@ def check_run(
 def _loop(run: Run, callbacks: Callbacks) -> bool:
     """Steps until the last one or a stop; True when stopped."""
     config = run.config
+    is_other_heldout = run.meet_heldout()
     if run.step == 0 and run.start is None and config.probe_every:
         callbacks.on_step(run.measure_start())
-    if config.preview_every and run.step == 0:
-        callbacks.on_preview(0, run.adapters)
+    if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
+        callbacks.on_preview(run.step, run.adapters)
     while run.step < config.steps:
         if callbacks.should_stop():
             return True

@@ -151,7 +151,8 @@ class DemoLatents(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = demo.load_vae(demo.WEIGHTS / demo.VAE_FILE).requires_grad_(False)
+        conv = comfy.ops.disable_weight_init.Conv2d  # plain ones stay where they are when ComfyUI keeps weights in RAM
+        self.network = demo.load_vae(demo.WEIGHTS / demo.VAE_FILE, conv).requires_grad_(False)
         self._format = comfy.latent_formats.Flux()
 
     def encode(self, picture: Tensor) -> Tensor:

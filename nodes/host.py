@@ -9,27 +9,24 @@ Legend: B batch, C latent channels, h w latent size, L tokens, D features; `sigm
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import comfy.ldm.modules.attention
 import comfy.model_management
-import comfy.ops
+import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 from server import PromptServer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dopsd_core.conditioning import Condition
-from ..dopsd_core.families import Family
 from ..dopsd_core.model import LinearSite
-from ..dopsd_core.overrides import overridden
+from ..dopsd_core.text import printable
+from .bypass import kept_injected
 from .families import family_of, in_comfyui
-
-_FEW_TOKENS = 256
+from .gradients import norms_on_clones, plain_attention, thawed_small_parameters
+from .linears import linear_sites, require_adjoints
 
 STEPS_OPTION = "dopsd_steps"
 """Key of a MODEL's options: the steps it was distilled for, where they are not the family's."""
@@ -43,27 +40,7 @@ def default_steps(model: Any) -> int:
 def send_text(cls: Any, text: str) -> None:
     """Shows text on the node; `cls` is a node class with the hidden input unique_id."""
     if cls.hidden is not None and cls.hidden.unique_id is not None:
-        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
-
-
-def fingerprint(patcher: Any) -> str:
-    """16 hex digits: other for other weights or patches, cheap for any size.
-
-    Of every parameter name, shape and form, of the one-dimensional ones (norms, biases) also the values: they differ
-    between any two checkpoints, are small, and stay readable where matrices are quantised. Not of the quantised ones'
-    scales: those are others while a LoRA is patched in.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in patcher.model.named_parameters():
-        form = str(parameter.dtype)
-        if isinstance(parameter, QuantizedTensor):  # calls itself what it computes in
-            form += f" {parameter._layout_cls} {getattr(parameter._params, 'convrot', '')}"
-        digest.update(f"{name}|{tuple(parameter.shape)}|{form}\n".encode())
-        if parameter.ndim == 1 and parameter.is_floating_point() and not parameter.is_meta:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    for key, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
-        digest.update(f"{key}|{[(patch[0], patch[2]) for patch in patches]}\n".encode())
-    return digest.hexdigest()[:16]
+        PromptServer.instance.send_progress_text(printable(text), cls.hidden.unique_id)
 
 
 def base_name(model: Any) -> str:
@@ -91,6 +68,16 @@ class ComfyDenoiser:
         return int(self._patcher.model_size())
 
     @property
+    def is_dynamic(self) -> bool:
+        """Whether ComfyUI's dynamic VRAM decides, use by use, which weights are on the device."""
+        return self._patcher.is_dynamic()
+
+    def patched_in_8_bits(self) -> int:
+        """How many of the weights that LoRAs or other patches on the MODEL change are held in 8 bits or fewer."""
+        weights = (comfy.utils.get_attr(self._patcher.model, key) for key in self._patcher.patches)
+        return sum(isinstance(w, QuantizedTensor) or (w.is_floating_point() and w.itemsize < 2) for w in weights)
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What activations are in. A node may have set it on the MODEL, which takes effect when that is loaded."""
         return self._patcher.get_model_object("manual_cast_dtype") or self._patcher.model.get_dtype()
@@ -101,8 +88,7 @@ class ComfyDenoiser:
 
     def sites(self) -> Sequence[LinearSite]:
         """Every Linear, plain, cast or quantised, its LoRA parts under diffusers' names."""
-        modules = self._network.named_modules()
-        return [_site(name, module, self.family) for name, module in modules if _is_linear(module)]
+        return linear_sites(self._network, self.family)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks of the network, in its order."""
@@ -141,7 +127,7 @@ class ComfyDenoiser:
             **self._patcher.model_options.get("transformer_options", {}),
             "sigmas": sigmas[:1],
             "cond_or_uncond": [0],
-            "optimized_attention_override": _plain_attention,
+            "optimized_attention_override": plain_attention,
         }
         return model.apply_model(x, sigmas, transformer_options=options, **inputs).float()
 
@@ -166,55 +152,37 @@ class ComfyDenoiser:
     def loaded(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
         """On the device inside the `with`."""
         self.load(shape, reserve)
-        self._patcher.pre_run()
         try:
+            with torch.inference_mode():
+                self._patcher.pre_run()
             yield self
         finally:
-            self._patcher.cleanup()
+            with torch.inference_mode():  # hooks give weights back, which may be inference tensors
+                self._patcher.cleanup()
 
     @contextmanager
     def trainable(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
         """On the device and open to gradients inside the `with`; as it was after it, whatever happens.
 
         `in_training` takes RoPE off the kernels that have no backward.
+
+        Raises:
+            UnknownLayer: a layer of another pack has a forward that its weight does not explain.
         """
         before = comfy.model_management.in_training
         overwritten = in_comfyui(self.family).overwritten
         with (
             self.loaded(shape, reserve),
-            _thawed_small_parameters(self._network),
-            _norms_on_clones(self._network, overwritten),
+            kept_injected(self._patcher),
+            thawed_small_parameters(self._network),
+            norms_on_clones(self._network, overwritten),
         ):
+            require_adjoints(self.sites(), self.device, self.compute_dtype)
             comfy.model_management.in_training = True
             try:
                 yield self
             finally:
                 comfy.model_management.in_training = before
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # ComfyUI's quantised Linear is no nn.Linear
-    return isinstance(module, nn.Linear) or (hasattr(module, "weight_function") and hasattr(module, "in_features"))
-
-
-def _site(name: str, module: Any, family: Family) -> LinearSite:
-    plain: Callable[[Tensor], Tensor] = module.forward
-    clamps = isinstance(module, comfy.ops.fp8_ops.Linear)  # its input, and in place
-
-    def forward(x: Tensor) -> Tensor:
-        return plain(x.clone() if clamps else x)
-
-    def grad_input(grad: Tensor) -> Tensor:
-        """g [..., out] -> g @ W [..., in], the weight had the way ComfyUI has it in a forward."""
-        flat = grad.reshape(-1, grad.shape[-1])
-        weight, bias, stream = comfy.ops.cast_bias_weight(module, input=flat, offloadable=True)
-        dense = weight.dequantize().to(flat.dtype) if isinstance(weight, QuantizedTensor) else weight
-        product = flat @ dense
-        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-        return product.reshape(*grad.shape[:-1], -1)
-
-    rows, columns = module.out_features, module.in_features
-    return LinearSite(name, module, columns, rows, family.native_parts(name, rows), forward, grad_input)
 
 
 def _equal_shapes(conditions: Sequence[Condition]) -> list[list[int]]:
@@ -223,51 +191,3 @@ def _equal_shapes(conditions: Sequence[Condition]) -> list[list[int]]:
         shape = (condition.features.shape, tuple(latent.shape for latent in condition.reference_latents))
         groups.setdefault(shape, []).append(row)
     return list(groups.values())
-
-
-def _plain_attention(_: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """torch's own attention: others (sage, split) have no backward or a slow one."""
-    with ExitStack() as stack:
-        # on a CPU, for tens of tokens, the written-out form has by far the faster backward
-        if args[0].device.type == "cpu" and args[0].shape[-2] <= _FEW_TOKENS:
-            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-        return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-
-def _thawed_small_parameters(network: nn.Module) -> AbstractContextManager[None]:
-    """Inside the `with`, norms and embeddings compute with clones of their parameters where gradients flow.
-
-    Loader nodes run in inference mode, and autograd cannot save the tensors made there. Linears need none of this:
-    `FrozenLinear` saves nothing. The clone lives for one forward, so weights may be moved or streamed in between.
-    """
-    modules = [m for m in network.modules() if not _is_linear(m)]
-    return overridden([m for m in modules if next(m.parameters(recurse=False), None) is not None], _thawing)
-
-
-def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def thawed(*args: Any, **kwargs: Any) -> Any:
-        own = module._parameters
-        frozen = {name: value for name, value in own.items() if value is not None and value.is_inference()}
-        if not torch.is_grad_enabled() or not frozen:
-            return forward(*args, **kwargs)
-        for name, value in frozen.items():
-            own[name] = nn.Parameter(value.clone(), requires_grad=False)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            own.update(frozen)
-
-    return thawed
-
-
-def _norms_on_clones(network: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
-    """Inside the `with`, norms of these names, whose input is overwritten later, keep a clone of it for the backward.
-
-    FLUX's blocks write into tensors (`img += ...`) that their norms have saved.
-    """
-    modules = (m for path, m in network.named_modules() if path.rpartition(".")[2] in names)
-    return overridden(modules, _on_clone)
-
-
-def _on_clone(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x: forward(x.clone() if torch.is_grad_enabled() else x)

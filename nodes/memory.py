@@ -24,6 +24,7 @@ from .sockets import Conditions
 
 AUTO = "auto"
 _MB, _GB = 10**6, 10**9
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "not enough gpu video memory", "can't allocate memory")
 _MARGIN = 0.95  # of what is free: for the allocator's gaps and the estimate's error
 
 
@@ -85,8 +86,9 @@ class OutOfMemory(RuntimeError):
 @dataclass(frozen=True)
 class MemoryPlan:
     """How a run is fitted in. preset: its name in `MEMORY_PRESETS`. config: with the preset's trades in it.
-    checkpoint_blocks: how many blocks recompute. streamed: bytes of weights that do not fit and stay in RAM.
-    reserve: what ComfyUI is to keep free of weights. notes: for the user, one line each."""
+    checkpoint_blocks: how many blocks recompute. streamed: bytes of weights that do not fit beside the rest. reserve:
+    what ComfyUI is asked to keep free of weights, so that it leaves so many in RAM; its dynamic VRAM does not ask, and
+    brings weights in and drops them as memory allows. notes: for the user, one line each."""
 
     preset: str
     config: TrainConfig
@@ -106,8 +108,11 @@ def plan_memory(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, co
     """The plan for this model, data and card.
 
     "auto" is the first preset whose card is no larger than this one, or earlier the first that fits in this one whole.
+    Where the card's memory is not known (DirectML), it is the first, which gives nothing up, and a note says so.
     """
     device = denoiser.device
+    if _is_unknown():
+        return _plan_blindly(choice, denoiser, conditions, config)
     total = int(comfy.model_management.get_total_memory(device))
     if device.type != "cpu":
         comfy.model_management.unload_all_models()
@@ -116,6 +121,21 @@ def plan_memory(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, co
     name = choice if choice != AUTO else _fitting(total, denoiser, conditions, config)
     budget = int(free * _MARGIN) if choice == AUTO else min(int(free * _MARGIN), MEMORY_PRESETS[name].budget)
     return make_plan(name, denoiser, conditions, config, budget, free)
+
+
+def _is_unknown() -> bool:
+    """DirectML tells nothing of its memory, and ComfyUI reports 1 GB for it."""
+    return bool(getattr(comfy.model_management, "directml_enabled", False))
+
+
+def _plan_blindly(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig) -> MemoryPlan:
+    name = choice if choice != AUTO else next(iter(MEMORY_PRESETS))
+    budget = MEMORY_PRESETS[name].budget
+    plan = make_plan(name, denoiser, conditions, config, budget, budget)
+    note = (
+        f"how much memory the GPU has is not known under DirectML: planned for {name}, choose memory for a smaller one"
+    )
+    return dataclasses.replace(plan, notes=(*plan.notes, note)) if choice == AUTO else plan
 
 
 def make_plan(
@@ -132,14 +152,26 @@ def make_plan(
     if count:
         notes.append(f"{count} of {len(footprint.blocks)} blocks recompute in the backward (time, no quality)")
     if streamed:
-        notes.append(f"{_gb(streamed)} of the weights stay in RAM and stream in (time, no quality)")
+        notes.append(_streaming(streamed, denoiser.is_dynamic))
     if beside > budget:
         notes.append(f"needs {_gb(beside)} of {_gb(budget)} even so: {_smaller(preset)}")
     elif streamed and _is_larger(preset, conditions, config):
         notes.append(f"it would be faster smaller: {_smaller(preset)}")
     # ComfyUI adds its own reserve to what it is asked to keep free; the plan has counted that already
     reserve = max(beside + max(free - budget, 0) - int(comfy.model_management.extra_reserved_memory()), 0)
+    if patched := denoiser.patched_in_8_bits():
+        notes.append(
+            f"the MODEL has LoRAs or other patches on {patched} weights in 8 bits, which ComfyUI rounds at random when "
+            "they are on the card and not when they stay in RAM: gradients differ by a fifth; train on the MODEL "
+            "without patches, or on a bf16 file"
+        )
     return MemoryPlan(name, config, footprint, count, streamed, reserve, tuple(notes))
+
+
+def _streaming(size: int, is_dynamic: bool) -> str:
+    if is_dynamic:
+        return f"{_gb(size)} of the weights do not fit; ComfyUI's dynamic VRAM streams what it must (time, no quality)"
+    return f"{_gb(size)} of the weights stay in RAM and stream in (time, no quality)"
 
 
 def footprint_of(denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig) -> Footprint:
@@ -170,7 +202,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, CUDA or ComfyUI ran out of the device's memory."""
     if isinstance(error, torch.OutOfMemoryError) or comfy.model_management.is_oom(error):
         return True
-    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def advice(plan: MemoryPlan, conditions: Conditions, device: torch.device) -> str:

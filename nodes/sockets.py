@@ -61,6 +61,7 @@ class Conditions:
     """Everything that training needs once the encoders have left.
 
     pairs: the pictures, one per example of `data`. teacher: how it is shown them. caption_dropout as in `Dataset`.
+    notes: for the user, one line each.
     """
 
     family: Family
@@ -70,6 +71,7 @@ class Conditions:
     previews: tuple[PreviewPrompt, ...]
     trigger: str
     caption_dropout: float
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Counts, for the node's text."""

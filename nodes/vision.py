@@ -84,7 +84,8 @@ def new_vision(state: Mapping[str, Tensor], spec: VisionSpec, ops: Any, dtype: t
 def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor) -> Tensor:
     """The teacher's features [L, D] fp32 (CPU) of image [3, H, W] in [0, 1] and its caption; L <= `MAX_TOKENS`.
 
-    The language model runs with Qwen3-VL's rotary positions meanwhile: with its own the features are 1 % off.
+    Of a caption that is too long for that the end is left out, never the template's. The language model runs with
+    Qwen3-VL's rotary positions meanwhile: with its own the features are 1 % off.
 
     Raises:
         ValueError: the CLIP is not the text encoder that belongs to the vision tower.
@@ -100,18 +101,34 @@ def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor
         holder: Any = SimpleNamespace(special_tokens={"pad": _PAD}, transformer=reader)
         embeds, mask, _, info = SDClipModel.process_tokens(holder, tokens, device)
         positions, is_picture, deepstack = reader.build_image_inputs(embeds, info)
-        hidden = language_model(
+        states = _hidden_states(clip, encoder)
+        final, chosen = language_model(
             None,
             attention_mask=mask,
             embeds=embeds,
-            intermediate_output=_hidden_states(encoder),
-            final_layer_norm_intermediate=False,
+            intermediate_output=states,
+            final_layer_norm_intermediate=encoder.layer_norm_hidden_state,
             dtype=torch.float32,
             position_ids=positions,
             visual_pos_masks=is_picture,
             deepstack_embeds=deepstack,
-        )[1][0]  # [states, L, D]
-    return hidden.movedim(0, 1).flatten(1)[:MAX_TOKENS].float().cpu()
+        )[:2]
+    hidden = final[0] if states is None else chosen[0]  # [L, D], or [states, L, D]
+    hidden = hidden.movedim(0, 1).flatten(1) if hidden.ndim == 3 else hidden
+    return hidden.float().cpu()
+
+
+def image_tokens(vision: TeacherVision, width: int, height: int) -> int:
+    """How many of the `MAX_TOKENS` an image of that size takes."""
+    rows, columns = seen_size(height, width, vision.min_pixels, vision.max_pixels)
+    return rows * columns // VISION_CELL**2
+
+
+def count_tokens(clip: Any, text: str, seen: int | None = None) -> int:
+    """Tokens of the text in the CLIP's own template, padding aside; seen: with an image of so many before it."""
+    template = _template(clip) if seen is not None else clip.tokenizer.llama_template
+    (ids,) = next(iter(clip.tokenize(text, llama_template=template, min_length=1).values()))
+    return len(ids) if seen is None else len(ids) + seen - 1
 
 
 def seen_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -168,22 +185,39 @@ def text_encoder(clip: Any, vision: TeacherVision) -> Any:
     return encoder
 
 
+def _template(clip: Any) -> str:
+    """The CLIP's own template with a picture before the text."""
+    return clip.tokenizer.llama_template.replace("{}", _PICTURE + "{}")
+
+
 def _tokens(clip: Any, text: str, picture: Tensor) -> list[list[Any]]:
     """Token ids of the CLIP's own template with the picture [1, H, W, 3] before the text, padded as its texts are."""
-    template = clip.tokenizer.llama_template.replace("{}", _PICTURE + "{}")
     cells = picture.shape[1] * picture.shape[2] // VISION_CELL**2  # tokens that the picture's one mark becomes
     least = clip.tokenizer.qwen3_4b.min_length - (cells - 1)
     ids: list[Any] = [
-        token[0] for token in clip.tokenize(text, llama_template=template, min_length=least)["qwen3_4b"][0]
+        token[0] for token in clip.tokenize(text, llama_template=_template(clip), min_length=least)["qwen3_4b"][0]
     ]
+    over = len(ids) + cells - 1 - MAX_TOKENS
+    if over > 0:
+        ending = len(clip.tokenizer.qwen3_4b.tokenizer(_template(clip).rpartition("{}")[2])["input_ids"])
+        end = len(ids) - ending
+        del ids[max(end - over, ids.index(IMAGE_PAD) + 2) : end]
     ids[ids.index(IMAGE_PAD)] = {"type": "image", "data": picture, "original_type": "image"}
     return [ids]
 
 
-def _hidden_states(encoder: Any) -> list[int]:
-    """Which hidden states the CLIP's conditions are made of; 0 is the embeddings."""
-    layer, index, _ = encoder.options_default  # `encoder.layer` may be what some node has set for its own text
-    return [number % (encoder.num_layers + 1) for number in (layer if isinstance(layer, list) else [index])]
+def _hidden_states(clip: Any, encoder: Any) -> list[int] | int | None:
+    """Which hidden states the CLIP's conditions are made of, CLIP Set Last Layer included; None for the final output.
+
+    Asked of the encoder as the CLIP's own encoding of a text does: what stands in it may be another clone's.
+    """
+    encoder.reset_clip_options()
+    if clip.layer_idx is not None:
+        encoder.set_clip_options({"layer": clip.layer_idx})
+    encoder.set_clip_options({"execution_device": None})  # has another look at the layer: one too many is the default
+    layer, index = encoder.layer, encoder.layer_idx
+    encoder.reset_clip_options()
+    return None if layer == "last" else index if layer == "hidden" else layer
 
 
 @contextmanager

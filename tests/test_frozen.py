@@ -1,5 +1,7 @@
 """FrozenLinear is plain autograd minus the weight: same gradient, nothing saved, no node where none is needed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -64,3 +66,19 @@ def test_weights_made_in_inference_mode_pass_gradients_through():
     frozen_linear(x, _site(linear)).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, linear.weight.sum(0).expand(3, 5))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_view_that_the_host_returns_may_be_written_into(linear, requires_grad):
+    """FLUX adds into what a Linear gives it; a host's Linear may give a view, as a reshape of its output is."""
+    site = replace(_site(linear), forward=lambda x: linear(x.reshape(-1, 5)).reshape(*x.shape[:-1], 7))
+    x, other = torch.randn(2, 3, 5, requires_grad=requires_grad), torch.randn(2, 3, 7, requires_grad=True)
+
+    def run(y):
+        y += other
+        return torch.autograd.grad(y.sin().sum(), [other, *([x] if requires_grad else [])])
+
+    for got, wanted in zip(run(frozen_linear(x, site)), run(linear(x)), strict=True):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        assert torch.equal(frozen_linear(x, site), linear(x))

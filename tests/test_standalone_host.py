@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from dopsd_core.model import Denoiser
 from dopsd_core.standalone import demo_files
 from dopsd_core.standalone import weights_files as files
 from dopsd_core.standalone.demo_files import WEIGHTS, vision_size
-from dopsd_core.standalone.host import DemoModel, load_demo_model, vision_patches, with_lora
+from dopsd_core.standalone.host import DemoModel, StandaloneEncoder, load_demo_model, vision_patches, with_lora
 from dopsd_core.standalone.models import new_transformer
 
 
@@ -51,6 +52,16 @@ def test_a_batch_of_unequal_captions_equals_its_rows(model, states) -> None:
         together = model.denoiser.predict_x0(x, 0.5, conditions)
         alone = torch.cat([model.denoiser.predict_x0(x[i : i + 1], 0.5, conditions[i : i + 1]) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_images_and_latents_are_taken_to_the_autoencoders_device(model) -> None:
+    """They come from a file or from the loop, wherever the models lie."""
+    vae = deepcopy(model.encoder.vae).to("meta")
+    encoder = StandaloneEncoder(model.encoder.model, torch.tensor([]), vae, "elsewhere")
+    latent = encoder.encode_latent(torch.rand(3, 64, 64))
+    assert latent.device.type == "meta" and latent.shape == (16, 8, 8)
+    pictures = encoder.decode(torch.zeros(2, 16, 8, 8))
+    assert pictures.device.type == "meta" and pictures.shape == (2, 3, 64, 64)
 
 
 def test_single_file_layout_is_read_back_exactly(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dopsd_core.lora_file import load_lora, unfold_alpha
 from dopsd_core.progress import StepReport, curve, read_log
 from dopsd_core.run import Run
 from dopsd_core.state import Checkpoint, StateError, load_checkpoint
-from dopsd_core.trainer import NoCallbacks, NonFiniteError, TrainingSet, train
+from dopsd_core.trainer import NoCallbacks, NonFiniteError, TrainingSet, TrainResult, train
 from tests.tiny import (
     TinyDenoiser,
     killable_config,
@@ -226,6 +226,48 @@ def test_steps_may_be_added_and_nothing_else_changed(tmp_path: Path) -> None:
         train(make_config(steps=6), TinyDenoiser(), make_data(), tmp_path / "a")
     with pytest.raises(StateError, match="holds a run already"):
         train(longer, TinyDenoiser(), make_data(), tmp_path / "a", resume=False)
+
+
+def test_a_run_of_another_model_is_not_resumed(tmp_path: Path) -> None:
+    def run(steps: int, model: str) -> None:
+        facts = {"dopsd_base_fingerprint": model}
+        train(make_config(steps=steps), TinyDenoiser(), make_data(), tmp_path, facts=facts)
+
+    run(3, "one")
+    run(6, "one")
+    with pytest.raises(StateError, match="the model: its weights"):
+        run(9, "another")
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen", "same"])
+@pytest.mark.parametrize("has_initial", [False, True])
+@pytest.mark.parametrize("steps", [6, 12])
+def test_another_held_out_pair_is_no_other_run_and_has_its_own_start(
+    tmp_path: Path, teacher: str, has_initial: bool, steps: int
+) -> None:
+    """As if the run had been begun with it; steps: after 6 of 12 it is exchanged, or when nothing is left to do."""
+    config, initial = make_config(teacher=teacher), None
+    if has_initial:
+        train(make_config(seed=5), TinyDenoiser(), make_data(), tmp_path / "first")
+        initial = {key: value.float() for key, value in load_lora(tmp_path / "first" / "lora.safetensors")[0].items()}
+
+    def run(folder: str, number: int | None, steps: int) -> TrainResult:
+        data = make_data(heldout=make_pair(number) if number is not None else None)
+        short = make_config(**(vars(config) | {"steps": steps}))
+        return train(short, TinyDenoiser(), data, tmp_path / folder, initial=initial)
+
+    wanted = run("whole", 50, 12)
+    first = run("cut", 99, steps)
+    assert first.start_gaps is not None and wanted.start_gaps is not None
+    assert first.start_gaps.heldout != wanted.start_gaps.heldout
+    result = run("cut", 50, 12)
+    assert (result.start_gaps, result.end_gaps) == (wanted.start_gaps, wanted.end_gaps)
+    assert saved_bytes(tmp_path / "cut") == saved_bytes(tmp_path / "whole")
+    again = run("cut", 50, 12)
+    assert (again.start_gaps, again.end_gaps) == (wanted.start_gaps, wanted.end_gaps)
+    without = run("cut", None, 12)
+    assert without.start_gaps is not None and without.start_gaps.heldout is None
+    assert without.end_gaps is not None and without.end_gaps.heldout is None
 
 
 # -- what a step is ----------------------------------------------------------------------------------------------------

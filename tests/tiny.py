@@ -19,6 +19,8 @@ from dopsd_core.model import LinearSite, plain_linear_sites
 from dopsd_core.trainer import train
 from dopsd_core.training_set import TrainingSet
 
+from .devices import DEVICE
+
 CHANNELS, FEATURES, WIDTH = 4, 6, 16
 
 
@@ -32,7 +34,7 @@ class TinyDenoiser(nn.Module):
             self.enter = nn.Linear(CHANNELS, WIDTH)
             self.read = nn.Linear(FEATURES, WIDTH)
             self.leave = nn.Linear(WIDTH, CHANNELS)
-        self.requires_grad_(False)
+        self.requires_grad_(False).to(DEVICE)
         self.calls = 0
         self.poison_at: int | None = None  # the forward that returns nan
 

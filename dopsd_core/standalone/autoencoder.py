@@ -15,10 +15,10 @@ DOWNSCALE = 8  # pixels per latent, both ways
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, conv: type[nn.Conv2d] = nn.Conv2d) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = conv(channels, channels, 3, padding=1)
+        self.conv2 = conv(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
@@ -29,19 +29,20 @@ class ResidualBlock(nn.Module):
 class DemoAutoencoder(nn.Module):
     """encode: pictures [B, 3, H, W] in [-1, 1] -> latents [B, 16, H/8, W/8] ~ N(0, 1); decode: the way back.
 
-    H and W are multiples of 8. Deterministic: there is no posterior to sample.
+    H and W are multiples of 8. Deterministic: there is no posterior to sample. conv: the class of the convolutions, for
+    hosts that keep weights elsewhere than they compute.
     """
 
-    def __init__(self, fine: int = 96, coarse: int = 160) -> None:
+    def __init__(self, fine: int = 96, coarse: int = 160, conv: type[nn.Conv2d] = nn.Conv2d) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, fine, 3, padding=1), ResidualBlock(fine),
-            nn.Conv2d(fine, coarse, 2, stride=2), ResidualBlock(coarse), nn.Conv2d(coarse, LATENT_CHANNELS, 1),
+            nn.PixelUnshuffle(4), conv(48, fine, 3, padding=1), ResidualBlock(fine, conv),
+            conv(fine, coarse, 2, stride=2), ResidualBlock(coarse, conv), conv(coarse, LATENT_CHANNELS, 1),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Conv2d(LATENT_CHANNELS, coarse, 3, padding=1), ResidualBlock(coarse), ResidualBlock(coarse),
-            nn.Conv2d(coarse, 4 * fine, 1), nn.PixelShuffle(2), ResidualBlock(fine), ResidualBlock(fine),
-            nn.Conv2d(fine, 48, 3, padding=1), nn.PixelShuffle(4),
+            conv(LATENT_CHANNELS, coarse, 3, padding=1), ResidualBlock(coarse, conv), ResidualBlock(coarse, conv),
+            conv(coarse, 4 * fine, 1), nn.PixelShuffle(2), ResidualBlock(fine, conv), ResidualBlock(fine, conv),
+            conv(fine, 48, 3, padding=1), nn.PixelShuffle(4),
         )  # fmt: skip
 
     def encode(self, picture: Tensor) -> Tensor:

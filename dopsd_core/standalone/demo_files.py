@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .autoencoder import LATENT_CHANNELS, DemoAutoencoder
 
@@ -57,8 +57,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
 
 
-def load_vae(path: Path) -> DemoAutoencoder:
-    model = DemoAutoencoder()
+def load_vae(path: Path, conv: type[nn.Conv2d] = nn.Conv2d) -> DemoAutoencoder:
+    """The autoencoder with the file's weights; conv: the class of its convolutions."""
+    model = DemoAutoencoder(conv=conv)
     model.load_state_dict(read_weights(path))
     return model
 

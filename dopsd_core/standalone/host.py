@@ -103,12 +103,17 @@ class StandaloneEncoder:
 
     @torch.no_grad()
     def encode_latent(self, image: Tensor) -> Tensor:
-        return self.vae.encode(image[None] * 2 - 1)[0]
+        return self.vae.encode(image[None].to(self._vae_device) * 2 - 1)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, 16, h, w] -> pictures [B, 3, 8h, 8w] in [0, 1]."""
-        return torch.cat([self.vae.decode(part) for part in latents.split(64)]).add(1).div(2).clamp(0, 1)
+        parts = latents.to(self._vae_device).split(64)
+        return torch.cat([self.vae.decode(part) for part in parts]).add(1).div(2).clamp(0, 1)
+
+    @property
+    def _vae_device(self) -> torch.device:
+        return next(self.vae.parameters()).device
 
     def unknown_words(self, captions: Iterable[str]) -> list[str]:
         """The words of the captions that the demo model has no embedding of its own for: it reads them in pieces."""
@@ -132,10 +137,11 @@ class StandaloneEncoder:
 
 @dataclass(frozen=True)
 class DemoModel:
-    """The whole demo model. `denoiser` is the distilled transformer."""
+    """The whole demo model. `denoiser` is the distilled transformer, `fingerprint` a digest of its file."""
 
     denoiser: StandaloneDenoiser
     encoder: StandaloneEncoder
+    fingerprint: str
 
 
 def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
@@ -144,15 +150,20 @@ def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
     Raises:
         FileNotFoundError: a weight file is missing; the message names it.
     """
-    digest = hashlib.sha256()
-    for name in (TEXT_ENCODER_FILE, VAE_FILE):
-        digest.update((folder / name).read_bytes())
     text_encoder, token_ids = load_text_encoder(folder / TEXT_ENCODER_FILE)
-    identity = f"demo-qwen3vl/{digest.hexdigest()[:16]}/hidden-2/{VISION_PIXELS}"
+    identity = f"demo-qwen3vl/{_digest(folder, TEXT_ENCODER_FILE, VAE_FILE)}/hidden-2/{VISION_PIXELS}"
     vae, transformer = load_vae(folder / VAE_FILE), load_transformer(folder / MODEL_FILE)
     for network in (text_encoder, vae, transformer):
         nn.Module.to(network, device)
-    return DemoModel(StandaloneDenoiser(transformer), StandaloneEncoder(text_encoder, token_ids, vae, identity))
+    encoder = StandaloneEncoder(text_encoder, token_ids, vae, identity)
+    return DemoModel(StandaloneDenoiser(transformer), encoder, _digest(folder, MODEL_FILE))
+
+
+def _digest(folder: Path, *names: str) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

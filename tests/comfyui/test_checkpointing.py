@@ -79,7 +79,7 @@ def case(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Case:
 @pytest.fixture
 def fused_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs on a GPU; for few tokens the host writes attention out on a CPU."""
-    monkeypatch.setattr(case.host, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(case.comfyui.module("nodes.gradients"), "_FEW_TOKENS", 0)
     yield
 
 

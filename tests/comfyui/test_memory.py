@@ -131,7 +131,7 @@ def test_the_estimate_is_what_is_counted(comfyui: ComfyUI, name: str, count: int
 @pytest.mark.parametrize("count", [0, 4])
 def test_a_dry_run_counts_what_a_real_one_does(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """The toy Z-Image in fp32, whose norms and attention keep the same on a CPU."""
-    monkeypatch.setattr(comfyui.module("nodes.host"), "_FEW_TOKENS", 0)
+    monkeypatch.setattr(comfyui.module("nodes.gradients"), "_FEW_TOKENS", 0)
     wet = Case(comfyui).counted_peak(count)
     dry = Case(comfyui, networks.build(("ZImage", toy.z_image().model.model_config.unet_config), META, torch.float32))
     with counters.dry_run(comfyui.module("nodes.host"), comfyui.core("objectives")):

@@ -18,7 +18,7 @@ Z_IMAGE = f"<|im_start|>user\n{PICTURE}{{}}<|im_end|>\n<|im_start|>assistant\n"
 KLEIN = f"{Z_IMAGE}<think>\n\n</think>\n\n"
 TEMPLATES = {"z_image": Z_IMAGE, "klein": KLEIN}
 STATES = {"z_image": (-2,), "klein": (9, 18, 27)}
-PAD = 151643
+PAD, LONGEST = 151643, 1024
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,8 @@ def seeded(*shape: int) -> Tensor:
 def read_by_transformers(models: Any, family: str, image: Tensor, text: str, least: int) -> Tensor:
     """Hidden states [L, D] of image [3, H, W] and text, padded on the right to `least` tokens as the CLIP pads.
 
+    Of more than 1024 tokens the text's last ones are left out, and the template's ending stands behind the others.
+
     The positions are given: transformers counts none for padding, while the text encoders of both hosts count on.
     """
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
@@ -64,7 +66,12 @@ def read_by_transformers(models: Any, family: str, image: Tensor, text: str, lea
     seen = processor(images=image, do_rescale=False, do_convert_rgb=False, return_tensors="pt")
     marks = "<|image_pad|>" * int(seen["image_grid_thw"].prod() // 4)
     prompt = TEMPLATES[family].format(text).replace("<|image_pad|>", marks)
-    tokens = models.clip.tokenizer.qwen3_4b.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    tokenize = models.clip.tokenizer.qwen3_4b.tokenizer
+    tokens = tokenize(prompt, return_tensors="pt")["input_ids"]
+    if tokens.shape[1] > LONGEST:
+        ending = tokenize(TEMPLATES[family].partition("{}")[2], return_tensors="pt")["input_ids"]
+        assert torch.equal(tokens[:, -ending.shape[1] :], ending)
+        tokens = torch.cat([tokens[:, : LONGEST - ending.shape[1]], ending], dim=1)
     padding = max(0, least - tokens.shape[1])
     mask = torch.nn.functional.pad(torch.ones_like(tokens), (0, padding))
     tokens = torch.nn.functional.pad(tokens, (0, padding), value=PAD)
@@ -86,7 +93,7 @@ def read_by_transformers(models: Any, family: str, image: Tensor, text: str, lea
         (300, 400, TEXT),  # enlarged: 266
         (96, 80, ""),  # enlarged: 270, and no caption
         (720, 1280, "badge, top, " * 60),
-        (512, 512, "badge, top, " * 300),  # more than is kept
+        (512, 512, "badge, top, " * 300),  # 400 tokens too many
     ],
 )
 @pytest.mark.parametrize("family", ["z_image", "klein"])
@@ -94,9 +101,30 @@ def test_features_are_transformers(vision, models, family, height, width, words)
     models, image = models(family), seeded(3, height, width)
     expected = read_by_transformers(models, family, image, words, 512 if family == "klein" else 1)
     ours = vision.encode_image_text(models.clip, models.vision, words, image)
-    assert ours.dtype == torch.float32 and len(ours) == min(len(expected), 1024)
-    assert relative(ours, expected[:1024]) < 1e-5
+    assert ours.dtype == torch.float32 and len(ours) == len(expected) <= LONGEST
+    assert relative(ours, expected) < 1e-5
     assert family == "z_image" or len(ours) >= 512 and ours.shape[1] == 3 * towers.WIDTH
+
+
+@pytest.mark.parametrize("family", ["z_image", "klein"])
+def test_of_a_long_caption_the_end_is_cut_and_not_the_templates(vision, models, family):
+    """One token too many costs the caption's last token; the token ids end as those of every other prompt."""
+    models = models(family)
+    picture, ending = torch.rand(1, 512, 512, 3), TEMPLATES[family].partition("{}")[2]
+    tokenize = models.clip.tokenizer.qwen3_4b.tokenizer
+    tail = tokenize(ending)["input_ids"]
+
+    def ids(words: int) -> list[Any]:
+        (tokens,) = vision._tokens(models.clip, " star" * words, picture)
+        return tokens
+
+    fitting = next(n for n in range(1000) if len(ids(n)) + 256 - 1 == LONGEST)
+    assert vision.count_tokens(models.clip, " star" * fitting, 256) == LONGEST
+    for words in (fitting - 1, fitting, fitting + 1, fitting + 700):
+        assert ids(words)[-len(tail) :] == tail
+    assert len(ids(fitting - 1)) == len(ids(fitting)) - 1
+    assert ids(fitting + 1)[4:] == ids(fitting + 700)[4:] == ids(fitting)[4:]
+    assert vision.count_tokens(models.clip, " star" * (fitting + 700), 256) == LONGEST + 700
 
 
 class Word(torch.nn.Module):
@@ -111,11 +139,21 @@ class Word(torch.nn.Module):
         return self.embedding[None], []
 
 
-@pytest.mark.parametrize("words", [TEXT, "badge, top, " * 200])
-@pytest.mark.parametrize("family", ["z_image", "klein"])
-def test_a_picture_that_looks_like_a_word_reads_as_that_word(vision, models, family, words):
-    """To the CLIP's own encoding of the text: template, hidden states, their order, padding and its mask."""
-    clip, real = models(family).clip, models(family).vision
+@pytest.mark.parametrize(
+    ("family", "words", "layer"),
+    [
+        *((family, words, None) for family in ("z_image", "klein") for words in (TEXT, "badge, top, " * 200)),
+        *(("z_image", TEXT, layer) for layer in (-1, -4, -24, -40)),  # of 5 layers: more than there are is the default
+        ("klein", TEXT, -4),  # which klein's text encoder takes no notice of
+    ],
+)
+def test_a_picture_that_looks_like_a_word_reads_as_that_word(vision, models, family, words, layer):
+    """To the CLIP's own encoding of the text: template, hidden states, their order, padding and its mask.
+
+    layer: as CLIP Set Last Layer sets it.
+    """
+    clip, real = models(family).clip.clone(), models(family).vision
+    clip.clip_layer(layer)
     (word,) = clip.tokenizer.qwen3_4b.tokenizer("cat")["input_ids"]
     model = Word(clip.cond_stage_model.qwen3_4b.transformer.get_input_embeddings().weight[word])
     config = dataclasses.replace(real.lm_config, rope_theta=1e6)  # the CLIP's own
@@ -127,7 +165,7 @@ def test_a_picture_that_looks_like_a_word_reads_as_that_word(vision, models, fam
     assert relative(ours, expected) < 1e-6
 
 
-def test_the_layer_that_a_node_sets_is_for_its_own_text(vision, models):
+def test_a_layer_that_another_clip_has_set_is_not_used(vision, models):
     """CLIP Set Last Layer leaves its choice on the text encoder that all CLIPs of a loader share."""
     models, image = models("z_image"), seeded(3, 64, 64)
     before = vision.encode_image_text(models.clip, models.vision, TEXT, image)
