@@ -6,14 +6,14 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from bases import FORMS, Load, train
+from bases import EVERY_FORM, Load, train
 from inprocess import ComfyUI
 from pretend_cuda.watch import Event, Watch
 
 STEPS = (2, 6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_two_waits_per_optimizer_step_and_none_in_the_backward(
     comfyui: ComfyUI, load: Load, form: str, record_property: Any
 ) -> None:
