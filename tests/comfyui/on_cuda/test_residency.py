@@ -99,7 +99,7 @@ def test_gradients_on_a_patched_model(
 
 
 @pytest.mark.parametrize("form", EVERY_FORM)
-def test_trainings(comfyui: ComfyUI, load: Load, whole: Elsewhere, form: str, record_property: Any) -> None:
+def test_trainings(comfyui: ComfyUI, load: Load, whole: Elsewhere, form: str) -> None:
     """In the way of the mode itself; afterwards the MODEL samples the same."""
     model = load(form)
     held = weights(model)
@@ -112,4 +112,3 @@ def test_trainings(comfyui: ComfyUI, load: Load, whole: Elsewhere, form: str, re
     assert same(run.value("train"), wanted.value("train"))
     assert torch.equal(drawn(comfyui, model), before) and same(weights(model), held)
     assert aimdo.still_pinned() == 0
-    record_property("trained", form)
