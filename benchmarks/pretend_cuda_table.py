@@ -1,4 +1,4 @@
-"""All tests inside ComfyUI on the pretend CUDA device, in every mode on every card, as the tables of docs/reliability.md.
+"""All tests inside ComfyUI on the pretend CUDA device, in every mode on every card: tables for docs/reliability.md.
 
     python -m benchmarks.pretend_cuda_table                                   an hour; needs ComfyUI and a C++ compiler
     python -m benchmarks.pretend_cuda_table --modes novram --capabilities 8.9 --tests tests/comfyui/on_cuda
@@ -31,12 +31,7 @@ from pretend_cuda.modes import CAPABILITIES, MODES  # noqa: E402
 
 CARDS = {"8.9": "Ada (8.9)", "7.5": "Turing (7.5)"}
 TESTS = ("tests/comfyui", "tests/comfyui/on_cuda")
-NOT_OF_A_DEVICE = (
-    "-m",
-    "not browser",
-    "--ignore=tests/comfyui/test_comfy_cli.py",
-    "--ignore=tests/comfyui/test_cost.py",
-)
+OTHERS = [f"--ignore=tests/comfyui/test_{name}.py" for name in ("comfy_cli", "cost")]  # commands of their own
 FORM = re.compile(r"\[(?:some-|all-)?(?P<form>[^\]]+)\]$")
 BY_FORM = ("test_gradients", "test_trainings", "test_two_waits_per_optimizer_step_and_none_in_the_backward")
 """The tests of tests/comfyui/on_cuda that have a base weight's form as parameter."""
@@ -89,7 +84,7 @@ def run(mode: str, capability: str, tests: Sequence[str]) -> Result:
     """Runs pytest in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = pytest_command(*tests, *NOT_OF_A_DEVICE, "-q", f"--junitxml={report}")
+        command = pytest_command(*tests, "-m", "not browser", *OTHERS, "-q", f"--junitxml={report}")
         env = {**os.environ, **environment(mode, capability)}
         ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if not report.exists():
