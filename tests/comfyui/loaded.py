@@ -57,8 +57,8 @@ def off_device(comfyui: ComfyUI) -> None:
     comfyui.call(torch.inference_mode()(comfy.model_management.unload_all_models))
 
 
-def identities(comfyui: ComfyUI) -> Callable[[Any], str]:
-    """who(value): its digest; fails where something inside cannot be compared."""
+def identities(comfyui: ComfyUI) -> Callable[..., str]:
+    """who(*values): their digest; fails where something inside cannot be compared."""
     identity_of = comfyui.module("nodes.identity").identity_of
 
     def who(*values: Any) -> str:

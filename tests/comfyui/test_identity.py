@@ -120,7 +120,7 @@ CHANGES: Mapping[str, Mapping[str, Change]] = {
     },
     "network": {
         "model_config": set_attribute("sampling_settings", {"shift": 7.0}),
-        "model_type": lambda before: next(kind for kind in type(before) if kind is not before),
+        "model_type": lambda before: other_of_its_kind(before),
         "model_sampling": lambda before: shifted(before),
         "latent_format": set_attribute("scale_factor", 2.0),
         "manual_cast_dtype": put(torch.float64),
@@ -157,6 +157,11 @@ def shifted(sampling: Any) -> Any:
     after = copy.deepcopy(sampling)
     after.set_parameters(shift=7.0)
     return after
+
+
+def other_of_its_kind(member: Any) -> Any:
+    kinds: Any = type(member)
+    return next(kind for kind in kinds if kind is not member)
 
 
 def rows_of(pack: str) -> list[tuple[str, str, bool]]:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import toy
+from bases import drawn
 from inprocess import ComfyUI
 from loaded import FILES, apply, identities, load, off_device, to_device
 from loras import random_lora
 from safetensors.torch import load_file, save_file
-from test_bases import drawn, half_in_ram  # noqa: F401  a fixture
 from torch import Tensor, nn
 
 QUANTISED = {
@@ -66,7 +66,8 @@ def tensors_of(network: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor], 
 
     for path, module in network.named_modules():
         for places in (module._parameters, module._buffers):
-            for name, value in places.items():
+            own: dict[str, Any] = dict(places)
+            for name, value in own.items():
                 if value is None or name in module._non_persistent_buffers_set:
                     continue
                 if isinstance(value, QuantizedTensor):
@@ -231,7 +232,7 @@ def test_whatever_becomes_of_its_weights_a_model_stays_the_same(
     comfyui: ComfyUI,
     fresh: Any,
     who: Any,
-    half_in_ram: Any,  # noqa: F811
+    half_in_ram: Any,
     kind: str,
 ) -> None:
     """Loaded, sampled, another clone's patches in them, half in RAM, unloaded, loaded anew."""
