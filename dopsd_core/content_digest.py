@@ -119,7 +119,7 @@ class Digester:
 
     def _number(self, value: Any) -> bytes:
         """Of a class that is made of a number's or a text's."""
-        base: Callable[[Any], Any] = next(kind for kind in (str, int, float, bytes) if isinstance(value, kind))
+        base: Any = next(kind for kind in (str, int, float, bytes) if isinstance(value, kind))
         return self._joined(name_of(type(value)), [self.of(base(value)), *self._rest(value)])
 
     def _set(self, value: Any) -> bytes:

@@ -31,7 +31,7 @@ def load(comfyui: ComfyUI, stock: Stock, monkeypatch: pytest.MonkeyPatch) -> Cal
     from comfy.cli_args import args
 
     def loaded(form: str) -> Any:
-        file = FAST[form] if form in FAST else bases.FORMS[form][0]
+        file = FAST[form] if form in FAST else bases.FORMS[form].file
         stock(f"diffusion_models/{file}")
         monkeypatch.setattr(args, "bf16_unet", form == "bf16")
         unet = torch.inference_mode()(comfyui.nodes.UNETLoader().load_unet)
