@@ -82,9 +82,9 @@ def graph(name: str = NAME, **changes: Any) -> dict[str, Any]:
 
 
 def seen(run: Run, node: str = "train") -> str:
-    """How a run ended, as the user reads it: status, the error's first line, the node's last text."""
+    """How a run ended, as the user reads it: status, the first line of the error and of the node's last text."""
     error = run.error.splitlines()[0] if run.error else ""
-    text = " / ".join(run.texts(node)[-1].splitlines()) if run.texts(node) else ""
+    text = run.texts(node)[-1].splitlines()[0] if run.texts(node) else ""
     return "; ".join([run.status, *([error] if error else []), *([f"the node says: {text}"] if text else [])])
 
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        saved = "; what was trained is saved, and the same command continues it" if args.command == "train" else ""
+        saved = "; the same command resumes from what is saved" if args.command == "train" else ""
         _complain(f"interrupted{saved}")
         return 130
     except ModuleNotFoundError as error:

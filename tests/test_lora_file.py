@@ -148,7 +148,7 @@ def test_facts_that_are_not_unicode_do_not_cost_the_file(tmp_path, trained):
     save_lora(
         tmp_path / "x.safetensors", trained[1].state(), CONFIG, metadata={"dopsd_base_model": "caf\udce9.safetensors"}
     )
-    assert load_lora(tmp_path / "x.safetensors")[1]["dopsd_base_model"] == "caf\\udce9.safetensors"
+    assert load_lora(tmp_path / "x.safetensors")[1]["dopsd_base_model"] == "caf\\xe9.safetensors"
 
 
 def test_damaged_and_missing_files_say_which(tmp_path):

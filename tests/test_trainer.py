@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -408,6 +409,34 @@ def test_an_exception_of_the_host_saves_and_passes(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None and checkpoint.step == 4 and (tmp_path / "lora.safetensors").exists()
     assert "forward" not in denoiser.enter.__dict__
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 6, 7, 9, 10])
+@pytest.mark.parametrize("checkpoint_every", [3, 100])
+def test_ctrl_c_inside_a_save_loses_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, checkpoint_every: int
+) -> None:
+    """At any write of the periodic saves, of the last one, or of the LoRA: what was done is saved all the same."""
+    real, calls, reports = os.fsync, [0], Recorder()
+
+    def fsync(descriptor: int) -> None:
+        calls[0] += bool(reports.reports)  # not while the run is opened
+        if calls[0] == call:
+            calls[0] += 1
+            raise KeyboardInterrupt
+        real(descriptor)
+
+    config = make_config(checkpoint_every=checkpoint_every, probe_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, TinyDenoiser(), make_data(), tmp_path, reports)
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == reports.reports[-1].step
+    assert load_lora(tmp_path / "lora.safetensors")[1]["dopsd_step"] == str(checkpoint.step)
+    train(config, TinyDenoiser(), make_data(), tmp_path)
+    train(config, TinyDenoiser(), make_data(), tmp_path / "whole")
+    assert saved_bytes(tmp_path) == saved_bytes(tmp_path / "whole")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ FORMS: Mapping[str, Form] = {
     "klein fp16": Form("flux-2-klein-4b", torch.float16, "fp16_unet"),
     "klein fp8": Form("flux-2-klein-4b-fp8", "TensorCoreFP8E4M3Layout"),
 }
+CENTRAL = ("bf16", "fp8", "int8 convrot", "klein", "klein fp8")
+"""Those that differ most; the modes of less use are run with these alone (`-m central`)."""
+EVERY_FORM = [pytest.param(form, marks=[pytest.mark.central] if form in CENTRAL else []) for form in FORMS]
+
 SETTINGS = {
     "steps": 3, "rank": 4, "rollout_steps": 2, "preview_every": 0, "probe_every": 0, "anchor_probability": 0.0,
 }  # fmt: skip

@@ -228,3 +228,9 @@ def test_clip_and_vision_that_do_not_belong_together_are_refused(demo, vision):
     real = dataclasses.replace(demo.vision, lm_config=vision.qwen3vl_4b().lm_config)
     with pytest.raises(ValueError, match="128 wide.*2560"):
         vision.encode_image_text(demo.clip, real, TEXT, seeded(3, 64, 64))
+
+
+def test_every_weight_of_the_autoencoder_may_stay_in_ram(demo):
+    """With --novram, or where memory is short, ComfyUI brings a weight for its use, to layers of its own only."""
+    for path, module in demo.vae.first_stage_model.named_modules():
+        assert not list(module.parameters(recurse=False)) or hasattr(module, "comfy_cast_weights"), path

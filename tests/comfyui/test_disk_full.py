@@ -95,3 +95,17 @@ def test_a_preview_that_does_not_fit_is_no_half_file(comfyui: ComfyUI, full: Cal
     assert again.status == "success", again.error
     for path in (Path(again.value("train", 2)) / "previews").iterdir():
         Image.open(path).load()
+
+
+def test_a_cancel_on_a_full_disk_says_what_is_kept(comfyui: ComfyUI, full: Callable[[str], None]) -> None:
+    def on_event(event: Any) -> None:
+        if event.kind == "progress" and event.data["node"] == "train" and event.data["value"] == 3:
+            full("dopsd/")
+            comfyui.interrupt()
+
+    run = comfyui.execute(graph("cancelled", checkpoint_every=2), on_event=on_event)
+    assert run.status == "interrupted"
+    assert "stopped, 2 steps are kept in output/dopsd/cancelled-" in run.texts("train")[-1]
+    full("")
+    again = comfyui.execute(graph("cancelled", checkpoint_every=2))
+    assert again.status == "success", again.error

@@ -342,6 +342,44 @@ def test_auto_is_the_same_run_whatever_is_free(comfyui: ComfyUI, memory: Any, mo
     assert plans[-1].checkpoint_blocks == 4
 
 
+def test_dynamic_vram_is_not_said_to_leave_so_much_in_ram(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no notice of what it is asked to keep free: known is what does not fit, and no more."""
+    case = Case(comfyui)
+    size = case.plan("24 GB", 10**6).streamed
+    monkeypatch.setattr(type(case.denoiser), "is_dynamic", True)
+    notes = " / ".join(case.plan("24 GB", 10**6).notes)
+    assert f"{size / GB:.1f} GB of the weights do not fit" in notes and "stay in RAM" not in notes
+
+
+@pytest.mark.parametrize(("choice", "preset"), [("auto", "24 GB"), ("12 GB", "12 GB")])
+def test_directml_does_not_say_how_large_the_card_is(
+    comfyui: ComfyUI, memory: Any, monkeypatch: pytest.MonkeyPatch, choice: str, preset: str
+) -> None:
+    """ComfyUI reports 1 GB; that must not choose the smallest card's trades."""
+    import comfy.model_management
+
+    case = Case(comfyui)
+    monkeypatch.setattr(comfy.model_management, "directml_enabled", True)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: 2**30)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2**30)
+    plan = memory.plan_memory(choice, case.denoiser, case.conditions, case.config)
+    assert plan.preset == preset and plan.streamed == 0 and plan.checkpoint_blocks == 0
+    said = [note for note in plan.notes if "not known under DirectML" in note]
+    assert len(said) == (choice == "auto")
+
+
+def test_patches_on_8_bit_weights_are_warned_of(comfyui: ComfyUI) -> None:
+    """What ComfyUI rounds at random depends on where the weights lie."""
+    key = "diffusion_model.layers.0.attention.qkv.weight"
+    for dtype, warned in ((torch.float32, False), (torch.bfloat16, False), (torch.float8_e4m3fn, True)):
+        model = toy.z_image(dtype, torch.float32)
+        assert not any("8 bits" in note for note in Case(comfyui, model).plan("24 GB", 100 * GB).notes)
+        patched = model.clone()
+        assert patched.add_patches({key: ("diff", (torch.zeros(768, 256),))}, 0.5) == [key]
+        notes = [note for note in Case(comfyui, patched).plan("24 GB", 100 * GB).notes if "8 bits" in note]
+        assert len(notes) == warned and all("on 1 weights" in note for note in notes)
+
+
 # -- running out of it ------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +453,19 @@ def test_the_failed_run_holds_on_to_nothing(comfyui: ComfyUI, monkeypatch: pytes
     monkeypatch.setattr(train, "free_device_memory", look)
     assert comfyui.execute(training("oom-held", preview_every=0)).status == "error"
     assert alive == [False]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "Could not allocate tensor with 805306368 bytes. There is not enough GPU video memory available!",
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes",
+        "MPS backend out of memory (MPS allocated: 17.90 GB)",
+    ],
+)
+def test_every_backend_says_it_otherwise(memory: Any, message: str) -> None:
+    assert memory.is_out_of_memory(RuntimeError(message)) and not memory.is_out_of_memory(ValueError(message))
 
 
 def test_other_errors_are_handed_on(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Builds the pretend device's library for this environment's torch: 20 s, once per torch and source.
 
-    PYTHONPATH=tests python -m pretend_cuda.build      # prints where the library is, or why there is none
+    PYTHONPATH=tests python -m pretend_cuda.build      # says where the library is, or why there is none
 
 The library goes into the environment (`pretend_cuda/` below sys.prefix) or into $PRETEND_CUDA_CACHE. torch is not
 imported: the library must be loaded before it.
@@ -80,5 +80,16 @@ def _torch_folder() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
+def main() -> None:
+    """Builds it, or says in one loud line why what needs it is not tested."""
+    reason = why_not()
+    if not reason:
+        print(f"pretend CUDA device: {build()}")
+        return
+    print(f"NO PRETEND CUDA DEVICE: {reason}; the paths of a GPU will not be tested")
+    if os.environ.get("DOPSD_REQUIRE_CUDA", "") not in ("", "0"):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    print(build())
+    main()

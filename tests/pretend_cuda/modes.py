@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mode:
-    """flags: of ComfyUI. about: who has it."""
+    """flags: of ComfyUI. about: what it is."""
 
     name: str
     flags: tuple[str, ...]
@@ -17,11 +17,12 @@ class Mode:
 MODES = {
     mode.name: mode
     for mode in (
-        Mode("dynamic", (), "dynamic VRAM, the default on NVIDIA: weights live in pages that may leave at any time"),
+        Mode("dynamic", (), "dynamic VRAM, the default on NVIDIA: weights in pages that may leave at any time"),
         Mode("classic", ("--disable-dynamic-vram",), "WSL, torch before 2.8, AMD, Intel, Mac: loaded whole or in part"),
         Mode("lowvram", ("--disable-dynamic-vram", "--lowvram"), "classic, with text encoders on the CPU"),
         Mode("novram", ("--novram",), "classic, with every weight in RAM"),
         Mode("highvram", ("--highvram",), "classic, with nothing ever unloaded"),
+        Mode("core", (), "the core alone, without ComfyUI"),
     )
 }
 CAPABILITIES = ("8.9", "7.5")

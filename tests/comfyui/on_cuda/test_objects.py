@@ -1,7 +1,7 @@
 """MODEL, CLIP and VAE after our nodes: used in stock ways, they give what they gave before, to the bit.
 
-Each comes from its stock loader, is used, goes through a shipped workflow with Teacher Preview and a training, and is
-used again. On a device every one of these moves weights, and what is moved outside of inference mode is lost.
+Each comes from its stock loader and goes through a shipped workflow up to the conditions, Teacher Preview or training.
+On a device each of these moves weights, and weights that are moved outside of inference mode are lost.
 """
 
 from __future__ import annotations
@@ -13,13 +13,22 @@ from typing import Any
 import pytest
 import stock_files
 import torch
+from bases import unload
 from graphs import node_of, shipped, shrunk
 from inprocess import ComfyUI
 from loras import give_values, random_lora
 from runs import Run
 from torch import Tensor, nn
 
-WORKFLOWS = ("z_image_turbo_train", "klein_train", "klein_edit_train")
+CASES = [
+    ("z_image_turbo_train", "DOPSD_BuildTeacherCondition"),
+    pytest.param("z_image_turbo_train", "DOPSD_TeacherPreview", marks=pytest.mark.central),
+    ("z_image_turbo_train", "DOPSD_TrainLoRA"),
+    ("klein_train", "DOPSD_TeacherPreview"),
+    ("klein_train", "DOPSD_TrainLoRA"),
+    pytest.param("klein_edit_train", "DOPSD_TrainLoRA", marks=pytest.mark.central),
+]
+"""A workflow, and its last node."""
 SETTINGS = {"steps": 2, "rollout_steps": 2, "probe_every": 2, "preview_every": 0}
 
 
@@ -50,7 +59,8 @@ def loaded(comfyui: ComfyUI, graph: dict) -> dict[str, Any]:
 
 def given(comfyui: ComfyUI, graph: dict, objects: dict[str, Any]) -> dict:
     """The graph with these objects in place of its loaders."""
-    slots = {node_of(graph, kind): slot for slot, kind in enumerate(LOADERS.values())}
+    ids = {node["class_type"]: key for key, node in graph.items()}
+    slots = {ids[kind]: slot for slot, kind in enumerate(LOADERS.values()) if kind in ids}
 
     def link(value: Any) -> Any:
         return ["given", slots[value[0]]] if isinstance(value, list) and value[0] in slots else value
@@ -61,6 +71,16 @@ def given(comfyui: ComfyUI, graph: dict, objects: dict[str, Any]) -> dict:
         if key not in slots
     }
     return {"given": give_values(comfyui, SOCKETS, list(objects.values())), **nodes}
+
+
+def up_to(graph: dict, last: str) -> dict:
+    """The graph up to its node of that class, which is shown."""
+    kept, waiting = {}, [node_of(graph, last)]
+    while waiting:
+        node = waiting.pop()
+        kept[node] = graph[node]
+        waiting += [value[0] for value in graph[node]["inputs"].values() if isinstance(value, list)]
+    return {**kept, "shown": {"class_type": "PreviewAny", "inputs": {"source": [node_of(graph, last), 0]}}}
 
 
 def used(comfyui: ComfyUI, objects: dict[str, Any]) -> dict[str, Tensor]:
@@ -116,14 +136,21 @@ def is_usable(parameter: nn.Parameter) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_they_are_what_they_were(comfyui: ComfyUI, trains: Callable[[str], dict], name: str) -> None:
+@pytest.mark.parametrize(("name", "last"), CASES)
+def test_they_are_what_they_were(comfyui: ComfyUI, trains: Callable[[str], dict], name: str, last: str) -> None:
+    """Fresh from their files, so that our nodes are the first that bring them to the device."""
     graph = trains(name)
+    others = loaded(comfyui, graph)
+    wanted, wanted_state = used(comfyui, others), state(others)
+    assert not torch.equal(wanted["sample"], wanted["with_lora"])
+
+    unload(comfyui)
+    for entry in comfyui.module("nodes.paths").condition_cache().glob("*"):
+        entry.unlink()
     objects = loaded(comfyui, graph)
-    before, was = used(comfyui, objects), state(objects)
-    assert not torch.equal(before["sample"], before["with_lora"])
-    run: Run = comfyui.execute(given(comfyui, graph, objects))
+    run: Run = comfyui.execute(given(comfyui, up_to(graph, last), objects))
     assert run.status == "success", run.error
-    after = used(comfyui, objects)
-    assert {key: torch.equal(after[key], before[key]) for key in before} == dict.fromkeys(before, True)
-    assert state(objects) == was
+    assert state(objects) == wanted_state
+    got = used(comfyui, objects)
+    assert {key: torch.equal(got[key], wanted[key]) for key in wanted} == dict.fromkeys(wanted, True)
+    assert state(objects) == wanted_state

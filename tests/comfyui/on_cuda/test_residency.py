@@ -6,6 +6,7 @@ faults refused, cast buffers overwritten; and all of that in every single use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from bases import (
-    FORMS,
+    EVERY_FORM,
     Load,
     drawn,
     equal,
     gradients,
     is_dynamic,
+    learned,
     left_in_ram,
     relative,
     resident,
@@ -62,7 +64,7 @@ def was_streamed(model: Any, before: int) -> bool:
     return aimdo.count["refused"] > before if is_dynamic() else len(left_in_ram(model)) > 10
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_gradients(comfyui: ComfyUI, load: Load, whole: Elsewhere, streamed: Elsewhere, form: str) -> None:
     model = load(form)
     held = weights(model)
@@ -83,7 +85,7 @@ def test_gradients(comfyui: ComfyUI, load: Load, whole: Elsewhere, streamed: Els
 def test_gradients_on_a_patched_model(
     comfyui: ComfyUI, load: Load, whole: Elsewhere, streamed: Elsewhere, form: str
 ) -> None:
-    """A LoRA on the base is put on in each use, or once; in narrower dtypes ComfyUI rounds at random where it is."""
+    """A LoRA on the base is put on in each use, or once: ComfyUI then multiplies it out in 16 bits or in 32."""
     model = load(form)
     lora = random_lora(comfyui, model, 0.5, 4, 0)
     loader = comfyui.nodes.NODE_CLASS_MAPPINGS["LoraModelLoader"]
@@ -92,12 +94,12 @@ def test_gradients_on_a_patched_model(
         base, wanted = gradients(comfyui, model), gradients(comfyui, patched)
     assert relative(base, wanted) > 0.1
     with streamed():
-        assert relative(gradients(comfyui, patched, 2, teacher), wanted) < 1e-6
+        assert relative(gradients(comfyui, patched, 2, teacher), wanted) < 3e-3
         assert equal(gradients(comfyui, model), base)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_trainings(comfyui: ComfyUI, load: Load, whole: Elsewhere, form: str, record_property: Any) -> None:
+@pytest.mark.parametrize("form", EVERY_FORM)
+def test_trainings(comfyui: ComfyUI, load: Load, whole: Elsewhere, form: str) -> None:
     """In the way of the mode itself; afterwards the MODEL samples the same."""
     model = load(form)
     held = weights(model)
@@ -105,9 +107,8 @@ def test_trainings(comfyui: ComfyUI, load: Load, whole: Elsewhere, form: str, re
         before, wanted = drawn(comfyui, model), train(comfyui, model, f"whole-{form}")
     unload(comfyui)
     run = train(comfyui, model, f"as-it-comes-{form}")
-    losses = run.value("train", 1)["loss"]
-    assert losses[-1] < losses[0]
+    assert all(math.isfinite(loss) for loss in run.value("train", 1)["loss"])
+    assert all(b.abs().max() > 0 for b in learned(run))
     assert same(run.value("train"), wanted.value("train"))
     assert torch.equal(drawn(comfyui, model), before) and same(weights(model), held)
     assert aimdo.still_pinned() == 0
-    record_property("trained", form)
