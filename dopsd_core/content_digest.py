@@ -5,11 +5,13 @@ over, objects of its classes. All of that is read. What cannot be read (a lock, 
 gets a digest that never comes again, so that nothing is taken for the same without being it, and is named in
 `Digester.unknown`.
 
-No address, no hash() and no order of a set goes in. Where a thing lies (its device) does not count.
+No address, no hash() and no order of a set goes in. Where a thing lies (its device) and what tag it was given (a UUID)
+does not count.
 """
 
 from __future__ import annotations
 
+import datetime
 import enum
 import functools
 import hashlib
@@ -19,6 +21,7 @@ import pathlib
 import re
 import struct
 import types
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -38,7 +41,7 @@ _OF_CLASSES |= {"__firstlineno__", "__static_attributes__", "__parameters__", "_
 _OF_CLASSES |= {"__annotate_func__", "__annotations_cache__"}
 
 _WRITTEN_OUT = (torch.dtype, torch.layout, torch.memory_format, range, slice, re.Pattern)
-_WRITTEN_OUT += (types.UnionType, types.GenericAlias)
+_WRITTEN_OUT += (types.UnionType, types.GenericAlias, datetime.date, datetime.time, datetime.timedelta)
 _POINTER = struct.calcsize("P")
 _CACHED_FUNCTION = type(functools.lru_cache(lambda: None))
 
@@ -119,7 +122,8 @@ class Digester:
 
     def _number(self, value: Any) -> bytes:
         """Of a class that is made of a number's or a text's."""
-        base: Any = next(kind for kind in (str, int, float, bytes) if isinstance(value, kind))
+        bases: tuple[Any, ...] = (str, int, float, bytes)
+        base = next(kind for kind in bases if isinstance(value, kind))
         return self._joined(name_of(type(value)), [self.of(base(value)), *self._rest(value)])
 
     def _set(self, value: Any) -> bytes:
@@ -203,6 +207,9 @@ class Digester:
     def _cached(self, value: Any) -> bytes:
         return self._joined("cached", [self.of(value.__wrapped__)])
 
+    def _namespace(self, value: types.SimpleNamespace) -> bytes:
+        return self._joined("namespace", self._named(vars(value).items()))
+
     def _object(self, value: Any) -> bytes:
         kind = type(value)
         if not _is_readable(value):
@@ -225,6 +232,7 @@ class Digester:
         (_CACHED_FUNCTION, _cached),
         (np.ndarray, _array),
         (torch.Generator, _generator),
+        (types.SimpleNamespace, _namespace),
         ((dict, types.MappingProxyType), _mapping),
         ((list, tuple, deque), _sequence),
         ((set, frozenset), _set),
@@ -252,8 +260,8 @@ def _plain(value: Any) -> bytes | None:
         return b"str " + value.encode(errors="surrogatepass")
     if kind in (bytes, bytearray):
         return b"bytes " + bytes(value)
-    if isinstance(value, torch.device):
-        return b"device"
+    if isinstance(value, (torch.device, uuid.UUID)):
+        return name_of(kind).encode()
     if isinstance(value, _WRITTEN_OUT):
         return f"{kind.__name__} {value!r}".encode()
     if isinstance(value, pathlib.PurePath):

@@ -314,7 +314,7 @@ class _Reader:
         self._kinds: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
             (ModelPatcher, self._patcher),
             (comfy.sd.CLIP, _clip),
-            (comfy.sd.VAE, lambda vae: ("VAE", _counted("VAE", vars(vae)))),
+            (comfy.sd.VAE, _vae),
             (TeacherVision, lambda vision: ("vision", _counted("vision", vars(vision)))),
             (comfy.supported_models_base.BASE, _config),
             (comfy.weight_adapter.WeightAdapterBase, _adapter),
@@ -331,6 +331,9 @@ class _Reader:
         for kind, read in self._kinds:
             if isinstance(value, kind):
                 return read(value)
+        own = getattr(value, "__dict__", None)  # other packs' classes that stand for a CLIP or a VAE
+        if isinstance(own, dict) and isinstance(own.get("patcher"), ModelPatcher):
+            return _clip(value) if "cond_stage_model" in own else _vae(value) if "first_stage_model" in own else value
         return value
 
     def _patcher(self, patcher: Any) -> Any:
@@ -440,11 +443,16 @@ def _method(method: types.MethodType) -> Any:
     return method
 
 
-# -- CLIP -------------------------------------------------------------------------------------------------------------
+# -- CLIP and VAE -----------------------------------------------------------------------------------------------------
+
+
+def _vae(vae: Any) -> Any:
+    return "VAE", _counted("VAE", vars(vae))
 
 
 def _clip(clip: Any) -> Any:
-    return "CLIP", _counted("CLIP", {**vars(clip), "tokenizer": _tokenizer(clip.tokenizer)})
+    tokenizer = vars(clip).get("tokenizer")
+    return "CLIP", _counted("CLIP", {**vars(clip), "tokenizer": tokenizer and _tokenizer(tokenizer)})
 
 
 def _tokenizer(tokenizer: Any) -> Any:
@@ -452,4 +460,4 @@ def _tokenizer(tokenizer: Any) -> Any:
     plain = {name: value for name, value in vars(tokenizer).items() if isinstance(value, (str, int, float, type(None)))}
     inner = {n: _tokenizer(v) for n, v in vars(tokenizer).items() if hasattr(v, "tokenize_with_weights")}
     plain.pop("embedding_directory", None)
-    return name_of(type(tokenizer)), plain, inner, tokenizer.state_dict()
+    return name_of(type(tokenizer)), plain, inner, getattr(tokenizer, "state_dict", dict)()

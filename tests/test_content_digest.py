@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import datetime
 import enum
 import functools
 import io
@@ -9,6 +10,8 @@ import random
 import subprocess
 import sys
 import threading
+import types
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,8 @@ PAIRS: dict[str, Callable[[int], Any]] = {
     "class": lambda n: [Options, Child][n],
     "path": lambda n: Path(f"a/{n}"),
     "dtype": lambda n: [torch.float16, torch.bfloat16][n],
+    "namespace": lambda n: types.SimpleNamespace(a=n),
+    "date": lambda n: datetime.datetime(2000, 1, 1 + n),
     "array": lambda n: np.array([1, n]),
     "numpy number": lambda n: np.float32(n),
     "tensor": lambda n: torch.tensor([1.0, n]),
@@ -174,6 +179,7 @@ def test_kinds_are_told_apart() -> None:
 
 def test_where_a_thing_lies_does_not_count() -> None:
     assert digest(torch.device("cpu")) == digest(torch.device("cuda:1"))
+    assert digest(uuid.uuid4()) == digest(uuid.uuid4())
     shared = Options(1.0, ["a"])
     assert digest([shared, shared]) == digest([Options(1.0, ["a"]), Options(1.0, ["a"])])
     assert digest({"a", "b", "c"}) == digest({"c", "b", "a"})

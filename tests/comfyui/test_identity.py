@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -237,6 +238,19 @@ def test_what_is_not_in_the_table_counts(fresh: Any, who: Any) -> None:
     other = copy.copy(vae)
     other.an_attribute_of_a_later_release = 1
     assert who(other) != who(vae)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "VAE"])
+def test_another_packs_class_is_read_by_the_same_table(comfyui: ComfyUI, fresh: Any, who: Any, kind: str) -> None:
+    """It need not be made of ComfyUI's; loading still changes nothing."""
+    value = fresh(kind)
+    own = types.new_class(f"Own{kind}")()
+    vars(own).update(vars(value))
+    before = who(own)
+    assert before == who(value)
+    to_device(comfyui, own)
+    assert who(own) == before
+    off_device(comfyui)
 
 
 def test_all_of_a_kind_are_told_apart_and_loading_again_gives_the_same(fresh: Any, who: Any) -> None:
