@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dopsd_core.atomic import write_atomic
+from dopsd_core.files.atomic import write_atomic
 
 
 def test_writes_and_replaces(tmp_path):

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.condition_cache import ConditionCache, cache_key, digest_bytes
-from dopsd_core.conditioning import Condition, EncodeRequest, Picture, encode_dataset, encode_texts
-from dopsd_core.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
+from dopsd_core.conditioning.cache import ConditionCache, cache_key, digest_bytes
+from dopsd_core.conditioning.encode import Condition, EncodeRequest, Picture, encode_dataset, encode_texts
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
 
 
 class CountingEncoder:

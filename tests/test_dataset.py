@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dopsd_core.buckets import Bucket
-from dopsd_core.dataset import DatasetError, plan_encoding
+from dopsd_core.data.buckets import Bucket
+from dopsd_core.data.dataset import DatasetError, plan_encoding
 
 from .written import only, pair, picture, read, rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dopsd_core.state import (
+from dopsd_core.training.checkpoint import (
     Checkpoint,
     StateError,
     flatten_state,
@@ -103,7 +103,7 @@ def test_a_full_disk_costs_nothing_that_was_there(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dopsd_core.state.os.fsync", full)
+    monkeypatch.setattr("dopsd_core.training.checkpoint.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, make(2), keep=1)
     assert names(tmp_path) == ["step-000001"] and loaded_step(tmp_path) == 1

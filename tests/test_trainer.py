@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd_core.adapters import AdapterSet
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_file import load_lora, unfold_alpha
 from dopsd_core.config import ConfigError
-from dopsd_core.dataset import Example
-from dopsd_core.lock import FolderInUse
-from dopsd_core.lora_file import load_lora, unfold_alpha
-from dopsd_core.progress import StepReport, curve, read_log
-from dopsd_core.run import Run
-from dopsd_core.state import StateError, load_checkpoint
-from dopsd_core.trainer import NoCallbacks, NonFiniteError, TrainingSet, train
+from dopsd_core.data.dataset import Example
+from dopsd_core.files.lock import FolderInUse
+from dopsd_core.training.checkpoint import StateError, load_checkpoint
+from dopsd_core.training.log import StepReport, curve, read_log
+from dopsd_core.training.run import Run
+from dopsd_core.training.trainer import NoCallbacks, NonFiniteError, TrainingSet, train
 from tests.tiny import (
     TinyDenoiser,
     killable_config,

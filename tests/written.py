@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dopsd_core.dataset import DatasetReport, read_dataset
+from dopsd_core.data.dataset import DatasetReport, read_dataset
 
 
 def picture(

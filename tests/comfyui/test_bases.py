@@ -86,7 +86,10 @@ def dense(model: Any) -> Any:
 
 def made_conditions(comfyui: ComfyUI, model: Any) -> Any:
     """Two pairs whose teacher knows more than the student."""
-    conditioning, family = comfyui.core("conditioning"), comfyui.module("nodes.host").family_of(model)
+    conditioning, family = (
+        comfyui.core("conditioning.encode"),
+        comfyui.module("nodes.comfy_host.denoiser").family_of(model),
+    )
     width = 64 if family.name == "z_image" else 192
     generator, pairs = torch.Generator().manual_seed(3), []
     for number in range(2):
@@ -97,8 +100,8 @@ def made_conditions(comfyui: ComfyUI, model: Any) -> Any:
                 conditioning.Condition(student), conditioning.Condition(teacher), latent, f"{number}", f"{number}"
             )
         )
-    data, teacher = comfyui.core("training_set").TrainingSet(pairs), comfyui.core("teachers").VLM
-    return comfyui.module("nodes.sockets").Conditions(family, teacher, data, (), (), "", 0.0)
+    data, teacher = comfyui.core("training.training_set").TrainingSet(pairs), comfyui.core("conditioning.teachers").VLM
+    return comfyui.module("nodes.comfy_host.sockets").Conditions(family, teacher, data, (), (), "", 0.0)
 
 
 def train(comfyui: ComfyUI, model: Any, name: str) -> Run:
@@ -117,12 +120,15 @@ def gradients(comfyui: ComfyUI, model: Any) -> list[Tensor]:
     """Of a LoRA whose every weight does something, called as a node is: inside inference mode."""
 
     def computed() -> list[Tensor]:
-        conditions, denoiser = made_conditions(comfyui, model), comfyui.module("nodes.host").ComfyDenoiser(model)
+        conditions, denoiser = (
+            made_conditions(comfyui, model),
+            comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model),
+        )
         pairs, generator = conditions.data.pairs, torch.Generator().manual_seed(4)
         x = torch.randn(2, *pairs[0].target_latent.shape, generator=generator)
         with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(x.shape):
             lora = denoiser.family.lora_config(4)
-            adapters = comfyui.core("adapters").AdapterSet(denoiser.sites(), lora, teacher="frozen")
+            adapters = comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), lora, teacher="frozen")
             values = {key: torch.randn(v.shape, generator=generator) * 0.05 for key, v in adapters.state().items()}
             adapters.load_state("student", values)
             with adapters.attached():
@@ -138,7 +144,7 @@ def drawn(comfyui: ComfyUI, model: Any) -> Tensor:
     conditions = made_conditions(comfyui, model)
     family, features = conditions.family, conditions.data.pairs[0].student.features
     latent = torch.zeros(1, *family.latent_shape(64, 64))
-    sample = torch.inference_mode()(comfyui.module("nodes.sampler").few_step_sample)
+    sample = torch.inference_mode()(comfyui.module("nodes.few_step_sampler").few_step_sample)
     return comfyui.call(sample, model, [[features[None], {}]], latent, 3, family.sigmas(2, 64, 64), "euler")
 
 
@@ -199,7 +205,7 @@ def test_a_training_on_it_is_one_on_the_same_weights_in_fp32(comfyui: ComfyUI, l
 
 def test_another_form_is_another_run(comfyui: ComfyUI, load: Any) -> None:
     """The two layouts of fp8 hold the same weights."""
-    fingerprint = comfyui.module("nodes.host").fingerprint
+    fingerprint = comfyui.module("nodes.comfy_host.denoiser").fingerprint
     digests = {form: fingerprint(load(form)) for form in FORMS}
     assert digests["fp8"] == digests.pop("fp8, older layout")
     assert len(set(digests.values())) == len(digests)

@@ -341,15 +341,15 @@ def test_connected_images_stay_plain_pictures(comfyui, edits) -> None:
 
 
 def test_batches_and_transparency(comfyui) -> None:
-    store = comfyui.module("nodes.dataset").store_pictures
+    store = comfyui.module("nodes.load_dataset").store_pictures
     batch = torch.rand(2, 32, 48, 3)
     clear = torch.cat([torch.rand(1, 16, 16, 3), torch.zeros(1, 16, 16, 1)], -1)
     versions = batch._version, clear._version
     source = store([batch, clear], ["one", "two", "three \ud800"])
     assert sorted(path.name for path in source.glob("*.png")) == [f"image_000{i}.png" for i in (1, 2, 3)]
-    report = comfyui.core("dataset").read_dataset(source, pixel_budget=4096, multiple=16)
+    report = comfyui.core("data.dataset").read_dataset(source, pixel_budget=4096, multiple=16)
     assert not report.errors and (batch._version, clear._version) == versions
-    read = comfyui.core("images").read_image
+    read = comfyui.core("data.images").read_image
     assert read(source / "image_0003.png").getcolors() == [(256, (255, 255, 255))]
     assert store([batch, clear], ["one", "two", "four"]) != source
 
@@ -357,7 +357,7 @@ def test_batches_and_transparency(comfyui) -> None:
 def test_cancelling_stops_at_the_next_picture(comfyui, folder, monkeypatch) -> None:
     for number in range(8):
         write_pair(folder, f"more{number}", "a [V] cat", colour=number)
-    core, decoded = comfyui.core("dataset_checks"), []
+    core, decoded = comfyui.core("data.checks"), []
     decode = core.decode
     monkeypatch.setattr(core, "decode", lambda path: decoded.append(path) or decode(path))
 

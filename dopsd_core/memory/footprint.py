@@ -1,0 +1,93 @@
+"""How much memory a training step needs, before it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..adapters.adapter_set import TeacherKind
+from ..adapters.lora_config import LoraConfig, lora_size
+from ..denoiser import Denoiser
+from ..families import Family
+from .activation_checkpointing import BlockBytes, block_bytes, block_shapes, blocks_to_checkpoint, peak_bytes
+
+_FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
+"""Elements per token. For a moment in a block, in units of its widest input: in a forward without a graph (counted:
+Z-Image 4.8, klein 5.2), and in a backward beyond what was kept (2.2, 2.9). Kept outside the blocks, in units of the
+width: 3 to 4 were counted."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the device while an optimizer step is made.
+
+    With P the LoRA's elements: P = r * sum over the adapted parts of (inputs + outputs), r the rank; L tokens, D the
+    network's width, I a block's widest input.
+
+    weights: of the base, in whatever form they were loaded.
+    lora: 4 P, master weights in fp32.
+    training: gradients 4 P, Adam's two moments 8 P (2 P in 8 bits), and an ema teacher 4 P.
+    working: what embedders and the output layer keep, 4 * batch * L * D * itemsize, and the largest weight in the
+        compute dtype twice, where weights are cast or streamed.
+    forward, backward: 5.5 and 3 * batch * L * I * itemsize, which live for a moment; the forward's is the teacher's,
+        whose sequence may be the longer one.
+    blocks: what each block keeps for its backward, `checkpointing.block_bytes`.
+    """
+
+    weights: int
+    lora: int
+    training: int
+    working: int
+    forward: int
+    backward: int
+    blocks: tuple[BlockBytes, ...]
+
+    def total(self, checkpoint_blocks: int) -> int:
+        """The peak with so many blocks recomputing."""
+        activations = peak_bytes(self.blocks, checkpoint_blocks, self.forward, self.backward)
+        return self.weights + self.lora + self.training + self.working + activations
+
+    def blocks_to_checkpoint(self, budget: int) -> int:
+        """The fewest blocks to recompute for the peak to be within the budget; all where none will do."""
+        activations = budget - (self.weights + self.lora + self.training + self.working)
+        return blocks_to_checkpoint(self.blocks, activations, self.forward, self.backward)
+
+
+def estimate(
+    denoiser: Denoiser,
+    family: Family,
+    lora: LoraConfig,
+    student: tuple[int, int],
+    teacher: tuple[int, int],
+    weights: int,
+    *,
+    batch: int = 1,
+    itemsize: int = 2,
+    teacher_kind: TeacherKind = "ema",
+    eight_bit: bool = False,
+) -> Footprint:
+    """The footprint of training on samples of at most so many (image, text) tokens, `Family.tokens`.
+
+    weights: bytes of the base as loaded. itemsize: of the compute dtype. Memory of the framework and of other programs
+    is not in it.
+    """
+    sites, blocks = denoiser.sites(), denoiser.blocks()
+    _, elements = lora_size(sites, lora)
+    moments, average = 2 if eight_bit else 8, 4 if teacher_kind == "ema" else 0
+    longer = (max(student[0], teacher[0]), max(student[1], teacher[1]))
+    largest = max(site.in_features * site.out_features for site in sites)
+    width = max(shape.tokens * shape.width for shape, _ in block_shapes(blocks, sites, family, *student))
+    return Footprint(
+        weights=weights,
+        lora=4 * elements,
+        training=(4 + moments + average) * elements,
+        working=(_OUTSIDE * batch * width + 2 * largest) * itemsize,
+        forward=int(_FORWARD * batch * _widest(denoiser, family, longer) * itemsize),
+        backward=int(_BACKWARD * batch * _widest(denoiser, family, student) * itemsize),
+        blocks=tuple(block_bytes(blocks, sites, family, lora, *student, batch, itemsize)),
+    )
+
+
+def _widest(denoiser: Denoiser, family: Family, tokens: tuple[int, int]) -> int:
+    """Elements of the widest input of a Linear in a block, for one sample."""
+    shapes = block_shapes(denoiser.blocks(), denoiser.sites(), family, *tokens)
+    return max(shape.tokens * max(site.in_features for site in inside) for shape, inside in shapes)
