@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapters.adapter_set import AdapterSet, Mode
-from .conditioning.encode import Condition, DualCondition
-from .denoiser import Denoiser
-from .rollout import PredictX0, RolloutStep, rollout
-from .sigmas import shift_sigma
+from ..adapters.adapter_set import AdapterSet, Mode
+from ..conditioning.encode import Condition, DualCondition
+from ..denoiser import Denoiser
+from ..rollout import PredictX0, RolloutStep, rollout
+from ..sigmas import shift_sigma
 
 LossForm = Literal["x0", "velocity"]
 SigmaDistribution = Literal["logit-normal", "uniform", "grid"]
