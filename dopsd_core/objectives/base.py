@@ -1,0 +1,128 @@
+"""What an objective is given and gives back: it turns a micro batch into accumulated gradients.
+
+Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as in `sigmas.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..adapters.adapter_set import AdapterSet, Mode
+from ..conditioning.encode import Condition, DualCondition
+from ..denoiser import Denoiser
+from ..rollout import PredictX0, RolloutStep
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveInputs:
+    """One micro batch. All randomness of the objective comes from `generator` (CPU), `noise` aside.
+
+    pairs: B, of one latent shape. noise: [B, C, h, w] fp32 on the denoiser's device. sigmas: the grid, K + 1 values.
+    anchors: conditions without the trigger to draw from. loss_scale: 1 / gradient accumulation.
+    """
+
+    denoiser: Denoiser
+    adapters: AdapterSet
+    pairs: Sequence[DualCondition]
+    noise: Tensor
+    sigmas: Sequence[float]
+    generator: torch.Generator
+    anchors: Sequence[Condition] = ()
+    loss_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Student against target on one state. gap: rms distance of the velocities. cosine, norm_ratio (student over
+    target) of the velocities: means over the batch. loss: of this state, unscaled."""
+
+    index: int
+    sigma: float
+    loss: float
+    gap: float
+    cosine: float
+    norm_ratio: float
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """loss: mean over `steps`, unscaled. is_anchor: the batch was a prior anchor; its gap is not one to the teacher."""
+
+    loss: float
+    steps: tuple[StepStats, ...]
+    is_anchor: bool = False
+
+    @classmethod
+    def of(cls, stats: Sequence[tuple[int, float, Tensor]], is_anchor: bool = False) -> ObjectiveOutput:
+        """From (index, sigma, `compare`'s figures) of each state; reads the figures back from the device."""
+        rows = torch.stack([values for _, _, values in stats]).tolist()
+        steps = tuple(StepStats(index, sigma, *row) for (index, sigma, _), row in zip(stats, rows, strict=True))
+        return cls(_mean([s.loss for s in steps]), steps, is_anchor)
+
+    @property
+    def gap(self) -> float:
+        """Mean gap over the states."""
+        return _mean([s.gap for s in self.steps])
+
+    @property
+    def cosine(self) -> float:
+        """Mean cosine over the states."""
+        return _mean([s.cosine for s in self.steps])
+
+    @property
+    def norm_ratio(self) -> float:
+        """Mean norm ratio over the states."""
+        return _mean([s.norm_ratio for s in self.steps])
+
+
+class Objective(Protocol):
+    """Owns the maths of a step; the trainer owns its order (clip, optimizer, teacher update)."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `OBJECTIVES` and in a LoRA's metadata."""
+        ...
+
+    def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        """Adds loss_scale * dL/dtheta to the gradients of `inputs.adapters.parameters()`; the mode stays as it was."""
+        ...
+
+
+# -- for objectives ---------------------------------------------------------------------------------------------------
+
+
+def predictor(inputs: ObjectiveInputs, mode: Mode, conditions: Sequence[Condition]) -> PredictX0:
+    """(x [B, C, h, w], sigma) -> x0_hat by the weights of `mode` under B conditions, in the caller's grad mode."""
+
+    def predict(x: Tensor, sigma: float) -> Tensor:
+        with inputs.adapters.use(mode):
+            return inputs.denoiser.predict_x0(x, sigma, conditions)
+
+    return predict
+
+
+@torch.no_grad()
+def predict(inputs: ObjectiveInputs, mode: Mode, conditions: Sequence[Condition], x: Tensor, sigma: float) -> Tensor:
+    """x0_hat [B, C, h, w] fp32 of x at sigma, without a graph."""
+    return predictor(inputs, mode, conditions)(x, sigma).float()
+
+
+@torch.no_grad()
+def compare(step: RolloutStep, x0_target: Tensor, loss: Tensor) -> Tensor:
+    """[loss, gap, cosine, norm ratio] on the device: read back once per batch, not once per step."""
+    v_student = ((step.x - step.x0.detach()) / step.sigma).flatten(1)
+    v_target = ((step.x - x0_target) / step.sigma).flatten(1)
+    gap = (v_student - v_target).square().mean().sqrt()
+    cosine = F.cosine_similarity(v_student, v_target, dim=1).mean()
+    ratio = (v_student.norm(dim=1) / v_target.norm(dim=1).clamp_min(1e-12)).mean()
+    return torch.stack([loss.detach(), gap, cosine, ratio])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

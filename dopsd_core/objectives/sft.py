@@ -1,0 +1,71 @@
+"""Supervised flow matching on the target images: the baseline that D-OPSD is compared with.
+
+Legend: B batch, C latent channels, h w latent size; `sigma` as in `sigmas.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch.nn import functional as F
+
+from ..rollout import RolloutStep
+from ..sigmas import shift_sigma
+from .base import ObjectiveInputs, ObjectiveOutput, compare
+
+SigmaDistribution = Literal["logit-normal", "uniform", "grid"]
+
+_MIN_SIGMA = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT:
+    """Supervised flow matching on the target: noise its latent at a random sigma per sample, regress noise - x0.
+
+    sigmas: "logit-normal" (sigmoid of a unit normal) and "uniform" are moved towards noise by `shift`; "grid" draws
+    from the model's own few-step grid.
+    """
+
+    sigmas: SigmaDistribution = "logit-normal"
+    shift: float = 3.0
+    name: str = field(default="sft", init=False)
+
+    def __post_init__(self) -> None:
+        if self.sigmas not in get_args(SigmaDistribution):
+            raise ValueError(f"sigmas must be one of {', '.join(get_args(SigmaDistribution))}; got {self.sigmas!r}")
+        if not self.shift > 0:
+            raise ValueError(f"shift must be positive, got {self.shift}; use 1 for none")
+
+    def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        """Backward per sample, each at its own sigma; `inputs.noise` is the noise that is added.
+
+        Raises:
+            ValueError: a pair has no target latent.
+        """
+        stats = []
+        for index, pair in enumerate(inputs.pairs):
+            if pair.target_latent is None:
+                raise ValueError(f"sft needs target latents; {pair.caption!r} has none, encode it with its image")
+            sigma = self.draw_sigma(inputs.sigmas, inputs.generator)
+            noise = inputs.noise[index : index + 1].float()
+            target = pair.target_latent.to(noise.device, torch.float32).unsqueeze(0)
+            x = torch.lerp(target, noise, sigma)
+            with inputs.adapters.use("student"):
+                x0 = inputs.denoiser.predict_x0(x, sigma, [pair.student]).float()
+                loss = F.mse_loss((x - x0) / sigma, noise - target)
+                (loss * (inputs.loss_scale / len(inputs.pairs))).backward()
+            stats.append((index, sigma, compare(RolloutStep(index, sigma, 0.0, x, x0), target, loss)))
+        return ObjectiveOutput.of(stats)
+
+    def draw_sigma(self, grid: Sequence[float], generator: torch.Generator) -> float:
+        """One sigma in (0, 1]; `grid` is used by "grid" only, without its final 0."""
+        if self.sigmas == "grid":
+            return grid[int(torch.randint(len(grid) - 1, (), generator=generator).item())]
+        if self.sigmas == "uniform":
+            u = torch.rand((), generator=generator).item()
+        else:
+            u = torch.randn((), generator=generator).sigmoid().item()
+        return max(shift_sigma(u, self.shift), _MIN_SIGMA)
