@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from ..lazy import lazy
 
-from ..adapters.adapter_set import AdapterSet, Mode
-from ..conditioning.encode import Condition, DualCondition
-from ..denoiser import Denoiser
-from ..rollout import PredictX0, RolloutStep
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+
+    from ..adapters.adapter_set import AdapterSet, Mode
+    from ..conditioning.encode import Condition, DualCondition
+    from ..denoiser import Denoiser
+    from ..rollout import PredictX0, RolloutStep
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,21 +112,21 @@ def predictor(inputs: ObjectiveInputs, mode: Mode, conditions: Sequence[Conditio
     return predict
 
 
-@torch.no_grad()
 def predict(inputs: ObjectiveInputs, mode: Mode, conditions: Sequence[Condition], x: Tensor, sigma: float) -> Tensor:
     """x0_hat [B, C, h, w] fp32 of x at sigma, without a graph."""
-    return predictor(inputs, mode, conditions)(x, sigma).float()
+    with torch.no_grad():
+        return predictor(inputs, mode, conditions)(x, sigma).float()
 
 
-@torch.no_grad()
 def compare(step: RolloutStep, x0_target: Tensor, loss: Tensor) -> Tensor:
     """[loss, gap, cosine, norm ratio] on the device: read back once per batch, not once per step."""
-    v_student = ((step.x - step.x0.detach()) / step.sigma).flatten(1)
-    v_target = ((step.x - x0_target) / step.sigma).flatten(1)
-    gap = (v_student - v_target).square().mean().sqrt()
-    cosine = F.cosine_similarity(v_student, v_target, dim=1).mean()
-    ratio = (v_student.norm(dim=1) / v_target.norm(dim=1).clamp_min(1e-12)).mean()
-    return torch.stack([loss.detach(), gap, cosine, ratio])
+    with torch.no_grad():
+        v_student = ((step.x - step.x0.detach()) / step.sigma).flatten(1)
+        v_target = ((step.x - x0_target) / step.sigma).flatten(1)
+        gap = (v_student - v_target).square().mean().sqrt()
+        cosine = F.cosine_similarity(v_student, v_target, dim=1).mean()
+        ratio = (v_student.norm(dim=1) / v_target.norm(dim=1).clamp_min(1e-12)).mean()
+        return torch.stack([loss.detach(), gap, cosine, ratio])
 
 
 def _mean(values: Sequence[float]) -> float:

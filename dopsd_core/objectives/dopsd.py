@@ -10,16 +10,21 @@ Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from ..adapters.adapter_set import Mode
-from ..conditioning.encode import Condition
+from ..lazy import lazy
 from ..rollout import rollout
 from .base import ObjectiveInputs, ObjectiveOutput, compare, predict, predictor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+
+    from ..adapters.adapter_set import Mode
+    from ..conditioning.encode import Condition
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 LossForm = Literal["x0", "velocity"]
 
@@ -101,7 +106,6 @@ class DOPSD:
         return torch.rand((), generator=inputs.generator).item() < self.anchor_probability
 
 
-@torch.no_grad()
 def measure_gap(
     inputs: ObjectiveInputs, form: LossForm = "x0", student_mode: Mode = "student", teacher_mode: Mode = "teacher"
 ) -> ObjectiveOutput:

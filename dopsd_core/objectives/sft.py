@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-from torch.nn import functional as F
-
+from ..lazy import lazy
 from ..rollout import RolloutStep
 from ..sigmas import shift_sigma
 from .base import ObjectiveInputs, ObjectiveOutput, compare
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import functional as F
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 SigmaDistribution = Literal["logit-normal", "uniform", "grid"]
 
