@@ -22,7 +22,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,8 @@ class Session:
         self.rate = 0.0 if self.device.type == "meta" else matmul_rate(self.device, self.dtype)
         self.rows: list[Row] = []
         lora = subject.family.lora_config(args.rank)
-        self.config = TrainConfig(lora=lora, rollout_steps=args.rollout_steps, anchor_probability=0.0)
+        objective = objectives.DOPSD(anchor_probability=0)
+        self.config = TrainConfig(adapter=lora, rollout_steps=args.rollout_steps, objective=objective)
 
     def add(self, row: Row, make: Callable[[Row], Row]) -> None:
         """Fills a row in and prints it; running out of memory is a row too."""
@@ -98,7 +99,7 @@ class Session:
         bench.measure(row, self.args.steps, self.rate, bench.ours, plan.reserve)
         if self.device.type == "meta":
             row.peak_gb -= plan.streamed / GB
-        if plan.config.grad_steps:
+        if plan.config.objective != self.config.objective:
             row.counted = None  # what m of K cost is an average over the draws
         return row
 
@@ -112,7 +113,7 @@ def make_plan(
     latent = torch.empty(family.latent_shape(side, side), device=counters.META)
     data = types.SimpleNamespace(pairs=[DualCondition(student, teacher, latent, "", "")], anchors=())
     conditions = types.SimpleNamespace(data=data, family=family)
-    config, budget = replace(config, lora=family.lora_config(rank)), memory.MEMORY_PRESETS[preset].budget
+    config, budget = config.replace(adapter=family.lora_config(rank)), memory.MEMORY_PRESETS[preset].budget
     return memory.make_plan(preset, network.denoiser, conditions, config, budget, free or budget)
 
 

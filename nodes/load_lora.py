@@ -35,7 +35,7 @@ def start_of(lora: Mapping[str, Tensor] | None, denoiser: ComfyDenoiser, config:
     """
     if lora is None:
         return Start()
-    imported = import_lora(lora, denoiser.sites(), config.lora.targets)
+    imported = import_lora(lora, denoiser.sites(), config.adapter.targets)
     notes = ()
     if left_out := imported.left_out:
         notes = (f"{len(left_out)} tensors of initial_lora are not trained and left out, such as {left_out[0]}",)

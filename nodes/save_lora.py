@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dopsd_core import __version__
-from ..dopsd_core.adapters.lora_config import LoraConfig
+from ..dopsd_core.adapters import Lora
 from ..dopsd_core.adapters.lora_file import save_lora, save_peft
 from .comfy_host.denoiser import send_text
 from .comfy_host.paths import lora_file_path, shown
@@ -112,6 +112,6 @@ def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> 
     )
 
 
-def _folded_config(rank: int) -> LoraConfig:
+def _folded_config(rank: int) -> Lora:
     """Scale 1: alpha is in the tensors already."""
-    return LoraConfig(rank=rank, alpha=rank, targets=("*",))
+    return Lora(rank=rank, alpha=rank, targets=("*",))

@@ -13,11 +13,12 @@ from comfy_api.latest import io
 from safetensors import safe_open
 from torch import Tensor
 
-from ..dopsd_core.adapters.adapter_set import AdapterSet, TeacherKind
-from ..dopsd_core.adapters.lora_file import fold_alpha
-from ..dopsd_core.config import OptimizerName, Schedule, TrainConfig
+from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.families import get_family
 from ..dopsd_core.objectives import OBJECTIVES, LossForm
+from ..dopsd_core.optimizers import OPTIMIZERS, SCHEDULES
+from ..dopsd_core.teachers import TEACHERS
+from ..dopsd_core.trainable import Trainable
 from ..dopsd_core.training.checkpoint import read_checkpoint_lora
 from ..dopsd_core.training.log import LOG_NAME, StepReport, read_log
 from ..dopsd_core.training.trainer import NoCallbacks, TrainResult, train
@@ -71,7 +72,7 @@ class Watcher(NoCallbacks):
             self._told = now
             send_text(self._node, self._text(report, now))
 
-    def on_preview(self, step: int, adapters: AdapterSet) -> None:
+    def on_preview(self, step: int, adapters: Trainable) -> None:
         """Draws the sheet, keeps it in the run folder and shows it on the node."""
         if self._preview is None:
             return
@@ -114,7 +115,7 @@ def run_training(
     """
     identity = fingerprint(model)
     denoiser = ComfyDenoiser(model)
-    require_blocks(denoiser, config.lora)
+    require_blocks(denoiser, config.adapter)
     plan = plan_memory(memory, denoiser, conditions, config)
     config = plan.config
     start = start_of(initial_lora, denoiser, config)
@@ -134,7 +135,7 @@ def run_training(
         painter = Painter(denoiser, vae, default_steps(model), config.seed)
         during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are there by then
         preview = TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape, during))
-    notes = [size_of(denoiser, config.lora), *start.notes, warn_if_undistilled(model)]
+    notes = [size_of(denoiser, config.adapter), *start.notes, warn_if_undistilled(model)]
     watcher = Watcher(node, plan, folder, preview, [note for note in notes if note])
     try:
         with denoiser.trainable(shape, plan.reserve):
@@ -153,7 +154,7 @@ def run_training(
 
 def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
     """The LoRA in full precision, from the last checkpoint, with the header of the LoRA file."""
-    tensors = fold_alpha(read_checkpoint_lora(result.checkpoint_path), config.lora)
+    tensors = config.adapter.exported(read_checkpoint_lora(result.checkpoint_path))
     prefix = get_family(config.family).key_prefix
     with safe_open(result.lora_path, "pt") as file:
         facts = file.metadata() or {}
@@ -337,7 +338,7 @@ def _advanced_inputs() -> list[Any]:
         choice("loss", get_args(LossForm), "x0 converges faster, velocity is as printed in the paper."),
         choice(
             "teacher",
-            get_args(TeacherKind),
+            list(TEACHERS),
             "Weights of the teacher: a moving average of the student's (ema), the untouched model (frozen, saves "
             "memory), or the student's own (same).",
         ),
@@ -352,8 +353,8 @@ def _advanced_inputs() -> list[Any]:
             "them; below 0 takes the preset's.",
         ),
         choice("objective", list(OBJECTIVES), "dopsd: self-distillation. sft: ordinary fine-tuning, to compare with."),
-        choice("schedule", get_args(Schedule), "Learning rate after warm-up: constant, or falling to 0 as a cosine."),
-        choice("optimizer", get_args(OptimizerName), "adamw8bit needs the package bitsandbytes."),
+        choice("schedule", list(SCHEDULES), "Learning rate after warm-up: constant, or falling to 0 as a cosine."),
+        choice("optimizer", list(OPTIMIZERS), "adamw8bit needs the package bitsandbytes."),
         whole("checkpoint_every", 100, 10_000, "Steps between checkpoints.", low=1),
         whole("probe_every", 25, 10_000, "Steps between measurements of the gap to the teacher; 0 for none."),
         choice(

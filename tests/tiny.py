@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.adapters import Lora
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.denoiser import LinearSite, plain_linear_sites
+from dopsd_core.objectives import DOPSD
+from dopsd_core.optimizers import AdamW
+from dopsd_core.options import changed
+from dopsd_core.teachers import EmaTeacher
 from dopsd_core.training.trainer import train
 from dopsd_core.training.training_set import TrainingSet
 
@@ -72,12 +76,17 @@ def make_data(count: int = 5, shapes: Sequence[tuple[int, int]] = ((2, 3), (3, 2
 
 
 def make_config(**kwargs: Any) -> TrainConfig:
-    """A short run with every source of chance in it."""
-    lora = LoraConfig(rank=2, alpha=4.0, targets=("enter", "leave"))
-    settings = dict(
-        lora=lora, steps=12, lr=1e-2, checkpoint_every=3, probe_every=4, ema_decay=0.9, anchor_probability=0.0
+    """A short run without prior anchors; kwargs: options by flat name."""
+    short = TrainConfig(
+        steps=12,
+        checkpoint_every=3,
+        probe_every=4,
+        objective=DOPSD(anchor_probability=0.0),
+        adapter=Lora(rank=2, alpha=4.0, targets=("enter", "leave")),
+        optimizer=AdamW(lr=1e-2),
+        teacher=EmaTeacher(decay=0.9),
     )
-    return TrainConfig(**(settings | kwargs))  # type: ignore[arg-type]
+    return changed(short, kwargs)
 
 
 def killable_data() -> TrainingSet:

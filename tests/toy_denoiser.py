@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dopsd_core.adapters import Lora
 from dopsd_core.adapters.adapter_set import AdapterSet
-from dopsd_core.adapters.lora_config import LoraConfig
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.denoiser import LinearSite, plain_linear_sites
 from dopsd_core.families import Z_IMAGE
@@ -106,8 +106,8 @@ class ToyDenoiser:
         return x - sigma * self.net(x, sigma, [c.features for c in conditions])
 
 
-def lora(rank: int = 3, alpha: float = 6.0, targets: tuple[str, ...] = ("layers.*",)) -> LoraConfig:
-    return LoraConfig(rank=rank, alpha=alpha, targets=targets)
+def lora(rank: int = 3, alpha: float = 6.0, targets: tuple[str, ...] = ("layers.*",)) -> Lora:
+    return Lora(rank=rank, alpha=alpha, targets=targets)
 
 
 def randomise(adapters: AdapterSet, seed: int = 0, std: float = 0.3) -> None:

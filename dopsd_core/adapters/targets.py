@@ -1,49 +1,19 @@
-"""Which Linears get a LoRA, and of what size."""
+"""Which Linears are trained.
+
+A target is one of: a name or the dotted tail of one ("attention.to_q", as peft reads it); a shell pattern over whole
+names ("layers.*.attention.*"); a regular expression over whole names after "re:" ("re:layers\\.[0-3]\\..*").
+"""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..denoiser import LinearSite
 
 _WILDCARDS = re.compile(r"[*?\[]")
 _BETWEEN_TARGETS = re.compile(r"[,\n](?![^{}\n]*\})")
-_MAX_RANK = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Size and targets of a LoRA; its output is scaled by alpha / rank.
-
-    A target is one of: a name or the dotted tail of one ("attention.to_q", as peft reads it); a shell pattern over
-    whole names ("layers.*.attention.*"); a regular expression over whole names after "re:"
-    ("re:layers\\.[0-3]\\..*").
-    """
-
-    rank: int = 16
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rank <= _MAX_RANK:
-            raise ValueError(f"LoRA rank must be within 1..{_MAX_RANK}, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"LoRA alpha must be positive, got {self.alpha}; use alpha = rank for a scale of 1")
-        if not self.targets:
-            raise ValueError("LoRA targets are empty; pass the family's, families.FAMILIES[name].lora_targets")
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -67,18 +37,6 @@ def match_targets(names: Sequence[str], targets: Sequence[str]) -> frozenset[str
             raise ValueError(_unmatched_message(target, names))
         chosen.update(hits)
     return frozenset(chosen)
-
-
-def lora_size(sites: Sequence[LinearSite], config: LoraConfig) -> tuple[int, int]:
-    """How many parts get a LoRA, which are modules of the unfused network, and how many parameters it has in all."""
-    chosen = match_targets([part.name for site in sites for part in site.parts], config.targets)
-    widths = [site.in_features + part.out_features for site in sites for part in site.parts if part.name in chosen]
-    return len(widths), config.rank * sum(widths)
-
-
-def part_seed(seed: int, name: str) -> int:
-    """A seed in 0..2^63-1 for one part, a function of (seed, name) alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
 def _selects(target: str, name: str) -> bool:

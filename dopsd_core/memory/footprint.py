@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..adapters.adapter_set import TeacherKind
-from ..adapters.lora_config import LoraConfig, lora_size
+from ..adapters import Adapter
 from ..denoiser import Denoiser
 from ..families import Family
+from ..optimizers import AdamW, Optimizer
+from ..teachers import EmaTeacher, Teacher
 from .activation_checkpointing import BlockBytes, block_bytes, block_shapes, blocks_to_checkpoint, peak_bytes
 
 _FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
@@ -20,12 +21,12 @@ width: 3 to 4 were counted."""
 class Footprint:
     """Bytes on the device while an optimizer step is made.
 
-    With P the LoRA's elements: P = r * sum over the adapted parts of (inputs + outputs), r the rank; L tokens, D the
-    network's width, I a block's widest input.
+    With P the adapter's parameters (of a LoRA r * sum over the adapted parts of (inputs + outputs), r the rank);
+    L tokens, D the network's width, I a block's widest input.
 
     weights: of the base, in whatever form they were loaded.
     lora: 4 P, master weights in fp32.
-    training: gradients 4 P, Adam's two moments 8 P (2 P in 8 bits), and an ema teacher 4 P.
+    training: gradients 4 P, the optimizer's state (8 P of Adam's two moments, 2 P in 8 bits), and an ema teacher 4 P.
     working: what embedders and the output layer keep, 4 * batch * L * D * itemsize, and the largest weight in the
         compute dtype twice, where weights are cast or streamed.
     forward, backward: 5.5 and 3 * batch * L * I * itemsize, which live for a moment; the forward's is the teacher's,
@@ -55,24 +56,25 @@ class Footprint:
 def estimate(
     denoiser: Denoiser,
     family: Family,
-    lora: LoraConfig,
+    adapter: Adapter,
     student: tuple[int, int],
     teacher: tuple[int, int],
     weights: int,
     *,
     batch: int = 1,
     itemsize: int = 2,
-    teacher_kind: TeacherKind = "ema",
-    eight_bit: bool = False,
+    weights_of_teacher: Teacher | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Footprint:
     """The footprint of training on samples of at most so many (image, text) tokens, `Family.tokens`.
 
-    weights: bytes of the base as loaded. itemsize: of the compute dtype. Memory of the framework and of other programs
-    is not in it.
+    weights: bytes of the base as loaded. itemsize: of the compute dtype. weights_of_teacher, optimizer: by default the
+    moving average and AdamW. Memory of the framework and of other programs is not in it.
     """
     sites, blocks = denoiser.sites(), denoiser.blocks()
-    _, elements = lora_size(sites, lora)
-    moments, average = 2 if eight_bit else 8, 4 if teacher_kind == "ema" else 0
+    _, elements = adapter.size(sites)
+    moments = (optimizer or AdamW()).bytes_per_parameter
+    average = 4 if (weights_of_teacher or EmaTeacher()).weights == "copy" else 0
     longer = (max(student[0], teacher[0]), max(student[1], teacher[1]))
     largest = max(site.in_features * site.out_features for site in sites)
     width = max(shape.tokens * shape.width for shape, _ in block_shapes(blocks, sites, family, *student))
@@ -83,7 +85,7 @@ def estimate(
         working=(_OUTSIDE * batch * width + 2 * largest) * itemsize,
         forward=int(_FORWARD * batch * _widest(denoiser, family, longer) * itemsize),
         backward=int(_BACKWARD * batch * _widest(denoiser, family, student) * itemsize),
-        blocks=tuple(block_bytes(blocks, sites, family, lora, *student, batch, itemsize)),
+        blocks=tuple(block_bytes(blocks, sites, family, adapter, *student, batch, itemsize)),
     )
 
 

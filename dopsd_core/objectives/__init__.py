@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
+from ..options import Registry
 from .base import Objective, ObjectiveInputs, ObjectiveOutput, StepStats
 from .dopsd import DOPSD, LossForm, measure_gap, self_distillation_loss
 from .sft import SFT, SigmaDistribution
@@ -22,5 +21,4 @@ __all__ = [
     "self_distillation_loss",
 ]
 
-OBJECTIVES: Mapping[str, Callable[..., Objective]] = {"dopsd": DOPSD, "sft": SFT}
-"""Name -> class; the fields of each class are its options."""
+OBJECTIVES: Registry[Objective] = Registry("objective", DOPSD, SFT)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 from ..lazy import lazy
+from ..options import Variant
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.nn import functional as F
+    from typing_extensions import Self
 
-    from ..adapters.adapter_set import AdapterSet, Mode
     from ..conditioning.encode import Condition, DualCondition
     from ..denoiser import Denoiser
     from ..rollout import PredictX0, RolloutStep
+    from ..trainable import Mode, Trainable
 else:
     torch, F = lazy("torch"), lazy("torch.nn.functional")
 
@@ -33,7 +35,7 @@ class ObjectiveInputs:
     """
 
     denoiser: Denoiser
-    adapters: AdapterSet
+    adapters: Trainable
     pairs: Sequence[DualCondition]
     noise: Tensor
     sigmas: Sequence[float]
@@ -86,17 +88,32 @@ class ObjectiveOutput:
         return _mean([s.norm_ratio for s in self.steps])
 
 
-class Objective(Protocol):
-    """Owns the maths of a step; the trainer owns its order (clip, optimizer, teacher update)."""
+class Objective(Variant):
+    """What is learned. Owns the maths of a step; the trainer owns its order (clip, optimizer, teacher update)."""
 
-    @property
-    def name(self) -> str:
-        """Its name in `OBJECTIVES` and in a LoRA's metadata."""
-        ...
+    relative_cost: ClassVar[float] = 1.0
+    """About what an optimizer step costs, in steps of D-OPSD."""
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Adds loss_scale * dL/dtheta to the gradients of `inputs.adapters.parameters()`; the mode stays as it was."""
-        ...
+        raise NotImplementedError
+
+    def problems(self, rollout_steps: int) -> Sequence[str]:
+        """What does not fit a rollout of K steps, a sentence each."""
+        return ()
+
+    @property
+    def wants_anchors(self) -> bool:
+        """Whether it draws from the prior anchors, so that there have to be some."""
+        return False
+
+    def without_anchors(self) -> Self:
+        """The same for data that has no prior anchors."""
+        return self
+
+    def on_fewer_steps(self, count: int, rollout_steps: int) -> Self:
+        """The same with gradients on `count` of the K steps alone, where that saves something and was left open."""
+        return self
 
 
 # -- for objectives ---------------------------------------------------------------------------------------------------

@@ -9,20 +9,24 @@ Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field
 
 from ..lazy import lazy
+from ..options import Hint
 from ..rollout import rollout
-from .base import ObjectiveInputs, ObjectiveOutput, compare, predict, predictor
+from .base import Objective, ObjectiveInputs, ObjectiveOutput, compare, predict, predictor
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.nn import functional as F
+    from typing_extensions import Self
 
-    from ..adapters.adapter_set import Mode
     from ..conditioning.encode import Condition
+    from ..trainable import Mode
 else:
     torch, F = lazy("torch"), lazy("torch.nn.functional")
 
@@ -40,27 +44,50 @@ def self_distillation_loss(x0_student: Tensor, x0_teacher: Tensor, sigma: float,
     return loss / sigma**2 if form == "velocity" else loss
 
 
-@dataclass(frozen=True, kw_only=True)
-class DOPSD:
-    """Self-distillation on the student's rollout.
+class DOPSD(Objective):
+    """Self-distillation on the student's rollout."""
 
-    grad_steps: take loss and gradient on so many of the K steps, drawn at random, scaled K / m: unbiased, cheaper,
-    noisier; None for all. anchor_probability: with this chance a batch is a prior anchor: captions without the
-    trigger, the student's own rollout, and the frozen base under the SAME text as teacher.
-    """
+    name: ClassVar[str] = "dopsd"
+    summary: ClassVar[str] = "the student learns from itself seeing the image"
 
-    grad_steps: int | None = None
-    loss: LossForm = "x0"
-    anchor_probability: float = 0.0
-    name: str = field(default="dopsd", init=False)
+    grad_steps: Annotated[int | None, Hint(most=16, none="all of the steps")] = Field(
+        default=None,
+        ge=1,
+        description="so many of the K steps get a loss, drawn at random, scaled K / m: unbiased, cheaper, noisier",
+    )
+    loss: LossForm = Field(
+        default="x0",
+        description="what student and teacher are compared in: x0 converges faster, velocity is the paper's",
+    )
+    anchor_probability: Annotated[float, Hint(step=0.05)] = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of batches that are prior anchors: ordinary prompts, with the untouched network under the "
+        "same text as teacher, so that the concept stays out of them",
+    )
 
-    def __post_init__(self) -> None:
-        if self.loss not in get_args(LossForm):
-            raise ValueError(f"loss must be one of {', '.join(get_args(LossForm))}; got {self.loss!r}")
-        if self.grad_steps is not None and self.grad_steps < 1:
-            raise ValueError(f"grad_steps must be at least 1, or None for all steps; got {self.grad_steps}")
-        if not 0.0 <= self.anchor_probability <= 1.0:
-            raise ValueError(f"anchor_probability must be within [0, 1], got {self.anchor_probability}")
+    def problems(self, rollout_steps: int) -> Sequence[str]:
+        """More gradient steps than there are steps."""
+        if self.grad_steps is None or self.grad_steps <= rollout_steps:
+            return ()
+        return (
+            f"grad_steps is {self.grad_steps}; set it within 1 and rollout_steps ({rollout_steps}), "
+            "or null for all of the steps",
+        )
+
+    @property
+    def wants_anchors(self) -> bool:
+        """Whether some batches are prior anchors."""
+        return self.anchor_probability > 0
+
+    def without_anchors(self) -> Self:
+        """The same without prior anchors."""
+        return self.replace(anchor_probability=0.0)
+
+    def on_fewer_steps(self, count: int, rollout_steps: int) -> Self:
+        """With `grad_steps`, unless that is set."""
+        return self if self.grad_steps is not None or count >= rollout_steps else self.replace(grad_steps=count)
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """One rollout from `inputs.noise`; backward after each gradient step.

@@ -6,13 +6,15 @@ Legend: B batch, C latent channels, h w latent size; `sigma` as in `sigmas.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from ..lazy import lazy
+from ..options import Hint
 from ..rollout import RolloutStep
 from ..sigmas import shift_sigma
-from .base import ObjectiveInputs, ObjectiveOutput, compare
+from .base import Objective, ObjectiveInputs, ObjectiveOutput, compare
 
 if TYPE_CHECKING:
     import torch
@@ -25,23 +27,22 @@ SigmaDistribution = Literal["logit-normal", "uniform", "grid"]
 _MIN_SIGMA = 1e-3
 
 
-@dataclass(frozen=True, kw_only=True)
-class SFT:
-    """Supervised flow matching on the target: noise its latent at a random sigma per sample, regress noise - x0.
+class SFT(Objective):
+    """Supervised flow matching on the target: noise its latent at a random sigma per sample, regress noise - x0."""
 
-    sigmas: "logit-normal" (sigmoid of a unit normal) and "uniform" are moved towards noise by `shift`; "grid" draws
-    from the model's own few-step grid.
-    """
+    name: ClassVar[str] = "sft"
+    summary: ClassVar[str] = "ordinary fine-tuning on the images, to compare with"
+    prefix: ClassVar[str] = "sft_"
+    relative_cost: ClassVar[float] = 0.35
 
-    sigmas: SigmaDistribution = "logit-normal"
-    shift: float = 3.0
-    name: str = field(default="sft", init=False)
-
-    def __post_init__(self) -> None:
-        if self.sigmas not in get_args(SigmaDistribution):
-            raise ValueError(f"sigmas must be one of {', '.join(get_args(SigmaDistribution))}; got {self.sigmas!r}")
-        if not self.shift > 0:
-            raise ValueError(f"shift must be positive, got {self.shift}; use 1 for none")
+    sigmas: SigmaDistribution = Field(
+        default="logit-normal",
+        description="how noise levels are drawn: the sigmoid of a unit normal, uniformly, or from the model's own "
+        "few-step grid",
+    )
+    shift: Annotated[float, Hint(step=0.1, most=100.0)] = Field(
+        default=3.0, gt=0, description="moves noise levels that are not of the grid towards noise; 1 for none"
+    )
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Backward per sample, each at its own sigma; `inputs.noise` is the noise that is added.

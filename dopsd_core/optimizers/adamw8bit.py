@@ -1,37 +1,40 @@
-"""The optimizer of the adapters and its learning rate."""
+"""AdamW with its moments in 8 bits (arXiv 2110.02861), of bitsandbytes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from ..options import ConfigError
+from .adamw import AdamW
 
-from ..config import ConfigError, TrainConfig
+if TYPE_CHECKING:
+    import torch
 
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of the optimizer step with index `step` (from 0), a function of nothing else."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / (config.warmup + 1)
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    from .base import Optimizer
 
 
-def make_optimizer(config: TrainConfig, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over the adapters, in 8 bits when asked for.
+class AdamW8bit(AdamW):
+    """AdamW with its moments in 8 bits; needs the package bitsandbytes and an NVIDIA GPU."""
 
-    Raises:
-        ConfigError: 8 bits are asked for and bitsandbytes cannot be imported.
-    """
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    try:
-        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
-    except Exception as error:  # bitsandbytes fails in its own ways where its CUDA library is missing
-        raise ConfigError(
-            (f"optimizer adamw8bit needs bitsandbytes ({error}); install it, or set optimizer to adamw",)
-        ) from error
-    return AdamW8bit(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    name: ClassVar[str] = "adamw8bit"
+    summary: ClassVar[str] = "the same with its moments in 8 bits, needs the package bitsandbytes and an NVIDIA GPU"
+    bytes_per_parameter: ClassVar[int] = 2
+
+    def build(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """bitsandbytes' AdamW8bit.
+
+        Raises:
+            ConfigError: bitsandbytes cannot be imported.
+        """
+        try:
+            from bitsandbytes.optim import AdamW8bit as Optimizer8bit  # type: ignore[import-not-found]
+        except Exception as error:  # bitsandbytes fails in its own ways where its CUDA library is missing
+            raise ConfigError(
+                (f"optimizer adamw8bit needs bitsandbytes ({error}); install it, or set optimizer to adamw",)
+            ) from error
+        return Optimizer8bit(parameters, lr=self.lr, weight_decay=self.weight_decay)
+
+    def leaner(self) -> Optimizer | None:
+        """There is none."""
+        return None

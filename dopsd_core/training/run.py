@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..adapters.adapter_set import AdapterSet
-from ..adapters.lora_file import save_lora
-from ..adapters.lora_import import lora_digest, start_state
+from ..adapters.lora_import import lora_digest
 from ..conditioning.encode import DualCondition
 from ..config import TrainConfig, changes_that_forbid_resuming
 from ..denoiser import Denoiser
@@ -26,11 +24,12 @@ from ..families import get_family
 from ..files.atomic import write_atomic
 from ..files.lock import FolderLock
 from ..objectives import ObjectiveInputs, ObjectiveOutput
-from ..optimizers.optimizer import learning_rate, make_optimizer
+from ..optimizers import evaluating
 from .checkpoint import Checkpoint, StateError, flatten_state, load_checkpoint, save_checkpoint, unflatten_state
 from .log import LOG_NAME, Gaps, RunLog, StepReport
+from .probe import Probe
 from .rng import DataOrder, draw_noise, draw_variant, make_generator
-from .training_set import Probe, TrainingSet, grid_of, latent_shape, pair_to
+from .training_set import TrainingSet, latent_shape, pair_to
 
 log = logging.getLogger("dopsd")
 
@@ -74,19 +73,12 @@ class Run:
         self._log: RunLog | None = None
         self._lock = FolderLock(folder)
         self._fingerprint = data.fingerprint()
-        self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if config.anchor_probability else []
-        self.objective = config.make_objective()
-        self.adapters = AdapterSet(
-            denoiser.sites(),
-            config.lora,
-            seed=config.seed,
-            device=denoiser.device,
-            teacher=config.teacher,
-            ema_decay=config.ema_decay,
-        )
+        wants_anchors = config.objective.wants_anchors
+        self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
+        self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
         self._initial = lora_digest(initial) if initial else ""
-        self._start_state = start_state(initial, self.adapters.state(), config.lora) if initial else None
-        self.optimizer = make_optimizer(config, self.adapters.parameters())
+        self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
+        self.optimizer = config.optimizer.build(self.adapters.parameters())
         self.probe = Probe(config, denoiser, self.adapters, data)
         repeats = tuple(example.repeats for example in data.examples)
         self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
@@ -114,7 +106,7 @@ class Run:
 
     def measure_start(self) -> StepReport:
         """Measures the gap before training."""
-        self.start = self.last = self.probe.measure()
+        self.start = self.last = self._measured()
         if self.start.train < 1e-6:
             log.warning("teacher and student agree before training: the teacher sees nothing to teach")
         relative, heldout = self.start.relative_to(self.start)
@@ -126,7 +118,7 @@ class Run:
         """One optimizer step: accumulate, check, clip, step, teacher, probe, log."""
         began = time.perf_counter()
         config = self.config
-        rate = learning_rate(config, self.step)
+        rate = config.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,13 +166,14 @@ class Run:
             "dopsd_dataset": self._fingerprint,
             "dopsd_config": self.config.to_json(),
             "dopsd_step": str(self.step),
-            "dopsd_objective": self.config.objective,
+            "dopsd_objective": self.config.objective.name,
             "dopsd_family": self.config.family,
         }
         if self._initial:
             metadata["dopsd_initial"] = self._initial
         prefix = get_family(self.config.family).key_prefix
-        save_lora(path, self.adapters.state(), self.config.lora, prefix=prefix, metadata=metadata)
+        with evaluating(self.optimizer):
+            self.config.adapter.save(path, self.adapters.state(), prefix, metadata)
         return path
 
     def save_before_leaving(self) -> None:
@@ -192,6 +185,10 @@ class Run:
             self.save_lora()
         except Exception:
             log.exception("the state of step %d could not be saved", self.step)
+
+    def _measured(self) -> Gaps:
+        with evaluating(self.optimizer):
+            return self.probe.measure()
 
     def _is_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.adapters.parameters())
@@ -213,13 +210,13 @@ class Run:
         pairs = [self._draw_pair(index, first + offset) for offset, index in enumerate(indices)]
         shapes = [latent_shape(pair) for pair in pairs]
         device = self.denoiser.device
-        return self.objective.backward(
+        return config.objective.backward(
             ObjectiveInputs(
                 denoiser=self.denoiser,
                 adapters=self.adapters,
                 pairs=[pair_to(pair, device) for pair in pairs],
                 noise=draw_noise(config.seed, self.step, first, shapes).to(device),
-                sigmas=grid_of(config, shapes[0]),
+                sigmas=get_family(config.family).grid(config.rollout_steps, shapes[0]),
                 generator=make_generator(config.seed, "objective", self.step, micro),
                 anchors=self._anchors,
                 loss_scale=1 / config.grad_accumulation,
@@ -235,7 +232,7 @@ class Run:
         for output in outputs:
             if not math.isfinite(output.loss):
                 raise NonFiniteError(self.step + 1, "loss", output.loss)
-        limit = self.config.clip or math.inf
+        limit = self.config.max_grad_norm or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), limit))
         if not math.isfinite(grad_norm):
             raise NonFiniteError(self.step + 1, "gradient", grad_norm)
@@ -245,7 +242,7 @@ class Run:
         config = self.config
         relative, heldout = None, None
         if config.probe_every and (self.step % config.probe_every == 0 or self.step == config.steps):
-            self.last = self.probe.measure()
+            self.last = self._measured()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
         told = [output for output in outputs if not output.is_anchor] or list(outputs)

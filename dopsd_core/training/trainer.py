@@ -9,7 +9,6 @@ bits as a run that was never stopped.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..adapters.adapter_set import AdapterSet
 from ..config import ConfigError, TrainConfig
 from ..denoiser import Denoiser
 from ..memory.activation_checkpointing import checkpointed
+from ..optimizers import evaluating
+from ..trainable import Trainable
 from .log import Gaps, StepReport
 from .run import NonFiniteError, Run
 from .training_set import TrainingSet
 
 __all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "TrainingSet", "train"]
-
-log = logging.getLogger("dopsd")
 
 
 class Callbacks(Protocol):
@@ -38,7 +36,7 @@ class Callbacks(Protocol):
         """After each optimizer step; once with step 0 before training when the gap is measured."""
         ...
 
-    def on_preview(self, step: int, adapters: AdapterSet) -> None:
+    def on_preview(self, step: int, adapters: Trainable) -> None:
         """At step 0, every `preview_every` steps and after the last; `adapters.use(...)` chooses who samples."""
         ...
 
@@ -53,7 +51,7 @@ class NoCallbacks:
     def on_step(self, report: StepReport) -> None:
         """Nothing."""
 
-    def on_preview(self, step: int, adapters: AdapterSet) -> None:
+    def on_preview(self, step: int, adapters: Trainable) -> None:
         """Nothing."""
 
     def should_stop(self) -> bool:
@@ -132,7 +130,7 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
         if run.step == 0 and run.start is None and config.probe_every:
             callbacks.on_step(run.measure_start())
         if config.preview_every and run.step == 0:
-            callbacks.on_preview(0, run.adapters)
+            _preview(run, callbacks)
         while run.step < config.steps:
             if callbacks.should_stop():
                 return True
@@ -141,20 +139,23 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
             if run.step % config.checkpoint_every == 0:
                 run.save()
             if config.preview_every and (run.step % config.preview_every == 0 or run.step == config.steps):
-                callbacks.on_preview(run.step, run.adapters)
+                _preview(run, callbacks)
         return False
     except BaseException:
         run.save_before_leaving()
         raise
 
 
+def _preview(run: Run, callbacks: Callbacks) -> None:
+    with evaluating(run.optimizer):
+        callbacks.on_preview(run.step, run.adapters)
+
+
 def _check_data(config: TrainConfig, data: TrainingSet) -> None:
     problems = []
-    if config.anchor_probability > 0 and config.objective == "dopsd" and not data.anchors:
+    if config.objective.wants_anchors and not data.anchors:
         problems.append("anchor_probability is above 0, but there are no anchor captions; give some, or set it to 0")
     if config.caption_dropout > 0 and any(example.dropped is None for example in data.examples):
         problems.append("caption_dropout is above 0, but no empty caption was encoded; encode one, or set it to 0")
     if problems:
-        raise ConfigError(tuple(problems))
-    for name in config.idle_fields():
-        log.warning("%s has no effect on objective %s", name, config.objective)
+        raise ConfigError(problems)

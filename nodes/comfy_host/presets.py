@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...dopsd_core.adapters.lora_config import parse_targets
-from ...dopsd_core.config import RESUMABLE_CHANGES, TrainConfig
+from ...dopsd_core.adapters.targets import parse_targets
+from ...dopsd_core.config import TrainConfig, resumable_changes
 from ...dopsd_core.families import Family
+from ...dopsd_core.options import changed, split_unused
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One set of settings; steps 0 are the paper's for the family, lr 0 is the family's. The fields are those of
-    `TrainConfig` and `LoraConfig`."""
+    """One set of settings; steps 0 are the paper's for the family, lr 0 is the family's. The fields are flat names of
+    options."""
 
     steps: int
     rank: int
@@ -43,8 +43,8 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
     """The preset with the user's choices put over it.
 
     Args:
-        chosen: fields of `TrainConfig`, and rank and alpha; 0, or below 0 for `anchor_probability`, keeps the preset's
-            value of the fields that a preset has. And targets, one text; empty for the family's.
+        chosen: options by flat name; 0, or below 0 for `anchor_probability`, keeps the preset's value of those that a
+            preset has. And targets, one text; empty for the family's. Options of what is not chosen are left out.
         has_anchors: whether there are prompts for the prior anchor; without any a preset's share of it is 0.
 
     Raises:
@@ -64,12 +64,12 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
     learned = settings.get("grad_steps") or 0
     settings["grad_steps"] = learned if 0 < learned < settings.get("rollout_steps", family.rollout_steps) else None
     settings["warmup"] = min(settings["warmup"], max(settings["steps"] - 1, 0))
-    targets = parse_targets(settings.pop("targets", "")) or family.lora_targets
-    lora = dataclasses.replace(family.lora_config(settings.pop("rank"), settings.pop("alpha")), targets=targets)
-    return TrainConfig(lora=lora, family=family.name, **settings)
+    settings["targets"] = parse_targets(settings.pop("targets", "")) or family.lora_targets
+    used, _ = split_unused(TrainConfig, settings)
+    return changed(TrainConfig(family=family.name), used)
 
 
 def run_digest(config: TrainConfig, *facts: str) -> str:
     """8 hex digits that stay the same as long as a run may be resumed: settings, and facts of model and data."""
-    fields = {name: value for name, value in json.loads(config.to_json()).items() if name not in RESUMABLE_CHANGES}
+    fields = {name: value for name, value in json.loads(config.to_json()).items() if name not in resumable_changes()}
     return hashlib.sha256(json.dumps([fields, *facts], sort_keys=True).encode()).hexdigest()[:8]

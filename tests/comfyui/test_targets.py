@@ -72,4 +72,4 @@ def test_sizes_at_the_real_size(comfyui: ComfyUI, targets: str, size: str) -> No
     denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(toy.real_z_image())
     chosen = {"rank": 64, "targets": targets}
     config = comfyui.module("nodes.comfy_host.presets").make_config("standard", denoiser.family, True, chosen)
-    assert comfyui.module("nodes.comfy_host.targets").size_of(denoiser, config.lora) == size
+    assert comfyui.module("nodes.comfy_host.targets").size_of(denoiser, config.adapter) == size
