@@ -5,7 +5,7 @@ Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -59,10 +59,18 @@ class StepStats:
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """loss: mean over `steps`, unscaled. is_anchor: the batch was a prior anchor; its gap is not one to the teacher."""
+    """What a micro batch gave.
+
+    Attributes:
+        loss: mean over the batch, unscaled.
+        metrics: further figures for the log by name, means over the batch, all of them numbers.
+        steps: student against target on each state, of objectives that compare velocities.
+        is_anchor: the batch was a prior anchor: its metrics say nothing of the concept.
+    """
 
     loss: float
-    steps: tuple[StepStats, ...]
+    metrics: Mapping[str, float]
+    steps: tuple[StepStats, ...] = ()
     is_anchor: bool = False
 
     @classmethod
@@ -70,22 +78,8 @@ class ObjectiveOutput:
         """From (index, sigma, `compare`'s figures) of each state; reads the figures back from the device."""
         rows = torch.stack([values for _, _, values in stats]).tolist()
         steps = tuple(StepStats(index, sigma, *row) for (index, sigma, _), row in zip(stats, rows, strict=True))
-        return cls(_mean([s.loss for s in steps]), steps, is_anchor)
-
-    @property
-    def gap(self) -> float:
-        """Mean gap over the states."""
-        return _mean([s.gap for s in self.steps])
-
-    @property
-    def cosine(self) -> float:
-        """Mean cosine over the states."""
-        return _mean([s.cosine for s in self.steps])
-
-    @property
-    def norm_ratio(self) -> float:
-        """Mean norm ratio over the states."""
-        return _mean([s.norm_ratio for s in self.steps])
+        metrics = {name: _mean([getattr(s, name) for s in steps]) for name in ("gap", "cosine", "norm_ratio")}
+        return cls(_mean([s.loss for s in steps]), metrics, steps, is_anchor)
 
 
 class Objective(Variant):

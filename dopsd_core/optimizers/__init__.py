@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..options import Registry
 from .adamw import AdamW
 from .adamw8bit import AdamW8bit
-from .base import Optimizer, evaluating
+from .base import Optimizer, evaluating, start_training
 from .schedules import SCHEDULES, Constant, Cosine, Schedule
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Optimizer",
     "Schedule",
     "evaluating",
+    "start_training",
 ]
 
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", AdamW, AdamW8bit)

@@ -38,6 +38,13 @@ class Optimizer(Variant):
         return None
 
 
+def start_training(optimizer: torch.optim.Optimizer) -> None:
+    """Tells a schedule-free optimizer, once, that training begins; every other one has no such switch."""
+    switch: Any = optimizer
+    if callable(getattr(switch, "train", None)):
+        switch.train()
+
+
 @contextmanager
 def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside the `with`, the parameters are those to sample with; after it, those to train on.

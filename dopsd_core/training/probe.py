@@ -39,7 +39,7 @@ class Probe:
             sigmas=family.grid(self._config.rollout_steps, latent_shape(pair)),
             generator=make_generator(self._config.seed, "probe"),
         )
-        return measure_gap(inputs).gap
+        return measure_gap(inputs).metrics["gap"]
 
     def _noise(self, number: int, pair: DualCondition) -> Tensor:
         return draw_noise(self._config.seed, -1, number, [latent_shape(pair)])

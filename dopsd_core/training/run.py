@@ -24,9 +24,9 @@ from ..families import get_family
 from ..files.atomic import write_atomic
 from ..files.lock import FolderLock
 from ..objectives import ObjectiveInputs, ObjectiveOutput
-from ..optimizers import evaluating
+from ..optimizers import evaluating, start_training
 from .checkpoint import Checkpoint, StateError, flatten_state, load_checkpoint, save_checkpoint, unflatten_state
-from .log import LOG_NAME, Gaps, RunLog, StepReport
+from .log import LOG_NAME, Gaps, RunLog, StepReport, mean_metrics
 from .probe import Probe
 from .rng import DataOrder, draw_noise, draw_variant, make_generator
 from .training_set import TrainingSet, latent_shape, pair_to
@@ -79,6 +79,7 @@ class Run:
         self._initial = lora_digest(initial) if initial else ""
         self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
         self.optimizer = config.optimizer.build(self.adapters.parameters())
+        start_training(self.optimizer)
         self.probe = Probe(config, denoiser, self.adapters, data)
         repeats = tuple(example.repeats for example in data.examples)
         self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
@@ -110,7 +111,8 @@ class Run:
         if self.start.train < 1e-6:
             log.warning("teacher and student agree before training: the teacher sees nothing to teach")
         relative, heldout = self.start.relative_to(self.start)
-        report = StepReport(step=0, gap=self.start.train, relative_gap=relative, heldout_relative_gap=heldout)
+        metrics = {"gap": self.start.train}
+        report = StepReport(step=0, metrics=metrics, relative_gap=relative, heldout_relative_gap=heldout)
         self._append(report)
         return report
 
@@ -249,9 +251,7 @@ class Run:
         return StepReport(
             step=self.step,
             loss=_mean([output.loss for output in told]),
-            gap=_mean([output.gap for output in told]),
-            cosine=_mean([output.cosine for output in told]),
-            norm_ratio=_mean([output.norm_ratio for output in told]),
+            metrics=mean_metrics([output.metrics for output in told]),
             relative_gap=relative,
             heldout_relative_gap=heldout,
             lr=rate,
