@@ -10,7 +10,7 @@ Imports no torch: what is wrong with a configuration is said at once.
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
@@ -127,6 +127,11 @@ class TrainConfig(Options):
             raise ConfigError((f"a JSON object is needed, this is {type(fields).__name__}",))
         return cls(**(upgraded(fields) if is_old(fields) else fields))
 
+    def identity(self) -> dict[str, Any]:
+        """The options by flat name, JSON-able, that make two runs the same run."""
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flattened(self).items()}
+        return {name: value for name, value in plain.items() if name not in resumable_changes()}
+
     def learning_rate(self, step: int) -> float:
         """The rate of the optimizer step with index `step` (from 0), a function of nothing else."""
         return self.schedule.rate(self.optimizer.lr, step, self.steps)
@@ -139,9 +144,8 @@ def resumable_changes() -> frozenset[str]:
 
 def changes_that_forbid_resuming(old: TrainConfig, new: TrainConfig) -> tuple[str, ...]:
     """The differences that make `new` another run than `old`, as "option: old -> new"."""
-    before, after, free = flattened(old), flattened(new), resumable_changes()
-    names = [name for name in dict.fromkeys((*before, *after)) if name not in free]
-    changed = [name for name in names if before.get(name) != after.get(name)]
+    before, after = old.identity(), new.identity()
+    changed = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
     return tuple(f"{name}: {_told(before, name)} -> {_told(after, name)}" for name in changed)
 
 

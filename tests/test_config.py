@@ -157,7 +157,8 @@ def test_the_rate_by_hand() -> None:
 def test_what_may_change_on_resuming() -> None:
     config = TrainConfig(adapter=LORA)
     free = config.replace(steps=900, checkpoint_every=7, keep_checkpoints=5, probe_every=0, preview_every=1)
-    assert changes_that_forbid_resuming(config, free) == ()
+    assert changes_that_forbid_resuming(config, free) == () and config.identity() == free.identity()
+    assert json.loads(json.dumps(config.identity())) == config.identity()
     other = config.replace(
         max_grad_norm=2.0, adapter=LORA.replace(rank=8), optimizer=AdamW8bit(), teacher=FrozenTeacher()
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...dopsd_core.adapters.targets import parse_targets
-from ...dopsd_core.config import TrainConfig, resumable_changes
+from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import Family
 from ...dopsd_core.options import changed, split_unused
 
@@ -71,5 +71,4 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
 
 def run_digest(config: TrainConfig, *facts: str) -> str:
     """8 hex digits that stay the same as long as a run may be resumed: settings, and facts of model and data."""
-    fields = {name: value for name, value in json.loads(config.to_json()).items() if name not in resumable_changes()}
-    return hashlib.sha256(json.dumps([fields, *facts], sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([config.identity(), *facts], sort_keys=True).encode()).hexdigest()[:8]
