@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,13 +60,12 @@ class _SiteAdapter:
         """base [..., out_features] plus the low-rank update of x [..., in_features]; W + BA is never formed."""
         base_2d = base.reshape(-1, base.shape[-1])
         hidden = F.linear(x.reshape(-1, x.shape[-1]), weights.a.to(x.dtype)).to(base.dtype)
-        rank = weights.b[0].shape[1]
+        by_part = rearrange(hidden, "tokens (part rank) -> part tokens rank", part=len(self.parts))
         segments: list[Tensor] = []
         end = 0
-        for i, (part, b) in enumerate(zip(self.parts, weights.b, strict=True)):
+        for part, h, b in zip(self.parts, by_part, weights.b, strict=True):
             if part.start > end:
                 segments.append(base_2d[:, end : part.start])
-            h = hidden[:, i * rank : (i + 1) * rank]
             segments.append(torch.addmm(base_2d[:, part.rows], h, b.to(base.dtype).t(), alpha=scale))
             end = part.stop
         if end < base_2d.shape[1]:
@@ -286,7 +286,8 @@ class AdapterSet:
             weights = adapter.student if which == "student" else adapter.teacher
             if weights is None:
                 continue
-            for part, a, b in zip(adapter.parts, weights.a.split(self.config.rank), weights.b, strict=True):
+            by_part = rearrange(weights.a, "(part rank) inputs -> part rank inputs", part=len(adapter.parts))
+            for part, a, b in zip(adapter.parts, by_part, weights.b, strict=True):
                 views[f"{part.name}.lora_A.weight"] = a
                 views[f"{part.name}.lora_B.weight"] = b
         return views

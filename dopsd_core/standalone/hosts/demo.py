@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from einops import repeat
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -175,6 +176,5 @@ def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
     """
     big = resize_for_vision(image, vision_size(*image.shape[1:])) * 2 - 1
     rows, columns = (side // VISION_CELL for side in big.shape[1:])
-    cells = big.reshape(3, rows, 2, 16, columns, 2, 16).permute(1, 4, 2, 5, 0, 3, 6)
-    patches = cells.unsqueeze(5).expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(rows * columns * 4, -1)
+    patches = repeat(big, "c (y j p) (x i q) -> (y x j i) (c frames p q)", j=2, p=16, i=2, q=16, frames=2)
     return patches, torch.tensor([[1, 2 * rows, 2 * columns]])
