@@ -19,8 +19,7 @@ from .families import FAMILIES
 from .objectives import DOPSD, OBJECTIVES, Objective
 from .old_config import is_old, upgraded
 from .optimizers import OPTIMIZERS, SCHEDULES, AdamW, Constant, Optimizer, Schedule
-from .options import ConfigError, Hint, Options, flattened
-from .options.listing import own_options
+from .options import ConfigError, Hint, Options, all_options, flattened
 from .teachers import TEACHERS, EmaTeacher, Teacher
 
 __all__ = ["ConfigError", "TrainConfig", "changes_that_forbid_resuming", "resumable_changes"]
@@ -139,7 +138,7 @@ class TrainConfig(Options):
 
 def resumable_changes() -> frozenset[str]:
     """The options that may differ when a run is resumed; any other would make it another run."""
-    return frozenset(option.name for option in own_options(TrainConfig) if option.hint.may_change)
+    return frozenset(option.name for option in all_options(TrainConfig) if option.hint.may_change)
 
 
 def changes_that_forbid_resuming(old: TrainConfig, new: TrainConfig) -> tuple[str, ...]:

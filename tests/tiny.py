@@ -1,4 +1,4 @@
-"""A network, data and a run so small that a training step takes a millisecond."""
+"""Data and runs for `TinyDenoiser`, so small that a training step takes a millisecond."""
 
 from __future__ import annotations
 
@@ -10,55 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dopsd_core.adapters import Lora
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
-from dopsd_core.denoiser import LinearSite, plain_linear_sites
 from dopsd_core.objectives import DOPSD
 from dopsd_core.optimizers import AdamW
 from dopsd_core.options import changed
 from dopsd_core.teachers import EmaTeacher
 from dopsd_core.training.trainer import train
 from dopsd_core.training.training_set import TrainingSet
-
-CHANNELS, FEATURES, WIDTH = 4, 6, 16
-
-
-class TinyDenoiser(nn.Module):
-    """Satisfies `Denoiser` with three Linears over latent pixels; the condition is the mean of its features."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.enter = nn.Linear(CHANNELS, WIDTH)
-            self.read = nn.Linear(FEATURES, WIDTH)
-            self.leave = nn.Linear(WIDTH, CHANNELS)
-        self.requires_grad_(False)
-        self.calls = 0
-        self.poison_at: int | None = None  # the forward that returns nan
-
-    @property
-    def device(self) -> torch.device:
-        return self.enter.weight.device
-
-    def sites(self) -> Sequence[LinearSite]:
-        return plain_linear_sites(self)
-
-    def blocks(self) -> Sequence[nn.Module]:
-        return [self.enter, self.leave]
-
-    def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
-        read = torch.stack([condition.features.mean(dim=0) for condition in conditions])
-        tokens = x.flatten(2).transpose(1, 2)
-        hidden = torch.tanh(self.enter(tokens) + self.read(read)[:, None] + sigma)
-        velocity = self.leave(hidden).transpose(1, 2).reshape(x.shape)
-        self.calls += 1
-        if self.calls == self.poison_at:
-            velocity = velocity * torch.nan
-        return x - sigma * velocity
+from tests.toy_denoiser import CHANNELS, FEATURES, TinyDenoiser
 
 
 def make_pair(number: int, shape: tuple[int, int] = (2, 3), seed: int = 0) -> DualCondition:

@@ -17,16 +17,27 @@ if TYPE_CHECKING:
 class Family:
     """Grid, geometry, targets, names and defaults of one kind of model.
 
-    sigmas: (num_steps, width, height in pixels) -> the model's own few-step grid, num_steps + 1 values.
-    latent_channels, downscale: a picture of W x H pixels is a latent [latent_channels, H / downscale, W / downscale].
-    pixel_multiple: both sides of a training picture are multiples of it.
-    lora_targets: patterns over part names, for `Adapter.targets`. key_prefix: stands before part names in LoRA
-    files. native_parts: (module path, rows) of a Linear in the original, fused network -> its parts under diffusers'
-    names. block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens of latent
-    and references, text tokens) -> what that block works on. teachers: names in `teachers.TEACHERS` that the model can
-    have, its default first. patch: latent pixels on a side of an image token. rollout_steps, sample_steps: of training
-    and of inference.
-    lora_rank, lora_alpha, learning_rate, paper_steps: the paper's settings.
+    Attributes:
+        name: what it is chosen by.
+        title: what people call it.
+        sigmas: (num_steps, width, height in pixels) -> the model's own few-step grid, num_steps + 1 values.
+        latent_channels: C of a latent.
+        downscale: pixels of an image on a side of a latent pixel.
+        pixel_multiple: both sides of a training image are multiples of it.
+        lora_targets: patterns over part names, for `Adapter.targets`.
+        native_parts: (module path, rows) of a Linear in the original, fused network -> its parts, named as in diffusers.
+        block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens of latent and
+            references, text tokens) -> what that block works on.
+        teachers: names in `conditioning.teachers.TEACHERS` that the model can have, its default first.
+        patch: latent pixels on a side of an image token.
+        key_prefix: stands before part names in LoRA files.
+        rollout_steps: K of training.
+        sample_steps: of inference.
+        lora_rank: the paper's.
+        lora_alpha: the paper's.
+        learning_rate: the paper's.
+        paper_steps: optimizer steps in the paper.
+        pixel_budget: pixels of a training image unless asked for otherwise.
     """
 
     name: str

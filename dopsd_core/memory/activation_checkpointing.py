@@ -26,7 +26,12 @@ from ..overrides import Forward, overridden
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """kept: what a block keeps for its backward. entry: what it keeps if it recomputes."""
+    """Activation memory of a block, in bytes.
+
+    Attributes:
+        kept: for its backward.
+        entry: if it recomputes.
+    """
 
     kept: int
     entry: int

@@ -24,14 +24,15 @@ class Footprint:
     With P the adapter's parameters (of a LoRA r * sum over the adapted parts of (inputs + outputs), r the rank);
     L tokens, D the network's width, I a block's widest input.
 
-    weights: of the base, in whatever form they were loaded.
-    lora: 4 P, master weights in fp32.
-    training: gradients 4 P, the optimizer's state (8 P of Adam's two moments, 2 P in 8 bits), and an ema teacher 4 P.
-    working: what embedders and the output layer keep, 4 * batch * L * D * itemsize, and the largest weight in the
-        compute dtype twice, where weights are cast or streamed.
-    forward, backward: 5.5 and 3 * batch * L * I * itemsize, which live for a moment; the forward's is the teacher's,
-        whose sequence may be the longer one.
-    blocks: what each block keeps for its backward, `checkpointing.block_bytes`.
+    Attributes:
+        weights: of the base, in whatever form they were loaded.
+        lora: 4 P, master weights in fp32.
+        training: gradients 4 P, the optimizer's state (8 P for Adam's moments, 2 P in 8 bits), an ema teacher 4 P.
+        working: what embedders and the output layer keep, 4 * batch * L * D * itemsize, and the largest weight in the
+            compute dtype twice, where weights are cast or streamed.
+        forward: 5.5 * batch * L * I * itemsize, for a moment; of the teacher, whose sequence may be the longer one.
+        backward: 3 * batch * L * I * itemsize, for a moment.
+        blocks: what each block keeps for its backward, `activation_checkpointing.block_bytes`.
     """
 
     weights: int

@@ -28,10 +28,17 @@ else:
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveInputs:
-    """One micro batch. All randomness of the objective comes from `generator` (CPU), `noise` aside.
+    """One micro batch. All randomness of an objective comes from `generator`, `noise` aside.
 
-    pairs: B, of one latent shape. noise: [B, C, h, w] fp32 on the denoiser's device. sigmas: the grid, K + 1 values.
-    anchors: conditions without the trigger to draw from. loss_scale: 1 / gradient accumulation.
+    Attributes:
+        denoiser: the frozen network, which the adapters are attached to.
+        adapters: whose gradients are made.
+        pairs: B, of one latent shape.
+        noise: [B, C, h, w] fp32 on the denoiser's device.
+        sigmas: the grid, K + 1 values.
+        generator: on the CPU.
+        anchors: conditions without the trigger to draw from.
+        loss_scale: what losses are multiplied by before their backward: 1 / gradient accumulation.
     """
 
     denoiser: Denoiser
@@ -46,8 +53,16 @@ class ObjectiveInputs:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Student against target on one state. gap: rms distance of the velocities. cosine, norm_ratio (student over
-    target) of the velocities: means over the batch. loss: of this state, unscaled."""
+    """Student against target on one state, means over the batch.
+
+    Attributes:
+        index: which state, from 0.
+        sigma: its noise level, in (0, 1].
+        loss: of this state, unscaled.
+        gap: rms distance of the velocities.
+        cosine: of the velocities.
+        norm_ratio: the student's velocity over the target's.
+    """
 
     index: int
     sigma: float

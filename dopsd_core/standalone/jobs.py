@@ -61,7 +61,14 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """What a job found. taught: scores and pictures of the teacher, of an untouched job; lora: of a training job."""
+    """What a job found.
+
+    Attributes:
+        scores: of its images.
+        samples: the images.
+        taught: the same of the teacher, of an untouched job.
+        lora: the file, of a training job.
+    """
 
     scores: Scores
     samples: Samples
