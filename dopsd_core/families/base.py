@@ -25,7 +25,7 @@ class Family:
         downscale: pixels of an image on a side of a latent pixel.
         pixel_multiple: both sides of a training image are multiples of it.
         lora_targets: patterns over part names, for `Adapter.targets`.
-        native_parts: (module path, rows) of a Linear in the original, fused network -> its parts, named as in diffusers.
+        native_parts: (module path, rows) of a Linear in the original, fused network -> its parts as diffusers has them.
         block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens of latent and
             references, text tokens) -> what that block works on.
         teachers: names in `conditioning.teachers.TEACHERS` that the model can have, its default first.
