@@ -107,7 +107,9 @@ def comfyui(
     if device.type != "meta":
         with torch.inference_mode():
             fill(module, device)
-    return Network("ComfyUI", modules("host").ComfyDenoiser(model), module, modules("memory"))
+    return Network(
+        "ComfyUI", modules("comfy_host.denoiser").ComfyDenoiser(model), module, modules("comfy_host.memory_plan")
+    )
 
 
 def diffusers(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Network:

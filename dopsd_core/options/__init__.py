@@ -2,14 +2,16 @@
 
     class SFT(Objective):
         name: ClassVar[str] = "sft"
-        shift: float = Field(3.0, gt=0, description="moves the noise levels towards noise; 1 for none")
+        prefix: ClassVar[str] = "sft_"
 
-From this one line come the validation with its messages, the JSON, `--sft-shift` on the command line with its help,
+        shift: float = Field(default=3.0, gt=0, description="moves the noise levels towards noise; 1 for none")
+
+From the last line come the validation with its messages, the JSON, `--sft-shift` on the command line with its help,
 the node's input with its tooltip and bounds, and the row of a help page. A thing that can be chosen (objective,
 adapter, optimizer, schedule, teacher) is a `Variant` in a `Registry`, which is all that knows it by name.
 
 By *flat name* an option is known where there is no nesting: the command line, a node's inputs, a preset. It is the
-variant's prefix and the field's name: `sft_shift`, `ema_decay`, `lr`.
+variant's prefix and the field's name: `sft_shift`, `lr`.
 """
 
 from __future__ import annotations

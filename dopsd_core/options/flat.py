@@ -11,7 +11,7 @@ from .model import Options, Variant
 from .registry import Registry
 from .sentences import unknown_option
 
-O = TypeVar("O", bound=Options)  # noqa: E741
+T = TypeVar("T", bound=Options)
 
 
 def flattened(options: Options) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def flattened(options: Options) -> dict[str, Any]:
     return flat
 
 
-def changed(options: O, changes: Mapping[str, Any]) -> O:
+def changed(options: T, changes: Mapping[str, Any]) -> T:
     """The options with `changes` by flat name put over them.
 
     Where another variant is chosen, it keeps what both have under one flat name (the learning rate of an optimizer)
