@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dopsd_core.atomic import write_atomic
+from dopsd_core.files.atomic import write_atomic
 
 ROOT = Path(__file__).parent.parent
 STUCK = """

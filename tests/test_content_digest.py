@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from dopsd_core.content_digest import Digester
+from dopsd_core.identity.content_digest import Digester
 
 
 def digest(value: Any) -> str:

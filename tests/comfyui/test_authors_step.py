@@ -42,7 +42,7 @@ def make_models(comfyui: ComfyUI) -> dict[str, Any]:
     from comfy.supported_models_base import ClipTarget
     from comfy.text_encoders import z_image
 
-    vision = comfyui.module("nodes.vision")
+    vision = comfyui.module("nodes.comfy_host.vision")
     transformer = twins.diffusers_z_image(text_width=TEXT["hidden_size"])
     with torch.inference_mode():
         target = ClipTarget(z_image.ZImageTokenizer, z_image.te())
@@ -54,7 +54,7 @@ def make_models(comfyui: ComfyUI) -> dict[str, Any]:
     encoder, reader = transformers_twins(clip.cond_stage_model.qwen3_4b.transformer.model.state_dict(), spec)
     with torch.inference_mode():
         tower = vision.new_vision(reader.visual.state_dict(), spec, comfy.ops.manual_cast, torch.float32)
-        vae = comfyui.module("nodes.demo_models").load_vae()
+        vae = comfyui.module("nodes.comfy_host.demo_models").load_vae()
     return {
         "model": twins.as_model(transformer), "clip": clip, "vae": vae, "vision": tower,
         "transformer": transformer, "encoder": encoder, "reader": reader,

@@ -69,7 +69,7 @@ def test_what_cannot_be_is_refused_before_training(comfyui: ComfyUI, targets: st
 )
 def test_sizes_at_the_real_size(comfyui: ComfyUI, targets: str, size: str) -> None:
     """Rank 64; attention alone: 30 blocks of 4 projections of 3840 x 3840."""
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(toy.real_z_image())
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(toy.real_z_image())
     chosen = {"rank": 64, "targets": targets}
-    config = comfyui.module("nodes.presets").make_config("standard", denoiser.family, True, chosen)
-    assert comfyui.module("nodes.targets").size_of(denoiser, config.lora) == size
+    config = comfyui.module("nodes.comfy_host.presets").make_config("standard", denoiser.family, True, chosen)
+    assert comfyui.module("nodes.comfy_host.targets").size_of(denoiser, config.lora) == size
