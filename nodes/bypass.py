@@ -26,9 +26,11 @@ def bypass_hooks(module: nn.Module) -> list[Hook]:
     """Those over the module's forward, the outermost first; none where anything else lies over it too."""
     hooks: list[Hook] = []
     forward = module.__dict__.get("forward")
-    while isinstance(hook := getattr(forward, "__self__", None), BypassForwardHook) and hook not in hooks:
+    hook: Hook = getattr(forward, "__self__", None)
+    while isinstance(hook, BypassForwardHook) and hook not in hooks:
         hooks.append(hook)
         forward = hook.original_forward
+        hook = getattr(forward, "__self__", None)
     is_own = getattr(forward, "__func__", None) is type(module).forward
     return hooks if is_own else []
 
