@@ -98,8 +98,14 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.standalone
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
-$(VENV)/.comfyui: requirements-comfyui.txt $(VENV)/.dev $(COMFYUI_PATH)/requirements.txt
-	grep -v -i -E '^($(LEFT_OUT))([^a-z-]|$$)' $(COMFYUI_PATH)/requirements.txt > $(VENV)/comfyui.txt
+# Another checkout may need other versions.
+$(VENV)/comfyui.txt: FORCE | $(VENV)/.dev
+	@grep -v -i -E '^($(LEFT_OUT))([^a-z-]|$$)' $(COMFYUI_PATH)/requirements.txt > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+FORCE:
+
+$(VENV)/.comfyui: requirements-comfyui.txt $(VENV)/.dev $(VENV)/comfyui.txt
 	$(INSTALL) -c requirements-standalone.txt -c requirements-dev.txt -r $(VENV)/comfyui.txt
 	$(INSTALL) --no-deps -r requirements-comfyui.txt
 	rm -f $(VENV)/lib/python*/site-packages/torchaudio/lib/*.so

@@ -42,17 +42,17 @@ def why_not() -> str:
 
 
 def missing_needs() -> list[str]:
+    """The lines of its requirements that are not installed, or in another version than the exact one they ask for."""
     lines = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    names = [m.group() for line in lines if (m := re.match(r"[\w.-]+", line)) and not NOT_NEEDED.fullmatch(m.group())]
-    return [name for name in names if not is_installed(name)]
+    found = [m for line in lines if (m := re.match(r"([\w.-]+)(?:==([\w.]+))?", line))]
+    return [m.group() for m in found if not NOT_NEEDED.fullmatch(m[1]) and not is_installed(m[1], m[2])]
 
 
-def is_installed(name: str) -> bool:
+def is_installed(name: str, version: str | None) -> bool:
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(name) == (version or importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
 
 
 def put_first_on_path() -> None:
