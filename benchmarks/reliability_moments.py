@@ -85,7 +85,8 @@ def seen(run: Run, node: str = "train") -> str:
     """How a run ended, as the user reads it: status, the first line of the error and of the node's last text."""
     error = run.error.splitlines()[0] if run.error else ""
     text = run.texts(node)[-1].splitlines()[0] if run.texts(node) else ""
-    return "; ".join([run.status, *([error] if error else []), *([f"the node says: {text}"] if text else [])])
+    is_new = text and (not error or error not in text)
+    return "; ".join([run.status, *([error] if error else []), *([f"the node says: {text}"] if is_new else [])])
 
 
 # -- scenarios ---------------------------------------------------------------------------------------------------------

@@ -130,7 +130,9 @@ class Reserve:
 
 
 def told_bytes(size: int) -> str:
-    """A size for messages: "12.3 MB", "4.5 GB"."""
+    """A size for messages: "850 kB", "12.3 MB", "4.5 GB"."""
+    if size < _MB:
+        return f"{size / 1000:.0f} kB" if size >= 1000 else f"{size} bytes"
     return f"{size / 10**9:.1f} GB" if size >= 10**9 else f"{size / _MB:.1f} MB"
 
 

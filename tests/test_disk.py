@@ -16,7 +16,7 @@ import pytest
 from dopsd_core import disk
 from dopsd_core.adapters import AdapterSet
 from dopsd_core.atomic import write_atomic
-from dopsd_core.disk import DiskError, Reserve, free_bytes, require_room, require_writable, writing
+from dopsd_core.disk import DiskError, Reserve, free_bytes, require_room, require_writable, told_bytes, writing
 from dopsd_core.footprint import saved_bytes
 from dopsd_core.lora_config import LoraConfig
 from dopsd_core.lora_file import load_lora
@@ -408,7 +408,7 @@ def test_on_a_real_full_file_system(tmpfs: Path) -> None:
     assert bytes_of(folder) == bytes_of(tmpfs.parent / "whole")
     with (tmpfs / "others").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(tmpfs).free - 2**16)
-    with pytest.raises(DiskError, match=r"next needs \d\.\d MB .*, and 0\.1 MB are free"):
+    with pytest.raises(DiskError, match=r"next needs [\d.]+ [kM]B .*, and \d+ kB are free"):
         train(config, TinyDenoiser(), make_data(), tmpfs / "next")
 
 
@@ -420,3 +420,11 @@ def test_on_a_real_read_only_file_system(tmpfs: Path) -> None:
     ):
         train(make_config(), denoiser, make_data(), tmpfs / "run")
     assert denoiser.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0, "0 bytes"), (4096, "4 kB"), (10**6, "1.0 MB"), (2_340_000, "2.3 MB"), (5 * 10**9, "5.0 GB")],
+)
+def test_sizes_are_told_in_units_that_show_them(size: int, words: str) -> None:
+    assert told_bytes(size) == words
