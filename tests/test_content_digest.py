@@ -1,5 +1,6 @@
 """Any value is told apart by its contents: the same in another process, never by where it lies."""
 
+import ast
 import collections
 import dataclasses
 import datetime
@@ -98,6 +99,13 @@ def bound(scale: float) -> Any:
     return Options(scale, []).__repr__
 
 
+def written(source: str, *defaults: Any) -> Any:
+    """The function that the source of a lambda makes."""
+    inner = compile(source, "<test>", "eval").co_consts
+    code = next(const for const in inner if isinstance(const, types.CodeType))
+    return types.FunctionType(code, globals(), "<lambda>", defaults or None)
+
+
 PAIRS: dict[str, Callable[[int], Any]] = {
     # name: of a number, which is all that differs
     "number": lambda n: n,
@@ -132,11 +140,11 @@ PAIRS: dict[str, Callable[[int], Any]] = {
     "function": lambda n: [scaled, closing_over][n],
     "closure": lambda n: closing_over({"a": [n]}),
     "tensor in a closure": lambda n: closing_over(torch.tensor(n)),
-    "default": lambda n: eval(f"lambda x, y={n}: x"),
-    "constant in code": lambda n: eval(f"lambda x: x + {n}"),
-    "name in code": lambda n: eval(f"lambda x: x.attribute_{n}"),
-    "code": lambda n: eval(f"lambda x: x {'+-'[n]} 1"),
-    "inner code": lambda n: eval(f"lambda: (lambda: {n})"),
+    "default": lambda n: written("lambda x, y=0: x", n),
+    "constant in code": lambda n: written(f"lambda x: x + {n}"),
+    "name in code": lambda n: written(f"lambda x: x.attribute_{n}"),
+    "code": lambda n: written(f"lambda x: x {'+-'[n]} 1"),
+    "inner code": lambda n: written(f"lambda: (lambda: {n})"),
     "bound method": lambda n: bound(float(n)),
     "bound builtin": lambda n: [n].append,
     "builtin": lambda n: [max, min][n],
@@ -270,4 +278,4 @@ def test_another_process_gives_the_same() -> None:
     command = [sys.executable, "-c", SCRIPT.format(root=root)]
     for seed in ("1", "2"):
         run = subprocess.run(command, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
-        assert eval(run.stdout) == {kind: digest(make(0)) for kind, make in PAIRS.items()}
+        assert ast.literal_eval(run.stdout) == {kind: digest(make(0)) for kind, make in PAIRS.items()}
