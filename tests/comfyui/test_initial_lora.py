@@ -187,7 +187,7 @@ def assert_same_start(
     assert run.status == "success", run.error
     host, core = comfyui.module("nodes.comfy_host.denoiser"), comfyui.core
     denoiser = host.ComfyDenoiser(model)
-    config = core("config").TrainConfig(lora=denoiser.family.lora_config(RUN_RANK, RUN_ALPHA))
+    config = core("config").TrainConfig(adapter=denoiser.family.lora_config(RUN_RANK, RUN_ALPHA))
     start = comfyui.module("nodes.load_lora").start_of(run.value("ours"), denoiser, config)
     assert not start.notes
     adapters = core("adapters.adapter_set").AdapterSet(denoiser.sites(), config.adapter, teacher="frozen")
