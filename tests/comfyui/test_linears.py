@@ -16,6 +16,7 @@ from test_training import drawing, training
 from torch import Tensor, nn
 
 WHERE = "layers.1.feed_forward.w2"
+BLOCKS = ("noise_refiner", "context_refiner", "layers")
 
 
 def at(model: Any, path: str) -> Any:
@@ -73,6 +74,17 @@ class Kernel(nn.Module):
         return x @ self.qweight.t().to(x.dtype)
 
 
+class Wrapped(nn.Module):
+    """A Linear with a LoRA of its own, as other trainers leave it in a network."""
+
+    def __init__(self, old: Any) -> None:
+        super().__init__()
+        self.base_layer = old
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
 REFUSED = {
     "packed": (packed, "OtherLinear", "weight is"),
     "another shape": (
@@ -86,6 +98,7 @@ REFUSED = {
         "its weight cannot be read",
     ),
     "no Linear": (lambda comfyui: Kernel, "Kernel", "it is no Linear"),
+    "wrapped": (lambda comfyui: Wrapped, "Wrapped", "it wraps the Linear feed_forward.w2.base_layer"),
 }
 """Seen by looking at the layers alone."""
 
@@ -101,7 +114,7 @@ def test_a_layer_that_cannot_be_trained_through_is_named(comfyui: ComfyUI, refus
     model, kind, reason = refused
     linears = comfyui.module("nodes.linears")
     with pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} of this MODEL is a .*\.?{kind}.*{reason}.*ComfyUI-GGUF"):
-        linears.require_known_layers(model.model.diffusion_model)
+        linears.require_known_layers(model.model.diffusion_model, BLOCKS)
 
 
 @pytest.mark.parametrize("node", ["train", "look"])
@@ -134,7 +147,7 @@ def test_a_forward_that_the_weight_does_not_explain_is_found_before_step_0(comfy
 
     host, linears = comfyui.module("nodes.host"), comfyui.module("nodes.linears")
     model = exchange(toy.z_image(), WHERE, derived(comfyui, forward=doubled))
-    linears.require_known_layers(model.model.diffusion_model)
+    linears.require_known_layers(model.model.diffusion_model, BLOCKS)
     denoiser = host.ComfyDenoiser(model)
     named = pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} .*OtherLinear.*another function")
     with named, denoiser.trainable((1, 16, 8, 8)):
