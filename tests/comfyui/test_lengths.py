@@ -1,4 +1,4 @@
-"""Captions that are longer than their readers: the node names file and length, also where all comes out of the cache."""
+"""Captions that are longer than their readers: the node names file and length, also where all is in the cache."""
 
 from __future__ import annotations
 
