@@ -1,7 +1,9 @@
 # make demo      teach the demo model a concept it has never seen (a few minutes on a laptop CPU)
 # make test      ruff, pyright and pytest, as CI runs them; inside ComfyUI too where there is a checkout of it
+# make test-cuda       pytest on a pretend CUDA device, where there is a C++ compiler; not yet a part of `make test`
+# make test-cuda-all   all of it in all modes, about an hour, and its table in Markdown
 # make browser   install chromium for the tests of the page (Debian and Ubuntu, as root)
-# The first two make .venv on the first run. PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." is given to pip install,
+# All but the browser make .venv on the first run. PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." is given to pip install,
 # COMFYUI_PATH=... says where ComfyUI is (~/comfy/ComfyUI if not set).
 
 PYTHON ?= python3
@@ -18,6 +20,7 @@ INSTALL = $(RUN) -m pip install --only-binary=:all: $(PIP_ARGS)
 LEFT_OUT = torch|torchvision|torchaudio|spandrel|comfyui-workflow-templates|comfyui-embedded-docs|comfy-angle|PyOpenGL
 
 .PHONY: help demo test test-core test-comfyui lint comfyui browser clean test-comfyui-a-k test-comfyui-l-r test-comfyui-s-z
+.PHONY: test-cuda test-cuda-parts test-cuda-all cuda-device
 .DEFAULT_GOAL := help
 
 help:
@@ -27,8 +30,10 @@ demo: $(VENV)/.standalone
 	$(RUN) -m dopsd_core demo $(DEMO_ARGS)
 
 # Side by side: each part keeps to one core.
+SIDE_BY_SIDE = $(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
 test: lint comfyui
-	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-core test-comfyui
+	$(SIDE_BY_SIDE) test-core test-comfyui
 
 test-core:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q
@@ -39,6 +44,25 @@ test-comfyui: $(COMFYUI_PARTS)
 
 $(COMFYUI_PARTS): test-comfyui-%:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/comfyui/test_[$*]*.py
+
+CUDA = PYTHONPATH=tests $(RUN) -m pretend_cuda
+CUDA_PARTS = $(addprefix test-cuda-,core dynamic classic novram lowvram highvram dynamic-turing classic-turing)
+
+.PHONY: $(CUDA_PARTS)
+
+test-cuda: comfyui cuda-device
+	$(SIDE_BY_SIDE) test-cuda-parts
+
+test-cuda-parts: $(CUDA_PARTS)
+
+$(CUDA_PARTS): test-cuda-%:
+	$(CUDA) part $* -q
+
+cuda-device: $(VENV)/.dev
+	@$(CUDA).build
+
+test-cuda-all: comfyui cuda-device
+	$(RUN) -m benchmarks.pretend_cuda_table
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
@@ -73,8 +97,14 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.standalone
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
-$(VENV)/.comfyui: requirements-comfyui.txt $(VENV)/.dev $(COMFYUI_PATH)/requirements.txt
-	grep -v -i -E '^($(LEFT_OUT))([^a-z-]|$$)' $(COMFYUI_PATH)/requirements.txt > $(VENV)/comfyui.txt
+# Another checkout may need other versions.
+$(VENV)/comfyui.txt: FORCE | $(VENV)/.dev
+	@grep -v -i -E '^($(LEFT_OUT))([^a-z-]|$$)' $(COMFYUI_PATH)/requirements.txt > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+FORCE:
+
+$(VENV)/.comfyui: requirements-comfyui.txt $(VENV)/.dev $(VENV)/comfyui.txt
 	$(INSTALL) -c requirements-standalone.txt -c requirements-dev.txt -r $(VENV)/comfyui.txt
 	$(INSTALL) --no-deps -r requirements-comfyui.txt
 	rm -f $(VENV)/lib/python*/site-packages/torchaudio/lib/*.so

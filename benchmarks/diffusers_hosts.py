@@ -35,6 +35,10 @@ class KleinDenoiser:
     def device(self) -> torch.device:
         return self.transformer.device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self.transformer)
 

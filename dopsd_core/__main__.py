@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .arguments import make_parser
+from .text import escape_unencodable, printable
 
 log = logging.getLogger("dopsd")
 
@@ -15,12 +16,16 @@ STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matpl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit code: 0 done, 1 a mistake of the user (told without traceback), 130 Ctrl-C."""
+    """Runs a command and gives its exit code: 0 done, 1 a mistake of the user (told without traceback), 130 Ctrl-C.
+
+    What a console or a pipe cannot encode is written as escapes.
+    """
+    escape_unencodable(sys.stdout, sys.stderr)
     args = make_parser().parse_args(argv)
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        saved = "; what was trained is saved, and the same command continues it" if args.command == "train" else ""
+        saved = "; the same command resumes from what is saved" if args.command == "train" else ""
         _complain(f"interrupted{saved}")
         return 130
     except ModuleNotFoundError as error:
@@ -71,7 +76,7 @@ def _is_told(error: Exception) -> bool:
 
 
 def _complain(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(printable(f"error: {message}\n"))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ _CONFIG_OPTIONS: Mapping[str, tuple[dict[str, Any], str]] = {
     "probe_every": ({"type": int}, "steps between measurements of the gap to the teacher; 0 for none"),
     "probe_pairs": ({"type": int}, "training pairs in that measurement"),
     "preview_every": ({"type": int}, "steps between preview pictures; 0 for none"),
+    "deterministic": (
+        {"action": argparse.BooleanOptionalAction},
+        "torch's deterministic algorithms: equal runs end bit-identical on a GPU too; slower",
+    ),
 }
 """Fields of TrainConfig as options; absent ones keep the value of --config or of the model's defaults."""
 
@@ -68,13 +72,14 @@ def config_from_args(args: argparse.Namespace, defaults: Mapping[str, Any]) -> T
 
     Raises:
         ConfigError: with every problem.
-        OSError: the file of --config cannot be read.
+        ValueError: the file of --config is not UTF-8.
+        OSError: it cannot be read.
     """
     import dataclasses
 
     from .config import ConfigError, TrainConfig
 
-    base = TrainConfig.from_json(args.config.read_text(encoding="utf-8")) if args.config else TrainConfig(**defaults)
+    base = TrainConfig.from_json(_read_text(args.config)) if args.config else TrainConfig(**defaults)
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     fields |= {name: getattr(args, name) for name in _CONFIG_OPTIONS if getattr(args, name) is not None}
     rank = args.rank or base.lora.rank
@@ -86,6 +91,16 @@ def config_from_args(args: argparse.Namespace, defaults: Mapping[str, Any]) -> T
     except ValueError as error:
         raise ConfigError((str(error),)) from error
     return TrainConfig(**fields)
+
+
+def _read_text(file: Path) -> str:
+    """Raises ValueError with the file's name when it is not UTF-8; Windows' own consoles write UTF-16."""
+    from .captions import CaptionError, decode_utf8
+
+    try:
+        return decode_utf8(file.read_bytes())
+    except CaptionError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _add_demo(commands: Any) -> None:
@@ -132,7 +147,7 @@ def _add_train(commands: Any) -> None:
     lora.add_argument("--targets", nargs="+", metavar="PATTERN", help="names or patterns of the layers that get one")
     settings = parser.add_argument_group("settings", "defaults: those of --config, or of the model")
     for name, (options, text) in _CONFIG_OPTIONS.items():
-        metavar = {} if "choices" in options else {"metavar": "N" if options["type"] is int else "X"}
+        metavar = {"metavar": "N" if options["type"] is int else "X"} if "type" in options else {}
         settings.add_argument(f"--{name.replace('_', '-')}", help=text, **options, **metavar)
 
 
@@ -177,7 +192,9 @@ def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resoluti
     )
     parser.add_argument("--trigger", default="", metavar="WORD", help="word for the concept; replaces [V] in captions")
     parser.add_argument("--resolution", type=int, default=resolution, metavar="N", help=resolution_help)
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="visits per epoch of each picture")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="visits per epoch of each image, up to 1000"
+    )
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="pictures may not lie outside of it; default: DATASET's"
     )

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 from pathlib import Path
+from typing import IO
+
+from .disk import explained
+from .lock import try_lock
 
 
+@explained
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes `data` so that `path` holds the old contents or the new at any moment, a power cut included.
 
+    What a killed process left of an earlier attempt at the same file is removed.
+
     Raises:
-        OSError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
+        DiskError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
     """
-    # Not tempfile: its files are readable by their owner alone, and stay so after the rename.
-    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"
+    _remove_leftovers(path)
+    file, temporary = _open_temporary(path)
     try:
-        with temporary.open("xb") as file:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -37,3 +45,30 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _open_temporary(path: Path) -> tuple[IO[bytes], Path]:
+    """A new file beside `path`, locked as long as it is open, so that nobody takes it for a leftover."""
+    while True:
+        # Not tempfile: its files are readable by their owner alone, and stay so after the rename.
+        temporary = path.parent / f"{_stem(path)}{secrets.token_hex(8)}.tmp"
+        file = temporary.open("xb")
+        if try_lock(file) is not False and temporary.exists():
+            return file, temporary
+        file.close()  # another process took it for a leftover before it was locked
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes temporary files for `path` whose writer is dead; where there are no locks to tell by, none."""
+    for leftover in path.parent.glob(f"{glob.escape(_stem(path))}{'[0-9a-f]' * 16}.tmp"):
+        with contextlib.suppress(OSError):
+            with leftover.open("ab") as file:
+                is_dead = try_lock(file)
+                if is_dead and os.name != "nt":
+                    leftover.unlink()  # while it is locked: its writer could lock it the moment after
+            if is_dead and os.name == "nt":
+                leftover.unlink()  # an open file cannot be removed here, so not one that is being written either
+
+
+def _stem(path: Path) -> str:
+    return f".{path.name[:40]}."

@@ -6,20 +6,38 @@ In the authors' data the concept is written `[V]`; a user may choose a word to t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 PLACEHOLDER = "[V]"
-"""How the authors' captions write the concept."""
+"""How the authors' captions write the concept; `[v]` means the same."""
 
 AUTHORS_KEYS = tuple(
     f"{kind}_{language}" for language in ("en", "zh") for kind in ("short", "medium", "detailed", "user_prompt")
 )
 """Caption keys of a row in the authors' JSONL; one is drawn at random at each visit."""
 
+INSTRUCTION_KEYS = ("instruction", "edit_instruction", "edit_prompt")
+"""Keys for what an edit changes, in other datasets; read where a row has no other caption."""
+
 CAPTION_KEYS = (*AUTHORS_KEYS, "caption", "prompt", "text")
 """All keys that are read as captions, the authors' and the common ones."""
+
+MAX_BYTES = 1 << 20
+"""The most bytes of a caption file; encoders read a few thousand."""
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_NAMED = 4  # near misses in a sentence
+_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
+
+_BYTE_ORDER_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 
 
 class CaptionError(ValueError):
@@ -34,16 +52,23 @@ Kind = Literal["caption", "instruction"]
 """Of a text: an instruction says what an edit changes."""
 
 
+# -- bytes and characters ----------------------------------------------------------------------------------------------
+
+
 def read_caption_file(path: Path, kind: Kind = "caption") -> str:
-    """The text of a caption file, stripped.
+    """The text of a caption file, as it stands there.
 
     Raises:
-        CaptionError: the file is empty, not UTF-8, or no ordinary file.
+        CaptionError: the file is empty, too large, no ordinary file, not UTF-8, or holds characters that are no text.
     """
     if not path.is_file():
         raise CaptionError("is no file")
-    text = decode_utf8(path.read_bytes()).strip()
-    if not text:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise CaptionError(f"has {size / 2**20:.0f} MB: that is no {kind}")
+    text = decode_utf8(path.read_bytes())
+    check_text(text)
+    if not text.strip():
         wanted = "what the picture shows" if kind == "caption" else "what is to change"
         raise CaptionError(f"the {kind} is empty; write {wanted}")
     return text
@@ -53,10 +78,14 @@ def decode_utf8(data: bytes) -> str:
     """UTF-8 with or without byte-order mark.
 
     Raises:
-        CaptionError: with the line of the first byte that is none.
+        CaptionError: the bytes are in another encoding, with the line of the first one that is not UTF-8.
     """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise CaptionError("the text is UTF-16; save it as UTF-8")
+    for mark, name in _BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            raise CaptionError(f"the text is {name}; save it as UTF-8")
+    wide = _wide_encoding(data)
+    if wide is not None:
+        raise CaptionError(f"the text is {wide} without byte-order mark; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,26 +93,109 @@ def decode_utf8(data: bytes) -> str:
         raise CaptionError("the text is not UTF-8; save it as UTF-8", line) from error
 
 
-def row_captions(row: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
-    """The captions of a JSONL row by key, and what is wrong with others; equal texts under two keys count twice."""
-    captions: dict[str, str] = {}
-    complaints: list[str] = []
-    for key in CAPTION_KEYS:
-        value = row.get(key)
-        if value is None:
-            continue
+def _wide_encoding(data: bytes) -> str | None:
+    """The encoding of more than a byte per character that bytes with NULs are in, where that is plain to see."""
+    if b"\0" not in data:
+        return None
+    for width, name in ((4, "UTF-32"), (2, "UTF-16")):
+        whole = data[: len(data) - len(data) % width]
+        for order in ("le", "be"):
+            try:
+                text = whole.decode(f"{name}-{order}").rstrip("\0")
+            except UnicodeDecodeError:
+                continue
+            explained = sum(character < "\u0100" for character in text)  # each of them has a NUL in UTF-16
+            if text and _NO_TEXT.search(text) is None and (width == 4 or 2 * explained > whole.count(0)):
+                return f"{name} ({order.upper()})"
+    return None
+
+
+def check_text(text: str) -> None:
+    """Refuses characters that are no text: NUL and other control characters, halves of characters, stray marks.
+
+    Raises:
+        CaptionError: with the line of the first one.
+    """
+    found = _NO_TEXT.search(text)
+    if found is not None:
+        raise CaptionError(_what_it_is(found.group()), _line_of(text, found.start()))
+
+
+def _what_it_is(character: str) -> str:
+    code = f"U+{ord(character):04X}"
+    if character == "\0":
+        return "the text holds NUL characters, as padding and text that is not UTF-8 do; save it as UTF-8"
+    if "\ud800" <= character <= "\udfff":
+        return f"the text holds half a character ({code}): it was cut or converted wrongly; write it again"
+    if character == "\ufeff":
+        return "the text holds a byte-order mark (U+FEFF) inside, as joined files do; remove it"
+    return f"the text holds the control character {code}; remove it and save the text as UTF-8"
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowCaptions:
+    """The captions of a JSONL row.
+
+    Attributes:
+        texts: captions by key; equal texts under two keys count twice.
+        errors: what is wrong with others and forbids training.
+        complaints: what is wrong with others and matters only where there is no caption besides.
+    """
+
+    texts: dict[str, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+def row_captions(row: Mapping[str, object]) -> RowCaptions:
+    """The captions of a row under `CAPTION_KEYS`, else under `INSTRUCTION_KEYS`."""
+    found = RowCaptions()
+    for key in caption_keys(row):
+        value = row[key]
         if not isinstance(value, str):
-            complaints.append(f"{key!r} is {type(value).__name__}, not text")
-        elif not value.strip():
-            complaints.append(f"{key!r} is an empty caption")
+            found.complaints.append(f"{key!r} is {type(value).__name__}, not text")
+        elif not value.strip("\ufeff \t\r\n"):
+            found.complaints.append(f"{key!r} is an empty caption")
         else:
-            captions[key] = value.strip()
-    return captions, complaints
+            try:
+                text = value.removeprefix("\ufeff")
+                check_text(text)
+                found.texts[key] = text.strip()
+            except CaptionError as error:
+                found.errors.append(f"{key!r}: {error}")
+    return found
+
+
+def caption_keys(row: Mapping[str, object]) -> list[str]:
+    """The keys of a row that are read as captions."""
+    given = [key for key in CAPTION_KEYS if row.get(key) is not None]
+    return given or [key for key in INSTRUCTION_KEYS if row.get(key) is not None]
+
+
+# -- the concept's name ------------------------------------------------------------------------------------------------
+
+_PLACEHOLDER = r"(?<![\[\\])\[V\](?!\])"
+
+_GAP = r"[\s\u200b-\u200f\u2060\ufeff]*"
+_LETTER = r"[V\uff36\u2164]"  # full-width V, Roman numeral five
+_OPEN, _CLOSE = r"[\[{<\uff3b\uff5b\uff1c\u3010\u3014\u3008\u300a]", r"[\]}>\uff3d\uff5d\uff1e\u3011\u3015\u3009\u300b]"
+_NAME = rf"(?:{_LETTER}\*?|trigger(?:[\s_-]?(?:word|token|phrase))?|concept|subject|name|token)"
+
+_NEAR_PLACEHOLDER = re.compile(
+    rf"\\?{_OPEN}{{1,2}}{_GAP}\\?{_NAME}{_GAP}\\?{_CLOSE}{{1,2}}"
+    rf"|\\?[\[\uff3b\u3010]{{1,2}}{_GAP}{_LETTER}(?![A-Za-z0-9_\]])"  # never closed
+    rf"|(?<![A-Za-z0-9_\[]){_LETTER}{_GAP}\\?[\]\uff3d\u3011]{{1,2}}"  # never opened
+    r"|(?-i:\(V\))",
+    re.IGNORECASE,
+)
 
 
 def put_trigger(caption: str, trigger: str) -> str:
-    """`[V]` replaced by the trigger; with no trigger the caption stays as it is."""
-    return caption.replace(PLACEHOLDER, trigger) if trigger else caption
+    """`[V]`, in any case, replaced by the trigger; with no trigger it is written `[V]` throughout."""
+    return re.sub(_PLACEHOLDER, lambda _: trigger or PLACEHOLDER, caption, flags=re.IGNORECASE)
 
 
 def has_trigger(caption: str, trigger: str = "") -> bool:
@@ -103,9 +215,59 @@ def remove_trigger(caption: str, trigger: str = "") -> str:
     return text.strip(" ,;:")
 
 
+@dataclass(frozen=True)
+class Doubt:
+    """A sentence on a caption that is used, for a warning, and the line of the caption that it is about."""
+
+    message: str
+    line: int
+
+
+def doubts_of(text: str, trigger: str = "") -> list[Doubt]:
+    """What may have been meant otherwise in a caption: near misses of `[V]`, and marks of lost characters."""
+    doubts = [near] if (near := near_placeholder(text, trigger)) else []
+    lost = text.find("\ufffd")
+    if lost >= 0:
+        message = "holds U+FFFD, the mark of a character that was lost in a conversion: write what belongs there"
+        doubts.append(Doubt(message, _line_of(text, lost)))
+    return doubts
+
+
+def near_placeholder(text: str, trigger: str = "") -> Doubt | None:
+    """What looks like `[V]` and is not: `[ V ]`, `<V>`, `[trigger]`, `[V`. None where there is nothing of the kind."""
+    rest = _concept(trigger).sub(lambda match: "\0" * len(match.group()), text)
+    found = list(_NEAR_PLACEHOLDER.finditer(rest))
+    if not found:
+        return None
+    names = list(dict.fromkeys(match.group() for match in found))
+    shown = ", ".join(f"'{name}'" if name.isprintable() else ascii(name) for name in names[:_NAMED])
+    message = f"{shown} {'is' if len(names) == 1 else 'are'} not read as the concept: write {PLACEHOLDER}"
+    return Doubt(message, _line_of(text, found[0].start()))
+
+
+def check_prompts(prompts: Sequence[str], what: str, trigger: str = "") -> list[str]:
+    """Sentences on what is doubtful in prompts that a user typed; `what` names them, "preview prompt".
+
+    Raises:
+        ValueError: one holds characters that are no text.
+    """
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            check_text(prompt)
+        except CaptionError as error:
+            raise ValueError(f"{what} {number}: {error}") from error
+        found += [f"{what} {number}: {doubt.message}" for doubt in doubts_of(prompt, trigger)]
+    return found
+
+
+def _line_of(text: str, place: int) -> int:
+    return len(_LINE_END.findall(text, 0, place)) + 1
+
+
 def _concept(trigger: str) -> re.Pattern[str]:
     """Matches `[V]` and the trigger. Only ASCII letters join a word: Chinese is written without spaces."""
-    names = [re.escape(PLACEHOLDER)]
+    names = [_PLACEHOLDER]
     if trigger.strip():
         words = r"\s+".join(re.escape(word) for word in trigger.split())
         names.append(rf"(?<![A-Za-z0-9_]){words}(?![A-Za-z0-9_])")

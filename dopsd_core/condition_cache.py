@@ -18,7 +18,12 @@ from .atomic import write_atomic
 
 log = logging.getLogger("dopsd")
 
-FORMAT = "dopsd-conditions-2"
+FORMAT = "dopsd-conditions-3"
+"""Part of every key, so that entries of another format are never read. They may be deleted.
+
+Raised when an encoder's identity, or what is done to images before they are encoded, comes to mean something else: the
+entries of 2 were kept under identities that different text encoders had in common, and without colour profiles.
+"""
 
 
 def digest_bytes(data: bytes) -> str:

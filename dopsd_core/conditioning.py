@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .condition_cache import ConditionCache, cache_key, plain_cpu
 from .teachers import VLM, Teacher
+from .transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +35,8 @@ class Condition:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
         """The same condition elsewhere; shares memory where nothing changes."""
-        return Condition(
-            self.features.to(device, dtype), tuple(latent.to(device, dtype) for latent in self.reference_latents)
-        )
+        latents = tuple(to_device(latent, device, dtype) for latent in self.reference_latents)
+        return Condition(to_device(self.features, device, dtype), latents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,15 @@ class Encoder(Protocol):
 
     def encode_latent(self, image: Tensor) -> Tensor:
         """image [3, H, W] in [0, 1] -> latent [C, h, w] in model space (about unit variance)."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """An encoder that reads files which captions name, such as embeddings."""
+
+    def identity_for(self, caption: str) -> str:
+        """`identity`, other for other contents of a file that the caption names."""
         ...
 
 
@@ -168,7 +177,7 @@ def _compose(request: EncodeRequest, teacher: Teacher, parts: _Parts) -> DualCon
     student = _with_references(parts.text(request.caption), sources)
     pictures = [request.target, shown, *request.sources]
     facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in pictures]}
-    key = cache_key("pair", request.target.digest, request.caption, parts.encoder.identity, facts)
+    key = cache_key("pair", request.target.digest, request.caption, parts.identity_for(request.caption), facts)
     return DualCondition(student, seeing, parts.latent(request.target), request.caption, key)
 
 
@@ -184,14 +193,19 @@ class _Parts:
         self._known: dict[str, dict[str, Tensor]] = {}
         self.computed = 0
 
+    def identity_for(self, caption: str) -> str:
+        """The encoder's, as far as it decides what becomes of the caption."""
+        encoder = self.encoder
+        return encoder.identity_for(caption) if isinstance(encoder, ReadsFiles) else encoder.identity
+
     def text(self, caption: str) -> Condition:
         """The caption alone."""
-        key = cache_key("text", "", caption, self.encoder.identity, {})
+        key = cache_key("text", "", caption, self.identity_for(caption), {})
         return _unpack(self._get(key, f"the text {caption!r}", lambda: _pack(self.encoder.encode_text(caption))))
 
     def seen(self, picture: Picture, caption: str) -> Condition:
         """Picture and caption, read together."""
-        key = cache_key("seen", picture.digest, caption, self.encoder.identity, picture.settings)
+        key = cache_key("seen", picture.digest, caption, self.identity_for(caption), picture.settings)
         what = f"a picture and {caption!r}"
         return _unpack(
             self._get(key, what, lambda: _pack(self.encoder.encode_image_text(_pixels(picture, what), caption)))

@@ -25,6 +25,10 @@ OptimizerName = Literal["adamw", "adamw8bit"]
 RESUMABLE_CHANGES = frozenset({"steps", "checkpoint_every", "keep_checkpoints", "preview_every", "probe_every"})
 """Fields that may differ when a run is resumed; any other would make it another run."""
 
+_ADDED = frozenset({"deterministic"})
+"""Fields that release 0.2 did not have. At their defaults they are no part of a run's identity, so that its runs are
+still found."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message lists everything wrong with it."""
@@ -69,6 +73,8 @@ class TrainConfig:
         probe_every: steps between measurements of the gap on fixed noise; 0 for none. probe_pairs: training pairs
             in it. The defaults cost about one forward in twenty.
         preview_every: steps between previews, besides one before the first step and one after the last; 0 for none.
+        deterministic: use torch's deterministic algorithms, so that equal runs end bit-identical on a GPU too, where
+            the fastest backward of attention adds in any order. Slower; a CPU needs it not.
     """
 
     lora: LoraConfig
@@ -98,6 +104,7 @@ class TrainConfig:
     probe_every: int = 25
     probe_pairs: int = 2
     preview_every: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         self.validate()
@@ -123,7 +130,7 @@ class TrainConfig:
         """
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError((f"not JSON: {error}",)) from error
         if not isinstance(fields, dict):
             raise ConfigError((f"a JSON object is needed, this is {type(fields).__name__}",))
@@ -142,6 +149,15 @@ class TrainConfig:
             if not problems:
                 return config
         raise ConfigError(tuple(problems))
+
+    def identity(self) -> dict[str, Any]:
+        """The fields, JSON-able, that make two runs the same run."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in json.loads(self.to_json()).items()
+            if name not in RESUMABLE_CHANGES and not (name in _ADDED and value == defaults[name])
+        }
 
     def make_objective(self) -> Objective:
         """The objective with its options."""
@@ -164,13 +180,23 @@ def changes_that_forbid_resuming(old: TrainConfig, new: TrainConfig) -> tuple[st
 
 
 def _type_problems(config: TrainConfig) -> list[str]:
-    kinds: Mapping[str, tuple[type, ...]] = {"int": (int,), "int | None": (int, type(None)), "float": (int, float)}
+    kinds: Mapping[str, tuple[type, ...]] = {
+        "int": (int,),
+        "int | None": (int, type(None)),
+        "float": (int, float),
+        "bool": (bool,),
+    }
     problems = []
     for field in dataclasses.fields(config):
         value, declared = getattr(config, field.name), str(field.type)
         allowed = {"LoraConfig": (LoraConfig,)}.get(declared) or kinds.get(declared, (str,))
-        if isinstance(value, bool) or not isinstance(value, allowed):
-            wanted = {"int": "a whole number", "int | None": "a whole number or null", "float": "a number"}
+        if isinstance(value, bool) != (declared == "bool") or not isinstance(value, allowed):
+            wanted = {
+                "int": "a whole number",
+                "int | None": "a whole number or null",
+                "float": "a number",
+                "bool": "true or false",
+            }
             problems.append(f"{field.name} is {value!r}, it must be {wanted.get(declared, 'text')}")
         elif isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{field.name} is {value!r}, it must be a finite number")

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .buckets import Bucket, make_buckets
-from .captions import has_trigger, put_trigger, remove_trigger
+from .captions import CaptionError, check_text, doubts_of, has_trigger, near_placeholder, put_trigger, remove_trigger
 from .dataset_checks import Fit, PictureChecker
-from .dataset_files import Entry, Problem, Problems, read_folder
+from .dataset_files import ROW_SUFFIXES, Entry, read_folder
 from .dataset_rows import read_jsonl
+from .problems import Problem, Problems
+from .repeats import MAX_REPEATS
+from .text import printable
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class DatasetReport:
         """The report in words: counts, buckets, then every problem on a line of its own."""
         sources = {source for pair in self.pairs for source in pair.sources}
         what = "edit pair" if sources else "picture"
-        lines = [f"{self.source}: {len(self.pairs)} usable {what}{'s' * (len(self.pairs) != 1)}"]
+        lines = [printable(f"{self.source}: {len(self.pairs)} usable {what}{'s' * (len(self.pairs) != 1)}")]
         counts = Counter(pair.bucket for pair in self.pairs)
         lines += [f"  {count:4d} in bucket {bucket}" for bucket, count in sorted(counts.items())]
         repeated = sum(pair.repeats > 1 for pair in self.pairs)
@@ -96,7 +99,7 @@ class DatasetError(ValueError):
 
     def __init__(self, report: DatasetReport) -> None:
         lines = "\n".join(str(problem) for problem in report.errors)
-        super().__init__(f"{len(report.errors)} errors in the data set {report.source}:\n{lines}")
+        super().__init__(printable(f"{len(report.errors)} errors in the data set {report.source}:\n{lines}"))
         self.report = report
 
     def __reduce__(self) -> tuple[type[DatasetError], tuple[DatasetReport]]:
@@ -117,20 +120,21 @@ def read_dataset(
 
     Args:
         source: a folder of pictures with same-named .txt captions (sub-folders too; one named `10_anything` repeats its
-            pictures 10 times); a folder of edits, target/ being such a folder and source/ holding what each edit starts
-            from at the same place; or a .jsonl file with a row per picture or per edit.
+            pictures 10 times, up to MAX_REPEATS); a folder of edits, target/ being such a folder and source/ holding
+            what each edit starts from at the same place; or a .jsonl file with a row per picture or per edit.
         pixel_budget: the most pixels of a training picture.
         multiple: the sides of a training picture are multiples of it.
         trigger: replaces `[V]` in the captions; "" leaves `[V]` there.
-        repeats: visits per epoch of each picture, multiplied with its own.
+        repeats: visits per epoch of each picture, up to MAX_REPEATS, multiplied with its own.
         root: the folder that no picture may lie outside of; by default the folder, or the folder of the JSONL.
         progress: called with (pictures done, pictures in all).
 
     Raises:
         ValueError: an argument is out of range. Problems of the data never raise: they are in the report.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats ({repeats}) must be at least 1")
+    if not 1 <= repeats <= MAX_REPEATS:
+        raise ValueError(f"repeats ({repeats}) must be from 1 to {MAX_REPEATS}")
+    trigger = _checked_trigger(trigger)
     source = Path(source)
     problems = Problems()
     entries = _read_entries(source, problems)
@@ -139,24 +143,33 @@ def read_dataset(
         buckets=make_buckets(pixel_budget, multiple),
         problems=problems,
     )
-    trigger = trigger.strip()
     pairs: list[Pair] = []
     for done, entry in enumerate(entries, 1):
         fit = checker.check(entry)
+        _warn_of_doubts(entry, trigger, problems)
         if fit is not None and entry.captions:
             pairs.append(_make_pair(entry, fit, trigger, repeats))
         if progress is not None:
             progress(done, len(entries))
     _warn_without_trigger(pairs, trigger, problems)
     if not entries and not any(problem.severity == "error" for problem in problems.found):
-        problems.error(source, None, "no pictures; put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there")
+        wanted = "put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"
+        problems.error(source, None, f"no pictures; {wanted if source.is_dir() else 'the file has no rows'}")
     return DatasetReport(source, tuple(pairs), tuple(problems.found))
+
+
+def _checked_trigger(trigger: str) -> str:
+    try:
+        check_text(trigger)
+    except CaptionError as error:
+        raise ValueError(f"the trigger {trigger!r} cannot be used: {error}") from error
+    return trigger.strip()
 
 
 def _read_entries(source: Path, problems: Problems) -> list[Entry]:
     if source.is_dir():
         return read_folder(source, problems)
-    if source.suffix.lower() in (".jsonl", ".ndjson") and source.is_file():
+    if source.suffix.lower() in ROW_SUFFIXES and source.is_file():
         return read_jsonl(source, problems)
     what = "a file, but not a .jsonl one" if source.is_file() else "not there"
     problems.error(source, None, f"is {what}; give a folder of pictures and captions, or a .jsonl file")
@@ -177,11 +190,26 @@ def _make_pair(entry: Entry, fit: Fit, trigger: str, repeats: int) -> Pair:
     )
 
 
+def _warn_of_doubts(entry: Entry, trigger: str, problems: Problems) -> None:
+    """Warns of what may have been meant otherwise in captions, equal sentences of a row once."""
+    doubts = dict.fromkeys(doubt for text in entry.captions for doubt in doubts_of(text, trigger))
+    if entry.line is None:
+        for doubt in doubts:
+            problems.warning(entry.source, entry.text_line + doubt.line - 1, doubt.message)
+    else:
+        for message in dict.fromkeys(doubt.message for doubt in doubts):
+            problems.warning(entry.source, entry.line, message)
+
+
 def _warn_without_trigger(pairs: Sequence[Pair], trigger: str, problems: Problems) -> None:
     """Warns of captions that do not name the concept, where there is a trigger or some captions say `[V]`; of
-    instructions only where there is a trigger, because an edit need not have a name."""
-    lacking = [(pair, sum(not has_trigger(text, trigger) for text in pair.captions)) for pair in pairs]
-    if not trigger and all(pair.sources or count == len(pair.captions) for pair, count in lacking):
+    instructions only where there is a trigger, because an edit need not have a name. Near misses have a warning."""
+
+    def lacks(text: str) -> bool:
+        return not has_trigger(text, trigger) and near_placeholder(text, trigger) is None
+
+    lacking = [(pair, sum(map(lacks, pair.captions))) for pair in pairs]
+    if not trigger and all(pair.sources or not any(map(has_trigger, pair.captions)) for pair in pairs):
         return
     name = f"the trigger {trigger!r}" if trigger else "[V]"
     for pair, count in lacking:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from .buckets import Bucket, cover_box, must_enlarge, nearest_bucket
-from .dataset_files import Entry, Problems
+from .dataset_files import Entry
 from .images import ImageError, decode, pixel_digest
+from .problems import Problems
 
 MAX_LOSS = 0.2
 """The share of a picture that may be cut away without a warning."""
@@ -36,7 +38,7 @@ class _Looked:
 class PictureChecker:
     """Decodes the pictures of entries and notes what is wrong with them.
 
-    A picture may be the source of many edits: each file is decoded once, and its faults are told for each entry.
+    A picture may be the source of many edits: each file is decoded once, and its faults are reported for each entry.
     """
 
     root: Path
@@ -77,13 +79,15 @@ class PictureChecker:
             return None
         if real not in self.looked:
             try:
-                image, frames = decode(real)
+                decoded = decode(real)
             except ImageError as error:
                 self.looked[real] = str(error)
             else:
-                self.looked[real] = _Looked(image.size, pixel_digest(image))
-                if frames > 1:
-                    self._note("warning", entry, path, f"animated: only the first of {frames} frames is used")
+                self.looked[real] = _Looked(decoded.image.size, pixel_digest(decoded.image))
+                if decoded.frames > 1:
+                    self._note("warning", entry, path, f"animated: only the first of {decoded.frames} frames is used")
+                for remark in decoded.remarks:
+                    self._note("warning", entry, path, remark)
         found = self.looked[real]
         if isinstance(found, str):
             self._note("error", entry, path, found)
@@ -99,8 +103,8 @@ class PictureChecker:
         twins = self.seen.setdefault(target, {})
         if sources in twins:
             what = "edit" if sources else "picture"
-            told = f"duplicate: the same {what} as {twins[sources]}; remove one, or use repeats"
-            self._note("error", entry, entry.image, told)
+            message = f"duplicate: the same {what} as {twins[sources]}; remove one, or use repeats"
+            self._note("error", entry, entry.image, message)
             return True
         if twins:
             first = next(iter(twins.values()))
@@ -109,35 +113,39 @@ class PictureChecker:
         return False
 
     def _inside(self, entry: Entry, path: Path) -> Path | None:
-        """The real path of a picture if it exists inside the root."""
+        """The real path of an image if it exists inside the root.
+
+        Of what is spelled as if outside nobody learns whether it exists: a JSONL may come from anywhere.
+        """
+        roots = (Path(os.path.abspath(self.root)), self.root.resolve())
+        spelled = Path(os.path.abspath(path))
+        leaves = f"leaves the folder {roots[1]}; move it there, or choose a wider root folder"
+        is_inside = any(spelled.is_relative_to(root) for root in roots)
+        reason = leaves if is_inside else f"no such file that may be read: it {leaves}"
         try:
-            resolved = path.resolve(strict=True)
-            root = self.root.resolve(strict=True)
-        except FileNotFoundError:
-            self._note("error", entry, path, "no such file")
+            resolved = path.resolve(strict=True) if shares_drive(spelled, roots) else None
         except (OSError, ValueError, RuntimeError) as error:
-            self._note("error", entry, path, f"cannot be opened: {error}")
-        else:
-            if not resolved.is_relative_to(root):
-                told = f"leaves the folder {root}; move it there, or choose a wider root folder"
-                self._note("error", entry, path, told)
-            elif not resolved.is_file():
-                self._note("error", entry, path, "is no file")
-            else:
+            resolved = None
+            if is_inside:
+                reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error}"
+        if resolved is not None and resolved.is_relative_to(roots[1]):
+            if resolved.is_file():
                 return resolved
+            reason = "is no file"
+        self._note("error", entry, path, reason)
         return None
 
     def _warn_of_size(self, entry: Entry, path: Path, size: tuple[int, int], where: str) -> None:
-        told = f"is {size[0]}x{size[1]}, smaller than {where}: it is enlarged"
-        self._note("warning", entry, path, told)
+        message = f"is {size[0]}x{size[1]}, smaller than {where}: it is enlarged"
+        self._note("warning", entry, path, message)
 
     def _warn_of_loss(self, entry: Entry, path: Path, size: tuple[int, int], bucket: Bucket, where: str) -> None:
         width, height = size
         left, top, right, bottom = cover_box(width, height, bucket)
         loss = 1 - (right - left) * (bottom - top) / (width * height)
         if loss > MAX_LOSS:
-            told = f"is {width}x{height}: {loss:.0%} is cut away to fit {where} {bucket}"
-            self._note("warning", entry, path, told)
+            message = f"is {width}x{height}: {loss:.0%} is cut away to fit {where} {bucket}"
+            self._note("warning", entry, path, message)
 
     def _note(self, severity: Literal["error", "warning"], entry: Entry, path: Path, message: str) -> None:
         """Names the row for a JSONL (with the picture in the message), the picture itself for a folder."""
@@ -145,3 +153,11 @@ class PictureChecker:
             self.problems.add(severity, path, None, message)
         else:
             self.problems.add(severity, entry.source, entry.line, f"{path}: {message}")
+
+
+def shares_drive(path: PurePath, roots: Sequence[PurePath]) -> bool:
+    """Whether a path is on the drive or network share of one of the roots.
+
+    Only Windows has those, and there a mere look at a file on a share would sign in to its server.
+    """
+    return path.drive.casefold() in {root.drive.casefold() for root in roots}

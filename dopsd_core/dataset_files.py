@@ -5,65 +5,38 @@ photos/a.txt            its caption
 
 edits/target/a.png      the result of an edit
 edits/target/a.txt      its instruction
-edits/source/a.jpg      the picture that it starts from; other files of the folder are told, not guessed at
+edits/source/a.jpg      the picture that it starts from; other files of the folder are reported
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
+from .caption_files import CaptionFiles, Place, composed, folded, place_of
 from .captions import CaptionError, Kind, read_caption_file
 from .images import SUFFIXES
+from .problems import Problem, Problems
+from .repeats import NamedRepeats
+
+__all__ = ["Entry", "Problem", "Problems", "edit_folders", "read_folder"]
 
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
-
-Severity = Literal["error", "warning"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong at a place of the data set; an error forbids training, a warning does not."""
-
-    severity: Severity
-    file: Path
-    line: int | None
-    message: str
-
-    def __str__(self) -> str:
-        place = str(self.file) if self.line is None else f"{self.file}:{self.line}"
-        return f"{self.severity}: {place}: {self.message}"
-
-
-@dataclass
-class Problems:
-    """The problems found so far, in the order of the data."""
-
-    found: list[Problem] = field(default_factory=list)
-
-    def add(self, severity: Severity, file: Path, line: int | None, message: str) -> None:
-        """Notes a problem."""
-        self.found.append(Problem(severity, file, line, message))
-
-    def error(self, file: Path, line: int | None, message: str) -> None:
-        """Notes a problem that forbids training."""
-        self.add("error", file, line, message)
-
-    def warning(self, file: Path, line: int | None, message: str) -> None:
-        """Notes a problem that training lives with."""
-        self.add("warning", file, line, message)
+ROW_SUFFIXES = (".jsonl", ".ndjson")
+_NO_DATA = re.compile(r"(?i)(readme|licen[sc]e|classes|requirements)(\..*)?|(eh)?thumbs\.db|desktop\.ini|icon\r")
+"""Names of files that belong to no data set; nothing is said of them."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A picture with captions, as the data set says; `captions` is empty where a problem was noted instead.
 
-    `line` is the line of a JSONL (None in a folder), `declared` the size that a row states, (width, height); `sources`
-    are the pictures that an edit starts from, in order.
+    `line` is the line of a JSONL (None in a folder), `text_line` that of a caption file where its text begins,
+    `declared` the size that a row states, (width, height); `sources` are the pictures that an edit starts from, in
+    order.
     """
 
     image: Path
@@ -73,6 +46,7 @@ class Entry:
     repeats: int = 1
     declared: tuple[int, int] | None = None
     sources: tuple[Path, ...] = ()
+    text_line: int = 1
 
 
 def read_folder(folder: Path, problems: Problems) -> list[Entry]:
@@ -80,24 +54,17 @@ def read_folder(folder: Path, problems: Problems) -> list[Entry]:
 
     A folder with the sub-folders source/ and target/ holds edits, of these two alone.
     """
-    files = _walk(folder, problems)
-    captions = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    files = [file for file in _walk(folder, problems) if _NO_DATA.fullmatch(file.name) is None]
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
-    rows = [file.name for file in files if file.suffix.lower() == ".jsonl"]
-    hint = f" (there is {rows[0]}: to read that one, give its path)" if rows else ""
     halves = edit_folders(folder)
+    captioned = pictures if halves is None else [file for file in pictures if file.is_relative_to(halves[1])]
+    reader = _FolderReader(folder, files, CaptionFiles.sort(folder, files, captioned, SUFFIXES), problems)
     if halves is None:
-        entries = [_folder_entry(folder, picture, captions, hint, problems) for picture in pictures]
+        entries = [reader.entry(picture) for picture in pictures]
     else:
-        entries = _EditFolder(folder, *halves, captions, hint, problems).entries(pictures)
-    stems = {picture.with_suffix("") for picture in pictures}
-    for file in files:
-        if file.suffix.lower() in UNREAD_SUFFIXES:
-            problems.warning(file, None, f"not read: convert {file.suffix} files to PNG, JPEG, WebP or BMP")
-            stems.add(file.with_suffix(""))
-    for stem, file in captions.items():
-        if stem not in stems and re.fullmatch(r"(?i)readme|licen[sc]e|classes|requirements", stem.name) is None:
-            problems.warning(file, None, "a caption without a picture of its name")
+        entries = _EditFolder(folder, *halves, reader, problems).entries(pictures)
+    reader.note_shared_captions()
+    reader.note_unread()
     return entries
 
 
@@ -110,6 +77,103 @@ def edit_folders(folder: Path) -> tuple[Path, Path] | None:
     return (found["source"], found["target"]) if {"source", "target"} <= found.keys() else None
 
 
+@dataclass
+class _FolderReader:
+    """Finds the caption and the repeats of each picture, and names what is left.
+
+    named: files that a message has named already. used: the pictures of each caption file.
+    """
+
+    folder: Path
+    files: Sequence[Path]
+    captions: CaptionFiles
+    problems: Problems
+    named: set[Path] = field(default_factory=set)
+    used: dict[Path, list[Path]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._repeats = NamedRepeats(self.folder, self.problems)
+        self._rows = next((file for file in self.files if file.suffix.lower() in ROW_SUFFIXES), None)
+
+    def entry(self, image: Path, kind: Kind = "caption") -> Entry:
+        """The picture with its caption; a problem is noted where there is none that can be used."""
+        found = self.captions.of(image)
+        for file in found:
+            self.used.setdefault(file, []).append(image)
+        repeats = self._repeats.of(image)
+        if not found:
+            self._note_lack(image, kind)
+            return Entry(image, (), image, None, repeats)
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            self.problems.error(image, None, f"{len(found)} {kind}s of its name: {names}; keep one")
+            return Entry(image, (), found[0], None, repeats)
+        if not self.captions.names_exactly(found[0], image):
+            message = f"taken as the {kind} of {image.name}: the names differ in upper and lower case; make them equal"
+            self.problems.warning(found[0], None, message)
+        text = self._text(found[0], kind)
+        before = text[: len(text) - len(text.lstrip())]
+        texts = (text.strip(),) if text else ()
+        return Entry(image, texts, found[0], None, repeats, text_line=len(re.findall(r"\r\n|\r|\n", before)) + 1)
+
+    def _text(self, file: Path, kind: Kind) -> str:
+        """The text of a caption file, "" after noting why it cannot be used."""
+        try:
+            if not file.resolve().is_relative_to(self.folder.resolve()):
+                raise CaptionError(f"leaves the folder {self.folder}")
+            return read_caption_file(file, kind)
+        except CaptionError as error:
+            self.problems.error(file, error.line or 1, str(error))
+        except OSError as error:
+            self.problems.error(file, None, f"cannot be read: {error.strerror}")
+        except RuntimeError:  # Python up to 3.12 says it so
+            self.problems.error(file, None, "cannot be read: a link that turns in a circle")
+        return ""
+
+    def _note_lack(self, image: Path, kind: Kind) -> None:
+        meant, remark = self.captions.near_misses(image)
+        self.named.update(meant)
+        if not remark and self._rows is not None:
+            self.named.add(self._rows)
+            remark = f"there is {self._rows.name}: to read that one, give its path"
+        hint = f" ({remark})" if remark else ""
+        self.problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
+
+    def note_shared_captions(self) -> None:
+        """Warns of pictures of one name, which have one text between them."""
+        for file, images in self.used.items():
+            if len(images) > 1:
+                names = " and ".join(image.name for image in images)
+                message = f"{names} share the caption {file.name}: give each a name of its own, or remove one"
+                self.problems.warning(images[0], None, message)
+
+    def note_unread(self) -> None:
+        """Names what was not read: captions without a picture, and other files, those of a kind once."""
+        images = (*SUFFIXES, *UNREAD_SUFFIXES)
+        places = {place_of(file) for file in self.files if file.suffix.lower() in images}
+        rest: dict[str, list[Path]] = {}
+        for file in self.files:
+            suffix = file.suffix.lower()
+            if suffix in SUFFIXES or file in self.used or file in self.named:
+                continue
+            if suffix != ".txt":
+                rest.setdefault(suffix, []).append(file)
+            elif place_of(file) not in places:
+                self.problems.warning(file, None, "a caption without a picture of its name")
+        for suffix, files in rest.items():
+            count = len(files) - 1
+            more = f", like {count} more {f'{suffix} file'.strip()}{'s' * (count > 1)}" if count else ""
+            self.problems.warning(files[0], None, f"not read{more}: {_what_to_do(suffix)}")
+
+
+def _what_to_do(suffix: str) -> str:
+    if suffix in UNREAD_SUFFIXES:
+        return f"convert {suffix} files to PNG, JPEG, WebP or BMP"
+    if suffix in ROW_SUFFIXES:
+        return "to read it, give its path instead of the folder's"
+    return "of a folder images and .txt captions are read"
+
+
 @dataclass(frozen=True)
 class _EditFolder:
     """Pairs what lies in target/ with what lies at the same place in source/, whatever its suffix."""
@@ -117,51 +181,72 @@ class _EditFolder:
     folder: Path
     source: Path
     target: Path
-    captions: Mapping[Path, Path]
-    hint: str
+    reader: _FolderReader
     problems: Problems
 
     def entries(self, pictures: Sequence[Path]) -> list[Entry]:
         """An entry for each picture in target/; pictures that belong to none are noted."""
-        starts: dict[Path, list[Path]] = {}
-        targets = []
+        starts: dict[Place, list[Path]] = {}
+        targets: dict[Path, Place] = {}
         for picture in pictures:
             if picture.is_relative_to(self.target):
-                targets.append(picture)
+                targets[picture] = _place_below(self.target, picture)
             elif picture.is_relative_to(self.source):
-                starts.setdefault(picture.with_suffix(""), []).append(picture)
+                starts.setdefault(_place_below(self.source, picture), []).append(picture)
             else:
                 self.problems.error(picture, None, "lies beside source/ and target/: move it into one of them")
-        entries = [self._entry(target, starts) for target in targets]
-        self._note_sources(starts, {self._start(target) for target in targets})
+        wanted = set(targets.values())
+        loose = {_folded_place(place): place for place in starts if place not in wanted}
+        found = {target: self._start(place, starts, loose) for target, place in targets.items()}
+        entries = [self._entry(target, starts.get(found[target], ())) for target in targets]
+        self._note_sources(starts, set(found.values()))
         return entries
 
-    def _entry(self, target: Path, starts: Mapping[Path, Sequence[Path]]) -> Entry:
-        start = self._start(target)
-        stray = self.captions.get(start)
-        hint = f" (there is {stray.relative_to(self.folder)}: move it)" if stray is not None else self.hint
-        entry = _folder_entry(self.folder, target, self.captions, hint, self.problems, "instruction")
-        found = starts.get(start, ())
+    def _start(self, target: Place, starts: Mapping[Place, Sequence[Path]], loose: Mapping[Place, Place]) -> Place:
+        """The place in source/ that belongs to one in target/: the same, or else one that differs in case alone."""
+        other = loose.get(_folded_place(target))
+        if target in starts or other is None:
+            return target
+        message = f"taken as the source of {target[1]}: the names differ in upper and lower case; make them equal"
+        self.problems.warning(starts[other][0], None, message)
+        return other
+
+    def _entry(self, target: Path, found: Sequence[Path]) -> Entry:
+        start = self.source / target.relative_to(self.target).with_suffix("")
+        entry = self.reader.entry(target, "instruction")
         if not found:
             place = f"{start.relative_to(self.folder)}{target.suffix}"
             self.problems.error(target, None, f"no source: put the picture that this edit starts from at {place}")
-        elif stray is not None and entry.captions:
-            self.problems.warning(stray, None, f"not read: the instruction is the one in {entry.source.parent.name}/")
+        self._note_strays(start, entry)
         return replace(entry, sources=tuple(found), captions=entry.captions if len(found) == 1 else ())
 
-    def _note_sources(self, starts: Mapping[Path, Sequence[Path]], wanted: set[Path]) -> None:
+    def _note_strays(self, start: Path, entry: Entry) -> None:
+        """Warns of a text beside the source where the target has its own."""
+        for stray in self.reader.captions.captions.get((start.parent, folded(start.name)), ()):
+            if entry.captions:
+                message = f"not read: the instruction is the one in {entry.source.parent.name}/"
+                self.problems.warning(stray, None, message)
+                self.reader.named.add(stray)
+
+    def _note_sources(self, starts: Mapping[Place, Sequence[Path]], used: Collection[Place]) -> None:
         for start, found in starts.items():
             if len(found) > 1:
                 names = ", ".join(path.name for path in found)
                 self.problems.error(found[0], None, f"{len(found)} sources of one name: {names}; keep one")
-            if start not in wanted:
-                place = self.target / start.relative_to(self.source)
-                told = f"a source without a target: its edit's result is missing at {place.relative_to(self.folder)}.*"
-                self.problems.warning(found[0], None, told)
+            if start not in used:
+                place = self.target.relative_to(self.folder) / found[0].relative_to(self.source).with_suffix("")
+                message = f"a source without a target: its edit's result is missing at {place}.*"
+                self.problems.warning(found[0], None, message)
 
-    def _start(self, target: Path) -> Path:
-        """Where the source of a target lies, without its suffix."""
-        return self.source / target.relative_to(self.target).with_suffix("")
+
+def _place_below(half: Path, picture: Path) -> Place:
+    """What a source and its target have in common: the folder below source/ or target/, and the name."""
+    inside = picture.relative_to(half)
+    return Path(*map(composed, inside.parent.parts)), composed(inside.stem)
+
+
+def _folded_place(place: Place) -> Place:
+    return Path(*map(folded, place[0].parts)), folded(place[1])
 
 
 def _walk(folder: Path, problems: Problems) -> list[Path]:
@@ -181,32 +266,3 @@ def _walk(folder: Path, problems: Problems) -> list[Path]:
             if link.is_symlink() and not link.resolve().is_relative_to(root):
                 problems.error(link, None, f"leaves the folder {root}: a link to {link.resolve()}; copy it there")
     return files
-
-
-def _folder_entry(
-    folder: Path,
-    image: Path,
-    captions: Mapping[Path, Path],
-    hint: str,
-    problems: Problems,
-    kind: Kind = "caption",
-) -> Entry:
-    caption_file = captions.get(image.with_suffix(""))
-    texts: tuple[str, ...] = ()
-    if caption_file is None:
-        problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
-    else:
-        try:
-            if not caption_file.resolve().is_relative_to(folder.resolve()):
-                raise CaptionError(f"leaves the folder {folder}")
-            texts = (read_caption_file(caption_file, kind),)
-        except CaptionError as error:
-            problems.error(caption_file, error.line or 1, str(error))
-        except OSError as error:
-            problems.error(caption_file, None, f"cannot be read: {error.strerror}")
-    named = re.match(r"(\d+)_", image.parent.name) if image.parent != folder else None
-    repeats = int(named[1]) if named else 1
-    if repeats < 1:
-        problems.error(image.parent, None, "the folder's name asks for 0 repeats; name it 1_... or rename it")
-        repeats = 1
-    return Entry(image, texts, caption_file or image, None, repeats)

@@ -7,9 +7,11 @@ Nothing here has state, and nothing in training reads a global random generator.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,8 +21,15 @@ from .dataset import Example
 
 def derive_seed(seed: int, *parts: object) -> int:
     """A seed in 0..2^63-1 for one purpose, from the run's seed and what names the purpose."""
-    text = "/".join(str(part) for part in ("dopsd", seed, *parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return _to_seed(_digest(seed, *parts).digest())
+
+
+def _digest(seed: int, *parts: object) -> hashlib._Hash:
+    return hashlib.sha256("/".join(str(part) for part in ("dopsd", seed, *parts)).encode())
+
+
+def _to_seed(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def make_generator(seed: int, *parts: object) -> torch.Generator:
@@ -66,34 +75,123 @@ class DataOrder:
 
     def batch(self, number: int) -> tuple[int, ...]:
         """The `batch_size` example indices of the run's batch `number` (from 0)."""
-        epoch, position = divmod(number, self._batches_per_epoch())
-        return _epoch(self, epoch)[position]
+        groups = _groups(self)
+        epoch, position = divmod(number, groups[-1].end)
+        visits = sum(group.visits for group in groups)
+        place = _sorted_place if visits <= SORTED_VISITS else _scattered_place
+        return place(self, groups, epoch, position)
 
-    def _groups(self) -> dict[Hashable, list[tuple[int, int]]]:
-        groups: dict[Hashable, list[tuple[int, int]]] = {}
-        for index, (shape, repeats) in enumerate(zip(self.shapes, self.repeats, strict=True)):
-            groups.setdefault(shape, []).extend((index, visit) for visit in range(repeats))
-        return groups
 
-    def _batches_per_epoch(self) -> int:
-        return sum(-(-len(visits) // self.batch_size) for visits in self._groups().values())
+SORTED_VISITS = 1 << 19
+"""Up to so many visits an epoch's order is sorted, in a second or two; beyond it each place is computed alone."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The examples of one shape, whose batches are first..end of an epoch's before these are mixed.
+
+    ends: the visits up to and with each example; visits of an example follow each other.
+    """
+
+    number: int
+    examples: tuple[int, ...]
+    ends: tuple[int, ...]
+    first: int
+    batch_size: int
+
+    @property
+    def visits(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def end(self) -> int:
+        return self.first + -(-self.visits // self.batch_size)
+
+    def places(self, turn: int) -> list[int]:
+        """The places in the group's order that its batch `turn` takes; after the last the first ones again."""
+        return [(turn * self.batch_size + offset) % self.visits for offset in range(self.batch_size)]
+
+    def example(self, visit: int) -> int:
+        return self.examples[bisect_right(self.ends, visit)]
 
 
 @lru_cache(maxsize=4)
-def _epoch(order: DataOrder, epoch: int) -> tuple[tuple[int, ...], ...]:
-    """The batches of an epoch: each group shuffled and cut, then the groups mixed, each in its own order."""
-    queues: list[list[tuple[int, ...]]] = []
-    for number, visits in enumerate(order._groups().values()):
-        shuffled = [index for index, _ in _shuffle(visits, order.seed, "order", epoch, number)]
-        count = -(-len(shuffled) // order.batch_size)
-        filled = [shuffled[i % len(shuffled)] for i in range(count * order.batch_size)]
-        queues.append([tuple(filled[i : i + order.batch_size]) for i in range(0, len(filled), order.batch_size)])
-    turns = [(number, turn) for number, queue in enumerate(queues) for turn in range(len(queue))]
-    mixed = _shuffle(turns, order.seed, "groups", epoch)
-    remaining = [iter(queue) for queue in queues]
-    return tuple(next(remaining[number]) for number, _ in mixed)
+def _groups(order: DataOrder) -> tuple[_Group, ...]:
+    """The groups in the order in which their shapes come; counted, never listed visit by visit."""
+    members: dict[Hashable, list[int]] = {}
+    for index, shape in enumerate(order.shapes):
+        members.setdefault(shape, []).append(index)
+    groups: list[_Group] = []
+    for number, examples in enumerate(members.values()):
+        ends = tuple(accumulate(order.repeats[index] for index in examples))
+        groups.append(_Group(number, tuple(examples), ends, groups[-1].end if groups else 0, order.batch_size))
+    return tuple(groups)
 
 
-def _shuffle(items: Sequence[tuple[int, int]], seed: int, *parts: object) -> list[tuple[int, int]]:
-    """Items in the order of their hashes: the same on every machine, in every release of every library."""
-    return sorted(items, key=lambda item: (derive_seed(seed, *parts, item), item))
+# -- epochs that are sorted --------------------------------------------------------------------------------------------
+
+
+def _sorted_place(order: DataOrder, groups: Sequence[_Group], epoch: int, position: int) -> tuple[int, ...]:
+    """Each group is shuffled and cut into batches, then the groups are mixed, each in its own order."""
+    shuffled, numbers, turns = _sorted_epoch(order, epoch)
+    group = groups[int(numbers[position])]
+    return tuple(int(shuffled[group.number][place]) for place in group.places(int(turns[position])))
+
+
+@lru_cache(maxsize=4)
+def _sorted_epoch(order: DataOrder, epoch: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The examples of each group, [visits] each, and of each batch its group and its turn there, [batches] both."""
+    groups = _groups(order)
+    shuffled = []
+    for group in groups:
+        counts = [order.repeats[index] for index in group.examples]
+        visits = ((index, visit) for index, count in zip(group.examples, counts, strict=True) for visit in range(count))
+        by_place = torch.tensor(group.examples).repeat_interleave(torch.tensor(counts))
+        shuffled.append(by_place[_sorting(visits, order.seed, "order", epoch, group.number)])
+    batches = ((group.number, turn) for group in groups for turn in range(group.end - group.first))
+    by_place = torch.cat([torch.full((group.end - group.first,), group.number) for group in groups])
+    numbers = by_place[_sorting(batches, order.seed, "groups", epoch)]
+    turns = torch.empty_like(numbers)
+    for group in groups:
+        mine = numbers == group.number
+        turns[mine] = torch.arange(group.end - group.first)
+    return tuple(shuffled), numbers, turns
+
+
+def _sorting(items: Iterable[tuple[int, int]], seed: int, *parts: object) -> Tensor:
+    """Indices that put ascending items in the order of their hashes (`derive_seed` of parts and item), equal ones in
+    their own: the same on every machine, in every release of every library."""
+    stem = _digest(seed, *parts)
+    stem.update(b"/")
+    keys = []
+    for item in items:
+        digest = stem.copy()
+        digest.update(str(item).encode())
+        keys.append(_to_seed(digest.digest()))
+    return torch.sort(torch.tensor(keys, dtype=torch.int64), stable=True).indices
+
+
+# -- epochs too long to be sorted --------------------------------------------------------------------------------------
+
+
+def _scattered_place(order: DataOrder, groups: Sequence[_Group], epoch: int, position: int) -> tuple[int, ...]:
+    """The same, every place computed alone: of the batches of all groups, and of the visits of one."""
+    batch = _scattered(position, groups[-1].end, order.seed, "batch", epoch)
+    group = next(group for group in groups if batch < group.end)
+    return tuple(
+        group.example(_scattered(place, group.visits, order.seed, "visit", epoch, group.number))
+        for place in group.places(batch - group.first)
+    )
+
+
+def _scattered(place: int, size: int, seed: int, *parts: object) -> int:
+    """Where a shuffling of 0..size-1 puts `place`: a Feistel cipher, gone through until it stays within."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & mask
+        for turn in range(4):
+            left, right = right, left ^ (derive_seed(seed, *parts, turn, right) & mask)
+        place = left << half | right
+        if place < size:
+            return place

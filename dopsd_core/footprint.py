@@ -1,4 +1,4 @@
-"""How much memory a training step needs, before it is made."""
+"""How much memory a training step needs, and how much disk a run, before either is used."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ _FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
 """Elements per token. For a moment in a block, in units of its widest input: in a forward without a graph (counted:
 Z-Image 4.8, klein 5.2), and in a backward beyond what was kept (2.2, 2.9). Kept outside the blocks, in units of the
 width: 3 to 4 were counted."""
+
+_HEADER, _HEADERS, _TABLES = 512, 2**16, 2**16
+"""Bytes on the disk: of names and shapes per tensor, of configuration and metadata, and of the tables of an 8-bit
+optimizer per tensor, which keeps small ones in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,26 @@ def estimate(
         backward=int(_BACKWARD * batch * _widest(denoiser, family, student) * itemsize),
         blocks=tuple(block_bytes(blocks, sites, family, lora, *student, batch, itemsize)),
     )
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Bytes on the disk, at most. With P the LoRA's elements:
+
+    checkpoint: student 4 P, an ema teacher 4 P, Adam's two moments 8 P (2 P and their tables in 8 bits), and headers.
+    lora: the LoRA file in bf16, 2 P.
+    """
+
+    checkpoint: int
+    lora: int
+
+
+def saved_bytes(elements: int, tensors: int, teacher_kind: TeacherKind, eight_bit: bool) -> SavedBytes:
+    """What a run with a LoRA of so many elements in so many tensors writes."""
+    header = _HEADER * tensors + _HEADERS
+    moments = 3 * elements + _TABLES * tensors if eight_bit else 8 * elements
+    student, teacher = 4 * elements, 4 * elements if teacher_kind == "ema" else 0
+    return SavedBytes(checkpoint=student + teacher + moments + 4 * header, lora=2 * elements + header)
 
 
 def _widest(denoiser: Denoiser, family: Family, tokens: tuple[int, int]) -> int:

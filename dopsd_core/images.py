@@ -1,57 +1,102 @@
-"""Pixels of one picture file: decoded whole, turned upright, converted to RGB, fitted to a bucket.
+"""Pixels of one image file: decoded whole, turned upright, converted to sRGB, fitted to a bucket.
 
-Legend: H, W rows and columns of the bucket in pixels; 3 channels, red, green, blue.
+Every image that is trained on, shown to a teacher or drawn as a thumbnail is opened here. Legend: H, W rows and columns
+of the bucket in pixels; 3 channels, red, green, blue.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 from torch import Tensor
 
+from . import png
 from .buckets import Bucket, cover_box
+from .colour import ColourError, Colours, colours_of, to_srgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Picture files that are read, by the end of their names in lower case."""
+"""Image files that are read, by the end of their names in lower case."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Pillow's decoders for them; the content decides, not the name, and nothing else is ever tried."""
 
 MAX_PIXELS = 150_000_000
-"""The most pixels of a source picture. A file that claims more is a decompression bomb or a mistake."""
+"""The most pixels of a source image. A file that claims more is a decompression bomb or a mistake."""
+
+MAX_BYTES = 2 << 30
+"""The most bytes of an image file, more than MAX_PIXELS take up in any format."""
 
 _SIXTEEN_BIT = 65535 / 255
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each orientation of EXIF."""
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message says why, without the file's name."""
+    """An image that cannot be used; the message says why, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image file, opened.
+
+    Attributes:
+        image: upright, RGB, sRGB, 8 bits a channel; of several frames the first.
+        frames: how many the file has.
+        remarks: sentences on what could not be read as the file means it, for warnings.
+    """
+
+    image: Image.Image
+    frames: int
+    remarks: tuple[str, ...] = ()
 
 
 def read_image(path: Path) -> Image.Image:
-    """A picture file as an upright RGB picture: EXIF rotation applied, alpha flattened on white, 8 bits a channel.
+    """An image file as an upright RGB image in sRGB: orientation applied, colour profile converted, alpha flattened on
+    white, 8 bits a channel.
 
     Raises:
-        ImageError: the file is no picture, is truncated or damaged, or claims more than MAX_PIXELS pixels.
+        ImageError: the file is no image, is truncated or damaged, or claims more than MAX_PIXELS pixels.
     """
-    return decode(path)[0]
+    return decode(path).image
 
 
-def decode(path: Path) -> tuple[Image.Image, int]:
-    """As `read_image`, with the number of frames of the file; the picture is the first one."""
-    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # other code of the process may switch it on: half a picture would pass
+def decode(path: Path, draft: int | None = None) -> Decoded:
+    """As `read_image`, with what else is known of the file.
+
+    draft: for thumbnails of so many pixels; a JPEG is then decoded at about that size.
+    """
+    file = _read(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
-            with Image.open(path, formats=FORMATS) as image:
-                _check_claim(image)
-                image.load()
-                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: one photo and its depth
-                return to_rgb(ImageOps.exif_transpose(image)), frames
+        parts = png.take_apart(file) if file.startswith(png.SIGNATURE) else None
+        with _strict_pillow(), Image.open(BytesIO(parts.data if parts else file), formats=FORMATS) as image:
+            _check_claim(image)
+            if draft is not None:
+                image.draft(None, (draft, draft))
+            image.load()
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: one photo and its depth
+        profile = parts.profile if parts else _embedded_profile(image, file)
+        colours = colours_of(image, profile, parts.coding if parts else None)
+        upright, turned = _upright(image)
+        rgb, converted = _converted(upright, colours)
+        return Decoded(rgb, frames, tuple(remark for remark in (colours.remark, converted, turned) if remark))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -60,8 +105,38 @@ def decode(path: Path) -> tuple[Image.Image, int]:
         raise ImageError("not a PNG, JPEG, WebP or BMP picture, or its beginning is damaged") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise ImageError(f"truncated or damaged: {error or type(error).__name__}") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            limit = f"more than an image of {MAX_PIXELS // 1_000_000} million pixels needs"
+            raise ImageError(f"it has {size / 2**30:.1f} GB, {limit}: a mistake, or make it smaller")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+_pillow = threading.Lock()
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Inside the `with`, Pillow refuses truncated files and is silent about large ones: MAX_PIXELS is the limit here.
+
+    These are settings of the process: one thread at a time, and only where another part of it has changed them.
+    """
+    with _pillow, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
+        if tolerant:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        try:
+            yield
+        finally:
+            if tolerant:
+                ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
 def _check_claim(image: Image.Image) -> None:
@@ -73,19 +148,68 @@ def _check_claim(image: Image.Image) -> None:
         )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any Pillow mode as RGB: transparency on white, 16-bit grey scaled to 8 bits rather than cut."""
+def _embedded_profile(image: Image.Image, file: bytes) -> bytes | None:
+    """The colour profile of a file that is no PNG; empty where it has one that is incomplete."""
+    if image.format == "BMP":
+        return _bmp_profile(file)
+    return (image.info["icc_profile"] or b"") if "icc_profile" in image.info else None
+
+
+def _bmp_profile(file: bytes) -> bytes | None:
+    """The profile that the fifth version of BMP's header may have: at its offset 112, counted from the header."""
+    start = 14
+    if len(file) < start + 124 or int.from_bytes(file[14:18], "little") < 124 or file[70:74] not in (b"DEBM", b"KNIL"):
+        return None
+    place, size = (int.from_bytes(file[at : at + 4], "little") for at in (start + 112, start + 116))
+    embedded = file[start + place : start + place + size]
+    return embedded if file[70:74] == b"DEBM" and len(embedded) == size else b""
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, str]:
+    """The image as its EXIF orientation means it, and a remark where that cannot be read."""
+    try:
+        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF raises nearly anything
+        return image, "its EXIF data is damaged: a rotation in it is not applied"
+    return (image if method is None else image.transpose(method)), ""
+
+
+def _converted(image: Image.Image, colours: Colours) -> tuple[Image.Image, str]:
+    """RGB in sRGB, and a remark where its profile cannot be used."""
+    if colours.profile is not None:
+        try:
+            return to_rgb(image, colours.profile), ""
+        except ColourError as error:
+            return to_rgb(image), f"its colour profile is not used ({error}): its colours are taken as sRGB"
+    return to_rgb(image), ""
+
+
+def to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
+    """An image of any Pillow mode as RGB: transparency on white, 16-bit grey scaled to 8 bits rather than cut.
+
+    profile: what its numbers are in; None for sRGB.
+
+    Raises:
+        ColourError: the profile cannot be used for it.
+    """
     if image.mode.startswith("I"):
-        return _scale_sixteen_bit(image).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        image = _scale_sixteen_bit(image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if profile is None:
+        rgb = image.convert("RGB")
+    else:
+        plain = image if image.mode == "CMYK" else image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        rgb = to_srgb(plain, profile)
+    if alpha is None:
+        return rgb
+    rgba = rgb.convert("RGBA")
+    rgba.putalpha(alpha)
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def load_image(path: Path, bucket: Bucket) -> Tensor:
-    """A picture file fitted to its bucket, [3, H, W] fp32 in [0, 1].
+    """An image file fitted to its bucket, [3, H, W] fp32 in [0, 1].
 
     Raises:
         ImageError: as `read_image`.
@@ -94,7 +218,7 @@ def load_image(path: Path, bucket: Bucket) -> Tensor:
 
 
 def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """Cover-resize and centre crop to the bucket; a picture of its very size keeps every pixel."""
+    """Cover-resize and centre crop to the bucket; an image of its very size keeps every pixel."""
     size = (bucket.width, bucket.height)
     if image.size == size:
         return image
@@ -102,13 +226,13 @@ def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as [3, H, W] fp32 in [0, 1]."""
+    """An RGB image as [3, H, W] fp32 in [0, 1]."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float().div(255)
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """Equal for pictures of the same size and the same pixels, whatever file they came from."""
+    """Equal for images of the same size and the same pixels, whatever file they came from."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 

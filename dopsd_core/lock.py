@@ -28,15 +28,11 @@ class FolderLock:
             FolderInUse: somebody else holds it.
         """
         file = self._path.open("ab")
-        try:
-            _lock(file)
-        except (BlockingIOError, PermissionError) as error:
+        if try_lock(file) is False:
             file.close()
             raise FolderInUse(
                 f"another run is working in {self._path.parent}; wait for it, stop it, or choose another folder"
-            ) from error
-        except OSError:  # no locks on this file system
-            pass
+            )
         self._file = file
 
     def release(self) -> None:
@@ -44,6 +40,17 @@ class FolderLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def try_lock(file: IO[bytes]) -> bool | None:
+    """Locks an open file until it is closed: False where another holder has it, None where there are no locks."""
+    try:
+        _lock(file)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # the file system knows none
+        return None
+    return True
 
 
 def _lock(file: IO[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -33,12 +34,14 @@ class LoraConfig:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= _MAX_RANK:
-            raise ValueError(f"LoRA rank must be within 1..{_MAX_RANK}, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"LoRA alpha must be positive, got {self.alpha}; use alpha = rank for a scale of 1")
+        if not _is_number(self.rank, int) or not 1 <= self.rank <= _MAX_RANK:
+            raise ValueError(f"LoRA rank must be within 1..{_MAX_RANK}, a whole number, got {self.rank!r}")
+        if not _is_number(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"LoRA alpha must be positive, got {self.alpha!r}; use alpha = rank for a scale of 1")
         if not self.targets:
             raise ValueError("LoRA targets are empty; pass the family's, families.FAMILIES[name].lora_targets")
+        if isinstance(self.targets, str) or not all(isinstance(target, str) for target in self.targets):
+            raise ValueError(f"LoRA targets must be a list of names or patterns, got {self.targets!r}")
 
     @property
     def scale(self) -> float:
@@ -79,6 +82,10 @@ def lora_size(sites: Sequence[LinearSite], config: LoraConfig) -> tuple[int, int
 def part_seed(seed: int, name: str) -> int:
     """A seed in 0..2^63-1 for one part, a function of (seed, name) alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+def _is_number(value: object, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _selects(target: str, name: str) -> bool:

@@ -90,6 +90,11 @@ class Denoiser(Protocol):
         """Where latents live during training."""
         ...
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the network's activations are in, whatever its weights are stored in; in fp16 losses are scaled."""
+        ...
+
     def sites(self) -> Sequence[LinearSite]:
         """EVERY Linear of the network; adapters choose targets among their parts and keep the others frozen."""
         ...

@@ -10,6 +10,7 @@ Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
@@ -23,11 +24,13 @@ from .conditioning import Condition, DualCondition
 from .model import Denoiser
 from .rollout import PredictX0, RolloutStep, rollout
 from .sigmas import shift_sigma
+from .transfer import to_device
 
 LossForm = Literal["x0", "velocity"]
 SigmaDistribution = Literal["logit-normal", "uniform", "grid"]
 
 _MIN_SIGMA = 1e-3
+_TEACHER = "the teacher's prediction"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,8 @@ class ObjectiveInputs:
     """One micro batch. All randomness of the objective comes from `generator` (CPU), `noise` aside.
 
     pairs: B, of one latent shape. noise: [B, C, h, w] fp32 on the denoiser's device. sigmas: the grid, K + 1 values.
-    anchors: conditions without the trigger to draw from. loss_scale: 1 / gradient accumulation.
+    anchors: conditions without the trigger to draw from. loss_scale: what losses are multiplied by before their
+    backward: 1 / gradient accumulation, and in fp16 the factor of `loss_scale.py`.
     """
 
     denoiser: Denoiser
@@ -51,7 +55,7 @@ class ObjectiveInputs:
 @dataclass(frozen=True)
 class StepStats:
     """Student against target on one state. gap: rms distance of the velocities. cosine, norm_ratio (student over
-    target) of the velocities: means over the batch. loss: of this state, unscaled."""
+    target), student_norm, target_norm of the velocities: means over the batch. loss: of this state, unscaled."""
 
     index: int
     sigma: float
@@ -59,14 +63,18 @@ class StepStats:
     gap: float
     cosine: float
     norm_ratio: float
+    student_norm: float
+    target_norm: float
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """loss: mean over `steps`, unscaled. is_anchor: the batch was a prior anchor; its gap is not one to the teacher."""
+    """loss: mean over `steps`, unscaled. target: what the student was compared with, for messages. is_anchor: the batch
+    was a prior anchor; its gap is not one to the teacher."""
 
     loss: float
     steps: tuple[StepStats, ...]
+    target: str
     is_anchor: bool = False
 
     @property
@@ -83,6 +91,15 @@ class ObjectiveOutput:
     def norm_ratio(self) -> float:
         """Mean norm ratio over the states."""
         return _mean([s.norm_ratio for s in self.steps])
+
+    @property
+    def not_finite(self) -> str:
+        """Which prediction was the first to be infinite or NaN, and where; "" if none was."""
+        for s in self.steps:
+            norms = (("the student's prediction", s.student_norm), (self.target, s.target_norm))
+            if names := [name for name, norm in norms if not math.isfinite(norm)]:
+                return f"{' and '.join(names)} at sigma {s.sigma:.3g}"
+        return ""
 
 
 class Objective(Protocol):
@@ -158,7 +175,7 @@ class DOPSD:
                 stats.append((step.index, step.sigma, _compare(step, x0_teacher, loss)))
             if step.index == max(selected):
                 break
-        return _output(stats, is_anchor)
+        return _output(stats, "the untouched model's prediction" if is_anchor else _TEACHER, is_anchor)
 
     def _draw_steps(self, inputs: ObjectiveInputs) -> frozenset[int]:
         num_steps = len(inputs.sigmas) - 1
@@ -205,14 +222,14 @@ class SFT:
                 raise ValueError(f"sft needs target latents; {pair.caption!r} has none, encode it with its image")
             sigma = self.draw_sigma(inputs.sigmas, inputs.generator)
             noise = inputs.noise[index : index + 1].float()
-            target = pair.target_latent.to(noise.device, torch.float32).unsqueeze(0)
+            target = to_device(pair.target_latent, noise.device, torch.float32).unsqueeze(0)
             x = torch.lerp(target, noise, sigma)
             with inputs.adapters.use("student"):
                 x0 = inputs.denoiser.predict_x0(x, sigma, [pair.student]).float()
                 loss = F.mse_loss((x - x0) / sigma, noise - target)
                 (loss * (inputs.loss_scale / len(inputs.pairs))).backward()
             stats.append((index, sigma, _compare(RolloutStep(index, sigma, 0.0, x, x0), target, loss)))
-        return _output(stats, is_anchor=False)
+        return _output(stats, "the target latent")
 
     def draw_sigma(self, grid: Sequence[float], generator: torch.Generator) -> float:
         """One sigma in (0, 1]; `grid` is used by "grid" only, without its final 0."""
@@ -236,7 +253,7 @@ def measure_gap(
         x0_teacher = _predict(inputs, teacher_mode, teacher, step.x, step.sigma)
         loss = self_distillation_loss(step.x0, x0_teacher, step.sigma, form)
         stats.append((step.index, step.sigma, _compare(step, x0_teacher, loss)))
-    return _output(stats, is_anchor=False)
+    return _output(stats, _TEACHER)
 
 
 OBJECTIVES: Mapping[str, Callable[..., Objective]] = {"dopsd": DOPSD, "sft": SFT}
@@ -266,19 +283,20 @@ def _draw_conditions(inputs: ObjectiveInputs) -> list[Condition]:
 
 @torch.no_grad()
 def _compare(step: RolloutStep, x0_target: Tensor, loss: Tensor) -> Tensor:
-    """[loss, gap, cosine, norm ratio] on the device: read back once per batch, not once per step."""
+    """The figures of `StepStats` from loss on, on the device: read back once per batch, not once per step."""
     v_student = ((step.x - step.x0.detach()) / step.sigma).flatten(1)
     v_target = ((step.x - x0_target) / step.sigma).flatten(1)
     gap = (v_student - v_target).square().mean().sqrt()
     cosine = F.cosine_similarity(v_student, v_target, dim=1).mean()
-    ratio = (v_student.norm(dim=1) / v_target.norm(dim=1).clamp_min(1e-12)).mean()
-    return torch.stack([loss.detach(), gap, cosine, ratio])
+    norms = v_student.norm(dim=1), v_target.norm(dim=1)
+    ratio = (norms[0] / norms[1].clamp_min(1e-12)).mean()
+    return torch.stack([loss.detach(), gap, cosine, ratio, norms[0].mean(), norms[1].mean()])
 
 
-def _output(stats: Sequence[tuple[int, float, Tensor]], is_anchor: bool) -> ObjectiveOutput:
+def _output(stats: Sequence[tuple[int, float, Tensor]], target: str, is_anchor: bool = False) -> ObjectiveOutput:
     rows = torch.stack([values for _, _, values in stats]).tolist()
     steps = tuple(StepStats(index, sigma, *row) for (index, sigma, _), row in zip(stats, rows, strict=True))
-    return ObjectiveOutput(_mean([s.loss for s in steps]), steps, is_anchor)
+    return ObjectiveOutput(_mean([s.loss for s in steps]), steps, target, is_anchor)
 
 
 def _mean(values: Sequence[float]) -> float:

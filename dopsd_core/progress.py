@@ -8,6 +8,7 @@ the distance before training. 1 is untrained, 0 is the teacher reached.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .atomic import write_atomic
+from .disk import writing
 
 LOG_NAME = "train.jsonl"
 
@@ -33,6 +35,8 @@ class StepReport:
         heldout_relative_gap: the same on the held-out caption.
         lr, grad_norm: learning rate of this step, and norm of its gradient before clipping.
         anchors: batches of this step that were prior anchors.
+        loss_scale, overflows: where the network computes in fp16: what the losses were multiplied by, and how often the
+            step was repeated with half of it because a gradient overflowed. None elsewhere.
         seconds: wall time of this step, probe and checkpoint not counted.
     """
 
@@ -46,6 +50,8 @@ class StepReport:
     lr: float | None = None
     grad_norm: float | None = None
     anchors: int = 0
+    loss_scale: float | None = None
+    overflows: int | None = None
     seconds: float | None = None
 
     def to_row(self) -> str:
@@ -77,16 +83,24 @@ class RunLog:
         self.path = path
         kept = [report for report in read_log(path) if report.step <= step]
         write_atomic(path, "".join(report.to_row() for report in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            self._file = path.open("ab", buffering=0)  # a buffer would try again to write when it is closed
 
     def append(self, report: StepReport) -> None:
-        """Adds a line; it is out of this process when the call returns."""
-        self._file.write(report.to_row())
-        self._file.flush()
+        """Adds a line; it is out of this process when the call returns.
+
+        Raises:
+            DiskError: it could not be written, or not whole.
+        """
+        row = report.to_row().encode()
+        with writing(self.path, len(row)):
+            if self._file.write(row) != len(row):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Makes the lines so far survive a power cut; called before a checkpoint that counts on them."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .images import FORMATS, to_rgb, to_tensor
+from .images import ImageError, decode, to_rgb, to_tensor
 
 _PAD, _LABEL, _ARROW = 6, 210, 18
 _INK, _PAPER, _FAINT, _MAT = (20, 20, 24), (255, 255, 255), (110, 110, 118), (232, 232, 236)
@@ -196,10 +196,8 @@ def _thumbnail(picture: Path | Image.Image, tile: int) -> Image.Image:
     if isinstance(picture, Image.Image):
         return fit_tile(to_rgb(picture), tile)
     try:
-        with Image.open(picture, formats=FORMATS) as image:
-            image.draft("RGB", (2 * tile, 2 * tile))  # a JPEG is decoded at the size that is needed
-            return fit_tile(to_rgb(ImageOps.exif_transpose(image)), tile)
-    except Exception:  # Pillow's decoders raise nearly anything; the reader of the data set has told of it
+        return fit_tile(decode(picture, draft=2 * tile).image, tile)
+    except ImageError:  # the reader of the data set has told of it
         empty = Image.new("RGB", (tile, tile), _MAT)
         _wrap("cannot be read", 12, tile, 1, _FAINT).draw(ImageDraw.Draw(empty), _PAD, tile // 2 - 8)
         return empty

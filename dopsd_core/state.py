@@ -20,15 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
 from .atomic import sync_folder
+from .disk import writing
 
 log = logging.getLogger("dopsd")
 
-FORMAT = "dopsd-checkpoint-1"
+FORMAT = "dopsd-checkpoint-2"
+_READABLE = ("dopsd-checkpoint-1", FORMAT)  # 1: the optimizer's "state" alone, by `unflatten_paths`
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = ".unfinished-"
 _PARTS = ("lora", "teacher", "optimizer")
@@ -45,8 +48,8 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         lora, teacher: raw tensors of the adapters (`AdapterSet.state`); the teacher's may be empty.
-        optimizer: tensors of the optimizer's state, by path.
-        facts: JSON-able rest: configuration, data set, gaps at the start, the optimizer's plain values.
+        optimizer: tensors of the optimizer's state, by path (`flatten_state`).
+        facts: JSON-able rest: configuration, dataset, gaps at the start, what else the optimizer's state holds.
     """
 
     step: int
@@ -63,8 +66,19 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
     removed: a run that saves step n and has seen n + 1 before has been set back, and those were damaged.
 
     Raises:
-        OSError: the disk is full or cannot be written; the older checkpoints are untouched then.
+        DiskError: the disk is full or cannot be written; the older checkpoints are untouched then.
     """
+    size = sum(t.numel() * t.element_size() for part in _PARTS for t in getattr(checkpoint, part).values())
+    with writing(folder / f"step-{checkpoint.step:06d}", size):
+        return _save(folder, checkpoint, keep)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint below `folder`, whole or not, newest first."""
+    return _steps(folder) if folder.is_dir() else []
+
+
+def _save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{checkpoint.step:06d}"
     if not _is_whole(final):
@@ -109,25 +123,26 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def flatten_state(state: Mapping[Any, Any], path: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A nested optimizer state as (tensors, plain values), both by path: "3/exp_avg"."""
+def flatten_state(state: Mapping[Any, Any]) -> tuple[dict[str, Tensor], str]:
+    """An optimizer's `state_dict()` as tensors by path ("state/3/exp_avg"), and JSON of everything else in it.
+
+    Kinds of containers and of keys, and the order, are kept. Tensors that share memory, as the tables of 8-bit
+    optimizers do, become copies.
+
+    Raises:
+        TypeError: the state holds something that is neither a tensor nor a container nor a plain value.
+    """
     tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for key, value in state.items():
-        where = f"{path}{key}"
-        if isinstance(value, Mapping):
-            inner_tensors, inner_values = flatten_state(value, f"{where}/")
-            tensors |= inner_tensors
-            values |= inner_values
-        elif isinstance(value, Tensor):
-            tensors[where] = value.detach().cpu().contiguous()
-        else:
-            values[where] = value
-    return tensors, values
+    return tensors, json.dumps(_flatten(state, "", tensors))
 
 
-def unflatten_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[Any, Any]:
-    """The inverse of `flatten_state`; keys of digits become numbers again."""
+def unflatten_state(tensors: Mapping[str, Tensor], rest: str) -> dict[Any, Any]:
+    """The inverse of `flatten_state`."""
+    return _unflatten(json.loads(rest), tensors)
+
+
+def unflatten_paths(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[Any, Any]:
+    """An optimizer's "state" as release 0.2 kept it: tensors and plain values by path, digits for numbers."""
     state: dict[Any, Any] = {}
     for path, value in {**tensors, **values}.items():
         *parents, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
@@ -136,6 +151,41 @@ def unflatten_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) ->
             place = place.setdefault(parent, {})
         place[last] = value
     return state
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        while path in tensors:  # keys that differ only in their kind, such as 0 and "0"
+            path += "~"
+        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"mapping": [[key, _flatten(inner, _below(path, key), tensors)] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_flatten(inner, _below(path, i), tensors) for i, inner in enumerate(value)]}
+    raise TypeError(f"the optimizer's state holds a {type(value).__name__} at {path}, which a checkpoint cannot keep")
+
+
+def _below(path: str, key: Any) -> str:
+    if isinstance(key, bool) or not isinstance(key, int | str):
+        raise TypeError(f"the optimizer's state has the key {key!r} at {path or 'its top'}; only text and numbers do")
+    name = str(key).replace("~", "~0").replace("/", "~1")
+    return f"{path}/{name}" if path else name
+
+
+def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "mapping":
+        return {key: _unflatten(item, tensors) for key, item in inner}
+    items = [_unflatten(item, tensors) for item in inner]
+    return tuple(items) if kind == "tuple" else items
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -168,8 +218,8 @@ def _read(folder: Path) -> Checkpoint:
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     state = json.loads((folder / "state.json").read_bytes())
     told = state.pop("self")
-    if state["format"] != FORMAT or told != _digest(state):
-        raise ValueError(f"state.json is not what was written, or of another format than {FORMAT}")
+    if state["format"] not in _READABLE or told != _digest(state):
+        raise ValueError(f"state.json is not what was written, or of another format than {' or '.join(_READABLE)}")
     if folder.name != f"step-{state['step']:06d}":
         raise ValueError(f"state.json is of step {state['step']}")
     contents = {}

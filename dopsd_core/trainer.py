@@ -3,8 +3,9 @@
     result = train(config, denoiser, TrainingSet(pairs), "runs/dog", callbacks)
 
 A run lives in one folder: `config.json`, `train.jsonl`, `checkpoints/`, and the LoRA so far or in the end,
-`lora.safetensors`. Called again for the same folder it goes on where it stopped, and on the CPU it ends with the same
-bits as a run that was never stopped.
+`lora.safetensors`. Called again for the same folder it resumes where it stopped. On a CPU it then ends bit-identical
+to a run that was never stopped; on a GPU it does so with `TrainConfig.deterministic`, and else within rounding, because
+the fastest backward of attention adds in any order there.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from torch import Tensor
 from .adapters import AdapterSet
 from .checkpointing import checkpointed
 from .config import ConfigError, TrainConfig
+from .determinism import deterministic_algorithms, obstacle
+from .disk import DiskError
 from .model import Denoiser
 from .progress import Gaps, StepReport
 from .run import NonFiniteError, Run
+from .run_folder import check_run_folder
 from .training_set import TrainingSet
 
-__all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "TrainingSet", "train"]
+__all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "TrainingSet", "check_run", "train"]
 
 log = logging.getLogger("dopsd")
 
@@ -39,7 +43,8 @@ class Callbacks(Protocol):
         ...
 
     def on_preview(self, step: int, adapters: AdapterSet) -> None:
-        """At step 0, every `preview_every` steps and after the last; `adapters.use(...)` chooses who samples."""
+        """At step 0, every `preview_every` steps, after the last, and where a run goes on with another held-out pair;
+        `adapters.use(...)` chooses who samples."""
         ...
 
     def should_stop(self) -> bool:
@@ -69,7 +74,7 @@ class TrainResult:
         step: optimizer steps done.
         stopped: the host asked to stop before the last step.
         lora_path: the LoRA file for ComfyUI and diffusers.
-        checkpoint_path: the checkpoint to go on from.
+        checkpoint_path: the checkpoint to resume from.
         start_gaps, end_gaps: gaps to the teacher on the fixed noise, before training and last measured; None without.
     """
 
@@ -92,60 +97,87 @@ def train(
     facts: Mapping[str, str] | None = None,
     initial: Mapping[str, Tensor] | None = None,
     checkpoint_blocks: int = 0,
+    host_bytes: int = 0,
 ) -> TrainResult:
-    """Trains a LoRA, or goes on with the run in `run_dir`, and leaves the denoiser as it was.
+    """Trains a LoRA, or resumes the run in `run_dir`, and leaves the denoiser as it was.
 
     Args:
         resume: whether a run that is in `run_dir` may be continued; if not, finding one is an error.
-        facts: what else the LoRA's header shall tell: base model, trigger, ...
+        facts: what else the LoRA's header shall tell: base model, trigger, ... A run goes on only with a model of the
+            same `dopsd_base_fingerprint`, where that is given.
         initial: the LoRA that a new run starts from, for student and teacher: folded tensors under part names, of the
             configuration's rank or less (`lora_import`). A "frozen" teacher stays the base. A run goes on only with
             the one that it started from.
         checkpoint_blocks: how many blocks recompute in the backward, for less memory (`checkpointing.py`); the result
             is the same.
+        host_bytes: what the callbacks will write to the disk of `run_dir`, which is counted before training.
 
     Raises:
         ConfigError: the configuration does not fit the data or this machine.
+        DiskError: `run_dir` cannot be written or has no room, before training or, if something else filled the disk,
+            later; the message says what is kept. Room for one more save is held during the run, so that no step is
+            lost to others.
         ValueError: `initial` does not fit the configuration.
         StateError: the run in `run_dir` is another one (the message names what differs), or all of it is damaged.
         FolderInUse: another run is working in `run_dir`.
         NonFiniteError: with its step; checkpoint and LoRA of the step before are saved.
     """
     callbacks = callbacks or NoCallbacks()
-    _check_data(config, data)
+    check_run(config, denoiser, data, run_dir, host_bytes)
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
         run = Run(config, denoiser, data, Path(run_dir), facts, initial)
         try:
             run.open(resume)
             with run.adapters.attached(), checkpointed(denoiser.blocks(), checkpoint_blocks):
                 stopped = _loop(run, callbacks)
-            checkpoint_path = run.save()
-            return TrainResult(run.step, stopped, run.save_lora(), checkpoint_path, run.start, run.last)
+            lora_path, checkpoint_path = run.save_all()
+            return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last)
+        except DiskError as error:
+            run.save_before_leaving()
+            raise DiskError(f"{error}; {run.folder.kept()}", error.is_full) from error
+        except BaseException:
+            run.save_before_leaving()
+            raise
         finally:
             run.close()
 
 
+def check_run(
+    config: TrainConfig, denoiser: Denoiser, data: TrainingSet, run_dir: str | Path, host_bytes: int = 0
+) -> None:
+    """Checks all that can be checked before any work on the device; `train` begins with it. Leaves nothing behind.
+
+    Raises:
+        ConfigError, DiskError, ValueError: as `train` does.
+    """
+    _check_data(config, data)
+    if config.deterministic and (problem := obstacle(denoiser.device)):
+        raise ConfigError((problem,))
+    check_run_folder(config, denoiser, Path(run_dir), host_bytes)
+
+
 def _loop(run: Run, callbacks: Callbacks) -> bool:
-    """Steps until the last one or a stop; True when stopped. Saves the state whatever ends it."""
+    """Steps until the last one or a stop; True when stopped."""
     config = run.config
-    try:
-        if run.step == 0 and run.start is None and config.probe_every:
-            callbacks.on_step(run.measure_start())
-        if config.preview_every and run.step == 0:
-            callbacks.on_preview(0, run.adapters)
-        while run.step < config.steps:
-            if callbacks.should_stop():
-                return True
+    is_other_heldout = run.meet_heldout()
+    if run.step == 0 and run.start is None and config.probe_every:
+        callbacks.on_step(run.measure_start())
+    if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
+        callbacks.on_preview(run.step, run.adapters)
+    while run.step < config.steps:
+        if callbacks.should_stop():
+            return True
+        with deterministic_algorithms(config.deterministic):
             report = run.make_step()
-            callbacks.on_step(report)
-            if run.step % config.checkpoint_every == 0:
-                run.save()
-            if config.preview_every and (run.step % config.preview_every == 0 or run.step == config.steps):
-                callbacks.on_preview(run.step, run.adapters)
-        return False
-    except BaseException:
-        run.save_before_leaving()
-        raise
+        callbacks.on_step(report)
+        if run.step == config.steps:
+            run.save_all()
+        elif run.step % config.checkpoint_every == 0:
+            run.save()
+            run.folder.hold_room()
+        if config.preview_every and (run.step % config.preview_every == 0 or run.step == config.steps):
+            callbacks.on_preview(run.step, run.adapters)
+    return False
 
 
 def _check_data(config: TrainConfig, data: TrainingSet) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .adapters import AdapterSet
+from .adapters import AdapterSet, Mode
 from .buckets import Bucket
 from .captions import put_trigger
 from .condition_cache import ConditionCache, digest_bytes
@@ -29,11 +29,13 @@ from .config import TrainConfig
 from .dataset import Example, Pair, plan_encoding
 from .draws import draw_noise, make_generator
 from .families import get_family
-from .images import load_image
+from .images import ImageError, load_image
 from .model import Denoiser
 from .objectives import ObjectiveInputs, measure_gap
 from .progress import Gaps
 from .teachers import VLM, Teacher
+from .text import printable
+from .transfer import to_device
 
 TeacherImage = Literal["own", "other"]
 """Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
@@ -87,13 +89,15 @@ class TrainingSet:
         return tuple(latent_shape(self.pairs[example.variants[0]]) for example in self.examples)
 
     def fingerprint(self) -> str:
-        """Equal for the same pairs, anchors, held-out pair and examples in the same order."""
+        """Equal for the same pairs, anchors and examples in the same order. The held-out pair, which trains nothing,
+        does not count."""
         digest = hashlib.sha256()
-        for pair in (*self.pairs, *((self.heldout,) if self.heldout else ())):
+        for pair in self.pairs:
             digest.update(f"{pair.key}|{pair.caption}|{latent_shape(pair)}\n".encode())
         for anchor in self.anchors:
+            digest.update(f"{tuple(anchor.features.shape)}\n".encode())
             digest.update(anchor.features.detach().cpu().float().contiguous().numpy().tobytes())
-        digest.update(repr((len(self.pairs), self.heldout is None, tuple(self.examples))).encode())
+        digest.update(repr((len(self.pairs), len(self.anchors), tuple(self.examples))).encode())
         return digest.hexdigest()
 
 
@@ -120,7 +124,7 @@ def build_training_set(
         trigger: as given to `read_dataset`; taken out of the captions for the anchors.
         caption_dropout: encode the empty caption too.
         anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
-            for it.
+            for it; `[V]` stands for the trigger.
         heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
 
     Raises:
@@ -141,9 +145,10 @@ def build_training_set(
             raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
         requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
+    prompts = [put_trigger(prompt, trigger) for prompt in anchor_prompts]
     return TrainingSet(
         pairs=encoded[: sum(map(len, copies))],
-        anchors=encode_texts(_weighted_anchors(plan.anchors, anchor_prompts), encoder, cache) if anchors else (),
+        anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
     )
@@ -203,7 +208,17 @@ def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> Encod
 
 def _picture(path: Path, bucket: Bucket) -> Picture:
     digest = digest_bytes(path.read_bytes())
-    return Picture(digest, lambda: load_image(path, bucket), {"bucket": [bucket.width, bucket.height]})
+
+    def load() -> Tensor:
+        try:
+            image = load_image(path, bucket)
+        except ImageError as error:
+            raise ImageError(printable(f"{path}: {error}")) from error
+        if digest_bytes(path.read_bytes()) != digest:  # what is encoded now would be kept as the image of before
+            raise ImageError(printable(f"{path} was written to while the dataset was being encoded: run again"))
+        return image
+
+    return Picture(digest, load, {"bucket": [bucket.width, bucket.height]})
 
 
 class Probe:
@@ -218,19 +233,24 @@ class Probe:
     def measure(self) -> Gaps:
         """The gaps now: mean over the pairs, and of the held-out pair."""
         gaps = [self._gap(pair, noise) for pair, noise in self._pairs]
-        return Gaps(sum(gaps) / len(gaps), self._gap(*self._heldout) if self._heldout else None)
+        return Gaps(sum(gaps) / len(gaps), self.measure_heldout())
 
-    def _gap(self, pair: DualCondition, noise: Tensor) -> float:
+    def measure_heldout(self, untrained: bool = False) -> float | None:
+        """The gap of the held-out pair, now or without any LoRA; None where there is no such pair."""
+        return self._gap(*self._heldout, untrained) if self._heldout else None
+
+    def _gap(self, pair: DualCondition, noise: Tensor, untrained: bool = False) -> float:
+        modes: tuple[Mode, Mode] = ("off", "off") if untrained else ("student", "teacher")
         device = self._denoiser.device
         inputs = ObjectiveInputs(
             denoiser=self._denoiser,
             adapters=self._adapters,
             pairs=[pair_to(pair, device)],
-            noise=noise.to(device),
+            noise=to_device(noise, device),
             sigmas=grid_of(self._config, latent_shape(pair)),
             generator=make_generator(self._config.seed, "probe"),
         )
-        return measure_gap(inputs).gap
+        return measure_gap(inputs, student_mode=modes[0], teacher_mode=modes[1]).gap
 
     def _noise(self, number: int, pair: DualCondition) -> Tensor:
         return draw_noise(self._config.seed, -1, number, [latent_shape(pair)])

@@ -12,10 +12,14 @@ from .loaders import LoadDemoModels, LoadTeacherVision
 from .lora import SaveLoRA
 from .sampler import FewStepSampler
 from .train import TrainLoRA
+from .whole_graph import register
 
 
 class DopsdExtension(ComfyExtension):
     """What ComfyUI registers."""
+
+    async def on_load(self) -> None:
+        register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -25,8 +25,8 @@ Hook = Any
 def bypass_hooks(module: nn.Module) -> list[Hook]:
     """Those over the module's forward, the outermost first; none where anything else lies over it too."""
     hooks: list[Hook] = []
-    forward = module.__dict__.get("forward")
-    hook: Hook = getattr(forward, "__self__", None)
+    forward: Any = module.__dict__.get("forward")
+    hook: Any = getattr(forward, "__self__", None)
     while isinstance(hook, BypassForwardHook) and hook not in hooks:
         hooks.append(hook)
         forward = hook.original_forward

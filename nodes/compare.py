@@ -23,6 +23,9 @@ from ..dopsd_core.sheet import Row, contact_sheet, to_pixels
 from .families import family_of
 from .fits import is_demo_model, require_vae
 from .host import default_steps, send_text
+from .inputs import checked
+from .model_patches import unused_schedule
+from .paths import stamp_of
 from .sampler import few_step_sample
 from .sockets import CATEGORY
 
@@ -35,7 +38,7 @@ class CompareLoRA(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16}
+        pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16, "optional": True}
         return io.Schema(
             node_id="DOPSD_CompareLoRA",
             display_name="Compare LoRA",
@@ -53,11 +56,15 @@ class CompareLoRA(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     default="",
+                    optional=True,
                     tooltip="One prompt per line. Take some with the trigger word, and some without, "
                     "which should not change.",
                 ),
                 io.String.Input(
-                    "strengths", default="1.0", tooltip="Strengths of the LoRA, with commas between: 0.5, 1.0, 1.5."
+                    "strengths",
+                    default="1.0",
+                    optional=True,
+                    tooltip="Strengths of the LoRA, with commas between: 0.5, 1.0, 1.5.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -65,6 +72,7 @@ class CompareLoRA(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=False,  # two runs, two files, one noise
+                    optional=True,
                     tooltip="Noise of the first prompt; each further prompt has the next seed. One row, one noise.",
                 ),
                 io.Int.Input(
@@ -72,6 +80,7 @@ class CompareLoRA(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
+                    optional=True,
                     tooltip="Sampling steps; 0 takes what the model was made for.",
                 ),
                 io.Int.Input("width", tooltip="Width of each picture in pixels. The demo model's is 64.", **pixels),
@@ -79,6 +88,8 @@ class CompareLoRA(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=[NONE, *folder_paths.get_filename_list("loras")],
+                    default=NONE,
+                    optional=True,
                     tooltip="A LoRA file. Not read when a lora is connected.",
                 ),
                 io.LoraModel.Input(
@@ -95,15 +106,23 @@ class CompareLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, strengths: str | None = None) -> bool | str:
+    def validate_inputs(cls, strengths: str | None = None, prompts: str | None = None) -> bool | str:
         try:
-            if strengths is not None:
+            if isinstance(strengths, str):  # else it comes over a link
                 parse_strengths(strengths)
+            if isinstance(prompts, str):
+                parse_prompts(prompts)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+        """A file may be exchanged under its name."""
+        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+
+    @classmethod
+    @checked
     def execute(
         cls, model, clip, vae, prompts, strengths, seed, steps, width, height, lora_name, lora=None, reference=None
     ) -> io.NodeOutput:
@@ -112,7 +131,7 @@ class CompareLoRA(io.ComfyNode):
         if reference is not None:
             require_editing(model)
         name, tensors = chosen_lora(lora_name, lora)
-        send_text(cls, f"{name}: {count_used(model, tensors)} of {len(tensors)} tensors fit and are used")
+        send_text(cls, "\n".join((used_line(name, model, tensors), *unused_inputs(model, lora_name, lora, reference))))
         variants = {"base": model}
         for strength in wanted:
             variants[f"strength {strength:g}"] = apply_lora(model, tensors, strength)
@@ -171,8 +190,41 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str,
     return lora_name, comfy.utils.load_torch_file(path, safe_load=True)
 
 
+def unused_inputs(
+    model: Any, lora_name: str, lora: Mapping[str, Tensor] | None, reference: Tensor | None
+) -> tuple[str, ...]:
+    """One line for each thing that was given to Compare LoRA and is not used."""
+    notes = list(unused_schedule(model))
+    if lora is not None and lora_name != NONE:
+        notes.append(f"lora_name {lora_name} is not read: a lora is connected")
+    if reference is not None and len(reference) > 1:
+        notes.append(f"of {len(reference)} reference images only the first is used")
+    return tuple(notes)
+
+
+def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
+    """How many tensors ComfyUI's loader will put on the model, and a name of those that it will not.
+
+    Raises:
+        ValueError: it will put none there.
+    """
+    used = used_keys(model, tensors)
+    rest = [key for key in tensors if key not in used]
+    line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
+    return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
+
+
 def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
     """How many tensors ComfyUI's loader will put on the model.
+
+    Raises:
+        ValueError: none.
+    """
+    return len(used_keys(model, tensors))
+
+
+def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """The tensors that ComfyUI's loader will put on the model.
 
     Raises:
         ValueError: none.
@@ -186,7 +238,7 @@ def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
             f"none of the LoRA's {len(tensors)} tensors fit this model (the first is {first}): "
             "it was trained for another model; load that one"
         )
-    return len(set().union(*(getattr(patch, "loaded_keys", ()) for patch in fitting)))
+    return frozenset().union(*(getattr(patch, "loaded_keys", ()) for patch in fitting))
 
 
 def _fits(model: Any, target: Any, patch: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import comfy.utils
 from comfy_api.latest import io, ui
 
+from ..dopsd_core.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.condition_cache import ConditionCache
 from ..dopsd_core.sheet import to_pixels
 from ..dopsd_core.teachers import TEACHERS, Teacher
@@ -15,7 +17,9 @@ from .checkpoints import warn_if_undistilled
 from .encoder import ComfyEncoder, teacher_for
 from .fits import require_trainable
 from .host import ComfyDenoiser, default_steps, send_text
+from .inputs import checked
 from .lengths import length_notes
+from .model_patches import require_own_sampling, unused_patches
 from .paths import condition_cache
 from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
 from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
@@ -60,6 +64,26 @@ def build_conditions(
     return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout, notes)
 
 
+def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> list[str]:
+    """What is doubtful in the texts that a user typed, as warnings.
+
+    Raises:
+        ValueError: one holds characters that are no text.
+    """
+    texts = {
+        "preview prompt": split_lines(previews),
+        "anchor prompt": split_lines(anchors),
+        "teacher_sentence": [sentence],
+    }
+    found = [remark for what, prompts in texts.items() for remark in check_prompts(prompts, what, trigger)]
+    for number, prompt in enumerate(texts["anchor prompt"], 1):
+        if has_trigger(prompt, trigger):
+            found.append(
+                f"anchor prompt {number}: it names the concept, which training would hold back: take the name out"
+            )
+    return [f"warning: {message}" for message in found]
+
+
 class BuildTeacherCondition(io.ComfyNode):
     """Encodes every pair once, for student and teacher."""
 
@@ -80,6 +104,7 @@ class BuildTeacherCondition(io.ComfyNode):
                     "mode",
                     options=["auto", *TEACHERS],
                     default="auto",
+                    optional=True,
                     tooltip="How the teacher sees the picture. vlm: through Qwen3-VL's eyes, read by the model's own "
                     "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
                     "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose data has source pictures. auto: the "
@@ -89,6 +114,7 @@ class BuildTeacherCondition(io.ComfyNode):
                     "preview_prompts",
                     multiline=True,
                     default="",
+                    optional=True,
                     tooltip="Prompts to draw during training, one per line; [V] stands for the trigger. The first that "
                     "is no training caption also measures how far the concept carries. Empty: the first captions.",
                 ),
@@ -96,6 +122,7 @@ class BuildTeacherCondition(io.ComfyNode):
                     "anchor_prompts",
                     multiline=True,
                     default="",
+                    optional=True,
                     tooltip="Ordinary prompts, one per line, whose pictures shall stay as they are (prior anchor). "
                     "Your captions with the trigger taken out are used as well.",
                 ),
@@ -127,10 +154,11 @@ class BuildTeacherCondition(io.ComfyNode):
             outputs=[
                 ConditionsSocket.Output(display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA.")
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         dataset,
@@ -143,13 +171,16 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher_image: TeacherImage = "own",
         teacher_sentence="",
     ) -> io.NodeOutput:
+        remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
         edits = any(pair.sources for pair in dataset.report.pairs)
         encoder = ComfyEncoder(clip, vae, vision)
-        teacher = teacher_for(encoder, mode, edits, teacher_sentence, teacher_image == "other")
+        sentence = put_trigger(teacher_sentence, dataset.trigger)
+        teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
         cache = ConditionCache(condition_cache())
         conditions = build_conditions(dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts)
-        send_text(cls, "\n".join([conditions.describe(), *conditions.notes]))
-        return io.NodeOutput(conditions)
+        notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
+        send_text(cls, "\n".join((conditions.describe(), *notes)))
+        return io.NodeOutput(replace(conditions, notes=notes))
 
 
 class TeacherPreview(io.ComfyNode):
@@ -175,6 +206,7 @@ class TeacherPreview(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
+                    optional=True,
                     tooltip="Noise of the pictures; all rows share it.",
                 ),
                 io.Int.Input(
@@ -182,10 +214,16 @@ class TeacherPreview(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
+                    optional=True,
                     tooltip="Sampling steps; 0 takes what the model was made for.",
                 ),
                 io.Int.Input(
-                    "pictures", default=4, min=1, max=16, tooltip="How many of the training pictures to look at."
+                    "pictures",
+                    default=4,
+                    min=1,
+                    max=16,
+                    optional=True,
+                    tooltip="How many of the training pictures to look at.",
                 ),
             ],
             outputs=[
@@ -195,9 +233,23 @@ class TeacherPreview(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
         require_trainable(model, conditions, vae)
+        require_own_sampling(model)
         painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
         image = to_pixels(teacher_sheet(painter, conditions, pictures))
-        send_text(cls, warn_if_undistilled(model) or "the student becomes as good as the teacher row, and no better")
+        notes = [warn_if_undistilled(model), *conditions.notes, *unused_patches(model)]
+        notes.append("the student becomes as good as the teacher row, and no better")
+        send_text(cls, "\n".join(filter(None, notes)))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def unused_encoders(teacher: Teacher, clip: Any, vision: Any | None) -> tuple[str, ...]:
+    """One line for each thing that was given to Build Teacher Condition and is not used."""
+    notes = []
+    if vision is not None and teacher.sees != "features":
+        notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
+    if clip.use_clip_schedule or clip.apply_hooks_to_conds:
+        notes.append("the hooks on the CLIP are not used: captions are encoded without a schedule")
+    return tuple(notes)

@@ -14,10 +14,14 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
+from ..dopsd_core.captions import CaptionError, check_text
 from ..dopsd_core.dataset import DatasetReport, read_dataset
 from ..dopsd_core.images import pixel_digest
+from ..dopsd_core.repeats import MAX_REPEATS
 from ..dopsd_core.sheet import thumbnails, to_images, to_pixels
+from ..dopsd_core.text import printable
 from .host import send_text
+from .inputs import checked
 from .paths import (
     DEMO,
     allowed_root,
@@ -64,12 +68,14 @@ class LoadDataset(io.ComfyNode):
                     min=64,
                     max=2048,
                     step=16,
+                    optional=True,
                     tooltip="Side of a square training picture. Other shapes get as many pixels: 1024 also means "
                     "1152x896. Lower needs less memory and time. The demo model's pictures are 64.",
                 ),
                 io.String.Input(
                     "trigger",
                     default="",
+                    optional=True,
                     tooltip="The word for your concept; it replaces [V] in the captions. Choose one that means nothing "
                     "yet, such as ohwx. Empty: [V] stays as it is.",
                 ),
@@ -77,7 +83,8 @@ class LoadDataset(io.ComfyNode):
                     "repeats",
                     default=1,
                     min=1,
-                    max=1000,
+                    max=MAX_REPEATS,
+                    optional=True,
                     tooltip="Visits per epoch of each picture. It multiplies what a folder named 10_anything or the "
                     "rows of a .jsonl ask for.",
                 ),
@@ -87,6 +94,7 @@ class LoadDataset(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
+                    optional=True,
                     tooltip="Share of the visits at which the caption is left empty. 0 is right for a concept with a "
                     "trigger word; a style gains from 0.1.",
                 ),
@@ -124,6 +132,7 @@ class LoadDataset(io.ComfyNode):
         return choice and dataset_fingerprint(choice)
 
     @classmethod
+    @checked
     def execute(
         cls,
         folder: list[str],
@@ -134,8 +143,7 @@ class LoadDataset(io.ComfyNode):
         images: list[Tensor] | None = None,
         texts: list[str] | None = None,
     ) -> io.NodeOutput:
-        given = images is not None or texts is not None
-        source = store_pictures(images or [], texts or []) if given else resolve_dataset(folder[0])
+        source, note = _source(folder[0], images, texts)
         report = read_dataset(
             source,
             pixel_budget=resolution[0] ** 2,
@@ -145,10 +153,19 @@ class LoadDataset(io.ComfyNode):
             root=allowed_root(source),
             progress=_progress(),
         )
-        send_text(cls, shortened(without_folder(report.describe(), report)))
+        send_text(cls, note + shortened(without_folder(report.describe(), report)))
         refuse_errors(report)
         dataset = Dataset(report, trigger[0].strip(), caption_dropout[0])
-        return io.NodeOutput(dataset, report.describe(), ui=ui.PreviewImage(to_pixels(draw_report(report)), cls=cls))
+        pixels = to_pixels(draw_report(report))
+        return io.NodeOutput(dataset, note + report.describe(), ui=ui.PreviewImage(pixels, cls=cls))
+
+
+def _source(choice: str, images: list[Tensor] | None, texts: list[str] | None) -> tuple[Path, str]:
+    """Where the data is, and a line that names the choice of a folder that is not read."""
+    if images is None and texts is None:
+        return resolve_dataset(choice), ""
+    note = "" if choice == DEMO else f"the folder {choice} is not read: images are connected\n"
+    return store_pictures(images or [], texts or []), note
 
 
 def store_pictures(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
@@ -158,16 +175,24 @@ def store_pictures(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
     repeats.
 
     Raises:
-        ValueError: there are not as many texts as images.
+        ValueError: there are not as many texts as images, one is no text, or a pair comes more than MAX_REPEATS times.
     """
     pictures = [picture for batch in images for picture in to_images(batch.permute(0, 3, 1, 2))]
+    texts = [text.removeprefix("\ufeff") for text in texts]  # which a file may begin with, read by another node
     if len(pictures) != len(texts):
         raise ValueError(
             f"{len(pictures)} images and {len(texts)} texts are connected to Load Dataset; give one text for each image"
         )
     visits: dict[tuple[str, str], list[int]] = {}
     for index, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        _check_connected(index + 1, text)
         visits.setdefault((pixel_digest(picture), text), []).append(index)
+    most = max(visits.values(), key=len, default=[])
+    if len(most) > MAX_REPEATS:
+        raise ValueError(
+            f"image {most[0] + 1} comes {len(most)} times with the same text, and at most {MAX_REPEATS} are allowed: "
+            "was a year in its folder's name taken for a count? Rename that folder"
+        )
     digest = hashlib.sha256(repr([(pair, len(where)) for pair, where in visits.items()]).encode()).hexdigest()
 
     def write(folder: Path) -> None:
@@ -177,11 +202,18 @@ def store_pictures(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
     return store_dataset(f"dopsd-dataset-{digest[:16]}", write)
 
 
+def _check_connected(number: int, text: str) -> None:
+    try:
+        check_text(text)
+    except CaptionError as error:
+        raise ValueError(f"text {number} of those connected to Load Dataset cannot be used: {error}") from error
+
+
 def _write_pair(folder: Path, where: Sequence[int], picture: Image.Image, text: str) -> None:
     place = folder / f"{len(where)}_times" if len(where) > 1 else folder
     place.mkdir(exist_ok=True)
     picture.save(place / f"image_{where[0] + 1:04d}.png", compress_level=1)
-    (place / f"image_{where[0] + 1:04d}.txt").write_bytes(text.encode(errors="replace"))
+    (place / f"image_{where[0] + 1:04d}.txt").write_bytes(text.encode())
 
 
 def draw_report(report: DatasetReport) -> Image.Image:
@@ -201,13 +233,14 @@ def refuse_errors(report: DatasetReport) -> None:
         more = len(report.errors) - 1
         others = f" (and {more} more error{'s' * (more > 1)}: see the node's text or the log)" if more else ""
         lines = [without_folder(str(error), report) for error in report.errors]
-        raise ValueError("\n".join([lines[0] + others, *lines[1:], f"the data set is {report.source}"]))
+        raise ValueError(printable("\n".join([lines[0] + others, *lines[1:], f"the data set is {report.source}"])))
 
 
 def without_folder(text: str, report: DatasetReport) -> str:
     """File names relative to the data set: a node is narrow."""
     folder = report.source if report.source.is_dir() else report.source.parent
-    return text.replace(f"{folder}{os.sep}", "").replace(f"{folder}:", f"{folder.name}:")
+    whole, name = printable(str(folder)), printable(folder.name)
+    return text.replace(f"{whole}{os.sep}", "").replace(f"{whole}:", f"{name}:")
 
 
 def shortened(text: str) -> str:

@@ -13,8 +13,10 @@ from ..dopsd_core.conditioning import Condition
 from ..dopsd_core.teachers import Teacher, choose_teacher
 from .families import family_of_clip, in_comfyui
 from .fits import require_training_vae
-from .host import fingerprint
+from .identity import identity_of
 from .vision import TeacherVision, count_tokens, encode_image_text, image_tokens, text_encoder
+
+_EMBEDDING = "embedding:"
 
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> Teacher:
@@ -35,6 +37,9 @@ class ComfyEncoder:
     They are called in inference mode, as ComfyUI's own nodes call them: weights that were made in it must only be moved
     in it, or every later use of them fails. What is handed on are ordinary tensors on the CPU.
 
+    Attributes:
+        notes: for the user, one line each.
+
     Raises:
         ValueError: CLIP and VAE are not of one family of ours.
     """
@@ -44,15 +49,20 @@ class ComfyEncoder:
         require_training_vae(vae, clip)
         self._clip, self._vae, self._vision = clip, vae, vision
         self._latent_format = in_comfyui(self.family).model.latent_format()
-        parts = [fingerprint(clip.patcher), fingerprint(vae.patcher)]
-        if vision is not None:
-            parts += [fingerprint(vision.patcher), f"{vision.min_pixels}-{vision.max_pixels}"]
-        self._identity = "/".join(("comfyui", self.family.name, *parts))
+        rounding, found = str(comfy.model_management.intermediate_dtype()), identity_of(clip, vae, vision)
+        self._identity = "/".join(("comfyui", self.family.name, rounding, found.digest))
+        self.notes = found.notes
 
     @property
     def identity(self) -> str:
-        """Other for other weights or another family."""
+        """Other for another family, and for whatever else CLIP, VAE and vision tower would encode otherwise with."""
         return self._identity
+
+    def identity_for(self, caption: str) -> str:
+        """`identity`, with the contents of the embeddings that the caption names, which ComfyUI reads from files."""
+        if _EMBEDDING not in caption:
+            return self._identity
+        return f"{self._identity}/{identity_of(self._clip.tokenize(caption)).digest}"
 
     def require_vision(self) -> TeacherVision:
         """The vision tower.

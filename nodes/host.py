@@ -9,7 +9,6 @@ Legend: B batch, C latent channels, h w latent size, L tokens, D features; `sigm
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from ..dopsd_core.conditioning import Condition
 from ..dopsd_core.model import LinearSite
+from ..dopsd_core.text import printable
 from .bypass import kept_injected
 from .families import family_of, in_comfyui
 from .gradients import norms_on_clones, plain_attention, thawed_small_parameters
@@ -40,27 +40,7 @@ def default_steps(model: Any) -> int:
 def send_text(cls: Any, text: str) -> None:
     """Shows text on the node; `cls` is a node class with the hidden input unique_id."""
     if cls.hidden is not None and cls.hidden.unique_id is not None:
-        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
-
-
-def fingerprint(patcher: Any) -> str:
-    """16 hex digits: other for other weights or patches, cheap for any size.
-
-    Of every parameter name, shape and form, of the one-dimensional ones (norms, biases) also the values: they differ
-    between any two checkpoints, are small, and stay readable where matrices are quantised. Not of the quantised ones'
-    scales: those are others while a LoRA is patched in.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in patcher.model.named_parameters():
-        form = str(parameter.dtype)
-        if isinstance(parameter, QuantizedTensor):  # calls itself what it computes in
-            form += f" {parameter._layout_cls} {getattr(parameter._params, 'convrot', '')}"
-        digest.update(f"{name}|{tuple(parameter.shape)}|{form}\n".encode())
-        if parameter.ndim == 1 and parameter.is_floating_point() and not parameter.is_meta:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    for key, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
-        digest.update(f"{key}|{[(patch[0], patch[2]) for patch in patches]}\n".encode())
-    return digest.hexdigest()[:16]
+        PromptServer.instance.send_progress_text(printable(text), cls.hidden.unique_id)
 
 
 def base_name(model: Any) -> str:
@@ -99,8 +79,8 @@ class ComfyDenoiser:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations are in."""
-        return self._patcher.model.get_dtype_inference()
+        """What activations are in. A node may have set it on the MODEL, which takes effect when that is loaded."""
+        return self._patcher.get_model_object("manual_cast_dtype") or self._patcher.model.get_dtype()
 
     @property
     def _network(self) -> nn.Module:

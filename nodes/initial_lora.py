@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from safetensors import safe_open
 from torch import Tensor
 
 from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.lora_import import import_lora, lora_digest, read_lora
-from .host import ComfyDenoiser
+from .host import ComfyDenoiser, send_text
+from .inputs import checked
+from .lora_header import kept_header, trigger_of
+from .paths import stamp_of
 from .sockets import CATEGORY, TrainedLora
 
 
@@ -27,8 +31,16 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def start_of(lora: Mapping[str, Tensor] | None, denoiser: ComfyDenoiser, config: TrainConfig) -> Start:
+def start_of(
+    lora: Mapping[str, Tensor] | None,
+    denoiser: ComfyDenoiser,
+    config: TrainConfig,
+    trigger: str = "",
+    base_model: str = "",
+) -> Start:
     """The start that a LORA_MODEL of any trainer gives the run.
+
+    trigger, base_model: of the run; the notes say where the LoRA names others.
 
     Raises:
         ValueError: it is no plain LoRA, of another model, or changes nothing that is trained.
@@ -36,10 +48,32 @@ def start_of(lora: Mapping[str, Tensor] | None, denoiser: ComfyDenoiser, config:
     if lora is None:
         return Start()
     imported = import_lora(lora, denoiser.sites(), config.lora.targets)
-    notes = ()
-    if left_out := imported.left_out:
-        notes = (f"{len(left_out)} tensors of initial_lora are not trained and left out, such as {left_out[0]}",)
-    return Start(imported.tensors, (lora_digest(imported.tensors),), notes)
+    notes = _differences(getattr(lora, "facts", {}), trigger, base_model)
+    if imported.left_out:
+        notes.append(f"initial_lora: {imported.describe_left_out()}")
+    return Start(imported.tensors, (lora_digest(imported.tensors),), tuple(notes))
+
+
+def _differences(facts: Mapping[str, str], trigger: str, base_model: str) -> list[str]:
+    notes = []
+    if (learned := trigger_of(facts)) and learned != trigger:
+        own = f"the dataset's is {trigger!r}" if trigger else "the dataset has none"
+        notes.append(f"initial_lora was trained with the trigger {learned!r}, {own}")
+    if (base := facts.get("dopsd_base_model")) and base_model and base != base_model:
+        notes.append(f"initial_lora was trained on {base}, this MODEL is {base_model}")
+    return notes
+
+
+def load_with_header(path: Path) -> tuple[TrainedLora, tuple[str, ...]]:
+    """A LoRA file with what its header says of it, and what of the header is not kept, one line each.
+
+    Raises:
+        ValueError: it is not a safetensors file, or an adapter of another kind.
+    """
+    tensors = read_lora(path)
+    with safe_open(path, "pt") as file:
+        header, notes = kept_header(file.metadata() or {})
+    return TrainedLora(tensors, header), notes
 
 
 class LoadLoRA(io.ComfyNode):
@@ -66,13 +100,18 @@ class LoadLoRA(io.ComfyNode):
                     display_name="lora", tooltip="For initial_lora of D-OPSD Train LoRA, or for Compare LoRA."
                 )
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str) -> Any:
-        facts = os.stat(folder_paths.get_full_path_or_raise("loras", lora_name))
-        return facts.st_size, facts.st_mtime_ns
+        return stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
+    @checked
     def execute(cls, lora_name: str) -> io.NodeOutput:
-        return io.NodeOutput(TrainedLora(read_lora(folder_paths.get_full_path_or_raise("loras", lora_name)), {}))
+        lora, notes = load_with_header(Path(folder_paths.get_full_path_or_raise("loras", lora_name)))
+        trigger = trigger_of(lora.facts)
+        lines = [f"{len(lora)} tensors", *([f"trigger: {trigger}"] if trigger else []), *notes]
+        send_text(cls, "\n".join(lines))
+        return io.NodeOutput(lora)

@@ -9,6 +9,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from . import demo_models
+from .inputs import checked
+from .paths import stamp_of
 from .sockets import CATEGORY, VisionSocket
 from .vision_file import load_teacher_vision, tower_files
 
@@ -33,9 +35,11 @@ class LoadDemoModels(io.ComfyNode):
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder, 8 pixels per latent."),
                 VisionSocket.Output(display_name="vision", tooltip="Its vision tower, for Build Teacher Condition."),
             ],
+            hidden=[io.Hidden.prompt],
         )
 
     @classmethod
+    @checked
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(
             demo_models.load_model(), demo_models.load_clip(), demo_models.load_vae(), demo_models.load_vision()
@@ -63,14 +67,15 @@ class LoadTeacherVision(io.ComfyNode):
             outputs=[
                 VisionSocket.Output(display_name="vision", tooltip="The vision tower, for Build Teacher Condition.")
             ],
+            hidden=[io.Hidden.prompt],
         )
 
     @classmethod
     def fingerprint_inputs(cls, vision_name: str) -> Any:
-        facts = [file.stat() for file in tower_files(cls._path(vision_name))]
-        return [(fact.st_size, fact.st_mtime_ns) for fact in facts]
+        return [stamp_of(file) for file in tower_files(cls._path(vision_name))]
 
     @classmethod
+    @checked
     def execute(cls, vision_name: str) -> io.NodeOutput:
         return io.NodeOutput(load_teacher_vision(cls._path(vision_name)))
 

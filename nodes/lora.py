@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,11 +9,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..dopsd_core import __version__
 from ..dopsd_core.lora_config import LoraConfig
 from ..dopsd_core.lora_file import save_lora, save_peft
 from .host import send_text
-from .paths import lora_file_path, shown
+from .inputs import checked
+from .lora_header import header_for, trigger_of
+from .paths import lora_file_path, require_lora_name, shown
 from .sockets import CATEGORY
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,17 +42,21 @@ class SaveLoRA(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="loras/dopsd",
+                    optional=True,
                     tooltip="Name below the output folder; a number is added. What is in output/loras shows up in the "
                     "LoRA loaders (press R).",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
+                    default="bf16",
+                    optional=True,
                     tooltip="bf16 is half as large and what models run in. fp32 keeps every bit, for further training.",
                 ),
                 io.Boolean.Input(
                     "peft_folder",
                     default=False,
+                    optional=True,
                     tooltip="Also write a folder beside the file that PeftModel.from_pretrained reads. Needs peft.",
                 ),
             ],
@@ -60,10 +64,22 @@ class SaveLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        try:
+            if isinstance(filename_prefix, str):  # else it comes over a link
+                require_lora_name(filename_prefix)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    @checked
     def execute(cls, lora, filename_prefix, dtype, peft_folder) -> io.NodeOutput:
         path = lora_file_path(filename_prefix)
         write_lora(path, lora, DTYPES[dtype])
         text = f"{shown(path)}\n{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"
+        if trigger := trigger_of(getattr(lora, "facts", {})):
+            text += f"\ntrigger: {trigger}"
         if peft_folder:
             folder = path.with_name(f"{path.stem}peft")
             write_peft(folder, lora, DTYPES[dtype])
@@ -78,16 +94,7 @@ def write_lora(path: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> No
     Raises:
         ValueError: there are none, or one is not finite.
     """
-    facts: Mapping[str, str] = getattr(lora, "facts", {})
-    header = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.implementation": "diffusers",
-        "modelspec.architecture": f"{facts.get('dopsd_family', 'unknown')}/lora",
-        "modelspec.title": path.stem.strip("_"),
-        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "dopsd_version": __version__,
-        **facts,
-    }
+    header = header_for(path.stem.strip("_"), lora, getattr(lora, "facts", {}))
     save_lora(path, lora, _folded_config(1), prefix="", metadata=header, dtype=dtype)
 
 

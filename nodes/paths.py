@@ -21,10 +21,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
-from ..dopsd_core.dataset_files import Problems, edit_folders
+from ..dopsd_core.dataset_files import ROW_SUFFIXES, edit_folders
 from ..dopsd_core.dataset_rows import read_jsonl
 from ..dopsd_core.images import SUFFIXES
+from ..dopsd_core.problems import Problems
 from ..dopsd_core.standalone.concept import make_concept, write_dataset
+from ..dopsd_core.text import hashable, printable
 
 DEMO = "demo badge (built in)"
 """The choice that needs no files: four pictures of a concept that the demo model has never seen."""
@@ -32,9 +34,8 @@ DEMO = "demo badge (built in)"
 EXTRA = "dopsd_datasets"
 """Key of the owner's folders in extra_model_paths.yaml."""
 
-ROW_SUFFIXES = (".jsonl", ".ndjson")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
-_FORBIDDEN = re.compile(r'[<>:"|?*\\/\x00-\x1f\x7f]')
+_FORBIDDEN = re.compile(r'[<>:"|?*\\/\x00-\x1f\x7f\ud800-\udfff]')
 _LONGEST_NAME = 100
 
 folder_paths.folder_names_and_paths.setdefault(EXTRA, ([], set()))
@@ -69,6 +70,8 @@ def resolve_dataset(choice: str) -> Path:
 
 def locate_dataset(choice: str) -> Path:
     """As `resolve_dataset`, for any choice but the demo; touches nothing."""
+    if not isinstance(choice, str):  # a damaged graph; ComfyUI hands it on as it is
+        raise ValueError(f"the folder must be text, it is {type(choice).__name__}; {_how_to_allow()}")
     if not choice.strip() or "\0" in choice:
         raise ValueError(f"choose a data set folder; {_how_to_allow()}")
     for candidate in _candidates(choice):
@@ -93,14 +96,14 @@ def dataset_fingerprint(choice: str) -> str:
     if choice == DEMO:
         return DEMO
     source = locate_dataset(choice)
-    digest = hashlib.sha256(str(source).encode())
+    digest = hashlib.sha256(hashable(str(source)))
     for file in _files_of(source):
         try:
-            facts = os.stat(file)
+            facts = stamp_of(file)
         except (OSError, ValueError):  # not there, or a link to nothing
-            digest.update(f"{file}|-\n".encode(errors="surrogateescape"))
+            digest.update(hashable(f"{file}|-\n"))
         else:
-            digest.update(f"{file}|{facts.st_size}|{facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            digest.update(hashable(f"{file}|{facts}\n"))
     return digest.hexdigest()
 
 
@@ -116,6 +119,16 @@ def _files_of(source: Path) -> Iterator[str]:
         yield from sorted(
             path for path in named if Path(path).is_relative_to(root) and not Path(path).is_relative_to(folder)
         )
+
+
+def stamp_of(path: Path | str) -> tuple[str, int, int, int]:
+    """(name, size, times of the last writing and of the last change of any kind): others once the file was exchanged.
+
+    Raises:
+        OSError: it is not there.
+    """
+    facts = os.stat(path)
+    return str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
@@ -183,7 +196,7 @@ def _outside(choice: str) -> ValueError:
 
 
 def _how_to_allow() -> str:
-    return (
+    return printable(
         f"put it into a folder of its own in {folder_paths.get_input_directory()}, or have the owner of this ComfyUI "
         f"name the folder it is in under {EXTRA} in extra_model_paths.yaml"
     )
@@ -198,6 +211,8 @@ def run_folder(name: str) -> Path:
     Raises:
         ValueError: the name is empty or no plain name of a folder on every system.
     """
+    if not isinstance(name, str):  # a damaged graph; ComfyUI hands it on as it is
+        raise ValueError(f"the run name must be text, it is {type(name).__name__}")
     return Path(folder_paths.get_output_directory()).resolve() / "dopsd" / _checked(name.strip(), "run name")
 
 
@@ -217,17 +232,30 @@ def lora_file_path(prefix: str) -> Path:
     Raises:
         ValueError: the prefix is empty, absolute, leads outside or is no name on some system.
     """
-    parts = prefix.strip().replace("\\", "/").split("/")
-    for part in parts:
-        _checked(part, "filename_prefix")
+    parts = require_lora_name(prefix)
     output = folder_paths.get_output_directory()
     folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), output)
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
+def require_lora_name(prefix: str) -> list[str]:
+    """The parts of a `filename_prefix` for `lora_file_path`; touches nothing.
+
+    Raises:
+        ValueError: it is empty, absolute, leads outside or is no name on some system.
+    """
+    parts = prefix.strip().replace("\\", "/").split("/")
+    return [_checked(part, "filename_prefix") for part in parts]
+
+
 def condition_cache() -> Path:
     """Where encoded pairs are kept between sessions."""
     return Path(folder_paths.get_user_directory()) / "dopsd" / "conditions"
+
+
+def known_weights() -> Path:
+    """Where digests of large weight files are kept between sessions."""
+    return Path(folder_paths.get_user_directory()) / "dopsd" / "weights.json"
 
 
 def _checked(name: str, what: str) -> str:

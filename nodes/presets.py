@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..dopsd_core.config import RESUMABLE_CHANGES, TrainConfig
+from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.families import Family
 from ..dopsd_core.lora_config import parse_targets
 
@@ -50,15 +50,10 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
     Raises:
         ConfigError: with everything wrong and its remedy.
     """
-    settings = dict(vars(PRESETS[preset]))
-    settings["steps"] = settings["steps"] or family.paper_steps
-    settings["lr"] = settings["lr"] or family.learning_rate
+    settings = preset_settings(preset, family)
     if not has_anchors:
         settings["anchor_probability"] = 0.0
-    for name, value in chosen.items():
-        keeps_preset = name in settings and (value < 0 if name == "anchor_probability" else value == 0)
-        if not keeps_preset:
-            settings[name] = value
+    settings |= {name: value for name, value in chosen.items() if name not in settings} | given_settings(chosen)
     if chosen.get("rank") and not chosen.get("alpha"):
         settings["alpha"] = chosen["rank"] * PRESETS[preset].alpha / PRESETS[preset].rank
     learned = settings.get("grad_steps") or 0
@@ -69,7 +64,24 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
     return TrainConfig(lora=lora, family=family.name, **settings)
 
 
+def preset_settings(preset: str, family: Family) -> dict[str, Any]:
+    """The fields of a preset; what it leaves to the family is the family's."""
+    settings = dict(vars(PRESETS[preset]))
+    settings["steps"] = settings["steps"] or family.paper_steps
+    settings["lr"] = settings["lr"] or family.learning_rate
+    return settings
+
+
+def given_settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the fields that a preset has, those that the user has set: see `make_config`."""
+    names = [field.name for field in dataclasses.fields(Preset) if field.name in chosen]
+    return {name: chosen[name] for name in names if not _keeps_preset(name, chosen[name])}
+
+
+def _keeps_preset(name: str, value: float) -> bool:
+    return value < 0 if name == "anchor_probability" else value == 0
+
+
 def run_digest(config: TrainConfig, *facts: str) -> str:
     """8 hex digits that stay the same as long as a run may be resumed: settings, and facts of model and data."""
-    fields = {name: value for name, value in json.loads(config.to_json()).items() if name not in RESUMABLE_CHANGES}
-    return hashlib.sha256(json.dumps([fields, *facts], sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([config.identity(), *facts], sort_keys=True).encode()).hexdigest()[:8]

@@ -17,7 +17,9 @@ from torch import Tensor
 from ..dopsd_core.families import Family
 from .families import family_of, in_comfyui
 from .fits import require_text_width
-from .host import default_steps
+from .host import default_steps, send_text
+from .inputs import checked
+from .model_patches import unused_schedule
 from .sockets import CATEGORY
 
 
@@ -76,23 +78,27 @@ class FewStepSampler(io.ComfyNode):
                     "positive", tooltip="The prompt. There is no negative one: few-step models run at CFG 1."
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, optional=True,
                     tooltip="Of the noise, which is KSampler's for the same seed.",
                 ),
                 io.Int.Input(
-                    "steps", default=0, min=0, max=64,
+                    "steps", default=0, min=0, max=64, optional=True,
                     tooltip="Sampling steps; 0 takes what the model was made for: Z-Image-Turbo 8, FLUX.2-klein 4, "
                     "the demo model 4.",
                 ),
                 io.Int.Input(
-                    "width", default=1024, min=16, max=8192, step=16, tooltip="In pixels; 64 for the demo model."
+                    "width", default=1024, min=16, max=8192, step=16, optional=True,
+                    tooltip="In pixels; 64 for the demo model.",
                 ),
                 io.Int.Input(
-                    "height", default=1024, min=16, max=8192, step=16, tooltip="In pixels; 64 for the demo model."
+                    "height", default=1024, min=16, max=8192, step=16, optional=True,
+                    tooltip="In pixels; 64 for the demo model.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures from one seed."),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=4096, optional=True, tooltip="Pictures from one seed."
+                ),
                 io.Combo.Input(
-                    "sampler", options=["euler", "template"], default="euler",
+                    "sampler", options=["euler", "template"], default="euler", optional=True,
                     tooltip="euler is what training uses. template is what ComfyUI's own workflow for the model uses: "
                     "res_multistep for Z-Image-Turbo, euler for FLUX.2-klein.",
                 ),
@@ -101,14 +107,18 @@ class FewStepSampler(io.ComfyNode):
                 io.Latent.Output(display_name="latent", tooltip="For VAE Decode."),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The noise grid that was used, for other samplers."),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model, positive, seed, steps, width, height, batch_size, sampler) -> io.NodeOutput:
         family = family_of(model)
         sigmas = family.sigmas(steps or default_steps(model), width, height)
         shape = (batch_size, *family.latent_shape(width, height))
         latent = torch.zeros(shape, device=comfy.model_management.intermediate_device())
         callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
+        if notes := unused_schedule(model):
+            send_text(cls, "\n".join(notes))
         samples = few_step_sample(model, positive, latent, seed, sigmas, sampler_name(sampler, family), callback)
         return io.NodeOutput({"samples": samples}, torch.tensor(sigmas))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..dopsd_core.lora_config import LoraConfig, lora_size, match_targets
+from ..dopsd_core.lora_config import LoraConfig, match_targets
 from .host import ComfyDenoiser
 
 
@@ -28,8 +28,3 @@ def require_blocks(denoiser: ComfyDenoiser, lora: LoraConfig) -> None:
 def told_size(modules: int, parameters: int) -> str:
     """How large the LoRA is, as it is counted everywhere."""
     return f"{modules} modules, {parameters / 1e6:.1f} M parameters"
-
-
-def size_of(denoiser: ComfyDenoiser, lora: LoraConfig) -> str:
-    """How large the LoRA is going to be on this model."""
-    return told_size(*lora_size(denoiser.sites(), lora))

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io
 from safetensors import safe_open
 from torch import Tensor
 
-from ..dopsd_core.adapters import AdapterSet, TeacherKind
+from ..dopsd_core.adapters import TeacherKind
 from ..dopsd_core.config import OptimizerName, Schedule, TrainConfig
 from ..dopsd_core.families import get_family
+from ..dopsd_core.lora_config import lora_size
 from ..dopsd_core.lora_file import fold_alpha
 from ..dopsd_core.objectives import OBJECTIVES, LossForm
 from ..dopsd_core.progress import LOG_NAME, StepReport, read_log
 from ..dopsd_core.state import read_checkpoint_lora
-from ..dopsd_core.trainer import NoCallbacks, TrainResult, train
+from ..dopsd_core.trainer import NonFiniteError, TrainResult, check_run, train
 from ..dopsd_core.training_set import latent_shape
 from .checkpoints import warn_if_undistilled
 from .fits import require_trainable
-from .host import ComfyDenoiser, base_name, default_steps, fingerprint, send_text
+from .host import ComfyDenoiser, base_name, default_steps
+from .identity import identity_of
 from .initial_lora import start_of
+from .inputs import checked
 from .memory import (
     MEMORY_CHOICES,
     MemoryPlan,
@@ -35,65 +37,40 @@ from .memory import (
     is_out_of_memory,
     plan_memory,
 )
-from .paths import run_folder, shown
+from .model_patches import require_own_sampling, unused_patches
+from .paths import run_folder
 from .presets import PRESETS, make_config, run_digest
-from .previews import Painter, TrainingPreview, load_sheets
+from .previews import TILE, Painter, TrainingPreview, load_sheets
+from .report import Notes
 from .sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
-from .targets import require_blocks, size_of, told_size
+from .targets import require_blocks
+from .unused import unused_settings
+from .watcher import PREVIEWS_NAME, RunFacts, Watcher
 
-_TEXT_INTERVAL = 0.3  # seconds between two texts on the node
-PREVIEWS_NAME = "previews"
+_ROWS = 4  # of a preview sheet: source, before, teacher, student
 
 
-class Watcher(NoCallbacks):
-    """Progress bar with preview, and text with loss, gap and time left, on the node that trains."""
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says what to change, and what is kept where."""
 
-    def __init__(
-        self, node: Any, plan: MemoryPlan, folder: Path, preview: TrainingPreview | None, notes: Sequence[str] = ()
-    ) -> None:
-        self._node, self._config, self._folder, self._preview = node, plan.config, folder, preview
-        self._notes = (*notes, *plan.notes)
-        self._bar = comfy.utils.ProgressBar(plan.config.steps)
-        self._first: tuple[int, float] | None = None
-        self._told = 0.0
-        self.step = 0
-        self._gap = ""
 
-    def on_step(self, report: StepReport) -> None:
-        """Moves the bar and rewrites the text."""
-        self.step = report.step
-        self._bar.update_absolute(report.step)
-        now = time.monotonic()
-        self._first = self._first or (report.step, now)
-        if report.relative_gap is not None:
-            self._gap = _told_gap(report.relative_gap, report.heldout_relative_gap)
-        if now - self._told >= _TEXT_INTERVAL or report.step == self._config.steps:
-            self._told = now
-            send_text(self._node, self._text(report, now))
+@dataclass(frozen=True)
+class Wanted:
+    """What the node's widgets ask for. memory: of `MEMORY_CHOICES`. chosen: as for `make_config`."""
 
-    def on_preview(self, step: int, adapters: AdapterSet) -> None:
-        """Draws the sheet, keeps it in the run folder and shows it on the node."""
-        if self._preview is None:
-            return
-        sheet = self._preview.sheet(f"{self._folder.name}: step {step} of {self._config.steps}", adapters)
-        path = self._folder / PREVIEWS_NAME / f"step-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-        self._bar.update_absolute(step, preview=("JPEG", sheet, None))
+    run_name: str
+    memory: str
+    preset: str
+    chosen: Mapping[str, Any]
 
-    def _text(self, report: StepReport, now: float) -> str:
-        lines = [f"step {report.step} of {self._config.steps}"]
-        done = report.step - self._first[0] if self._first else 0
-        if done and self._first:
-            each = (now - self._first[1]) / done
-            left = each * (self._config.steps - report.step)
-            lines[0] += f"  ·  {each:.2f} s each  ·  {_duration(left)} left"
-        if report.loss is not None:
-            lines.append(f"loss {report.loss:.4g}")
-        if self._gap:
-            lines.append(self._gap)
-        lines += self._notes
-        return "\n".join(lines)
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """config: with the memory plan's trades in it."""
+
+    result: TrainResult
+    config: TrainConfig
+    folder: Path
 
 
 def run_training(
@@ -101,54 +78,106 @@ def run_training(
     model: Any,
     conditions: Conditions,
     vae: Any | None,
-    config: TrainConfig,
-    run_name: str,
-    memory: str,
+    wanted: Wanted,
     initial_lora: Mapping[str, Tensor] | None = None,
-) -> tuple[TrainResult, Path]:
-    """Trains or goes on, in the folder that belongs to these settings, this model and this data.
+) -> FinishedRun:
+    """Trains or resumes, in the folder that belongs to these settings, this model and this data.
 
     Raises:
+        ConfigError: the settings do not fit.
         ValueError: a target matches nothing, or something outside the blocks.
+        TrainingError: loss or gradient is not finite.
+        DiskError: the folder cannot be written or has no room; before the model is loaded, if it is known by then.
         OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
     """
-    identity = fingerprint(model)
+    identity = identity_of(model)
     denoiser = ComfyDenoiser(model)
+    config = make_config(wanted.preset, conditions.family, bool(conditions.data.anchors), wanted.chosen)
     require_blocks(denoiser, config.lora)
-    plan = plan_memory(memory, denoiser, conditions, config)
+    plan = plan_memory(wanted.memory, denoiser, conditions, config)
     config = plan.config
-    start = start_of(initial_lora, denoiser, config)
-    digest = run_digest(config, conditions.data.fingerprint(), identity, *start.identity)
-    folder = run_folder(f"{run_name}-{digest}")
+    start = start_of(initial_lora, denoiser, config, conditions.trigger, base_name(model))
+    digest = run_digest(config, conditions.data.fingerprint(), identity.digest, *start.identity)
+    folder = run_folder(f"{wanted.run_name}-{digest}")
     facts = {
         "dopsd_base_model": base_name(model),
-        "dopsd_base_fingerprint": identity,
+        "dopsd_base_fingerprint": identity.digest,
         "dopsd_trigger": conditions.trigger,
         "dopsd_teacher_sees": conditions.teacher.name,
-        "dopsd_name": run_name,
+        "dopsd_name": wanted.run_name,
     }
     options: Any = {"facts": facts, "initial": start.tensors, "checkpoint_blocks": plan.checkpoint_blocks}
+    options["host_bytes"] = _preview_bytes(config, conditions) if vae is not None else 0
+    check_run(config, denoiser, conditions.data, folder, options["host_bytes"])
     shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
-    preview = None
-    if vae is not None and config.preview_every:
-        painter = Painter(denoiser, vae, default_steps(model), config.seed)
-        during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are there by then
-        preview = TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape, during))
-    notes = [size_of(denoiser, config.lora), *start.notes, warn_if_undistilled(model)]
-    watcher = Watcher(node, plan, folder, preview, [note for note in notes if note])
+    unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, vae is not None)
+    notes = Notes((*conditions.notes, *_model_notes(model), *identity.notes, *start.notes, *unused, *plan.notes))
+    preview = None if vae is None else _preview(model, denoiser, vae, conditions, plan, shape)
+    watcher = Watcher(node, _facts(folder, denoiser, model, conditions, plan), notes, preview)
+    with notes.with_warnings():
+        result = _watched(watcher, denoiser, conditions, plan, folder, shape, options)
+        watcher.finished(result)
+    return FinishedRun(result, config, folder)
+
+
+def _watched(
+    watcher: Watcher,
+    denoiser: ComfyDenoiser,
+    conditions: Conditions,
+    plan: MemoryPlan,
+    folder: Path,
+    shape: Sequence[int],
+    options: Any,
+) -> TrainResult:
+    """`train`; whatever ends it, the node says why and what is kept."""
     try:
         with denoiser.trainable(shape, plan.reserve):
-            return train(config, denoiser, conditions.data, folder, watcher, **options), folder
+            return train(plan.config, denoiser, conditions.data, folder, watcher, **options)
     except comfy.model_management.InterruptProcessingException:
-        send_text(node, f"stopped; run again with the same settings to go on\nLoRA so far: {shown(folder)}")
+        watcher.interrupted()
         raise
+    except NonFiniteError as error:
+        watcher.failed(str(error))
+        raise TrainingError(f"{error}; {watcher.kept()}") from error
     except Exception as error:
         if not is_out_of_memory(error):
+            watcher.failed(str(error))
             raise
-        told = f"{watcher.step} steps are kept in {shown(folder)}" if watcher.step else "no step was done"
     # out of the handler: an exception holds on to the frames, and these to the activations
     free_device_memory()
-    raise OutOfMemory(f"out of memory, with memory {plan.preset}: {told}; {advice(plan, conditions, denoiser.device)}")
+    remedy = advice(plan, conditions, denoiser.device)
+    sentence = f"out of memory, with memory {plan.preset}: {watcher.kept()}; {remedy}"
+    watcher.failed(sentence)
+    raise OutOfMemory(sentence)
+
+
+def _model_notes(model: Any) -> tuple[str, ...]:
+    undistilled = warn_if_undistilled(model)
+    return (*((undistilled,) if undistilled else ()), *unused_patches(model))
+
+
+def _preview(
+    model: Any, denoiser: ComfyDenoiser, vae: Any, conditions: Conditions, plan: MemoryPlan, shape: Sequence[int]
+) -> TrainingPreview | None:
+    if not plan.config.preview_every:
+        return None
+    painter = Painter(denoiser, vae, default_steps(model), plan.config.seed)
+    during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are there by then
+    return TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape, during))
+
+
+def _facts(folder: Path, denoiser: ComfyDenoiser, model: Any, conditions: Conditions, plan: MemoryPlan) -> RunFacts:
+    modules, parameters = lora_size(denoiser.sites(), plan.config.lora)
+    return RunFacts(
+        folder=folder,
+        config=plan.config,
+        modules=modules,
+        parameters=parameters,
+        base_model=base_name(model),
+        trigger=conditions.trigger,
+        teacher=conditions.teacher.name,
+        memory=plan.preset,
+    )
 
 
 def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
@@ -167,14 +196,14 @@ def losses(reports: Sequence[StepReport]) -> list[float]:
     return told if len(told) > 1 else [report.loss for report in reports if report.loss is not None]
 
 
+def _preview_bytes(config: TrainConfig, conditions: Conditions) -> int:
+    """What the preview sheets of the run take on the disk, at most."""
+    sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
+    return sheets * len(conditions.previews) * _ROWS * 3 * TILE**2
+
+
 def _area(shape: Sequence[int]) -> int:
     return shape[-1] * shape[-2]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 class TrainLoRA(io.ComfyNode):
@@ -209,41 +238,26 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, run_name="") -> bool | str:
+    def validate_inputs(cls, run_name: str | None = None) -> bool | str:
         try:
-            run_folder(run_name)
+            if isinstance(run_name, str):  # else it comes over a link
+                run_folder(run_name)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
+    @checked
     def execute(
-        cls, model, conditions, run_name, preset, preview_every, vae=None, initial_lora=None, **settings
+        cls, model, conditions, run_name, preset, memory, learning_rate, vae=None, initial_lora=None, **settings
     ) -> io.NodeOutput:
         require_trainable(model, conditions, vae)
-        chosen = {"lr": settings.pop("learning_rate"), **settings, "preview_every": preview_every}
-        chosen |= {"caption_dropout": conditions.caption_dropout}
-        memory = chosen.pop("memory")
-        config = make_config(preset, conditions.family, bool(conditions.data.anchors), chosen)
-        result, folder = run_training(cls, model, conditions, vae, config, run_name, memory, initial_lora)
-        reports, lora = read_log(folder / LOG_NAME), trained_lora(result, config)
-        send_text(cls, _summary(result, folder, lora))
-        return io.NodeOutput(lora, {"loss": losses(reports)}, str(folder), load_sheets(folder / PREVIEWS_NAME))
-
-
-def _told_gap(relative: float, unseen: float | None) -> str:
-    told = f"gap to the teacher {relative:.3f}" + (f", unseen prompt {unseen:.3f}" if unseen is not None else "")
-    return f"{told}  (1 = before training)"
-
-
-def _summary(result: TrainResult, folder: Path, lora: Mapping[str, Tensor]) -> str:
-    lines = [f"{result.step} steps done"]
-    if result.start_gaps and result.end_gaps:
-        relative, unseen = result.end_gaps.relative_to(result.start_gaps)
-        if relative is not None:
-            lines.append(_told_gap(relative, unseen))
-    lines.append(told_size(len(lora) // 2, sum(tensor.numel() for tensor in lora.values())))
-    return "\n".join([*lines, shown(folder)])
+        require_own_sampling(model)
+        chosen = {**settings, "lr": learning_rate, "caption_dropout": conditions.caption_dropout}
+        run = run_training(cls, model, conditions, vae, Wanted(run_name, memory, preset, chosen), initial_lora)
+        reports, lora = read_log(run.folder / LOG_NAME), trained_lora(run.result, run.config)
+        sheets = load_sheets(run.folder / PREVIEWS_NAME)
+        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), sheets)
 
 
 def _inputs() -> list[Any]:
@@ -253,12 +267,16 @@ def _inputs() -> list[Any]:
         ),
         ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
         io.String.Input(
-            "run_name", default="my_concept", tooltip="Name of the run; its folder under output/dopsd starts with it."
+            "run_name",
+            default="my_concept",
+            optional=True,
+            tooltip="Name of the run; its folder under output/dopsd starts with it.",
         ),
         io.Combo.Input(
             "preset",
             options=list(PRESETS),
             default="standard",
+            optional=True,
             tooltip="Settings that fit together. standard: for most concepts. quick look: is it going anywhere? "
             "paper: the authors' settings, slow. demo model: for the embedded model only.",
         ),
@@ -267,6 +285,7 @@ def _inputs() -> list[Any]:
             default=0,
             min=0,
             max=100_000,
+            optional=True,
             tooltip="Optimizer steps; 0 takes the preset's. May be raised later.",
         ),
         io.Int.Input(
@@ -276,6 +295,7 @@ def _inputs() -> list[Any]:
             max=0xFFFFFFFFFFFFFFFF,
             # by the input's name the page would draw another seed after each run, and no run would ever be resumed
             control_after_generate=False,
+            optional=True,
             tooltip="Decides the LoRA's start, the order of the pictures and all noise. Another seed is another run.",
         ),
         io.Int.Input(
@@ -283,6 +303,7 @@ def _inputs() -> list[Any]:
             default=50,
             min=0,
             max=10_000,
+            optional=True,
             tooltip="Steps between preview pictures, which need the VAE; 0 for none.",
         ),
         *_advanced_inputs(),
@@ -303,20 +324,30 @@ def _inputs() -> list[Any]:
             tooltip="Which layers learn: names or patterns, separated by commas, such as layers.*.attention.*; empty: "
             "all attention and MLP layers of the blocks.",
         ),
+        io.Boolean.Input(
+            "deterministic",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Use torch's deterministic algorithms, so that equal runs on a GPU end bit-identical. Slower; on "
+            "NVIDIA start ComfyUI with --deterministic. Switching it makes another run.",
+        ),
     ]
 
 
 def _advanced_inputs() -> list[Any]:
+    advanced: Any = {"advanced": True, "optional": True}
+
     def whole(name: str, default: int, high: int, tooltip: str, low: int = 0) -> Any:
-        return io.Int.Input(name, default=default, min=low, max=high, tooltip=tooltip, advanced=True)
+        return io.Int.Input(name, default=default, min=low, max=high, tooltip=tooltip, **advanced)
 
     def real(name: str, default: float, low: float, high: float, step: float, tooltip: str) -> Any:
         return io.Float.Input(
-            name, default=default, min=low, max=high, step=step, round=False, tooltip=tooltip, advanced=True
+            name, default=default, min=low, max=high, step=step, round=False, tooltip=tooltip, **advanced
         )
 
     def choice(name: str, options: Sequence[str], tooltip: str) -> Any:
-        return io.Combo.Input(name, options=list(options), default=options[0], tooltip=tooltip, advanced=True)
+        return io.Combo.Input(name, options=list(options), default=options[0], tooltip=tooltip, **advanced)
 
     return [
         real(

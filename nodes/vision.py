@@ -101,18 +101,21 @@ def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor
         holder: Any = SimpleNamespace(special_tokens={"pad": _PAD}, transformer=reader)
         embeds, mask, _, info = SDClipModel.process_tokens(holder, tokens, device)
         positions, is_picture, deepstack = reader.build_image_inputs(embeds, info)
-        hidden = language_model(
+        states = _hidden_states(clip, encoder)
+        final, chosen = language_model(
             None,
             attention_mask=mask,
             embeds=embeds,
-            intermediate_output=_hidden_states(encoder),
-            final_layer_norm_intermediate=False,
+            intermediate_output=states,
+            final_layer_norm_intermediate=encoder.layer_norm_hidden_state,
             dtype=torch.float32,
             position_ids=positions,
             visual_pos_masks=is_picture,
             deepstack_embeds=deepstack,
-        )[1][0]  # [states, L, D]
-    return hidden.movedim(0, 1).flatten(1).float().cpu()
+        )[:2]
+    hidden = final[0] if states is None else chosen[0]  # [L, D], or [states, L, D]
+    hidden = hidden.movedim(0, 1).flatten(1) if hidden.ndim == 3 else hidden
+    return hidden.float().cpu()
 
 
 def image_tokens(vision: TeacherVision, width: int, height: int) -> int:
@@ -203,10 +206,18 @@ def _tokens(clip: Any, text: str, picture: Tensor) -> list[list[Any]]:
     return [ids]
 
 
-def _hidden_states(encoder: Any) -> list[int]:
-    """Which hidden states the CLIP's conditions are made of; 0 is the embeddings."""
-    layer, index, _ = encoder.options_default  # `encoder.layer` may be what some node has set for its own text
-    return [number % (encoder.num_layers + 1) for number in (layer if isinstance(layer, list) else [index])]
+def _hidden_states(clip: Any, encoder: Any) -> list[int] | int | None:
+    """Which hidden states the CLIP's conditions are made of, CLIP Set Last Layer included; None for the final output.
+
+    Asked of the encoder as the CLIP's own encoding of a text does: what stands in it may be another clone's.
+    """
+    encoder.reset_clip_options()
+    if clip.layer_idx is not None:
+        encoder.set_clip_options({"layer": clip.layer_idx})
+    encoder.set_clip_options({"execution_device": None})  # has another look at the layer: one too many is the default
+    layer, index = encoder.layer, encoder.layer_idx
+    encoder.reset_clip_options()
+    return None if layer == "last" else index if layer == "hidden" else layer
 
 
 @contextmanager

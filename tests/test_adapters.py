@@ -12,9 +12,10 @@ from dopsd_core.adapters import AdapterSet
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.model import LinearSite
 
+from .devices import DEVICE
 from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, fuse_qkv, linear, lora, make_pairs, randomise
 
-X = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+X = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5)).to(DEVICE)
 CONDITIONS = [pair.student for pair in make_pairs(2)]
 
 
@@ -24,7 +25,7 @@ def predict(denoiser):
 
 def fresh(teacher="ema", randomised=True, **config):
     denoiser = ToyDenoiser()
-    adapters = AdapterSet(denoiser.sites(), lora(**config), seed=3, teacher=teacher, ema_decay=0.9)  # pyright: ignore[reportArgumentType]
+    adapters = AdapterSet(denoiser.sites(), lora(**config), seed=3, teacher=teacher, ema_decay=0.9, device=DEVICE)  # pyright: ignore[reportArgumentType]
     if randomised:
         randomise(adapters)
     return denoiser, adapters
@@ -44,7 +45,8 @@ def test_the_student_is_the_merged_weight():
     merged = copy.deepcopy(denoiser.net)
     state = adapters.state()
     for name in adapters.part_names():
-        linear(merged, name).weight += 2.0 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        update = 2.0 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        linear(merged, name).weight += update.to(DEVICE)
     with adapters.attached():
         assert_near(predict(denoiser), predict(ToyDenoiser(merged)))
 
@@ -52,7 +54,7 @@ def test_the_student_is_the_merged_weight():
 def test_gradients_are_those_of_the_merged_weight():
     denoiser, adapters = fresh()
     names = adapters.part_names()
-    leaves = {k: v.clone().requires_grad_() for k, v in adapters.state().items()}
+    leaves = {k: v.to(DEVICE, copy=True).requires_grad_() for k, v in adapters.state().items()}
     weights = {
         f"{n}.weight": linear(denoiser.net, n).weight
         + 2.0 * leaves[f"{n}.lora_B.weight"] @ leaves[f"{n}.lora_A.weight"]
@@ -85,7 +87,7 @@ def test_fused_qkv_equals_split(targets):
     net = ToyNet()
     outcomes = []
     for host in (ToyDenoiser(net), ToyDenoiser(fuse_qkv(net))):
-        adapters = AdapterSet(host.sites(), lora(targets=targets), seed=3)
+        adapters = AdapterSet(host.sites(), lora(targets=targets), seed=3, device=DEVICE)
         start = adapters.state()
         generator = torch.Generator().manual_seed(0)
         drawn = {
@@ -247,13 +249,13 @@ def test_attaching_leaves_names_and_state_dict_alone():
 
 def test_a_second_set_is_refused_and_the_first_goes_on():
     denoiser, adapters = fresh()
-    second = AdapterSet(denoiser.sites(), lora())
+    second = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     with adapters.attached():
         out = predict(denoiser)
         for other, whose in ((adapters, "this"), (second, "another")):
             with pytest.raises(RuntimeError, match=f"{whose} adapter set is already attached to 'embed'"):
                 other.attach()
-        late = AdapterSet(denoiser.sites(), lora())
+        late = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
         with pytest.raises(RuntimeError, match="already attached"):
             late.attach()
         assert torch.equal(predict(denoiser), out)
@@ -291,7 +293,7 @@ def test_a_forward_that_was_there_before_comes_back():
         return original(input)
 
     module.forward = theirs
-    adapters = AdapterSet(denoiser.sites(), lora())
+    adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     with adapters.attached():
         predict(denoiser)
     assert calls == [1]
@@ -323,7 +325,7 @@ def test_every_linear_is_kept_out_of_the_graph():
 def test_bf16_network_trains_fp32_masters():
     denoiser, adapters = fresh()
     denoiser.net.to(torch.bfloat16)
-    features = [c.features.bfloat16() for c in CONDITIONS]
+    features = [c.features.bfloat16().to(DEVICE) for c in CONDITIONS]
     adapters.attach()
     embed = denoiser.net.embed
     hidden = denoiser.net.layers[0](embed(X.bfloat16().flatten(2).mT))

@@ -21,6 +21,7 @@ from dopsd_core.families import Z_IMAGE
 from dopsd_core.objectives import DOPSD
 from dopsd_core.trainer import train
 
+from .devices import DEVICE
 from .tiny import TinyDenoiser, make_config, make_data, saved_bytes
 from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, lora, make_inputs, randomise
 
@@ -51,7 +52,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 def gradients(count: int, blocks: int = 3) -> list[torch.Tensor]:
     """Of a whole D-OPSD step, whose teacher and rollout run in other modes between the student's forwards."""
     denoiser = ToyDenoiser(ToyNet(num_blocks=blocks))
-    adapters = AdapterSet(denoiser.sites(), lora())
+    adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     randomise(adapters)
     with adapters.attached(), checkpointed(denoiser.blocks(), count):
         DOPSD().backward(make_inputs(denoiser, adapters))
@@ -70,7 +71,7 @@ def test_a_block_recomputes_once_per_backward_and_never_without_gradients() -> N
     calls: list[int] = []
     for number, block in enumerate(denoiser.blocks()):
         block.get_submodule("norm").register_forward_hook(lambda *_, number=number: calls.append(number))
-    adapters = AdapterSet(denoiser.sites(), lora())
+    adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     inputs = make_inputs(denoiser, adapters)
     students = [pair.student for pair in inputs.pairs]
     with adapters.attached(), checkpointed(denoiser.blocks(), 1):
@@ -118,7 +119,7 @@ def test_nothing_is_left_behind(ending: str) -> None:
     own = blocks[1].forward
     blocks[1].forward = own  # someone's attribute, which has to be there again afterwards
     denoiser = ToyDenoiser(net)
-    adapters = AdapterSet(denoiser.sites(), lora())
+    adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
 
     def stop(*_: object) -> None:
         raise RuntimeError("stop")
@@ -205,14 +206,15 @@ def test_saved_bytes_are_as_predicted(count: int) -> None:
         in_channels=4, dim=64, n_layers=4, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
         axes_dims=[8, 12, 12], axes_lens=[512, 64, 64],
     )  # fmt: skip
+    torch.nn.Module.to(net, DEVICE)
     denoiser = StandaloneDenoiser(net)
     config = Z_IMAGE.lora_config(4)
-    adapters = AdapterSet(denoiser.sites(), config)
-    x, text = torch.randn(4, 1, 32, 32, requires_grad=True), torch.randn(40, 12)
+    adapters = AdapterSet(denoiser.sites(), config, device=DEVICE)
+    x, text = torch.randn(4, 1, 32, 32, device=DEVICE, requires_grad=True), torch.randn(40, 12, device=DEVICE)
     predicted = block_bytes(denoiser.blocks(), denoiser.sites(), Z_IMAGE, config, 256, 40, itemsize=4)
     known = [*net.parameters(), *adapters.parameters()]
     with adapters.attached(), checkpointed(denoiser.blocks(), count), SavedBytes(known) as saved:
-        net([x], torch.tensor([0.25]), [text], return_dict=False)
+        net([x], torch.tensor([0.25], device=DEVICE), [text], return_dict=False)
     kept = sum(block.kept for block in predicted[count:]) + sum(block.entry for block in predicted[:count])
     outside = 0.02 * sum(block.kept for block in predicted)  # embedders and the final layer
     assert kept * 0.95 < saved.total < kept * 1.05 + outside

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.condition_cache import ConditionCache, cache_key, digest_bytes
+from dopsd_core.condition_cache import FORMAT, ConditionCache, cache_key, digest_bytes
 from dopsd_core.conditioning import Condition, EncodeRequest, Picture, encode_dataset, encode_texts
 from dopsd_core.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
 
@@ -187,8 +187,43 @@ def test_an_entry_of_another_key_is_stale_under_this_one(tmp_path, caplog):
 
 def test_an_entry_of_another_format_is_stale(tmp_path, caplog):
     cache, pair, path = stored(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b"dopsd-conditions-2", b"dopsd-conditions-0"))
+    path.write_bytes(path.read_bytes().replace(FORMAT.encode(), b"dopsd-conditions-0"))
     assert_recomputed(cache, pair, caplog)
+
+
+def test_entries_of_release_0_2_are_not_read(tmp_path, monkeypatch):
+    """They were kept under identities that other text encoders had too."""
+    cache = ConditionCache(tmp_path)
+    with monkeypatch.context() as old:
+        old.setattr("dopsd_core.condition_cache.FORMAT", "dopsd-conditions-2")
+        encode_dataset([request()], CountingEncoder(), cache)
+    encoder = CountingEncoder()
+    encode_dataset([request()], encoder, cache)
+    assert sorted(encoder.calls) == ["image_text", "latent", "text"]
+
+
+class FileReader(CountingEncoder):
+    """An encoder of which each caption with `embedding:` reads a file."""
+
+    contents = "1"
+
+    def identity_for(self, caption):
+        return self.identity + self.contents * ("embedding:" in caption)
+
+
+def test_a_file_that_a_caption_names_counts_for_that_caption(tmp_path):
+    cache = ConditionCache(tmp_path)
+
+    def run(contents):
+        encoder = FileReader()
+        encoder.contents = contents
+        pairs = encode_dataset([request(), request(caption="a [V] embedding:x")], encoder, cache)
+        return encoder.calls, [pair.key for pair in pairs]
+
+    (_, before), (again, same), (calls, after) = run("1"), run("1"), run("2")
+    assert again == [] and same == before
+    assert sorted(calls) == ["image_text", "text"]
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_a_folder_in_the_place_of_an_entry_costs_the_cache_and_not_the_run(tmp_path, caplog):

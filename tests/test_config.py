@@ -79,7 +79,8 @@ def test_mistakes_in_json() -> None:
     message = str(caught.value)
     for words in ("did you mean steps?", "did you mean lora.alpha?", "rank must be within", "batch_size is 0"):
         assert words in message
-    for text, words in (("[]", "JSON object"), ("{", "not JSON"), ("{}", "lora is missing")):
+    deep = "[" * 100_000
+    for text, words in (("[]", "JSON object"), ("{", "not JSON"), (deep, "not JSON"), ("{}", "lora is missing")):
         with pytest.raises(ConfigError, match=words):
             TrainConfig.from_json(text)
     assert TrainConfig.from_json(json.dumps({"lora": fields["lora"]})) == TrainConfig(lora=LORA)

@@ -3,13 +3,14 @@
 import os
 import struct
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 from PIL import Image
 
 from dopsd_core.buckets import Bucket
 from dopsd_core.dataset import DatasetError, plan_encoding
+from dopsd_core.dataset_checks import shares_drive
 
 from .written import only, pair, picture, read, rows
 
@@ -153,6 +154,34 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
     assert "leaves the folder" in errors["a.png"] and "leaves the folder" in errors["more"]
     assert "loop.png" in errors and len(errors) == 3
     assert [item.image_path.name for item in read(folder).pairs] == ["z.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_a_caption_that_is_a_link_in_a_circle_is_an_error(tmp_path: Path) -> None:
+    pair(tmp_path, "a.png")
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "a.txt").symlink_to("a.txt")
+    only(read(tmp_path).errors, tmp_path / "a.txt", None, "cannot be read")
+
+
+def test_a_jsonl_does_not_tell_what_exists_outside(tmp_path: Path) -> None:
+    picture(tmp_path / "there.png")
+    (tmp_path / "data").mkdir()
+    names = ("there.png", "gone.png", "gone/deep.png", "there.png/under.png", "x" * 3000)
+    spellings = [f"../{name}" for name in names] + [str(tmp_path / name) for name in names]
+    file = rows(tmp_path / "data" / "rows.jsonl", *({"path": path, "text": "[V]"} for path in spellings))
+    said = {problem.message.rpartition(": it ")[2] for problem in read(file).errors}
+    assert len(said) == 1 and said.pop().startswith("leaves the folder")
+    assert len(read(file).errors) == len(spellings)
+
+
+def test_a_network_share_is_not_even_asked() -> None:
+    roots = (PureWindowsPath("C:\\data"), PureWindowsPath("\\\\nas\\sets\\data"))
+    for path in ("c:\\x\\a.png", "C:\\data\\a.png", "\\\\NAS\\sets\\a.png"):
+        assert shares_drive(PureWindowsPath(path), roots)
+    for path in ("\\\\server\\share\\a.png", "//server/share/a.png", "D:\\a.png", "\\\\nas\\other\\a.png"):
+        assert not shares_drive(PureWindowsPath(path), roots)
+    assert shares_drive(PurePosixPath("/a"), [PurePosixPath("/b")])
 
 
 def test_paths_out_of_the_folder_in_a_jsonl(tmp_path: Path) -> None:

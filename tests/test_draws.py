@@ -1,11 +1,14 @@
 """All chance is a function of (seed, step, micro), fair, and the same on every machine."""
 
+import tracemalloc
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dopsd_core import draws
 from dopsd_core.dataset import Example
 from dopsd_core.draws import DataOrder, derive_seed, draw_noise, draw_variant, make_generator
 
@@ -75,3 +78,62 @@ def test_captions_are_drawn_fairly_and_dropped_as_often_as_asked() -> None:
     assert {draw_variant(example, 1.0, 0, step, 0) for step in range(50)} == {3}
     assert 3 not in {draw_variant(example, 0.0, 0, step, 0) for step in range(200)}
     assert {draw_variant(Example((4,)), 1.0, 0, step, 0) for step in range(9)} == {4}
+
+
+def listed_batches(order: DataOrder, epoch: int) -> list[tuple[int, ...]]:
+    """An epoch's batches by their definition, every visit a list item: what runs that are saved were drawn with."""
+
+    def shuffled(items: list[tuple[int, int]], *parts: object) -> list[tuple[int, int]]:
+        return sorted(items, key=lambda item: (derive_seed(order.seed, *parts, item), item))
+
+    groups: dict[object, list[tuple[int, int]]] = {}
+    for index, (shape, count) in enumerate(zip(order.shapes, order.repeats, strict=True)):
+        groups.setdefault(shape, []).extend((index, visit) for visit in range(count))
+    queues = []
+    for number, visits in enumerate(groups.values()):
+        drawn = [index for index, _ in shuffled(visits, "order", epoch, number)]
+        size = order.batch_size
+        batches = [[drawn[(first + i) % len(drawn)] for i in range(size)] for first in range(0, len(drawn), size)]
+        queues.append([tuple(batch) for batch in batches])
+    turns = [(number, turn) for number, queue in enumerate(queues) for turn in range(len(queue))]
+    remaining = [iter(queue) for queue in queues]
+    return [next(remaining[number]) for number, _ in shuffled(turns, "groups", epoch)]
+
+
+@given(items=groups, batch_size=st.integers(1, 5), seed=st.sampled_from([0, 3, 2**64 - 1]))
+def test_the_order_is_that_of_saved_runs(items: list[tuple[str, int]], batch_size: int, seed: int) -> None:
+    order = DataOrder(tuple(s for s, _ in items), tuple(count * 3 for _, count in items), batch_size, seed)
+    expected = listed_batches(order, 0) + listed_batches(order, 1)
+    assert [order.batch(number) for number in range(len(expected))] == expected
+
+
+def test_the_order_is_fixed_for_ever() -> None:
+    order = DataOrder(("a", "b", "a"), (2, 3, 1), 2, 5)
+    assert [order.batch(number) for number in range(8)] == listed_batches(order, 0) + listed_batches(order, 1)
+    assert [order.batch(number) for number in range(4)] == [(1, 1), (2, 0), (1, 1), (0, 2)]
+
+
+def test_long_epochs_visit_all_as_often_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws, "SORTED_VISITS", 0)
+    for batch_size in (1, 4):
+        order = DataOrder(("a", "b", "a", "b"), (7, 5, 60, 3), batch_size, 1)
+        for epoch in range(2):
+            batches = -(-67 // batch_size) - (-8 // batch_size)
+            drawn = [order.batch(number) for number in range(epoch * batches, (epoch + 1) * batches)]
+            assert all(len({order.shapes[index] for index in batch}) == 1 for batch in drawn)
+            seen = Counter(index for batch in drawn for index in batch)
+            assert all(seen[index] >= count for index, count in enumerate(order.repeats))
+            assert sum(seen.values()) == batches * batch_size
+    first, second = ([DataOrder((0,) * 9, (3,) * 9, 1, seed).batch(i) for i in range(27)] for seed in (0, 1))
+    assert first != second and sorted(first) == sorted(second) and first != sorted(first)
+
+
+def test_a_visit_is_never_listed_where_there_are_very_many() -> None:
+    order = DataOrder(tuple(range(40)), (1_000_000,) * 40, 2, 0)
+    tracemalloc.start()
+    try:
+        drawn = Counter(order.batch(number * 9973)[0] for number in range(2000))
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert set(drawn) == set(range(40)) and max(drawn.values()) < 100

@@ -16,7 +16,7 @@ from dopsd_core.buckets import Bucket
 from dopsd_core.dataset import plan_encoding
 from dopsd_core.images import load_image
 
-from .written import only, pair, picture, read, rows
+from .written import only, pair, picture, read, require_case, rows
 
 
 def edit(folder: Path, name: str, instruction: str = "make it winter", source: str = "", **kwargs: object) -> Path:
@@ -83,6 +83,18 @@ def test_two_sources_of_one_name(tmp_path: Path) -> None:
     picture(tmp_path / "source" / "a.jpg", colour=(5, 5, 5))
     only(read(tmp_path).errors, tmp_path / "source/a.jpg", None, "2 sources of one name: a.jpg, a.png")
     assert read(tmp_path).pairs == ()
+
+
+def test_names_of_sources_in_another_case(tmp_path: Path) -> None:
+    require_case(tmp_path)
+    edit(tmp_path, "a.png", source="A.PNG")
+    report = read(tmp_path)
+    only(report.problems, tmp_path / "source/A.PNG", None, "taken as the source of a: the names differ in upper and")
+    assert [item.sources for item in report.pairs] == [(tmp_path / "source/A.PNG",)]
+    edit(tmp_path, "A.png", source="a.jpg")  # now each has its own
+    report = read(tmp_path)
+    assert report.problems == ()
+    assert {item.image_path.name: item.sources[0].name for item in report.pairs} == {"a.png": "a.jpg", "A.png": "A.PNG"}
 
 
 def test_the_instruction_stands_beside_the_target(tmp_path: Path) -> None:
@@ -195,7 +207,7 @@ def test_edits_and_plain_pictures_do_not_share_a_file(tmp_path: Path) -> None:
     file = rows(file, edited, *[plain] * 12, *[edited] * 11)
     mixture = [problem for problem in read(file).errors if "of its own" in problem.message]
     only(tuple(mixture), file, 1, "rows 1, 14, 15, 16, 17, 18, 19, 20 and 4 more are of edits, the other 12 of plain")
-    only(read(rows(file, {**edited, "path": "c.png"})).problems, file, 1, "'path' is not read")
+    only(read(rows(file, {**edited, "path": "c.png"})).problems, file, None, "the key 'path' is not read")
 
 
 json_values = st.recursive(

@@ -101,5 +101,5 @@ def test_fitting_cuts_equally_and_keeps_an_exact_fit() -> None:
 def test_a_phone_picture_with_a_second_one_inside(tmp_path: Path) -> None:
     first, second = Image.new("RGB", (8, 8), (250, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 250))
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
-    image, frames = decode(tmp_path / "a.jpg")
-    assert frames == 1 and image.getpixel((4, 4))[0] > 240  # type: ignore[index]
+    decoded = decode(tmp_path / "a.jpg")
+    assert decoded.frames == 1 and decoded.image.getpixel((4, 4))[0] > 240  # type: ignore[index]

@@ -87,3 +87,16 @@ def test_part_seeds_are_torch_seeds_and_tell_names_apart(seed, name):
     assert 0 <= value < 2**63
     assert value != part_seed(seed, name + "x")
     assert value != part_seed(seed + 1, name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rank", value) for value in (0, 1025, 2.5, True, "3", None)]
+    + [("alpha", value) for value in (0, -1.0, float("inf"), float("nan"), True, "x", None, [1])]
+    + [("targets", value) for value in ((), "to_q", (1,), ("to_q", None), (["to_q"],), {"to_q": 1}.keys() | {1})],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(field, value):
+    good = {"rank": 2, "alpha": 2.0, "targets": ("to_q",)}
+    LoraConfig(**good)
+    with pytest.raises(ValueError, match=f"LoRA {field} "):
+        LoraConfig(**(good | {field: value}))

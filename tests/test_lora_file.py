@@ -98,7 +98,7 @@ def test_down_up_and_alpha_are_read(tmp_path):
     ("tensors", "message"),
     [
         ({"lora_unet_layers_0_to_q.lora_down.weights": torch.zeros(1)}, "lora_unet_layers_0_to_q"),
-        ({"q.lora_A.weight": torch.zeros(2, 5)}, "q has only lora_A"),
+        ({"q.lora_A.weight": torch.zeros(2, 5)}, "'q' has only lora_A"),
         ({}, "no LoRA weights"),
     ],
 )
@@ -106,6 +106,49 @@ def test_what_is_no_lora_says_why(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         load_lora(tmp_path / "x.safetensors")
+
+
+A, B = torch.ones(2, 5), torch.ones(7, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.q.alpha": torch.ones(2)}, r"'transformer\.q\.alpha' is float32 of shape \(2,\), it must be one"),
+        ({"transformer.q.alpha": torch.zeros(0)}, r"of shape \(0,\), it must be one number"),
+        ({"transformer.q.alpha": torch.tensor(True)}, "is bool of shape"),
+        ({"transformer.q.alpha": torch.tensor(torch.nan)}, "is nan, it must be a finite number"),
+        (
+            {"transformer.q.alpha": torch.tensor(3e38), "transformer.q.lora_B.weight": 9e9 * B},
+            "alpha is too large in 'q'",
+        ),
+        ({"transformer.q.lora_A.weight": torch.ones(5)}, r"is damaged: A \(5,\) and B \(7, 2\) of 'q'"),
+        ({"transformer.q.lora_A.weight": torch.ones(0, 5), "transformer.q.lora_B.weight": torch.ones(7, 0)}, "damaged"),
+        ({"transformer.q.lora_A.weight": torch.ones(3, 5)}, r"A \(3, 5\) and B \(7, 2\)"),
+        ({"transformer.q.lora_B.weight": B.to(torch.int8)}, "'q' is torch.int8; a LoRA is of floating-point"),
+        ({"transformer.q.lora_B.weight": B / 0}, "not finite in 'q'"),
+        ({"diffusion_model.q.lora_A.weight": A.clone()}, "several LoRAs"),
+    ],
+)
+def test_what_is_wrong_with_a_file_names_it_and_the_key(tmp_path, change, message):
+    path = tmp_path / "x.safetensors"
+    save_file({"transformer.q.lora_A.weight": A, "transformer.q.lora_B.weight": B, **change}, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_lora(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor([4.0]), torch.tensor([[4]]), torch.tensor(4.0, dtype=torch.bfloat16)])
+def test_alpha_may_be_any_one_number(tmp_path, alpha):
+    save_file({"q.lora_A.weight": A, "q.lora_B.weight": B, "q.alpha": alpha}, tmp_path / "x.safetensors")
+    assert torch.equal(load_lora(tmp_path / "x.safetensors")[0]["q.lora_B.weight"], 2.0 * B)
+
+
+def test_facts_that_are_not_unicode_do_not_cost_the_file(tmp_path, trained):
+    save_lora(
+        tmp_path / "x.safetensors", trained[1].state(), CONFIG, metadata={"dopsd_base_model": "caf\udce9.safetensors"}
+    )
+    assert load_lora(tmp_path / "x.safetensors")[1]["dopsd_base_model"] == "caf\\xe9.safetensors"
 
 
 def test_damaged_and_missing_files_say_which(tmp_path):
@@ -207,6 +250,16 @@ def test_adapters_that_plain_lora_cannot_express_are_refused(tmp_path, trained):
         load_peft(tmp_path)
     save_peft(tmp_path, adapters.state(), CONFIG)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora is set"):
         load_peft(tmp_path)
+    for change, message in (
+        ({"lora_alpha": "high"}, "lora_alpha or alpha_pattern is 'high' for"),
+        ({"lora_alpha": None}, "no usable number"),
+        ({"alpha_pattern": {"(": 3}}, r"'\(' of alpha_pattern is no regular expression"),
+        ({"alpha_pattern": {"(l+)+x": 3}}, "too complicated"),
+    ):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            load_peft(tmp_path)

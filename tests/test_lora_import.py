@@ -150,6 +150,7 @@ def test_what_is_not_trained_is_told(sites):
 
 
 A_KEY, B_KEY = f"transformer.{BLOCK}.attention.to_q.lora_A.weight", f"transformer.{BLOCK}.attention.to_q.lora_B.weight"
+ALPHA_KEY = f"transformer.{BLOCK}.attention.to_q.alpha"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,12 @@ A_KEY, B_KEY = f"transformer.{BLOCK}.attention.to_q.lora_A.weight", f"transforme
         ({A_KEY: torch.ones(2, WIDTH)}, "damaged"),
         ({A_KEY: torch.full((RANK, WIDTH), torch.nan)}, "not finite"),
         ({A_KEY: None}, "not whole.*to_q"),
+        ({A_KEY: torch.ones(RANK)}, r"damaged: A \(3,\)"),
+        ({A_KEY: torch.ones(0, WIDTH), B_KEY: torch.ones(WIDTH, 0)}, r"damaged: A \(0, 16\)"),
+        ({B_KEY: Q[1].to(torch.int8)}, "int8; a LoRA is of floating-point numbers"),
+        ({ALPHA_KEY: torch.ones(2)}, r"to_q\.alpha' is float32 of shape \(2,\), it must be one number"),
+        ({ALPHA_KEY: torch.tensor(torch.inf)}, "is inf, it must be a finite number"),
+        ({A_KEY.replace("lora_A", "lora_down"): Q[0]}, "several LoRAs"),
         ({B_KEY.replace("lora_B", "lora_B.one"): Q[1], B_KEY: None}, "not whole"),
     ],
 )
@@ -171,11 +178,95 @@ def test_what_cannot_be_continued_is_one_sentence(sites, change, found):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-def test_a_lora_of_something_else_is_refused(sites):
-    zero_b = {f"transformer.{BLOCK}.attention.to_q.lora_A.weight": Q[0], B_KEY: torch.zeros_like(Q[1])}
-    for file in ({}, dotted("transformer.transformer_blocks.0.", *AB), zero_b):
-        with pytest.raises(ValueError, match="changes nothing that is trained here"):
-            import_lora(file, sites, TARGETS)
+ONE = {f"{BLOCK}.attention.to_q": Q}
+ELSEWHERE = {f"double_blocks.{number}.img_mlp.0": Q for number in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ({}, "none of its 0 tensors is of a LoRA"),
+        (
+            {"a.0.diff": Q[0], "a.1.diff": Q[0]},
+            r"none of its 2 tensors is of a LoRA \('a\.N\.diff' \(x2\)\); take a LoRA",
+        ),
+        (
+            dotted("transformer.", *AB, alpha=0.0),
+            "its alpha is 0 .*to_q.*, a strength of 0; take the file with the alpha",
+        ),
+        (
+            dotted("transformer.", *AB, {f"{BLOCK}.attention.to_q": (Q[0], 0 * Q[1])}),
+            "its B is zero .*to_q.*; take one that was trained",
+        ),
+        (
+            dotted("transformer.", *AB, ELSEWHERE),
+            r"0 of its 3 modules are recognised, not recognised are .*double_blocks\.N\.img_mlp\.N' \(x3\); take",
+        ),
+        (
+            dotted("lora_unet_", *DOWN_UP, {f"{BLOCK}_adaLN_modulation_0": Q, "layers_0_attn_q": Q}),
+            "0 of its 2 modules are recognised, not recognised are .*adaLN.*, .*attn_q",
+        ),
+    ],
+)
+def test_a_lora_that_changes_nothing_is_refused_with_the_reason(sites, file, why):
+    with pytest.raises(ValueError, match=f"changes nothing that is trained here: {why}") as error:
+        import_lora(file, sites, TARGETS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_lora_of_what_is_not_a_target_says_what_was_recognised(sites):
+    file = dotted("transformer.", *AB, ONE | ELSEWHERE)
+    with pytest.raises(
+        ValueError, match=r"1 of its 4 modules are recognised .*to_q'\), and none of them is among the "
+    ):
+        import_lora(file, sites, ("feed_forward.w1",))
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_", "transformer."])
+@pytest.mark.parametrize("name", ["layers_0.attention.to_q", "layers.0_attention_to_q", "layers.0.attention_to_q"])
+def test_half_converted_names_are_understood(sites, prefix, name):
+    """Dots and underscores mixed: what is meant is plain, and it is all there."""
+    imported = import_lora(dotted(prefix, *DOWN_UP, {name: Q}, alpha=ALPHA), sites, TARGETS)
+    assert_deltas(imported.tensors, {f"{BLOCK}.attention.to_q": ALPHA / RANK * Q[1] @ Q[0]})
+    assert imported.left_out == ()
+
+
+def test_every_key_that_is_not_used_is_named(sites):
+    """Of another module, without a partner, of the text encoder, of a second adapter, of no strength, of no LoRA."""
+    used = dotted("transformer.", *AB, {f"{BLOCK}.feed_forward.w1": W1}, alpha=ALPHA)
+    both = {key.replace(".weight", ".student.weight"): value for key, value in dotted("", *AB, ONE).items()}
+    unused = {
+        **dotted("transformer.", *AB, ELSEWHERE, alpha=1.0),
+        "transformer.layers.7.attention.to_q.alpha": torch.tensor(1.0),
+        **dotted("lora_te_", *DOWN_UP, {"text_model_layers_0_mlp": Q}, alpha=1.0),
+        **{key.replace("student", "teacher"): 2 * value for key, value in both.items()},
+        **dotted("transformer.", *AB, {f"{BLOCK}.attention.to_out.0": OUT}, alpha=0.0),
+        "transformer.norm.diff_b": torch.ones(3),
+    }
+    imported = import_lora({**used, **both, **unused}, sites, TARGETS)
+    assert imported.left_out == tuple(unused)
+    told = imported.describe_left_out()
+    assert told.startswith(f"{len(unused)} tensors of it are not used: ")
+    for kind in (
+        "double_blocks.N.img_mlp.N.alpha' (x3)",
+        "layers.N.attention.to_q.alpha'",
+        "lora_te_text_model_layers_N_mlp",
+    ):
+        assert kind in told
+    assert_deltas(
+        imported.tensors,
+        {f"{BLOCK}.feed_forward.w1": ALPHA / RANK * W1[1] @ W1[0], f"{BLOCK}.attention.to_q": Q[1] @ Q[0]},
+    )
+
+
+def test_one_unused_tensor_and_very_many_kinds_read_well(sites):
+    file = dotted("transformer.", *AB, ONE)
+    one = import_lora({**file, "norm.diff_b": torch.ones(3)}, sites, TARGETS)
+    assert one.describe_left_out() == "1 tensor of it is not used: 'norm.diff_b'"
+    assert import_lora(file, sites, TARGETS).describe_left_out() == ""
+    odd = {"x" * 10**6: torch.ones(1), **{f"kind{'abcdefghijklmnopqrs'[n]}": torch.ones(1) for n in range(19)}}
+    many = import_lora({**file, **odd}, sites, TARGETS).describe_left_out()
+    assert many.endswith("and 8 more kinds") and len(many) < 1000
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dopsd_core.adapters import AdapterSet
 from dopsd_core.objectives import DOPSD, OBJECTIVES, SFT, measure_gap, self_distillation_loss
 from dopsd_core.rollout import euler_step
 
+from .devices import DEVICE
 from .toy_denoiser import SIGMAS, ToyDenoiser, assert_near, lora, make_inputs, make_pairs, randomise
 
 
@@ -21,7 +22,7 @@ from .toy_denoiser import SIGMAS, ToyDenoiser, assert_near, lora, make_inputs, m
 def world():
     """(denoiser, attached adapters), student, teacher and base all different."""
     denoiser = ToyDenoiser()
-    adapters = AdapterSet(denoiser.sites(), lora(), seed=1)
+    adapters = AdapterSet(denoiser.sites(), lora(), seed=1, device=DEVICE)
     randomise(adapters)
     with adapters.attached():
         yield denoiser, adapters
@@ -187,7 +188,7 @@ def test_a_checkpointed_block_recomputes_with_the_students_weights(world):
 
 def test_at_the_start_same_conditions_give_zero_loss_and_gradient():
     denoiser = ToyDenoiser()
-    adapters = AdapterSet(denoiser.sites(), lora())
+    adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     pairs = [replace(p, teacher=p.student) for p in make_pairs(2)]
     with adapters.attached():
         output = DOPSD().backward(make_inputs(denoiser, adapters, pairs=pairs))
@@ -263,7 +264,7 @@ def test_anchor_pulls_the_student_to_the_frozen_base_under_the_same_text(world):
 
 def test_anchor_has_nothing_to_say_while_student_is_base():
     denoiser = ToyDenoiser()
-    adapters = AdapterSet(denoiser.sites(), lora())
+    adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     with adapters.attached():
         inputs = make_inputs(denoiser, adapters, anchors=[p.student for p in make_pairs(3)])
         assert DOPSD(anchor_probability=1.0).backward(inputs).loss == 0
@@ -321,8 +322,8 @@ def test_sft_is_the_flow_matching_loss_per_sample(world):
     stepwise = gradients(adapters)
     losses = []
     for i, (pair, stats) in enumerate(zip(inputs.pairs, output.steps, strict=True)):
-        noise, target, sigma = inputs.noise[i], pair.target_latent, stats.sigma
-        assert target is not None
+        assert pair.target_latent is not None
+        noise, target, sigma = inputs.noise[i], pair.target_latent.to(DEVICE), stats.sigma
         x = (1 - sigma) * target + sigma * noise
         velocity = denoiser.net(x[None], sigma, [pair.student.features])[0]
         losses.append((velocity - (noise - target)).square().mean())

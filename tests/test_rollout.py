@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dopsd_core.rollout import euler_step, rollout, sample
 
+from .devices import DEVICE
 from .toy_denoiser import SIGMAS, ToyDenoiser, make_pairs
 
 GRIDS = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8, unique=True).map(
@@ -75,7 +76,7 @@ def test_rollout_is_lazy():
 def test_sample_is_the_rollouts_end_without_a_graph():
     denoiser, pairs = ToyDenoiser(), make_pairs(2)
     conditions = [p.student for p in pairs]
-    noise = torch.randn(2, 4, 4, 4)
+    noise = torch.randn(2, 4, 4, 4).to(DEVICE)
     latents = sample(denoiser, conditions, noise, SIGMAS)
     x = noise
     for sigma, sigma_next in pairwise(SIGMAS):

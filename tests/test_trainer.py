@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -20,8 +21,8 @@ from dopsd_core.lock import FolderInUse
 from dopsd_core.lora_file import load_lora, unfold_alpha
 from dopsd_core.progress import StepReport, curve, read_log
 from dopsd_core.run import Run
-from dopsd_core.state import StateError, load_checkpoint
-from dopsd_core.trainer import NoCallbacks, NonFiniteError, TrainingSet, train
+from dopsd_core.state import Checkpoint, StateError, load_checkpoint
+from dopsd_core.trainer import NoCallbacks, NonFiniteError, TrainingSet, TrainResult, train
 from tests.tiny import (
     TinyDenoiser,
     killable_config,
@@ -123,6 +124,58 @@ def test_killed_while_writing_it_ends_bit_identical(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.startswith("step-")] == []
 
 
+class Adaptive(torch.optim.AdamW):
+    """Keeps a step size that it learns in its groups, as Prodigy does, and one table in all states, as 8-bit Adam."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.table = torch.linspace(0.5, 1.5, 256)
+        for group in self.param_groups:
+            group["d"] = 1e-3
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["d"] *= 1.5
+            group["lr"] = group["d"]
+        result = super().step(closure)
+        for state in self.state.values():
+            state.setdefault("quant/state", {"table": self.table, "name": "dynamic"})
+        return result
+
+
+def test_all_of_an_optimizers_state_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dopsd_core.run.make_optimizer", lambda config, parameters: Adaptive(parameters))
+    train(make_config(), TinyDenoiser(), make_data(), tmp_path / "whole")
+    for stop in (1, 4, 12):
+        train(make_config(steps=stop), TinyDenoiser(), make_data(), tmp_path / "cut")
+    assert saved_bytes(tmp_path / "cut") == saved_bytes(tmp_path / "whole")
+
+
+def test_a_run_of_release_0_2_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints hold the optimizer's state alone, by path, and nothing of a loss scale."""
+    monkeypatch.setattr("dopsd_core.state.FORMAT", "dopsd-checkpoint-1")
+    now = Run._checkpoint
+
+    def then(self: Run) -> Checkpoint:
+        checkpoint = now(self)
+        state = self.optimizer.state_dict()["state"]
+        tensors = {f"{n}/{key}": value for n, values in state.items() for key, value in values.items()}
+        facts = {k: v for k, v in checkpoint.facts.items() if k not in ("optimizer_state", "loss_scale")}
+        config = {k: v for k, v in json.loads(facts["config"]).items() if k != "deterministic"}
+        facts |= {"optimizer": {}, "config": json.dumps(config)}
+        return Checkpoint(checkpoint.step, checkpoint.lora, checkpoint.teacher, tensors, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_checkpoint", then)
+        train(make_config(steps=6), TinyDenoiser(), make_data(), tmp_path / "cut")
+    monkeypatch.undo()
+    state = json.loads((tmp_path / "cut/checkpoints/step-000006/state.json").read_text())
+    assert state["format"] == "dopsd-checkpoint-1" and state["facts"]["optimizer"] == {}
+    train(make_config(), TinyDenoiser(), make_data(), tmp_path / "cut")
+    train(make_config(), TinyDenoiser(), make_data(), tmp_path / "whole")
+    assert saved_bytes(tmp_path / "cut") == saved_bytes(tmp_path / "whole")
+
+
 def test_an_unlike_seed_ends_unlike(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     config = make_config(**(vars(killable_config(STEPS)) | {"seed": 1}))
     train(config, TinyDenoiser(), killable_data(), tmp_path)
@@ -173,6 +226,48 @@ def test_steps_may_be_added_and_nothing_else_changed(tmp_path: Path) -> None:
         train(make_config(steps=6), TinyDenoiser(), make_data(), tmp_path / "a")
     with pytest.raises(StateError, match="holds a run already"):
         train(longer, TinyDenoiser(), make_data(), tmp_path / "a", resume=False)
+
+
+def test_a_run_of_another_model_is_not_resumed(tmp_path: Path) -> None:
+    def run(steps: int, model: str) -> None:
+        facts = {"dopsd_base_fingerprint": model}
+        train(make_config(steps=steps), TinyDenoiser(), make_data(), tmp_path, facts=facts)
+
+    run(3, "one")
+    run(6, "one")
+    with pytest.raises(StateError, match="the model: its weights"):
+        run(9, "another")
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen", "same"])
+@pytest.mark.parametrize("has_initial", [False, True])
+@pytest.mark.parametrize("steps", [6, 12])
+def test_another_held_out_pair_is_no_other_run_and_has_its_own_start(
+    tmp_path: Path, teacher: str, has_initial: bool, steps: int
+) -> None:
+    """As if the run had been begun with it; steps: after 6 of 12 it is exchanged, or when nothing is left to do."""
+    config, initial = make_config(teacher=teacher), None
+    if has_initial:
+        train(make_config(seed=5), TinyDenoiser(), make_data(), tmp_path / "first")
+        initial = {key: value.float() for key, value in load_lora(tmp_path / "first" / "lora.safetensors")[0].items()}
+
+    def run(folder: str, number: int | None, steps: int) -> TrainResult:
+        data = make_data(heldout=make_pair(number) if number is not None else None)
+        short = make_config(**(vars(config) | {"steps": steps}))
+        return train(short, TinyDenoiser(), data, tmp_path / folder, initial=initial)
+
+    wanted = run("whole", 50, 12)
+    first = run("cut", 99, steps)
+    assert first.start_gaps is not None and wanted.start_gaps is not None
+    assert first.start_gaps.heldout != wanted.start_gaps.heldout
+    result = run("cut", 50, 12)
+    assert (result.start_gaps, result.end_gaps) == (wanted.start_gaps, wanted.end_gaps)
+    assert saved_bytes(tmp_path / "cut") == saved_bytes(tmp_path / "whole")
+    again = run("cut", 50, 12)
+    assert (again.start_gaps, again.end_gaps) == (wanted.start_gaps, wanted.end_gaps)
+    without = run("cut", None, 12)
+    assert without.start_gaps is not None and without.start_gaps.heldout is None
+    assert without.end_gaps is not None and without.end_gaps.heldout is None
 
 
 # -- what a step is ----------------------------------------------------------------------------------------------------
@@ -314,6 +409,34 @@ def test_an_exception_of_the_host_saves_and_passes(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None and checkpoint.step == 4 and (tmp_path / "lora.safetensors").exists()
     assert "forward" not in denoiser.enter.__dict__
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 6, 7, 9, 10])
+@pytest.mark.parametrize("checkpoint_every", [3, 100])
+def test_ctrl_c_inside_a_save_loses_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, checkpoint_every: int
+) -> None:
+    """At any write of the periodic saves, of the last one, or of the LoRA: what was done is saved all the same."""
+    real, calls, reports = os.fsync, [0], Recorder()
+
+    def fsync(descriptor: int) -> None:
+        calls[0] += bool(reports.reports)  # not while the run is opened
+        if calls[0] == call:
+            calls[0] += 1
+            raise KeyboardInterrupt
+        real(descriptor)
+
+    config = make_config(checkpoint_every=checkpoint_every, probe_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, TinyDenoiser(), make_data(), tmp_path, reports)
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == reports.reports[-1].step
+    assert load_lora(tmp_path / "lora.safetensors")[1]["dopsd_step"] == str(checkpoint.step)
+    train(config, TinyDenoiser(), make_data(), tmp_path)
+    train(config, TinyDenoiser(), make_data(), tmp_path / "whole")
+    assert saved_bytes(tmp_path) == saved_bytes(tmp_path / "whole")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -9,12 +9,20 @@ from PIL import Image
 from torch import Tensor
 
 from dopsd_core.condition_cache import ConditionCache
-from dopsd_core.conditioning import Condition
+from dopsd_core.conditioning import Condition, encode_dataset
 from dopsd_core.dataset import Example, Pair, read_dataset
 from dopsd_core.families import FAMILIES
+from dopsd_core.images import ImageError
 from dopsd_core.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM, Teacher, choose_teacher
 from dopsd_core.trainer import train
-from dopsd_core.training_set import TeacherImage, TrainingSet, _weighted_anchors, build_training_set, grid_of
+from dopsd_core.training_set import (
+    TeacherImage,
+    TrainingSet,
+    _weighted_anchors,
+    build_training_set,
+    encode_request,
+    grid_of,
+)
 from tests.tiny import CHANNELS, FEATURES, TinyDenoiser, make_config, make_data, make_pair
 
 
@@ -79,12 +87,28 @@ def test_the_fingerprint_sees_every_change() -> None:
     others = [
         make_data(2, anchors=[make_pair(8).student], heldout=make_pair(9)),
         make_data(3, anchors=[make_pair(7).student], heldout=make_pair(9)),
-        make_data(3, anchors=[make_pair(8).student], heldout=make_pair(10)),
-        make_data(3, anchors=[make_pair(8).student]),
+        make_data(3, heldout=make_pair(9)),
+        make_data(3, anchors=[make_pair(8).student] * 2, heldout=make_pair(9)),
         TrainingSet(data.pairs[::-1], data.anchors, data.heldout),
+        TrainingSet([replace(data.pairs[0], key="another image"), *data.pairs[1:]], data.anchors, data.heldout),
         TrainingSet(data.pairs, data.anchors, data.heldout, [Example((0,), repeats=2), Example((1,)), Example((2,))]),
     ]
-    assert len({item.fingerprint() for item in [data, *others]}) == 7
+    assert len({item.fingerprint() for item in [data, *others]}) == len(others) + 1
+
+
+def test_the_held_out_pair_trains_nothing_and_does_not_count() -> None:
+    data = make_data(3, anchors=[make_pair(8).student], heldout=make_pair(9))
+    for heldout in (None, make_pair(10), make_pair(10, shape=(4, 4))):
+        assert TrainingSet(data.pairs, data.anchors, heldout).fingerprint() == data.fingerprint()
+
+
+def test_an_image_that_changes_while_it_is_encoded_is_not_kept(tmp_path: Path) -> None:
+    """Its digest is of what it was before."""
+    (pair, *_) = read_dataset(folder(tmp_path), pixel_budget=4096, multiple=16).pairs
+    request = encode_request(pair, "a dog")
+    Image.new("RGB", (64, 64), (0, 99, 0)).save(pair.image_path)
+    with pytest.raises(ImageError, match=r"a\.png was written to while the dataset was being encoded: run again"):
+        encode_dataset([request], TinyEncoder(), None)
 
 
 def test_the_grid_is_that_of_the_picture() -> None:
@@ -179,3 +203,20 @@ def test_the_mode_names_the_teacher_and_auto_goes_by_model_and_data() -> None:
     with pytest.raises(ValueError, match="no teacher 'auto' for pictures with sources"):
         choose_teacher(z_image, "auto", edits=True)
     assert all(name in TEACHERS for family in FAMILIES.values() for name in family.teachers)
+
+
+def test_every_given_text_shares_the_rule_of_captions(tmp_path: Path) -> None:
+    report = read_dataset(folder(tmp_path), pixel_budget=4096, multiple=16, trigger="sks")
+    encoder = TinyEncoder()
+    build_training_set(
+        report.pairs, encoder, trigger="sks", anchors=True, anchor_prompts=["a [v] cat"], heldout_caption="a [v] bird"
+    )
+    assert {"text a sks cat", "text a sks bird"} <= set(encoder.seen)
+    assert not [seen for seen in encoder.seen if "[v]" in seen]
+
+
+def test_an_image_that_has_gone_bad_since_is_named(tmp_path: Path) -> None:
+    report = read_dataset(folder(tmp_path), pixel_budget=4096, multiple=16)
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ImageError, match=r"b\.png: not a PNG"):
+        build_training_set(report.pairs, TinyEncoder())

@@ -19,6 +19,8 @@ from dopsd_core.model import LinearSite, plain_linear_sites
 from dopsd_core.trainer import train
 from dopsd_core.training_set import TrainingSet
 
+from .devices import DEVICE
+
 CHANNELS, FEATURES, WIDTH = 4, 6, 16
 
 
@@ -32,13 +34,17 @@ class TinyDenoiser(nn.Module):
             self.enter = nn.Linear(CHANNELS, WIDTH)
             self.read = nn.Linear(FEATURES, WIDTH)
             self.leave = nn.Linear(WIDTH, CHANNELS)
-        self.requires_grad_(False)
+        self.requires_grad_(False).to(DEVICE)
         self.calls = 0
         self.poison_at: int | None = None  # the forward that returns nan
 
     @property
     def device(self) -> torch.device:
         return self.enter.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.enter.weight.dtype
 
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self)

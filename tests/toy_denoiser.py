@@ -15,6 +15,8 @@ from dopsd_core.lora_config import LoraConfig
 from dopsd_core.model import LinearSite, plain_linear_sites
 from dopsd_core.objectives import ObjectiveInputs
 
+from .devices import DEVICE
+
 CHANNELS, FEATURES, WIDTH = 4, 6, 16
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
 
@@ -64,8 +66,8 @@ class ToyNet(nn.Module):
 
     def forward(self, x: Tensor, sigma: float, features: Sequence[Tensor]) -> Tensor:
         batch, channels, height, width = x.shape
-        tokens = self.embed(x.flatten(2).mT) + self.time(torch.full((1, 1, 1), sigma))
-        tokens = tokens + torch.stack([self.text(f).mean(0) for f in features])[:, None]
+        tokens = self.embed(x.flatten(2).mT) + self.time(torch.full((1, 1, 1), sigma, device=x.device))
+        tokens = tokens + torch.stack([self.text(f.to(x.device)).mean(0) for f in features])[:, None]
         for layer in self.layers:
             tokens = layer(tokens)
         return self.final(tokens).mT.reshape(batch, channels, height, width)
@@ -91,8 +93,9 @@ class ToyDenoiser:
     """A host: counts its calls, remembers the grad mode of each."""
 
     def __init__(self, net: ToyNet | None = None) -> None:
-        self.net = net or ToyNet()
-        self.device = torch.device("cpu")
+        self.net = (net or ToyNet()).to(DEVICE)
+        self.device = DEVICE
+        self.compute_dtype = torch.float32
         self.grad_modes: list[bool] = []
 
     def sites(self) -> list[LinearSite]:
@@ -142,7 +145,7 @@ def make_inputs(
 ) -> ObjectiveInputs:
     generator = torch.Generator().manual_seed(seed)
     pairs = changes.pop("pairs", None) or make_pairs(batch, seed)
-    noise = torch.randn(len(pairs), CHANNELS, 4, 4, generator=generator)
+    noise = torch.randn(len(pairs), CHANNELS, 4, 4, generator=generator).to(DEVICE)
     return ObjectiveInputs(denoiser, adapters, pairs, noise, SIGMAS, generator, **changes)
 
 

@@ -4,9 +4,17 @@ import json
 import zlib
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from dopsd_core.dataset import DatasetReport, read_dataset
+
+
+def require_case(folder: Path) -> None:
+    """Skips the test where names that differ in case alone are one file."""
+    (folder / ".Case").touch()
+    if (folder / ".case").exists():
+        pytest.skip("the file system does not tell upper from lower case")
 
 
 def picture(

@@ -7,20 +7,23 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ..arguments import config_from_args
+from ..captions import check_prompts, put_trigger
 from ..condition_cache import ConditionCache
 from ..dataset import read_dataset
 from ..draws import make_generator
 from ..families import Z_IMAGE
-from ..images import read_image, to_tensor
+from ..images import decode, to_tensor
 from ..progress import StepReport
 from ..rollout import sample
 from ..sheet import to_images
+from ..text import printable
 from ..trainer import NoCallbacks, train
 from ..training_set import build_training_set
 from .compare import compare, draw_teacher_sheet, plan, table, write_results
@@ -50,7 +53,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
     def show_teacher(base: Samples, teacher: Samples) -> None:
         draw_teacher_sheet(concept, base, teacher).save(args.output / "teacher.png")
-        tqdm.write(f"Look at the teacher before the training: {args.output / 'teacher.png'}")
+        tqdm.write(printable(f"Look at the teacher before the training: {args.output / 'teacher.png'}"))
 
     with tqdm(total=math.ceil(work), unit="", bar_format=_BAR) as bar:
 
@@ -83,6 +86,8 @@ def run_train(args: argparse.Namespace) -> int:
     if any(pair.sources for pair in report.pairs):
         raise ValueError(f"{args.dataset} holds edits, and the demo model does not edit: give pictures with captions")
     _say(report.describe())
+    if args.heldout_caption is not None:
+        _warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
     model = load_demo_model()
     unknown = model.encoder.unknown_words([caption for pair in report.pairs for caption in pair.captions])
     if unknown:
@@ -96,7 +101,8 @@ def run_train(args: argparse.Namespace) -> int:
         _say("warning: no caption names the trigger, so there is no prior to anchor; anchor_probability is set to 0")
         config = dataclasses.replace(config, anchor_probability=0.0)
     with tqdm(total=config.steps, unit="step") as bar:
-        result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh)
+        facts = {"dopsd_base_fingerprint": model.fingerprint}
+        result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts)
     _say(f"{result.step} steps; LoRA: {result.lora_path}")
     return 0
 
@@ -106,12 +112,18 @@ def run_sample(args: argparse.Namespace) -> int:
     model = load_demo_model()
     width, height = args.size or (IMAGE_SIZE, IMAGE_SIZE)
     shape = Z_IMAGE.latent_shape(width, height)
-    image = to_tensor(read_image(args.teacher_image)) if args.teacher_image else None
+    prompts = [put_trigger(prompt, "") for prompt in args.prompts]
+    _warn(check_prompts(prompts, "prompt"))
+    image = None
+    if args.teacher_image:
+        decoded = decode(args.teacher_image)
+        image = to_tensor(decoded.image)
+        _warn(f"{args.teacher_image}: {remark}" for remark in decoded.remarks)
     if args.lora and not args.lora.exists():
         raise FileNotFoundError(f"{args.lora} is not there; give the LoRA file that training wrote")
     args.output.mkdir(parents=True, exist_ok=True)
     sigmas = Z_IMAGE.sigmas(args.steps or 4, width, height)
-    for number, prompt in enumerate(args.prompts, 1):
+    for number, prompt in enumerate(prompts, 1):
         encoder = model.encoder
         condition = encoder.encode_text(prompt) if image is None else encoder.encode_image_text(image, prompt)
         seeds = range(args.seed, args.seed + args.count)
@@ -132,8 +144,13 @@ def _maybe_lora(denoiser, lora: Path | None, strength: float):
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
+
+
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        _say(f"warning: {message}")
 
 
 class _TrainBar(NoCallbacks):

@@ -108,4 +108,6 @@ class Demo:
 
     def train(self, name: str, config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
         """Trains into `runs/<name>` and gives the LoRA's path. A run that is there already is continued or kept."""
-        return train(config, self.model.denoiser, self.data, self.output / "runs" / name, callbacks).lora_path
+        facts = {"dopsd_base_fingerprint": self.model.fingerprint}
+        folder = self.output / "runs" / name
+        return train(config, self.model.denoiser, self.data, folder, callbacks, facts=facts).lora_path

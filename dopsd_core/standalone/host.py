@@ -50,6 +50,10 @@ class StandaloneDenoiser:
     def device(self) -> torch.device:
         return self.transformer.device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self.transformer)
 
@@ -133,10 +137,11 @@ class StandaloneEncoder:
 
 @dataclass(frozen=True)
 class DemoModel:
-    """The whole demo model. `denoiser` is the distilled transformer."""
+    """The whole demo model. `denoiser` is the distilled transformer, `fingerprint` a digest of its file."""
 
     denoiser: StandaloneDenoiser
     encoder: StandaloneEncoder
+    fingerprint: str
 
 
 def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
@@ -145,15 +150,20 @@ def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
     Raises:
         FileNotFoundError: a weight file is missing; the message names it.
     """
-    digest = hashlib.sha256()
-    for name in (TEXT_ENCODER_FILE, VAE_FILE):
-        digest.update((folder / name).read_bytes())
     text_encoder, token_ids = load_text_encoder(folder / TEXT_ENCODER_FILE)
-    identity = f"demo-qwen3vl/{digest.hexdigest()[:16]}/hidden-2/{VISION_PIXELS}"
+    identity = f"demo-qwen3vl/{_digest(folder, TEXT_ENCODER_FILE, VAE_FILE)}/hidden-2/{VISION_PIXELS}"
     vae, transformer = load_vae(folder / VAE_FILE), load_transformer(folder / MODEL_FILE)
     for network in (text_encoder, vae, transformer):
         nn.Module.to(network, device)
-    return DemoModel(StandaloneDenoiser(transformer), StandaloneEncoder(text_encoder, token_ids, vae, identity))
+    encoder = StandaloneEncoder(text_encoder, token_ids, vae, identity)
+    return DemoModel(StandaloneDenoiser(transformer), encoder, _digest(folder, MODEL_FILE))
+
+
+def _digest(folder: Path, *names: str) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import inprocess  # noqa: E402  after the thread count, which torch reads once
+from bases import half_in_ram, load  # noqa: E402, F401  fixtures
 from inprocess import ComfyUI, new_base, why_not  # noqa: E402
 from live import Server  # noqa: E402
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACK = "ComfyUI-DOPSD"
 CHECKOUT = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
 ON_CPU = os.environ.get("DOPSD_TEST_GPU", "") in ("", "0")
+FLAGS = (*(["--cpu"] if ON_CPU else []), *os.environ.get("DOPSD_TEST_FLAGS", "").split())
+"""Of ComfyUI, here and for servers."""
 
 # ComfyUI starts without these; the light environment of the tests leaves them out.
 NOT_NEEDED = re.compile(r"comfyui-workflow-templates.*|comfyui-embedded-docs.*|comfy-angle|pyopengl.*", re.IGNORECASE)
@@ -40,17 +42,17 @@ def why_not() -> str:
 
 
 def missing_needs() -> list[str]:
+    """The lines of its requirements that are not installed, or in another version than the exact one they ask for."""
     lines = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    names = [m.group() for line in lines if (m := re.match(r"[\w.-]+", line)) and not NOT_NEEDED.fullmatch(m.group())]
-    return [name for name in names if not is_installed(name)]
+    found = [m for line in lines if (m := re.match(r"([\w.-]+)(?:==([\w.]+))?", line))]
+    return [m.group() for m in found if not NOT_NEEDED.fullmatch(m[1]) and not is_installed(m[1], m[2])]
 
 
-def is_installed(name: str) -> bool:
+def is_installed(name: str, version: str | None) -> bool:
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(name) == (version or importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
 
 
 def put_first_on_path() -> None:
@@ -83,8 +85,11 @@ class ComfyUI:
 
     def _boot(self) -> None:
         importlib.import_module("comfy.options")
-        args = importlib.import_module("comfy.cli_args").args
-        args.cpu, args.base_directory, args.database_url = ON_CPU, str(self.base), "sqlite:///:memory:"
+        cli = importlib.import_module("comfy.cli_args")
+        args = cli.args
+        plain, chosen = (vars(cli.parser.parse_args(flags)) for flags in ((), FLAGS))
+        vars(args).update({name: value for name, value in chosen.items() if value != plain[name]})
+        args.base_directory, args.database_url = str(self.base), "sqlite:///:memory:"
         args.disable_api_nodes = True
         importlib.import_module("torch").set_num_threads(1)
         # server first: loading custom nodes puts comfy/ on sys.path, where comfy/utils.py hides the utils package
@@ -93,6 +98,8 @@ class ComfyUI:
         self.execution = importlib.import_module("execution")
         paths = importlib.import_module("folder_paths")
         paths.add_model_folder_path("loras", str(self.output / "loras"))  # as main.py does
+        if not ON_CPU and cli.enables_dynamic_vram():
+            _begin_dynamic_vram()
         self.server = self._recording(server.PromptServer)(asyncio.new_event_loop())
         self.server.sockets_metadata["tests"] = {"feature_flags": {"supports_preview_metadata": True}}
         importlib.import_module("comfy.utils").set_progress_bar_global_hook(self._on_progress_bar)
@@ -206,6 +213,17 @@ class ComfyUI:
 
     def close(self) -> None:
         self._thread.shutdown()
+
+
+def _begin_dynamic_vram() -> None:
+    """As main.py does on NVIDIA's cards."""
+    control = importlib.import_module("comfy_aimdo.control")
+    devices = importlib.import_module("comfy.model_management").get_all_torch_devices()
+    if not (control.init() and control.init_devices([device.index for device in devices])):
+        raise RuntimeError("comfy-aimdo does not start here; set DOPSD_TEST_FLAGS=--disable-dynamic-vram")
+    patcher: Any = importlib.import_module("comfy.model_patcher")
+    memory: Any = importlib.import_module("comfy.memory_management")
+    patcher.CoreModelPatcher, memory.aimdo_enabled = patcher.ModelPatcherDynamic, True
 
 
 class _Lines(logging.Handler):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from inprocess import CHECKOUT, ON_CPU
+from inprocess import CHECKOUT, FLAGS
 from runs import Event, Run, binary_event, status_of
 
 # Without these the first visit shows tours and dialogs over the page.
@@ -51,7 +51,7 @@ class Server:
             settings.write_text(json.dumps({**QUIET_PAGE, "Comfy.InstalledVersion": version}), encoding="utf-8")
         command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
-        command += ["--disable-auto-launch", "--disable-api-nodes", *(["--cpu"] if ON_CPU else []), *flags]
+        command += ["--disable-auto-launch", "--disable-api-nodes", *FLAGS, *flags]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         started = time.monotonic()
         with log.open("ab") as out:

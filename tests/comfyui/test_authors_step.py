@@ -3,6 +3,7 @@ peft: the text encoder is also Qwen3-VL, whose language weights are swapped for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,14 @@ VISION = {
 
 
 @pytest.fixture(scope="module")
-def models(comfyui: ComfyUI) -> dict[str, Any]:
-    """MODEL, CLIP, VAE and VISION as loader nodes leave them, and the networks of the other libraries."""
-    return comfyui.call(make_models, comfyui)
+def models(comfyui: ComfyUI) -> Iterator[dict[str, Any]]:
+    """MODEL, CLIP, VAE and VISION as loader nodes leave them, and the networks of the other libraries.
+
+    The VAE is the demo's, which our nodes would refuse beside another CLIP.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfyui.module("nodes.encoder"), "require_training_vae", lambda *_: None)
+        yield comfyui.call(make_models, comfyui)
 
 
 def make_models(comfyui: ComfyUI) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from graphs import training
 from inprocess import PACK, ROOT, new_base
 
 PICTURE = {
@@ -189,6 +190,30 @@ def test_trains_the_quickstart(comfy, server, tmp_path):
     done = comfy("run", "--json", "--workflow", path, "--wait", "--where", "local", *where)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((server.output / "loras").glob("cli*.safetensors"))
+
+
+@pytest.mark.parametrize(("inputs", "named"), [({"run_name": "lpt1"}, "run_name"), ({"vae": ["models", 0]}, "vae")])
+def test_an_invalid_training_is_no_success(comfy, server, tmp_path, inputs, named):
+    """Load Dataset alone could run: ComfyUI would call that a success."""
+    graph = training("cli-invalid", steps=1, preview_every=0, probe_every=0)
+    graph["train"]["inputs"] |= inputs
+    done = comfy(
+        "run", "--json", "--workflow", saved(tmp_path, graph), "--wait", "--timeout", 60,
+        "--where", "local", "--host", "127.0.0.1", "--port", server.port,
+    )  # fmt: skip
+    assert done.returncode != 0 and named in done.stdout + done.stderr
+    assert not list((server.output / "dopsd").glob("cli-invalid*"))
+
+
+def test_a_graph_that_lacks_an_input_trains(comfy, server, tmp_path):
+    graph = training("cli-lacks", steps=1, preview_every=0, probe_every=0)
+    del graph["train"]["inputs"]["memory"]
+    done = comfy(
+        "run", "--json", "--workflow", saved(tmp_path, graph), "--wait", "--timeout", 200,
+        "--where", "local", "--host", "127.0.0.1", "--port", server.port,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((server.output / "dopsd").glob("cli-lacks-*/lora.safetensors"))
 
 
 def node_of(workflow, kind):

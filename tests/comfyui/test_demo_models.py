@@ -91,11 +91,13 @@ def test_velocity_is_the_standalone_hosts(comfyui, demo, standalone):
     condition = comfyui.core("conditioning").Condition
     g = torch.Generator().manual_seed(0)
     x, features = torch.randn(2, 16, 8, 8, generator=g), torch.randn(2, 23, 128, generator=g)
+    device = demo.model.load_device
     with torch.inference_mode():
         for sigma in (1.0, 0.75, 0.3):
-            theirs = demo.model.model.apply_model(x, torch.full((2,), sigma), c_crossattn=features, num_tokens=23)
+            at, text = torch.full((2,), sigma, device=device), features.to(device)
+            theirs = demo.model.model.apply_model(x.to(device), at, c_crossattn=text, num_tokens=23)
             ours = standalone.denoiser.predict_x0(x, sigma, [condition(f) for f in features])
-            assert torch.allclose(ours, theirs, atol=2e-4), sigma
+            assert torch.allclose(ours, theirs.cpu(), atol=2e-4), sigma
 
 
 def test_text_is_the_standalone_hosts(run, standalone):
@@ -137,7 +139,7 @@ def test_deep_copies_have_weights_of_their_own(demo):
             copy = patcher.clone(force_deepcopy=True)
         assert copy.model is not patcher.model and copy.model_options == patcher.model_options
         theirs = patcher.model.state_dict()
-        assert all(torch.equal(value, theirs[name]) for name, value in copy.model.state_dict().items())
+        assert all(torch.equal(value.cpu(), theirs[name].cpu()) for name, value in copy.model.state_dict().items())
         assert not any(p.is_inference() for p in copy.model.parameters())
 
 
@@ -163,7 +165,7 @@ def test_a_lora_file_acts_as_in_the_standalone_host(comfyui, demo, standalone):
     x, condition = seeded(1, 16, 8, 8), standalone.encoder.encode_text(TEXT)
     host = comfyui.module("nodes.host")
     with torch.inference_mode(), host.ComfyDenoiser(run.value("model")).loaded(x.shape) as denoiser:
-        theirs = denoiser.predict_x0(x, 0.75, [condition])
+        theirs = denoiser.predict_x0(x.to(denoiser.device), 0.75, [condition]).cpu()
     with torch.no_grad():
         base = standalone.denoiser.predict_x0(x, 0.75, [condition])
         with comfyui.core("standalone.host").with_lora(standalone.denoiser, path, 0.5):

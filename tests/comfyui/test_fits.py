@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,7 +111,7 @@ def test_a_latent_of_another_shape_is_no_latent_of_the_family(comfyui: ComfyUI) 
 
     module = comfyui.module("nodes.encoder")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "fingerprint", lambda *_: "")
+        patch.setattr(module, "identity_of", lambda *_: SimpleNamespace(digest="", notes=()))
         encoder = module.ComfyEncoder(comfyui.call(towers.clip, "z_image"), Unknown(), None)
     with pytest.raises(ValueError, match=r"input vae makes latents of shape \[16, 16, 16\] where .* has \[16, 8, 8\]"):
         comfyui.call(encoder.encode_latent, torch.rand(3, 64, 64))

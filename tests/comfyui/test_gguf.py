@@ -10,12 +10,12 @@ import gguf_files
 import pytest
 import stock_files
 import torch
+from bases import drawn, unload
 from conftest import give_up
 from gradient import difference, equal, gradients
 from graphs import node_of, shipped, shrunk
 from inprocess import ComfyUI
 from loras import random_lora
-from test_bases import drawn, half_in_ram, unload  # noqa: F401
 from torch import Tensor
 
 NETWORKS = {

@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import bases
 import pytest
-import test_bases
 import torch
 import toy
+from bases import drawn, left_in_ram, same, unload
 from gradient import difference, equal, features, gradients, held
 from inprocess import ComfyUI
-from test_bases import drawn, left_in_ram, same, unload
 from torch import Tensor
 
 Stock = Callable[..., None]
 FAST = {"fp8 fast": "z_image_turbo_bf16", "klein fp8 fast": "flux-2-klein-4b"}
 """Files that UNETLoader is told to hold in fp8 and multiply in it, which a CPU does not do."""
-FORMS = [*(form for form in test_bases.FORMS if form not in ("fp32", "fp8, older layout")), *FAST]
+FORMS = [*(form for form in bases.FORMS if form not in ("fp32", "fp8, older layout")), *FAST]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def load(comfyui: ComfyUI, stock: Stock, monkeypatch: pytest.MonkeyPatch) -> Cal
     from comfy.cli_args import args
 
     def loaded(form: str) -> Any:
-        file = FAST[form] if form in FAST else test_bases.FORMS[form][0]
+        file = FAST[form] if form in FAST else bases.FORMS[form].file
         stock(f"diffusion_models/{file}")
         monkeypatch.setattr(args, "bf16_unet", form == "bf16")
         unet = torch.inference_mode()(comfyui.nodes.UNETLoader().load_unet)

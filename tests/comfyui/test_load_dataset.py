@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import graphs
 import pytest
 import torch
 from PIL import Image
@@ -345,13 +346,82 @@ def test_batches_and_transparency(comfyui) -> None:
     batch = torch.rand(2, 32, 48, 3)
     clear = torch.cat([torch.rand(1, 16, 16, 3), torch.zeros(1, 16, 16, 1)], -1)
     versions = batch._version, clear._version
-    source = store([batch, clear], ["one", "two", "three \ud800"])
+    source = store([batch, clear], ["one", "two", "three"])
     assert sorted(path.name for path in source.glob("*.png")) == [f"image_000{i}.png" for i in (1, 2, 3)]
     report = comfyui.core("dataset").read_dataset(source, pixel_budget=4096, multiple=16)
     assert not report.errors and (batch._version, clear._version) == versions
     read = comfyui.core("images").read_image
     assert read(source / "image_0003.png").getcolors() == [(256, (255, 255, 255))]
     assert store([batch, clear], ["one", "two", "four"]) != source
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("three \ud800", "half a character (U+D800)"), ("a\0 \0d", "NUL characters")]
+)
+def test_connected_texts_that_are_no_text(comfyui, text: str, told: str) -> None:
+    store = comfyui.module("nodes.dataset").store_pictures
+    with pytest.raises(ValueError, match="^text 2 of those connected to Load Dataset cannot be used: ") as caught:
+        store([torch.rand(2, 16, 16, 3)], ["one", text])
+    assert told in str(caught.value)
+
+
+def test_a_mark_that_another_node_left_on_a_text(comfyui) -> None:
+    source = comfyui.module("nodes.dataset").store_pictures([torch.rand(1, 16, 16, 3)], ["\ufeffa [V] dog"])
+    assert (source / "image_0001.txt").read_bytes() == b"a [V] dog"
+
+
+def test_a_connected_pair_comes_at_most_as_often_as_a_folder_may_ask(comfyui) -> None:
+    store = comfyui.module("nodes.dataset").store_pictures
+    pixels = torch.rand(1, 16, 16, 3).expand(1001, -1, -1, -1)
+    with pytest.raises(ValueError, match="image 1 comes 1001 times with the same text, and at most 1000 are allowed"):
+        store([pixels], ["one"] * 1001)
+
+
+# -- names and texts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+def test_names_that_are_no_text_are_shown_and_read(comfyui, folder) -> None:
+    odd = os.fsencode(folder) + b"/d\xe9sert"
+    os.mkdir(odd)
+    for name in ("a.png", "a.txt"):
+        os.rename(folder / name, odd + b"/caf\xe9" + name[1:].encode())
+    choice = os.fsdecode(b"data/" + os.fsencode(folder.name) + b"/d\xe9sert")
+    assert choice in json.loads(json.dumps(comfyui.module("nodes.paths").dataset_choices()))
+    done = comfyui.execute(graph(choice, trigger="ohwx"))
+    assert done.status == "success", done.error
+    assert "d\\xe9sert: 1 usable picture" in done.texts("1")[-1]
+    os.remove(odd + b"/caf\xe9.txt")
+    done = comfyui.execute(graph(choice))
+    assert done.status == "error" and done.error.startswith("error: caf\\xe9.png: no caption: write it to caf\\xe9.txt")
+    assert "caf\\xe9.png: no caption" in done.texts("1")[-1]
+    json.dumps([done.error, *done.texts()]).encode()
+    (done.error + done.texts("1")[-1]).encode()
+
+
+def test_a_trigger_that_is_no_text(folder, run) -> None:
+    done = run(folder, trigger="\ud83d")
+    assert done.status == "error" and "the trigger '\\ud83d' cannot be used" in done.error
+
+
+def test_prompts_share_the_rule_of_captions(comfyui) -> None:
+    small = graphs.training("placeholder", steps=1, preview_every=0, probe_every=0, warmup=0)
+    small["data"]["inputs"]["trigger"] = "ohwx"
+    small["conditions"]["inputs"] |= {
+        "preview_prompts": "a [v] badge, top\na [ V ] badge, left",
+        "anchor_prompts": "a badge, top\nan [V] badge, left",
+    }
+    done = comfyui.execute(small)
+    assert done.status == "success", done.error
+    conditions = done.value("conditions")
+    assert [prompt.text for prompt in conditions.previews] == ["a ohwx badge, top", "a [ V ] badge, left"]
+    assert done.texts("conditions")[-1].splitlines()[1:] == [
+        "warning: preview prompt 2: '[ V ]' is not read as the concept: write [V]",
+        "warning: anchor prompt 2: it names the concept, which training would hold back: take the name out",
+    ]
+    small["conditions"]["inputs"]["preview_prompts"] = "fine\n\ud83d"
+    done = comfyui.execute(small)
+    assert done.status == "error" and "preview prompt 2: the text holds half a character" in done.error
 
 
 def test_cancelling_stops_at_the_next_picture(comfyui, folder, monkeypatch) -> None:

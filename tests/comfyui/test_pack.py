@@ -11,40 +11,41 @@ import statistics
 import pytest
 from inprocess import ROOT
 
-# id: (inputs, outputs); "?" marks an input that may stay unconnected.
+# id: (inputs, outputs); "?" marks an input that a graph may lack.
 FROZEN = {
     "DOPSD_LoadDataset": (
-        "folder:COMBO resolution:INT trigger:STRING repeats:INT caption_dropout:FLOAT images:IMAGE? texts:STRING?",
+        "folder:COMBO resolution:INT? trigger:STRING? repeats:INT? caption_dropout:FLOAT? images:IMAGE? texts:STRING?",
         "dataset:DOPSD_DATASET report:STRING",
     ),
     "DOPSD_BuildTeacherCondition": (
-        "dataset:DOPSD_DATASET clip:CLIP vae:VAE mode:COMBO preview_prompts:STRING anchor_prompts:STRING"
+        "dataset:DOPSD_DATASET clip:CLIP vae:VAE mode:COMBO? preview_prompts:STRING? anchor_prompts:STRING?"
         " vision:DOPSD_VISION? teacher_image:COMBO? teacher_sentence:STRING?",
         "conditions:DOPSD_CONDITIONS",
     ),
     "DOPSD_TeacherPreview": (
-        "model:MODEL conditions:DOPSD_CONDITIONS vae:VAE seed:INT steps:INT pictures:INT",
+        "model:MODEL conditions:DOPSD_CONDITIONS vae:VAE seed:INT? steps:INT? pictures:INT?",
         "image:IMAGE",
     ),
     "DOPSD_TrainLoRA": (
-        "model:MODEL conditions:DOPSD_CONDITIONS run_name:STRING preset:COMBO steps:INT seed:INT preview_every:INT"
-        " learning_rate:FLOAT rank:INT alpha:FLOAT batch_size:INT grad_accumulation:INT warmup:INT rollout_steps:INT"
-        " grad_steps:INT loss:COMBO teacher:COMBO ema_decay:FLOAT anchor_probability:FLOAT objective:COMBO"
-        " schedule:COMBO optimizer:COMBO checkpoint_every:INT probe_every:INT memory:COMBO vae:VAE?"
-        " initial_lora:LORA_MODEL? targets:STRING?",
+        "model:MODEL conditions:DOPSD_CONDITIONS run_name:STRING? preset:COMBO? steps:INT? seed:INT? preview_every:INT?"
+        " learning_rate:FLOAT? rank:INT? alpha:FLOAT? batch_size:INT? grad_accumulation:INT? warmup:INT?"
+        " rollout_steps:INT? grad_steps:INT? loss:COMBO? teacher:COMBO? ema_decay:FLOAT? anchor_probability:FLOAT?"
+        " objective:COMBO? schedule:COMBO? optimizer:COMBO? checkpoint_every:INT? probe_every:INT? memory:COMBO?"
+        " vae:VAE? initial_lora:LORA_MODEL? targets:STRING?"
+        " deterministic:BOOLEAN?",
         "lora:LORA_MODEL loss:LOSS_MAP run_folder:STRING previews:IMAGE",
     ),
     "DOPSD_FewStepSampler": (
-        "model:MODEL positive:CONDITIONING seed:INT steps:INT width:INT height:INT batch_size:INT sampler:COMBO",
+        "model:MODEL positive:CONDITIONING seed:INT? steps:INT? width:INT? height:INT? batch_size:INT? sampler:COMBO?",
         "latent:LATENT sigmas:SIGMAS",
     ),
     "DOPSD_SaveLoRA": (
-        "lora:LORA_MODEL filename_prefix:STRING dtype:COMBO peft_folder:BOOLEAN",
+        "lora:LORA_MODEL filename_prefix:STRING? dtype:COMBO? peft_folder:BOOLEAN?",
         "lora_path:STRING",
     ),
     "DOPSD_CompareLoRA": (
-        "model:MODEL clip:CLIP vae:VAE prompts:STRING strengths:STRING seed:INT steps:INT width:INT height:INT"
-        " lora_name:COMBO lora:LORA_MODEL? reference:IMAGE?",
+        "model:MODEL clip:CLIP vae:VAE prompts:STRING? strengths:STRING? seed:INT? steps:INT? width:INT? height:INT?"
+        " lora_name:COMBO? lora:LORA_MODEL? reference:IMAGE?",
         "image:IMAGE",
     ),
     "DOPSD_LoadLoRA": ("lora_name:COMBO", "lora:LORA_MODEL"),

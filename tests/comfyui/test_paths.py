@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,24 @@ def test_what_is_not_there_is_told(paths, extra, choice: str) -> None:
     assert ALLOWED_BY in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [3, None, ["x"], {"a": 1}, 0.5], ids=str)
+def test_what_a_damaged_graph_has_in_place_of_a_name_is_refused(comfyui, paths, value: object) -> None:
+    for call in (paths.locate_dataset, paths.run_folder):
+        with pytest.raises(ValueError, match=f"must be text, it is {type(value).__name__}"):
+            call(value)
+
+
+def test_a_damaged_link_in_a_graph_is_told_without_a_traceback(comfyui) -> None:
+    from graphs import training
+
+    for node, name, value in (("data", "folder", 3), ("data", "folder", ["x"]), ("train", "run_name", ["x"])):
+        graph = training()
+        graph[node]["inputs"][name] = value
+        run = comfyui.execute(graph)
+        assert run.status in ("refused", "error") and run.error
+        assert "has no attribute" not in run.error + str(run.refusal), "the pack raised in validation"
+
+
 def test_a_link_out_of_the_input_folder_is_refused_until_its_target_is_allowed(
     comfyui, paths, tmp_path, monkeypatch
 ) -> None:
@@ -153,6 +172,48 @@ def test_the_fingerprint_sees_every_change(comfyui, paths) -> None:
     assert len(seen) == 5
 
 
+def exchange(path: Path) -> None:
+    """Another file of the same name, size and time, as a download that keeps the server's time leaves it."""
+    facts = path.stat()
+    other = path.with_name(f"other {path.name}")
+    other.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    os.utime(other, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    os.replace(other, path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="keeps no time of the last change of any kind")
+def test_a_file_exchanged_under_its_name_size_and_time_is_read_again(comfyui, paths) -> None:
+    """Load Dataset, Load LoRA, Compare LoRA and Load Teacher Vision, whose files ComfyUI caches by these."""
+    lora, vision = (comfyui.base / "models" / kind / "exchanged.safetensors" for kind in ("loras", "text_encoders"))
+    folder = comfyui.input / "exchanged"
+    write_pair(folder)
+    for path in (lora, vision):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100))
+    nodes = {name: node.fingerprint_inputs for name, node in comfyui.pack_nodes.items()}
+    asked = {
+        folder / "a.png": lambda: nodes["DOPSD_LoadDataset"](folder=["exchanged"]),
+        folder / "a.txt": lambda: nodes["DOPSD_LoadDataset"](folder=["exchanged"]),
+        lora: lambda: (
+            nodes["DOPSD_LoadLoRA"](lora_name=lora.name),
+            nodes["DOPSD_CompareLoRA"](lora_name=lora.name, strengths="1"),
+        ),
+        vision: lambda: nodes["DOPSD_LoadTeacherVision"](vision_name=vision.name),
+    }
+    for path, ask in asked.items():
+        before = ask()
+        assert ask() == before
+        exchange(path)
+        after = ask()
+        assert after != before, path
+        if path == lora:
+            assert all(one != other for one, other in zip(before, after, strict=True))
+    for path in (lora, vision):
+        path.unlink()
+    assert not nodes["DOPSD_CompareLoRA"](lora_name="none") and not nodes["DOPSD_CompareLoRA"](lora_name=None)
+
+
 def test_the_fingerprint_sees_sources_and_what_rows_name_elsewhere(comfyui, paths, tmp_path) -> None:
     folder, other = comfyui.input / "watched_edits", comfyui.input / "elsewhere"
     for place in (folder / "target", folder / "source", other, tmp_path):
@@ -192,7 +253,7 @@ def test_the_halves_of_edits_are_not_offered(comfyui, paths) -> None:
 
 BAD_NAMES = (
     "", " ", ".", "..", "../x", "/x", "x/../../y", "..\\x", "C:\\x", "C:x", "a:b", "con", "NUL.txt", "COM1", "lpt9.x",
-    "x.", ".x", "a\0b", "a\nb", "what?", "star*", "pipe|", '"', "x" * 101, "日" * 34,
+    "x.", ".x", "a\0b", "a\nb", "what?", "star*", "pipe|", '"', "x" * 101, "日" * 34, "\ud83d",
 )  # fmt: skip
 
 

@@ -92,3 +92,18 @@ def test_digest_changes_with_what_forbids_resuming_and_with_nothing_else(comfyui
     others = [digest("data", "model", seed=8), digest("data", "model", lr=2e-4), digest("data", "other")]
     others.append(digest("data", "model", targets="to_q"))
     assert len({same, *others}) == 5
+
+
+def test_runs_of_release_0_2_are_found_again(comfyui: ComfyUI, presets: Any) -> None:
+    """Digests as that release made them: a field that came later and is at its default changes nothing."""
+    family = comfyui.core("families").Z_IMAGE
+    standard = presets.make_config("standard", family, True, {})
+    paper = presets.make_config("paper", family, False, {"seed": 7, "rank": 8})
+    assert presets.run_digest(standard, "data", "model") == "4f9217d0"
+    assert presets.run_digest(paper, "x") == "71582a3f"
+
+
+def test_deterministic_is_passed_on_and_makes_another_run(comfyui: ComfyUI, presets: Any) -> None:
+    absent, off, on = make(comfyui, "standard"), *(make(comfyui, "standard", deterministic=b) for b in (False, True))
+    assert absent == off and not off.deterministic and on.deterministic
+    assert presets.run_digest(off) == presets.run_digest(absent) != presets.run_digest(on)

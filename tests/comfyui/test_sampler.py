@@ -57,6 +57,39 @@ def test_it_is_ksampler(comfyui: ComfyUI, sampler: str, steps: int):
     assert run.value("ours", 1).shape == (steps + 1,)
 
 
+def test_all_of_a_conditioning_counts_as_in_ksampler(comfyui: ComfyUI):
+    """Areas, strengths, ranges of time and several prompts; and guidance functions of the MODEL."""
+    area = {"width": 0.5, "height": 1.0, "x": 0.0, "y": 0.0, "strength": 0.8, "conditioning": ["text", 0]}
+    span = {"start": 0.0, "end": 0.6, "conditioning": ["area", 0]}
+    other = {"clip": ["demo", 1], "text": "a badge, bottom, on a navy background"}
+    graph = {
+        "demo": LOAD,
+        "text": TEXT,
+        "area": {"class_type": "ConditioningSetAreaPercentage", "inputs": area},
+        "span": {"class_type": "ConditioningSetTimestepRange", "inputs": span},
+        "other": {"class_type": "CLIPTextEncode", "inputs": other},
+        "both": {
+            "class_type": "ConditioningCombine",
+            "inputs": {"conditioning_1": ["span", 0], "conditioning_2": ["other", 0]},
+        },
+        "guided": {"class_type": "CFGNorm", "inputs": {"model": ["demo", 0], "strength": 0.7}},
+        "empty": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}},
+        "stock": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["guided", 0], "positive": ["both", 0], "negative": ["text", 0], "latent_image": ["empty", 0],
+                "seed": 3, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+            },
+        },
+        "ours": few_step(model=["guided", 0], positive=["both", 0]),
+        "plain": few_step(positive=["other", 0]),
+    }  # fmt: skip
+    run = comfyui.execute({**graph, **shown("stock", "ours", "plain")})
+    assert run.status == "success", run.error
+    assert close(run.value("ours")["samples"], run.value("stock")["samples"])
+    assert not close(run.value("ours")["samples"], run.value("plain")["samples"])
+
+
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
 def test_steps_0_are_the_models_own(comfyui: ComfyUI, seed: int):
     graph = {"demo": LOAD, "text": TEXT, "0": few_step(steps=0, seed=seed), "4": few_step(steps=4, seed=seed)}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from loras import demo_lora, give
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 FACTS = {"dopsd_family": "z_image", "dopsd_step": "12", "dopsd_config": "{}", "dopsd_base_model": "demo"}
 
@@ -114,6 +115,7 @@ def test_another_trainers_lora_is_saved_as_it_is(save) -> None:
     }
     stored, header = read(save(foreign).value("1"))
     assert stored.keys() == foreign.keys() and header["modelspec.architecture"] == "unknown/lora"
+    assert "modelspec.implementation" not in header and not [key for key in header if key.startswith("dopsd_")]
     run = save(foreign, peft_folder=True)
     assert run.status == "error" and "switch peft_folder off" in run.error
 
@@ -133,7 +135,70 @@ def test_what_is_no_lora_is_not_saved(comfyui, save, lora: dict, sentence: str) 
     assert not list((comfyui.output / "refused").glob("*"))
 
 
+# -- from file to file -------------------------------------------------------------------------------------------------
+
+KOHYA = {
+    "ss_network_dim": "2",
+    "ss_tag_frequency": '{"cat": {"zwx cat": 12}}',
+    "modelspec.architecture": "z-image/lora",
+    "modelspec.implementation": "https://github.com/kohya-ss/musubi-tuner",
+    "modelspec.title": "Whiskers",
+    "modelspec.author": "Jo Łąka",
+    "modelspec.date": "2025-12-24T18:00:00",
+    "modelspec.license": "CC-BY-4.0",
+    "modelspec.trigger_phrase": "zwx",
+}
+HASHES = {"modelspec.hash_sha256": "0xabc", "sshs_model_hash": "def"}
+
+
+def load_and_save(comfyui, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> tuple[Any, Path]:
+    """A file through Load LoRA and Save LoRA; nodes "load" and "save"."""
+    (comfyui.output / "loras").mkdir(exist_ok=True)
+    save_file(tensors, comfyui.output / "loras" / "given.safetensors", metadata=header)
+    graph = {
+        "load": {"class_type": "DOPSD_LoadLoRA", "inputs": {"lora_name": "given.safetensors"}},
+        "save": {
+            "class_type": "DOPSD_SaveLoRA",
+            "inputs": {"lora": ["load", 0], "filename_prefix": "loras/kept", "dtype": "fp32"},
+        },
+    }
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    return run, Path(run.value("save"))
+
+
+def test_another_trainers_header_is_kept(comfyui) -> None:
+    tensors = {"lora_unet_x.lora_down.weight": torch.ones(2, 4), "lora_unet_x.lora_up.weight": torch.ones(6, 2)}
+    run, path = load_and_save(comfyui, tensors, KOHYA | HASHES)
+    stored, header = read(path)
+    assert all(torch.equal(stored[key], tensors[key]) for key in tensors)
+    assert header.items() >= KOHYA.items() and not header.keys() & HASHES.keys()
+    assert "trigger: zwx" in run.texts("load")[-1] and "trigger: zwx" in run.texts("save")[-1]
+    assert "modelspec.hash_sha256, sshs_model_hash" in run.texts("load")[-1]
+
+
+def test_our_own_header_is_kept_and_the_trigger_is_told_to_all(comfyui, tensors) -> None:
+    facts = FACTS | {"dopsd_trigger": "ohwx", "dopsd_version": "0.1.0"}
+    _, path = load_and_save(comfyui, tensors, facts)
+    header = read(path)[1]
+    assert header.items() >= facts.items() and header["modelspec.trigger_phrase"] == "ohwx"
+    assert header["modelspec.implementation"] == "diffusers"
+    assert header["modelspec.architecture"] == "z_image/lora"
+
+
+def test_diffusers_alpha_is_folded_once(comfyui) -> None:
+    """Its header would have diffusers apply alpha a second time; the rest of the header stays."""
+    tensors = {"transformer.x.lora_A.weight": torch.ones(2, 4), "transformer.x.lora_B.weight": torch.ones(6, 2)}
+    told = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 6}', "author": "me"}
+    run, path = load_and_save(comfyui, tensors, told)
+    stored, header = read(path)
+    assert torch.equal(stored["transformer.x.lora_B.weight"], torch.full((6, 2), 3.0))
+    assert "lora_adapter_metadata" not in header and header["author"] == "me"
+    assert "lora_adapter_metadata is not kept: its alpha is folded into the tensors" in run.texts("load")[-1]
+
+
 @pytest.mark.parametrize("prefix", ["../x", "/tmp/x", "", "loras/con", "C:\\x"])
 def test_a_bad_name_is_one_sentence(comfyui, save, prefix: str) -> None:
     run = save(prefix=prefix)
-    assert run.status == "error" and run.error.startswith("the filename_prefix ") and "\n" not in run.error
+    assert run.status == "refused" and "\n" not in run.error
+    assert run.error.startswith("filename_prefix - the filename_prefix ")

@@ -72,4 +72,5 @@ def test_sizes_at_the_real_size(comfyui: ComfyUI, targets: str, size: str) -> No
     denoiser = comfyui.module("nodes.host").ComfyDenoiser(toy.real_z_image())
     chosen = {"rank": 64, "targets": targets}
     config = comfyui.module("nodes.presets").make_config("standard", denoiser.family, True, chosen)
-    assert comfyui.module("nodes.targets").size_of(denoiser, config.lora) == size
+    counts = comfyui.core("lora_config").lora_size(denoiser.sites(), config.lora)
+    assert comfyui.module("nodes.targets").told_size(*counts) == size

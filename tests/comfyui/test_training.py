@@ -99,17 +99,18 @@ def test_comfyuis_own_loader_gives_what_the_trainer_had(comfyui: ComfyUI, traine
     def drawn(with_model: Any) -> torch.Tensor:
         denoiser = host.ComfyDenoiser(with_model)
         with torch.inference_mode(), denoiser.loaded((1, 16, 8, 8)):
-            return rollout.sample(denoiser, [prompt.student], noise, sigmas)
+            return rollout.sample(denoiser, [prompt.student], noise.to(denoiser.device), sigmas)
 
     def drawn_by_the_student() -> torch.Tensor:
         denoiser = host.ComfyDenoiser(model)
         config = comfyui.core("lora_config").LoraConfig(rank=4, alpha=4, targets=conditions.family.lora_targets)
         with torch.inference_mode(False), torch.no_grad(), denoiser.trainable((1, 16, 8, 8)):
-            adapters = comfyui.core("adapters").AdapterSet(denoiser.sites(), config, teacher="frozen")
+            sites, device = denoiser.sites(), denoiser.device
+            adapters = comfyui.core("adapters").AdapterSet(sites, config, teacher="frozen", device=device)
             raw = {key.removeprefix("transformer."): value.float() for key, value in lora.items()}
             adapters.load_state("student", raw)
             with adapters.attached():
-                return rollout.sample(denoiser, [prompt.student], noise, sigmas)
+                return rollout.sample(denoiser, [prompt.student], noise.to(denoiser.device), sigmas)
 
     base, loaded, student = comfyui.call(drawn, model), comfyui.call(drawn, patched), comfyui.call(drawn_by_the_student)
     effect = (loaded - base).norm()
@@ -209,8 +210,9 @@ def test_previews_and_rollouts_are_the_few_step_samplers(comfyui: ComfyUI, train
             noise = comfy.sample.prepare_noise(latent, 3)
             denoiser = host.ComfyDenoiser(model)
             with denoiser.loaded(latent.shape):
+                noise = noise.to(denoiser.device)
                 ours = comfyui.core("rollout").sample(denoiser, [prompt.student], noise, sigmas)
-                return node, denoiser.to_vae_space(ours)
+                return node, denoiser.to_vae_space(ours).cpu()
 
     node, ours = comfyui.call(both)
     assert node.std() > 0.1 and torch.allclose(node, ours, atol=1e-4)

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import stock_files
 import torch
+from bases import same
 from gradient import held
 from graphs import node_of, shipped, shrunk
 from inprocess import ComfyUI
 from loras import give_values, random_lora
 from runs import Run
-from test_bases import same
 from torch import Tensor
 
 Stock = Callable[..., None]

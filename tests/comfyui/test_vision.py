@@ -139,11 +139,21 @@ class Word(torch.nn.Module):
         return self.embedding[None], []
 
 
-@pytest.mark.parametrize("words", [TEXT, "badge, top, " * 200])
-@pytest.mark.parametrize("family", ["z_image", "klein"])
-def test_a_picture_that_looks_like_a_word_reads_as_that_word(vision, models, family, words):
-    """To the CLIP's own encoding of the text: template, hidden states, their order, padding and its mask."""
-    clip, real = models(family).clip, models(family).vision
+@pytest.mark.parametrize(
+    ("family", "words", "layer"),
+    [
+        *((family, words, None) for family in ("z_image", "klein") for words in (TEXT, "badge, top, " * 200)),
+        *(("z_image", TEXT, layer) for layer in (-1, -4, -24, -40)),  # of 5 layers: more than there are is the default
+        ("klein", TEXT, -4),  # which klein's text encoder takes no notice of
+    ],
+)
+def test_a_picture_that_looks_like_a_word_reads_as_that_word(vision, models, family, words, layer):
+    """To the CLIP's own encoding of the text: template, hidden states, their order, padding and its mask.
+
+    layer: as CLIP Set Last Layer sets it.
+    """
+    clip, real = models(family).clip.clone(), models(family).vision
+    clip.clip_layer(layer)
     (word,) = clip.tokenizer.qwen3_4b.tokenizer("cat")["input_ids"]
     model = Word(clip.cond_stage_model.qwen3_4b.transformer.get_input_embeddings().weight[word])
     config = dataclasses.replace(real.lm_config, rope_theta=1e6)  # the CLIP's own
@@ -155,7 +165,7 @@ def test_a_picture_that_looks_like_a_word_reads_as_that_word(vision, models, fam
     assert relative(ours, expected) < 1e-6
 
 
-def test_the_layer_that_a_node_sets_is_for_its_own_text(vision, models):
+def test_a_layer_that_another_clip_has_set_is_not_used(vision, models):
     """CLIP Set Last Layer leaves its choice on the text encoder that all CLIPs of a loader share."""
     models, image = models("z_image"), seeded(3, 64, 64)
     before = vision.encode_image_text(models.clip, models.vision, TEXT, image)

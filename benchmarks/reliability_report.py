@@ -1,0 +1,234 @@
+"""Where the reliability measurements leave what they found: one JSON file, and the page that is written from it.
+
+    record(Section(key="kills", title="...", ...), Path("docs/reliability.json"))
+
+The JSON holds one section per measurement; the page beside it (the same name, .md) is written from the JSON alone.
+A measurement of hours keeps a journal, so that the same command continues after a stop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dopsd_core.atomic import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "reliability.json"
+WORK = ROOT / "build" / "reliability"
+"""Journals and files of measurements in progress; not under version control."""
+
+ORDER = ("kills", "server-kills", "fuzz", "trainings", "moments", "paths", "pretend-cuda")
+"""Keys of the sections in the order of the page; others follow by name."""
+
+INTRO = """# What it survives
+
+Written by `python -m benchmarks.reliability render` from reliability.json; every section says which command measured
+it, when, and on what machine. A section is marked PASSED only by the script that measured it.
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column titles."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def to_markdown(self) -> str:
+        """As Markdown; the bars and line breaks of a cell are escaped."""
+        lines = [self.columns, tuple("---" for _ in self.columns), *self.rows]
+        return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One measurement.
+
+    Attributes:
+        key: name of the measurement, unique.
+        title: heading on the page.
+        command: the command that measured it.
+        passed: whether everything was as it must be.
+        table: the figures.
+        notes: sentences below the table.
+        date, machine: filled in by `measured_here`.
+    """
+
+    key: str
+    title: str
+    command: str
+    passed: bool
+    table: Table
+    notes: tuple[str, ...] = ()
+    date: str = ""
+    machine: str = ""
+
+    def to_markdown(self) -> str:
+        """Heading, verdict, figures and notes."""
+        verdict = "PASSED" if self.passed else "FAILED"
+        parts = [
+            f"## {self.title}",
+            f"{verdict}. `{self.command}`, {self.date}, {self.machine}",
+            self.table.to_markdown(),
+            *self.notes,
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def measured_here(section: Section, *facts: str) -> Section:
+    """The section with today's date and this machine; facts: versions besides Python's and torch's."""
+    machine = ", ".join([machine_facts(), *facts])
+    return dataclasses.replace(section, date=datetime.date.today().isoformat(), machine=machine)
+
+
+def record(section: Section, results: Path = RESULTS) -> None:
+    """Puts the section in place of an older one of its key, and writes the page anew."""
+    sections = {**load_sections(results), section.key: section}
+    ordered = {key: dataclasses.asdict(sections[key]) for key in _ordered(sections)}
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(results, (json.dumps(ordered, indent=2, ensure_ascii=False) + "\n").encode())
+    render(results)
+
+
+def render(results: Path = RESULTS) -> Path:
+    """Writes the page from the JSON; gives the page's path."""
+    sections = load_sections(results)
+    parts = [INTRO, *(sections[key].to_markdown() for key in _ordered(sections))]
+    page = results.with_suffix(".md")
+    write_atomic(page, "\n".join(parts).encode())
+    return page
+
+
+def load_sections(results: Path) -> dict[str, Section]:
+    """The sections of a results file by key; none where there is no file."""
+    if not results.exists():
+        return {}
+    found = json.loads(results.read_text(encoding="utf-8"))
+    return {key: _section_from(fields) for key, fields in found.items()}
+
+
+def machine_facts() -> str:
+    """Processor, cores, memory, Python, torch and the commit, in words."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
+    return (
+        f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GB, {platform.system()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, commit {_commit()}"
+    )
+
+
+def comfyui_version() -> str:
+    """Of the checkout that is measured, in words."""
+    checkout = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    try:
+        found = re.search(r'"([\d.]+)"', (checkout / "comfyui_version.py").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return f"ComfyUI {found[1]}" if found else "no ComfyUI"
+
+
+@dataclass
+class Journal:
+    """What a measurement has done so far, a JSON object per line; a kill costs at most the last line.
+
+    The first line names the code that was measured: what other code did is no part of a measurement.
+    """
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, *, fresh: bool = False) -> Journal:
+        """The journal at `path` with its rows; `fresh` throws older ones away."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head, kept = {"code": code_digest()}, []
+        lines = [] if fresh or not path.exists() else path.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            try:
+                kept.append(json.loads(line))
+            except ValueError:  # cut in two
+                break
+        rows = kept[1:] if kept[:1] == [head] else []
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in (head, *rows)).encode())
+        return cls(path, rows)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row; it is out of this process when the call returns."""
+        self.rows.append(dict(row))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Progress:
+    """A line on the terminal now and then: how much is done, and how long the rest takes."""
+
+    def __init__(self, what: str, total: int, done: int = 0, every: float = 10.0) -> None:
+        self._what, self._total, self._first, self._every = what, total, done, every
+        self._began = self._shown = time.monotonic()
+
+    def show(self, done: int, note: str = "") -> None:
+        """Prints when the last line is old enough, and at the end."""
+        now = time.monotonic()
+        if now - self._shown < self._every and done < self._total:
+            return
+        self._shown = now
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        left = (self._total - done) / rate / 60 if rate else float("inf")
+        print(f"{self._what}: {done} of {self._total}, {rate:.2g}/s, {left:.0f} min left  {note}", flush=True)
+
+
+def code_digest() -> str:
+    """16 hex digits: other for other code of the pack."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("dopsd_core", "nodes") for path in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}|".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def counts_table(rows: Sequence[tuple[str, object]]) -> Table:
+    """A table of two columns."""
+    return Table(("what", "figure"), tuple((name, str(value)) for name, value in rows))
+
+
+def _ordered(sections: Mapping[str, Section]) -> list[str]:
+    return sorted(sections, key=lambda key: (ORDER.index(key) if key in ORDER else len(ORDER), key))
+
+
+def _section_from(fields: Mapping[str, Any]) -> Section:
+    table = fields["table"]
+    rows = tuple(tuple(row) for row in table["rows"])
+    known = {**fields, "table": Table(tuple(table["columns"]), rows), "notes": tuple(fields["notes"])}
+    return Section(**known)
+
+
+def _cell(text: str) -> str:
+    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.split("\n"))
+    return "<br>".join(lines).replace("|", "\\|")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

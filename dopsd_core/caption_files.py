@@ -1,0 +1,120 @@
+"""Which caption file of a folder belongs to which image, by their names, and what was meant where none does.
+
+Names are equal where they are equal to a reader: in NFC, as Linux and Windows write an é, and in NFD, as macOS does;
+and, where nothing equals them exactly, in any case of letters.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+CAPTION_SUFFIX = ".txt"
+
+_OTHER_TEXTS = (".caption", ".captions", ".cap", ".text", ".tags")
+_STRUCTURED = (".json", ".yaml", ".yml", ".md", ".csv", ".xml")
+_MASK = re.compile(r"(?i)[._ -](?:mask|masklabel|alpha|matte)s?$")
+
+Key = TypeVar("Key")
+
+Place = tuple[Path, str]
+"""The folder of a file, and its name as it is compared."""
+
+
+def composed(name: str) -> str:
+    """The name in NFC."""
+    return unicodedata.normalize("NFC", name)
+
+
+def folded(name: str) -> str:
+    """The name in NFC without differences of upper and lower case."""
+    return composed(composed(name).casefold())
+
+
+def place_of(file: Path) -> Place:
+    """Equal for files of one folder whose names, without their suffix, differ at most in case or composition."""
+    return file.parent, folded(file.stem)
+
+
+@dataclass(frozen=True)
+class CaptionFiles:
+    """The files of a data set's folder, by what they may be to an image.
+
+    Attributes:
+        root: the folder, which names in messages are relative to.
+        captions: the .txt files.
+        near: other files that carry the name of an image, under any further suffix.
+        elsewhere: the .txt files by name alone.
+        images: the images, and those by place.
+        exact: the places of the images in the very case of their names.
+    """
+
+    root: Path
+    captions: dict[Place, list[Path]]
+    near: dict[Place, list[Path]]
+    elsewhere: dict[str, list[Path]]
+    images: dict[Place, list[Path]]
+    exact: frozenset[Place]
+
+    @classmethod
+    def sort(cls, root: Path, files: Sequence[Path], images: Sequence[Path], suffixes: Sequence[str]) -> CaptionFiles:
+        """files: all of the folder. images: those that need a caption. suffixes: of images, in lower case."""
+        texts = [file for file in files if file.suffix.lower() == CAPTION_SUFFIX]
+        others = [file for file in files if file.suffix.lower() not in suffixes]
+        return cls(
+            root,
+            captions=_grouped((place_of(text), text) for text in texts),
+            near=_grouped(((file.parent, folded(_bare(file.name, suffixes))), file) for file in others),
+            elsewhere=_grouped((folded(text.stem), text) for text in texts),
+            images=_grouped((place_of(image), image) for image in images),
+            exact=frozenset((image.parent, composed(image.stem)) for image in images),
+        )
+
+    def of(self, image: Path) -> list[Path]:
+        """The captions of an image: one, as a rule. In another case of letters only what no image has exactly."""
+        found = self.captions.get(place_of(image), [])
+        return [file for file in found if self.names_exactly(file, image) or not self._belongs_exactly(file)]
+
+    def names_exactly(self, file: Path, image: Path) -> bool:
+        """Whether the names are equal, suffixes aside, in case too."""
+        return composed(file.stem) == composed(image.stem)
+
+    def _belongs_exactly(self, file: Path) -> bool:
+        return (file.parent, composed(file.stem)) in self.exact
+
+    def near_misses(self, image: Path) -> tuple[list[Path], str]:
+        """The files that an image without caption may have meant, and a remark on the first of them."""
+        beside = [file for file in self.near.get(place_of(image), []) if file not in self.of(image)]
+        wanted = image.with_suffix(CAPTION_SUFFIX).name
+        if beside:
+            first = next((file for file in beside if folded(file.name).startswith(folded(image.name))), beside[0])
+            if self._belongs_exactly(first) and first.suffix.lower() == CAPTION_SUFFIX:
+                return beside, f"there is {first.name}, which belongs to another image"
+            if first.suffix.lower() in _STRUCTURED:
+                return beside, f"there is {first.name}: only .txt is read, write its caption to {wanted}"
+            return beside, f"there is {first.name}: rename it to {wanted}"
+        away = [file for file in self.elsewhere.get(folded(image.stem), []) if not self.images.get(place_of(file))]
+        if away:
+            return away[:1], f"there is {away[0].relative_to(self.root)}: move it beside the image"
+        masked = _MASK.sub("", image.stem)
+        whole = self.images.get((image.parent, folded(masked))) if masked != image.stem else None
+        return [], f"a mask of {whole[0].name}? masks are not used, move it out of the folder" if whole else ""
+
+
+def _grouped(items: Iterable[tuple[Key, Path]]) -> dict[Key, list[Path]]:
+    groups: dict[Key, list[Path]] = {}
+    for key, file in items:
+        groups.setdefault(key, []).append(file)
+    return groups
+
+
+def _bare(name: str, suffixes: Sequence[str]) -> str:
+    """`a` of a.caption, a.png.txt, a.txt.txt, a_caption.txt and the like."""
+    name, known = name.rstrip(), (CAPTION_SUFFIX, *_OTHER_TEXTS, *_STRUCTURED, *suffixes)
+    while (suffix := Path(name).suffix.lower()) in known and suffix:
+        name = name[: -len(suffix)].rstrip()
+    return re.sub(r"(?i)[._ -]captions?$", "", name)

@@ -1,0 +1,90 @@
+"""A node's inputs as its `execute` gets them: whole and within bounds, whoever sent them.
+
+ComfyUI checks constants before a run, but nothing that comes over a link; and a graph saved before an input existed
+lacks it. So what is missing takes the default of the schema here, and the rest is checked once more.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from .whole_graph import require_whole_graph
+
+
+class InputError(ValueError):
+    """An input cannot be used; the message names each that is wrong."""
+
+
+def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """`execute` of a node of ours, given only inputs that its schema and `validate_inputs` allow.
+
+    Raises (when called):
+        LeftOutError: another node of ours in the graph is invalid and was dropped.
+        InputError: an input is of the wrong type, out of bounds or none of the choices.
+    """
+    names = list(inspect.signature(execute).parameters)[1:]
+
+    @functools.wraps(execute)
+    def checking(cls: Any, *args: Any, **given: Any) -> io.NodeOutput:
+        require_whole_graph(cls)
+        return execute(cls, **completed(cls, {**dict(zip(names, args, strict=False)), **given}))
+
+    return checking
+
+
+def completed(node: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with the defaults of what is missing.
+
+    Raises:
+        InputError: with everything wrong, one sentence for each input.
+    """
+    schema, own = node.define_schema(), _checked_by_the_node(node)
+    whole, problems = dict(given), []
+    for declared in schema.inputs:
+        default = getattr(declared, "default", None)
+        if declared.id not in given:
+            if default is not None:
+                whole[declared.id] = [default] if schema.is_input_list else default
+            continue
+        values = given[declared.id] if schema.is_input_list else [given[declared.id]]
+        problems += [problem for value in values or () if (problem := _problem(declared, value, own))]
+    if own and not problems and (answer := node.validate_inputs(**{name: whole.get(name) for name in own})) is not True:
+        problems.append(str(answer))
+    if problems:
+        raise InputError(f"{schema.display_name}: {'; '.join(problems)}")
+    return whole
+
+
+def _checked_by_the_node(node: Any) -> tuple[str, ...]:
+    """The inputs that the node's own `validate_inputs` names."""
+    parameters = inspect.signature(node.validate_inputs).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
+
+
+def _problem(declared: Any, value: Any, own: tuple[str, ...]) -> str | None:
+    kind = declared.get_io_type()
+    if kind in ("INT", "FLOAT"):
+        return _number_problem(declared, value, kind == "INT")
+    if kind == "STRING" and not isinstance(value, str):
+        return f"{declared.id} is {value!r}; it must be text"
+    if kind == "BOOLEAN" and not isinstance(value, bool):
+        return f"{declared.id} is {value!r}; it must be true or false"
+    if kind == "COMBO" and declared.id not in own and value not in declared.options:
+        return f"{declared.id} is {value!r}; choose one of {', '.join(map(str, declared.options))}"
+    return None
+
+
+def _number_problem(declared: Any, value: Any, whole: bool) -> str | None:
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+        return f"{declared.id} is {value!r}; it must be a {'whole ' * whole}number"
+    if not declared.min <= value <= declared.max:
+        return f"{declared.id} is {value}; it must be within {declared.min} and {declared.max}"
+    return None

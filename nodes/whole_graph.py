@@ -1,0 +1,178 @@
+"""No node of ours is left out of a run without a word.
+
+ComfyUI validates each output node of a prompt for itself: it drops those that are invalid, runs the others and reports
+success. Load Dataset and Teacher Preview are output nodes, so an invalid D-OPSD Train LoRA would end as a success
+without a LoRA. Here such a prompt is refused as a whole, with HTTP 400 and ComfyUI's own list of errors. Where a prompt
+reaches ComfyUI's executor without its server, the first of our nodes that runs raises instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import execution
+from comfy_execution.graph_utils import is_link
+from server import PromptServer
+
+Graph = Mapping[str, Mapping[str, Any]]
+"""A prompt in API form: node id -> class_type and inputs."""
+
+_OURS = "DOPSD_"
+_CHECKED = "dopsd_checked"
+"""Key in a prompt's extra_data: it has come through `refuse_in_part`."""
+
+
+class LeftOutError(ValueError):
+    """Nodes of ours are invalid, and the rest of the graph would run without them."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """outputs: output nodes that ComfyUI would drop, and a node of ours with them. errors: ComfyUI's `node_errors`."""
+
+    outputs: tuple[str, ...]
+    errors: Mapping[str, Mapping[str, Any]]
+
+    def describe(self, graph: Graph) -> str:
+        """One line: which nodes are left out, and what is wrong where."""
+        return (
+            f"{'; '.join(_sentences(graph, self.errors))}. ComfyUI would leave {_titles(graph, self.outputs)} out of "
+            "this run without an error: correct the input, or remove the node"
+        )
+
+
+def find_left_out(graph: Graph, targets: Collection[str] | None = None) -> LeftOut | None:
+    """The output nodes that ComfyUI would drop and that a node of ours needs to be run; None if there are none, or if
+    it would refuse the whole graph anyway.
+
+    targets: the only output nodes to run; None for all.
+    """
+    if not any(_is_ours(graph, node) for node in graph):
+        return None
+    valid, _, good, errors = _validate(copy.deepcopy(dict(graph)), targets)
+    if not valid or not errors:
+        return None
+    runs = _needed(graph, good)
+    dropped = [node for node in graph if _is_output(graph, node) and node not in good]
+    asked = [node for node in dropped if targets is None or node in targets]
+    outputs = [node for node in asked if any(_is_ours(graph, part) for part in _needed(graph, [node]) - runs)]
+    return LeftOut(tuple(outputs), errors) if outputs else None
+
+
+def register() -> None:
+    """Has every prompt that ComfyUI's server receives go through `refuse_in_part`, after other packs' handlers: these
+    may change the graph. They are registered while packs load, so the first prompt is early enough to come last."""
+    server, joined = PromptServer.instance, []
+
+    def join(request: dict[str, Any]) -> dict[str, Any]:
+        if not joined:
+            joined.append(True)
+            server.add_on_prompt_handler(refuse_in_part)
+        return request
+
+    server.add_on_prompt_handler(join)
+
+
+def refuse_in_part(request: dict[str, Any]) -> dict[str, Any]:
+    """The body of POST /prompt. If ComfyUI would drop output nodes and a node of ours with them, it is changed so that
+    ComfyUI validates these alone and answers with HTTP 400 and their errors."""
+    graph, extra = request.get("prompt"), request.setdefault("extra_data", {})
+    if not isinstance(graph, dict) or not isinstance(extra, dict):
+        return request
+    graph = copy.deepcopy(graph)
+    PromptServer.instance.node_replace_manager.apply_replacements(graph)
+    found = find_left_out(graph, request.get("partial_execution_targets"))
+    extra[_CHECKED] = True
+    return request | {"partial_execution_targets": list(found.outputs)} if found else request
+
+
+def require_whole_graph(node: Any) -> None:
+    """Raises LeftOutError if the graph that `node` runs in holds nodes of ours that ComfyUI has dropped as invalid.
+
+    node: a node class with the hidden input prompt; every output node has it.
+    """
+    graph = node.hidden.prompt if node.hidden is not None else None
+    if not graph or _is_checked():
+        return
+    if found := find_left_out(_as_sent(graph)):
+        raise LeftOutError(found.describe(graph))
+
+
+def _is_checked() -> bool:
+    """Whether the running prompt came through `refuse_in_part`; it may then leave nodes out that nobody asked for."""
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    return any(_CHECKED in item[3] for item in running)
+
+
+def _validate(graph: Graph, targets: Collection[str] | None) -> tuple[bool, Any, list[str], dict[str, Any]]:
+    """ComfyUI's own validation, which may write into the graph; in a thread that has no event loop yet."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, execution.validate_prompt("dopsd", graph, targets)).result()  # type: ignore
+
+
+def _as_sent(graph: Graph) -> Graph:
+    """A graph that runs as its client sent it: validation has unwrapped lists, and would take them for links now.
+
+    Our own nodes have no input that is a list.
+    """
+    return {
+        id: node if _is_ours(graph, id) else {**node, "inputs": _wrapped(node.get("inputs", {}))}
+        for id, node in graph.items()
+    }
+
+
+def _wrapped(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {"__value__": value} if isinstance(value, list) and not is_link(value) else value
+        for name, value in inputs.items()
+    }
+
+
+def _is_ours(graph: Graph, node: str) -> bool:
+    return str(graph[node].get("class_type", "")).startswith(_OURS)
+
+
+def _is_output(graph: Graph, node: str) -> bool:
+    kind = execution.nodes.NODE_CLASS_MAPPINGS.get(graph[node].get("class_type"))
+    return getattr(kind, "OUTPUT_NODE", False) is True
+
+
+def _needed(graph: Graph, wanted: Iterable[str]) -> set[str]:
+    """The nodes that `wanted` are computed from, themselves included."""
+    found: set[str] = set()
+    rest = list(wanted)
+    while rest:
+        node = rest.pop()
+        if node not in found and node in graph:
+            found.add(node)
+            rest += [value[0] for value in graph[node].get("inputs", {}).values() if is_link(value)]
+    return found
+
+
+def _titles(graph: Graph, ids: Iterable[str]) -> str:
+    """Names of nodes as the page shows them, with their ids."""
+    return ", ".join(f"{_title(graph, node)} (node {node})" for node in ids)
+
+
+def _title(graph: Graph, node: str) -> str:
+    kind = graph[node].get("class_type", "")
+    return execution.nodes.NODE_DISPLAY_NAME_MAPPINGS.get(kind) or kind
+
+
+def _sentences(graph: Graph, errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Each node, input and problem once."""
+    lines = [f"{_titles(graph, [node])}: {_sentence(error)}" for node, of in errors.items() for error in of["errors"]]
+    return list(dict.fromkeys(lines))
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    name, details = error.get("extra_info", {}).get("input_name", ""), str(error["details"])
+    if error["type"] == "custom_validation_failed":  # the details are the node's own sentence
+        return details.replace(f"{name} - ", f"{name}: ", 1)
+    about = f" ({details})" if details not in ("", name) else ""
+    return f"{name}: {error['message']}{about}" if name else f"{error['message']}{about}"
