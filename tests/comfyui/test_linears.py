@@ -197,6 +197,19 @@ def test_a_page_is_given_back_when_the_backward_fails(comfyui: ComfyUI, monkeypa
 # -- LoRAs beside the weight ------------------------------------------------------------------------------------------
 
 
+def on_the_device() -> Any:
+    """A MODEL where ComfyUI computes, which is where it takes a LoRA beside a weight to."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    with torch.inference_mode():
+        return comfy.model_patcher.CoreModelPatcher(
+            toy.z_image().model,
+            comfy.model_management.get_torch_device(),
+            comfy.model_management.unet_offload_device(),
+        )
+
+
 def with_lora(comfyui: ComfyUI, model: Any, lora: dict[str, Tensor], bypass: bool) -> Any:
     import comfy.sd
 
@@ -217,12 +230,12 @@ def whole_lora(model: Any, seed: int) -> dict[str, Tensor]:
 
 def test_gradients_through_a_bypass_lora_are_those_of_the_merged_one(comfyui: ComfyUI) -> None:
     """Load LoRA (Bypass): also where a preview has ComfyUI load the MODEL again between forward and backward."""
-    with torch.inference_mode():
-        model = toy.z_image()
+    model = on_the_device()
     lora = whole_lora(model, 0)
     merged, bypass = with_lora(comfyui, model, lora, False), with_lora(comfyui, model, lora, True)
     base, wanted, got = (gradients(comfyui, m) for m in (model, merged, bypass))
-    assert difference(base, wanted) > 0.1 and difference(got, wanted) < 1e-4
+    # some devices merge in fp16
+    assert difference(base, wanted) > 0.1 and difference(got, wanted) < 2e-3
     reloading = gradients(comfyui, bypass, lambda denoiser, x: denoiser.load(x.shape))
     assert equal(reloading, got)
     del bypass
@@ -231,8 +244,7 @@ def test_gradients_through_a_bypass_lora_are_those_of_the_merged_one(comfyui: Co
 
 def test_the_adapters_stay_where_they_are_when_comfyui_loads_again(comfyui: ComfyUI) -> None:
     """Loading takes a bypass LoRA out and in again; the adapters that lie over it must survive that."""
-    with torch.inference_mode():
-        model = toy.z_image()
+    model = on_the_device()
     bypass = with_lora(comfyui, model, whole_lora(model, 0), True)
 
     def look() -> tuple[bool, bool]:
