@@ -35,7 +35,7 @@ def require_trainable(model: Any, conditions: Conditions, vae: Any | None = None
     require_text_width(model, conditions.data.pairs[0].student.features.shape[-1], "the conditions have features")
     if vae is not None:
         require_vae(vae, family, is_demo_model(model))
-    require_known_layers(model.model.diffusion_model)
+    require_known_layers(model.model.diffusion_model, in_comfyui(family).blocks)
 
 
 def require_text_width(model: Any, width: int, whose: str) -> None:

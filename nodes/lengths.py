@@ -1,6 +1,6 @@
-"""Captions that are longer than what reads them, told before training: the end of such a caption teaches nothing.
+"""Captions that are longer than what reads them, reported before training: the end of such a caption teaches nothing.
 
-Counted from the texts alone, so that conditions out of the cache are told of like new ones.
+Counted from the texts alone, so that conditions out of the cache are reported like new ones.
 """
 
 from __future__ import annotations

@@ -103,13 +103,15 @@ def _site(name: str, module: Any, family: Family) -> LinearSite:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def require_known_layers(network: nn.Module) -> None:
-    """Looks at every layer without computing with it.
+def require_known_layers(network: nn.Module, block_lists: Sequence[str]) -> None:
+    """Looks at every layer without computing with it. block_lists: the network's lists of transformer blocks.
 
     Raises:
-        UnknownLayer: a Linear whose cast weight is not [out_features, in_features], or a layer with matrices that is
-            neither torch's nor ComfyUI's.
+        UnknownLayer: a Linear whose cast weight is not [out_features, in_features], one that is wrapped in something
+            else, or a layer with matrices that is neither torch's nor ComfyUI's.
     """
+    for name in block_lists:
+        _require_alike(name, getattr(network, name))
     checked: set[object] = set()
     for path, module in network.named_modules():
         name = _path(path)
@@ -141,6 +143,18 @@ def require_adjoints(sites: Sequence[LinearSite], device: torch.device, dtype: t
                 wanted, got = y.square().sum(), (site.grad_input(y.to(dtype)).float() * x.float()).sum()
                 if not (wanted - got).abs() <= _TOLERANCE * wanted:
                     raise UnknownLayer(site.name, site.module, "its forward is another function than x @ W.T + b")
+
+
+def _require_alike(name: str, blocks: Sequence[nn.Module]) -> None:
+    """The blocks of a list have their Linears at the same places; what stands at such a place instead is a wrapper."""
+    places = [{_path(path) for path, module in block.named_modules() if is_linear(module)} for block in blocks]
+    anywhere = set[str]().union(*places)
+    for number, (block, found) in enumerate(zip(blocks, places, strict=True)):
+        for path in sorted(anywhere - found):
+            wrapped = next((other for other in sorted(found) if other.startswith(f"{path}.")), None)
+            if wrapped is not None:
+                wrapper = block.get_submodule(path)
+                raise UnknownLayer(f"{name}.{number}.{path}", wrapper, f"it wraps the Linear {wrapped}")
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -186,7 +186,7 @@ def text_encoder(clip: Any, vision: TeacherVision) -> Any:
 
 
 def _template(clip: Any) -> str:
-    """The CLIP's own template with a picture before the text."""
+    """The CLIP's own template with an image before the text."""
     return clip.tokenizer.llama_template.replace("{}", _PICTURE + "{}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import authors
 import numpy
 import pytest
+import stock_files
 import torch
 import toy
 import twins
@@ -60,7 +61,7 @@ def make_models(comfyui: ComfyUI) -> dict[str, Any]:
     encoder, reader = transformers_twins(clip.cond_stage_model.qwen3_4b.transformer.model.state_dict(), spec)
     with torch.inference_mode():
         tower = vision.new_vision(reader.visual.state_dict(), spec, comfy.ops.manual_cast, torch.float32)
-        vae = comfyui.module("nodes.demo_models").load_vae()
+        vae = comfy.sd.VAE(sd=stock_files.autoencoder(16), dtype=torch.float32)
     return {
         "model": twins.as_model(transformer), "clip": clip, "vae": vae, "vision": tower,
         "transformer": transformer, "encoder": encoder, "reader": reader,

@@ -174,7 +174,7 @@ def test_build_teacher_condition_refuses_the_other_familys_vae(
 
 
 @pytest.mark.parametrize("kind", ["DOPSD_TrainLoRA", "DOPSD_TeacherPreview"])
-def test_a_vae_for_pictures_is_looked_at_before_anything_is_drawn(comfyui: ComfyUI, files: None, kind: str) -> None:
+def test_a_vae_for_previews_is_looked_at_before_anything_is_drawn(comfyui: ComfyUI, files: None, kind: str) -> None:
     """Not at the first preview."""
     graph = training("fits-vae", steps=2)
     graph["wrong"] = {"class_type": "VAELoader", "inputs": {"vae_name": "flux2-vae.safetensors"}}

@@ -1,4 +1,4 @@
-"""Captions that are longer than their readers: the user is told, by file and by how much, also where all is cached."""
+"""Captions that are longer than their readers: the node names file and length, also where all is in the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runs import Run
 
 WORDS = "a [V] badge , left , on a navy background "
 LONG = WORDS * 200
-LIMIT, PICTURE = 1024, 9  # the demo's vision tower sees at 96 x 96 pixels
+LIMIT, IMAGE = 1024, 9  # the demo's vision tower sees at 96 x 96 pixels
 
 
 def write(folder: Path, **captions: str) -> str:
@@ -48,9 +48,9 @@ def test_a_warning_names_the_file_and_the_tokens_over(comfyui: ComfyUI) -> None:
     run = encode(comfyui, write(comfyui.input / "long-a", a=LONG, b=WORDS))
     conditions = run.value("conditions")
     length = tokens(run, conditions.data.pairs[0].caption)
-    over = length + 2 + PICTURE - LIMIT  # two marks stand round the picture
+    over = length + 2 + IMAGE - LIMIT  # two marks stand round the image
     told = [
-        f"a.txt: {over:,} tokens more than the teacher reads (1,024, of which its image takes {PICTURE})",
+        f"a.txt: {over:,} tokens more than the teacher reads (1,024, of which its image takes {IMAGE})",
         f"a.txt: {length:,} tokens, and Z-Image-Turbo was made for prompts of up to 512",
     ]
     captions = [note for note in conditions.notes if not note.startswith("preview prompt")]
@@ -60,10 +60,10 @@ def test_a_warning_names_the_file_and_the_tokens_over(comfyui: ComfyUI) -> None:
     assert run.texts("conditions")[-1].split("\n")[1:] == list(conditions.notes)
     long, short = conditions.data.pairs[:2]
     assert len(long.teacher.features) == LIMIT and len(long.student.features) == length
-    assert len(short.teacher.features) == tokens(run, short.caption) + 2 + PICTURE
+    assert len(short.teacher.features) == tokens(run, short.caption) + 2 + IMAGE
 
 
-def test_conditions_out_of_the_cache_are_told_of_too(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conditions_out_of_the_cache_are_reported_too(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(comfyui.input / "long-b", a=LONG, b=WORDS)
     first = encode(comfyui, folder).value("conditions").notes
     encoder = comfyui.module("nodes.encoder").ComfyEncoder
@@ -72,7 +72,7 @@ def test_conditions_out_of_the_cache_are_told_of_too(comfyui: ComfyUI, monkeypat
     assert first and encode(comfyui, folder).value("conditions").notes == first
 
 
-def test_what_fits_is_not_told_of(comfyui: ComfyUI) -> None:
+def test_what_fits_is_not_reported(comfyui: ComfyUI) -> None:
     """Up to the last token."""
     run = encode(comfyui, write(comfyui.input / "fitting", a=WORDS))
     assert run.value("conditions").notes == ()
@@ -86,7 +86,7 @@ def test_what_fits_is_not_told_of(comfyui: ComfyUI) -> None:
     assert [note.partition(":")[0] for note in notes] == ["b.txt"] and "513 tokens" in notes[0]
 
 
-def test_preview_prompts_are_told_of_by_their_number(comfyui: ComfyUI) -> None:
+def test_preview_prompts_are_reported_by_their_number(comfyui: ComfyUI) -> None:
     folder = write(comfyui.input / "long-prompts", a=WORDS)
     notes = encode(comfyui, folder, preview_prompts=f"a badge\n{LONG}").value("conditions").notes
     assert [note.partition(":")[0] for note in notes] == ["preview prompt 2", "preview prompt 2"]

@@ -16,6 +16,7 @@ from test_training import drawing, training
 from torch import Tensor, nn
 
 WHERE = "layers.1.feed_forward.w2"
+BLOCKS = ("noise_refiner", "context_refiner", "layers")
 
 
 def at(model: Any, path: str) -> Any:
@@ -73,6 +74,17 @@ class Kernel(nn.Module):
         return x @ self.qweight.t().to(x.dtype)
 
 
+class Wrapped(nn.Module):
+    """A Linear with a LoRA of its own, as other trainers leave it in a network."""
+
+    def __init__(self, old: Any) -> None:
+        super().__init__()
+        self.base_layer = old
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
 REFUSED = {
     "packed": (packed, "OtherLinear", "weight is"),
     "another shape": (
@@ -86,6 +98,7 @@ REFUSED = {
         "its weight cannot be read",
     ),
     "no Linear": (lambda comfyui: Kernel, "Kernel", "it is no Linear"),
+    "wrapped": (lambda comfyui: Wrapped, "Wrapped", "it wraps the Linear feed_forward.w2.base_layer"),
 }
 """Seen by looking at the layers alone."""
 
@@ -101,7 +114,7 @@ def test_a_layer_that_cannot_be_trained_through_is_named(comfyui: ComfyUI, refus
     model, kind, reason = refused
     linears = comfyui.module("nodes.linears")
     with pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} of this MODEL is a .*\.?{kind}.*{reason}.*ComfyUI-GGUF"):
-        linears.require_known_layers(model.model.diffusion_model)
+        linears.require_known_layers(model.model.diffusion_model, BLOCKS)
 
 
 @pytest.mark.parametrize("node", ["train", "look"])
@@ -134,7 +147,7 @@ def test_a_forward_that_the_weight_does_not_explain_is_found_before_step_0(comfy
 
     host, linears = comfyui.module("nodes.host"), comfyui.module("nodes.linears")
     model = exchange(toy.z_image(), WHERE, derived(comfyui, forward=doubled))
-    linears.require_known_layers(model.model.diffusion_model)
+    linears.require_known_layers(model.model.diffusion_model, BLOCKS)
     denoiser = host.ComfyDenoiser(model)
     named = pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} .*OtherLinear.*another function")
     with named, denoiser.trainable((1, 16, 8, 8)):
@@ -184,6 +197,19 @@ def test_a_page_is_given_back_when_the_backward_fails(comfyui: ComfyUI, monkeypa
 # -- LoRAs beside the weight ------------------------------------------------------------------------------------------
 
 
+def on_the_device() -> Any:
+    """A MODEL where ComfyUI computes, which is where it takes a LoRA beside a weight to."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    with torch.inference_mode():
+        return comfy.model_patcher.CoreModelPatcher(
+            toy.z_image().model,
+            comfy.model_management.get_torch_device(),
+            comfy.model_management.unet_offload_device(),
+        )
+
+
 def with_lora(comfyui: ComfyUI, model: Any, lora: dict[str, Tensor], bypass: bool) -> Any:
     import comfy.sd
 
@@ -204,12 +230,12 @@ def whole_lora(model: Any, seed: int) -> dict[str, Tensor]:
 
 def test_gradients_through_a_bypass_lora_are_those_of_the_merged_one(comfyui: ComfyUI) -> None:
     """Load LoRA (Bypass): also where a preview has ComfyUI load the MODEL again between forward and backward."""
-    with torch.inference_mode():
-        model = toy.z_image()
+    model = on_the_device()
     lora = whole_lora(model, 0)
     merged, bypass = with_lora(comfyui, model, lora, False), with_lora(comfyui, model, lora, True)
     base, wanted, got = (gradients(comfyui, m) for m in (model, merged, bypass))
-    assert difference(base, wanted) > 0.1 and difference(got, wanted) < 1e-4
+    # some devices merge in fp16
+    assert difference(base, wanted) > 0.1 and difference(got, wanted) < 2e-3
     reloading = gradients(comfyui, bypass, lambda denoiser, x: denoiser.load(x.shape))
     assert equal(reloading, got)
     del bypass
@@ -218,8 +244,7 @@ def test_gradients_through_a_bypass_lora_are_those_of_the_merged_one(comfyui: Co
 
 def test_the_adapters_stay_where_they_are_when_comfyui_loads_again(comfyui: ComfyUI) -> None:
     """Loading takes a bypass LoRA out and in again; the adapters that lie over it must survive that."""
-    with torch.inference_mode():
-        model = toy.z_image()
+    model = on_the_device()
     bypass = with_lora(comfyui, model, whole_lora(model, 0), True)
 
     def look() -> tuple[bool, bool]:
