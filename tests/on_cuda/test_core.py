@@ -106,9 +106,9 @@ def test_the_encoder_reads_the_same(on_cpu: DemoModel, on_cuda: DemoModel, pairs
         assert torch.allclose(here, there, atol=1e-4)
 
 
-def test_a_training_set_is_encoded_on_the_device(on_cuda: DemoModel, pairs: Sequence[Pair], data: TrainingSet) -> None:
-    built = build_training_set(pairs, on_cuda.encoder, trigger="ohwx")
-    for ours, theirs in zip(built.pairs, data.pairs, strict=False):
+def test_a_training_set_is_encoded_on_the_device(on_cpu: DemoModel, on_cuda: DemoModel, pairs: Sequence[Pair]) -> None:
+    here, there = (build_training_set(pairs, model.encoder, trigger="ohwx") for model in (on_cuda, on_cpu))
+    for ours, theirs in zip(here.pairs, there.pairs, strict=True):
         assert ours.student.features.device.type == "cpu"  # so that it takes no room on the card
         assert torch.allclose(ours.student.features, theirs.student.features, atol=1e-4)
 
@@ -133,9 +133,9 @@ def test_samples_with_a_lora_are_the_same(on_cpu: DemoModel, on_cuda: DemoModel,
 def test_a_training_is_the_cpus(
     on_cpu: DemoModel, on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, name: str
 ) -> None:
-    config = dataclasses.replace(CONFIG, **VARIANTS[name])
+    config = dataclasses.replace(CONFIG, steps=2, **VARIANTS[name])
     here, there = (train(config, m.denoiser, data, tmp_path / n) for m, n in ((on_cuda, "cuda"), (on_cpu, "cpu")))
-    assert largest_difference(here.lora_path, there.lora_path) < 1e-3
+    assert largest_difference(here.lora_path, there.lora_path) < 1e-2
 
 
 @pytest.mark.parametrize("blocks", [2, 99])
@@ -179,7 +179,7 @@ def test_a_run_of_the_device_resumes_on_a_cpu(
 ) -> None:
     train(CONFIG, on_cuda.denoiser, data, tmp_path, StopAfter(1))
     run = train(CONFIG, on_cpu.denoiser, data, tmp_path)
-    assert run.step == CONFIG.steps and largest_difference(run.lora_path, whole) < 1e-3
+    assert run.step == CONFIG.steps and largest_difference(run.lora_path, whole) < 1e-2
 
 
 def test_a_run_starts_from_a_lora(on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, whole: Path) -> None:
