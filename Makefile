@@ -1,7 +1,6 @@
 # make demo      teach the demo model a concept it has never seen (a few minutes on a laptop CPU)
-# make test      ruff, pyright and pytest, as CI runs them; inside ComfyUI too where there is a checkout of it, and on a
-#                pretend CUDA device where there is a C++ compiler
-# make test-cuda       the part on the pretend device alone
+# make test      ruff, pyright and pytest, as CI runs them; inside ComfyUI too where there is a checkout of it
+# make test-cuda       pytest on a pretend CUDA device, where there is a C++ compiler; not yet a part of `make test`
 # make test-cuda-all   all of it in all modes, about an hour, and its table in Markdown
 # make browser   install chromium for the tests of the page (Debian and Ubuntu, as root)
 # All but the browser make .venv on the first run. PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." is given to pip install,
@@ -33,8 +32,8 @@ demo: $(VENV)/.standalone
 # Side by side: each part keeps to one core.
 SIDE_BY_SIDE = $(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-test: lint comfyui cuda-device
-	$(SIDE_BY_SIDE) test-core test-comfyui test-cuda-parts
+test: lint comfyui
+	$(SIDE_BY_SIDE) test-core test-comfyui
 
 test-core:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q
