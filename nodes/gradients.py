@@ -102,7 +102,8 @@ def _clones(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
             cast = {"weight": weight, "bias": bias}
             return {name: value.clone() for name, value in cast.items() if value is not None}
     own = {name: value for name, value in module._parameters.items() if value is not None}
-    return {name: plain(value).to(x.device, copy=True) for name, value in own.items()}
+    # from RAM without waiting for the device
+    return {name: plain(value).to(x.device, copy=True, non_blocking=x.is_cuda) for name, value in own.items()}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pretend_cuda import device
-from pretend_cuda.watch import Watch
+from pretend_cuda.watch import watching
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from dopsd_core.images import load_image
 from dopsd_core.lora_import import import_lora
 from dopsd_core.progress import StepReport
 from dopsd_core.rollout import sample
+from dopsd_core.run import Run
 from dopsd_core.standalone.concept import make_concept, write_dataset
 from dopsd_core.standalone.demo import demo_config
 from dopsd_core.standalone.host import DemoModel, load_demo_model, with_lora
@@ -106,9 +107,9 @@ def test_the_encoder_reads_the_same(on_cpu: DemoModel, on_cuda: DemoModel, pairs
         assert torch.allclose(here, there, atol=1e-4)
 
 
-def test_a_training_set_is_encoded_on_the_device(on_cuda: DemoModel, pairs: Sequence[Pair], data: TrainingSet) -> None:
-    built = build_training_set(pairs, on_cuda.encoder, trigger="ohwx")
-    for ours, theirs in zip(built.pairs, data.pairs, strict=False):
+def test_a_training_set_is_encoded_on_the_device(on_cpu: DemoModel, on_cuda: DemoModel, pairs: Sequence[Pair]) -> None:
+    here, there = (build_training_set(pairs, model.encoder, trigger="ohwx") for model in (on_cuda, on_cpu))
+    for ours, theirs in zip(here.pairs, there.pairs, strict=True):
         assert ours.student.features.device.type == "cpu"  # so that it takes no room on the card
         assert torch.allclose(ours.student.features, theirs.student.features, atol=1e-4)
 
@@ -133,9 +134,9 @@ def test_samples_with_a_lora_are_the_same(on_cpu: DemoModel, on_cuda: DemoModel,
 def test_a_training_is_the_cpus(
     on_cpu: DemoModel, on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, name: str
 ) -> None:
-    config = dataclasses.replace(CONFIG, **VARIANTS[name])
+    config = dataclasses.replace(CONFIG, steps=2, **VARIANTS[name])
     here, there = (train(config, m.denoiser, data, tmp_path / n) for m, n in ((on_cuda, "cuda"), (on_cpu, "cpu")))
-    assert largest_difference(here.lora_path, there.lora_path) < 1e-3
+    assert largest_difference(here.lora_path, there.lora_path) < 1e-2
 
 
 @pytest.mark.parametrize("blocks", [2, 99])
@@ -179,7 +180,7 @@ def test_a_run_of_the_device_resumes_on_a_cpu(
 ) -> None:
     train(CONFIG, on_cuda.denoiser, data, tmp_path, StopAfter(1))
     run = train(CONFIG, on_cpu.denoiser, data, tmp_path)
-    assert run.step == CONFIG.steps and largest_difference(run.lora_path, whole) < 1e-3
+    assert run.step == CONFIG.steps and largest_difference(run.lora_path, whole) < 1e-2
 
 
 def test_a_run_starts_from_a_lora(on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, whole: Path) -> None:
@@ -192,22 +193,18 @@ def test_a_run_starts_from_a_lora(on_cuda: DemoModel, data: TrainingSet, tmp_pat
 # -- the host and the device's memory ---------------------------------------------------------------------------------
 
 
-def waits(model: DemoModel, data: TrainingSet, folder: Path, steps: int, **changes: Any) -> Watch:
-    settings = {"probe_every": 0, "checkpoint_every": 1000, "anchor_probability": 0.0, "steps": steps, **changes}
-    with Watch() as watch:
-        train(dataclasses.replace(CONFIG, **settings), model.denoiser, data, folder)
-    return watch
-
-
 @pytest.mark.parametrize("changes", [{}, {"anchor_probability": 1.0}, {"batch_size": 4}], ids=["plain", "anchors", "4"])
 def test_two_waits_per_optimizer_step_and_none_in_the_backward(
     on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    few, many = (waits(on_cuda, data, tmp_path / f"{steps}", steps, **changes) for steps in (1, 4))
-    more = many.syncs(in_backward=False) - few.syncs(in_backward=False)
-    ours = {event: count for event, count in more.items() if "dopsd_core/standalone" not in event.place}
-    assert sum(ours.values()) <= 2 * 3, many.describe(more)
-    assert not many.syncs(in_backward=True), many.describe(many.syncs(in_backward=True))
+    """diffusers' network has waits of its own."""
+    config = dataclasses.replace(CONFIG, **{"probe_every": 0, "anchor_probability": 0.0, **changes})
+    with watching(Run, "make_step") as watches:
+        train(config, on_cuda.denoiser, data, tmp_path)
+    for watch in watches[1:]:
+        waits = watch.syncs()
+        ours = sum(count for event, count in waits.items() if "standalone/host.py" not in event.place)
+        assert ours <= 2 and not watch.syncs(in_backward=True), watch.describe(waits)
 
 
 def test_a_run_that_is_out_of_memory_keeps_its_steps(

@@ -46,7 +46,7 @@ count: Counter[str] = Counter()
 _chances = Chances()
 _random = random.Random(0)
 _ranges: WeakSet[ModelVBAR] = WeakSet()
-_reserved: list[mmap.mmap] = []  # tensors over freed ranges may live on, so addresses stay valid
+_reserved: dict[int, mmap.mmap] = {}  # by address; tensors over freed ranges may live on, so addresses stay valid
 
 Allocation = tuple[Any, int, int]
 """Its range or buffer, address, bytes."""
@@ -77,8 +77,19 @@ def _reserve(size: int) -> int:
     """The address of `size` bytes that take no memory until they are written."""
     whole = max(int(size), PAGE)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    _reserved.append(mmap.mmap(-1, whole, flags=flags))
-    return ctypes.addressof(ctypes.c_char.from_buffer(_reserved[-1]))
+    return _kept(mmap.mmap(-1, whole, flags=flags))
+
+
+def _kept(memory: mmap.mmap) -> int:
+    """Its address."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    _reserved[address] = memory
+    return address
+
+
+def _give_back(address: int) -> None:
+    """The host has its memory again; the addresses stay."""
+    _reserved[address].madvise(mmap.MADV_DONTNEED)
 
 
 def _read(file: int | BinaryIO, offset: int, size: int, *addresses: int) -> None:
@@ -171,6 +182,7 @@ class ModelVBAR:
     def __del__(self) -> None:
         for page in list(self._resident):
             self._drop(page)
+        _give_back(self.base_addr)
 
     def pinned(self) -> int:
         return sum(1 for pins in self._pins.values() if pins)
@@ -220,6 +232,7 @@ class VRAMBuffer:
 
     def __del__(self) -> None:
         device.add_live(-self._allocated)
+        _give_back(self.base_addr)
 
 
 class HostBuffer:
@@ -258,6 +271,10 @@ class HostBuffer:
     def truncate(self, size: int, do_unregister: bool = True) -> None:
         self.size = int(size)
 
+    def __del__(self) -> None:
+        device.unpin(self._address)
+        _give_back(self._address)
+
 
 def nothing(*_: object) -> None:
     """For what has no counterpart here."""
@@ -276,8 +293,7 @@ class ModelMMAP:
         with open(filepath, "rb") as file:
             self._file = os.dup(file.fileno())
         self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
-        _reserved.append(self._map)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._address = _kept(self._map)
 
     def get(self) -> int:
         return self._address

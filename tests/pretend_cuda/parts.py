@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 CORE = ("adapters", "checkpointing", "frozen", "lora_import", "objectives", "rollout", "training_set")
 """Tests of the core that compute where $DOPSD_TEST_DEVICE says."""
-NODES = ("bases", "demo_models", "klein_nodes", "live", "stock_files", "training")
-"""Tests inside ComfyUI: whole trainings of both families, on every base, and in a server."""
+NODES = ("bases", "stock_files", "training")
+"""Tests inside ComfyUI: whole trainings of both families, on every base."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ _CENTRAL = ("-m", "central", "tests/comfyui/on_cuda")
 
 PARTS = {
     "core": Part("core", "8.9", ("tests/on_cuda", *_files("tests", CORE), "--deselect", _FUSED_ATTENTION)),
-    "dynamic": Part("dynamic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", NODES))),
-    "classic": Part("classic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", NODES))),
+    "dynamic": Part("dynamic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "live")))),
+    "classic": Part("classic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "klein_nodes")))),
     "novram": Part("novram", "8.9", _CENTRAL),
     "lowvram": Part("lowvram", "8.9", _CENTRAL),
     "highvram": Part("highvram", "8.9", _CENTRAL),

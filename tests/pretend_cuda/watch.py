@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 from pretend_cuda import device
 
@@ -59,9 +59,27 @@ class Watch:
             code = frame.f_code
             in_backward = in_backward or code.co_name == "_engine_run_backward"
             if len(place) < self._depth and any(mark in code.co_filename for mark in self._marks):
-                place.append(f"{'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno}")
+                place.append(f"{'/'.join(code.co_filename.split('/')[-3:])}:{frame.f_lineno}")
             frame = frame.f_back
         self.events[Event(kind, in_backward, " < ".join(place))] += 1
+
+
+@contextmanager
+def watching(owner: Any, method: str) -> Iterator[list[Watch]]:
+    """Inside, every call of this method of a class is watched; the watches come in the order of the calls."""
+    watches: list[Watch] = []
+    original = getattr(owner, method)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with Watch() as watch:
+            watches.append(watch)
+            return original(*args, **kwargs)
+
+    setattr(owner, method, watched)
+    try:
+        yield watches
+    finally:
+        setattr(owner, method, original)
 
 
 def _is_autograds_thread() -> bool:

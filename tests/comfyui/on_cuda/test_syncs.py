@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 from bases import EVERY_FORM, Load, train
 from inprocess import ComfyUI
-from pretend_cuda.watch import Event, Watch
+from pretend_cuda.watch import Event, watching
 
-STEPS = (2, 6)
+
+def is_comfyuis(event: Event) -> bool:
+    """Whether a line of ComfyUI's network waits: Z-Image's brings padding tokens that are in RAM, each time."""
+    return event.place.startswith("ldm/")
 
 
 @pytest.mark.parametrize("form", EVERY_FORM)
@@ -18,15 +20,15 @@ def test_two_waits_per_optimizer_step_and_none_in_the_backward(
     comfyui: ComfyUI, load: Load, form: str, record_property: Any
 ) -> None:
     """The losses and the gradient's norm are read; an upload that waits would count too."""
-    model, watched = load(form), []
-    train(comfyui, model, f"loads-{form}", steps=1)
-    for steps in STEPS:
-        with Watch() as watch:
-            train(comfyui, model, f"waits-{steps}-{form}", steps=steps)
-        watched.append(watch)
-    few, many = watched
-    more: Counter[Event] = many.syncs() - few.syncs()
-    per_step = more.total() / (STEPS[1] - STEPS[0])
-    record_property("waits", f"{per_step:g}")
-    assert per_step <= 2, many.describe(more)
-    assert not many.syncs(in_backward=True), many.describe(many.syncs(in_backward=True))
+    model = load(form)
+    with watching(comfyui.core("run").Run, "make_step") as watches:
+        train(comfyui, model, f"waits-{form}")
+    assert len(watches) == 3
+    for watch in watches[1:]:
+        waits = watch.syncs()
+        ours = sum(count for event, count in waits.items() if not is_comfyuis(event))
+        record_property(
+            "waits", f"{ours}" if ours == waits.total() else f"{ours} and {waits.total() - ours} of ComfyUI's"
+        )
+        assert ours <= 2, watch.describe(waits)
+        assert not watch.syncs(in_backward=True), watch.describe(waits)
