@@ -12,16 +12,16 @@ Three times the same training, in processes of their own and with the same numbe
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.report import RESULTS, Section, Table, comfyui_version, measured_here, record
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests" / "comfyui"
@@ -120,25 +120,24 @@ def apart(part: str, threads: int, config: str = "") -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def report(threads: int) -> str:
-    """The table for the README."""
+def section(threads: int) -> Section:
+    """Seconds of the three runs, and what the node costs over the bare loop."""
     server = apart("server", threads)
     comfyui, standalone = (apart(part, threads, server["config"]) for part in ("comfyui", "standalone"))
     rows = [
         ("quickstart, whole workflow", server["total"]),
-        *((f"  {kind}", seconds) for kind, seconds in server["nodes"].items() if seconds >= 0.3),
-        ("core loop on ComfyUI's MODEL", comfyui),
-        ("core loop on the standalone host", standalone),
-        ("server's start", server["boot"]),
+        *((f"of it {kind}", seconds) for kind, seconds in server["nodes"].items() if seconds >= 0.3),
+        ("`dopsd_core.train` on the same MODEL, without node, previews and callbacks", comfyui),
+        ("`dopsd_core.train` without ComfyUI, diffusers' network", standalone),
+        ("start of the server", server["boot"]),
     ]
-    lines = ["| what | seconds |", "|---|---|", *(f"| {name} | {seconds:.1f} |" for name, seconds in rows)]
-    day = datetime.date.today().isoformat()
-    lines.append(
-        f"\nOverhead of the training node over the bare loop on the same MODEL: {server['train'] / comfyui - 1:.1%}; "
-        f"over the standalone host's: {server['train'] / standalone - 1:.1%}. Server's memory afterwards "
-        f"{server['rss_mb']:.0f} MB. {platform.machine()}, {threads} threads, {day}."
+    note = (
+        f"{threads} threads, one run each. The training node adds {server['train'] / comfyui - 1:.1%} to the bare loop "
+        f"on the same MODEL. The server holds {server['rss_mb'] / 1000:.1f} GB afterwards."
     )
-    return "\n".join(lines)
+    table = Table(("what", "seconds"), tuple((name, f"{seconds:.1f}") for name, seconds in rows))
+    title = "The quickstart in a ComfyUI server"
+    return Section("quickstart", title, "python -m benchmarks.comfyui_quickstart", None, table, (note,))
 
 
 def main() -> None:
@@ -147,7 +146,9 @@ def main() -> None:
     parser.add_argument("--part", choices=("server", "comfyui", "standalone"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part is None:
-        print(report(args.threads))
+        found = measured_here(section(args.threads), comfyui_version())
+        record(found, RESULTS)
+        print(found.to_markdown())
         return
     if args.part != "standalone":
         sys.path.insert(0, str(TESTS))

@@ -1,6 +1,6 @@
-"""The demo on several unseen concepts, and the median and the worst of its figures.
+"""The demo on several unseen concepts: median and worst of its figures, for docs/results.md.
 
-    python -m benchmarks.demo_concepts --output /tmp/concepts --seeds 10 --jobs 2
+    python -m benchmarks.demo_concepts --seeds 10 --training-seeds 1 --jobs 2
 
 Each concept is a run of `python -m dopsd_core demo`; those that are in --output already are not run again.
 """
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, record
 
 Report = Mapping[str, Any]
 
@@ -50,20 +50,33 @@ def rows(reports: Sequence[Report]) -> dict[str, tuple[list[float], bool]]:
     return table
 
 
+def section(reports: Sequence[Report], training_seeds: int, jobs: int) -> Section:
+    """Median and worst of every figure over the concepts."""
+    lines = tuple(
+        (name, f"{median(values):.3g}", f"{min(values) if more_is_better else max(values):.3g}")
+        for name, (values, more_is_better) in rows(reports).items()
+    )
+    return Section(
+        "demo-concepts",
+        f"{len(reports)} concepts that nobody tuned on",
+        f"python -m benchmarks.demo_concepts --seeds {len(reports)} --training-seeds {training_seeds} --jobs {jobs}",
+        None,
+        Table(("figure", "median", "worst"), lines),
+        (f"Training runs per concept and method: {training_seeds}.",),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=WORK.parent / "demo-concepts")
     parser.add_argument("--seeds", type=int, default=10, help="concepts 0 to N-1")
     parser.add_argument("--jobs", type=int, default=2, help="CPU cores to use")
     parser.add_argument("--training-seeds", type=int, default=3, help="training runs per concept and method")
     args = parser.parse_args()
     reports = [run_demo(seed, args.output, args.jobs, args.training_seeds) for seed in range(args.seeds)]
-    write = sys.stdout.write
-    write(f"{date.today()}, {platform.machine()}, {args.jobs} cores, {args.seeds} concepts, ")
-    write(f"{args.training_seeds} training runs each\n\n| figure | median | worst |\n|---|---|---|\n")
-    for name, (values, more_is_better) in rows(reports).items():
-        worst = min(values) if more_is_better else max(values)
-        write(f"| {name} | {median(values):.3g} | {worst:.3g} |\n")
+    found = measured_here(section(reports, args.training_seeds, args.jobs))
+    record(found, RESULTS)
+    print(found.to_markdown())
 
 
 if __name__ == "__main__":

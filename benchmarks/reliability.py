@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.reliability_report import RESULTS, WORK, Section, comfyui_version, measured_here, record, render
+from benchmarks.report import RELIABILITY, WORK, Section, comfyui_version, measured_here, record, render
 
 
 def kills(args: argparse.Namespace) -> Section:
@@ -77,7 +77,7 @@ WITHOUT_COMFYUI = ("kills",)
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `command` of its result is one of COMMANDS, or "render"."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RELIABILITY, help="JSON file (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for journals (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("render", help="write the page from the JSON")

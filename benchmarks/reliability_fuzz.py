@@ -29,8 +29,8 @@ from typing import Any
 
 from benchmarks.reliability_inputs import KINDS, Broken, Kind, Refused
 from benchmarks.reliability_mutators import Chance
-from benchmarks.reliability_report import ROOT, Journal, Progress, Section, Table
 from benchmarks.reliability_trees import snapshot
+from benchmarks.report import ROOT, Journal, Progress, Section, Table
 
 MEMORY_BYTES = 4 * 2**30
 """What an input may make a worker ask for; a MemoryError is an undocumented error."""

@@ -22,9 +22,9 @@ from typing import Any
 
 from benchmarks.reliability_inputs import Broken, Kind, Refused, as_json, on_file
 from benchmarks.reliability_mutators import Chance, mutate_bytes, mutate_json, mutate_safetensors
-from benchmarks.reliability_report import ROOT
 from benchmarks.reliability_seeds import images
 from benchmarks.reliability_trees import Tree, snapshot
+from benchmarks.report import ROOT
 
 TESTS = ROOT / "tests" / "comfyui"
 DATA = "fuzz"

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, which would take a second of each child
 
-from benchmarks.reliability_report import Journal, Progress, Section, counts_table
+from benchmarks.report import Journal, Progress, Section, counts_table
 from dopsd_core.config import TrainConfig
 from dopsd_core.lora_file import load_lora
 from dopsd_core.progress import LOG_NAME, read_log

@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.reliability_report import Journal, Progress, Section, counts_table
 from benchmarks.reliability_server import (
     QUICK,
     Server,
@@ -28,6 +27,7 @@ from benchmarks.reliability_server import (
     tensor_bytes,
     training,
 )
+from benchmarks.report import Journal, Progress, Section, counts_table
 
 SHORT = {**QUICK, "steps": 2}
 SETTINGS: tuple[dict[str, Any], ...] = (

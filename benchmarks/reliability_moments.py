@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability_report import Journal, Progress, Section, Table
 from benchmarks.reliability_server import (
     MOMENTS,
     QUICK,
@@ -34,6 +33,7 @@ from benchmarks.reliability_server import (
     state,
     training,
 )
+from benchmarks.report import Journal, Progress, Section, Table
 
 SMALL_DISK = "24m"
 NAME = "moment"

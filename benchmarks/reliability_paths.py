@@ -31,9 +31,9 @@ from benchmarks.reliability_attempts import (
     saving_graph,
     training_graph,
 )
-from benchmarks.reliability_report import Progress, Section, Table
 from benchmarks.reliability_server import Server, booted, new_home
 from benchmarks.reliability_trees import snapshot
+from benchmarks.report import Progress, Section, Table
 
 FORBIDDEN = ("/etc/passwd", "/proc/self/environ", "/dev/zero")
 """Read by an attempt, besides the secret, and by nothing that is in order."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability_report import ROOT
+from benchmarks.report import ROOT
 
 TESTS = ROOT / "tests" / "comfyui"
 PROBE = "dopsd_probe"

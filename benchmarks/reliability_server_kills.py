@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability_report import Journal, Progress, Section, counts_table
 from benchmarks.reliability_server import MOMENTS, QUICK, Server, arm, booted, new_home, result_of, run_folder, training
+from benchmarks.report import Journal, Progress, Section, counts_table
 
 NAME = "killed"
 KILLS_PER_RUN = 4

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.report import RESULTS, Section, Table, measured_here, record
 from dopsd_core.adapters import AdapterSet
 from dopsd_core.conditioning import DualCondition
 from dopsd_core.dataset import read_dataset
@@ -122,26 +121,33 @@ def main() -> None:
     if args.worker:
         sys.stdout.write(json.dumps(measure(args.worker[0], int(args.worker[1]), args.batch, args.repeats)) + "\n")
         return
-    sys.stdout.write(
-        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-    )
-    sys.stdout.write(f"batch {args.batch}\n\n|  K | step | steps/s | memory added by the steps |\n|---|---|---|---|\n")
-    for k in args.rollout_steps:
+    found = measured_here(section(args.rollout_steps, args.batch, args.repeats))
+    record(found, RESULTS)
+    print(found.to_markdown())
+
+
+def section(rollout_steps: Sequence[int], batch: int, repeats: int) -> Section:
+    """Both steps at every number of rollout steps, each in a process of its own."""
+    rows = []
+    for k in rollout_steps:
         for variant in ("reference", "ours"):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.step_cost",
-                "--worker",
-                variant,
-                str(k),
-                "--batch",
-                str(args.batch),
-            ]
-            out = subprocess.run([*command, "--repeats", str(args.repeats)], capture_output=True, text=True, check=True)
+            command = [sys.executable, "-m", "benchmarks.step_cost", "--worker", variant, str(k)]
+            sizes = ["--batch", str(batch), "--repeats", str(repeats)]
+            out = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True)
             row = json.loads(out.stdout.splitlines()[-1])
-            sys.stdout.write(f"| {k} | {variant} | {row['steps_per_second']:.2f} | {row['added_mb']:.0f} MB |\n")
-            sys.stdout.flush()
+            rows.append((str(k), variant, f"{row['steps_per_second']:.2f}", f"{row['added_mb']:.0f}"))
+    notes = (
+        f"The demo model, batch {batch}, {torch.get_num_threads()} threads. The reference's step recomputes its conditions and keeps the graphs of all K rollout steps; ours does neither.",  # noqa: E501
+    )
+    columns = ("K", "step", "steps/s", "memory added by the steps, MB")
+    return Section(
+        "step-cost",
+        "Cost of an optimizer step",
+        "python -m benchmarks.step_cost",
+        None,
+        Table(columns, tuple(rows)),
+        notes,
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_demo_leaves_a_report_with_every_figure(output: Path) -> None:
 
 
 def test_demo_leaves_pictures_and_a_lora(output: Path) -> None:
-    for name in ("contact_sheet.png", "curves.png"):
+    for name in ("overview.png", "contact_sheet.png", "curves.png"):
         with Image.open(output / name) as image:
             assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 100
     with safe_open(output / "lora.safetensors", "pt") as file:

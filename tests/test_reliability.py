@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("resource", reason="the scripts use POSIX limits and signals")
 
-from benchmarks import reliability, reliability_fuzz, reliability_kills, reliability_report  # noqa: E402
+from benchmarks import reliability, reliability_fuzz, reliability_kills, report  # noqa: E402
 from benchmarks.reliability_attempts import Attempt, Field  # noqa: E402
 from benchmarks.reliability_fuzz import Case, Fuzz, Task, core_kinds, shrink, try_case  # noqa: E402
 from benchmarks.reliability_inputs import Broken, Kind, Refused  # noqa: E402
 from benchmarks.reliability_mutators import Chance  # noqa: E402
 from benchmarks.reliability_paths import Answer, Audit, summary  # noqa: E402
-from benchmarks.reliability_report import Journal, Section, Table, load_sections, measured_here, record  # noqa: E402
 from benchmarks.reliability_trees import Tree, snapshot  # noqa: E402
+from benchmarks.report import Journal, Section, Table, load_sections, measured_here, record  # noqa: E402
 from dopsd_core.captions import CaptionError  # noqa: E402
 from dopsd_core.run import Run  # noqa: E402
 
@@ -59,7 +59,7 @@ def test_a_journal_loses_the_line_that_a_kill_cut(tmp_path: Path) -> None:
 def test_a_journal_of_other_code_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "journal.jsonl"
     Journal.open(path).append({"n": 1})
-    monkeypatch.setattr(reliability_report, "code_digest", lambda: "other")
+    monkeypatch.setattr(report, "code_digest", lambda: "other")
     assert Journal.open(path).rows == []
 
 

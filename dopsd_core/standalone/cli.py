@@ -66,7 +66,7 @@ def run_demo(args: argparse.Namespace) -> int:
     peak = peak_rss_mb() + result.peak_rss_mb
     report = write_results(args.output, concept, judge, result, time.perf_counter() - began, peak)
     _say("\n" + table(report))
-    names = ("contact_sheet.png", "curves.png", "report.json", "lora.safetensors")
+    names = ("overview.png", "contact_sheet.png", "curves.png", "report.json", "lora.safetensors")
     _say("\n" + "\n".join(str(args.output / name) for name in names))
     return 0
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ..atomic import write_atomic
@@ -107,9 +108,10 @@ def best_rate(tried: Mapping[float, Scores], dopsd: Scores) -> float:
 def write_results(
     output: Path, concept: Concept, judge: Judge, result: Comparison, wall_seconds: float, peak_rss_mb: float
 ) -> dict[str, Any]:
-    """lora.safetensors, contact_sheet.png, curves.png and report.json into the output folder; returns the report."""
+    """The LoRA, overview.png, contact_sheet.png, curves.png and report.json into the folder; returns the report."""
     shutil.copyfile(result.lora, output / "lora.safetensors")
     draw_sheet(concept, result).save(output / "contact_sheet.png")
+    draw_overview(concept, result).save(output / "overview.png")
     logs = {"D-OPSD": "dopsd-seed0", f"SFT, lr {result.sft_rate:g}": f"sft-lr{result.sft_rate:g}-seed0"}
     save_curves(output / "curves.png", {name: read_log(output / "runs" / run / LOG_NAME) for name, run in logs.items()})
     methods = result.methods()
@@ -169,6 +171,23 @@ def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
     for name, label in (("base", "no words, before"), ("dopsd", "no words, D-OPSD"), ("sft", "no words, SFT")):
         rows.append(Row(label, '"a badge, ...": the concept\nshould not show here', result.shown[name].generic[:n]))
     return contact_sheet(f"Concept {concept.seed}: {concept.words} = [V]", rows)
+
+
+def draw_overview(concept: Concept, result: Comparison, each: int = 2) -> Image.Image:
+    """Two rows, `each` images per method: prompts with [V], and prompts that name no concept, where it must not show.
+
+    All methods draw the same prompts from the same noise.
+    """
+    titles = {"base": "untouched", "sft": "SFT", "dopsd": "D-OPSD", "teacher": "teacher (sees a target)"}
+    pick, _ = _shown_prompts(concept)
+    words = [title if i == 0 else "" for title in titles.values() for i in range(each)]
+    trigger = torch.cat([result.shown[name].trigger[pick[:each]] for name in titles])
+    generic = torch.cat([result.shown[name].generic[:each] for name in titles])
+    rows = [
+        Row('"a [V] badge, ..."', "should show the concept", trigger, words),
+        Row('"a badge, ..."', "should not show it", generic),
+    ]
+    return contact_sheet(f"[V] = {concept.words}, learned from four images; drawn in 4 steps", rows)
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -1,9 +1,12 @@
-"""Where the reliability measurements leave what they found: one JSON file, and the page that is written from it.
+"""Where the benchmarks leave what they measured: a JSON file per page of docs/, and the page written from it.
 
-    record(Section(key="kills", title="...", ...), Path("docs/reliability.json"))
+    record(Section(key="kills", title="...", ...), RELIABILITY)
+    record(Section(key="demo", title="...", ...), RESULTS)
 
 The JSON holds one section per measurement; the page beside it (the same name, .md) is written from the JSON alone.
 A measurement of hours keeps a journal, so that the same command continues after a stop.
+
+    python -m benchmarks.report        both pages anew, from their JSON
 """
 
 from __future__ import annotations
@@ -25,18 +28,41 @@ from typing import Any
 from dopsd_core.atomic import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "reliability.json"
+RESULTS = ROOT / "docs" / "results.json"
+RELIABILITY = ROOT / "docs" / "reliability.json"
 WORK = ROOT / "build" / "reliability"
 """Journals and files of measurements in progress; not under version control."""
 
-ORDER = ("kills", "server-kills", "fuzz", "trainings", "moments", "paths", "pretend-cuda")
-"""Keys of the sections in the order of the page; others follow by name."""
 
-INTRO = """# What it survives
+@dataclass(frozen=True)
+class Page:
+    """What a page says before its sections.
 
-Written by `python -m benchmarks.reliability render` from reliability.json; every section says which command measured
-it, when, and on what machine. A section is marked PASSED only by the script that measured it.
-"""
+    Attributes:
+        order: keys of its sections, in order; others follow by name.
+        intro: Markdown with the page's heading.
+    """
+
+    order: tuple[str, ...]
+    intro: str
+
+
+PAGES = {
+    "reliability": Page(
+        ("kills", "server-kills", "fuzz", "trainings", "moments", "paths", "pretend-cuda"),
+        """# Reliability
+
+Written by `python -m benchmarks.reliability render` from reliability.json; every section says which command measured it, when, and on what machine. A section is marked PASSED only by the script that measured it.
+""",  # noqa: E501
+    ),
+    "results": Page(
+        ("demo", "demo-concepts", "quickstart", "step-cost", "identity-cost"),
+        """# Results
+
+Written by the scripts in `benchmarks/` into results.json, and from there by `python -m benchmarks.report`; every section says which command measured it, when, and on what machine. All of it is measured on the embedded demo model. None of it says anything about Z-Image-Turbo or FLUX.2-klein with their real weights, on which nobody has run the pack yet.
+""",  # noqa: E501
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +86,7 @@ class Section:
         key: name of the measurement, unique.
         title: heading on the page.
         command: the command that measured it.
-        passed: whether everything was as it must be.
+        passed: whether everything was as it must be; None for a measurement that cannot fail.
         table: the figures.
         notes: sentences below the table.
         date, machine: filled in by `measured_here`.
@@ -69,7 +95,7 @@ class Section:
     key: str
     title: str
     command: str
-    passed: bool
+    passed: bool | None
     table: Table
     notes: tuple[str, ...] = ()
     date: str = ""
@@ -77,10 +103,10 @@ class Section:
 
     def to_markdown(self) -> str:
         """Heading, verdict, figures and notes."""
-        verdict = "PASSED" if self.passed else "FAILED"
+        verdict = {True: "PASSED. ", False: "FAILED. ", None: ""}[self.passed]
         parts = [
             f"## {self.title}",
-            f"{verdict}. `{self.command}`, {self.date}, {self.machine}",
+            f"{verdict}`{self.command}`, {self.date}, {self.machine}",
             self.table.to_markdown(),
             *self.notes,
         ]
@@ -93,19 +119,19 @@ def measured_here(section: Section, *facts: str) -> Section:
     return dataclasses.replace(section, date=datetime.date.today().isoformat(), machine=machine)
 
 
-def record(section: Section, results: Path = RESULTS) -> None:
+def record(section: Section, results: Path) -> None:
     """Puts the section in place of an older one of its key, and writes the page anew."""
     sections = {**load_sections(results), section.key: section}
-    ordered = {key: dataclasses.asdict(sections[key]) for key in _ordered(sections)}
+    ordered = {key: dataclasses.asdict(sections[key]) for key in _ordered(sections, results)}
     results.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(results, (json.dumps(ordered, indent=2, ensure_ascii=False) + "\n").encode())
     render(results)
 
 
-def render(results: Path = RESULTS) -> Path:
+def render(results: Path) -> Path:
     """Writes the page from the JSON; gives the page's path."""
     sections = load_sections(results)
-    parts = [INTRO, *(sections[key].to_markdown() for key in _ordered(sections))]
+    parts = [page_of(results).intro, *(sections[key].to_markdown() for key in _ordered(sections, results))]
     page = results.with_suffix(".md")
     write_atomic(page, "\n".join(parts).encode())
     return page
@@ -203,8 +229,14 @@ def counts_table(rows: Sequence[tuple[str, object]]) -> Table:
     return Table(("what", "figure"), tuple((name, str(value)) for name, value in rows))
 
 
-def _ordered(sections: Mapping[str, Section]) -> list[str]:
-    return sorted(sections, key=lambda key: (ORDER.index(key) if key in ORDER else len(ORDER), key))
+def page_of(results: Path) -> Page:
+    """The page that is written from this JSON file, by the file's name; one without an order for another name."""
+    return PAGES.get(results.stem, Page((), f"# {results.stem}\n"))
+
+
+def _ordered(sections: Mapping[str, Section], results: Path) -> list[str]:
+    order = page_of(results).order
+    return sorted(sections, key=lambda key: (order.index(key) if key in order else len(order), key))
 
 
 def _section_from(fields: Mapping[str, Any]) -> Section:
@@ -232,3 +264,8 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+if __name__ == "__main__":
+    for page in (RESULTS, RELIABILITY):
+        render(page)

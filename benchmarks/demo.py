@@ -1,0 +1,70 @@
+"""The demo's figures and images for docs/: D-OPSD next to SFT on one concept.
+
+    python -m benchmarks.demo --output build/demo --jobs 2
+
+Runs `python -m dopsd_core demo` (about four minutes on two CPU cores), unless --output already holds its report; writes the section "demo" of docs/results.md, and docs/overview.png, docs/contact_sheet.png and docs/curves.png.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
+
+METHODS = {"base": "untouched", "teacher": "its teacher", "dopsd": "D-OPSD", "sft": "SFT"}
+FIGURES = {
+    "concept_error": "concept error",
+    "prompt_following": "prompt following",
+    "sharpness": "sharpness",
+    "frechet_trigger": "Fréchet, [V]",
+    "frechet_prior": "Fréchet, prior",
+    "prior_error": "prior error",
+    "leak": "leakage",
+}
+NOTES = (
+    "Mean ± standard deviation over the training runs. Concept error: 1 − accuracy of the concept's shape, colour, center and texture, read by a classifier that never saw an image of the model. Prompt following: accuracy of position and background. Fréchet: distance between that classifier's features of the samples and of real renders of the same prompts; prior: prompts without [V]. Leakage: share of the concept's attributes in samples of prompts that name none (chance is about .19).",  # noqa: E501
+    "![Targets, untouched, teacher, D-OPSD, SFT; other prompts before and after](contact_sheet.png)",
+    "![Gap and loss over the steps](curves.png)",
+)
+IMAGES = ("overview.png", "contact_sheet.png", "curves.png")
+
+
+def section(report: Mapping[str, Any], training_seeds: int) -> Section:
+    """The page's section from the demo's report.json."""
+    rows = tuple(
+        (title, *(_mean_and_std(report["methods"][method][figure]) for figure in FIGURES))
+        for method, title in METHODS.items()
+    )
+    closed = f"Concept {report['concept']['seed']}: {report['concept']['looks']}. {report['config']['steps']} steps, 4-step sampling, unseen prompts, {training_seeds} training runs per method; SFT at the best of three learning rates ({report['sft']['rate']:g}). D-OPSD closed {report['gap_closed']:.0%} of the gap between the untouched model and its own teacher. {report['wall_seconds']:.0f} s, {report['peak_rss_mb'] / 1000:.1f} GB."  # noqa: E501
+    command = "python -m benchmarks.demo"
+    return Section("demo", "D-OPSD against SFT", command, None, Table(("", *FIGURES.values()), rows), (closed, *NOTES))
+
+
+def _mean_and_std(figure: Mapping[str, float]) -> str:
+    return f"{figure['mean']:.3g} ± {figure['std']:.2g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=WORK.parent / "demo")
+    parser.add_argument("--jobs", type=int, default=2, help="CPU cores to use")
+    parser.add_argument("--training-seeds", type=int, default=3, help="training runs per method")
+    args = parser.parse_args()
+    if not (args.output / "report.json").exists():
+        command = [sys.executable, "-m", "dopsd_core", "demo", "--output", str(args.output)]
+        subprocess.run([*command, "--jobs", str(args.jobs), "--seeds", str(args.training_seeds)], check=True)
+    report = json.loads((args.output / "report.json").read_text(encoding="utf-8"))
+    for name in IMAGES:
+        shutil.copyfile(args.output / name, ROOT / "docs" / name)
+    record(measured_here(section(report, args.training_seeds), f"{args.jobs} jobs"), RESULTS)
+
+
+if __name__ == "__main__":
+    main()
