@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dopsd_core.checkpointing import block_shapes
+from dopsd_core.adapters.lora_config import LoraConfig, match_targets
+from dopsd_core.denoiser import Denoiser, LinearSite
 from dopsd_core.families import Family
-from dopsd_core.lora_config import LoraConfig, match_targets
-from dopsd_core.model import Denoiser, LinearSite
+from dopsd_core.memory.activation_checkpointing import block_shapes
 
 FUSED_ATTENTION_BACKWARD = 2.5
 """Matrix products of attention's backward over those of its forward: 5 against 2, as scores are computed again."""

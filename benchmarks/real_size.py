@@ -35,7 +35,7 @@ from benchmarks.authors_encoders import AuthorsEncoders
 from benchmarks.networks import Network
 from benchmarks.real_step import GB, Bench, Row, Subject, matmul_rate
 from dopsd_core import objectives
-from dopsd_core.conditioning import DualCondition
+from dopsd_core.conditioning.encode import DualCondition
 from dopsd_core.config import TrainConfig
 
 HEAD = (

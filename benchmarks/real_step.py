@@ -15,14 +15,14 @@ from benchmarks import counters
 from benchmarks.authors_encoders import AuthorsEncoders
 from benchmarks.cost_model import StepCost, pass_cost
 from benchmarks.networks import Network
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.checkpointing import checkpointed
-from dopsd_core.conditioning import Condition, DualCondition
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Family
-from dopsd_core.footprint import Footprint, estimate
+from dopsd_core.memory.activation_checkpointing import checkpointed
+from dopsd_core.memory.footprint import Footprint, estimate
 from dopsd_core.objectives import DOPSD, ObjectiveInputs, self_distillation_loss
-from dopsd_core.optimizer import make_optimizer
+from dopsd_core.optimizers.optimizer import make_optimizer
 from dopsd_core.rollout import rollout
 
 GB = 1e9

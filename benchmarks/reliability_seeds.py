@@ -16,11 +16,11 @@ from safetensors.torch import save as format_safetensors
 
 from benchmarks.reliability_mutators import Chance
 from benchmarks.reliability_trees import Tree
-from dopsd_core.condition_cache import ConditionCache, cache_key
+from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.adapters.lora_file import save_lora
+from dopsd_core.conditioning.cache import ConditionCache, cache_key
 from dopsd_core.config import TrainConfig
-from dopsd_core.lora_config import LoraConfig
-from dopsd_core.lora_file import save_lora
-from dopsd_core.state import Checkpoint, save_checkpoint
+from dopsd_core.training.checkpoint import Checkpoint, save_checkpoint
 from tests.tiny import killable_config
 from tests.toy_denoiser import ToyDenoiser
 

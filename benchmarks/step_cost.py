@@ -23,18 +23,18 @@ from pathlib import Path
 
 import torch
 
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.conditioning import DualCondition
-from dopsd_core.dataset import read_dataset
-from dopsd_core.draws import make_generator
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.conditioning.encode import DualCondition
+from dopsd_core.data.dataset import read_dataset
+from dopsd_core.data.images import load_image
+from dopsd_core.demo.concept import make_concept, write_dataset
+from dopsd_core.demo.world import IMAGE_SIZE
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.images import load_image
 from dopsd_core.objectives import DOPSD, ObjectiveInputs, self_distillation_loss
 from dopsd_core.rollout import rollout
-from dopsd_core.standalone.concept import make_concept, write_dataset
-from dopsd_core.standalone.host import DemoModel, load_demo_model
+from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model
 from dopsd_core.standalone.memory import peak_rss_mb
-from dopsd_core.standalone.world import IMAGE_SIZE
+from dopsd_core.training.rng import make_generator
 
 Step = Callable[[], None]
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inspect_dataset(args: argparse.Namespace) -> int:
     """Prints the report of a data set; 1 when it has errors."""
-    from .dataset import read_dataset
+    from .data.dataset import read_dataset
 
     report = read_dataset(
         args.dataset,
@@ -68,9 +68,9 @@ def _dispatch(args: argparse.Namespace) -> int:
 
 def _is_told(error: Exception) -> bool:
     """Whether the message alone is what the user needs: mistakes in what was given, files that are not there."""
-    from .lock import FolderInUse
-    from .run import NonFiniteError
-    from .state import StateError
+    from .files.lock import FolderInUse
+    from .training.checkpoint import StateError
+    from .training.run import NonFiniteError
 
     return isinstance(error, ValueError | OSError | StateError | NonFiniteError | FolderInUse)
 

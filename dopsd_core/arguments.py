@@ -95,7 +95,7 @@ def config_from_args(args: argparse.Namespace, defaults: Mapping[str, Any]) -> T
 
 def _read_text(file: Path) -> str:
     """Raises ValueError with the file's name when it is not UTF-8; Windows' own consoles write UTF-16."""
-    from .captions import CaptionError, decode_utf8
+    from .data.captions import CaptionError, decode_utf8
 
     try:
         return decode_utf8(file.read_bytes())

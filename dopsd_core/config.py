@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from .adapters import TeacherKind
+from .adapters.adapter_set import TeacherKind
+from .adapters.lora_config import LoraConfig
 from .families import FAMILIES
-from .lora_config import LoraConfig
 from .objectives import DOPSD, OBJECTIVES, SFT, LossForm, Objective, SigmaDistribution
 
 Schedule = Literal["constant", "cosine"]

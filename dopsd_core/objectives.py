@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapters import AdapterSet, Mode
-from .conditioning import Condition, DualCondition
-from .model import Denoiser
+from .adapters.adapter_set import AdapterSet, Mode
+from .conditioning.encode import Condition, DualCondition
+from .denoiser import Denoiser
 from .rollout import PredictX0, RolloutStep, rollout
 from .sigmas import shift_sigma
 from .transfer import to_device

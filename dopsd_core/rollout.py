@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .conditioning import Condition
-from .model import Denoiser
+from .conditioning.encode import Condition
+from .denoiser import Denoiser
 
 PredictX0 = Callable[[Tensor, float], Tensor]
 """(x [B, C, h, w] fp32, sigma) -> x0_hat [B, C, h, w]."""

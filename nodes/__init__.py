@@ -1,18 +1,18 @@
-"""The ComfyUI side: nodes parse, call the core, wrap. One file per topic; `host.py` is the core's host here."""
+"""The ComfyUI side: nodes parse, call the core, wrap. One file per node or topic; `comfy_host/` is the core's host."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .compare import CompareLoRA
+from .comfy_host.whole_graph import register
+from .compare_lora import CompareLoRA
 from .conditions import BuildTeacherCondition, TeacherPreview
-from .dataset import LoadDataset
-from .initial_lora import LoadLoRA
+from .few_step_sampler import FewStepSampler
+from .load_dataset import LoadDataset
+from .load_lora import LoadLoRA
 from .loaders import LoadDemoModels, LoadTeacherVision
-from .lora import SaveLoRA
-from .sampler import FewStepSampler
-from .train import TrainLoRA
-from .whole_graph import register
+from .save_lora import SaveLoRA
+from .train_lora import TrainLoRA
 
 
 class DopsdExtension(ComfyExtension):

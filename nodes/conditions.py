@@ -8,21 +8,21 @@ from typing import Any, get_args
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..dopsd_core.captions import check_prompts, has_trigger, put_trigger
-from ..dopsd_core.condition_cache import ConditionCache
-from ..dopsd_core.sheet import to_pixels
-from ..dopsd_core.teachers import TEACHERS, Teacher
-from ..dopsd_core.training_set import TeacherImage, TrainingSet, build_training_set
-from .checkpoints import warn_if_undistilled
-from .encoder import ComfyEncoder, teacher_for
-from .fits import require_trainable
-from .host import ComfyDenoiser, default_steps, send_text
-from .inputs import checked
-from .lengths import length_notes
-from .model_patches import require_own_sampling, unused_patches
-from .paths import condition_cache
-from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
-from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
+from ..dopsd_core.conditioning.cache import ConditionCache
+from ..dopsd_core.conditioning.teachers import TEACHERS, Teacher
+from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
+from ..dopsd_core.image_grid import to_pixels
+from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
+from .comfy_host.checked_inputs import checked
+from .comfy_host.denoiser import ComfyDenoiser, default_steps, send_text
+from .comfy_host.distilled import warn_if_undistilled
+from .comfy_host.encoder import ComfyEncoder, teacher_for
+from .comfy_host.fits import require_trainable
+from .comfy_host.lengths import length_notes
+from .comfy_host.model_patches import require_own_sampling, unused_patches
+from .comfy_host.paths import condition_cache
+from .comfy_host.previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
+from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
 
 
 def build_conditions(

@@ -8,11 +8,11 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from . import demo_models
-from .inputs import checked
-from .paths import stamp_of
-from .sockets import CATEGORY, VisionSocket
-from .vision_file import load_teacher_vision, tower_files
+from .comfy_host import demo_models
+from .comfy_host.checked_inputs import checked
+from .comfy_host.paths import stamp_of
+from .comfy_host.sockets import CATEGORY, VisionSocket
+from .comfy_host.vision_file import load_teacher_vision, tower_files
 
 
 class LoadDemoModels(io.ComfyNode):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.adapters import AdapterSet
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.denoiser import LinearSite
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.model import LinearSite
 
 from .devices import DEVICE
 from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, fuse_qkv, linear, lora, make_pairs, randomise

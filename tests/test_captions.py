@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dopsd_core.arguments import config_from_args, make_parser
-from dopsd_core.captions import (
+from dopsd_core.data.captions import (
     CaptionError,
     check_prompts,
     decode_utf8,
@@ -17,7 +17,7 @@ from dopsd_core.captions import (
     put_trigger,
     remove_trigger,
 )
-from dopsd_core.dataset import plan_encoding
+from dopsd_core.data.dataset import plan_encoding
 
 from .written import only, pair, picture, read, rows
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dopsd_core.adapters.lora_config import LoraConfig
 from dopsd_core.config import ConfigError, TrainConfig, changes_that_forbid_resuming
-from dopsd_core.lora_config import LoraConfig
 from dopsd_core.objectives import DOPSD, SFT
-from dopsd_core.optimizer import learning_rate
+from dopsd_core.optimizers.optimizer import learning_rate
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("to_q", "to_k"))
 

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost_model import WRITTEN_OUT_ATTENTION_BACKWARD, StepCost, pass_cost
-from dopsd_core.adapters import AdapterSet, TeacherKind
-from dopsd_core.checkpointing import checkpointed
-from dopsd_core.conditioning import Condition, DualCondition
+from dopsd_core.adapters.adapter_set import AdapterSet, TeacherKind
+from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.families import FLUX2_KLEIN, Z_IMAGE
+from dopsd_core.memory.activation_checkpointing import checkpointed
 from dopsd_core.objectives import DOPSD, ObjectiveInputs
 
 diffusers = pytest.importorskip("diffusers")
@@ -25,7 +25,7 @@ CONFIG = Z_IMAGE.lora_config(8)
 
 @pytest.fixture(scope="module")
 def denoiser():
-    from dopsd_core.standalone.host import StandaloneDenoiser
+    from dopsd_core.standalone.hosts.demo import StandaloneDenoiser
 
     torch.manual_seed(0)
     net = diffusers.ZImageTransformer2DModel(

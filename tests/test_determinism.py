@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dopsd_core import arguments
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.conditioning import Condition
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.conditioning.encode import Condition
 from dopsd_core.config import ConfigError, TrainConfig, changes_that_forbid_resuming
-from dopsd_core.determinism import deterministic_algorithms, obstacle
-from dopsd_core.progress import StepReport
-from dopsd_core.trainer import NoCallbacks, train
+from dopsd_core.training.determinism import deterministic_algorithms, obstacle
+from dopsd_core.training.log import StepReport
+from dopsd_core.training.trainer import NoCallbacks, train
 from tests.tiny import TinyDenoiser, make_config, make_data, saved_bytes
 
 enabled = torch.are_deterministic_algorithms_enabled

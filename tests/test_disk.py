@@ -13,17 +13,17 @@ from typing import IO, Any
 
 import pytest
 
-from dopsd_core import disk
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.atomic import write_atomic
-from dopsd_core.disk import DiskError, Reserve, free_bytes, require_room, require_writable, told_bytes, writing
-from dopsd_core.footprint import saved_bytes
-from dopsd_core.lora_config import LoraConfig
-from dopsd_core.lora_file import load_lora
-from dopsd_core.progress import RunLog, StepReport, read_log
-from dopsd_core.run_folder import check_run_folder
-from dopsd_core.state import load_checkpoint, saved_steps
-from dopsd_core.trainer import NoCallbacks, NonFiniteError, train
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.adapters.lora_file import load_lora
+from dopsd_core.files import disk
+from dopsd_core.files.atomic import write_atomic
+from dopsd_core.files.disk import DiskError, Reserve, free_bytes, require_room, require_writable, told_bytes, writing
+from dopsd_core.memory.footprint import saved_bytes
+from dopsd_core.training.checkpoint import load_checkpoint, saved_steps
+from dopsd_core.training.log import RunLog, StepReport, read_log
+from dopsd_core.training.run_folder import check_run_folder
+from dopsd_core.training.trainer import NoCallbacks, NonFiniteError, train
 from tests.tiny import TinyDenoiser, make_config, make_data
 from tests.tiny import saved_bytes as bytes_of
 
@@ -127,7 +127,7 @@ def test_a_run_is_refused_before_the_network_is_used(
 
 def test_need_counts_what_will_be_there_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs: list[int] = []
-    monkeypatch.setattr("dopsd_core.run_folder.require_room", lambda folder, size: needs.append(size))
+    monkeypatch.setattr("dopsd_core.training.run_folder.require_room", lambda folder, size: needs.append(size))
     denoiser = TinyDenoiser()
     each = saved_bytes(2 * (4 + 16) * 2, 4, "ema", False)
 

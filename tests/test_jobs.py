@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dopsd_core.config import ConfigError
-from dopsd_core.dataset import DatasetError, DatasetReport
-from dopsd_core.run import NonFiniteError
+from dopsd_core.data.dataset import DatasetError, DatasetReport
 from dopsd_core.standalone.compare import SFT_RATES, plan
 from dopsd_core.standalone.demo import demo_config
 from dopsd_core.standalone.jobs import Job, JobRunner
+from dopsd_core.training.run import NonFiniteError
 
 
 def test_plan_gives_every_method_the_same_budget() -> None:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.lora_config import LoraConfig, lora_size, match_targets, parse_targets, part_seed
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_config import LoraConfig, lora_size, match_targets, parse_targets, part_seed
 
 from .toy_denoiser import ToyDenoiser, ToyNet, fuse_qkv
 

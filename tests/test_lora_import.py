@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dopsd_core.adapters import AdapterSet
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.adapters.lora_file import load_lora
+from dopsd_core.adapters.lora_import import import_lora, lora_digest, read_lora, start_state
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.lora_config import LoraConfig
-from dopsd_core.lora_file import load_lora
-from dopsd_core.lora_import import import_lora, lora_digest, read_lora, start_state
-from dopsd_core.state import StateError
-from dopsd_core.trainer import train
+from dopsd_core.training.checkpoint import StateError
+from dopsd_core.training.trainer import train
 from tests.tiny import TinyDenoiser, make_config, make_data, saved_bytes
 from tests.toy_denoiser import WIDTH, ToyDenoiser, ToyNet, fuse_qkv
 

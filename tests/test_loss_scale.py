@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dopsd_core import loss_scale
-from dopsd_core.conditioning import Condition
-from dopsd_core.loss_scale import LossScale
-from dopsd_core.progress import StepReport, read_log
-from dopsd_core.run import NonFiniteError, Run
-from dopsd_core.state import load_checkpoint
-from dopsd_core.trainer import NoCallbacks, train
+from dopsd_core.conditioning.encode import Condition
+from dopsd_core.training import loss_scale
+from dopsd_core.training.checkpoint import load_checkpoint
+from dopsd_core.training.log import StepReport, read_log
+from dopsd_core.training.loss_scale import LossScale
+from dopsd_core.training.run import NonFiniteError, Run
+from dopsd_core.training.trainer import NoCallbacks, train
 from tests.tiny import TinyDenoiser, make_config, make_data, saved_bytes
 
 FAINT = 3e-4

@@ -13,8 +13,8 @@ from PIL import Image
 
 from dopsd_core import arguments
 from dopsd_core.__main__ import main
+from dopsd_core.adapters.lora_config import LoraConfig
 from dopsd_core.config import ConfigError, TrainConfig
-from dopsd_core.lora_config import LoraConfig
 
 DEFAULTS: dict[str, Any] = {"lora": LoraConfig(rank=8, alpha=16.0, targets=("to_q",)), "steps": 50}
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from dopsd_core.adapters import AdapterSet
+from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.objectives import DOPSD, OBJECTIVES, SFT, measure_gap, self_distillation_loss
 from dopsd_core.rollout import euler_step
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dopsd_core.progress import Gaps, RunLog, StepReport, curve, read_log
+from dopsd_core.training.log import Gaps, RunLog, StepReport, curve, read_log
 
 
 def write(path: Path, steps: range) -> None:

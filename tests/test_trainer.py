@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd_core.adapters import AdapterSet
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_file import load_lora, unfold_alpha
 from dopsd_core.config import ConfigError
-from dopsd_core.dataset import Example
-from dopsd_core.lock import FolderInUse
-from dopsd_core.lora_file import load_lora, unfold_alpha
-from dopsd_core.progress import StepReport, curve, read_log
-from dopsd_core.run import Run
-from dopsd_core.state import Checkpoint, StateError, load_checkpoint
-from dopsd_core.trainer import NoCallbacks, NonFiniteError, TrainingSet, TrainResult, train
+from dopsd_core.data.dataset import Example
+from dopsd_core.files.lock import FolderInUse
+from dopsd_core.training.checkpoint import Checkpoint, StateError, load_checkpoint
+from dopsd_core.training.log import StepReport, curve, read_log
+from dopsd_core.training.run import Run
+from dopsd_core.training.trainer import NoCallbacks, NonFiniteError, TrainingSet, TrainResult, train
 from tests.tiny import (
     TinyDenoiser,
     killable_config,
@@ -144,7 +144,7 @@ class Adaptive(torch.optim.AdamW):
 
 
 def test_all_of_an_optimizers_state_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dopsd_core.run.make_optimizer", lambda config, parameters: Adaptive(parameters))
+    monkeypatch.setattr("dopsd_core.training.run.make_optimizer", lambda config, parameters: Adaptive(parameters))
     train(make_config(), TinyDenoiser(), make_data(), tmp_path / "whole")
     for stop in (1, 4, 12):
         train(make_config(steps=stop), TinyDenoiser(), make_data(), tmp_path / "cut")
@@ -153,7 +153,7 @@ def test_all_of_an_optimizers_state_resumes(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_run_of_release_0_2_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoints hold the optimizer's state alone, by path, and nothing of a loss scale."""
-    monkeypatch.setattr("dopsd_core.state.FORMAT", "dopsd-checkpoint-1")
+    monkeypatch.setattr("dopsd_core.training.checkpoint.FORMAT", "dopsd-checkpoint-1")
     now = Run._checkpoint
 
     def then(self: Run) -> Checkpoint:

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dopsd_core.condition_cache import ConditionCache
-from dopsd_core.conditioning import Condition, encode_dataset
-from dopsd_core.dataset import Example, Pair, read_dataset
+from dopsd_core.conditioning.cache import ConditionCache
+from dopsd_core.conditioning.encode import Condition, encode_dataset
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM, Teacher, choose_teacher
+from dopsd_core.data.dataset import Example, Pair, read_dataset
+from dopsd_core.data.images import ImageError
 from dopsd_core.families import FAMILIES
-from dopsd_core.images import ImageError
-from dopsd_core.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM, Teacher, choose_teacher
-from dopsd_core.trainer import train
-from dopsd_core.training_set import (
+from dopsd_core.training.trainer import train
+from dopsd_core.training.training_set import (
     TeacherImage,
     TrainingSet,
     _weighted_anchors,

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dopsd_core.conditioning import Condition, DualCondition
+from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
-from dopsd_core.lora_config import LoraConfig
-from dopsd_core.model import LinearSite, plain_linear_sites
-from dopsd_core.trainer import train
-from dopsd_core.training_set import TrainingSet
+from dopsd_core.denoiser import LinearSite, plain_linear_sites
+from dopsd_core.training.trainer import train
+from dopsd_core.training.training_set import TrainingSet
 
 from .devices import DEVICE
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.conditioning import Condition, DualCondition
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.conditioning.encode import Condition, DualCondition
+from dopsd_core.denoiser import LinearSite, plain_linear_sites
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.lora_config import LoraConfig
-from dopsd_core.model import LinearSite, plain_linear_sites
 from dopsd_core.objectives import ObjectiveInputs
 
 from .devices import DEVICE

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..lora_config import LoraConfig
-from ..model import BlockShape, PartsOf, SitePart
+from ..adapters.lora_config import LoraConfig
+from ..denoiser import BlockShape, PartsOf, SitePart
 
 if TYPE_CHECKING:
-    from ..conditioning import Condition
+    from ..conditioning.encode import Condition
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,28 +14,28 @@ import torch
 from tqdm import tqdm
 
 from ..arguments import config_from_args
-from ..captions import check_prompts, put_trigger
-from ..condition_cache import ConditionCache
-from ..dataset import read_dataset
-from ..draws import make_generator
+from ..conditioning.cache import ConditionCache
+from ..data.captions import check_prompts, put_trigger
+from ..data.dataset import read_dataset
+from ..data.images import decode, to_tensor
+from ..demo.concept import make_concept, write_dataset
+from ..demo.model_files import JUDGE_FILE, WEIGHTS
+from ..demo.world import IMAGE_SIZE
 from ..families import Z_IMAGE
-from ..images import decode, to_tensor
-from ..progress import StepReport
+from ..image_grid import to_images
 from ..rollout import sample
-from ..sheet import to_images
 from ..text import printable
-from ..trainer import NoCallbacks, train
-from ..training_set import build_training_set
+from ..training.log import StepReport
+from ..training.rng import make_generator
+from ..training.trainer import NoCallbacks, train
+from ..training.training_set import build_training_set
 from .compare import compare, draw_teacher_sheet, plan, table, write_results
-from .concept import make_concept, write_dataset
 from .demo import demo_config
-from .demo_files import JUDGE_FILE, WEIGHTS
 from .evaluate import Samples
-from .host import load_demo_model, with_lora
+from .hosts.demo import load_demo_model, with_lora
 from .jobs import JobRunner
 from .judge import load_judge
 from .memory import peak_rss_mb
-from .world import IMAGE_SIZE
 
 _BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"
 

@@ -12,16 +12,16 @@ from typing import Any
 
 from PIL import Image
 
-from ..atomic import write_atomic
 from ..config import TrainConfig
-from ..progress import LOG_NAME, read_log
-from ..sheet import Row, contact_sheet
-from .concept import Concept
+from ..demo.concept import Concept
+from ..demo.world import render
+from ..files.atomic import write_atomic
+from ..image_grid import Row, contact_sheet
+from ..training.log import LOG_NAME, read_log
 from .curves import save_curves
 from .evaluate import Samples, Scores, frechet_floor, gap_closed, summarise
 from .jobs import Job, JobRunner
 from .judge import Judge
-from .world import render
 
 SFT_RATES = (1e-4, 3e-4, 1e-3)
 METHODS = ("base", "teacher", "dopsd", "sft")

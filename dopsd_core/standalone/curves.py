@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..progress import StepReport, curve
+from ..training.log import StepReport, curve
 
 
 def save_curves(path: Path, runs: dict[str, Sequence[StepReport]]) -> None:

@@ -14,21 +14,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..condition_cache import ConditionCache
-from ..conditioning import Condition
+from ..conditioning.cache import ConditionCache
+from ..conditioning.encode import Condition
 from ..config import TrainConfig
-from ..dataset import read_dataset
-from ..draws import make_generator
+from ..data.dataset import read_dataset
+from ..data.images import load_image
+from ..demo.concept import Concept
+from ..demo.world import IMAGE_SIZE, TRIGGER
 from ..families import Z_IMAGE
-from ..images import load_image
 from ..rollout import sample
-from ..trainer import Callbacks, TrainingSet, train
-from ..training_set import build_training_set
-from .concept import Concept
+from ..training.rng import make_generator
+from ..training.trainer import Callbacks, TrainingSet, train
+from ..training.training_set import build_training_set
 from .evaluate import Samples, Scores, score
-from .host import DemoModel, with_lora
+from .hosts.demo import DemoModel, with_lora
 from .judge import Judge
-from .world import IMAGE_SIZE, TRIGGER
 
 _BATCH = 32
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig
-from ..trainer import NoCallbacks
-from .concept import make_concept
+from ..demo.concept import make_concept
+from ..demo.model_files import JUDGE_FILE, WEIGHTS
+from ..training.trainer import NoCallbacks
 from .demo import Demo
-from .demo_files import JUDGE_FILE, WEIGHTS
 from .evaluate import Samples, Scores
-from .host import load_demo_model
+from .hosts.demo import load_demo_model
 from .judge import load_judge
 from .memory import peak_rss_mb
 

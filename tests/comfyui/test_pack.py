@@ -96,7 +96,9 @@ def test_the_start_stays_quick(comfyui):
     assert not brought & HEAVY
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "nodes").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_node_files_import_nothing_heavy(path):
     """ComfyUI imports transformers itself, so what the pack brought does not show; an import at the top would."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -109,7 +111,7 @@ def test_node_files_import_nothing_heavy(path):
 def test_nodes_are_thin():
     """`execute` parses, calls and wraps."""
     lengths = {}
-    for path in (ROOT / "nodes").glob("*.py"):
+    for path in (ROOT / "nodes").rglob("*.py"):
         classes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
         for node in classes:
             for method in node.body:

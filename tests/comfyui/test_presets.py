@@ -15,12 +15,14 @@ NOTHING_CHOSEN: dict[str, Any] = {
 
 @pytest.fixture
 def presets(comfyui: ComfyUI) -> Any:
-    return comfyui.module("nodes.presets")
+    return comfyui.module("nodes.comfy_host.presets")
 
 
 def make(comfyui: ComfyUI, preset: str, has_anchors: bool = True, family: str = "z_image", **chosen: Any) -> Any:
     kind = comfyui.core("families").get_family(family)
-    return comfyui.module("nodes.presets").make_config(preset, kind, has_anchors, {**NOTHING_CHOSEN, **chosen})
+    return comfyui.module("nodes.comfy_host.presets").make_config(
+        preset, kind, has_anchors, {**NOTHING_CHOSEN, **chosen}
+    )
 
 
 def test_every_preset_is_a_whole_configuration(comfyui: ComfyUI, presets: Any) -> None:

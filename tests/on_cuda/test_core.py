@@ -17,21 +17,21 @@ from pretend_cuda.watch import watching
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dopsd_core.adapters.lora_import import import_lora
 from dopsd_core.config import TrainConfig
-from dopsd_core.dataset import Pair, read_dataset
-from dopsd_core.draws import make_generator
+from dopsd_core.data.dataset import Pair, read_dataset
+from dopsd_core.data.images import load_image
+from dopsd_core.demo.concept import make_concept, write_dataset
+from dopsd_core.demo.world import IMAGE_SIZE
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.images import load_image
-from dopsd_core.lora_import import import_lora
-from dopsd_core.progress import StepReport
 from dopsd_core.rollout import sample
-from dopsd_core.run import Run
-from dopsd_core.standalone.concept import make_concept, write_dataset
 from dopsd_core.standalone.demo import demo_config
-from dopsd_core.standalone.host import DemoModel, load_demo_model, with_lora
-from dopsd_core.standalone.world import IMAGE_SIZE
-from dopsd_core.trainer import Callbacks, NoCallbacks, TrainResult, train
-from dopsd_core.training_set import TrainingSet, build_training_set
+from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model, with_lora
+from dopsd_core.training.log import StepReport
+from dopsd_core.training.rng import make_generator
+from dopsd_core.training.run import Run
+from dopsd_core.training.trainer import Callbacks, NoCallbacks, TrainResult, train
+from dopsd_core.training.training_set import TrainingSet, build_training_set
 
 CONFIG = dataclasses.replace(demo_config(), steps=3, batch_size=2, checkpoint_every=2, probe_every=2, warmup=0)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -203,7 +203,7 @@ def test_two_waits_per_optimizer_step_and_none_in_the_backward(
         train(config, on_cuda.denoiser, data, tmp_path)
     for watch in watches[1:]:
         waits = watch.syncs()
-        ours = sum(count for event, count in waits.items() if "standalone/host.py" not in event.place)
+        ours = sum(count for event, count in waits.items() if "standalone/hosts/demo.py" not in event.place)
         assert ours <= 2 and not watch.syncs(in_backward=True), watch.describe(waits)
 
 
