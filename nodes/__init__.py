@@ -15,6 +15,7 @@ from .load_teacher_vision import LoadTeacherVision
 from .save_lora import SaveLoRA
 from .teacher_preview import TeacherPreview
 from .train_lora import TrainLoRA
+from .training_settings import TrainingSettings
 
 
 class DopsdExtension(ComfyExtension):
@@ -29,6 +30,7 @@ class DopsdExtension(ComfyExtension):
             BuildTeacherCondition,
             TeacherPreview,
             TrainLoRA,
+            TrainingSettings,
             FewStepSampler,
             SaveLoRA,
             CompareLoRA,

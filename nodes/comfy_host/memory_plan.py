@@ -201,9 +201,11 @@ def _most(tokens: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, CUDA or ComfyUI ran out of the device's memory."""
+    if not isinstance(error, RuntimeError):  # newer ComfyUIs go by the words alone, and ours may be in any message
+        return False
     if isinstance(error, torch.OutOfMemoryError) or comfy.model_management.is_oom(error):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+    return any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def advice(plan: MemoryPlan, conditions: Conditions, device: torch.device) -> str:

@@ -31,6 +31,13 @@ def option_values(options: Iterable[Option], given: Mapping[str, Any]) -> dict[s
     return {option.name: _value(option, given[option.name]) for option in options if option.name in given}
 
 
+def widget_value(option: Option, value: Any) -> Any:
+    """What the option's widget shows for this value; the inverse of `option_values`."""
+    if option.is_many:
+        return ", ".join(value)
+    return _NONE if value is None else value
+
+
 def tooltip(option: Option) -> str:
     """What an option does, for whom it counts, and what its smallest value stands for."""
     words = option.help[0].upper() + option.help[1:] + "."
@@ -42,11 +49,11 @@ def tooltip(option: Option) -> str:
 
 
 def _input(option: Option, advanced: bool | None) -> Any:
-    about: dict[str, Any] = {"tooltip": tooltip(option), "advanced": advanced}
+    about: dict[str, Any] = {"tooltip": tooltip(option), "advanced": advanced, "optional": True}
     if option.choices:
         return io.Combo.Input(option.name, options=list(option.choices), default=option.default, **about)
     if option.is_many:
-        return io.String.Input(option.name, default=", ".join(option.default), **about)
+        return io.String.Input(option.name, default=widget_value(option, option.default), **about)
     if option.kind is bool:
         return io.Boolean.Input(option.name, default=option.default, **about)
     if option.kind is int:
@@ -63,8 +70,7 @@ def _range(option: Option) -> dict[str, Any]:
     bounds = option.bounds
     low = bounds.low if bounds.low is not None else bounds.above
     high = next((number for number in (bounds.high, bounds.below, option.hint.most) if number is not None), None)
-    default = _NONE if option.default is None else option.default
-    return {"default": default, "min": _NONE if option.is_optional else low, "max": high}
+    return {"default": widget_value(option, option.default), "min": _NONE if option.is_optional else low, "max": high}
 
 
 def _value(option: Option, given: Any) -> Any:

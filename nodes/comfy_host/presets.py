@@ -45,8 +45,8 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
     """The preset with the user's choices put over it.
 
     Args:
-        chosen: options by flat name; 0, or below 0 for `anchor_probability`, keeps the preset's value of those that a
-            preset has. And targets, one text; empty for the family's. Options of what is not chosen are left out.
+        chosen: options by flat name, only those that the user has set; the others are the preset's and the family's.
+            targets may be one text. Options of what is not chosen are left out.
         has_anchors: whether there are prompts for the prior anchor; without any a preset's share of it is 0.
 
     Raises:
@@ -61,13 +61,14 @@ def merged_settings(preset: str, family: Family, has_anchors: bool, chosen: Mapp
     settings = preset_settings(preset, family)
     if not has_anchors:
         settings["anchor_probability"] = 0.0
-    settings |= {name: value for name, value in chosen.items() if name not in settings} | given_settings(chosen)
-    if chosen.get("rank") and not chosen.get("alpha"):
+    settings |= chosen
+    if "rank" in chosen and "alpha" not in chosen:
         settings["alpha"] = chosen["rank"] * PRESETS[preset].alpha / PRESETS[preset].rank
     learned = settings.get("grad_steps") or 0
     settings["grad_steps"] = learned if 0 < learned < settings.get("rollout_steps", family.rollout_steps) else None
     settings["warmup"] = min(settings["warmup"], max(settings["steps"] - 1, 0))
-    settings["targets"] = parse_targets(settings.pop("targets", "")) or family.lora_targets
+    targets = settings.pop("targets", ())
+    settings["targets"] = (parse_targets(targets) if isinstance(targets, str) else targets) or family.lora_targets
     return settings
 
 
@@ -80,13 +81,13 @@ def preset_settings(preset: str, family: Family) -> dict[str, Any]:
 
 
 def given_settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the fields that a preset has, those that the user has set: see `make_config`."""
-    names = [field.name for field in dataclasses.fields(Preset) if field.name in chosen]
-    return {name: chosen[name] for name in names if not _keeps_preset(name, chosen[name])}
+    """Of the fields that a preset has, those that the user has set."""
+    return {field.name: chosen[field.name] for field in dataclasses.fields(Preset) if field.name in chosen}
 
 
-def _keeps_preset(name: str, value: float) -> bool:
-    return value < 0 if name == "anchor_probability" else value == 0
+def preset_steps() -> dict[str, int]:
+    """Preset -> its steps; 0 where the family decides."""
+    return {name: preset.steps for name, preset in PRESETS.items()}
 
 
 def run_digest(config: TrainConfig, *facts: str, settings: Mapping[str, Any] | None = None) -> str:

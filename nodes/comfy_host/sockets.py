@@ -25,6 +25,7 @@ __all__ = [
     "Dataset",
     "DatasetSocket",
     "PreviewPrompt",
+    "SettingsSocket",
     "TeacherVision",
     "TrainedLora",
     "VisionSocket",
@@ -35,6 +36,7 @@ CATEGORY = "D-OPSD"
 DatasetSocket = io.Custom("DOPSD_DATASET")
 ConditionsSocket = io.Custom("DOPSD_CONDITIONS")
 VisionSocket = io.Custom("DOPSD_VISION")
+SettingsSocket = io.Custom("DOPSD_SETTINGS")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from make_locales import CONTROL, places, read, schema_texts
 
 LANGUAGES = ("en", "zh")
 DOCS = ROOT / "web" / "docs"
-LINK_TYPES = ("DOPSD_DATASET", "DOPSD_CONDITIONS", "DOPSD_VISION")
+LINK_TYPES = ("DOPSD_DATASET", "DOPSD_CONDITIONS", "DOPSD_VISION", "DOPSD_SETTINGS")
 BODY = (0x26, 0x3E, 0x4F)  # of our nodes in dark themes, as in web/dopsd.js
 
 

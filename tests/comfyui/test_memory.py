@@ -412,7 +412,7 @@ def test_out_of_memory_says_what_to_do_and_keeps_the_run(
 ) -> None:
     name = f"oom-{type(error).__name__}"
     freed: list[bool] = []
-    memory = comfyui.module("nodes.train_lora")
+    memory = comfyui.module("nodes.comfy_host.training")
     honest = memory.free_device_memory
     monkeypatch.setattr(memory, "free_device_memory", lambda: freed.append(error.__traceback__ is None) or honest())
     settings = {"batch_size": 1, "preview_every": 0, "memory": "24 GB"}
@@ -421,7 +421,7 @@ def test_out_of_memory_says_what_to_do_and_keeps_the_run(
         run = comfyui.execute(training(name, **settings))
     assert run.status == "error" and run.error.count("\n") == 0
     (folder,) = (comfyui.output / "dopsd").glob(f"{name}-*")
-    assert run.error.startswith("out of memory, with memory 24 GB: 2 steps are kept in ")
+    assert run.error.startswith("the GPU's memory ran out, with memory 24 GB: 2 steps are kept in ")
     assert folder.name in run.error and "choose memory 16 GB, which trades" in run.error
     assert "that is a new run" in run.error and len(freed) == 1
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
@@ -444,7 +444,7 @@ def test_the_failed_run_holds_on_to_nothing(comfyui: ComfyUI, monkeypatch: pytes
     import gc
     import weakref
 
-    train = comfyui.module("nodes.train_lora")
+    train = comfyui.module("nodes.comfy_host.training")
     held: list[Any] = []
     alive: list[bool] = []
 
@@ -483,7 +483,7 @@ def test_other_errors_are_handed_on(comfyui: ComfyUI, monkeypatch: pytest.Monkey
 
 def test_a_run_in_little_memory_is_the_same_run(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the node: every block recomputes, and the LoRA is the one of a run in which none does."""
-    memory = comfyui.module("nodes.train_lora")
+    memory = comfyui.module("nodes.comfy_host.training")
     honest = memory.plan_memory
     counts: list[int] = []
 

@@ -80,7 +80,7 @@ def test_the_report_says_how_the_run_went(comfyui: ComfyUI, noted: Run) -> None:
 
 
 def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = comfyui.module("nodes.train_lora")
+    train = comfyui.module("nodes.comfy_host.training")
     honest, told = train.plan_memory, "3.1 GB of the weights stay in RAM"
 
     def traded(choice: str, denoiser: Any, conditions: Any, config: Any) -> Any:
@@ -187,15 +187,14 @@ def notes_of(comfyui: ComfyUI, preset: str = "standard", anchors: int = 2, heldo
     has_vae = given.pop("has_vae", True)
     schema = comfyui.pack_nodes["DOPSD_TrainLoRA"].define_schema()
     chosen = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None} | given
-    chosen = {key: value for key, value in chosen.items() if key not in ("run_name", "preset", "memory")}
-    chosen["lr"] = chosen.pop("learning_rate")
+    own = {key: chosen[key] for key in ("steps", "seed", "preview_every") if chosen[key]}
     family = comfyui.core("families").Z_IMAGE
     data = SimpleNamespace(
         anchors=tuple(range(anchors)),
         heldout=object() if heldout else None,
         examples=[SimpleNamespace(repeats=1)] * given.pop("images", 4),
     )
-    chosen.pop("images", None)
+    chosen = comfyui.module("nodes.comfy_host.former_inputs").former_choices(chosen) | own
     config = comfyui.module("nodes.comfy_host.presets").make_config(preset, family, bool(anchors), chosen)
     conditions = SimpleNamespace(data=data, family=family)
     return "\n".join(
