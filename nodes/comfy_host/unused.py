@@ -11,10 +11,6 @@ from ...dopsd_core.options import all_options, split_unused
 from .presets import PRESETS, given_settings, merged_settings, preset_settings
 from .sockets import Conditions
 
-_NAMES = {"lr": "learning_rate"}
-"""Fields of the configuration whose input is named otherwise."""
-
-
 def unused_settings(
     preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions, has_vae: bool
 ) -> tuple[str, ...]:
@@ -38,7 +34,7 @@ def _over_the_preset(preset: str, chosen: Mapping[str, Any], conditions: Conditi
     usual, given = preset_settings(preset, conditions.family), given_settings(chosen)
     changed = [name for name in given if name in usual and given[name] != usual[name]]
     if changed:
-        told = (f"{_NAMES.get(name, name)} {given[name]:g} instead of {usual[name]:g}" for name in changed)
+        told = (f"{name} {given[name]:g} instead of {usual[name]:g}" for name in changed)
         yield f"changed from the preset {preset}: {', '.join(told)}"
 
 

@@ -226,7 +226,7 @@ def test_defaults_leave_nothing_unused(comfyui: ComfyUI) -> None:
             {"steps": 10, "images": 6},
             "not all of the dataset is trained on: 10 steps make about 5 visits, one epoch is 6",
         ),
-        ({"learning_rate": 3e-4}, "changed from the preset standard: learning_rate 0.0003 instead of 0.0001"),
+        ({"learning_rate": 3e-4}, "changed from the preset standard: lr 0.0003 instead of 0.0001"),
     ],
 )
 def test_a_setting_that_decides_nothing_is_named(comfyui: ComfyUI, given: dict[str, Any], line: str) -> None:
