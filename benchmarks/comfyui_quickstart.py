@@ -78,10 +78,10 @@ def bare_comfyui(config_text: str, threads: int) -> float:
 
     def loop() -> float:
         torch.set_num_threads(threads)
-        denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
+        denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
         with torch.inference_mode(), denoiser.trainable((config.batch_size, 16, 8, 8)):
             began = time.perf_counter()
-            comfyui.core("trainer").train(config, denoiser, conditions.data, tempfile.mkdtemp())
+            comfyui.core("training.trainer").train(config, denoiser, conditions.data, tempfile.mkdtemp())
             return time.perf_counter() - began
 
     return comfyui.call(loop)
@@ -92,11 +92,11 @@ def bare_standalone(config_text: str, threads: int) -> float:
     import torch
 
     from dopsd_core.config import TrainConfig
-    from dopsd_core.dataset import read_dataset
-    from dopsd_core.standalone.concept import make_concept, write_dataset
-    from dopsd_core.standalone.host import load_demo_model
-    from dopsd_core.trainer import train
-    from dopsd_core.training_set import build_training_set
+    from dopsd_core.data.dataset import read_dataset
+    from dopsd_core.demo.concept import make_concept, write_dataset
+    from dopsd_core.standalone.hosts.demo import load_demo_model
+    from dopsd_core.training.trainer import train
+    from dopsd_core.training.training_set import build_training_set
 
     torch.set_num_threads(threads)
     folder = Path(tempfile.mkdtemp())

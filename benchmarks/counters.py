@@ -103,14 +103,14 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Te
 
 @contextmanager
 def dry_run(host: Any, objectives: Any) -> Iterator[None]:
-    """Inside the `with`, a ComfyDenoiser of the module `host` (`nodes.host`) works on the meta device, and the module
-    `objectives` of the core does not read losses, which have no values."""
+    """Inside the `with`, a ComfyDenoiser of the module `host` (`nodes.comfy_host.denoiser`) works on the meta device,
+    and the module `objectives` of the core does not read losses, which have no values."""
     with ExitStack() as stack:
         for owner, name, instead in (
             (torch.nn.functional, "rms_norm", lambda x, *_, **__: FusedNorm.apply(x)),
             (host, "plain_attention", lambda _, q, k, v, heads, *__, **___: flash_attention(q, k, v, heads)),
             (host.ComfyDenoiser, "load", lambda *_: None),
-            (objectives, "_output", lambda *_: None),
+            (objectives.ObjectiveOutput, "of", lambda *_: None),
         ):
             stack.enter_context(patch.object(owner, name, instead))
         yield

@@ -10,9 +10,9 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 
-from dopsd_core.conditioning import Condition
-from dopsd_core.model import LinearSite, plain_linear_sites
-from dopsd_core.standalone.host import StandaloneDenoiser
+from dopsd_core.conditioning.encode import Condition
+from dopsd_core.denoiser import LinearSite, plain_linear_sites
+from dopsd_core.standalone.hosts.demo import StandaloneDenoiser
 
 
 class ZImageDenoiser(StandaloneDenoiser):

@@ -30,7 +30,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dopsd_core.tensor_digest import COVERED_BYTES, Content, digest_tensors
+from dopsd_core.identity.tensor_digest import COVERED_BYTES, Content, digest_tensors
 
 WIDTH, HIDDEN, TIME = 3840, 10240, 256
 BLOCK = {
@@ -60,7 +60,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", action="store_true", help="measure nodes/identity.py on a MODEL in ComfyUI")
+    parser.add_argument(
+        "--comfyui", action="store_true", help="measure nodes/comfy_host/identity.py on a MODEL in ComfyUI"
+    )
     parser.add_argument("--folder", type=Path, help="where the file is written for as long as it is needed")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"fewer than {BLOCKS} make a smaller file")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each figure")
@@ -110,7 +112,7 @@ def of_tensors(path: Path, repeats: int) -> Iterator[tuple[str, list[float]]]:
 def of_a_model(path: Path, repeats: int) -> Iterator[tuple[str, list[float]]]:
     """Of a MODEL's identity, its layers made of the mapped tensors as ComfyUI's dynamic VRAM does it."""
     pack = _comfyui()
-    identity, weights = pack.module("nodes.identity"), pack.module("nodes.weights")
+    identity, weights = pack.module("nodes.comfy_host.identity"), pack.module("nodes.comfy_host.weights")
     is_mapped = weights._is_mapped
 
     def measured() -> float:

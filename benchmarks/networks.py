@@ -78,7 +78,7 @@ def fill(module: nn.Module, device: torch.device) -> nn.Module:
 
 @dataclass(eq=False)
 class Network:
-    """A random network behind a Denoiser. memory: `nodes.memory`, if it is ComfyUI's."""
+    """A random network behind a Denoiser. memory: `nodes.comfy_host.memory_plan`, if it is ComfyUI's."""
 
     title: str
     denoiser: Any
@@ -107,7 +107,9 @@ def comfyui(
     if device.type != "meta":
         with torch.inference_mode():
             fill(module, device)
-    return Network("ComfyUI", modules("host").ComfyDenoiser(model), module, modules("memory"))
+    return Network(
+        "ComfyUI", modules("comfy_host.denoiser").ComfyDenoiser(model), module, modules("comfy_host.memory_plan")
+    )
 
 
 def diffusers(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Network:

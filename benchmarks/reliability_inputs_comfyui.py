@@ -173,7 +173,7 @@ def _tower() -> tuple[Any, dict[str, bytes]]:
     host = comfyui()
     import towers
 
-    spec = towers.tiny(host.module("nodes.vision"))
+    spec = towers.tiny(host.module("nodes.comfy_host.vision"))
     spec = dataclasses.replace(spec, tower={**spec.tower, "depth": 3})
     _, state = towers.reference(spec)
     with tempfile.TemporaryDirectory() as name:
@@ -193,7 +193,7 @@ def make_vision(chance: Chance) -> Tree:
 
 def read_vision(folder: Path, _: Chance) -> None:
     """The tower from whichever file there is."""
-    load = comfyui().module("nodes.vision_file").load_teacher_vision
+    load = comfyui().module("nodes.comfy_host.vision_file").load_teacher_vision
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise Refused("no file")

@@ -23,10 +23,10 @@ from PIL import Image
 from torch import nn
 
 MOMENTS: dict[str, tuple[str, str]] = {
-    "encoding": ("dopsd_core.condition_cache", "ConditionCache.load"),
-    "before step 1": ("dopsd_core.run", "Run.open"),
-    "within a step": ("dopsd_core.adapters", "AdapterSet.use"),
-    "in a preview": ("nodes.previews", "Painter.draw"),
+    "encoding": ("dopsd_core.conditioning.cache", "ConditionCache.load"),
+    "before step 1": ("dopsd_core.training.run", "Run.open"),
+    "within a step": ("dopsd_core.adapters.adapter_set", "AdapterSet.use"),
+    "in a preview": ("nodes.comfy_host.previews", "Painter.draw"),
 }
 """What is called at a moment: module of the pack and name in it."""
 

@@ -22,18 +22,19 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import RESULTS, Section, Table, measured_here, record
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.conditioning import DualCondition
-from dopsd_core.dataset import read_dataset
-from dopsd_core.draws import make_generator
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.conditioning.encode import DualCondition
+from dopsd_core.data.dataset import read_dataset
+from dopsd_core.data.images import load_image
+from dopsd_core.demo.concept import make_concept, write_dataset
+from dopsd_core.demo.world import IMAGE_SIZE
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.images import load_image
 from dopsd_core.objectives import DOPSD, ObjectiveInputs, self_distillation_loss
 from dopsd_core.rollout import rollout
-from dopsd_core.standalone.concept import make_concept, write_dataset
-from dopsd_core.standalone.host import DemoModel, load_demo_model
+from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model
 from dopsd_core.standalone.memory import peak_rss_mb
-from dopsd_core.standalone.world import IMAGE_SIZE
+from dopsd_core.teachers import EmaTeacher
+from dopsd_core.training.rng import make_generator
 
 Step = Callable[[], None]
 
@@ -46,7 +47,9 @@ class Bench:
         write_dataset(make_concept(0), folder)
         pairs = read_dataset(folder, pixel_budget=IMAGE_SIZE**2, multiple=16).pairs
         self.sources = [pairs[i % len(pairs)] for i in range(batch)]
-        self.adapters = AdapterSet(self.model.denoiser.sites(), Z_IMAGE.lora_config(rank=16), ema_decay=0.999)
+        self.adapters = AdapterSet(
+            self.model.denoiser.sites(), Z_IMAGE.lora_config(rank=16), teacher=EmaTeacher(decay=0.999)
+        )
         self.optimizer = torch.optim.AdamW(self.adapters.parameters(), 1e-4, weight_decay=0.0)
         self.sigmas = Z_IMAGE.sigmas(num_steps, IMAGE_SIZE, IMAGE_SIZE)
         self.noise = torch.randn(batch, *Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE))
@@ -60,7 +63,7 @@ class Bench:
         return out
 
     def ours(self) -> Step:
-        pairs, objective = self.encode(), DOPSD()
+        pairs, objective = self.encode(), DOPSD(anchor_probability=0)
 
         def step() -> None:
             self.optimizer.zero_grad(set_to_none=True)

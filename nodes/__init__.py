@@ -1,18 +1,21 @@
-"""The ComfyUI side: nodes parse, call the core, wrap. One file per topic; `host.py` is the core's host here."""
+"""The ComfyUI side: nodes parse, call the core, wrap. One file per node; `comfy_host/` is what the core needs of it."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .compare import CompareLoRA
-from .conditions import BuildTeacherCondition, TeacherPreview
-from .dataset import LoadDataset
-from .initial_lora import LoadLoRA
-from .loaders import LoadDemoModels, LoadTeacherVision
-from .lora import SaveLoRA
-from .sampler import FewStepSampler
-from .train import TrainLoRA
-from .whole_graph import register
+from .build_teacher_condition import BuildTeacherCondition
+from .comfy_host.whole_graph import register
+from .compare_lora import CompareLoRA
+from .few_step_sampler import FewStepSampler
+from .load_dataset import LoadDataset
+from .load_demo_models import LoadDemoModels
+from .load_lora import LoadLoRA
+from .load_teacher_vision import LoadTeacherVision
+from .save_lora import SaveLoRA
+from .teacher_preview import TeacherPreview
+from .train_lora import TrainLoRA
+from .training_settings import TrainingSettings
 
 
 class DopsdExtension(ComfyExtension):
@@ -27,6 +30,7 @@ class DopsdExtension(ComfyExtension):
             BuildTeacherCondition,
             TeacherPreview,
             TrainLoRA,
+            TrainingSettings,
             FewStepSampler,
             SaveLoRA,
             CompareLoRA,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dopsd_core.atomic import write_atomic
+from dopsd_core.files.atomic import write_atomic
 
 ROOT = Path(__file__).parent.parent
 STUCK = """
 import os, sys, time
 from pathlib import Path
-from dopsd_core.atomic import write_atomic
+from dopsd_core.files.atomic import write_atomic
 os.fsync = lambda descriptor: (print("writing", flush=True), time.sleep(60))
 write_atomic(Path(sys.argv[1]), b"half")
 """

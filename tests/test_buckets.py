@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dopsd_core.buckets import Bucket, cover_box, make_buckets, must_enlarge, nearest_bucket
+from dopsd_core.data.buckets import Bucket, cover_box, make_buckets, must_enlarge, nearest_bucket
 
 budgets = st.integers(min_value=1024, max_value=1_200_000)
 multiples = st.sampled_from([1, 8, 16, 32])

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from dopsd_core import colour, icc
-from dopsd_core.images import Decoded, decode, pixel_digest
-from dopsd_core.sheet import thumbnails
+from dopsd_core.data import colour, icc
+from dopsd_core.data.images import Decoded, decode, pixel_digest
+from dopsd_core.image_grid import thumbnails
 
 from .profiles import ADOBE_D50, P3_D50, SRGB_D50, cmyk_profile, exif, grey_profile, in_srgb, rgb_profile
 from .written import only, pair, read

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.condition_cache import FORMAT, ConditionCache, cache_key, digest_bytes
-from dopsd_core.conditioning import Condition, EncodeRequest, Picture, encode_dataset, encode_texts
-from dopsd_core.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
+from dopsd_core.conditioning.cache import FORMAT, ConditionCache, cache_key, digest_bytes
+from dopsd_core.conditioning.encode import Condition, EncodeRequest, Picture, encode_dataset, encode_texts
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
 
 
 class CountingEncoder:
@@ -195,7 +195,7 @@ def test_entries_of_release_0_2_are_not_read(tmp_path, monkeypatch):
     """They were kept under identities that other text encoders had too."""
     cache = ConditionCache(tmp_path)
     with monkeypatch.context() as old:
-        old.setattr("dopsd_core.condition_cache.FORMAT", "dopsd-conditions-2")
+        old.setattr("dopsd_core.conditioning.cache.FORMAT", "dopsd-conditions-2")
         encode_dataset([request()], CountingEncoder(), cache)
     encoder = CountingEncoder()
     encode_dataset([request()], encoder, cache)

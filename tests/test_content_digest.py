@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import nn
 
-from dopsd_core.content_digest import Digester
+from dopsd_core.identity.content_digest import Digester, name_of
 
 
 def digest(value: Any) -> str:
@@ -279,3 +279,13 @@ def test_another_process_gives_the_same() -> None:
     for seed in ("1", "2"):
         run = subprocess.run(command, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
         assert ast.literal_eval(run.stdout) == {kind: digest(make(0)) for kind, make in PAIRS.items()}
+
+
+def test_a_class_of_ours_keeps_the_name_that_saved_runs_know():
+    from dopsd_core.demo.autoencoder import DemoAutoencoder
+
+    assert name_of(DemoAutoencoder) == "dopsd_core.standalone.autoencoder.DemoAutoencoder"
+    loaded = type("DemoLatents", (), {"__module__": "/its/folder/ComfyUI-DOPSD.nodes.comfy_host.demo_models"})
+    assert name_of(loaded) == "ComfyUI-DOPSD.nodes.demo_models.DemoLatents"
+    other = type("DemoLatents", (), {"__module__": "their_nodes.comfy_host.demo_models"})
+    assert name_of(other) == "their_nodes.comfy_host.demo_models.DemoLatents"

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pytest
 from PIL import Image
 
-from dopsd_core.buckets import Bucket
-from dopsd_core.dataset import DatasetError, plan_encoding
-from dopsd_core.dataset_checks import shares_drive
+from dopsd_core.data.buckets import Bucket
+from dopsd_core.data.checks import shares_drive
+from dopsd_core.data.dataset import DatasetError, plan_encoding
 
 from .written import only, pair, picture, read, rows
 

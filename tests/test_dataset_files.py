@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.caption_files import folded
-from dopsd_core.repeats import MAX_REPEATS
+from dopsd_core.data.caption_files import folded
+from dopsd_core.data.repeats import MAX_REPEATS
 
 from .written import only, pair, picture, read, require_case
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.dataset import DatasetReport
+from dopsd_core.data.dataset import DatasetReport
 
 from .written import only, picture, read, rows
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dopsd_core import draws
-from dopsd_core.dataset import Example
-from dopsd_core.draws import DataOrder, derive_seed, draw_noise, draw_variant, make_generator
+from dopsd_core.data.dataset import Example
+from dopsd_core.training import rng as draws
+from dopsd_core.training.rng import DataOrder, derive_seed, draw_noise, draw_variant, make_generator
 
 groups = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3)), min_size=1, max_size=9)
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dopsd_core import dataset_checks
 from dopsd_core.__main__ import main
-from dopsd_core.buckets import Bucket
-from dopsd_core.dataset import plan_encoding
-from dopsd_core.images import load_image
+from dopsd_core.data import checks as dataset_checks
+from dopsd_core.data.buckets import Bucket
+from dopsd_core.data.dataset import plan_encoding
+from dopsd_core.data.images import load_image
 
 from .written import only, pair, picture, read, require_case, rows
 

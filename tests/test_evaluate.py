@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dopsd_core.demo.concept import make_concept
+from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS
+from dopsd_core.demo.world import NUM_CLASSES, render, sample_scenes
 from dopsd_core.standalone.compare import best_rate
-from dopsd_core.standalone.concept import make_concept
-from dopsd_core.standalone.demo_files import JUDGE_FILE, WEIGHTS
 from dopsd_core.standalone.evaluate import Samples, Scores, frechet_floor, gap_closed, score, summarise
 from dopsd_core.standalone.judge import frechet_distance, judge_features, judged_right, laplacian_energy, load_judge
-from dopsd_core.standalone.world import NUM_CLASSES, render, sample_scenes
 
 
 @pytest.fixture(scope="module")

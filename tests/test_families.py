@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dopsd_core.conditioning import Condition
+from dopsd_core.conditioning.encode import Condition
 from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE, get_family
 
 

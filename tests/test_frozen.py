@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dopsd_core.frozen import frozen_linear
-from dopsd_core.model import plain_linear_sites
+from dopsd_core.adapters.frozen_linear import frozen_linear
+from dopsd_core.denoiser import plain_linear_sites
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from dopsd_core.buckets import Bucket
-from dopsd_core.images import ImageError, decode, fit, load_image, pixel_digest, read_image, to_rgb, to_tensor
+from dopsd_core.data.buckets import Bucket
+from dopsd_core.data.images import ImageError, decode, fit, load_image, pixel_digest, read_image, to_rgb, to_tensor
 
 
 def saved(tmp_path: Path, image: Image.Image, name: str = "a.png", **save: object) -> Image.Image:

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.lora_file import fold_alpha, load_lora, load_peft, save_lora, save_peft, unfold_alpha
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_file import fold_alpha, load_lora, load_peft, save_lora, save_peft, unfold_alpha
 
 from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, lora, make_pairs, randomise
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
+from dopsd_core.adapters.lora_file import load_lora, load_peft
+from dopsd_core.adapters.lora_import import import_lora, read_lora
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.lora_file import load_lora, load_peft
-from dopsd_core.lora_import import import_lora, read_lora
 from tests.toy_denoiser import WIDTH, ToyDenoiser
 
 SITES = ToyDenoiser().sites()

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dopsd_core import loss_scale
-from dopsd_core.conditioning import Condition
-from dopsd_core.loss_scale import LossScale
-from dopsd_core.progress import StepReport, read_log
-from dopsd_core.run import NonFiniteError, Run
-from dopsd_core.state import load_checkpoint
-from dopsd_core.trainer import NoCallbacks, train
+from dopsd_core.conditioning.encode import Condition
+from dopsd_core.training import loss_scale
+from dopsd_core.training.checkpoint import load_checkpoint
+from dopsd_core.training.log import StepReport, read_log
+from dopsd_core.training.loss_scale import LossScale
+from dopsd_core.training.run import NonFiniteError, Run
+from dopsd_core.training.trainer import NoCallbacks, train
 from tests.tiny import TinyDenoiser, make_config, make_data, saved_bytes
 
 FAINT = 3e-4
@@ -49,12 +49,12 @@ class FaintDenoiser(TinyDenoiser):
 
 
 def half_config(**settings: Any) -> Any:
-    return make_config(**({"lr": 1e-2, "clip": 1.0, "probe_every": 0} | settings))
+    return make_config(**({"lr": 1e-2, "max_grad_norm": 1.0, "probe_every": 0} | settings))
 
 
 def gradient(half: bool, folder: Path) -> Tensor:
     """Of the first optimizer step, accumulated over two micro batches of four rollout steps each, before clipping."""
-    run = Run(half_config(grad_accumulation=2, clip=0.0), FaintDenoiser(half), make_data(2), folder)
+    run = Run(half_config(grad_accumulation=2, max_grad_norm=0.0), FaintDenoiser(half), make_data(2), folder)
     state = run.adapters.state()
     generator = torch.Generator().manual_seed(1)
     run.adapters.load_state("student", {k: torch.randn(v.shape, generator=generator) * 0.1 for k, v in state.items()})

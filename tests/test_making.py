@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from dopsd_core.demo.model_files import WEIGHTS
+from dopsd_core.demo.world import render, sample_scenes
 from dopsd_core.sigmas import z_image_turbo_sigmas
-from dopsd_core.standalone.demo_files import WEIGHTS
-from dopsd_core.standalone.host import load_demo_model, vision_patches
+from dopsd_core.standalone.hosts.demo import load_demo_model, vision_patches
+from dopsd_core.standalone.hosts.demo_networks import load_tokenizer
 from dopsd_core.standalone.making.batched import (
     IMAGE_TOKENS,
     BatchedEncoder,
@@ -19,8 +21,6 @@ from dopsd_core.standalone.making.batched import (
 from dopsd_core.standalone.making.build_tokenizer import merges_used
 from dopsd_core.standalone.making.distill import STEPS, SUBSTEPS, guided_mean_velocity, substep_sigmas
 from dopsd_core.standalone.making.twins import WeightAverage, warmup_stable_decay
-from dopsd_core.standalone.models import load_tokenizer
-from dopsd_core.standalone.world import render, sample_scenes
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dopsd_core.model import Denoiser, LinearSite, SitePart, plain_linear_sites
+from dopsd_core.denoiser import Denoiser, LinearSite, SitePart, plain_linear_sites
 
 from .toy_denoiser import ToyDenoiser, ToyNet, fuse_qkv
 

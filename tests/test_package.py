@@ -37,6 +37,17 @@ def test_comfyui_installs_what_the_package_depends_on():
     assert not any(re.match(r"torch\b", line) for line in requirements("requirements.txt")), "torch is the user's"
 
 
+@pytest.mark.parametrize("line", requirements("requirements.txt"))
+def test_what_is_required_is_used(line):
+    """Somewhere in the core or in the nodes; ComfyUI installs it into the user's environment."""
+    name = re.split(r"[^\w-]", line)[0]
+    module = {"pillow": "PIL"}.get(name, name)
+    sources = [
+        path.read_text(encoding="utf-8") for room in ("dopsd_core", "nodes") for path in (ROOT / room).rglob("*.py")
+    ]
+    assert any(re.search(rf"^\s*(from|import) {module}\b", source, re.MULTILINE) for source in sources)
+
+
 @pytest.mark.parametrize("name", ["requirements-standalone.txt", "requirements-dev.txt", "requirements-comfyui.txt"])
 def test_every_version_is_fixed(name):
     assert all(re.match(r"[\w.-]+==[\w.]+($|; )", line) for line in requirements(name))
@@ -49,3 +60,17 @@ def test_the_registry_is_told_what_it_asks_for():
     assert all(url.startswith(urls["Repository"]) for url in urls.values())
     _, picture = comfy["Icon"].rsplit("/main/", 1)
     assert (ROOT / picture).exists()
+
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+NOT_OURS = {"comfy/supported_models.py", "comfy/utils.py", "dopsd_core/families/my_model.py"}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_module_that_a_document_names_is_there(name):
+    """By its path from the root, from the core, from the nodes or, alone, by its name."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w.]+/)*\w+\.py)`", text)) - NOT_OURS
+    ours = [path for folder in ("dopsd_core", "nodes", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    there = ["/" + path.relative_to(ROOT).as_posix() for path in ours]
+    assert [path for path in sorted(named) if not any(known.endswith("/" + path) for known in there)] == []

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
-from dopsd_core import png
-from dopsd_core.images import ImageError, decode, read_image
+from dopsd_core.data import png
+from dopsd_core.data.images import ImageError, decode, read_image
 
 from .profiles import P3_D50, exif, in_srgb, rgb_profile
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dopsd_core.adapters import AdapterSet
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_file import save_lora
+from dopsd_core.denoiser import plain_linear_sites
 from dopsd_core.families import FLUX2_KLEIN, Z_IMAGE
-from dopsd_core.lora_file import save_lora
-from dopsd_core.model import plain_linear_sites
 
 from .toy_denoiser import assert_near, randomise
 

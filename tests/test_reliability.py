@@ -20,8 +20,8 @@ from benchmarks.reliability_mutators import Chance  # noqa: E402
 from benchmarks.reliability_paths import Answer, Audit, summary  # noqa: E402
 from benchmarks.reliability_trees import Tree, snapshot  # noqa: E402
 from benchmarks.report import Journal, Section, Table, load_sections, measured_here, record  # noqa: E402
-from dopsd_core.captions import CaptionError  # noqa: E402
-from dopsd_core.run import Run  # noqa: E402
+from dopsd_core.data.captions import CaptionError  # noqa: E402
+from dopsd_core.training.run import Run  # noqa: E402
 
 
 def section(key: str, **changes: Any) -> Section:

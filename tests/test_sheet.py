@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageFont
 
-from dopsd_core import sheet
-from dopsd_core.sheet import Row, contact_sheet, fit_tile, thumbnails, to_images, to_pixels
+from dopsd_core import image_grid as sheet
+from dopsd_core.image_grid import Row, contact_sheet, fit_tile, thumbnails, to_images, to_pixels
 
 AWKWARD = (
     "", "\n\n", "日本語のとても長い説明文" * 40, "שלום עולם", "emoji 🎉👩‍👩‍👧", "\x00\x07\u202e", "\ud800 lone",

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dopsd_core.adapters import AdapterSet
-from dopsd_core.conditioning import Condition
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_file import save_lora
+from dopsd_core.conditioning.encode import Condition
+from dopsd_core.demo import model_files as demo_files
+from dopsd_core.demo.model_files import WEIGHTS, vision_size
+from dopsd_core.denoiser import Denoiser
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.lora_file import save_lora
-from dopsd_core.model import Denoiser
-from dopsd_core.standalone import demo_files
-from dopsd_core.standalone import weights_files as files
-from dopsd_core.standalone.demo_files import WEIGHTS, vision_size
-from dopsd_core.standalone.host import DemoModel, StandaloneEncoder, load_demo_model, vision_patches, with_lora
-from dopsd_core.standalone.models import new_transformer
+from dopsd_core.standalone.hosts import demo_weight_files as files
+from dopsd_core.standalone.hosts.demo import DemoModel, StandaloneEncoder, load_demo_model, vision_patches, with_lora
+from dopsd_core.standalone.hosts.demo_networks import new_transformer
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_words_of_the_world_are_known_and_others_are_named(model) -> None:
 
 
 def test_autoencoder_reaches_its_gate(model) -> None:
-    from dopsd_core.standalone.world import render, sample_scenes
+    from dopsd_core.demo.world import render, sample_scenes
 
     pictures = render(sample_scenes(64, torch.Generator().manual_seed(1234), held_out=None))
     latents = torch.stack([model.encoder.encode_latent(picture) for picture in pictures])

@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.disk import DiskError
-from dopsd_core.state import (
+from dopsd_core.files.disk import DiskError
+from dopsd_core.training.checkpoint import (
     Checkpoint,
     StateError,
     flatten_state,
@@ -107,7 +107,7 @@ def test_a_full_disk_costs_nothing_that_was_there(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dopsd_core.state.os.fsync", full)
+    monkeypatch.setattr("dopsd_core.training.checkpoint.os.fsync", full)
     with pytest.raises(
         DiskError, match=r"step-000002 could not be written: No space .*needed, .* free\); free some space"
     ):

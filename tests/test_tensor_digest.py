@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import dopsd_core.tensor_digest as tensor_digest
-from dopsd_core.tensor_digest import COVERED_BYTES, WHOLE_BYTES, Content, NoContentError, digest_tensors
+import dopsd_core.identity.tensor_digest as tensor_digest
+from dopsd_core.identity.tensor_digest import COVERED_BYTES, WHOLE_BYTES, Content, NoContentError, digest_tensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.bool]
 DTYPES += [torch.float64, torch.complex64]

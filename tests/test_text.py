@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dopsd_core.dataset import DatasetError
+from dopsd_core.data.dataset import DatasetError
 from dopsd_core.text import escape_unencodable, hashable, printable
 
 from .written import read

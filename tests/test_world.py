@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dopsd_core.standalone.concept import make_concept, write_dataset
-from dopsd_core.standalone.world import (
+from dopsd_core.demo.concept import make_concept, write_dataset
+from dopsd_core.demo.world import (
     APPEARANCE,
     HELD_OUT,
     NUM_CLASSES,
@@ -79,7 +79,7 @@ def test_concept_is_unseen_and_its_test_backgrounds_are_new() -> None:
 
 
 def test_dataset_on_disk_is_that_of_the_concept(tmp_path) -> None:
-    from dopsd_core.dataset import read_dataset
+    from dopsd_core.data.dataset import read_dataset
 
     concept = make_concept(3, num_unseen=2, num_prior=2, num_anchors=1)
     write_dataset(concept, tmp_path)

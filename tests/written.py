@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dopsd_core.dataset import DatasetReport, read_dataset
+from dopsd_core.data.dataset import DatasetReport, read_dataset
 
 
 def require_case(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..model import BlockShape, SitePart
+from ..denoiser import BlockShape, SitePart
 from ..sigmas import flux2_klein_sigmas
 from .base import Family, split_rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..model import BlockShape, SitePart
+from ..denoiser import BlockShape, SitePart
 from ..sigmas import z_image_turbo_sigmas
 from .base import Family, split_rows
 

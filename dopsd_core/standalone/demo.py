@@ -14,31 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..condition_cache import ConditionCache
-from ..conditioning import Condition
+from ..conditioning.cache import ConditionCache
+from ..conditioning.encode import Condition
 from ..config import TrainConfig
-from ..dataset import read_dataset
-from ..draws import make_generator
+from ..data.dataset import read_dataset
+from ..data.images import load_image
+from ..demo.concept import Concept
+from ..demo.world import IMAGE_SIZE, TRIGGER
 from ..families import Z_IMAGE
-from ..images import load_image
 from ..rollout import sample
-from ..trainer import Callbacks, TrainingSet, train
-from ..training_set import build_training_set
-from .concept import Concept
+from ..training.rng import make_generator
+from ..training.trainer import Callbacks, TrainingSet, train
+from ..training.training_set import build_training_set
 from .evaluate import Samples, Scores, score
-from .host import DemoModel, with_lora
+from .hosts.demo import DemoModel, with_lora
 from .judge import Judge
-from .world import IMAGE_SIZE, TRIGGER
 
 _BATCH = 32
-
-
-def demo_config(steps: int = 120, seed: int = 0) -> TrainConfig:
-    """The settings of the demo's D-OPSD run; also what `train --model demo` starts from."""
-    return TrainConfig(
-        lora=Z_IMAGE.lora_config(rank=16, alpha=16.0), family="z_image", steps=steps, lr=2e-3, warmup=10, batch_size=4,
-        teacher="ema", ema_decay=0.999, seed=seed, checkpoint_every=50, probe_every=10,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,9 @@ from statistics import mean, pstdev
 import torch
 from torch import Tensor
 
-from .concept import Concept
+from ..demo.concept import Concept
+from ..demo.world import APPEARANCE, LAYOUT, render, sample_scenes
 from .judge import Judge, frechet_distance, judge_features, judged_right, laplacian_energy
-from .world import APPEARANCE, LAYOUT, render, sample_scenes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .world import NUM_CLASSES
+from ..demo.world import NUM_CLASSES
 
 FEATURES = 128
 

@@ -133,7 +133,7 @@ def their_training(
 ) -> Trained:
     """Their loop: K steps of the student, x0 loss against the EMA teacher, one backward over all K graphs and pictures,
     clip 1, AdamW, EMA. model: the MODEL that ours trained, for the LoRA's start; network: diffusers', in `pairs`."""
-    draws, start = comfyui.core("draws"), _lora_start(comfyui, model)
+    draws, start = comfyui.core("training.rng"), _lora_start(comfyui, model)
     weights = {role: _adapter(network, role, start) for role in ("student", "teacher")}
     parameters = [weights["student"][key] for key in start]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
@@ -192,9 +192,9 @@ def _adapter(network: Any, role: str, start: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _lora_start(comfyui: ComfyUI, model: Any) -> dict[str, Tensor]:
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
     config = denoiser.family.lora_config(RANK, 2.0 * RANK)
-    return comfyui.core("adapters").AdapterSet(denoiser.sites(), config, seed=SEED).state()
+    return comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), config, seed=SEED).state()
 
 
 # -- the same ----------------------------------------------------------------------------------------------------------

@@ -88,7 +88,10 @@ def form_of(model: Any) -> Any:
 
 def made_conditions(comfyui: ComfyUI, model: Any) -> Any:
     """Two pairs whose teacher knows more than the student."""
-    conditioning, family = comfyui.core("conditioning"), comfyui.module("nodes.host").family_of(model)
+    conditioning, family = (
+        comfyui.core("conditioning.encode"),
+        comfyui.module("nodes.comfy_host.denoiser").family_of(model),
+    )
     width = 64 if family.name == "z_image" else 192
     generator, pairs = torch.Generator().manual_seed(3), []
     for number in range(2):
@@ -99,8 +102,8 @@ def made_conditions(comfyui: ComfyUI, model: Any) -> Any:
                 conditioning.Condition(student), conditioning.Condition(teacher), latent, f"{number}", f"{number}"
             )
         )
-    data, teacher = comfyui.core("training_set").TrainingSet(pairs), comfyui.core("teachers").VLM
-    return comfyui.module("nodes.sockets").Conditions(family, teacher, data, (), (), "", 0.0)
+    data, teacher = comfyui.core("training.training_set").TrainingSet(pairs), comfyui.core("conditioning.teachers").VLM
+    return comfyui.module("nodes.comfy_host.sockets").Conditions(family, teacher, data, (), (), "", 0.0)
 
 
 def train(comfyui: ComfyUI, model: Any, name: str, **settings: Any) -> Run:
@@ -123,12 +126,15 @@ def gradients(comfyui: ComfyUI, model: Any, count: int = 0, between: Between | N
     """
 
     def computed() -> list[Tensor]:
-        conditions, denoiser = made_conditions(comfyui, model), comfyui.module("nodes.host").ComfyDenoiser(model)
+        conditions, denoiser = (
+            made_conditions(comfyui, model),
+            comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model),
+        )
         pairs, generator = conditions.data.pairs, torch.Generator().manual_seed(4)
         x = torch.randn(2, *pairs[0].target_latent.shape, generator=generator).to(denoiser.device)
         with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(x.shape):
             adapters = drawn_adapters(comfyui, denoiser, generator)
-            recomputing = comfyui.core("checkpointing").checkpointed(denoiser.blocks(), count)
+            recomputing = comfyui.core("memory.activation_checkpointing").checkpointed(denoiser.blocks(), count)
             with adapters.attached(), recomputing:
                 out = denoiser.predict_x0(x, SIGMA, [pair.student for pair in pairs])
                 if between is not None:
@@ -143,7 +149,9 @@ def gradients(comfyui: ComfyUI, model: Any, count: int = 0, between: Between | N
 def drawn_adapters(comfyui: ComfyUI, denoiser: Any, generator: torch.Generator) -> Any:
     """A student that is not the base."""
     lora = denoiser.family.lora_config(4)
-    adapters = comfyui.core("adapters").AdapterSet(denoiser.sites(), lora, teacher="frozen", device=denoiser.device)
+    adapters = comfyui.core("adapters.adapter_set").AdapterSet(
+        denoiser.sites(), lora, teacher="frozen", device=denoiser.device
+    )
     values = {key: torch.randn(v.shape, generator=generator) * 0.05 for key, v in adapters.state().items()}
     adapters.load_state("student", values)
     return adapters
@@ -154,7 +162,7 @@ def drawn(comfyui: ComfyUI, model: Any) -> Tensor:
     conditions = made_conditions(comfyui, model)
     family, features = conditions.family, conditions.data.pairs[0].student.features
     latent = torch.zeros(1, *family.latent_shape(64, 64))
-    sample = torch.inference_mode()(comfyui.module("nodes.sampler").few_step_sample)
+    sample = torch.inference_mode()(comfyui.module("nodes.comfy_host.sampling").few_step_sample)
     return comfyui.call(sample, model, [[features[None], {}]], latent, 3, family.sigmas(2, 64, 64), "euler")
 
 

@@ -91,6 +91,18 @@ class ComfyPage:
             [node_type, widget, value],
         )
 
+    def choose(self, node_type: str, widget: str, value: object) -> None:
+        """As a user does: the widget's value, then its callback."""
+        self.page.evaluate(
+            """([type, name, value]) => {
+                const node = window.app.graph.nodes.find(n => n.type === type);
+                const widget = node.widgets.find(w => w.name === name);
+                widget.value = value;
+                widget.callback?.(value, app.canvas, node);
+            }""",
+            [node_type, widget, value],
+        )
+
     def start(self) -> None:
         """Press Run. With unchanged inputs ComfyUI answers from its cache."""
         self.page.evaluate("() => { window.heard.length = 0; return window.app.queuePrompt(0, 1); }")

@@ -22,7 +22,7 @@ def text_width(model: Any) -> int:
 
 def features(comfyui: ComfyUI, model: Any, *lengths: int) -> list[Any]:
     """Random conditions of so many tokens each, on the CPU."""
-    condition, generator = comfyui.core("conditioning").Condition, torch.Generator().manual_seed(3)
+    condition, generator = comfyui.core("conditioning.encode").Condition, torch.Generator().manual_seed(3)
     return [condition(torch.randn(length, text_width(model), generator=generator)) for length in lengths]
 
 
@@ -30,17 +30,20 @@ def gradients(comfyui: ComfyUI, model: Any, between: Between | None = None, reco
     """Of a LoRA whose every weight does something, on the CPU; called as a node is, inside inference mode."""
 
     def computed() -> list[Tensor]:
-        denoiser, generator = comfyui.module("nodes.host").ComfyDenoiser(model), torch.Generator().manual_seed(4)
+        denoiser, generator = (
+            comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model),
+            torch.Generator().manual_seed(4),
+        )
         conditions = [condition.to(denoiser.device) for condition in features(comfyui, model, 11, 20)]
         shape = (2, *denoiser.family.latent_shape(64, 64))
         x = torch.randn(shape, generator=generator).to(denoiser.device)
         with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(shape):
-            adapters = comfyui.core("adapters").AdapterSet(
+            adapters = comfyui.core("adapters.adapter_set").AdapterSet(
                 denoiser.sites(), denoiser.family.lora_config(4), teacher="frozen", device=denoiser.device
             )
             values = {key: torch.randn(v.shape, generator=generator) * 0.05 for key, v in adapters.state().items()}
             adapters.load_state("student", values)
-            checkpointed = comfyui.core("checkpointing").checkpointed(denoiser.blocks(), recompute)
+            checkpointed = comfyui.core("memory.activation_checkpointing").checkpointed(denoiser.blocks(), recompute)
             with adapters.attached(), checkpointed:
                 out = denoiser.predict_x0(x, SIGMA, conditions)
                 if between is not None:

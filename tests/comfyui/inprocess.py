@@ -127,7 +127,7 @@ class ComfyUI:
         return {key: node for key, node in mappings.items() if getattr(node, "RELATIVE_PYTHON_MODULE", "") == ours}
 
     def module(self, name: str) -> ModuleType:
-        """A module of the pack under the name ComfyUI gave it: module("nodes.host")."""
+        """A module of the pack under the name ComfyUI gave it: module("nodes.comfy_host.denoiser")."""
         package = str(self.base / "custom_nodes" / PACK).replace(".", "_x_")
         return importlib.import_module(f"{package}.{name}" if name else package)
 

@@ -59,7 +59,7 @@ def off_device(comfyui: ComfyUI) -> None:
 
 def identities(comfyui: ComfyUI) -> Callable[..., str]:
     """who(*values): their digest; fails where something inside cannot be compared."""
-    identity_of = comfyui.module("nodes.identity").identity_of
+    identity_of = comfyui.module("nodes.comfy_host.identity").identity_of
 
     def who(*values: Any) -> str:
         found = comfyui.call(torch.inference_mode()(identity_of), *values)

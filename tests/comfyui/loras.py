@@ -11,15 +11,15 @@ from inprocess import ComfyUI
 
 def demo_lora(comfyui: ComfyUI, strength: float = 0.3, rank: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tensors under the names of a LoRA file for the demo model."""
-    model = comfyui.call(comfyui.module("nodes.demo_models").load_model)
+    model = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
     return random_lora(comfyui, model, strength, rank, seed)
 
 
 def random_lora(comfyui: ComfyUI, model: Any, strength: float, rank: int, seed: int) -> dict[str, torch.Tensor]:
     """The same for any MODEL of a family of ours."""
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
     config = denoiser.family.lora_config(rank, float(rank))
-    adapters = comfyui.core("adapters").AdapterSet(denoiser.sites(), config, seed=seed, teacher="frozen")
+    adapters = comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), config, seed=seed, teacher="frozen")
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for key, tensor in adapters.state().items():

@@ -1,6 +1,7 @@
-"""Makes workflows/*.json, their API forms and thumbnails in ComfyUI's own page: python tests/comfyui/make_workflows.py
+"""Makes workflows/*.json and their API forms in ComfyUI's own page: python tests/comfyui/make_workflows.py
 
 Run it after a node's inputs have changed. What is written is what the page itself would save.
+Thumbnails: make_pictures.py.
 """
 
 from __future__ import annotations
@@ -83,16 +84,11 @@ def build(page: ComfyPage, workflow: Workflow) -> dict[str, Any]:
     return page.saved()
 
 
-def thumbnail(page: ComfyPage, name: str) -> Image.Image:
-    """The graph as it looks on the canvas, cropped to it."""
+def look(page: ComfyPage, name: str) -> None:
+    """A screenshot of the whole graph, to look at."""
     page.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.page.wait_for_timeout(1500)
-    with Image.open(page.screenshot(name)) as image:
-        canvas = image.convert("RGB").crop((70, 100, image.width - 20, image.height - 60))
-        nodes = canvas.convert("L").point(lambda grey: 255 if grey > 40 else 0).getbbox()
-        graph = canvas.crop(nodes)
-        graph.thumbnail((768, 768))
-        return graph
+    page.screenshot(name)
 
 
 def pretend_files(base: Path) -> None:
@@ -130,9 +126,7 @@ def main() -> None:
                     (folder / "api" / f"{name}.json", saved["output"]),
                 ):
                     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                graph = thumbnail(page, name)
-                if name != "quickstart":  # whose thumbnail is of a run: make_pictures.py
-                    graph.save(folder / f"{name}.jpg", quality=90)
+                look(page, name)
                 page.close()
     finally:
         server.stop()

@@ -1,4 +1,4 @@
-"""The shipped workflows: which nodes, where, with which values, and where the models' files are had.
+"""The shipped workflows: which nodes, where, with which values, and where to download the models' files.
 
 `make_workflows.py` builds them in ComfyUI's page. FLUX.2-klein's are in `templates_klein.py`.
 """
@@ -84,19 +84,19 @@ def conditions(previews: str, vision: tuple[str, int] | None = None) -> Node:
 
 
 def train(begun: dict[str, Node], run_name: str, text: str) -> Workflow:
-    """Looking, training and keeping behind `begun`: the loaders, "data" and "conditions"."""
-    model, told, vae = ("model", 0), ("conditions", 0), ("vae", 0)
+    """Teacher Preview, training and saving behind `begun`: the loaders, "data" and "conditions"."""
+    model, encoded, vae = ("model", 0), ("conditions", 0), ("vae", 0)
     nodes = {
         **begun,
         "look": Node(
-            "DOPSD_TeacherPreview", (420, 680), (400, 580), links={"model": model, "conditions": told, "vae": vae}
+            "DOPSD_TeacherPreview", (420, 680), (400, 580), links={"model": model, "conditions": encoded, "vae": vae}
         ),
         "train": Node(
             "DOPSD_TrainLoRA",
             (880, 60),
             (460, 1200),
-            {"run_name": run_name, "preset": "standard", "preview_every": 100},
-            {"model": model, "conditions": told, "vae": vae},
+            {"run_name": run_name, "preset": "standard", "steps": 1000, "preview_every": 100},
+            {"model": model, "conditions": encoded, "vae": vae},
         ),
         "save": Node(
             "DOPSD_SaveLoRA", (1400, 60), (460, 150), {"filename_prefix": f"loras/{run_name}"}, {"lora": ("train", 0)}
@@ -106,7 +106,7 @@ def train(begun: dict[str, Node], run_name: str, text: str) -> Workflow:
         ),
         "note": note((1400, 730), (460, 530), text),
     }
-    titles = ("1 · Model and pictures", "2 · Look at the teacher", "3 · Train", "4 · Keep")
+    titles = ("1 · Model and images", "2 · Look at the teacher", "3 · Train", "4 · Save")
     frames = ((-20, 380), (400, 440), (860, 500), (1380, 500))
     groups = [
         (title, (x, -10, width, 1290), colour)
@@ -120,16 +120,19 @@ def lora_of(name: str) -> Node:
     return Node("LoraLoaderModelOnly", (400, 60), (340, 90), values, {"model": ("model", 0)})
 
 
-PICTURES = (
-    "1. Make a folder in ComfyUI's `input`, say `my_concept`: 4 to 30 pictures, and for each a `.txt` of the same name "
-    "that says what is to be seen. Write `[V]` where the concept is named.\n"
+IMAGES = (
+    "1. Make a folder in ComfyUI's `input`, say `my_concept`: 4 to 30 images, and for each a `.txt` of the same name "
+    "with its caption. Write `[V]` where the concept is named.\n"
     "2. Choose it in **Load Dataset**, with a trigger word that means nothing yet.\n"
 )
 LOOK = (
-    "3. Select **Teacher Preview** and press the ▶ above it: only what it needs runs. Its second row is the best that "
+    "3. Select **Teacher Preview** and press the ▶ above it: only what it needs runs. The second row is the best that "
     "training can reach.\n"
 )
-GO = "4. Train. Cancel whenever you like; the next run with the same settings goes on.\n\n"
+GO = (
+    "4. Press **Run**. Cancel at any time: the next run with the same settings resumes. For more options add a "
+    "**Training Settings** node.\n\n"
+)
 
 DEMO_PROMPTS = (
     "a [V] badge, left, on a white background\n"
@@ -160,7 +163,7 @@ def quickstart() -> Workflow:
             "DOPSD_TrainLoRA",
             (880, 60),
             (460, 1120),
-            {"run_name": "demo_badge", "preset": "demo model", "preview_every": 20},
+            {"run_name": "demo_badge", "preset": "demo model", "steps": 120, "preview_every": 20},
             {"model": model, "conditions": ("conditions", 0), "vae": vae},
         ),
         "save": Node(
@@ -189,12 +192,12 @@ def quickstart() -> Workflow:
             (0, 910),
             (360, 270),
             "## Press Run\n\nA tiny model that ships with the pack learns a badge it has never seen from four "
-            "pictures, in about two minutes on a CPU. No downloads.\n\n**Look at the teacher first**: the student "
-            "becomes as good as its teacher and no better.\n\nCancel whenever you like: the next run goes on where it "
-            "stopped. Then try your own pictures with *z_image_turbo_train* or *klein_train*.",
+            "images, in about two minutes on a CPU. Nothing to download.\n\n**Look at the teacher first**: the student "
+            "becomes as good as its teacher and no better.\n\nCancel at any time: the next run resumes. Then try your "
+            "own images with *z_image_turbo_train* or *klein_train*.",
         ),
     }
-    titles = ("1 · Model and pictures", "2 · Look at the teacher", "3 · Train", "4 · Keep and compare")
+    titles = ("1 · Model and images", "2 · Look at the teacher", "3 · Train", "4 · Save and compare")
     frames = ((-20, 400), (400, 440), (860, 500), (1380, 980))
     groups = [
         (title, (x, -10, width, 1210), colour)
@@ -211,9 +214,10 @@ def z_image_turbo_train() -> Workflow:
         "conditions": conditions("a photo of [V] on a wooden table\na photo of [V] in the snow", ("vision", 0)),
     }
     text = (
-        f"## Your concept on Z-Image-Turbo\n\n{PICTURES}{LOOK}{GO}"
-        "`qwen3vl_4b` gives the teacher its eyes only: the words are read by Z-Image's own `qwen_3_4b`.\n\n"
-        "These settings follow the paper; the pack has been measured on its demo model so far."
+        f"## Your concept on Z-Image-Turbo\n\n{IMAGES}{LOOK}{GO}"
+        "Of `qwen3vl_4b` only the vision encoder is used, for the teacher; prompts are read by Z-Image's own "
+        "`qwen_3_4b`.\n\n"
+        "These settings follow the paper. Nobody has trained the real model with this pack yet."
     )
     return train(begun, "my_concept", text)
 
@@ -233,11 +237,11 @@ def z_image_turbo_teacher_preview() -> Workflow:
         "note": note(
             (420, 680),
             (400, 580),
-            "## Look at the teacher first\n\nTop row: your pictures. Second row: the teacher, what the untouched model "
-            "draws when it **sees** the picture and reads the caption. Third row: the student, what it draws from the "
+            "## Look at the teacher first\n\nTop row: your images. Second row: the teacher, what the untouched model "
+            "draws when it **sees** the image and reads the caption. Third row: the student, what it draws from the "
             "caption alone.\n\nTraining brings the third row to the second, and no further.\n\n"
             "- **Good:** the second row has your concept, sharp, and follows the caption.\n"
-            "- **Bad:** it looks like the third row, is blurred or garbled, or shows the wrong thing. Change pictures "
+            "- **Bad:** it looks like the third row, is blurred or garbled, or shows the wrong thing. Change images "
             "and captions before you train.\n\n"
             "Then open *z_image_turbo_train* with the same data: what was encoded here is kept on disk.",
         ),
@@ -261,7 +265,7 @@ def z_image_turbo_sample() -> Workflow:
         ),
         "decode": Node("VAEDecode", (800, 410), (320, 60), links={"samples": ("sample", 0), "vae": ("vae", 0)}),
         "save": Node(
-            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/picture"}, {"images": ("decode", 0)}
+            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/image"}, {"images": ("decode", 0)}
         ),
         "note": note(
             (400, 410),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from templates import GO, LOOK, PICTURES, Node, Workflow, conditions, data, loaders, lora_of, note, train
+from templates import GO, IMAGES, LOOK, Node, Workflow, conditions, data, loaders, lora_of, note, train
 
 UNTRIED = "These settings follow the paper. Nobody has trained the real model with this pack yet."
 
@@ -18,8 +18,8 @@ def klein_train() -> Workflow:
         "conditions": conditions("a photo of [V] on a wooden table\na photo of [V] in the snow"),
     }
     text = (
-        f"## Your concept on FLUX.2-klein\n\n{PICTURES}{LOOK}{GO}"
-        "The teacher is klein's own editing branch, which has your picture as its reference: no further file is "
+        f"## Your concept on FLUX.2-klein\n\n{IMAGES}{LOOK}{GO}"
+        "The teacher is klein's own editing branch, with your image as reference: no further file is "
         "needed. If it copies places and poses that the caption does not name, set **teacher_image** of Build Teacher "
         f"Condition to *other*.\n\n{UNTRIED}"
     )
@@ -35,7 +35,7 @@ def klein_edit_train() -> Workflow:
     text = (
         "## An edit of your own on FLUX.2-klein\n\n"
         "1. Make a folder in ComfyUI's `input`, say `my_edit`, with two folders in it. `target/01.png` is a result "
-        "that you want, `target/01.txt` the instruction that asks for it, `source/01.png` the picture that it starts "
+        "that you want, `target/01.txt` the instruction that asks for it, `source/01.png` the image that it starts "
         "from. Several such triples that differ in everything but the edit.\n"
         f"2. Choose it in **Load Dataset**.\n{LOOK}{GO}"
         "Student and teacher both have the source as their reference; the teacher has the target too. Previews are "
@@ -57,7 +57,7 @@ def klein_sample() -> Workflow:
         ),
         "decode": Node("VAEDecode", (800, 410), (320, 60), links={"samples": ("sample", 0), "vae": ("vae", 0)}),
         "save": Node(
-            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/picture"}, {"images": ("decode", 0)}
+            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/image"}, {"images": ("decode", 0)}
         ),
         "note": note(
             (400, 410),
@@ -98,8 +98,8 @@ def klein_edit_sample() -> Workflow:
         "note": note(
             (800, 650),
             (320, 210),
-            "Choose your LoRA and a picture. The instruction as in training; the result has the picture's size, about "
-            "one megapixel.\n\nMore pictures: another VAE Encode and Reference Latent each, one behind the other.",
+            "Choose your LoRA and an image. The instruction as in training; the result has the image's size, about "
+            "one megapixel.\n\nMore images: another VAE Encode and Reference Latent each, one behind the other.",
         ),
     }
     return Workflow(nodes, [])

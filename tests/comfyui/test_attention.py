@@ -38,7 +38,7 @@ def masks(tokens: int) -> dict[str, Tensor | None]:
 def test_it_is_comfyuis(comfyui: ComfyUI, reshaped: bool, mask: str, tokens: int) -> None:
     import comfy.ldm.modules.attention as attention
 
-    ours, chosen = comfyui.module("nodes.gradients").plain_attention, masks(tokens)[mask]
+    ours, chosen = comfyui.module("nodes.comfy_host.gradients").plain_attention, masks(tokens)[mask]
     for output_reshaped in (True, False):
         options: dict[str, Any] = {"skip_reshape": reshaped, "skip_output_reshape": not output_reshaped}
         wanted = attention.attention_pytorch(*inputs(reshaped, tokens), HEADS, chosen, **options)
@@ -62,5 +62,5 @@ def test_cudnns_kernel_is_not_asked(comfyui: ComfyUI, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     monkeypatch.setattr(comfy.ops, "scaled_dot_product_attention", first_on_windows)
-    comfyui.module("nodes.gradients").plain_attention(None, *inputs(True, 300), HEADS, skip_reshape=True)
+    comfyui.module("nodes.comfy_host.gradients").plain_attention(None, *inputs(True, 300), HEADS, skip_reshape=True)
     assert seen == [False] and torch.backends.cuda.cudnn_sdp_enabled()

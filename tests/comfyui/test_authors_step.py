@@ -39,7 +39,7 @@ def models(comfyui: ComfyUI) -> Iterator[dict[str, Any]]:
     The VAE is the demo's, which our nodes would refuse beside another CLIP.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comfyui.module("nodes.encoder"), "require_training_vae", lambda *_: None)
+        patch.setattr(comfyui.module("nodes.comfy_host.encoder"), "require_training_vae", lambda *_: None)
         yield comfyui.call(make_models, comfyui)
 
 
@@ -49,7 +49,7 @@ def make_models(comfyui: ComfyUI) -> dict[str, Any]:
     from comfy.supported_models_base import ClipTarget
     from comfy.text_encoders import z_image
 
-    vision = comfyui.module("nodes.vision")
+    vision = comfyui.module("nodes.comfy_host.vision")
     transformer = twins.diffusers_z_image(text_width=TEXT["hidden_size"])
     with torch.inference_mode():
         target = ClipTarget(z_image.ZImageTokenizer, z_image.te())

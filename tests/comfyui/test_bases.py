@@ -97,7 +97,7 @@ def test_a_training_on_it_is_one_on_the_same_weights_in_fp32(comfyui: ComfyUI, l
 
 def test_another_form_is_another_run(comfyui: ComfyUI, load: Load) -> None:
     """The two layouts of fp8 hold the same weights."""
-    fingerprint = comfyui.module("nodes.identity").fingerprint
+    fingerprint = comfyui.module("nodes.comfy_host.identity").fingerprint
     digests = {form: fingerprint(load(form)) for form in FORMS}
     older = digests.pop("fp8, older layout")
     if ON_CPU:  # fp8 units multiply the newer one in 8 bits, and the older one not

@@ -18,20 +18,20 @@ class Case:
     """A small model of a family with a LoRA on it, two samples of 64 (144) image tokens and 40 text tokens."""
 
     def __init__(self, comfyui: ComfyUI, family: str) -> None:
-        self.comfyui, self.host = comfyui, comfyui.module("nodes.host")
-        self.core = comfyui.core("checkpointing")
+        self.comfyui, self.host = comfyui, comfyui.module("nodes.comfy_host.denoiser")
+        self.core = comfyui.core("memory.activation_checkpointing")
         build, self.shape, width = MODELS[family]
         with torch.inference_mode():
             self.model = build()
         self.denoiser = self.host.ComfyDenoiser(self.model)
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(self.shape, generator=generator)
-        condition = comfyui.core("conditioning").Condition
+        condition = comfyui.core("conditioning.encode").Condition
         self.conditions = [condition(torch.randn(40, width, generator=generator)) for _ in range(2)]
 
     def adapters(self) -> Any:
         config = self.denoiser.family.lora_config(4, 8.0)
-        adapters = self.comfyui.core("adapters").AdapterSet(self.denoiser.sites(), config, teacher="frozen")
+        adapters = self.comfyui.core("adapters.adapter_set").AdapterSet(self.denoiser.sites(), config, teacher="frozen")
         state, generator = adapters.state(), torch.Generator().manual_seed(2)
         for key, value in state.items():
             if ".lora_B." in key:
@@ -79,7 +79,7 @@ def case(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Case:
 @pytest.fixture
 def fused_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs on a GPU; for few tokens the host writes attention out on a CPU."""
-    monkeypatch.setattr(case.comfyui.module("nodes.gradients"), "_FEW_TOKENS", 0)
+    monkeypatch.setattr(case.comfyui.module("nodes.comfy_host.gradients"), "_FEW_TOKENS", 0)
     yield
 
 

@@ -48,18 +48,18 @@ UNDISTILLED = [
 
 @pytest.mark.parametrize(("name", "family"), DISTILLED)
 def test_distilled_or_unknown_names_pass(comfyui: ComfyUI, name: str, family: str) -> None:
-    assert comfyui.module("nodes.checkpoints").warn_if_undistilled(made_of(name, family)) is None
+    assert comfyui.module("nodes.comfy_host.distilled").warn_if_undistilled(made_of(name, family)) is None
 
 
 @pytest.mark.parametrize(("name", "family"), UNDISTILLED)
 def test_undistilled_names_are_warned_of(comfyui: ComfyUI, name: str, family: str) -> None:
-    told = comfyui.module("nodes.checkpoints").warn_if_undistilled(made_of(name, family))
+    told = comfyui.module("nodes.comfy_host.distilled").warn_if_undistilled(made_of(name, family))
     assert told and told.startswith(name) and "by its name" in told and "\n" not in told
     assert ("z_image_turbo_bf16" if family == "ZImage" else "flux-2-klein-4b") in told
 
 
 def test_the_weights_tell_where_the_name_does_not(comfyui: ComfyUI) -> None:
-    warn = comfyui.module("nodes.checkpoints").warn_if_undistilled
+    warn = comfyui.module("nodes.comfy_host.distilled").warn_if_undistilled
     assert "by its norm weights" in warn(made_of("my_finetune.safetensors", allow_fp16=False))
     assert warn(made_of("", allow_fp16=False)).startswith("this model looks like")
     assert warn(made_of("my_finetune.safetensors", allow_fp16=True)) is None
@@ -84,5 +84,5 @@ def test_comfyui_still_leaves_that_mark(comfyui: ComfyUI, spread: float, small: 
 
 
 def test_the_demo_model_is_distilled(comfyui: ComfyUI) -> None:
-    model = comfyui.call(comfyui.module("nodes.demo_models").load_model)
-    assert comfyui.module("nodes.checkpoints").warn_if_undistilled(model) is None
+    model = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
+    assert comfyui.module("nodes.comfy_host.distilled").warn_if_undistilled(model) is None

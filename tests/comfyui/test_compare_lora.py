@@ -66,7 +66,7 @@ def test_each_cell_is_what_the_stock_nodes_give(comfyui, tensors, artefacts) -> 
     run = comfyui.execute(with_lora(comfyui, tensors))
     assert run.status == "success", run.error
     image = run.value("2")
-    comfyui.core("sheet").to_images(image.permute(0, 3, 1, 2))[0].save(artefacts / "compare_lora.png")
+    comfyui.core("image_grid").to_images(image.permute(0, 3, 1, 2))[0].save(artefacts / "compare_lora.png")
     first, second = (line.strip() for line in PROMPTS.split("\n") if line)
     for row, (prompt, seed) in enumerate([(first, 7), (second, 8)]):
         for column, strength in enumerate([None, 0.5, 1.0]):
@@ -100,8 +100,12 @@ def test_the_model_is_as_it_was(comfyui, tensors) -> None:
     run = comfyui.execute(with_lora(comfyui, tensors, strengths="1, -2"))
     model = run.value("1")
     assert not model.patches
-    comfyui.call(comfyui.module("nodes.host").ComfyDenoiser(model).load, (1, 16, 8, 8))  # takes patches off
-    assert weights_digest(model) == weights_digest(comfyui.call(comfyui.module("nodes.demo_models").load_model))
+    comfyui.call(
+        comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model).load, (1, 16, 8, 8)
+    )  # takes patches off
+    assert weights_digest(model) == weights_digest(
+        comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
+    )
 
 
 def test_foreign_keys_are_counted(comfyui, tensors) -> None:
@@ -153,7 +157,7 @@ def test_bad_strengths_are_refused_before_anything_runs(comfyui, strengths: str,
 
 
 def test_strengths_are_read_generously(comfyui) -> None:
-    parse = comfyui.module("nodes.compare").parse_strengths
+    parse = comfyui.module("nodes.compare_lora").parse_strengths
     assert parse("1; .5,\n 0,1.0,") == [1.0, 0.5, 0.0]
 
 
@@ -168,7 +172,7 @@ def test_cancelling_stops_between_pictures(comfyui, tensors) -> None:
 
 def test_real_sizes_are_scaled_down(comfyui) -> None:
     columns = [[torch.rand(3, 768, 1280)] * 2 for _ in range(3)]
-    image = comfyui.module("nodes.compare").draw_grid("title", ["one", "two"], ["base", "a", "b"], columns)
+    image = comfyui.module("nodes.compare_lora").draw_grid("title", ["one", "two"], ["base", "a", "b"], columns)
     assert image.width < 1700 and image.height < 700
 
 
@@ -190,9 +194,9 @@ def test_kleins_names_are_counted_too(comfyui, tensors) -> None:
     cpu = torch.device("cpu")
     model = comfy.model_patcher.ModelPatcher(config.get_model({}, ""), load_device=cpu, offload_device=cpu)
     lora = random_lora(comfyui, model, 0.3, 4, 0)
-    lora_module = comfyui.module("nodes.compare")
+    lora_module = comfyui.module("nodes.compare_lora")
     assert lora_module.count_used(model, lora) == len(lora) > 20
-    demo = comfyui.call(comfyui.module("nodes.demo_models").load_model)
+    demo = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
     for other, foreign in ((model, tensors), (demo, lora)):
         with pytest.raises(ValueError, match="trained for another model"):
             lora_module.count_used(other, foreign)

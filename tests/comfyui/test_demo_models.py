@@ -62,12 +62,12 @@ def demo(run: Any) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def standalone(comfyui: ComfyUI) -> Any:
-    return comfyui.core("standalone.host").load_demo_model()
+    return comfyui.core("standalone.hosts.demo").load_demo_model()
 
 
 @pytest.fixture
 def vision(comfyui: ComfyUI) -> Any:
-    return comfyui.module("nodes.vision")
+    return comfyui.module("nodes.comfy_host.vision")
 
 
 # -- MODEL, CLIP, VAE -------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_stock_nodes_draw_what_the_standalone_host_draws(comfyui, run, standalon
 
 
 def test_velocity_is_the_standalone_hosts(comfyui, demo, standalone):
-    condition = comfyui.core("conditioning").Condition
+    condition = comfyui.core("conditioning.encode").Condition
     g = torch.Generator().manual_seed(0)
     x, features = torch.randn(2, 16, 8, 8, generator=g), torch.randn(2, 23, 128, generator=g)
     device = demo.model.load_device
@@ -145,7 +145,7 @@ def test_deep_copies_have_weights_of_their_own(demo):
 
 def test_a_lora_file_acts_as_in_the_standalone_host(comfyui, demo, standalone):
     """Written with diffusers' names, loaded by LoraLoaderModelOnly, at its strength."""
-    core = comfyui.core("lora_config")
+    core = comfyui.core("adapters")
     g = torch.Generator().manual_seed(0)
     sites = {part.name: (part.stop - part.start, site.in_features)
              for site in standalone.denoiser.sites() for part in site.parts}  # fmt: skip
@@ -155,20 +155,20 @@ def test_a_lora_file_acts_as_in_the_standalone_host(comfyui, demo, standalone):
         tensors[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=g) / columns**0.5
         tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=g) / 2
     path = comfyui.output / "loras" / "demo_test.safetensors"
-    config = core.LoraConfig(rank=4, alpha=4.0, targets=MODULES)
-    comfyui.core("lora_file").save_lora(path, tensors, config, dtype=torch.float32)
+    config = core.Lora(rank=4, alpha=4.0, targets=MODULES)
+    comfyui.core("adapters.lora_file").save_lora(path, tensors, config, dtype=torch.float32)
     load = {"class_type": "LoraLoaderModelOnly",
             "inputs": {"model": ["demo", 0], "lora_name": path.name, "strength_model": 0.5}}  # fmt: skip
     run = comfyui.execute(drawing(model=load))
     assert run.status == "success", run.error
 
     x, condition = seeded(1, 16, 8, 8), standalone.encoder.encode_text(TEXT)
-    host = comfyui.module("nodes.host")
+    host = comfyui.module("nodes.comfy_host.denoiser")
     with torch.inference_mode(), host.ComfyDenoiser(run.value("model")).loaded(x.shape) as denoiser:
         theirs = denoiser.predict_x0(x.to(denoiser.device), 0.75, [condition]).cpu()
     with torch.no_grad():
         base = standalone.denoiser.predict_x0(x, 0.75, [condition])
-        with comfyui.core("standalone.host").with_lora(standalone.denoiser, path, 0.5):
+        with comfyui.core("standalone.hosts.demo").with_lora(standalone.denoiser, path, 0.5):
             ours = standalone.denoiser.predict_x0(x, 0.75, [condition])
     assert (ours - base).abs().max() > 0.05
     assert torch.allclose(theirs, ours, atol=5e-4)
@@ -192,8 +192,8 @@ def test_the_picture_is_read_with_qwen3_vls_positions(comfyui, demo, vision):
 
     image = seeded(3, 64, 64)
     base = vision.encode_image_text(demo.clip, demo.vision, TEXT, image)
-    sizes = comfyui.core("standalone.demo_files").TEXT_SIZES
-    plain = comfyui.module("nodes.demo_models").language_config(sizes)
+    sizes = comfyui.core("demo.model_files").TEXT_SIZES
+    plain = comfyui.module("nodes.comfy_host.demo_models").language_config(sizes)
     plain.rope_theta = 1e6
     assert isinstance(plain, llama.Qwen3VL_4BConfig)
     other = vision.encode_image_text(demo.clip, dataclasses.replace(demo.vision, lm_config=plain), TEXT, image)

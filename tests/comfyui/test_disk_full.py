@@ -44,7 +44,7 @@ def test_a_run_without_room_is_refused_before_the_model_is_loaded(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(comfyui.module("nodes.host").ComfyDenoiser, "load", loaded)
+    monkeypatch.setattr(comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser, "load", loaded)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     run = comfyui.execute(graph("no_room"))
     assert run.status == "error" and "\n" not in run.error
@@ -54,9 +54,9 @@ def test_a_run_without_room_is_refused_before_the_model_is_loaded(
 
 def test_previews_are_counted_with_the_vae_alone(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    check = comfyui.module("nodes.train").check_run
+    check = comfyui.module("nodes.comfy_host.training").check_run
     monkeypatch.setattr(
-        comfyui.module("nodes.train"), "check_run", lambda *args: (asked.append(args[-1]), check(*args))
+        comfyui.module("nodes.comfy_host.training"), "check_run", lambda *args: (asked.append(args[-1]), check(*args))
     )
     with_vae = graph("counted", steps=2, preview_every=1)
     without = graph("counted", steps=2, preview_every=1)

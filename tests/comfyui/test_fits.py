@@ -29,7 +29,7 @@ def files(comfyui: ComfyUI, stock: Stock) -> None:
 
 @pytest.fixture
 def fits(comfyui: ComfyUI) -> Any:
-    return comfyui.module("nodes.fits")
+    return comfyui.module("nodes.comfy_host.fits")
 
 
 def made_vae(kind: str) -> Any:
@@ -71,7 +71,7 @@ def test_training_images_are_encoded_by_the_models_own_vae_only(
     clip, vae = comfyui.call(towers.clip, family), comfyui.call(made_vae, kind)
     monkeypatch.setattr(vae, "encode", lambda *_: pytest.fail("something was encoded"))
     with pytest.raises(ValueError, match=f"^the input vae is {found}.*{wanted}"):
-        comfyui.module("nodes.encoder").ComfyEncoder(clip, vae, None)
+        comfyui.module("nodes.comfy_host.encoder").ComfyEncoder(clip, vae, None)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("Z_IMAGE", "flux's preview"), ("FLUX2_KLEIN", "klein's preview")])
@@ -85,14 +85,14 @@ def test_previews_may_be_decoded_by_a_small_vae(comfyui: ComfyUI, fits: Any, fam
 
 def test_the_demos_vae_goes_with_the_demo_alone(comfyui: ComfyUI, fits: Any) -> None:
     """It has as many channels as Z-Image's; they mean something else."""
-    demo, families = comfyui.module("nodes.demo_models"), comfyui.core("families")
+    demo, families = comfyui.module("nodes.comfy_host.demo_models"), comfyui.core("families")
     vae, other = comfyui.call(demo.load_vae), comfyui.call(made_vae, "flux's preview")
     fits.require_vae(vae, families.Z_IMAGE, True)
     with pytest.raises(ValueError, match="the demo model's, the MODEL is Z-Image-Turbo's: connect Load VAE with ae"):
         fits.require_vae(vae, families.Z_IMAGE, False)
     with pytest.raises(ValueError, match="the MODEL is the demo model's: connect Load Demo Models"):
         fits.require_vae(other, families.Z_IMAGE, True)
-    encoder = comfyui.module("nodes.encoder").ComfyEncoder
+    encoder = comfyui.module("nodes.comfy_host.encoder").ComfyEncoder
     with pytest.raises(ValueError, match="demo model's, the input clip is Z-Image-Turbo's"):
         encoder(comfyui.call(towers.clip, "z_image"), vae, None)
     with pytest.raises(ValueError, match="the input clip is the demo model's"):
@@ -109,7 +109,7 @@ def test_a_latent_of_another_shape_is_no_latent_of_the_family(comfyui: ComfyUI) 
         def encode(self, image: torch.Tensor) -> torch.Tensor:
             return torch.zeros(1, 16, image.shape[1] // 4, image.shape[2] // 4)
 
-    module = comfyui.module("nodes.encoder")
+    module = comfyui.module("nodes.comfy_host.encoder")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "identity_of", lambda *_: SimpleNamespace(digest="", notes=()))
         encoder = module.ComfyEncoder(comfyui.call(towers.clip, "z_image"), Unknown(), None)
@@ -118,12 +118,12 @@ def test_a_latent_of_another_shape_is_no_latent_of_the_family(comfyui: ComfyUI) 
 
 
 def conditions_for(comfyui: ComfyUI, model: Any, width: int) -> Any:
-    family = comfyui.module("nodes.families").family_of(model)
-    conditioning = comfyui.core("conditioning")
+    family = comfyui.module("nodes.comfy_host.families").family_of(model)
+    conditioning = comfyui.core("conditioning.encode")
     condition = conditioning.Condition(torch.zeros(7, width))
     pair = conditioning.DualCondition(condition, condition, torch.zeros(family.latent_shape(64, 64)), "a", "a")
-    data, teacher = comfyui.core("training_set").TrainingSet([pair]), comfyui.core("teachers").VLM
-    return comfyui.module("nodes.sockets").Conditions(family, teacher, data, (), (), "", 0.0)
+    data, teacher = comfyui.core("training.training_set").TrainingSet([pair]), comfyui.core("conditioning.teachers").VLM
+    return comfyui.module("nodes.comfy_host.sockets").Conditions(family, teacher, data, (), (), "", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_conditions_of_the_demo_are_not_for_the_real_model(comfyui: ComfyUI, fit
     model = toy.real_z_image()
     with pytest.raises(ValueError, match="width 128, and this MODEL reads width 2560.*qwen_3_4b with type lumina2"):
         fits.require_trainable(model, conditions_for(comfyui, model, 128))
-    demo = comfyui.call(comfyui.module("nodes.demo_models").load_model)
+    demo = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
     with pytest.raises(ValueError, match=r"width 2560, and this MODEL reads width 128.*\(Load Demo Models\)"):
         fits.require_trainable(demo, conditions_for(comfyui, demo, 2560))
 

@@ -48,15 +48,17 @@ def width(family: Any) -> int:
 
 def one_pair(comfyui: ComfyUI, family: Any, side: int) -> Any:
     """A training set of one pair, whose teacher reads what the student reads."""
-    conditioning, generator = comfyui.core("conditioning"), torch.Generator().manual_seed(0)
+    conditioning, generator = comfyui.core("conditioning.encode"), torch.Generator().manual_seed(0)
     condition = conditioning.Condition(torch.randn(40, width(family), generator=generator))
     latent = torch.randn(family.latent_shape(side, side), generator=generator)
-    return comfyui.core("training_set").TrainingSet([conditioning.DualCondition(condition, condition, latent, "", "")])
+    return comfyui.core("training.training_set").TrainingSet(
+        [conditioning.DualCondition(condition, condition, latent, "", "")]
+    )
 
 
 def gradient(comfyui: ComfyUI, model: Any, side: int, gap: float, folder: Path) -> Tensor:
     """Of one optimizer step, made by the trainer, towards a teacher that is `gap` away in x0."""
-    host = comfyui.module("nodes.host")
+    host = comfyui.module("nodes.comfy_host.denoiser")
 
     class FarTeacher(host.ComfyDenoiser):
         def predict_x0(self, x: Tensor, sigma: float, conditions: Any) -> Tensor:
@@ -67,13 +69,13 @@ def gradient(comfyui: ComfyUI, model: Any, side: int, gap: float, folder: Path) 
     denoiser = FarTeacher(model)
     family = denoiser.family
     config = comfyui.core("config").TrainConfig(
-        lora=family.lora_config(8, 8.0), family=family.name, teacher="same", rollout_steps=1, clip=0.0,
-        anchor_probability=0.0,
+        adapter=family.lora_config(8, 8.0), family=family.name, teacher="same", rollout_steps=1, max_grad_norm=0.0,
+        objective=comfyui.core("objectives").DOPSD(anchor_probability=0.0),
     )  # fmt: skip
     start, data = twins.random_student(comfyui, model, 8), one_pair(comfyui, family, side)
     shape = (1, *data.pairs[0].target_latent.shape)
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(shape):
-        run = comfyui.core("run").Run(config, denoiser, data, folder)
+        run = comfyui.core("training.run").Run(config, denoiser, data, folder)
         run.adapters.load_state("student", start)
         with run.adapters.attached():
             run._accumulate()
@@ -100,7 +102,7 @@ def test_gradients_are_those_of_fp32(
 def test_the_compute_dtype_is_what_linears_are_given(comfyui: ComfyUI, load: Any, file: str, dtype: str) -> None:
     """Known before the MODEL is loaded, from whatever its weights are stored in."""
     model = load(file, dtype)
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
     seen: set[torch.dtype] = set()
     linears = [module for block in denoiser.blocks() for module in block.modules() if hasattr(module, "in_features")]
     handles = [m.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype)) for m in linears]
@@ -127,8 +129,8 @@ def test_the_compute_dtype_is_what_linears_are_given(comfyui: ComfyUI, load: Any
 
 
 def train(comfyui: ComfyUI, model: Any, name: str, **settings: Any) -> Run:
-    conditioning, generator = comfyui.core("conditioning"), torch.Generator().manual_seed(3)
-    family = comfyui.module("nodes.host").family_of(model)
+    conditioning, generator = comfyui.core("conditioning.encode"), torch.Generator().manual_seed(3)
+    family = comfyui.module("nodes.comfy_host.denoiser").family_of(model)
     pairs = [
         conditioning.DualCondition(
             *(conditioning.Condition(torch.randn(n, width(family), generator=generator)) for n in (11, 20)),
@@ -136,8 +138,8 @@ def train(comfyui: ComfyUI, model: Any, name: str, **settings: Any) -> Run:
         )
         for number in range(2)
     ]  # fmt: skip
-    data, teacher = comfyui.core("training_set").TrainingSet(pairs), comfyui.core("teachers").VLM
-    conditions = comfyui.module("nodes.sockets").Conditions(family, teacher, data, (), (), "", 0.0)
+    data, teacher = comfyui.core("training.training_set").TrainingSet(pairs), comfyui.core("conditioning.teachers").VLM
+    conditions = comfyui.module("nodes.comfy_host.sockets").Conditions(family, teacher, data, (), (), "", 0.0)
     workflow = shipped("z_image_turbo_train")
     inputs = {**workflow[node_of(workflow, "DOPSD_TrainLoRA")]["inputs"], **SETTINGS, **settings, "run_name": name}
     del inputs["vae"]
@@ -168,8 +170,8 @@ def test_a_training_goes_where_it_goes_in_fp32(comfyui: ComfyUI, load: Any, fami
 
 
 def test_it_is_resumed_bit_identically(comfyui: ComfyUI, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comfyui.core("loss_scale"), "GROWTH_INTERVAL", 2)
-    monkeypatch.setattr(comfyui.core("loss_scale"), "INITIAL", 2.0**26)  # overflows
+    monkeypatch.setattr(comfyui.core("training.loss_scale"), "GROWTH_INTERVAL", 2)
+    monkeypatch.setattr(comfyui.core("training.loss_scale"), "INITIAL", 2.0**26)  # overflows
     model = load(FILES["flux2_klein"], "fp16")
     whole = train(comfyui, model, "fp16-whole")
     for steps in (1, 3, 4):

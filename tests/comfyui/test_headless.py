@@ -108,7 +108,7 @@ def test_what_nobody_asks_for_may_be_invalid(server: Server) -> None:
 def test_what_other_packs_make_of_a_graph_counts(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their handlers may be registered after ours, and mend what the client sent."""
     monkeypatch.setattr(comfyui.server, "on_prompt_handlers", [])
-    comfyui.module("nodes.whole_graph").register()
+    comfyui.module("nodes.comfy_host.whole_graph").register()
 
     def mend(request: dict) -> dict:
         request["prompt"]["train"]["inputs"]["run_name"] = "mended"
@@ -119,7 +119,7 @@ def test_what_other_packs_make_of_a_graph_counts(comfyui: ComfyUI, monkeypatch: 
     refused = comfyui.call(comfyui.server.trigger_on_prompt, {"prompt": graph})
     assert set(refused["partial_execution_targets"]) == {"train", "save", "compare"}
     monkeypatch.setattr(comfyui.server, "on_prompt_handlers", [])
-    comfyui.module("nodes.whole_graph").register()
+    comfyui.module("nodes.comfy_host.whole_graph").register()
     comfyui.server.add_on_prompt_handler(mend)
     for _ in range(2):
         change("train", run_name="aux")(graph)
@@ -128,7 +128,7 @@ def test_what_other_packs_make_of_a_graph_counts(comfyui: ComfyUI, monkeypatch: 
 
 def test_other_nodes_are_comfyuis_business(comfyui: ComfyUI) -> None:
     """An invalid node after ours, without which all of ours still run; and a graph without ours."""
-    find = comfyui.module("nodes.whole_graph").find_left_out
+    find = comfyui.module("nodes.comfy_host.whole_graph").find_left_out
     graph = whole()
     graph["keep"] = {"class_type": "SaveImage", "inputs": {"images": ["train", 3]}}
     assert find(graph) is None
@@ -152,7 +152,8 @@ def test_a_graph_from_before_an_input_existed_trains(server: Server) -> None:
     assert list((server.output / "loras").glob("dopsd_*.safetensors"))
     (folder,) = (server.output / "dopsd").glob("defaults-*")
     config = json.loads((folder / "config.json").read_text())
-    assert (config["seed"], config["teacher"], config["rollout_steps"], config["loss"]) == (0, "ema", 4, "x0")
+    assert (config["seed"], config["rollout_steps"]) == (0, 4)
+    assert (config["teacher"]["name"], config["objective"]["loss"]) == ("ema", "x0")
 
 
 # -- an executor without ComfyUI's server ------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_what_comes_over_a_link_is_checked_when_it_comes(
 
 
 def test_every_wrong_input_is_named_at_once(comfyui: ComfyUI) -> None:
-    inputs = comfyui.module("nodes.inputs")
+    inputs = comfyui.module("nodes.comfy_host.checked_inputs")
     node = comfyui.pack_nodes["DOPSD_TrainLoRA"]
     with pytest.raises(inputs.InputError) as caught:
         inputs.completed(node, {"steps": 1.5, "seed": True, "alpha": nan, "targets": 3, "loss": "l1"})

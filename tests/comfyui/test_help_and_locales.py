@@ -15,7 +15,7 @@ from make_locales import CONTROL, places, read, schema_texts
 
 LANGUAGES = ("en", "zh")
 DOCS = ROOT / "web" / "docs"
-LINK_TYPES = ("DOPSD_DATASET", "DOPSD_CONDITIONS", "DOPSD_VISION")
+LINK_TYPES = ("DOPSD_DATASET", "DOPSD_CONDITIONS", "DOPSD_VISION", "DOPSD_SETTINGS")
 BODY = (0x26, 0x3E, 0x4F)  # of our nodes in dark themes, as in web/dopsd.js
 
 
@@ -64,7 +64,7 @@ def test_help_names_every_input_and_output(comfyui, language):
 def test_help_names_the_presets_as_they_are(comfyui, language):
     text = help_page("DOPSD_TrainLoRA", language).read_text(encoding="utf-8")
     papers = comfyui.core("families").Z_IMAGE.paper_steps
-    for name, preset in comfyui.module("nodes.presets").PRESETS.items():
+    for name, preset in comfyui.module("nodes.comfy_host.presets").PRESETS.items():
         (row,) = re.findall(rf"^\| {re.escape(name)} \| (.+) \|$", text, re.MULTILINE)
         numbers = [float(number) for number in re.findall(r"\d+", row)[:3]]
         assert numbers == [preset.steps or papers, preset.rank, preset.alpha], name
@@ -74,7 +74,7 @@ def test_help_names_the_presets_as_they_are(comfyui, language):
 def test_help_quotes_the_teachers(comfyui, language):
     """Their sentences are to be read, so that users can write better ones."""
     text = " ".join(help_page("DOPSD_BuildTeacherCondition", language).read_text(encoding="utf-8").split())
-    for name, teacher in comfyui.core("teachers").TEACHERS.items():
+    for name, teacher in comfyui.core("conditioning.teachers").TEACHERS.items():
         assert f"| {name} |" in text and teacher.sentence in text and teacher.of_others in text, name
 
 

@@ -16,7 +16,7 @@ SIGMA = 0.7
 
 @pytest.fixture
 def host(comfyui: ComfyUI) -> Any:
-    return comfyui.module("nodes.host")
+    return comfyui.module("nodes.comfy_host.denoiser")
 
 
 def made_by_a_loader(**options: Any) -> Any:
@@ -29,14 +29,14 @@ def made_by_a_loader(**options: Any) -> Any:
 
 def inputs(comfyui: ComfyUI, lengths: tuple[int, ...] = (11, 20, 11)) -> tuple[torch.Tensor, list]:
     generator = torch.Generator().manual_seed(1)
-    condition = comfyui.core("conditioning").Condition
+    condition = comfyui.core("conditioning.encode").Condition
     x = torch.randn(SHAPE, generator=generator)
     return x, [condition(torch.randn(length, 64, generator=generator)) for length in lengths]
 
 
 def new_adapters(comfyui: ComfyUI, host: Any, denoiser: Any) -> Any:
     config = comfyui.core("families").Z_IMAGE.lora_config(4, 8.0)
-    return comfyui.core("adapters").AdapterSet(denoiser.sites(), config, seed=0, teacher="frozen")
+    return comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), config, seed=0, teacher="frozen")
 
 
 def randomise_b(adapters: Any) -> None:
@@ -198,4 +198,4 @@ def test_other_models_are_refused_by_name(comfyui: ComfyUI) -> None:
 
     model = SimpleNamespace(model=SimpleNamespace(model_config=SD15()))
     with pytest.raises(ValueError, match="a SD15; D-OPSD trains Z-Image-Turbo and FLUX.2-klein"):
-        comfyui.module("nodes.families").family_of(model)
+        comfyui.module("nodes.comfy_host.families").family_of(model)

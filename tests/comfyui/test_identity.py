@@ -1,7 +1,7 @@
 """Identity by content: all that decides what a MODEL, CLIP, VAE or vision tower computes counts, and nothing else does.
 
-The tests walk the tables in nodes/identity.py: each row has a change here, and each attribute of ComfyUI's objects a
-row. What weights, patches and options may be made of is in test_identity_contents.py.
+The tests walk the tables in nodes/comfy_host/identity.py: each row has a change here, and each attribute of ComfyUI's
+objects a row. What weights, patches and options may be made of is in test_identity_contents.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Change = Callable[[Any], Any]
 
 @pytest.fixture(scope="module")
 def identity(comfyui: ComfyUI) -> Any:
-    return comfyui.module("nodes.identity")
+    return comfyui.module("nodes.comfy_host.identity")
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def rows_of(pack: str) -> list[tuple[str, str, bool]]:
     return found
 
 
-ROWS = rows_of("nodes/identity.py")
+ROWS = rows_of("nodes/comfy_host/identity.py")
 
 
 def test_the_rows_here_are_the_tables(identity: Any) -> None:

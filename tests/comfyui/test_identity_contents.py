@@ -486,7 +486,7 @@ def hooks_of(injection: Any) -> list[Any]:
 def test_an_option_that_cannot_be_compared_is_another_model_each_time(
     comfyui: ComfyUI, model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    identity = comfyui.module("nodes.identity")
+    identity = comfyui.module("nodes.comfy_host.identity")
     other = model.clone()
     other.model_options["transformer_options"]["own"] = iter([1])
     one, two = (comfyui.call(identity.identity_of, other) for _ in range(2))
@@ -518,7 +518,7 @@ def test_a_model_that_an_option_leads_to_counts(comfyui: ComfyUI, fresh: Any, wh
 
 def portraits(comfyui: ComfyUI) -> dict[str, str]:
     """Identities of the demo's models with things put on, computed in whatever process this is."""
-    who, demo = identities(comfyui), comfyui.module("nodes.demo_models")
+    who, demo = identities(comfyui), comfyui.module("nodes.comfy_host.demo_models")
     model, clip, vae, vision = (
         comfyui.call(torch.inference_mode()(getattr(demo, f"load_{kind}")))
         for kind in ("model", "clip", "vae", "vision")

@@ -21,9 +21,9 @@ ROWS, COLUMNS = 700, 512  # 1.4 MB: more than is read whole
 
 @pytest.fixture
 def weights(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """nodes/weights.py, with `read`: how many tensors were read for more than a glance."""
-    module = comfyui.module("nodes.weights")
-    counted = SimpleNamespace(read=0, module=module, store=comfyui.module("nodes.paths").known_weights())
+    """nodes/comfy_host/weights.py, with `read`: how many tensors were read for more than a glance."""
+    module = comfyui.module("nodes.comfy_host.weights")
+    counted = SimpleNamespace(read=0, module=module, store=comfyui.module("nodes.comfy_host.paths").known_weights())
     real = module.digest_tensors
 
     def digest_tensors(contents: Any, glance: bool = False) -> Any:

@@ -54,7 +54,7 @@ class Inputs:
     references: list[tuple[Tensor, ...]]
 
     def conditions(self, comfyui: ComfyUI) -> list[Any]:
-        condition = comfyui.core("conditioning").Condition
+        condition = comfyui.core("conditioning.encode").Condition
         return [condition(f, r) for f, r in zip(self.features, self.references, strict=True)]
 
 
@@ -93,7 +93,7 @@ def test_comfyuis_table_of_names_agrees(model: Any, network: Any) -> None:
 
 @pytest.mark.parametrize("sigma", [1.0, 0.908144, 0.7172])
 def test_velocity(comfyui: ComfyUI, model: Any, network: Any, inputs: Inputs, sigma: float) -> None:
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
     with torch.inference_mode(), denoiser.loaded(inputs.x.shape):
         x0 = denoiser.predict_x0(inputs.x, sigma, inputs.conditions(comfyui))
     with torch.no_grad():

@@ -104,7 +104,7 @@ def test_a_whole_training_with_the_editing_branch_as_teacher(
         (reference,) = pair.teacher.reference_latents
         assert torch.equal(reference, pair.target_latent) and pair.target_latent.shape == (128, SIDE // 16, SIDE // 16)
         assert pair.student.features.shape[0] == pair.teacher.features.shape[0] == 512
-    sheet = comfyui.core("sheet").to_images(run.value("look").permute(0, 3, 1, 2))[0]
+    sheet = comfyui.core("image_grid").to_images(run.value("look").permute(0, 3, 1, 2))[0]
     sheet.save(artefacts / "klein_teacher.png")
     assert max(ImageStat.Stat(sheet).stddev) > 10 and run.value("train", 3).shape[0] == 3
     folder = Path(run.value("train", 2))
@@ -139,7 +139,7 @@ def test_other_pictures_and_other_words(comfyui: ComfyUI, models: dict[str, Any]
             pair.teacher.features, text_features(comfyui, models, f"{pair.caption} Paint the same badge.")
         )
     unworded = comfyui.execute(graph("klein", {"teacher_image": "other"})).value("conditions").teacher
-    assert unworded.sentence == comfyui.core("teachers").EDIT.of_others
+    assert unworded.sentence == comfyui.core("conditioning.teachers").EDIT.of_others
 
 
 def text_features(comfyui: ComfyUI, models: dict[str, Any], text: str) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_edits_are_trained_from_their_sources(comfyui: ComfyUI, graph: Any, arte
         assert len(prompt.student.reference_latents) == 1 and len(prompt.teacher.reference_latents) == 2
     assert run.value("train", 3).shape[0] == 3
     for sheets, rows in ((run.value("look"), "target"), (run.value("train", 3), "before")):
-        sheet = comfyui.core("sheet").to_images(sheets.permute(0, 3, 1, 2))[-1]
+        sheet = comfyui.core("image_grid").to_images(sheets.permute(0, 3, 1, 2))[-1]
         sheet.save(artefacts / f"klein_edits_{rows}.png")
         assert 3.5 < sheet.height / 198 < 4.8, f"source, {rows}, teacher, student"
 
@@ -196,7 +196,7 @@ def vision(comfyui: ComfyUI) -> Any:
     def make() -> Any:
         import comfy.ops
 
-        module = comfyui.module("nodes.vision")
+        module = comfyui.module("nodes.comfy_host.vision")
         spec = towers.tiny(module)
         tower, _ = towers.reference(spec)
         with torch.inference_mode():

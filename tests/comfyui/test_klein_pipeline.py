@@ -51,7 +51,7 @@ def test_texts(comfyui: ComfyUI, ours: dict[str, Any], name: str) -> None:
     if name == "qwen3_8b":
         clip, encoder, tokenizer = comfyui.call(klein_twins.clips, 1, name)
         pipe = klein_twins.pipeline(ours["pipe"].transformer, ours["pipe"].vae, encoder, tokenizer)
-    host = comfyui.module("nodes.encoder").ComfyEncoder(clip, ours["vae"], None)
+    host = comfyui.module("nodes.comfy_host.encoder").ComfyEncoder(clip, ours["vae"], None)
     for text in (PROMPT, "", "[V] " * 90):
         got = comfyui.call(in_inference_mode, host.encode_text, text).features
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_texts(comfyui: ComfyUI, ours: dict[str, Any], name: str) -> None:
 
 def test_latents_of_pictures(comfyui: ComfyUI, ours: dict[str, Any], sources: list[Image.Image]) -> None:
     """The encoder of Build Teacher Condition, in the space that the network works in."""
-    encoder = comfyui.module("nodes.encoder").ComfyEncoder(ours["clip"], ours["vae"], None)
+    encoder = comfyui.module("nodes.comfy_host.encoder").ComfyEncoder(ours["clip"], ours["vae"], None)
     generator: Any = None
     for picture in sources:
         pixels = as_image(picture)

@@ -66,7 +66,7 @@ def test_a_warning_names_the_file_and_the_tokens_over(comfyui: ComfyUI) -> None:
 def test_conditions_out_of_the_cache_are_reported_too(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(comfyui.input / "long-b", a=LONG, b=WORDS)
     first = encode(comfyui, folder).value("conditions").notes
-    encoder = comfyui.module("nodes.encoder").ComfyEncoder
+    encoder = comfyui.module("nodes.comfy_host.encoder").ComfyEncoder
     for name in ("encode_text", "encode_image_text", "encode_latent"):
         monkeypatch.setattr(encoder, name, lambda *_: pytest.fail("something was encoded anew"))
     assert first and encode(comfyui, folder).value("conditions").notes == first
@@ -77,7 +77,7 @@ def test_what_fits_is_not_reported(comfyui: ComfyUI) -> None:
     run = encode(comfyui, write(comfyui.input / "fitting", a=WORDS))
     assert run.value("conditions").notes == ()
     assert "\n" not in run.texts("conditions")[-1]
-    limits = comfyui.module("nodes.families").in_comfyui(comfyui.core("families").Z_IMAGE)
+    limits = comfyui.module("nodes.comfy_host.families").in_comfyui(comfyui.core("families").Z_IMAGE)
     star = tokens(run, "star star") - tokens(run, "star")
     assert star == 1
     fitting = "star" + " star" * (limits.text_tokens - tokens(run, "star"))
@@ -97,14 +97,14 @@ def test_a_row_of_a_jsonl_is_named_by_its_line(comfyui: ComfyUI) -> None:
     write(folder, a=WORDS, b=WORDS)
     rows = [{"path": f"{name}.png", "caption": text} for name, text in (("a", WORDS), ("b", LONG))]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    report = comfyui.core("dataset").read_dataset(folder / "rows.jsonl", pixel_budget=64 * 64, multiple=16)
+    report = comfyui.core("data.dataset").read_dataset(folder / "rows.jsonl", pixel_budget=64 * 64, multiple=16)
     report.raise_for_errors()
-    lengths, pair = comfyui.module("nodes.lengths"), report.pairs[1]
+    lengths, pair = comfyui.module("nodes.comfy_host.lengths"), report.pairs[1]
     assert lengths._place(pair, pair.captions[0], folder / "rows.jsonl") == "rows.jsonl:2"
 
 
 def test_a_thousand_long_captions_are_counted_and_not_listed(comfyui: ComfyUI) -> None:
-    lengths = comfyui.module("nodes.lengths")
+    lengths = comfyui.module("nodes.comfy_host.lengths")
     captions = {f"n{number:02d}": f"{LONG} {number}" for number in range(lengths.MOST_NOTES)}
     notes = encode(comfyui, write(comfyui.input / "many", **captions)).value("conditions").notes
     assert len(notes) == lengths.MOST_NOTES + 1

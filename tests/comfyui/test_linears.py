@@ -112,14 +112,14 @@ def refused(comfyui: ComfyUI, request: pytest.FixtureRequest) -> tuple[Any, str,
 
 def test_a_layer_that_cannot_be_trained_through_is_named(comfyui: ComfyUI, refused: Any) -> None:
     model, kind, reason = refused
-    linears = comfyui.module("nodes.linears")
+    linears = comfyui.module("nodes.comfy_host.linears")
     with pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} of this MODEL is a .*\.?{kind}.*{reason}.*ComfyUI-GGUF"):
         linears.require_known_layers(model.model.diffusion_model, BLOCKS)
 
 
 @pytest.mark.parametrize("node", ["train", "look"])
 def test_the_nodes_refuse_it_before_they_do_anything(comfyui: ComfyUI, node: str) -> None:
-    model = comfyui.call(comfyui.module("nodes.demo_models").load_model)
+    model = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
     exchange(model, WHERE, packed(comfyui))
     graph = training("foreign", steps=2)
     graph["given"] = give_values(comfyui, ("MODEL",), [model])
@@ -130,7 +130,7 @@ def test_the_nodes_refuse_it_before_they_do_anything(comfyui: ComfyUI, node: str
         inputs = {"model": ["given", 0], "conditions": ["conditions", 0], "vae": ["models", 2], "seed": 0, "steps": 0}
         graph["look"] = {"class_type": "DOPSD_TeacherPreview", "inputs": {**inputs, "pictures": 1}}
     loaded = []
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoiser, "load", lambda *_: loaded.append(True))
         run = comfyui.execute(graph)
@@ -145,7 +145,7 @@ def test_a_forward_that_the_weight_does_not_explain_is_found_before_step_0(comfy
     def doubled(self: Any, x: Tensor) -> Tensor:
         return 2 * nn.functional.linear(x, self.weight.to(x))
 
-    host, linears = comfyui.module("nodes.host"), comfyui.module("nodes.linears")
+    host, linears = comfyui.module("nodes.comfy_host.denoiser"), comfyui.module("nodes.comfy_host.linears")
     model = exchange(toy.z_image(), WHERE, derived(comfyui, forward=doubled))
     linears.require_known_layers(model.model.diffusion_model, BLOCKS)
     denoiser = host.ComfyDenoiser(model)
@@ -156,7 +156,7 @@ def test_a_forward_that_the_weight_does_not_explain_is_found_before_step_0(comfy
 
 
 def test_a_forward_that_some_node_has_replaced_is_found(comfyui: ComfyUI) -> None:
-    host, linears = comfyui.module("nodes.host"), comfyui.module("nodes.linears")
+    host, linears = comfyui.module("nodes.comfy_host.denoiser"), comfyui.module("nodes.comfy_host.linears")
     model = toy.z_image()
     layer = at(model, WHERE)
     plain = layer.forward
@@ -177,8 +177,8 @@ def test_a_layer_of_another_class_that_computes_the_same_trains(comfyui: ComfyUI
 
 
 def test_bases_of_comfyuis_own_classes_are_not_computed_with_before_training(comfyui: ComfyUI) -> None:
-    linears = comfyui.module("nodes.linears")
-    sites = comfyui.module("nodes.host").ComfyDenoiser(toy.z_image()).sites()
+    linears = comfyui.module("nodes.comfy_host.linears")
+    sites = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(toy.z_image()).sites()
     forward = [SimpleNamespace(module=site.module, forward=None, grad_input=None) for site in sites]
     linears.require_adjoints(forward, torch.device("cpu"), torch.float32)
 
@@ -188,7 +188,7 @@ def test_a_page_is_given_back_when_the_backward_fails(comfyui: ComfyUI, monkeypa
 
     given_back: list[Any] = []
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda module, *_: given_back.append(module))
-    site = comfyui.module("nodes.host").ComfyDenoiser(toy.z_image()).sites()[0]
+    site = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(toy.z_image()).sites()[0]
     with pytest.raises(RuntimeError, match="shape"):
         site.grad_input(torch.zeros(2, site.out_features + 1))
     assert given_back == [site.module]
@@ -248,9 +248,9 @@ def test_the_adapters_stay_where_they_are_when_comfyui_loads_again(comfyui: Comf
     bypass = with_lora(comfyui, model, whole_lora(model, 0), True)
 
     def look() -> tuple[bool, bool]:
-        denoiser = comfyui.module("nodes.host").ComfyDenoiser(bypass)
+        denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(bypass)
         with torch.inference_mode(), denoiser.trainable((1, 16, 8, 8)):
-            adapters = comfyui.core("adapters").AdapterSet(denoiser.sites(), denoiser.family.lora_config(4))
+            adapters = comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), denoiser.family.lora_config(4))
             with adapters.attached():
                 before = at(model, WHERE).forward
                 denoiser.load((1, 16, 8, 8))
@@ -263,7 +263,7 @@ def test_the_adapters_stay_where_they_are_when_comfyui_loads_again(comfyui: Comf
 def test_a_training_on_a_bypass_lora_learns_on_top_of_it(comfyui: ComfyUI) -> None:
     """The MODEL draws the same before and after."""
     graph = training("bypass", steps=2, preview_every=1)
-    demo = comfyui.call(comfyui.module("nodes.demo_models").load_model)
+    demo = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
     lora = random_lora(comfyui, demo, 0.3, 4, 1)
     whole = {k: v for k, v in lora.items() if ".feed_forward." in k}
     graph["given"] = give_values(comfyui, ("MODEL",), [with_lora(comfyui, demo, whole, True)])

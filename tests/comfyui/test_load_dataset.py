@@ -342,15 +342,15 @@ def test_connected_images_stay_plain_pictures(comfyui, edits) -> None:
 
 
 def test_batches_and_transparency(comfyui) -> None:
-    store = comfyui.module("nodes.dataset").store_pictures
+    store = comfyui.module("nodes.load_dataset").store_pictures
     batch = torch.rand(2, 32, 48, 3)
     clear = torch.cat([torch.rand(1, 16, 16, 3), torch.zeros(1, 16, 16, 1)], -1)
     versions = batch._version, clear._version
     source = store([batch, clear], ["one", "two", "three"])
     assert sorted(path.name for path in source.glob("*.png")) == [f"image_000{i}.png" for i in (1, 2, 3)]
-    report = comfyui.core("dataset").read_dataset(source, pixel_budget=4096, multiple=16)
+    report = comfyui.core("data.dataset").read_dataset(source, pixel_budget=4096, multiple=16)
     assert not report.errors and (batch._version, clear._version) == versions
-    read = comfyui.core("images").read_image
+    read = comfyui.core("data.images").read_image
     assert read(source / "image_0003.png").getcolors() == [(256, (255, 255, 255))]
     assert store([batch, clear], ["one", "two", "four"]) != source
 
@@ -359,19 +359,19 @@ def test_batches_and_transparency(comfyui) -> None:
     ("text", "told"), [("three \ud800", "half a character (U+D800)"), ("a\0 \0d", "NUL characters")]
 )
 def test_connected_texts_that_are_no_text(comfyui, text: str, told: str) -> None:
-    store = comfyui.module("nodes.dataset").store_pictures
+    store = comfyui.module("nodes.load_dataset").store_pictures
     with pytest.raises(ValueError, match="^text 2 of those connected to Load Dataset cannot be used: ") as caught:
         store([torch.rand(2, 16, 16, 3)], ["one", text])
     assert told in str(caught.value)
 
 
 def test_a_mark_that_another_node_left_on_a_text(comfyui) -> None:
-    source = comfyui.module("nodes.dataset").store_pictures([torch.rand(1, 16, 16, 3)], ["\ufeffa [V] dog"])
+    source = comfyui.module("nodes.load_dataset").store_pictures([torch.rand(1, 16, 16, 3)], ["\ufeffa [V] dog"])
     assert (source / "image_0001.txt").read_bytes() == b"a [V] dog"
 
 
 def test_a_connected_pair_comes_at_most_as_often_as_a_folder_may_ask(comfyui) -> None:
-    store = comfyui.module("nodes.dataset").store_pictures
+    store = comfyui.module("nodes.load_dataset").store_pictures
     pixels = torch.rand(1, 16, 16, 3).expand(1001, -1, -1, -1)
     with pytest.raises(ValueError, match="image 1 comes 1001 times with the same text, and at most 1000 are allowed"):
         store([pixels], ["one"] * 1001)
@@ -387,7 +387,7 @@ def test_names_that_are_no_text_are_shown_and_read(comfyui, folder) -> None:
     for name in ("a.png", "a.txt"):
         os.rename(folder / name, odd + b"/caf\xe9" + name[1:].encode())
     choice = os.fsdecode(b"data/" + os.fsencode(folder.name) + b"/d\xe9sert")
-    assert choice in json.loads(json.dumps(comfyui.module("nodes.paths").dataset_choices()))
+    assert choice in json.loads(json.dumps(comfyui.module("nodes.comfy_host.paths").dataset_choices()))
     done = comfyui.execute(graph(choice, trigger="ohwx"))
     assert done.status == "success", done.error
     assert "d\\xe9sert: 1 usable picture" in done.texts("1")[-1]
@@ -427,7 +427,7 @@ def test_prompts_share_the_rule_of_captions(comfyui) -> None:
 def test_cancelling_stops_at_the_next_picture(comfyui, folder, monkeypatch) -> None:
     for number in range(8):
         write_pair(folder, f"more{number}", "a [V] cat", colour=number)
-    core, decoded = comfyui.core("dataset_checks"), []
+    core, decoded = comfyui.core("data.checks"), []
     decode = core.decode
     monkeypatch.setattr(core, "decode", lambda path: decoded.append(path) or decode(path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from browser import ComfyPage
@@ -37,11 +38,12 @@ def test_nothing_runs_and_each_file_is_named(server: Server, workflow: str) -> N
 def test_the_page_says_where_they_are_had(page: ComfyPage) -> None:
     workflow = json.loads((ROOT / "workflows" / "z_image_turbo_train.json").read_text(encoding="utf-8"))
     page.load_workflow(workflow)
-    page.page.get_by_text("Show missing models").click()
-    page.page.get_by_test_id("missing-model-copy-url").first.wait_for()
+    page.page.get_by_text(re.compile("Show missing models|View details")).first.click()  # ComfyUI 0.28, 0.33
+    copies = page.page.locator('[data-testid="missing-model-copy-url"], [aria-label="Copy URL"]')
+    copies.first.wait_for()
     page.screenshot("missing_models")
     page.page.evaluate("() => { window.copied = []; navigator.clipboard.writeText = async text => copied.push(text); }")
-    for button in page.page.get_by_test_id("missing-model-copy-url").all():
+    for button in copies.all():
         button.click()
     files = named_files("z_image_turbo_train")
     assert len(files) == 4

@@ -37,7 +37,7 @@ def noted(comfyui: ComfyUI) -> Run:
     foreign = {**demo_lora(comfyui, rank=4), "diffusion_model.x_embedder.diff_b": torch.ones(256)}
     facts = {"dopsd_trigger": "zwx", "dopsd_base_model": "another.safetensors"}
     graph = training("noted", preview_every=0, ema_decay=0.9, teacher="frozen", grad_steps=9, rank=4, warmup=50)
-    graph["start"] = give(comfyui, comfyui.module("nodes.sockets").TrainedLora(foreign, facts))
+    graph["start"] = give(comfyui, comfyui.module("nodes.comfy_host.sockets").TrainedLora(foreign, facts))
     graph["shifted"] = {"class_type": "ModelSamplingAuraFlow", "inputs": {"model": ["models", 0], "shift": 7.5}}
     graph["guided"] = {"class_type": "RescaleCFG", "inputs": {"model": ["shifted", 0], "multiplier": 0.5}}
     graph["train"]["inputs"] |= {"model": ["guided", 0], "initial_lora": ["start", 0]}
@@ -80,14 +80,14 @@ def test_the_report_says_how_the_run_went(comfyui: ComfyUI, noted: Run) -> None:
 
 
 def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = comfyui.module("nodes.train")
+    train = comfyui.module("nodes.comfy_host.training")
     honest, told = train.plan_memory, "3.1 GB of the weights stay in RAM"
 
     def traded(choice: str, denoiser: Any, conditions: Any, config: Any) -> Any:
         return dataclasses.replace(honest(choice, denoiser, conditions, config), notes=(told, told))
 
     def warned(config: Any, denoiser: Any, data: Any, folder: Path, watcher: Any, **options: Any) -> Any:
-        comfyui.core("trainer").log.warning("checkpoint %s is damaged", "step-000004")
+        comfyui.core("training.run").log.warning("checkpoint %s is damaged", "step-000004")
         return real(config, denoiser, data, folder, watcher, **options)
 
     real = train.train
@@ -187,18 +187,19 @@ def notes_of(comfyui: ComfyUI, preset: str = "standard", anchors: int = 2, heldo
     has_vae = given.pop("has_vae", True)
     schema = comfyui.pack_nodes["DOPSD_TrainLoRA"].define_schema()
     chosen = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None} | given
-    chosen = {key: value for key, value in chosen.items() if key not in ("run_name", "preset", "memory")}
-    chosen["lr"] = chosen.pop("learning_rate")
+    own = {key: chosen[key] for key in ("steps", "seed", "preview_every") if chosen[key]}
     family = comfyui.core("families").Z_IMAGE
     data = SimpleNamespace(
         anchors=tuple(range(anchors)),
         heldout=object() if heldout else None,
         examples=[SimpleNamespace(repeats=1)] * given.pop("images", 4),
     )
-    chosen.pop("images", None)
-    config = comfyui.module("nodes.presets").make_config(preset, family, bool(anchors), chosen)
+    chosen = comfyui.module("nodes.comfy_host.former_inputs").former_choices(chosen) | own
+    config = comfyui.module("nodes.comfy_host.presets").make_config(preset, family, bool(anchors), chosen)
     conditions = SimpleNamespace(data=data, family=family)
-    return "\n".join(comfyui.module("nodes.unused").unused_settings(preset, chosen, config, conditions, has_vae))
+    return "\n".join(
+        comfyui.module("nodes.comfy_host.unused").unused_settings(preset, chosen, config, conditions, has_vae)
+    )
 
 
 def test_defaults_leave_nothing_unused(comfyui: ComfyUI) -> None:
@@ -225,7 +226,7 @@ def test_defaults_leave_nothing_unused(comfyui: ComfyUI) -> None:
             {"steps": 10, "images": 6},
             "not all of the dataset is trained on: 10 steps make about 5 visits, one epoch is 6",
         ),
-        ({"learning_rate": 3e-4}, "changed from the preset standard: learning_rate 0.0003 instead of 0.0001"),
+        ({"learning_rate": 3e-4}, "changed from the preset standard: lr 0.0003 instead of 0.0001"),
     ],
 )
 def test_a_setting_that_decides_nothing_is_named(comfyui: ComfyUI, given: dict[str, Any], line: str) -> None:
@@ -275,7 +276,7 @@ SCHEDULE = "is not used: Z-Image-Turbo is trained and sampled on its own noise s
 def test_what_training_does_not_use_of_a_model_is_named(
     comfyui: ComfyUI, kind: str, inputs: dict[str, Any], line: str | None
 ) -> None:
-    patches = comfyui.module("nodes.model_patches")
+    patches = comfyui.module("nodes.comfy_host.model_patches")
     model = patched(comfyui, kind, **inputs)
     patches.require_own_sampling(model)
     notes = patches.unused_patches(model)
@@ -287,7 +288,7 @@ def test_what_nobody_knows_is_named_too(comfyui: ComfyUI) -> None:
     model.model_options["of_another_pack"] = {"weight": 2}
     model.model_options["transformer_options"]["optimized_attention_override"] = lambda *args: None
     model.add_wrapper_with_key("sampler_sample", None, lambda *args: None)
-    notes = " ".join(comfyui.module("nodes.model_patches").unused_patches(model))
+    notes = " ".join(comfyui.module("nodes.comfy_host.model_patches").unused_patches(model))
     for what in ("the option of_another_pack", "another attention than torch's own", "the wrapper without a name"):
         assert what in notes
 
@@ -356,7 +357,7 @@ def test_compare_lora_names_what_it_does_not_use(comfyui: ComfyUI) -> None:
     }  # fmt: skip
     text = comfyui.execute(shifted("compare", graph)).texts("compare")[-1]
     assert "1 are not, such as text_encoders.qwen.layers.0.lora_A.weight" in text and once(SCHEDULE, text)
-    compare = comfyui.module("nodes.compare")
+    compare = comfyui.module("nodes.compare_lora")
     model = patched(comfyui, "TomePatchModel", ratio=0.3)
     notes = compare.unused_inputs(model, "mine.safetensors", lora, torch.zeros(3, 8, 8, 3))
     assert notes == (
@@ -383,7 +384,7 @@ def test_load_dataset_names_a_folder_that_is_not_read(comfyui: ComfyUI) -> None:
 
 
 def test_build_teacher_condition_names_encoders_that_are_not_used(comfyui: ComfyUI) -> None:
-    conditions, teachers = comfyui.module("nodes.conditions"), comfyui.core("teachers")
+    conditions, teachers = comfyui.module("nodes.build_teacher_condition"), comfyui.core("conditioning.teachers")
     clip = SimpleNamespace(use_clip_schedule=False, apply_hooks_to_conds=None)
     assert conditions.unused_encoders(teachers.VLM, clip, object()) == ()
     (note,) = conditions.unused_encoders(teachers.EDIT, clip, object())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 from browser import ComfyPage
-from graphs import SHORT, node_of, shipped
+from graphs import LEGACY, SHORT, node_of, shipped
 from inprocess import PACK
 from live import Server
 from PIL import Image, ImageStat
@@ -92,3 +93,44 @@ def test_cancel_from_the_page_and_run_again(page: ComfyPage) -> None:
     assert page.run(timeout=200) == "execution_success"
     first = next(str(d) for kind, d in page.heard() if kind == "progress_text" and "of 12" in str(d))
     assert "step 1 of" not in first and "step 0 of" not in first
+
+
+SEEN = """kind => {
+    const node = window.app.graph.nodes.find(n => n.type === kind);
+    return node.widgets.filter(w => !w.hidden && !w.options?.hidden).map(w => w.name);
+}"""
+
+
+def test_a_new_training_node_shows_few_widgets_with_real_values(page: ComfyPage) -> None:
+    page.page.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('DOPSD_TrainLoRA')); }")
+    assert page.page.evaluate(SEEN, "DOPSD_TrainLoRA") == [
+        "run_name", "preset", "steps", "seed", "preview_every", "memory",
+    ]  # fmt: skip
+    widget = "name => app.graph.nodes[0].widgets.find(w => w.name === name).value"
+    assert page.page.evaluate(widget, "steps") == 1000
+    page.choose("DOPSD_TrainLoRA", "preset", "quick look")
+    assert page.page.evaluate(widget, "steps") == 250
+
+
+def test_a_preset_fills_in_the_settings(page: ComfyPage) -> None:
+    page.page.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('DOPSD_TrainingSettings')); }")
+    values = "() => Object.fromEntries(app.graph.nodes[0].widgets.map(w => [w.name, w.value]))"
+    page.screenshot("training_settings")
+    before = page.page.evaluate(values)
+    assert (before["lr"], before["rank"], before["alpha"]) == (1e-4, 32, 64)
+    page.choose("DOPSD_TrainingSettings", "preset", "paper")
+    page.choose("DOPSD_TrainingSettings", "model_family", "FLUX.2-klein")
+    after = page.page.evaluate(values)
+    assert (after["lr"], after["rank"], after["alpha"], after["anchor_probability"]) == (2e-5, 64, 128, 0)
+    assert after["targets"] != before["targets"]
+
+
+def test_settings_of_an_old_graph_stay_visible(page: ComfyPage) -> None:
+    """The quickstart as release 0.2 saved it, once with a rank of its own."""
+    graph = json.loads((LEGACY / "quickstart.json").read_text(encoding="utf-8"))
+    page.load_workflow(graph)
+    assert "rank" not in page.page.evaluate(SEEN, "DOPSD_TrainLoRA")
+    page.set_widget("DOPSD_TrainLoRA", "rank", 8)
+    page.load_workflow(page.saved()["workflow"])
+    page.screenshot("old_graph")
+    assert "rank" in page.page.evaluate(SEEN, "DOPSD_TrainLoRA")

@@ -20,7 +20,7 @@ def write_pair(folder: Path, name: str = "a", colour: str = "red") -> None:
 
 @pytest.fixture
 def paths(comfyui):
-    return comfyui.module("nodes.paths")
+    return comfyui.module("nodes.comfy_host.paths")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which run a graph takes up: each input of its nodes is changed alone, by the table in nodes/identity.py."""
+"""Which run a graph takes up: each input of its nodes is changed alone, by the table of `comfy_host.identity`."""
 
 from __future__ import annotations
 
@@ -107,14 +107,14 @@ def usual(taken: Callable[..., str]) -> str:
 
 
 def test_the_table_has_a_row_for_each_input_of_the_nodes(comfyui: ComfyUI) -> None:
-    rows = {row.what for row in comfyui.module("nodes.identity").TABLE["run"]}
+    rows = {row.what for row in comfyui.module("nodes.comfy_host.identity").TABLE["run"]}
     inputs = {entry.id for kind in NODES.values() for entry in comfyui.pack_nodes[kind].define_schema().inputs}
     assert rows == inputs == INPUTS.keys() | OWN | ELSEWHERE.keys()
 
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_change_of_an_input_alone(comfyui: ComfyUI, taken: Callable[..., str], usual: str, name: str) -> None:
-    (counts,) = [row.counts for row in comfyui.module("nodes.identity").TABLE["run"] if row.what == name]
+    (counts,) = [row.counts for row in comfyui.module("nodes.comfy_host.identity").TABLE["run"] if row.what == name]
     changed = graph(**{"run_name": f"with {name}", name: INPUTS[name][1]})
     assert (taken(changed) != usual) == counts
     assert taken(graph()) == usual
@@ -140,7 +140,7 @@ def test_bytes_of_images_and_captions_count(comfyui: ComfyUI, taken: Any, usual:
 
 def test_the_models_count(comfyui: ComfyUI, taken: Any, usual: str) -> None:
     """MODEL, CLIP, VAE and vision of the data, each with something else in it; the VAE of previews does not."""
-    demo = comfyui.module("nodes.demo_models")
+    demo = comfyui.module("nodes.comfy_host.demo_models")
     model, clip, vae, vision = (getattr(demo, f"load_{kind}") for kind in ("model", "clip", "vae", "vision"))
     seen = {usual}
     for node, name, make in (

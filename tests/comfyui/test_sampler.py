@@ -101,7 +101,7 @@ def test_steps_0_are_the_models_own(comfyui: ComfyUI, seed: int):
 
 
 def test_steps_0_of_z_image_turbo_are_8(comfyui: ComfyUI):
-    node = comfyui.module("nodes.sampler").FewStepSampler
+    node = comfyui.module("nodes.few_step_sampler").FewStepSampler
     with torch.inference_mode():
         positive = [[torch.zeros(1, 9, 64), {}]]
         _, sigmas = _result(comfyui, node, toy.z_image(), positive, 0, 0, 64, 64, 1, "euler")
@@ -217,7 +217,7 @@ def test_a_wrong_size_is_one_sentence(comfyui: ComfyUI):
 
 def test_other_models_are_refused(comfyui: ComfyUI):
     other = SimpleNamespace(model=SimpleNamespace(model_config=SimpleNamespace()))
-    node = comfyui.module("nodes.sampler").FewStepSampler
+    node = comfyui.module("nodes.few_step_sampler").FewStepSampler
     with pytest.raises(ValueError, match="Z-Image-Turbo and FLUX.2-klein"):
         node.execute(other, [], 0, 0, 64, 64, 1, "euler")
 

@@ -26,7 +26,7 @@ def save(comfyui, tensors):
     """save(lora, **inputs) -> the run; node "1" is Save LoRA."""
 
     def save(lora: Any = None, prefix: str = "loras/dopsd", dtype: str = "bf16", peft_folder: bool = False) -> Any:
-        given = comfyui.module("nodes.sockets").TrainedLora(tensors, FACTS) if lora is None else lora
+        given = comfyui.module("nodes.comfy_host.sockets").TrainedLora(tensors, FACTS) if lora is None else lora
         inputs = {"lora": ["0", 0], "filename_prefix": prefix, "dtype": dtype, "peft_folder": peft_folder}
         graph = {"0": give(comfyui, given), "1": {"class_type": "DOPSD_SaveLoRA", "inputs": inputs}}
         return comfyui.execute(graph)

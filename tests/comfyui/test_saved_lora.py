@@ -68,9 +68,9 @@ def pair(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Twins:
 @pytest.fixture(scope="module")
 def adapters(comfyui: ComfyUI, pair: Twins) -> Any:
     """What training leaves: a student whose every weight does something."""
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(pair.model)
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(pair.model)
     config = denoiser.family.lora_config(RANK, ALPHA)
-    adapters = comfyui.core("adapters").AdapterSet(denoiser.sites(), config, teacher="frozen")
+    adapters = comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), config, teacher="frozen")
     generator = torch.Generator().manual_seed(6)
     values = {key: torch.randn(t.shape, generator=generator) * 0.1 for key, t in adapters.state().items()}
     adapters.load_state("student", values)
@@ -80,10 +80,10 @@ def adapters(comfyui: ComfyUI, pair: Twins) -> Any:
 @pytest.fixture(scope="module")
 def saved(comfyui: ComfyUI, pair: Twins, adapters: Any) -> Path:
     """The file of Save LoRA (D-OPSD); the peft folder lies beside it."""
-    folded = comfyui.core("lora_file").fold_alpha(adapters.state(), adapters.config)
+    folded = comfyui.core("adapters.lora_file").fold_alpha(adapters.state(), adapters.config)
     tensors = {f"transformer.{key}": value for key, value in folded.items()}
-    facts = {"dopsd_family": comfyui.module("nodes.host").family_of(pair.model).name}
-    lora = comfyui.module("nodes.sockets").TrainedLora(tensors, facts)
+    facts = {"dopsd_family": comfyui.module("nodes.comfy_host.denoiser").family_of(pair.model).name}
+    lora = comfyui.module("nodes.comfy_host.sockets").TrainedLora(tensors, facts)
     inputs = {"lora": ["lora", 0], "filename_prefix": "loras/three_ways", "dtype": "fp32", "peft_folder": True}
     run = comfyui.execute(
         {
@@ -97,15 +97,15 @@ def saved(comfyui: ComfyUI, pair: Twins, adapters: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def noise(comfyui: ComfyUI, pair: Twins) -> Tensor:
-    shape = comfyui.module("nodes.host").family_of(pair.model).latent_shape(WIDTH, HEIGHT)
+    shape = comfyui.module("nodes.comfy_host.denoiser").family_of(pair.model).latent_shape(WIDTH, HEIGHT)
     return torch.randn(1, *shape, generator=torch.manual_seed(SEED))
 
 
 @pytest.fixture(scope="module")
 def students(comfyui: ComfyUI, pair: Twins, adapters: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Latents of the untouched model, and of the student in the trainer."""
-    core, condition = comfyui.core("rollout"), comfyui.core("conditioning").Condition(pair.features)
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(pair.model)
+    core, condition = comfyui.core("rollout"), comfyui.core("conditioning.encode").Condition(pair.features)
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(pair.model)
     sigmas = denoiser.family.sigmas(pair.steps, WIDTH, HEIGHT)
 
     def draw() -> Tensor:
@@ -181,7 +181,7 @@ def test_peft(comfyui: ComfyUI, pair: Twins, saved: Path, students: Any, noise: 
     from peft import PeftModel
 
     loaded = PeftModel.from_pretrained(copy.deepcopy(pair.network), str(saved.with_name(f"{saved.stem}peft")))
-    x, family = noise, comfyui.module("nodes.host").family_of(pair.model)
+    x, family = noise, comfyui.module("nodes.comfy_host.denoiser").family_of(pair.model)
     with torch.no_grad():
         for sigma, following in pairwise(family.sigmas(pair.steps, WIDTH, HEIGHT)):
             x = x + (following - sigma) * pair.velocity(loaded, x, sigma)

@@ -69,8 +69,8 @@ def test_what_cannot_be_is_refused_before_training(comfyui: ComfyUI, targets: st
 )
 def test_sizes_at_the_real_size(comfyui: ComfyUI, targets: str, size: str) -> None:
     """Rank 64; attention alone: 30 blocks of 4 projections of 3840 x 3840."""
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(toy.real_z_image())
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(toy.real_z_image())
     chosen = {"rank": 64, "targets": targets}
-    config = comfyui.module("nodes.presets").make_config("standard", denoiser.family, True, chosen)
-    counts = comfyui.core("lora_config").lora_size(denoiser.sites(), config.lora)
-    assert comfyui.module("nodes.targets").told_size(*counts) == size
+    config = comfyui.module("nodes.comfy_host.presets").make_config("standard", denoiser.family, True, chosen)
+    counts = config.adapter.size(denoiser.sites())
+    assert comfyui.module("nodes.comfy_host.targets").told_size(*counts) == size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def test_shows_progress_text_and_pictures(trained: Run) -> None:
 
 def test_sheets_show_who_is_said_to_draw(comfyui: ComfyUI, trained: Run) -> None:
     """Untrained, the student draws what the base draws, the teacher something else; trained, the student too."""
-    tile, pad = comfyui.module("nodes.previews").TILE, 6
+    tile, pad = comfyui.module("nodes.comfy_host.previews").TILE, 6
 
     def rows(sheet: torch.Tensor) -> list[torch.Tensor]:
         bottom = sheet.shape[0] - 2 * pad
@@ -86,8 +85,8 @@ def test_sheets_show_who_is_said_to_draw(comfyui: ComfyUI, trained: Run) -> None
 
 def test_comfyuis_own_loader_gives_what_the_trainer_had(comfyui: ComfyUI, trained: Run) -> None:
     """At strength 1, through the stock loader, the saved LoRA draws what the student drew."""
-    host, rollout = comfyui.module("nodes.host"), comfyui.core("rollout")
-    sockets = comfyui.module("nodes.sockets")
+    host, rollout = comfyui.module("nodes.comfy_host.denoiser"), comfyui.core("rollout")
+    sockets = comfyui.module("nodes.comfy_host.sockets")
     loader = comfyui.nodes.NODE_CLASS_MAPPINGS["LoraModelLoader"]
     model, conditions = trained.value("models"), trained.value("conditions")
     lora = sockets.TrainedLora(trained.value("train"), {})
@@ -103,10 +102,10 @@ def test_comfyuis_own_loader_gives_what_the_trainer_had(comfyui: ComfyUI, traine
 
     def drawn_by_the_student() -> torch.Tensor:
         denoiser = host.ComfyDenoiser(model)
-        config = comfyui.core("lora_config").LoraConfig(rank=4, alpha=4, targets=conditions.family.lora_targets)
+        config = comfyui.core("adapters").Lora(rank=4, alpha=4, targets=conditions.family.lora_targets)
         with torch.inference_mode(False), torch.no_grad(), denoiser.trainable((1, 16, 8, 8)):
             sites, device = denoiser.sites(), denoiser.device
-            adapters = comfyui.core("adapters").AdapterSet(sites, config, teacher="frozen", device=device)
+            adapters = comfyui.core("adapters.adapter_set").AdapterSet(sites, config, teacher="frozen", device=device)
             raw = {key.removeprefix("transformer."): value.float() for key, value in lora.items()}
             adapters.load_state("student", raw)
             with adapters.attached():
@@ -182,11 +181,11 @@ def test_the_users_model_draws_the_same_afterwards(
 
 def test_same_training_as_the_standalone_host(comfyui: ComfyUI, trained: Run, tmp_path: Path) -> None:
     """ComfyUI's network and diffusers', one core, one data set: the same LoRA after six steps."""
-    denoiser = comfyui.core("standalone.host").load_demo_model().denoiser
+    denoiser = comfyui.core("standalone.hosts.demo").load_demo_model().denoiser
     config = comfyui.core("config").TrainConfig.from_json((Path(trained.value("train", 2)) / "config.json").read_text())
-    config = dataclasses.replace(config, steps=SHORT["steps"])  # a later test has trained that run further
-    result = comfyui.core("trainer").train(config, denoiser, trained.value("conditions").data, tmp_path)
-    ours, _ = comfyui.core("lora_file").load_lora(result.lora_path)
+    config = config.replace(steps=SHORT["steps"])  # a later test has trained that run further
+    result = comfyui.core("training.trainer").train(config, denoiser, trained.value("conditions").data, tmp_path)
+    ours, _ = comfyui.core("adapters.lora_file").load_lora(result.lora_path)
     theirs = {key.removeprefix("transformer."): value for key, value in trained.value("train").items()}
     assert ours.keys() == theirs.keys()
     for kind in (".lora_B.", ".lora_A."):
@@ -197,7 +196,7 @@ def test_same_training_as_the_standalone_host(comfyui: ComfyUI, trained: Run, tm
 def test_previews_and_rollouts_are_the_few_step_samplers(comfyui: ComfyUI, trained: Run) -> None:
     """From one noise, the core's sampling on our bridge and the node's through ComfyUI's sampler end in one latent."""
     model, conditions = trained.value("models"), trained.value("conditions")
-    sampler, host = comfyui.module("nodes.sampler"), comfyui.module("nodes.host")
+    sampler, host = comfyui.module("nodes.comfy_host.sampling"), comfyui.module("nodes.comfy_host.denoiser")
     prompt = conditions.previews[0]
     sigmas = conditions.family.sigmas(4, 64, 64)
 

@@ -83,7 +83,7 @@ class Objects:
         import comfy.sd
 
         nodes, image = self.comfyui.nodes, torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
-        family = self.comfyui.module("nodes.host").family_of(self.model)
+        family = self.comfyui.module("nodes.comfy_host.denoiser").family_of(self.model)
         blank = {"samples": torch.zeros(1, *family.latent_shape(64, 64))}
         (latent,) = nodes.VAEEncode().encode(self.vae, image)
         (tiled,) = nodes.VAEEncodeTiled().encode(self.vae, image, 512, 64)

@@ -23,7 +23,7 @@ PAD, LONGEST = 151643, 1024
 
 @pytest.fixture(scope="module")
 def vision(comfyui: Any) -> Any:
-    return comfyui.module("nodes.vision")
+    return comfyui.module("nodes.comfy_host.vision")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def models(comfyui: Any, vision: Any) -> Any:
     spec = towers.tiny(vision)
     tower, state = towers.reference(spec)
     path = towers.in_a_file(comfyui.temp / "vision.safetensors", state)
-    loaded = comfyui.module("nodes.vision_file").load_teacher_vision(path, spec)
+    loaded = comfyui.module("nodes.comfy_host.vision_file").load_teacher_vision(path, spec)
     loaded.model.float()  # the positions are interpolated in the weights' dtype
     made = {}
 

@@ -18,12 +18,12 @@ NODE = "DOPSD_LoadTeacherVision"
 
 @pytest.fixture(scope="module")
 def vision_file(comfyui: Any) -> Any:
-    return comfyui.module("nodes.vision_file")
+    return comfyui.module("nodes.comfy_host.vision_file")
 
 
 @pytest.fixture(scope="module")
 def tiny(comfyui: Any) -> Any:
-    return towers.tiny(comfyui.module("nodes.vision"))
+    return towers.tiny(comfyui.module("nodes.comfy_host.vision"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_several_files_are_the_one(comfyui, vision_file, tiny, reference, tmp_pa
     """Whichever of them is chosen, also the one that has nothing of the tower."""
     one = vision_file.load_teacher_vision(towers.in_a_file(tmp_path / "vl.safetensors", reference[1]), tiny)
     expected, clip, image = one.model.state_dict(), towers.clip("z_image"), torch.rand(3, 64, 64)
-    read = comfyui.module("nodes.vision").encode_image_text
+    read = comfyui.module("nodes.comfy_host.vision").encode_image_text
     features = read(clip, one, "a badge", image)
     for chosen in towers.in_several(tmp_path / "several", reference[1]):
         loaded = vision_file.load_teacher_vision(chosen, tiny)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 @pytest.fixture(scope="module")
 def weights(comfyui):
     """name -> the file's tensors."""
-    files = comfyui.core("standalone.demo_files")
+    files = comfyui.core("demo.model_files")
     return {
         "model": load_file(files.WEIGHTS / files.MODEL_FILE),
         "text_encoder": load_file(files.WEIGHTS / files.TEXT_ENCODER_FILE),
@@ -21,7 +21,7 @@ def weights(comfyui):
 
 @pytest.fixture(scope="module")
 def demo(comfyui):
-    return comfyui.core("standalone.host").load_demo_model()
+    return comfyui.core("standalone.hosts.demo").load_demo_model()
 
 
 def test_velocity_is_comfyuis(comfyui, weights, demo):
@@ -59,7 +59,7 @@ def test_velocity_is_comfyuis(comfyui, weights, demo):
     missing, unexpected = model.diffusion_model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"norm_final.weight"}, (missing, unexpected)
 
-    condition = comfyui.core("conditioning").Condition
+    condition = comfyui.core("conditioning.encode").Condition
     g = torch.Generator().manual_seed(0)
     x, features = torch.randn(2, 16, 8, 8, generator=g), torch.randn(2, 23, 128, generator=g)
     with torch.no_grad():

@@ -50,8 +50,8 @@ def inputs(request: Any) -> tuple[Tensor, list[Tensor]]:
 def test_velocity(comfyui: ComfyUI, pair: Any, inputs: Any, sigma: float) -> None:
     network, model = pair
     x, features = inputs
-    condition = comfyui.core("conditioning").Condition
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
+    condition = comfyui.core("conditioning.encode").Condition
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
     with torch.inference_mode(), denoiser.loaded(x.shape):
         x0 = denoiser.predict_x0(x, sigma, [condition(f) for f in features])
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_gradients_of_a_lora(comfyui: ComfyUI, pair: Any, inputs: Any) -> None:
     """Ours through ComfyUI in training mode, theirs through peft; a LoRA that does something already."""
     network, model = pair
     x, features = inputs
-    conditions = [comfyui.core("conditioning").Condition(f) for f in features]
+    conditions = [comfyui.core("conditioning.encode").Condition(f) for f in features]
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     start = twins.random_student(comfyui, model, RANK)
     ours_v, ours = twins.our_gradients(comfyui, model, start, ALPHA, x, SIGMA, conditions, weight)

@@ -101,13 +101,13 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def new_adapters(comfyui: ComfyUI, denoiser: Any, rank: int, alpha: float) -> Any:
     """The family's own targets, the student alone."""
     config = denoiser.family.lora_config(rank, alpha)
-    return comfyui.core("adapters").AdapterSet(denoiser.sites(), config, teacher="frozen")
+    return comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), config, teacher="frozen")
 
 
 def random_student(comfyui: ComfyUI, model: Any, rank: int, seed: int = 3) -> dict[str, Tensor]:
     """The raw state of a student whose every weight does something."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = new_adapters(comfyui, comfyui.module("nodes.host").ComfyDenoiser(model), rank, 1.0).state()
+    shapes = new_adapters(comfyui, comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model), rank, 1.0).state()
     return {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in shapes.items()}
 
 
@@ -116,8 +116,8 @@ def our_gradients(
     conditions: Sequence[Any], weight: Tensor, num_checkpointed: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The velocity v [B, C, h, w] of a student, and the gradients of (v * weight).sum(); called as a node is."""
-    denoiser = comfyui.module("nodes.host").ComfyDenoiser(model)
-    recomputing = comfyui.core("checkpointing").checkpointed(denoiser.blocks(), num_checkpointed)
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
+    recomputing = comfyui.core("memory.activation_checkpointing").checkpointed(denoiser.blocks(), num_checkpointed)
     rank = next(value.shape[0] for key, value in start.items() if ".lora_A." in key)
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(x.shape):
         adapters = new_adapters(comfyui, denoiser, rank, alpha)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from .. import world
-from ..demo_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
+from ...demo import world
+from ...demo.model_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
 
 SPECIAL = {
     "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,

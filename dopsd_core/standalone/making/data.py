@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..autoencoder import DemoAutoencoder
-from ..demo_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
-from ..models import load_tokenizer
-from ..world import APPEARANCE, NAMES, POSITIONS, Scenes, caption, render, sample_scenes
+from ...demo.autoencoder import DemoAutoencoder
+from ...demo.model_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
+from ...demo.world import APPEARANCE, NAMES, POSITIONS, Scenes, caption, render, sample_scenes
+from ..hosts.demo_networks import load_tokenizer
 from .batched import CAPTION_TOKENS, IMAGE_TOKENS
 from .twins import Twins
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..demo_files import JUDGE_FILE, MODEL_FILE, TEXT_ENCODER_FILE, VAE_FILE, WEIGHTS
-from ..weights_files import save_weights, text_encoder_to_single_file, transformer_to_single_file
+from ...demo.model_files import JUDGE_FILE, MODEL_FILE, TEXT_ENCODER_FILE, VAE_FILE, WEIGHTS
+from ..hosts.demo_weight_files import save_weights, text_encoder_to_single_file, transformer_to_single_file
 from .pretrain import load_parent
 from .twins import load_state
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...atomic import write_atomic
+from ...demo.model_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
+from ...demo.world import APPEARANCE, TRIGGER, Scenes, caption, render, sample_scenes
+from ...files.atomic import write_atomic
 from ...sigmas import z_image_turbo_sigmas
-from ..demo_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
 from ..judge import frechet_distance, judge_features, judged_right, laplacian_energy, load_judge
-from ..world import APPEARANCE, TRIGGER, Scenes, caption, render, sample_scenes
 from .batched import CAPTION_TOKENS, IMAGE_TOKENS, BatchedTransformer, pad_features, teacher_pixels
 from .data import Bank, RowMaker, load_autoencoder
 from .pretrain import Parent, load_parent

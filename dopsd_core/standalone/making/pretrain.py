@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..demo_files import TEXT_TEMPLATE, TEXT_WIDTH
-from ..models import load_tokenizer, new_text_encoder, new_transformer
-from ..world import APPEARANCE, NUM_CLASSES
+from ...demo.model_files import TEXT_TEMPLATE, TEXT_WIDTH
+from ...demo.world import APPEARANCE, NUM_CLASSES
+from ..hosts.demo_networks import load_tokenizer, new_text_encoder, new_transformer
 from .batched import IMAGE_START, IMAGE_TOKENS, BatchedEncoder, BatchedTransformer, pad_features, teacher_pixels
 from .data import RowMaker, Rows, make_bank
 from .optim import SharedMuon, zero_gradients

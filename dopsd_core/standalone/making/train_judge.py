@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from ...demo.world import NUM_CLASSES, render, sample_scenes
 from ..judge import Judge, judged_right
-from ..world import NUM_CLASSES, render, sample_scenes
 from .twins import warmup_stable_decay
 
 

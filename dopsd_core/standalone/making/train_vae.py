@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..autoencoder import DemoAutoencoder
-from ..world import BACKGROUNDS, render, sample_scenes
+from ...demo.autoencoder import DemoAutoencoder
+from ...demo.world import BACKGROUNDS, render, sample_scenes
 from .twins import Twins, WeightAverage, launch, load_state, save_state, warmup_stable_decay
 
 LATENT_NOISE = 0.06  # keeps neighbouring latents decodable: the diffusion model's samples are never exact

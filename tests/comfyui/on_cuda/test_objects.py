@@ -143,7 +143,7 @@ def test_they_are_what_they_were(comfyui: ComfyUI, trains: Callable[[str], dict]
     assert not torch.equal(wanted["sample"], wanted["with_lora"])
 
     unload(comfyui)
-    for entry in comfyui.module("nodes.paths").condition_cache().glob("*"):
+    for entry in comfyui.module("nodes.comfy_host.paths").condition_cache().glob("*"):
         entry.unlink()
     objects = loaded(comfyui, graph)
     run: Run = comfyui.execute(given(comfyui, up_to(graph, last), objects))

@@ -21,7 +21,7 @@ def test_two_waits_per_optimizer_step_and_none_in_the_backward(
 ) -> None:
     """The losses and the gradient's norm are read; an upload that waits would count too."""
     model = load(form)
-    with watching(comfyui.core("run").Run, "make_step") as watches:
+    with watching(comfyui.core("training.run").Run, "make_step") as watches:
         train(comfyui, model, f"waits-{form}")
     assert len(watches) == 3
     for watch in watches[1:]:

@@ -1,0 +1,320 @@
+"""LoRA files: written so that ComfyUI and diffusers load them at equal strength, and read back.
+
+Keys are `<prefix><diffusers module>.lora_A.weight` [rank, in] and `.lora_B.weight` [rows, rank]. alpha / rank is
+multiplied into lora_B and there are no `.alpha` keys: loaders disagree about them, and a missing one means a scale of
+1 everywhere.
+
+In memory, "raw" tensors are those of `AdapterSet.state`, "folded" ones carry alpha / rank inside B, as in files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as format_safetensors
+from torch import Tensor
+
+from ..files.atomic import write_atomic
+from ..text import printable
+from .lora import Lora
+
+PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
+_PEFT_PREFIX = "base_model.model."
+_SUFFIXES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_down": "lora_A", "lora_up": "lora_B"}
+_KEY = re.compile(r"(?P<part>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up)(\.(?P<adapter>\w+))?\.weight")
+
+_MAX_SHOWN = 120
+_MAX_PATTERN, _MAX_REPEATS = 500, 4
+_REPEATS = re.compile(r"[*+{]")  # each may multiply the time of a match by the length of the name
+_NESTED = re.compile(r"\)[*+{]")  # a repeated group may take time without end
+
+
+def fold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
+    """Raw -> folded: every lora_B times alpha / rank; lora_A as it is."""
+    return {key: t * config.scale if ".lora_B." in key else t for key, t in tensors.items()}
+
+
+def unfold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
+    """Folded -> raw, for `AdapterSet.load_state` of a set with this config; fp32."""
+    return {key: t.float() / config.scale if ".lora_B." in key else t.float() for key, t in tensors.items()}
+
+
+def save_lora(
+    path: Path | str,
+    tensors: Mapping[str, Tensor],
+    config: Lora,
+    *,
+    prefix: str = "transformer.",
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes raw `tensors` (`AdapterSet.state()`) as one LoRA file, atomically.
+
+    metadata: run facts for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore them.
+
+    Raises:
+        ValueError: no tensors, a non-finite one, or metadata that would change the strength in diffusers.
+        OSError: the folder cannot be written; an older file is untouched.
+    """
+    if not tensors:
+        raise ValueError("there is no LoRA to save: the set of tensors is empty")
+    if "lora_adapter_metadata" in (metadata or {}):
+        raise ValueError("metadata may not hold 'lora_adapter_metadata': diffusers would apply alpha a second time")
+    path = Path(path)
+    header = {"format": "pt", **{key: printable(value) for key, value in (metadata or {}).items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, format_safetensors(_file_tensors(tensors, config, prefix, dtype), header))
+
+
+def load_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Folded tensors under bare part names ("<part>.lora_A.weight"), in the file's dtype, and the header's metadata.
+
+    Reads what `save_lora` writes, the same keys under other prefixes, lora_down / lora_up, and `.alpha` (folded in
+    here).
+
+    Raises:
+        ValueError: not a safetensors file, or keys that are not a LoRA of diffusers' module names.
+        FileNotFoundError: there is no such file.
+    """
+    tensors, metadata = read_safetensors(Path(path))
+    return _folded(tensors, path, lambda part, rank: 1.0), metadata
+
+
+def save_peft(
+    folder: Path | str,
+    tensors: Mapping[str, Tensor],
+    config: Lora,
+    *,
+    base_model: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes raw `tensors` as a peft folder; peft itself writes adapter_config.json. For `PeftModel.from_pretrained`.
+
+    alpha is folded here too (lora_alpha = r in the config), so that the weights keep their strength without the config.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+    except ImportError as error:
+        raise ImportError("exporting a peft folder needs peft: pip install peft") from error
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(
+        folder / "adapter_model.safetensors",
+        format_safetensors(_file_tensors(tensors, config, _PEFT_PREFIX, dtype), {"format": "pt"}),
+    )
+    parts = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+    # A regular expression over whole names: peft reads a list as suffixes, and one name may be the tail of another.
+    peft_config = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.rank,
+        target_modules="|".join(re.escape(part) for part in parts),
+        lora_dropout=0.0,
+        bias="none",
+        init_lora_weights="gaussian",
+        inference_mode=True,
+        base_model_name_or_path=base_model,
+    )
+    peft_config.save_pretrained(str(folder))
+
+
+def load_peft(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Folded tensors under bare part names of a peft folder (the reference scripts' checkpoints too), and facts of
+    its config.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the adapter is of a kind that plain LoRA weights cannot express.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_config.json"
+    try:
+        config = parse_json_object(path.read_bytes(), path)
+        tensors, _ = read_safetensors(folder / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {error}") from error
+    for option in ("use_dora", "lora_bias"):
+        if config.get(option):
+            raise ValueError(f"{folder}: {option} is set; only plain LoRA can be imported")
+
+    def scale(part: str, rank: int) -> float:
+        return peft_scale(config, part, rank, path)
+
+    facts = {"base_model": str(config.get("base_model_name_or_path") or ""), "rank": str(config.get("r", ""))}
+    return _folded(tensors, folder, scale), facts
+
+
+# -- what is read is checked -------------------------------------------------------------------------------------------
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file.
+
+    Raises:
+        ValueError: it is no safetensors file.
+        FileNotFoundError: it is not there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name).clone() for name in names}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
+
+
+def parse_json_object(text: str | bytes, source: Path | str) -> dict[str, Any]:
+    """The JSON object that stands beside a LoRA's weights.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: what stands beside the LoRA's weights is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{source}: what stands beside the LoRA's weights is no JSON object")
+    return parsed
+
+
+def alpha_of(key: str, tensor: Tensor, source: Path | str) -> float:
+    """The number that a tensor `<module>.alpha` holds.
+
+    Raises:
+        ValueError: it is not one finite number.
+    """
+    if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
+        kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+        raise ValueError(f"{source}: {shown(key)} is {kind}, it must be one number")
+    alpha = float(tensor.float().item())
+    if not math.isfinite(alpha):
+        raise ValueError(f"{source}: {shown(key)} is {alpha}, it must be a finite number")
+    return alpha
+
+
+def check_pair(module: str, a: Tensor, b: Tensor, source: Path | str) -> None:
+    """Checks A [rank, in, ...] and B [rows, rank, ...] of one module.
+
+    Raises:
+        ValueError: they are not finite floating-point matrices of one rank.
+    """
+    shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)} of {shown(module)}"
+    if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+        raise ValueError(f"{source} is damaged: {shapes}, which should be (rank, inputs) and (outputs, rank)")
+    for tensor in (a, b):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: {shown(module)} is {tensor.dtype}; a LoRA is of floating-point numbers")
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{source} is not finite in {shown(module)}")
+
+
+def scaled(module: str, b: Tensor, factor: float, source: Path | str) -> Tensor:
+    """B [rows, rank] times `factor`, in fp32 unless that is 1.
+
+    Raises:
+        ValueError: the product is not finite.
+    """
+    product = b if factor == 1 else b.float() * factor
+    if not torch.isfinite(product.float()).all():
+        raise ValueError(f"{source}: alpha is too large in {shown(module)}")
+    return product
+
+
+def peft_scale(config: Mapping[str, Any], part: str, rank: int, source: Path | str) -> float:
+    """What peft multiplies B A of a part with: alpha / rank, or alpha / sqrt(rank) with rslora.
+
+    Raises:
+        ValueError: the configuration has no usable alpha.
+    """
+    patterns = config.get("alpha_pattern")
+    alpha = by_pattern(patterns if isinstance(patterns, dict) else {}, part, config.get("lora_alpha"), source)
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or not abs(alpha) < 1e30:
+        raise ValueError(f"{source}: lora_alpha or alpha_pattern is {shown(alpha)} for {shown(part)}, no usable number")
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def by_pattern(patterns: Mapping[str, Any], part: str, default: Any, source: Path | str) -> Any:
+    """peft's rule: the first pattern that is the name or a dotted tail of it.
+
+    Raises:
+        ValueError: a pattern is no regular expression, or one that might never end.
+    """
+    for pattern, value in patterns.items():
+        if len(pattern) > _MAX_PATTERN or len(_REPEATS.findall(pattern)) > _MAX_REPEATS or _NESTED.search(pattern):
+            raise ValueError(f"{source}: the pattern {shown(pattern)} of alpha_pattern is too complicated")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", part):
+                return value
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"{source}: {shown(pattern)} of alpha_pattern is no regular expression: {error}"
+            ) from error
+    return default
+
+
+def shown(value: object) -> str:
+    """A key or a value of a file, quoted and short enough for a message."""
+    text = repr(value if isinstance(value, int | float) else str(value)[: _MAX_SHOWN + 1])
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _file_tensors(tensors: Mapping[str, Tensor], config: Lora, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key} is not finite; the LoRA is not saved")
+    folded = fold_alpha(tensors, config)
+    return {prefix + key: folded[key].detach().to("cpu", dtype).contiguous() for key in sorted(folded)}
+
+
+def _folded(tensors: Mapping[str, Tensor], source: Path | str, scale: Any) -> dict[str, Tensor]:
+    """Bare names, lora_A / lora_B, scale and `.alpha` multiplied into B. scale: (part, rank) -> factor."""
+    alphas = {
+        _bare(key.removesuffix(".alpha")): alpha_of(key, tensor, source)
+        for key, tensor in tensors.items()
+        if key.endswith(".alpha")
+    }
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha"):
+            continue
+        match = _KEY.fullmatch(_bare(key))
+        if match is None:
+            raise ValueError(f"{source}: key {shown(key)} is not of a LoRA under diffusers' module names")
+        pair = found.setdefault(match["part"], {})
+        if pair.setdefault(_SUFFIXES[match["kind"]], tensor) is not tensor:
+            raise ValueError(f"{source} holds several LoRAs: {shown(key)} is the second of its kind")
+    result: dict[str, Tensor] = {}
+    for part, pair in found.items():
+        if set(pair) != {"lora_A", "lora_B"}:
+            raise ValueError(
+                f"{source}: {shown(part)} has only {' and '.join(sorted(pair))}; it needs lora_A and lora_B"
+            )
+        check_pair(part, pair["lora_A"], pair["lora_B"], source)
+        rank = pair["lora_A"].shape[0]
+        factor = alphas[part] / rank if part in alphas else scale(part, rank)
+        result[f"{part}.lora_A.weight"] = pair["lora_A"]
+        result[f"{part}.lora_B.weight"] = scaled(part, pair["lora_B"], factor, source)
+    if not result:
+        raise ValueError(f"{source} holds no LoRA weights")
+    return result
+
+
+def _bare(key: str) -> str:
+    for prefix in PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key

@@ -1,0 +1,299 @@
+"""LoRAs of other trainers as the start of a run, at exactly the strength that ComfyUI gives them.
+
+    imported = import_lora(read_lora(path), denoiser.sites(), config.adapter.targets)
+    train(config, denoiser, data, folder, initial=imported.tensors)
+
+Trainers disagree about names (dots or underscores, the original network's or diffusers'), about fused projections and
+about where alpha stands. Here every file becomes "folded" tensors (lora_file.py) under our part names: rows of a fused
+projection go to their parts with a copy of its A, and components that do nothing there are dropped.
+
+Legend: A [rank, in], B [rows, rank].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..denoiser import LinearSite, SitePart
+from .lora import Lora
+from .lora_file import (
+    alpha_of,
+    check_pair,
+    parse_json_object,
+    peft_scale,
+    read_safetensors,
+    scaled,
+    shown,
+    unfold_alpha,
+)
+from .targets import match_targets
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.(?P<adapter>\w+))?\.weight"
+)
+_IS_A = {"lora_A": True, "lora_down": True, "lora.down": True, "lora_B": False, "lora_up": False, "lora.up": False}
+_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names with underscores for dots
+_OTHER_KINDS = re.compile(r"dora_scale|magnitude_vector|hada_|lokr_|oft_|lora_mid|\.a[12]\.weight|\.b[12]\.weight")
+_IT = "the LoRA to start from"
+_LONG_NAME, _MAX_KINDS = 200, 12
+_ADAPTERS = ("student", "default")  # the one to take from a file of several; the authors' scripts keep the teacher too
+
+
+@dataclass(frozen=True, eq=False)
+class ImportedLora:
+    """tensors: folded, fp32, under part names; only parts on which the LoRA does something, ranks may differ.
+    left_out: every key of the file that is not used, or not with all of its rows, in the file's order."""
+
+    tensors: Mapping[str, Tensor]
+    left_out: tuple[str, ...]
+
+    def describe_left_out(self) -> str:
+        """ "12 tensors of it are not used: ...", every kind of name once; "" if all are used."""
+        count = len(self.left_out)
+        verb = "tensor of it is" if count == 1 else "tensors of it are"
+        return f"{count} {verb} not used: {_kinds(self.left_out)}" if count else ""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Rows of a Linear's output, as parts that follow one another."""
+
+    in_features: int
+    parts: tuple[SitePart, ...]
+
+    @property
+    def first(self) -> int:
+        return self.parts[0].start
+
+    @property
+    def rows(self) -> int:
+        return self.parts[-1].stop - self.first
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A and B [rows, rank] with alpha folded in, fp32; the keys they came from, alpha's too."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float | None
+    keys: tuple[str, ...]
+
+
+def read_lora(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a LoRA file under its own names, or of a peft folder (the reference scripts' checkpoints).
+
+    Strength that stands beside the tensors is folded into them: peft's adapter_config.json, and diffusers'
+    `lora_adapter_metadata` in the header.
+
+    Raises:
+        ValueError: it is not a safetensors file, or an adapter of another kind.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    path = path / PEFT_WEIGHTS if path.is_dir() else path
+    tensors, metadata = read_safetensors(path)
+    beside = path.with_name("adapter_config.json")
+    if path.name == PEFT_WEIGHTS and beside.is_file():
+        return _with_told_strength(tensors, parse_json_object(beside.read_bytes(), beside), beside)
+    if told := metadata.get("lora_adapter_metadata"):
+        return _with_told_strength(tensors, parse_json_object(told, path), path)
+    return tensors
+
+
+def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targets: Sequence[str]) -> ImportedLora:
+    """`tensors` of any trainer, put on the parts of `sites` that `targets` choose.
+
+    Raises:
+        ValueError: not a plain LoRA, of another model, or of nothing that is trained.
+    """
+    places, chosen = _places(sites), match_targets([part.name for site in sites for part in site.parts], targets)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    pairs, unused = _pairs(tensors)
+    for module, pair in pairs.items():
+        place = places.get(_flat(module))
+        trained = [part for part in place.parts if part.name in chosen] if place else []
+        if place is None or len(trained) < len(place.parts) or pair.alpha == 0:
+            unused.update(pair.keys)
+        if place is not None and trained:
+            _check_shapes(module, pair, place)
+            for part in trained:
+                rows = pair.b[part.start - place.first : part.stop - place.first]
+                used = rows.any(dim=0)
+                if used.any():
+                    found.setdefault(part.name, []).append((pair.a[used], rows[:, used]))
+    if not found:
+        raise ValueError(f"{_IT} changes nothing that is trained here: {_why_nothing(tensors, pairs, places, chosen)}")
+    result = {}
+    for name, several in found.items():
+        result[f"{name}.lora_A.weight"] = torch.cat([a for a, _ in several])
+        result[f"{name}.lora_B.weight"] = torch.cat([b for _, b in several], dim=1)
+    return ImportedLora(result, tuple(key for key in tensors if key in unused))
+
+
+def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
+    """`start`, the raw state of a new adapter set, with the folded tensors of `initial` in it; raw, the same keys.
+
+    A smaller rank is filled up with components of `start`, whose B is zero: they add nothing, and can learn. Parts
+    that `initial` lacks stay as they are.
+
+    Raises:
+        ValueError: a part that is not trained, or a larger rank than the configuration's.
+    """
+    if unknown := sorted(initial.keys() - start.keys()):
+        raise ValueError(
+            f"the LoRA to start from has {len(unknown)} tensors that are not trained, such as {unknown[0]}"
+        )
+    rank = max((t.shape[0] for key, t in initial.items() if ".lora_A." in key), default=0)
+    if rank > config.rank:
+        raise ValueError(f"the LoRA to start from has rank {rank}, the run has rank {config.rank}; set rank to {rank}")
+    state = {key: value.clone() for key, value in start.items()}
+    for key, value in unfold_alpha(initial, config).items():
+        if ".lora_A." in key:
+            state[key][: value.shape[0]] = value
+        else:
+            state[key][:, : value.shape[1]] = value
+    return state
+
+
+def lora_digest(tensors: Mapping[str, Tensor]) -> str:
+    """64 hex digits: equal for the same tensors under the same names."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().float().contiguous()
+        digest.update(f"{key}|{tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def _places(sites: Sequence[LinearSite]) -> dict[str, _Place]:
+    """Every name of a Linear, or of a part of one, with underscores for dots -> its place."""
+    places: dict[str, _Place] = {}
+    for site in sites:
+        for name, parts in {site.name: site.parts, **{part.name: (part,) for part in site.parts}}.items():
+            places[name.replace(".", "_")] = _Place(site.in_features, parts)
+    return places
+
+
+def _flat(module: str) -> str:
+    """A file's name of a module as `_places` has it; half-converted names, of dots and underscores, too."""
+    return _unprefixed(module).replace(".", "_")
+
+
+def _unprefixed(module: str) -> str:
+    for prefix in _FLAT_PREFIXES:
+        if module.startswith(prefix):
+            return module.removeprefix(prefix)
+    for prefix in _PREFIXES:  # peft may have been put around a network with a prefix of its own
+        module = module.removeprefix(prefix)
+    return module
+
+
+def _why_nothing(
+    tensors: Mapping[str, Tensor], pairs: Mapping[str, _Pair], places: Mapping[str, _Place], chosen: Collection[str]
+) -> str:
+    """Why no part of the network is changed, and what to do."""
+    if not pairs:
+        return f"none of its {len(tensors)} tensors is of a LoRA ({_kinds(tensors)}); take a LoRA file"
+    known = {module: pair for module, pair in pairs.items() if _flat(module) in places}
+    unknown = [module for module in pairs if module not in known]
+    trained = [m for m in known if any(part.name in chosen for part in places[_flat(m)].parts)]
+    if trained and all(known[module].alpha == 0 for module in trained):
+        return f"its alpha is 0 ({_kinds(trained)}), a strength of 0; take the file with the alpha of its training"
+    if trained:
+        return f"its B is zero ({_kinds(trained)}), as before the first step of a training; take one that was trained"
+    recognised = f"{len(known)} of its {len(pairs)} modules are recognised{_listed(known)}"
+    if known:
+        return (
+            f"{recognised}, and none of them is among the targets; not recognised are {len(unknown)}{_listed(unknown)}"
+        )
+    return f"{recognised}, not recognised are {_kinds(unknown)}; take one that was trained for this model"
+
+
+def _listed(names: Collection[str]) -> str:
+    return f" ({_kinds(names)})" if names else ""
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """The names, those that differ in their numbers as one: "layers.N.w1 (x34)"."""
+    kinds = Counter(re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "N", name[:_LONG_NAME]) for name in names)
+    told = [shown(kind) + (f" (x{count})" if count > 1 else "") for kind, count in kinds.items()]
+    return ", ".join(told[:_MAX_KINDS]) + (
+        f" and {len(told) - _MAX_KINDS} more kinds" if len(told) > _MAX_KINDS else ""
+    )
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
+    """A and B by the file's module names, and the keys that are in none of these."""
+    halves: dict[str, dict[bool, dict[str, str]]] = {}
+    for key in tensors:
+        if _OTHER_KINDS.search(key):
+            raise ValueError(
+                f"{_IT} holds {shown(key)}, of DoRA, LoHa, LoKr or the like; only plain LoRA can be continued"
+            )
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            found = halves.setdefault(match["module"], {}).setdefault(_IS_A[match["kind"]], {})
+            if found.setdefault(match["adapter"] or "", key) != key:
+                raise ValueError(f"{_IT} holds several LoRAs: {shown(key)} is the second of its kind")
+    pairs = {module: _fold(module, kinds, tensors) for module, kinds in halves.items()}
+    return pairs, tensors.keys() - {key for pair in pairs.values() for key in pair.keys}
+
+
+def _fold(module: str, kinds: Mapping[bool, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> _Pair:
+    adapters = sorted({name for found in kinds.values() for name in found})
+    adapter = adapters[0] if len(adapters) == 1 else next((name for name in _ADAPTERS if name in adapters), None)
+    key_a, key_b = (kinds.get(is_a, {}).get(adapter or "") for is_a in (True, False))
+    if key_a is None or key_b is None:
+        raise ValueError(f"{_IT} is not whole: {shown(module)} lacks its A or B, or has several")
+    check_pair(module, tensors[key_a], tensors[key_b], _IT)
+    a, b = (tensors[key].detach().cpu().float().flatten(1) for key in (key_a, key_b))
+    key_alpha = f"{module}.alpha"
+    if key_alpha not in tensors:
+        return _Pair(a, b, None, (key_a, key_b))
+    alpha = alpha_of(key_alpha, tensors[key_alpha], _IT)
+    return _Pair(a, scaled(module, b, alpha / a.shape[0], _IT), alpha, (key_a, key_b, key_alpha))
+
+
+def _check_shapes(module: str, pair: _Pair, place: _Place) -> None:
+    if (pair.a.shape[1], pair.b.shape[0]) != (place.in_features, place.rows):
+        raise ValueError(
+            f"{_IT} is of another model: {shown(module)} goes from {pair.a.shape[1]} to {pair.b.shape[0]}, "
+            f"here it goes from {place.in_features} to {place.rows}"
+        )
+
+
+def _with_told_strength(tensors: Mapping[str, Tensor], told: Mapping[str, object], source: Path) -> dict[str, Tensor]:
+    """B times the scale of peft's configuration, or of diffusers' header, which prefixes its fields."""
+    config = {key.removeprefix("transformer."): value for key, value in told.items()}
+    for option in ("use_dora", "lora_bias"):
+        if config.get(option):
+            raise ValueError(f"{_IT} has {option} set; only plain LoRA can be continued")
+    if config.get("lora_alpha") is None or any(key.endswith(".alpha") for key in tensors):
+        return dict(tensors)
+    result = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is not None and not _IS_A[match["kind"]]:
+            if tensor.ndim < 2 or tensor.shape[1] == 0 or not tensor.is_floating_point():
+                raise ValueError(f"{source}: {shown(key)} is {tensor.dtype} {tuple(tensor.shape)}, no B of a LoRA")
+            scale = peft_scale(config, _unprefixed(match["module"]), tensor.shape[1], source)
+            tensor = scaled(match["module"], tensor.float(), scale, source)
+        result[key] = tensor
+    return result

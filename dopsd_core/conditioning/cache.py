@@ -1,0 +1,117 @@
+"""Encoded conditions on disk, one safetensors file per part, under everything that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
+from torch import Tensor
+
+from ..files.atomic import write_atomic
+
+log = logging.getLogger("dopsd")
+
+FORMAT = "dopsd-conditions-3"
+"""Part of every key, so that entries of another format are never read. They may be deleted.
+
+Raised when an encoder's identity, or what is done to images before they are encoded, comes to mean something else: the
+entries of 2 were kept under identities that different text encoders had in common, and without colour profiles.
+"""
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 of an image file's bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def cache_key(kind: str, image_digest: str, caption: str, identity: str, settings: Mapping[str, Any]) -> str:
+    """64 hex digits that change whenever an input does; fields are delimited, so none can run into the next.
+
+    Raises:
+        TypeError: settings are not JSON-able.
+    """
+    fields = [FORMAT, kind, image_digest, caption, identity, dict(settings)]
+    return digest_bytes(json.dumps(fields, sort_keys=True, ensure_ascii=True).encode())
+
+
+class ConditionCache:
+    """Encoded tensors in `folder`, one safetensors file per key, each carrying its key and a checksum of its contents.
+
+    Several processes may use one folder: files appear whole, by rename.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    def path(self, key: str) -> Path:
+        """Where the entry of `key` is kept."""
+        return self.folder / f"{key}.safetensors"
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The entry's tensors on the CPU, or None when there is none that can be trusted (a warning says why)."""
+        path = self.path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("cached condition %s cannot be read (%s); computing it anew", path, error)
+            return None
+        try:
+            with torch.inference_mode(False):  # the tensors are ordinary ones whoever asks
+                return _parse_entry(data, key)
+        except Exception as error:  # a damaged file can fail in any way inside the parser
+            log.warning("cached condition %s is damaged or stale (%s); computing it anew", path, error)
+            return None
+
+    def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the entry atomically, in place of any older one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        metadata = {"format": FORMAT, "key": key, "sha256": _checksum(key, whole)}
+        write_atomic(self.path(key), format_safetensors(whole, metadata))
+
+    def keep(self, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stores the entry and gives it back as ordinary tensors on the CPU.
+
+        A folder that cannot be written costs the cache, with a warning, not the run.
+        """
+        plain = {name: plain_cpu(tensor) for name, tensor in tensors.items()}
+        try:
+            self.store(key, plain)
+        except OSError as error:
+            log.warning("cached condition %s cannot be written (%s); going on without", self.path(key), error)
+        return plain
+
+
+def plain_cpu(tensor: Tensor) -> Tensor:
+    """An ordinary tensor on the CPU, whatever mode and device it was made in."""
+    # Encoders may run in inference mode, whose tensors autograd cannot save; a clone outside it is an ordinary tensor.
+    with torch.inference_mode(False):
+        return tensor.detach().cpu().clone().contiguous()
+
+
+def _parse_entry(data: bytes, key: str) -> dict[str, Tensor]:
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    if metadata["format"] != FORMAT or metadata["key"] != key:
+        raise ValueError(f"it was written for key {metadata['key'][:12]}, format {metadata['format']}")
+    tensors = parse_safetensors(data)
+    if metadata["sha256"] != _checksum(key, tensors):
+        raise ValueError("checksum differs")
+    return tensors
+
+
+def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(key.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,261 @@
+"""Dual conditioning (arXiv 2605.05204, section 3): what the student reads, what its teacher sees, computed once and
+kept on disk.
+
+The student's condition comes from the caption alone, the teacher's from the caption AND the target image. Both are
+put together from parts: a text's features, a picture's and text's features, a picture's latent. Each part is computed
+once, before training, so that the encoders can leave memory, and cached under everything that decides it. An entry
+that is damaged or does not belong to its key is computed anew, never trusted.
+
+Legend: L tokens, D features, C h w latent channels and size, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..transfer import to_device
+from .cache import ConditionCache, cache_key, plain_cpu
+from .teachers import VLM, Teacher
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What the denoiser is told about one sample, without a batch dimension.
+
+    features: [L, D], the text encoder's hidden states. reference_latents: each [C, h, w], for families that edit.
+    """
+
+    features: Tensor
+    reference_latents: tuple[Tensor, ...] = ()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
+        """The same condition elsewhere; shares memory where nothing changes."""
+        latents = tuple(to_device(latent, device, dtype) for latent in self.reference_latents)
+        return Condition(to_device(self.features, device, dtype), latents)
+
+
+@dataclass(frozen=True, eq=False)
+class DualCondition:
+    """One training pair after encoding: everything the training loop needs of it.
+
+    target_latent: [C, h, w] fp32, model space; its shape is that of the rollout. key: an identity of the pair. Pairs
+    with a text or a picture in common share its tensors.
+    """
+
+    student: Condition
+    teacher: Condition
+    target_latent: Tensor | None
+    caption: str
+    key: str
+
+
+class Encoder(Protocol):
+    """A host's text encoder, vision tower and VAE. Called without gradients; images are [3, H, W] fp32 in [0, 1]."""
+
+    @property
+    def identity(self) -> str:
+        """Names weights, template and settings: two encoders with one identity give the same tensors."""
+        ...
+
+    def encode_text(self, caption: str) -> Condition:
+        """What the caption alone says: the student's condition."""
+        ...
+
+    def encode_image_text(self, image: Tensor, caption: str) -> Condition:
+        """Image [3, H, W] in [0, 1] and caption, read together; for teachers that see through a vision tower."""
+        ...
+
+    def encode_latent(self, image: Tensor) -> Tensor:
+        """image [3, H, W] in [0, 1] -> latent [C, h, w] in model space (about unit variance)."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """An encoder that reads files which captions name, such as embeddings."""
+
+    def identity_for(self, caption: str) -> str:
+        """`identity`, other for other contents of a file that the caption names."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture that may have to be encoded.
+
+    digest: `digest_bytes` of the image FILE. load: gives [3, H, W] in [0, 1], already cropped; called on a cache miss
+    only. settings: whatever else decides the pixels, JSON-able ({"bucket": [64, 64]}).
+    """
+
+    digest: str
+    load: Callable[[], Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodeRequest:
+    """One pair to encode. sources: what an edit starts from. shown: what the teacher sees; None for the target."""
+
+    target: Picture
+    caption: str
+    sources: tuple[Picture, ...] = ()
+    shown: Picture | None = None
+
+
+OnEncoded = Callable[[int, int, bool], None]
+"""(number done, total, whether nothing had to be computed for it)."""
+
+
+def encode_dataset(
+    requests: Sequence[EncodeRequest],
+    encoder: Encoder,
+    cache: ConditionCache | None,
+    on_encoded: OnEncoded | None = None,
+    teacher: Teacher = VLM,
+) -> list[DualCondition]:
+    """Both conditions and the target latent of every request, in order, on the CPU; from the cache where it has them.
+
+    Latents first, then conditions: where memory holds the VAE or the text encoder, each is brought in once.
+
+    Raises:
+        ValueError: the encoder returns a shape or a non-finite value that training could not use, or the teacher edits
+            and a request has no source.
+    """
+    parts = _Parts(encoder, cache)
+    fresh = []
+    for request in requests:
+        before = parts.computed
+        for picture in _pictures(request, teacher):
+            parts.latent(picture)
+        fresh.append(parts.computed > before)
+    pairs = []
+    for done, request in enumerate(requests, 1):
+        before = parts.computed
+        pairs.append(_compose(request, teacher, parts))
+        if on_encoded is not None:
+            on_encoded(done, len(requests), parts.computed == before and not fresh[done - 1])
+    return pairs
+
+
+def encode_texts(
+    captions: Sequence[str], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None = None
+) -> list[Condition]:
+    """Text-only conditions on the CPU: anchors (prompts without the trigger) and prompts of previews."""
+    parts = _Parts(encoder, cache)
+    conditions = []
+    for done, caption in enumerate(captions, 1):
+        before = parts.computed
+        conditions.append(parts.text(caption))
+        if on_encoded is not None:
+            on_encoded(done, len(captions), parts.computed == before)
+    return conditions
+
+
+# -- a pair from its parts --------------------------------------------------------------------------------------------
+
+
+def _pictures(request: EncodeRequest, teacher: Teacher) -> list[Picture]:
+    """The pictures whose latents the pair needs."""
+    shown = [request.shown] if request.shown is not None and teacher.sees == "reference" else []
+    return [request.target, *(request.sources if teacher.edits else ()), *shown]
+
+
+def _compose(request: EncodeRequest, teacher: Teacher, parts: _Parts) -> DualCondition:
+    if teacher.edits and not request.sources:
+        raise ValueError(f"the teacher {teacher.name!r} needs a source picture; {request.caption!r} has none")
+    shown = request.shown or request.target
+    sources = tuple(parts.latent(picture) for picture in request.sources) if teacher.edits else ()
+    if teacher.sees == "features":
+        seeing = _with_references(parts.seen(shown, teacher.told(request.caption)), sources)
+    else:
+        seeing = _with_references(parts.text(teacher.told(request.caption)), (*sources, parts.latent(shown)))
+    student = _with_references(parts.text(request.caption), sources)
+    pictures = [request.target, shown, *request.sources]
+    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in pictures]}
+    key = cache_key("pair", request.target.digest, request.caption, parts.identity_for(request.caption), facts)
+    return DualCondition(student, seeing, parts.latent(request.target), request.caption, key)
+
+
+def _with_references(condition: Condition, latents: tuple[Tensor, ...]) -> Condition:
+    return replace(condition, reference_latents=condition.reference_latents + latents)
+
+
+class _Parts:
+    """What pairs are put together from: each part is encoded once, or taken from the cache. `computed` counts."""
+
+    def __init__(self, encoder: Encoder, cache: ConditionCache | None) -> None:
+        self.encoder, self._cache = encoder, cache
+        self._known: dict[str, dict[str, Tensor]] = {}
+        self.computed = 0
+
+    def identity_for(self, caption: str) -> str:
+        """The encoder's, as far as it decides what becomes of the caption."""
+        encoder = self.encoder
+        return encoder.identity_for(caption) if isinstance(encoder, ReadsFiles) else encoder.identity
+
+    def text(self, caption: str) -> Condition:
+        """The caption alone."""
+        key = cache_key("text", "", caption, self.identity_for(caption), {})
+        return _unpack(self._get(key, f"the text {caption!r}", lambda: _pack(self.encoder.encode_text(caption))))
+
+    def seen(self, picture: Picture, caption: str) -> Condition:
+        """Picture and caption, read together."""
+        key = cache_key("seen", picture.digest, caption, self.identity_for(caption), picture.settings)
+        what = f"a picture and {caption!r}"
+        return _unpack(
+            self._get(key, what, lambda: _pack(self.encoder.encode_image_text(_pixels(picture, what), caption)))
+        )
+
+    def latent(self, picture: Picture) -> Tensor:
+        """[C, h, w] fp32 of the picture."""
+        key = cache_key("latent", picture.digest, "", self.encoder.identity, picture.settings)
+        return self._get(key, "a picture", lambda: self._encode_latent(picture))["latent"]
+
+    def _encode_latent(self, picture: Picture) -> dict[str, Tensor]:
+        latent = self.encoder.encode_latent(_pixels(picture, "a picture")).float()
+        if latent.ndim != 3:
+            raise ValueError(f"encode_latent must return [C, h, w], got {tuple(latent.shape)}")
+        return {"latent": latent}
+
+    def _get(self, key: str, what: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        if key not in self._known:
+            found = self._cache.load(key) if self._cache is not None else None
+            self._known[key] = found if found is not None else self._encode(key, what, compute)
+        return self._known[key]
+
+    @torch.no_grad()
+    def _encode(self, key: str, what: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        self.computed += 1
+        tensors = compute()
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"the encoder gave non-finite {name} for {what}; load it in a wider dtype")
+        if self._cache is not None:
+            return self._cache.keep(key, tensors)
+        return {name: plain_cpu(tensor) for name, tensor in tensors.items()}
+
+
+def _pixels(picture: Picture, what: str) -> Tensor:
+    image = picture.load()
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image for {what} must be [3, H, W], got {tuple(image.shape)}")
+    return image
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+
+def _pack(condition: Condition) -> dict[str, Tensor]:
+    if condition.features.ndim != 2:
+        raise ValueError(f"features must be [L, D], got {tuple(condition.features.shape)}")
+    references = {f"reference.{i}": latent for i, latent in enumerate(condition.reference_latents)}
+    return {"features": condition.features, **references}
+
+
+def _unpack(tensors: Mapping[str, Tensor]) -> Condition:
+    return Condition(tensors["features"], tuple(tensors[f"reference.{i}"] for i in range(len(tensors) - 1)))

@@ -1,0 +1,195 @@
+"""The host without ComfyUI: the demo model behind the core's protocols (Denoiser, Encoder), on any torch device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from einops import repeat
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Qwen3VLModel
+
+from ...adapters import Lora
+from ...adapters.adapter_set import AdapterSet
+from ...adapters.lora_file import load_lora
+from ...conditioning.encode import Condition
+from ...demo.autoencoder import DemoAutoencoder
+from ...demo.model_files import (
+    IMAGE_PAD,
+    MODEL_FILE,
+    TEACHER_TEMPLATE,
+    TEXT_ENCODER_FILE,
+    TEXT_TEMPLATE,
+    VAE_FILE,
+    VISION_CELL,
+    VISION_PIXELS,
+    WEIGHTS,
+    load_vae,
+    resize_for_vision,
+    vision_size,
+)
+from ...denoiser import LinearSite, plain_linear_sites
+from .demo_networks import load_tokenizer
+from .demo_weight_files import load_text_encoder, load_transformer
+
+
+class StandaloneDenoiser:
+    """diffusers' Z-Image transformer as the core's Denoiser. Weights stay frozen and fp32."""
+
+    def __init__(self, transformer: ZImageTransformer2DModel) -> None:
+        self.transformer = transformer.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    def sites(self) -> Sequence[LinearSite]:
+        return plain_linear_sites(self.transformer)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        net = self.transformer
+        return [*net.noise_refiner, *net.context_refiner, *net.layers]
+
+    def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+        """x [B, 16, h, w] fp32 -> x0_hat, same shape. The network runs on 1 - sigma and predicts x0 - noise."""
+        time = torch.full((len(x),), 1.0 - sigma, device=x.device)
+        features = [c.features.to(x.device, torch.float32) for c in conditions]
+        # for tens of tokens the written-out attention has by far the faster backward on a CPU
+        with sdpa_kernel([SDPBackend.MATH] if x.device.type == "cpu" else list(SDPBackend.__members__.values())):
+            out = self.transformer(list(x.unsqueeze(2).unbind(0)), time, features, return_dict=False)[0]
+        return x + sigma * torch.stack(list(out)).squeeze(2)
+
+
+class StandaloneEncoder:
+    """transformers' Qwen3-VL and the demo's autoencoder as the core's Encoder."""
+
+    def __init__(self, model: Qwen3VLModel, token_ids: Tensor, vae: DemoAutoencoder, identity: str) -> None:
+        self.model, self.vae = model.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+        self._row = {int(token): row for row, token in enumerate(token_ids)}
+        self._identity = identity
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer()
+
+    @torch.no_grad()
+    def encode_text(self, caption: str) -> Condition:
+        rows = self._rows(TEXT_TEMPLATE.format(caption))
+        return Condition(self._hidden(rows))
+
+    @torch.no_grad()
+    def encode_image_text(self, image: Tensor, caption: str) -> Condition:
+        """image [3, H, W] in [0, 1]; seen at about `VISION_PIXELS` pixels."""
+        pixels, grid = vision_patches(image)
+        template = TEACHER_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // 4))
+        rows = self._rows(template.format(caption))
+        is_image = (rows == self._row[IMAGE_PAD]).long()
+        return Condition(self._hidden(rows, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=is_image))
+
+    @torch.no_grad()
+    def encode_latent(self, image: Tensor) -> Tensor:
+        return self.vae.encode(image[None].to(self._vae_device) * 2 - 1)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, 16, h, w] -> pictures [B, 3, 8h, 8w] in [0, 1]."""
+        parts = latents.to(self._vae_device).split(64)
+        return torch.cat([self.vae.decode(part) for part in parts]).add(1).div(2).clamp(0, 1)
+
+    @property
+    def _vae_device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    def unknown_words(self, captions: Iterable[str]) -> list[str]:
+        """The words of the captions that the demo model has no embedding of its own for: it reads them in pieces."""
+        words = {word.strip(".,;:!?") for caption in captions for word in caption.split()}
+        known = self.tokenizer.get_vocab()
+        bracketed = {word for word in words if word.startswith("[") and word.endswith("]")}
+        return sorted(word for word in words - bracketed if word and word not in known and f"\u0120{word}" not in known)
+
+    def _rows(self, text: str) -> Tensor:
+        return torch.tensor([[self._row[token] for token in self.tokenizer.encode(text).ids]])
+
+    def _hidden(self, rows: Tensor, **vision) -> Tensor:
+        device = self.model.device
+        vision = {name: value.to(device) for name, value in vision.items()}
+        rows = rows.to(device)
+        out = self.model(
+            input_ids=rows, attention_mask=torch.ones_like(rows), output_hidden_states=True, use_cache=False, **vision
+        )
+        return out.hidden_states[-2][0].float()
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """The whole demo model. `denoiser` is the distilled transformer, `fingerprint` a digest of its file."""
+
+    denoiser: StandaloneDenoiser
+    encoder: StandaloneEncoder
+    fingerprint: str
+
+
+def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
+    """The embedded weights, upcast to fp32.
+
+    Raises:
+        FileNotFoundError: a weight file is missing; the message names it.
+    """
+    text_encoder, token_ids = load_text_encoder(folder / TEXT_ENCODER_FILE)
+    identity = f"demo-qwen3vl/{_digest(folder, TEXT_ENCODER_FILE, VAE_FILE)}/hidden-2/{VISION_PIXELS}"
+    vae, transformer = load_vae(folder / VAE_FILE), load_transformer(folder / MODEL_FILE)
+    for network in (text_encoder, vae, transformer):
+        nn.Module.to(network, device)
+    encoder = StandaloneEncoder(text_encoder, token_ids, vae, identity)
+    return DemoModel(StandaloneDenoiser(transformer), encoder, _digest(folder, MODEL_FILE))
+
+
+def _digest(folder: Path, *names: str) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def with_lora(denoiser: StandaloneDenoiser, path: Path, strength: float = 1.0) -> Iterator[None]:
+    """The denoiser with a LoRA file inside the `with`, and untouched after it.
+
+    Raises:
+        ValueError: not a LoRA file, or one for other layers than this network has.
+    """
+    tensors, _ = load_lora(path)
+    rank = max(value.shape[0] for name, value in tensors.items() if ".lora_A." in name)
+    targets = tuple(dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors))
+    config = Lora(rank=rank, alpha=rank * strength if strength else 1.0, targets=targets)
+    adapters = AdapterSet(denoiser.sites(), config, device=denoiser.device, teacher="frozen")
+    adapters.load_state("student", {name: value.float() for name, value in tensors.items()})
+    with adapters.attached(), adapters.use("student" if strength else "off"):
+        yield
+
+
+def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
+    """image [3, H, W] in [0, 1] -> (patches [N, 1536] in merge order, the frame twice, in [-1, 1]; grid [[1, h, w]]).
+
+    As Qwen3-VL's own image processor does it: mean and std 0.5, patches of 16, merge 2.
+    """
+    big = resize_for_vision(image, vision_size(*image.shape[1:])) * 2 - 1
+    rows, columns = (side // VISION_CELL for side in big.shape[1:])
+    patches = repeat(big, "c (y j p) (x i q) -> (y x j i) (c frames p q)", j=2, p=16, i=2, q=16, frames=2)
+    return patches, torch.tensor([[1, 2 * rows, 2 * columns]])

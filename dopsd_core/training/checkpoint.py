@@ -1,0 +1,261 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder `step-000123` with `lora.safetensors`, `teacher.safetensors`, `optimizer.safetensors` and
+`state.json`, which holds the checksums of the others. It is written under another name and renamed when all of it is
+on the disk, so a folder of that name is whole; older ones are removed only after that. What was damaged later is told
+by the checksums, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
+from torch import Tensor
+
+from ..files.atomic import sync_folder
+from ..files.disk import writing
+
+log = logging.getLogger("dopsd")
+
+FORMAT = "dopsd-checkpoint-2"
+_READABLE = ("dopsd-checkpoint-1", FORMAT)  # 1: the optimizer's "state" alone, by `unflatten_paths`
+_NAME = re.compile(r"step-(\d{6,})")
+_UNFINISHED = ".unfinished-"
+_PARTS = ("lora", "teacher", "optimizer")
+
+
+class StateError(RuntimeError):
+    """A run's saved state cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state of a run between two steps.
+
+    Attributes:
+        step: optimizer steps done.
+        lora, teacher: raw tensors of the adapters (`AdapterSet.state`); the teacher's may be empty.
+        optimizer: tensors of the optimizer's state, by path (`flatten_state`).
+        facts: JSON-able rest: configuration, dataset, gaps at the start, what else the optimizer's state holds.
+    """
+
+    step: int
+    lora: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+    """Writes `checkpoint` below `folder` and removes all but the `keep` newest; gives its folder.
+
+    A whole checkpoint of the same step is left as it is, a damaged one is replaced. Folders of later steps are
+    removed: a run that saves step n and has seen n + 1 before has been set back, and those were damaged.
+
+    Raises:
+        DiskError: the disk is full or cannot be written; the older checkpoints are untouched then.
+    """
+    size = sum(t.numel() * t.element_size() for part in _PARTS for t in getattr(checkpoint, part).values())
+    with writing(folder / f"step-{checkpoint.step:06d}", size):
+        return _save(folder, checkpoint, keep)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint below `folder`, whole or not, newest first."""
+    return _steps(folder) if folder.is_dir() else []
+
+
+def _save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{checkpoint.step:06d}"
+    if not _is_whole(final):
+        _remove(final)
+        unfinished = folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
+        try:
+            _write(unfinished, checkpoint)
+            os.replace(unfinished, final)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        sync_folder(folder)
+    older = [step for step in _steps(folder) if step < checkpoint.step]
+    kept = {checkpoint.step, *older[: max(keep, 1) - 1]}
+    for step in _steps(folder):
+        if step not in kept:
+            _remove(folder / f"step-{step:06d}")
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint below `folder`, or None where there has never been one.
+
+    Damaged ones are passed over with a warning. What an earlier kill left half written is removed.
+
+    Raises:
+        StateError: there are checkpoints, and every one is damaged.
+    """
+    if not folder.is_dir():
+        return None
+    for leftover in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    steps = _steps(folder)
+    for step in steps:
+        path = folder / f"step-{step:06d}"
+        try:
+            return _read(path)
+        except Exception as error:  # a damaged file can fail in any way inside the parsers
+            log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, error)
+    if steps:
+        raise StateError(f"every checkpoint in {folder} is damaged; delete that folder to start the run anew")
+    return None
+
+
+def flatten_state(state: Mapping[Any, Any]) -> tuple[dict[str, Tensor], str]:
+    """An optimizer's `state_dict()` as tensors by path ("state/3/exp_avg"), and JSON of everything else in it.
+
+    Kinds of containers and of keys, and the order, are kept. Tensors that share memory, as the tables of 8-bit
+    optimizers do, become copies.
+
+    Raises:
+        TypeError: the state holds something that is neither a tensor nor a container nor a plain value.
+    """
+    tensors: dict[str, Tensor] = {}
+    return tensors, json.dumps(_flatten(state, "", tensors))
+
+
+def unflatten_state(tensors: Mapping[str, Tensor], rest: str) -> dict[Any, Any]:
+    """The inverse of `flatten_state`."""
+    return _unflatten(json.loads(rest), tensors)
+
+
+def unflatten_paths(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[Any, Any]:
+    """An optimizer's "state" as release 0.2 kept it: tensors and plain values by path, digits for numbers."""
+    state: dict[Any, Any] = {}
+    for path, value in {**tensors, **values}.items():
+        *parents, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
+        place = state
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return state
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        while path in tensors:  # keys that differ only in their kind, such as 0 and "0"
+            path += "~"
+        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"mapping": [[key, _flatten(inner, _below(path, key), tensors)] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_flatten(inner, _below(path, i), tensors) for i, inner in enumerate(value)]}
+    raise TypeError(f"the optimizer's state holds a {type(value).__name__} at {path}, which a checkpoint cannot keep")
+
+
+def _below(path: str, key: Any) -> str:
+    if isinstance(key, bool) or not isinstance(key, int | str):
+        raise TypeError(f"the optimizer's state has the key {key!r} at {path or 'its top'}; only text and numbers do")
+    name = str(key).replace("~", "~0").replace("/", "~1")
+    return f"{path}/{name}" if path else name
+
+
+def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "mapping":
+        return {key: _unflatten(item, tensors) for key, item in inner}
+    items = [_unflatten(item, tensors) for item in inner]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    folder.mkdir()
+    sums = {}
+    for part in _PARTS:
+        tensors = {name: tensor.contiguous() for name, tensor in getattr(checkpoint, part).items()}
+        data = format_safetensors(tensors, {"format": "pt"})
+        sums[f"{part}.safetensors"] = hashlib.sha256(data).hexdigest()
+        _write_synced(folder / f"{part}.safetensors", data)
+    facts = {"format": FORMAT, "step": checkpoint.step, "sha256": sums, "facts": dict(checkpoint.facts)}
+    facts["self"] = _digest(facts)
+    _write_synced(folder / "state.json", json.dumps(facts, indent=2).encode())
+    sync_folder(folder)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(folder: Path) -> Checkpoint:
+    state, contents = _read_verified(folder)
+    parts = {part: parse_safetensors(contents[f"{part}.safetensors"]) for part in _PARTS}
+    return Checkpoint(step=state["step"], facts=state["facts"], **parts)
+
+
+def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    state = json.loads((folder / "state.json").read_bytes())
+    told = state.pop("self")
+    if state["format"] not in _READABLE or told != _digest(state):
+        raise ValueError(f"state.json is not what was written, or of another format than {' or '.join(_READABLE)}")
+    if folder.name != f"step-{state['step']:06d}":
+        raise ValueError(f"state.json is of step {state['step']}")
+    contents = {}
+    for name in (f"{part}.safetensors" for part in _PARTS):
+        contents[name] = (folder / name).read_bytes()
+        if hashlib.sha256(contents[name]).hexdigest() != state["sha256"][name]:
+            raise ValueError(f"{name} is not what was written")
+    return state, contents
+
+
+def read_checkpoint_lora(folder: Path) -> dict[str, Tensor]:
+    """The student's raw tensors, fp32, of one checkpoint's folder."""
+    return parse_safetensors((folder / "lora.safetensors").read_bytes())
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _read_verified(folder)
+    except Exception:  # any failure to read is the answer
+        return False
+    return True
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that have a folder, newest first."""
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def _remove(folder: Path) -> None:
+    """Takes a checkpoint away at once: a kill in the middle leaves no half one under its name."""
+    if folder.exists():
+        away = folder.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
+        os.replace(folder, away)
+        shutil.rmtree(away, ignore_errors=True)

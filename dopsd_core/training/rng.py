@@ -1,0 +1,197 @@
+"""All chance of a run, as functions of (seed, step, micro): what is killed and resumed draws the same again.
+
+Nothing here has state, and nothing in training reads a global random generator. `step` counts optimizer steps from 0,
+`micro` the batches accumulated in one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import Example
+
+
+def derive_seed(seed: int, *parts: object) -> int:
+    """A seed in 0..2^63-1 for one purpose, from the run's seed and what names the purpose."""
+    return _to_seed(_digest(seed, *parts).digest())
+
+
+def _digest(seed: int, *parts: object) -> hashlib._Hash:
+    return hashlib.sha256("/".join(str(part) for part in ("dopsd", seed, *parts)).encode())
+
+
+def _to_seed(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def make_generator(seed: int, *parts: object) -> torch.Generator:
+    """A CPU generator for one purpose; the CPU's numbers are the same on every machine."""
+    return torch.Generator().manual_seed(derive_seed(seed, *parts))
+
+
+def draw_noise(seed: int, step: int, first: int, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """Unit normal noise [B, C, h, w] fp32 on the CPU for the samples `first`, `first` + 1, ... of a step.
+
+    By sample, not by batch: four accumulated batches of one get the noise of one batch of four.
+    """
+    samples = [
+        torch.randn(shape, generator=make_generator(seed, "noise", step, first + offset))
+        for offset, shape in enumerate(shapes)
+    ]
+    return torch.stack(samples)
+
+
+def draw_variant(example: Example, dropout: float, seed: int, step: int, sample: int) -> int:
+    """Which condition of an example a visit uses: the empty caption with chance `dropout`, else any of its variants."""
+    if example.dropped is not None and derive_seed(seed, "dropout", step, sample) < dropout * 2**63:
+        return example.dropped
+    return example.variants[derive_seed(seed, "caption", step, sample) % len(example.variants)]
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """Batches without end: each epoch visits every example `repeats` times, batches hold one shape.
+
+    Where a shape's examples do not fill its last batch of an epoch, the batch is filled from the beginning of the
+    same order, so that no example is left out.
+
+    Attributes:
+        shapes: what tells apart the examples that may not share a batch.
+        repeats: visits per epoch of each example, in the same order.
+    """
+
+    shapes: tuple[Hashable, ...]
+    repeats: tuple[int, ...]
+    batch_size: int
+    seed: int
+
+    def batch(self, number: int) -> tuple[int, ...]:
+        """The `batch_size` example indices of the run's batch `number` (from 0)."""
+        groups = _groups(self)
+        epoch, position = divmod(number, groups[-1].end)
+        visits = sum(group.visits for group in groups)
+        place = _sorted_place if visits <= SORTED_VISITS else _scattered_place
+        return place(self, groups, epoch, position)
+
+
+SORTED_VISITS = 1 << 19
+"""Up to so many visits an epoch's order is sorted, in a second or two; beyond it each place is computed alone."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The examples of one shape, whose batches are first..end of an epoch's before these are mixed.
+
+    ends: the visits up to and with each example; visits of an example follow each other.
+    """
+
+    number: int
+    examples: tuple[int, ...]
+    ends: tuple[int, ...]
+    first: int
+    batch_size: int
+
+    @property
+    def visits(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def end(self) -> int:
+        return self.first + -(-self.visits // self.batch_size)
+
+    def places(self, turn: int) -> list[int]:
+        """The places in the group's order that its batch `turn` takes; after the last the first ones again."""
+        return [(turn * self.batch_size + offset) % self.visits for offset in range(self.batch_size)]
+
+    def example(self, visit: int) -> int:
+        return self.examples[bisect_right(self.ends, visit)]
+
+
+@lru_cache(maxsize=4)
+def _groups(order: DataOrder) -> tuple[_Group, ...]:
+    """The groups in the order in which their shapes come; counted, never listed visit by visit."""
+    members: dict[Hashable, list[int]] = {}
+    for index, shape in enumerate(order.shapes):
+        members.setdefault(shape, []).append(index)
+    groups: list[_Group] = []
+    for number, examples in enumerate(members.values()):
+        ends = tuple(accumulate(order.repeats[index] for index in examples))
+        groups.append(_Group(number, tuple(examples), ends, groups[-1].end if groups else 0, order.batch_size))
+    return tuple(groups)
+
+
+# -- epochs that are sorted --------------------------------------------------------------------------------------------
+
+
+def _sorted_place(order: DataOrder, groups: Sequence[_Group], epoch: int, position: int) -> tuple[int, ...]:
+    """Each group is shuffled and cut into batches, then the groups are mixed, each in its own order."""
+    shuffled, numbers, turns = _sorted_epoch(order, epoch)
+    group = groups[int(numbers[position])]
+    return tuple(int(shuffled[group.number][place]) for place in group.places(int(turns[position])))
+
+
+@lru_cache(maxsize=4)
+def _sorted_epoch(order: DataOrder, epoch: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The examples of each group, [visits] each, and of each batch its group and its turn there, [batches] both."""
+    groups = _groups(order)
+    shuffled = []
+    for group in groups:
+        counts = [order.repeats[index] for index in group.examples]
+        visits = ((index, visit) for index, count in zip(group.examples, counts, strict=True) for visit in range(count))
+        by_place = torch.tensor(group.examples).repeat_interleave(torch.tensor(counts))
+        shuffled.append(by_place[_sorting(visits, order.seed, "order", epoch, group.number)])
+    batches = ((group.number, turn) for group in groups for turn in range(group.end - group.first))
+    by_place = torch.cat([torch.full((group.end - group.first,), group.number) for group in groups])
+    numbers = by_place[_sorting(batches, order.seed, "groups", epoch)]
+    turns = torch.empty_like(numbers)
+    for group in groups:
+        mine = numbers == group.number
+        turns[mine] = torch.arange(group.end - group.first)
+    return tuple(shuffled), numbers, turns
+
+
+def _sorting(items: Iterable[tuple[int, int]], seed: int, *parts: object) -> Tensor:
+    """Indices that put ascending items in the order of their hashes (`derive_seed` of parts and item), equal ones in
+    their own: the same on every machine, in every release of every library."""
+    stem = _digest(seed, *parts)
+    stem.update(b"/")
+    keys = []
+    for item in items:
+        digest = stem.copy()
+        digest.update(str(item).encode())
+        keys.append(_to_seed(digest.digest()))
+    return torch.sort(torch.tensor(keys, dtype=torch.int64), stable=True).indices
+
+
+# -- epochs too long to be sorted --------------------------------------------------------------------------------------
+
+
+def _scattered_place(order: DataOrder, groups: Sequence[_Group], epoch: int, position: int) -> tuple[int, ...]:
+    """The same, every place computed alone: of the batches of all groups, and of the visits of one."""
+    batch = _scattered(position, groups[-1].end, order.seed, "batch", epoch)
+    group = next(group for group in groups if batch < group.end)
+    return tuple(
+        group.example(_scattered(place, group.visits, order.seed, "visit", epoch, group.number))
+        for place in group.places(batch - group.first)
+    )
+
+
+def _scattered(place: int, size: int, seed: int, *parts: object) -> int:
+    """Where a shuffling of 0..size-1 puts `place`: a Feistel cipher, gone through until it stays within."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & mask
+        for turn in range(4):
+            left, right = right, left ^ (derive_seed(seed, *parts, turn, right) & mask)
+        place = left << half | right
+        if place < size:
+            return place

@@ -1,0 +1,370 @@
+"""One run: its parts, and its state between two steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..adapters.lora_import import lora_digest
+from ..conditioning.encode import DualCondition
+from ..config import TrainConfig, changes_that_forbid_resuming
+from ..denoiser import Denoiser
+from ..families import get_family
+from ..objectives import ObjectiveInputs, ObjectiveOutput
+from ..optimizers import evaluating, start_training
+from ..transfer import to_device
+from .checkpoint import Checkpoint, StateError, flatten_state, unflatten_paths, unflatten_state
+from .log import Gaps, StepReport, mean_metrics
+from .loss_scale import LossScale
+from .probe import Probe
+from .rng import DataOrder, draw_noise, draw_variant, make_generator
+from .run_folder import RunFolder
+from .training_set import TrainingSet, latent_shape, pair_to
+
+log = logging.getLogger("dopsd")
+
+
+_WIDER = "load the model in bf16 or fp32 (in ComfyUI the node ModelComputeDtype sets it)"
+_CALMER = "lower lr, or raise warmup; on half precision load the model in a wider dtype"
+
+
+class NonFiniteError(RuntimeError):
+    """Loss, gradient or gap is not finite; `step` is the optimizer step that was being made, from 1.
+
+    cause: which prediction was the first, as far as known. remedy: what to do, without an end.
+    """
+
+    def __init__(self, step: int, what: str, value: float, cause: str = "", remedy: str = _CALMER) -> None:
+        because = f" (not finite: {cause})" if cause else ""
+        super().__init__(f"the {what} of step {step} is {value}{because}; the state before it is kept: {remedy}")
+        self.step, self._facts = step, (step, what, value, cause, remedy)
+
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[int, str, float, str, str]]:
+        return NonFiniteError, self._facts  # so that it survives the way out of a worker process
+
+
+class Run:
+    """The parts of a run and their state between two steps."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        denoiser: Denoiser,
+        data: TrainingSet,
+        folder: Path,
+        facts: Mapping[str, str] | None = None,
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.config, self.denoiser, self.data = config, denoiser, data
+        self.folder = RunFolder(folder, config, denoiser)
+        self._facts = dict(facts or {})
+        self.step = 0
+        self.start: Gaps | None = None
+        self.last: Gaps | None = None
+        self.is_between_steps = True
+        self._fingerprint = data.fingerprint()
+        self._model = self._facts.get("dopsd_base_fingerprint", "")
+        self._heldout = data.heldout.key if data.heldout is not None else ""
+        self._is_other_heldout = False
+        wants_anchors = config.objective.wants_anchors
+        self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
+        self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
+        self.loss_scale = LossScale(denoiser.compute_dtype)
+        self._initial = lora_digest(initial) if initial else ""
+        self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
+        self.optimizer = config.optimizer.build(self.adapters.parameters())
+        start_training(self.optimizer)
+        self.probe = Probe(config, denoiser, self.adapters, data)
+        repeats = tuple(example.repeats for example in data.examples)
+        self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
+
+    def open(self, resume: bool) -> None:
+        """Takes the folder, loads its newest checkpoint, if there is one, and writes the configuration down.
+
+        Raises:
+            DiskError: the folder cannot be written, or there is no room for the next save.
+            FolderInUse, StateError: the folder is taken, or what is in it cannot be continued.
+        """
+        checkpoint = self.folder.open()
+        if checkpoint is not None:
+            if not resume:
+                raise StateError(f"{self.folder.path} holds a run already; resume it, or choose another folder")
+            self._load(checkpoint)
+        elif self._start_state is not None:
+            self._set_weights(self._start_state, self._start_state)
+        self.folder.begin(self.step, is_new=checkpoint is None)
+        if self.loss_scale.is_on:
+            log.info("the network computes in fp16: losses are scaled, by %g now", self.loss_scale.value)
+
+    def close(self) -> None:
+        """Gives the folder back."""
+        self.folder.close()
+
+    def measure_start(self) -> StepReport:
+        """Measures the gap before training.
+
+        Raises:
+            NonFiniteError: the network's predictions are not finite.
+        """
+        self.start = self.last = self._measure()
+        if self.start.train < 1e-6:
+            log.warning("teacher and student agree before training: the teacher sees nothing to teach")
+        relative, heldout = self.start.relative_to(self.start)
+        metrics = {"gap": self.start.train}
+        report = StepReport(step=0, metrics=metrics, relative_gap=relative, heldout_relative_gap=heldout)
+        self.folder.append(report)
+        return report
+
+    def meet_heldout(self) -> bool:
+        """Whether the held-out pair is another than the saved run's; then its gap is measured, and what that was
+        before training.
+
+        The pair trains nothing, so a run goes on with another; but gaps of two pairs cannot be compared.
+        """
+        is_other, self._is_other_heldout = self._is_other_heldout, False
+        if not is_other or self.start is None or self.last is None:
+            return is_other
+        with evaluating(self.optimizer):
+            self.last = dataclasses.replace(self.last, heldout=self.probe.measure_heldout())
+        self.start = dataclasses.replace(self.start, heldout=self._heldout_at_the_start())
+        return True
+
+    def _heldout_at_the_start(self) -> float | None:
+        if self._start_state is None:  # student and teacher began as the untouched model
+            return self.probe.measure_heldout(untrained=True)
+        student, teacher = self.adapters.state("student"), self.adapters.state("teacher")
+        self._set_weights(self._start_state, self._start_state)
+        try:
+            return self.probe.measure_heldout()
+        finally:
+            self._set_weights(student, teacher)
+
+    def make_step(self) -> StepReport:
+        """One optimizer step: accumulate, check, clip, step, teacher, probe, log.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite; the state is that before the step.
+            DiskError: the log could not be written; the step is made.
+        """
+        began = time.perf_counter()
+        rate = self.config.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        outputs, grad_norm, overflows = self._accumulate()
+        scale = self.loss_scale.value
+        self.is_between_steps = False
+        self.optimizer.step()
+        self.adapters.update_teacher()
+        self.loss_scale.after_step()
+        self.step += 1
+        self.is_between_steps = True
+        report = self._report(outputs, rate, grad_norm, time.perf_counter() - began)
+        if self.loss_scale.is_on:
+            report = dataclasses.replace(report, loss_scale=scale, overflows=overflows)
+        self.folder.append(report)
+        return report
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the state between two steps.
+
+        Raises:
+            NonFiniteError: the weights are not finite; nothing is written then.
+            DiskError: it could not be written; older ones are untouched.
+        """
+        self._require_finite()
+        return self.folder.save_checkpoint(self._checkpoint())
+
+    def save_lora(self) -> Path:
+        """Writes the student as a LoRA file.
+
+        Raises:
+            NonFiniteError: the weights are not finite; nothing is written then.
+            DiskError: it could not be written; an older file is untouched.
+        """
+        self._require_finite()
+        metadata = self._facts | {
+            "dopsd_version": __version__,
+            "dopsd_dataset": self._fingerprint,
+            "dopsd_config": self.config.to_json(),
+            "dopsd_step": str(self.step),
+            "dopsd_objective": self.config.objective.name,
+            "dopsd_family": self.config.family,
+        }
+        if self._initial:
+            metadata["dopsd_initial"] = self._initial
+        with evaluating(self.optimizer):
+            return self.folder.save_lora(self.step, self.adapters.state(), metadata)
+
+    def save_all(self) -> tuple[Path, Path]:
+        """Writes the LoRA file and a checkpoint, whichever is not of this step yet, and gives their paths.
+
+        The LoRA comes first: it is small, and on a full disk it may be all that fits.
+
+        Raises:
+            NonFiniteError, DiskError: as `save` and `save_lora` do.
+        """
+        return self.save_lora(), self.save()
+
+    def save_before_leaving(self) -> None:
+        """After an exception: saves the state if it is a good one, and never hides the exception."""
+        if self.step == 0 or not self.is_between_steps or not self._is_finite():
+            return
+        for write in (self.save_lora, self.save):
+            try:
+                write()
+            except Exception as error:
+                log.error("the state of step %d could not be saved: %s", self.step, error)
+
+    def _require_finite(self) -> None:
+        if not self._is_finite():
+            raise NonFiniteError(self.step, "LoRA's weights after the optimizer", math.nan)
+
+    def _is_finite(self) -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.adapters.parameters())
+
+    def _set_weights(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        self.adapters.load_state("student", student)
+        if self.adapters.has_teacher:
+            self.adapters.load_state("teacher", teacher)
+
+    def _backward(self, micro: int) -> ObjectiveOutput:
+        config = self.config
+        first = micro * config.batch_size
+        indices = self.order.batch(self.step * config.grad_accumulation + micro)
+        pairs = [self._draw_pair(index, first + offset) for offset, index in enumerate(indices)]
+        shapes = [latent_shape(pair) for pair in pairs]
+        device = self.denoiser.device
+        return config.objective.backward(
+            ObjectiveInputs(
+                denoiser=self.denoiser,
+                adapters=self.adapters,
+                pairs=[pair_to(pair, device) for pair in pairs],
+                noise=to_device(draw_noise(config.seed, self.step, first, shapes), device),
+                sigmas=get_family(config.family).grid(config.rollout_steps, shapes[0]),
+                generator=make_generator(config.seed, "objective", self.step, micro),
+                anchors=self._anchors,
+                loss_scale=self.loss_scale.value / config.grad_accumulation,
+            )
+        )
+
+    def _draw_pair(self, index: int, sample: int) -> DualCondition:
+        config = self.config
+        example = self.data.examples[index]
+        return self.data.pairs[draw_variant(example, config.caption_dropout, config.seed, self.step, sample)]
+
+    def _accumulate(self) -> tuple[list[ObjectiveOutput], float, int]:
+        """The gradient of one optimizer step, clipped: what its batches gave, its norm before, and how often it was
+        computed again, on the same data and noise, with a smaller loss scale."""
+        overflows = 0
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            outputs = [self._backward(micro) for micro in range(self.config.grad_accumulation)]
+            grad_norm = self._check_and_clip(outputs)
+            if math.isfinite(grad_norm):
+                return outputs, grad_norm, overflows
+            if not self.loss_scale.after_overflow():
+                raise NonFiniteError(self.step + 1, "gradient", grad_norm, remedy=self._remedy())
+            overflows += 1
+            log.info("step %d: a gradient overflowed; again with loss scale %g", self.step + 1, self.loss_scale.value)
+
+    def _check_and_clip(self, outputs: Sequence[ObjectiveOutput]) -> float:
+        for output in outputs:
+            if not math.isfinite(output.loss):
+                raise NonFiniteError(self.step + 1, "loss", output.loss, output.not_finite, self._remedy())
+        parameters = self.adapters.parameters()
+        self.loss_scale.unscale(p.grad for p in parameters if p.grad is not None)
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
+
+    def _remedy(self) -> str:
+        if self.loss_scale.is_on:
+            return f"the network overflows in fp16; {_WIDER}"
+        return _CALMER if self.step else f"nothing is trained yet, so it is the model itself or its dtype; {_WIDER}"
+
+    def _measure(self) -> Gaps:
+        with evaluating(self.optimizer):
+            gaps = self.probe.measure()
+        for gap in (gaps.train, gaps.heldout):
+            if gap is not None and not math.isfinite(gap):
+                raise NonFiniteError(self.step, "gap to the teacher", gap, remedy=self._remedy())
+        return gaps
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors, rest = flatten_state(self.optimizer.state_dict())
+        facts = {
+            "config": self.config.to_json(),
+            "data": self._fingerprint,
+            "model": self._model,
+            "heldout": self._heldout,
+            "initial": self._initial,
+            "optimizer_state": rest,
+            "loss_scale": self.loss_scale.state(),
+            "start": None if self.start is None else dataclasses.astuple(self.start),
+            "last": None if self.last is None else dataclasses.astuple(self.last),
+        }
+        return Checkpoint(self.step, self.adapters.state("student"), self.adapters.state("teacher"), tensors, facts)
+
+    def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
+        config = self.config
+        relative, heldout = None, None
+        if config.probe_every and (self.step % config.probe_every == 0 or self.step == config.steps):
+            self.last = self._measure()
+            if self.start is not None:
+                relative, heldout = self.last.relative_to(self.start)
+        told = [output for output in outputs if not output.is_anchor] or list(outputs)
+        return StepReport(
+            step=self.step,
+            loss=_mean([output.loss for output in told]),
+            metrics=mean_metrics([output.metrics for output in told]),
+            relative_gap=relative,
+            heldout_relative_gap=heldout,
+            lr=rate,
+            grad_norm=grad_norm,
+            anchors=sum(output.is_anchor for output in outputs),
+            seconds=seconds,
+        )
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        facts, folder = checkpoint.facts, self.folder.path
+        changed = changes_that_forbid_resuming(TrainConfig.from_json(facts["config"]), self.config)
+        if facts["data"] != self._fingerprint:
+            changed = (*changed, "the data set: its pictures, captions, encoder or their order")
+        if facts.get("model", self._model) != self._model:
+            changed = (*changed, "the model: its weights, or what is put on it")
+        if facts.get("initial", "") != self._initial:
+            changed = (*changed, "the LoRA that it started from")
+        if changed:
+            raise StateError(
+                f"{folder} holds another run; choose another folder, or undo what changed: {'; '.join(changed)}"
+            )
+        if checkpoint.step > self.config.steps:
+            raise StateError(f"{folder} is at step {checkpoint.step} already; raise steps ({self.config.steps})")
+        self._set_weights(checkpoint.lora, checkpoint.teacher)
+        self.optimizer.load_state_dict(self._optimizer_state(checkpoint))
+        self.loss_scale.load(facts.get("loss_scale"))
+        self.step = checkpoint.step
+        self.start = Gaps(*facts["start"]) if facts["start"] else None
+        self.last = Gaps(*facts["last"]) if facts["last"] else None
+        self._is_other_heldout = facts.get("heldout", "") != self._heldout
+        log.info("resuming %s at step %d", folder, self.step)
+
+    def _optimizer_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The whole `state_dict()`. Of the groups' options those that this torch does not know of keep its defaults."""
+        fresh, facts = self.optimizer.state_dict(), checkpoint.facts
+        if "optimizer_state" not in facts:  # release 0.2 kept the state alone
+            return {**fresh, "state": unflatten_paths(checkpoint.optimizer, facts["optimizer"])}
+        saved = unflatten_state(checkpoint.optimizer, facts["optimizer_state"])
+        groups = [{**new, **old} for new, old in zip(fresh["param_groups"], saved["param_groups"], strict=True)]
+        return {**saved, "param_groups": groups}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

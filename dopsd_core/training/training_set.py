@@ -1,0 +1,225 @@
+"""What a run trains on, after encoding."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..conditioning.cache import ConditionCache, digest_bytes
+from ..conditioning.encode import (
+    Condition,
+    DualCondition,
+    Encoder,
+    EncodeRequest,
+    OnEncoded,
+    Picture,
+    encode_dataset,
+    encode_texts,
+)
+from ..conditioning.teachers import VLM, Teacher
+from ..data.buckets import Bucket
+from ..data.captions import put_trigger
+from ..data.dataset import Example, Pair, plan_encoding
+from ..data.images import ImageError, load_image
+from ..text import printable
+
+TeacherImage = Literal["own", "other"]
+"""Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
+
+MAX_OTHERS = 3
+"""Of so many other pictures one is drawn at each visit."""
+
+STRIPPED_SHARE = 0.75
+"""Share of the captions without the concept's name among the prior anchors, where other prompts are given too."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """Encoded pairs and how they are drawn.
+
+    Attributes:
+        pairs: every (picture, caption) in its two conditions, all with a target latent.
+        anchors: conditions of captions without the concept, for the prior anchor.
+        heldout: a training picture under a caption that is not trained, for the probe.
+        examples: which pairs are captions of one picture (`plan_encoding`); by default each pair is its own.
+
+    Raises:
+        ValueError: there is no pair, one has no target latent, or an example does not fit.
+    """
+
+    pairs: Sequence[DualCondition]
+    anchors: Sequence[Condition] = ()
+    heldout: DualCondition | None = None
+    examples: Sequence[Example] = ()
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ValueError("the training set has no pairs; give at least one picture with a caption")
+        for pair in (*self.pairs, *((self.heldout,) if self.heldout else ())):
+            if pair.target_latent is None:
+                raise ValueError(f"the pair {pair.caption!r} has no target latent, which gives the noise its shape")
+        if not self.examples:
+            object.__setattr__(self, "examples", tuple(Example((index,)) for index in range(len(self.pairs))))
+        for number, example in enumerate(self.examples):
+            self._check_example(number, example)
+
+    def _check_example(self, number: int, example: Example) -> None:
+        used = {*example.variants, *(() if example.dropped is None else (example.dropped,))}
+        if not example.variants or not all(0 <= index < len(self.pairs) for index in used) or example.repeats < 1:
+            raise ValueError(f"example {number} ({example}) does not fit the {len(self.pairs)} pairs")
+        if len({latent_shape(self.pairs[index]) for index in used}) > 1:
+            raise ValueError(f"the captions of example {number} belong to pictures of different sizes")
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The latent shape of each example."""
+        return tuple(latent_shape(self.pairs[example.variants[0]]) for example in self.examples)
+
+    def fingerprint(self) -> str:
+        """Equal for the same pairs, anchors and examples in the same order. The held-out pair, which trains nothing,
+        does not count."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            digest.update(f"{pair.key}|{pair.caption}|{latent_shape(pair)}\n".encode())
+        for anchor in self.anchors:
+            digest.update(f"{tuple(anchor.features.shape)}\n".encode())
+            digest.update(anchor.features.detach().cpu().float().contiguous().numpy().tobytes())
+        digest.update(repr((len(self.pairs), len(self.anchors), tuple(self.examples))).encode())
+        return digest.hexdigest()
+
+
+def build_training_set(
+    pairs: Sequence[Pair],
+    encoder: Encoder,
+    cache: ConditionCache | None = None,
+    *,
+    teacher: Teacher = VLM,
+    teacher_image: TeacherImage = "own",
+    trigger: str = "",
+    caption_dropout: bool = False,
+    anchors: bool = False,
+    anchor_prompts: Sequence[str] = (),
+    heldout_caption: str | None = None,
+    on_encoded: OnEncoded | None = None,
+) -> TrainingSet:
+    """Everything that a run needs of a data set, encoded or from the cache; the encoder may leave memory after it.
+
+    Args:
+        pairs: of a `DatasetReport` without errors.
+        teacher: how the target is shown to the teacher; one that edits needs pairs with sources, others pairs without.
+        teacher_image: whether it is shown the pair's own target or up to `MAX_OTHERS` others.
+        trigger: as given to `read_dataset`; taken out of the captions for the anchors.
+        caption_dropout: encode the empty caption too.
+        anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
+            for it; `[V]` stands for the trigger.
+        heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
+
+    Raises:
+        ValueError: the pairs do not fit the teacher, `heldout_caption` is trained, or the encoder returns what cannot
+            be used.
+        ImageError: a picture has gone bad since it was checked.
+    """
+    _require_fit(pairs, teacher, teacher_image)
+    plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
+    shown = {id(pair): shown_to_teacher(pairs, index, teacher_image) for index, pair in enumerate(pairs)}
+    requests, copies = [], []
+    for pair, text in plan.requests:
+        copies.append(range(len(requests), len(requests) + len(shown[id(pair)])))
+        requests += [encode_request(pair, text, other) for other in shown[id(pair)]]
+    if heldout_caption is not None:
+        text = put_trigger(heldout_caption, trigger)
+        if any(text == caption for _, caption in plan.requests):
+            raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
+        requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
+    encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
+    prompts = [put_trigger(prompt, trigger) for prompt in anchor_prompts]
+    return TrainingSet(
+        pairs=encoded[: sum(map(len, copies))],
+        anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
+        heldout=encoded[-1] if heldout_caption is not None else None,
+        examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
+    )
+
+
+def _require_fit(pairs: Sequence[Pair], teacher: Teacher, teacher_image: TeacherImage) -> None:
+    lacking = sum(not pair.sources for pair in pairs)
+    if teacher.edits and lacking:
+        raise ValueError(
+            f"the teacher {teacher.name} trains edits, and {lacking} of {len(pairs)} pictures have no source: give a "
+            "folder with source/ and target/, or a .jsonl with ref_img and target_img"
+        )
+    if not teacher.edits and lacking < len(pairs):
+        raise ValueError(
+            f"the data set has source pictures, for which the teacher {teacher.name} has no use: choose "
+            "edit_target, or load the folder of the targets alone"
+        )
+    if teacher_image == "other" and teacher.edits:
+        raise ValueError("an edit has one wanted result: set teacher_image to own for the teacher edit_target")
+    if teacher_image == "other" and len(pairs) < 2:
+        raise ValueError("teacher_image other needs at least two pictures; add some, or set it to own")
+
+
+def shown_to_teacher(pairs: Sequence[Pair], index: int, teacher_image: TeacherImage) -> list[Pair]:
+    """The pairs whose pictures the teacher may be shown for pair `index`: itself, or those after it, round the end."""
+    if teacher_image == "own":
+        return [pairs[index]]
+    return [pairs[(index + step) % len(pairs)] for step in range(1, min(len(pairs), MAX_OTHERS + 1))]
+
+
+def _drawing_copies(example: Example, copies: Sequence[Sequence[int]]) -> Example:
+    """The example with each of its pairs replaced by its copies, which differ in what the teacher is shown."""
+    variants = tuple(copy for index in example.variants for copy in copies[index])
+    return replace(example, variants=variants, dropped=None if example.dropped is None else copies[example.dropped][0])
+
+
+def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Captions without the concept's name, repeated to about `STRIPPED_SHARE` of all, and other ordinary prompts.
+
+    They differ from what is trained by the name alone, so that is where the concept leaks first.
+    """
+    if not stripped or not prompts:
+        return [*stripped, *prompts]
+    repeats = max(1, round(len(prompts) * STRIPPED_SHARE / (1 - STRIPPED_SHARE) / len(stripped)))
+    return [*list(stripped) * repeats, *prompts]
+
+
+def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> EncodeRequest:
+    """The pair under a caption, all pictures cropped; its sources as it is itself (the authors' way).
+
+    shown: the pair whose picture the teacher sees; None for the same.
+    """
+    sources = tuple(_picture(path, pair.bucket) for path in pair.sources)
+    other = None if shown is None or shown is pair else _picture(shown.image_path, shown.bucket)
+    return EncodeRequest(_picture(pair.image_path, pair.bucket), caption, sources, other)
+
+
+def _picture(path: Path, bucket: Bucket) -> Picture:
+    digest = digest_bytes(path.read_bytes())
+
+    def load() -> Tensor:
+        try:
+            image = load_image(path, bucket)
+        except ImageError as error:
+            raise ImageError(printable(f"{path}: {error}")) from error
+        if digest_bytes(path.read_bytes()) != digest:  # what is encoded now would be kept as the image of before
+            raise ImageError(printable(f"{path} was written to while the dataset was being encoded: run again"))
+        return image
+
+    return Picture(digest, load, {"bucket": [bucket.width, bucket.height]})
+
+
+def latent_shape(pair: DualCondition) -> tuple[int, ...]:
+    """(C, h, w) of the pair's target."""
+    if pair.target_latent is None:
+        raise ValueError(f"the pair {pair.caption!r} has no target latent")
+    return tuple(pair.target_latent.shape)
+
+
+def pair_to(pair: DualCondition, device: torch.device) -> DualCondition:
+    """The pair with its conditions on a device; shares memory where nothing moves."""
+    return DualCondition(pair.student.to(device), pair.teacher.to(device), pair.target_latent, pair.caption, pair.key)

@@ -1,0 +1,193 @@
+"""The host inside ComfyUI: a MODEL as the core's Denoiser.
+
+The user's weights serve as the loader node put them there: inference tensors, fp8, offloaded, patched. Nothing is
+copied, converted or re-read. What is put over the network for training lies in instance attributes and is taken off
+again whatever happens.
+
+Legend: B batch, C latent channels, h w latent size, L tokens, D features; `sigma` as in the core, 1 = noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.quant_ops import QuantizedTensor
+from server import PromptServer
+from torch import Tensor, nn
+
+from ...dopsd_core.conditioning.encode import Condition
+from ...dopsd_core.denoiser import LinearSite
+from ...dopsd_core.text import printable
+from .bypass import kept_injected
+from .families import family_of, in_comfyui
+from .gradients import norms_on_clones, plain_attention, thawed_small_parameters
+from .linears import linear_sites, require_adjoints
+
+STEPS_OPTION = "dopsd_steps"
+"""Key of a MODEL's options: the steps it was distilled for, where they are not the family's."""
+
+
+def default_steps(model: Any) -> int:
+    """Sampling steps that the MODEL was distilled for."""
+    return model.model_options.get(STEPS_OPTION) or family_of(model).sample_steps
+
+
+def send_text(cls: Any, text: str) -> None:
+    """Shows text on the node; `cls` is a node class with the hidden input unique_id."""
+    if cls.hidden is not None and cls.hidden.unique_id is not None:
+        PromptServer.instance.send_progress_text(printable(text), cls.hidden.unique_id)
+
+
+def base_name(model: Any) -> str:
+    """The file that a loader node took the MODEL from, or "" where the loader does not tell."""
+    made_by = getattr(model, "cached_patcher_init", None)
+    first = made_by[1][0] if made_by and made_by[1] else ""
+    return str(first).replace("\\", "/").rpartition("/")[2] if isinstance(first, str) else ""
+
+
+class ComfyDenoiser:
+    """A MODEL as the core's Denoiser. Sample inside `loaded()`, train inside `trainable()`."""
+
+    def __init__(self, model: Any) -> None:
+        self.family = family_of(model)
+        self._patcher = model.clone()
+
+    @property
+    def device(self) -> torch.device:
+        """Where ComfyUI runs the network."""
+        return self._patcher.load_device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights in the form in which they were loaded."""
+        return int(self._patcher.model_size())
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether ComfyUI's dynamic VRAM decides, use by use, which weights are on the device."""
+        return self._patcher.is_dynamic()
+
+    def patched_in_8_bits(self) -> int:
+        """How many of the weights that LoRAs or other patches on the MODEL change are held in 8 bits or fewer."""
+        weights = (comfy.utils.get_attr(self._patcher.model, key) for key in self._patcher.patches)
+        return sum(isinstance(w, QuantizedTensor) or (w.is_floating_point() and w.itemsize < 2) for w in weights)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What activations are in. A node may have set it on the MODEL, which takes effect when that is loaded."""
+        return self._patcher.get_model_object("manual_cast_dtype") or self._patcher.model.get_dtype()
+
+    @property
+    def _network(self) -> nn.Module:
+        return self._patcher.model.diffusion_model
+
+    def sites(self) -> Sequence[LinearSite]:
+        """Every Linear, plain, cast or quantised, its LoRA parts under diffusers' names."""
+        return linear_sites(self._network, self.family)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks of the network, in its order."""
+        network: Any = self._network
+        return [block for name in in_comfyui(self.family).blocks for block in getattr(network, name)]
+
+    def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+        """x [B, C, h, w] fp32 in model space -> x0_hat, same shape. Stops here when the user has cancelled.
+
+        Conditions of one length go through the network together. Z-Image has no text mask, so padding to a common
+        length would change the result.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        groups = _equal_shapes(conditions)
+        if len(groups) == 1:
+            return self._forward(x, sigma, conditions)
+        out: list[Tensor | None] = [None] * len(conditions)
+        for rows in groups:
+            x0 = self._forward(x[rows], sigma, [conditions[row] for row in rows])
+            for row, value in zip(rows, x0.unbind(0), strict=True):
+                out[row] = value
+        return torch.stack([value for value in out if value is not None])
+
+    def _forward(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+        model = self._patcher.model
+        features = torch.stack([condition.features for condition in conditions]).to(x.device)
+        references = [
+            model.process_latent_out(torch.stack(latents).to(x.device))
+            for latents in zip(*(condition.reference_latents for condition in conditions), strict=True)
+        ]
+        extra = {"reference_latents": references} if references else {}
+        conds = model.extra_conds(cross_attn=features, noise=x, device=x.device, **extra)
+        inputs = {name: cond.process_cond(batch_size=len(x), area=None).cond for name, cond in conds.items()}
+        sigmas = torch.full((len(x),), sigma, device=x.device)
+        options = {
+            **self._patcher.model_options.get("transformer_options", {}),
+            "sigmas": sigmas[:1],
+            "cond_or_uncond": [0],
+            "optimized_attention_override": plain_attention,
+        }
+        return model.apply_model(x, sigmas, transformer_options=options, **inputs).float()
+
+    def to_vae_space(self, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w] of the model's space -> what ComfyUI's VAE decodes."""
+        return self._patcher.model.process_latent_out(latents)
+
+    # -- in memory, and ready for gradients ---------------------------------------------------------------------------
+
+    def load(self, shape: Sequence[int], reserve: int = 0) -> None:
+        """Has ComfyUI bring the weights to the device, with room for samples of `shape` [B, C, h, w].
+
+        Where that, or `reserve` bytes if it is more, does not stay free, part of the weights stays in RAM.
+        Called again after anything else was loaded. In inference mode, as ComfyUI itself does it: weights that were
+        made in it can only be moved in it.
+        """
+        with torch.inference_mode():
+            needed = max(self._patcher.memory_required(list(shape)), reserve)
+            comfy.model_management.load_models_gpu([self._patcher], memory_required=needed)
+
+    @contextmanager
+    def loaded(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
+        """On the device inside the `with`."""
+        self.load(shape, reserve)
+        try:
+            with torch.inference_mode():
+                self._patcher.pre_run()
+            yield self
+        finally:
+            with torch.inference_mode():  # hooks give weights back, which may be inference tensors
+                self._patcher.cleanup()
+
+    @contextmanager
+    def trainable(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
+        """On the device and open to gradients inside the `with`; as it was after it, whatever happens.
+
+        `in_training` takes RoPE off the kernels that have no backward.
+
+        Raises:
+            UnknownLayer: a layer of another pack has a forward that its weight does not explain.
+        """
+        before = comfy.model_management.in_training
+        overwritten = in_comfyui(self.family).overwritten
+        with (
+            self.loaded(shape, reserve),
+            kept_injected(self._patcher),
+            thawed_small_parameters(self._network),
+            norms_on_clones(self._network, overwritten),
+        ):
+            require_adjoints(self.sites(), self.device, self.compute_dtype)
+            comfy.model_management.in_training = True
+            try:
+                yield self
+            finally:
+                comfy.model_management.in_training = before
+
+
+def _equal_shapes(conditions: Sequence[Condition]) -> list[list[int]]:
+    groups: dict[object, list[int]] = {}
+    for row, condition in enumerate(conditions):
+        shape = (condition.features.shape, tuple(latent.shape for latent in condition.reference_latents))
+        groups.setdefault(shape, []).append(row)
+    return list(groups.values())

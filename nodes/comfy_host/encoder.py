@@ -1,0 +1,118 @@
+"""CLIP, VAE and the teacher's vision tower as the core's Encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...dopsd_core.conditioning.cache import plain_cpu
+from ...dopsd_core.conditioning.encode import Condition
+from ...dopsd_core.conditioning.teachers import Teacher, choose_teacher
+from .families import family_of_clip, in_comfyui
+from .fits import require_training_vae
+from .identity import identity_of
+from .vision import TeacherVision, count_tokens, encode_image_text, image_tokens, text_encoder
+
+_EMBEDDING = "embedding:"
+
+
+def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> Teacher:
+    """The teacher that `mode` means for the encoder's family, with the user's sentence; `edits`: the data has sources.
+
+    Raises:
+        ValueError: there is no such teacher, or it needs a vision tower and none is connected.
+    """
+    teacher = choose_teacher(encoder.family.teachers, mode, edits).with_sentence(sentence, others)
+    if teacher.sees == "features":
+        encoder.require_vision()
+    return teacher
+
+
+class ComfyEncoder:
+    """Encodes captions, images with captions, and images. Models come to the device when they are called.
+
+    They are called in inference mode, as ComfyUI's own nodes call them: weights that were made in it must only be moved
+    in it, or every later use of them fails. What is handed on are ordinary tensors on the CPU.
+
+    Attributes:
+        notes: for the user, one line each.
+
+    Raises:
+        ValueError: CLIP and VAE are not of one family of ours.
+    """
+
+    def __init__(self, clip: Any, vae: Any, vision: TeacherVision | None) -> None:
+        self.family = family_of_clip(clip)
+        require_training_vae(vae, clip)
+        self._clip, self._vae, self._vision = clip, vae, vision
+        self._latent_format = in_comfyui(self.family).model.latent_format()
+        rounding, found = str(comfy.model_management.intermediate_dtype()), identity_of(clip, vae, vision)
+        self._identity = "/".join(("comfyui", self.family.name, rounding, found.digest))
+        self.notes = found.notes
+
+    @property
+    def identity(self) -> str:
+        """Other for another family, and for whatever else CLIP, VAE and vision tower would encode otherwise with."""
+        return self._identity
+
+    def identity_for(self, caption: str) -> str:
+        """`identity`, with the contents of the embeddings that the caption names, which ComfyUI reads from files."""
+        if _EMBEDDING not in caption:
+            return self._identity
+        return f"{self._identity}/{identity_of(self._clip.tokenize(caption)).digest}"
+
+    def require_vision(self) -> TeacherVision:
+        """The vision tower.
+
+        Raises:
+            ValueError: none is connected, or not the one that goes with the CLIP.
+        """
+        if self._vision is None:
+            raise ValueError(
+                "the teacher needs eyes: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models"
+            )
+        text_encoder(self._clip, self._vision)
+        return self._vision
+
+    @torch.inference_mode()
+    def encode_text(self, caption: str) -> Condition:
+        """What Clip Text Encode gives for the caption."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        encoded = self._clip.encode_from_tokens(self._clip.tokenize(caption), return_dict=True)
+        return Condition(plain_cpu(encoded["cond"][0]))
+
+    @torch.inference_mode()
+    def encode_image_text(self, image: Tensor, caption: str) -> Condition:
+        """image [3, H, W] in [0, 1] and caption, read together; of a caption that is too long, its beginning."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return Condition(plain_cpu(encode_image_text(self._clip, self.require_vision(), caption, image)))
+
+    @torch.inference_mode()
+    def encode_latent(self, image: Tensor) -> Tensor:
+        """image [3, H, W] in [0, 1] -> latent [C, h, w] in the model's space.
+
+        Raises:
+            ValueError: the VAE gives latents of another shape than the family's.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        latent = self._latent_format.process_in(self._vae.encode(image.movedim(0, -1)[None]))[0].float()
+        wanted = self.family.latent_shape(image.shape[2], image.shape[1])
+        if tuple(latent.shape) != wanted:
+            raise ValueError(
+                f"the input vae makes latents of shape {list(latent.shape)} where {self.family.title} has "
+                f"{list(wanted)}: connect Load VAE with {in_comfyui(self.family).vae_file}"
+            )
+        return plain_cpu(latent)
+
+    # -- lengths ------------------------------------------------------------------------------------------------------
+
+    def count_text(self, caption: str, seen: int | None = None) -> int:
+        """Tokens of the caption in the CLIP's template, padding aside; seen: those of an image that is read with it."""
+        return count_tokens(self._clip, caption, seen)
+
+    def count_image(self, width: int, height: int) -> int:
+        """Tokens of an image of that size to the vision tower."""
+        return image_tokens(self.require_vision(), width, height)

@@ -1,0 +1,124 @@
+"""What belongs together: MODEL, CLIP, VAE and conditions. Looked at before anything is encoded, drawn or trained.
+
+A misfit would otherwise come as torch's error about two shapes, or not at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.taesd.taesd
+
+from ...dopsd_core.demo.model_files import TEXT_WIDTH
+from ...dopsd_core.families import Z_IMAGE, Family
+from .demo_models import DemoLatents, DemoTextModel
+from .families import all_families, family_of, family_of_clip, in_comfyui
+from .linears import require_known_layers
+from .sockets import Conditions
+
+DEMO = "Load Demo Models"
+
+
+def require_trainable(model: Any, conditions: Conditions, vae: Any | None = None) -> None:
+    """Of a MODEL that is to be trained, or drawn with by its teacher.
+
+    Raises:
+        ValueError: the conditions or the VAE were made for another model.
+        UnknownLayer: the network has a layer that D-OPSD cannot train through.
+    """
+    family = family_of(model)
+    if family is not conditions.family:
+        raise ValueError(
+            f"the conditions are for {conditions.family.title}, the MODEL is {family.title}; connect the CLIP and VAE "
+            "of this MODEL to Build Teacher Condition"
+        )
+    require_text_width(model, conditions.data.pairs[0].student.features.shape[-1], "the conditions have features")
+    if vae is not None:
+        require_vae(vae, family, is_demo_model(model))
+    require_known_layers(model.model.diffusion_model, in_comfyui(family).blocks)
+
+
+def require_text_width(model: Any, width: int, whose: str) -> None:
+    """Raises ValueError when the MODEL reads text features of another width. whose: begins the sentence."""
+    entry = in_comfyui(family_of(model))
+    wanted = text_width(model)
+    if wanted is not None and width != wanted:
+        file = DEMO if is_demo_model(model) else entry.text_encoders.get(wanted, "its own text encoder")
+        raise ValueError(
+            f"{whose} of width {width}, and this MODEL reads width {wanted}: they come from another model's text "
+            f"encoder; connect the CLIP that belongs to this MODEL ({file})"
+        )
+
+
+def text_width(model: Any) -> int | None:
+    """The width of the text features that the MODEL reads; None where its configuration does not say."""
+    return model.model.model_config.unet_config.get(in_comfyui(family_of(model)).text_width)
+
+
+def is_demo_model(model: Any) -> bool:
+    """Whether the MODEL is the demo's: it alone reads features of that width."""
+    return family_of(model) is Z_IMAGE and text_width(model) == TEXT_WIDTH
+
+
+def is_demo_clip(clip: Any) -> bool:
+    """Whether the CLIP is the demo's."""
+    return isinstance(getattr(clip.cond_stage_model, "qwen3_4b", None), DemoTextModel)
+
+
+def require_vae(vae: Any, family: Family, demo: bool, beside: str = "the MODEL") -> None:
+    """Of a VAE for a family; demo: for its demo model. beside: what says that it must be of this family.
+
+    Raises:
+        ValueError: the VAE belongs to another model.
+    """
+    entry = in_comfyui(family)
+    found = _misfit(vae, family, demo)
+    if found is not None:
+        owner = "the demo model" if demo else family.title
+        wanted = DEMO if demo else f"Load VAE with {entry.vae_file}"
+        raise ValueError(f"the input vae is {found}, {beside} is {owner}'s: connect {wanted} to vae")
+
+
+def require_training_vae(vae: Any, clip: Any) -> None:
+    """Of the VAE that encodes what is trained on, beside the CLIP that reads the captions.
+
+    Raises:
+        ValueError: they are of two models, or the VAE is one that only approximates latents.
+    """
+    family, demo = family_of_clip(clip), is_demo_clip(clip)
+    try:
+        require_vae(vae, family, demo, "the input clip")
+    except ValueError as error:
+        others = [in_comfyui(other) for other in all_families() if _misfit(vae, other, demo=False) is None]
+        ways = [f"; or, to train {other.family.title}, load the CLIP as {other.clip_files}" for other in others]
+        raise ValueError(f"{error}{''.join(ways)}") from None
+    if _is_taesd(vae):
+        raise ValueError(
+            "the input vae is a small one for previews (TAESD), whose latents are approximate: connect Load VAE with "
+            f"{in_comfyui(family).vae_file} to vae"
+        )
+
+
+def _misfit(vae: Any, family: Family, demo: bool) -> str | None:
+    """What the VAE is instead; None where it fits, or says nothing of itself."""
+    if isinstance(getattr(vae, "first_stage_model", None), DemoLatents):
+        return None if demo else "the demo model's"
+    dimensions, channels = getattr(vae, "latent_dim", 2), getattr(vae, "latent_channels", None)
+    if dimensions != 2:
+        return f"one for {'sound' if dimensions == 1 else 'video'}"
+    if channels is None:
+        return "another model's" if demo else None
+    scale = vae.spacial_compression_encode()
+    # ComfyUI says of every TAESD that it scales by 8
+    owners = [
+        other
+        for other in all_families()
+        if other.latent_channels == channels and (other.downscale == scale or _is_taesd(vae))
+    ]
+    if owners == [family] and not demo:
+        return None
+    return f"{owners[0].title}'s" if owners else f"one of {channels} channels at 1/{scale} of the image's size"
+
+
+def _is_taesd(vae: Any) -> bool:
+    return isinstance(getattr(vae, "first_stage_model", None), comfy.taesd.taesd.TAESD)

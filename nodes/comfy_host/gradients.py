@@ -1,0 +1,126 @@
+"""What is put over a MODEL's network for training, and taken off again: without it no gradient passes, or a wrong one.
+
+ComfyUI's weights are made for inference: inference tensors, which autograd cannot save; weights in RAM, brought into a
+buffer that the next one overwrites; pages that may be evicted. So nothing of theirs may be saved for the backward.
+Linears save nothing (`FrozenLinear`); the small modules here compute with clones that live for one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...dopsd_core.overrides import overridden
+from .linears import cast_parameters, has_own_cast, is_linear, plain
+
+_FEW_TOKENS = 256
+_WITH_BACKWARD = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""cuDNN's attention is left out: its backward has not been run here, and ComfyUI may put it first."""
+_FUNCTIONS = ("weight_function", "bias_function")
+
+
+def thawed_small_parameters(network: nn.Module) -> AbstractContextManager[None]:
+    """Inside the `with`, norms and other small modules compute with clones of their parameters where gradients flow.
+
+    A clone lives for one forward, so weights may be moved, streamed or evicted in between.
+    """
+    modules = [m for m in network.modules() if not is_linear(m)]
+    return overridden([m for m in modules if next(m.parameters(recurse=False), None) is not None], _thawing)
+
+
+def norms_on_clones(network: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
+    """Inside the `with`, norms of these names, whose input is overwritten later, keep a clone of it for the backward.
+
+    FLUX's blocks write into tensors (`img += ...`) that their norms have saved.
+    """
+    modules = (m for path, m in network.named_modules() if path.rpartition(".")[2] in names)
+    return overridden(modules, _on_clone)
+
+
+def plain_attention(
+    _: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    attn_precision: torch.dtype | None = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **options: Any,
+) -> Tensor:
+    """torch's own attention in ComfyUI's place, by a kernel whose backward is known: others have none or a slow one.
+
+    q, k, v [B, heads, L, D], or [B, L, heads * D] without `skip_reshape` -> [B, L, heads * D], or [B, heads, L, D] with
+    `skip_output_reshape`. mask: boolean or added, [L, L], [B, L, L] or [B, heads, L, L].
+    """
+    if not skip_reshape:
+        width = q.shape[-1] // heads
+        q, k, v = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t in (q, k, v))
+    if mask is not None and mask.ndim < 4:
+        mask = mask.unsqueeze(-3)
+    known = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
+    # on a CPU, for tens of tokens, the written-out form has by far the faster backward
+    written_out = q.device.type == "cpu" and q.shape[-2] <= _FEW_TOKENS
+    with sdpa_kernel([SDPBackend.MATH] if written_out else _WITH_BACKWARD):
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **known)
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+# -- small modules ----------------------------------------------------------------------------------------------------
+
+
+def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def thawed(*args: Any, **kwargs: Any) -> Any:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if not torch.is_grad_enabled() or x is None or not x.is_floating_point() or not _is_unsafe(module, x):
+            return forward(*args, **kwargs)
+        with _computing_with(module, _clones(module, x)):
+            return forward(*args, **kwargs)
+
+    return thawed
+
+
+def _is_unsafe(module: nn.Module, x: Tensor) -> bool:
+    """Whether autograd could not save the parameters that a forward on x uses, or would find others there later."""
+    parameters = [value for value in module._parameters.values() if value is not None]
+    return has_own_cast(module) or any(
+        value.is_inference() or value.device != x.device or type(value) is not nn.Parameter for value in parameters
+    )
+
+
+@torch.no_grad()
+def _clones(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The parameters as ordinary tensors on the device of x, as a forward has them there."""
+    if has_own_cast(module) or hasattr(module, "_v"):  # a patch of dynamic VRAM is put on in the cast alone
+        with cast_parameters(module, x) as (weight, bias):
+            cast = {"weight": weight, "bias": bias}
+            return {name: value.clone() for name, value in cast.items() if value is not None}
+    own = {name: value for name, value in module._parameters.items() if value is not None}
+    # from RAM without waiting for the device
+    return {name: plain(value).to(x.device, copy=True, non_blocking=x.is_cuda) for name, value in own.items()}
+
+
+@contextmanager
+def _computing_with(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the `with`, the module has these in place of its parameters."""
+    own, state = module._parameters, module.__dict__
+    parameters = {name: own[name] for name in values}
+    # what a cast has put on must not be put on again
+    functions = {name: state[name] for name in _FUNCTIONS if name in state} if hasattr(module, "_v") else {}
+    own.update({name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
+    state.update({name: [] for name in functions})
+    try:
+        yield
+    finally:
+        own.update(parameters)
+        state.update(functions)
+
+
+def _on_clone(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: forward(x.clone() if torch.is_grad_enabled() else x)

@@ -1,0 +1,55 @@
+"""What the header of a LoRA file says: kept from file to file, and filled in only where it is known."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+
+from ...dopsd_core import __version__
+
+_PEFT = "lora_adapter_metadata"
+_OF_THE_BYTES = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""True of one file alone, and written anew or not at all."""
+
+_TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
+
+
+def kept_header(header: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What of a file's header stays true of its tensors in memory, and a line for each entry that does not.
+
+    diffusers multiplies by the alpha of `lora_adapter_metadata`; `read_lora` has folded it into the tensors.
+    """
+    kept = {key: value for key, value in header.items() if key not in (*_OF_THE_BYTES, _PEFT)}
+    notes = []
+    if _PEFT in header:
+        notes.append(f"{_PEFT} is not kept: its alpha is folded into the tensors")
+    hashes = [key for key in _OF_THE_BYTES[1:] if key in header]
+    if hashes:
+        notes.append(f"{', '.join(hashes)} not kept: true of that file alone")
+    return kept, tuple(notes)
+
+
+def header_for(title: str, keys: Iterable[str], facts: Mapping[str, str]) -> dict[str, str]:
+    """The header of a new file: all of `facts`, and the fields of Stability AI's ModelSpec that they lack.
+
+    title: where `facts` have none. keys: of the tensors; only names of diffusers are called so.
+    """
+    ours = "dopsd_family" in facts
+    known = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{facts.get('dopsd_family', 'unknown')}/lora",
+        "modelspec.title": title,
+        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if all(key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys):
+        known["modelspec.implementation"] = "diffusers"
+    if ours:
+        known["dopsd_version"] = __version__
+    if trigger := trigger_of(facts):
+        known["modelspec.trigger_phrase"] = trigger
+    return known | dict(kept_header(facts)[0])
+
+
+def trigger_of(header: Mapping[str, str]) -> str:
+    """The word that a LoRA was trained with, "" where its header does not say."""
+    return next((header[key] for key in _TRIGGERS if header.get(key)), "")

@@ -1,0 +1,156 @@
+"""The pictures that are drawn before, during and after training: prompts, samples, sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...dopsd_core.conditioning.cache import ConditionCache
+from ...dopsd_core.conditioning.encode import Condition, Encoder, encode_dataset
+from ...dopsd_core.conditioning.teachers import Teacher
+from ...dopsd_core.data.captions import put_trigger
+from ...dopsd_core.data.dataset import Pair
+from ...dopsd_core.data.images import load_image, to_tensor
+from ...dopsd_core.image_grid import Row, contact_sheet
+from ...dopsd_core.rollout import sample
+from ...dopsd_core.trainable import Trainable
+from ...dopsd_core.training.rng import make_generator
+from ...dopsd_core.training.training_set import TeacherImage, encode_request, latent_shape, shown_to_teacher
+from .denoiser import ComfyDenoiser
+from .sockets import Conditions, PreviewPrompt
+
+MAX_DEFAULT_PROMPTS = 4
+TILE = 192
+"""Side of a picture on the sheets, in pixels; larger pictures are scaled down."""
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines that hold something, each once, stripped."""
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def preview_texts(given: str, pairs: Sequence[Pair], trigger: str) -> list[str]:
+    """The prompts to draw: the given lines with `[V]` replaced, or the captions of the first pictures."""
+    lines = [put_trigger(line, trigger) for line in split_lines(given)]
+    return lines or list(dict.fromkeys(pair.captions[0] for pair in pairs[:MAX_DEFAULT_PROMPTS]))
+
+
+def encode_previews(
+    texts: Sequence[str],
+    pairs: Sequence[Pair],
+    encoder: Encoder,
+    cache: ConditionCache,
+    teacher: Teacher,
+    teacher_image: TeacherImage,
+) -> tuple[PreviewPrompt, ...]:
+    """Each prompt alone, and together with a training picture as its teacher sees it."""
+    requests = []
+    for number, text in enumerate(texts):
+        index = number % len(pairs)
+        requests.append(encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0]))
+    encoded = encode_dataset(requests, encoder, cache, teacher=teacher)
+    return tuple(PreviewPrompt(dual.caption, dual.student, dual.teacher, latent_shape(dual)) for dual in encoded)
+
+
+def teacher_sheet(painter: Painter, conditions: Conditions, count: int) -> Image.Image:
+    """Target, teacher and student of the untouched model for the first `count` training pictures; sources of edits."""
+    data = conditions.data
+    chosen = [data.pairs[example.variants[0]] for example in data.examples[:count]]
+    shapes = [latent_shape(pair) for pair in chosen]
+    shown = conditions.pairs[:count]
+    targets = [load_image(pair.image_path, pair.bucket) for pair in shown]
+    sources = [load_image(pair.sources[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
+    with painter.denoiser.loaded((1, *shapes[0])):
+        teacher = painter.draw([pair.teacher for pair in chosen], shapes)
+        painter.denoiser.load((1, *shapes[0]))  # decoding may have sent it out of memory
+        student = painter.draw([pair.student for pair in chosen], shapes)
+    texts, reads = [pair.caption for pair in chosen], "source and instruction" if sources else "reading the caption"
+    rows = [
+        *([Row("source", "what the edit starts from", sources, texts)] if sources else []),
+        Row("target", "what it shall learn", targets, () if sources else texts),
+        Row("teacher", "the untouched model,\nseeing the picture", teacher),
+        Row("student", f"the untouched model,\n{reads}", student),
+    ]
+    return contact_sheet("the teacher, before any training", rows, tile=TILE)
+
+
+class Painter:
+    """Draws conditions with fixed noise: equal seeds give equal noise whoever is asked.
+
+    vae: ComfyUI's. steps: of the model's own few-step grid, Euler, as the Few-Step Sampler does it.
+    """
+
+    def __init__(self, denoiser: ComfyDenoiser, vae: Any, steps: int, seed: int) -> None:
+        self.denoiser, self._vae, self._steps, self._seed = denoiser, vae, steps, seed
+
+    def draw(self, conditions: Sequence[Condition], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """A picture [3, H, W] in [0, 1] of each condition, for latents of `shapes` (C, h, w)."""
+        latents: list[Tensor | None] = [None] * len(conditions)
+        for shape in dict.fromkeys(shapes):
+            rows = [row for row, other in enumerate(shapes) if other == shape]
+            for row, latent in zip(rows, self._sample([conditions[row] for row in rows], shape, rows), strict=True):
+                latents[row] = latent
+        return [self._decode(latent) for latent in latents if latent is not None]
+
+    def sources(self, conditions: Sequence[Condition]) -> list[Tensor]:
+        """The first reference picture [3, H, W] of each condition that has one."""
+        firsts = [condition.reference_latents[0] for condition in conditions if condition.reference_latents]
+        return [self._decode(latent.to(self.denoiser.device)) for latent in firsts]
+
+    def _sample(self, conditions: Sequence[Condition], shape: tuple[int, ...], rows: Sequence[int]) -> Tensor:
+        family, device = self.denoiser.family, self.denoiser.device
+        sigmas = family.sigmas(self._steps, shape[2] * family.downscale, shape[1] * family.downscale)
+        noise = [torch.randn(shape, generator=make_generator(self._seed, "preview", row)) for row in rows]
+        here = [condition.to(device) for condition in conditions]
+        return sample(self.denoiser, here, torch.stack(noise).to(device), sigmas)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        with torch.inference_mode():
+            picture = self._vae.decode(self.denoiser.to_vae_space(latent[None]))[0]
+        return picture.movedim(-1, 0).float().cpu().clamp(0, 1)
+
+
+class TrainingPreview:
+    """A sheet per preview step: untouched model, teacher and student on one and the same noise; sources of edits."""
+
+    def __init__(self, painter: Painter, prompts: Sequence[PreviewPrompt], reload: Callable[[], None]) -> None:
+        self._painter, self._prompts, self._reload = painter, prompts, reload
+        self._shapes = [prompt.latent_shape for prompt in prompts]
+        self._base: list[Tensor] | None = None
+        self._sources: list[Tensor] = []
+
+    def sheet(self, title: str, adapters: Trainable) -> Image.Image:
+        """Draws all of them; the base and the sources only the first time."""
+        texts = [prompt.text for prompt in self._prompts]
+        alone = [prompt.student for prompt in self._prompts]
+        if self._base is None:
+            self._sources = self._painter.sources(alone)
+            self._base = self._draw(adapters, "off", alone)
+        student = self._draw(adapters, "student", alone)
+        teacher = self._draw(adapters, "teacher", [prompt.teacher for prompt in self._prompts])
+        edits = bool(self._sources)
+        rows = [
+            *([Row("source", "what the edit starts from", self._sources, texts)] if edits else []),
+            Row("before", "the untouched model", self._base, () if edits else texts),
+            Row("teacher", "sees a wanted result" if edits else "sees a training picture", teacher),
+            Row("student", "source and instruction" if edits else "reads the prompt alone", student),
+        ]
+        return contact_sheet(title, rows, tile=TILE)
+
+    def _draw(self, adapters: Trainable, mode: Any, conditions: Sequence[Condition]) -> list[Tensor]:
+        with adapters.use(mode):
+            pictures = self._painter.draw(conditions, self._shapes)
+        self._reload()  # decoding may have sent the network out of memory
+        return pictures
+
+
+def load_sheets(folder: Path) -> Tensor:
+    """Every sheet of a run in the order of its steps, [n, H, W, 3] in [0, 1]; one empty pixel where there are none."""
+    sheets = [to_tensor(Image.open(path).convert("RGB")).movedim(0, -1) for path in sorted(folder.glob("step-*.png"))]
+    same = [sheet for sheet in sheets if sheet.shape == sheets[-1].shape]
+    return torch.stack(same) if same else torch.zeros(1, 1, 1, 3)

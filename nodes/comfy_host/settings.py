@@ -1,0 +1,93 @@
+"""Every setting of a training at its real value: the inputs of Training Settings, how a preset fills them, and what
+they make with the widgets of D-OPSD Train LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from comfy_api.latest import io
+
+from ...dopsd_core.config import TrainConfig
+from ...dopsd_core.families import FAMILIES, Family
+from ...dopsd_core.options import Option, all_options
+from .option_inputs import option_inputs, option_values, widget_value
+from .presets import PRESETS, preset_settings
+
+OPTIONS: Mapping[str, Option] = {option.name: option for option in all_options(TrainConfig)}
+"""Every option by flat name."""
+
+_ELSEWHERE = frozenset({"family", "steps", "seed", "preview_every", "caption_dropout"})
+"""Options that D-OPSD Train LoRA, Load Dataset or the MODEL decide."""
+
+FAMILY_TITLES: Mapping[str, Family] = {family.title: family for family in FAMILIES.values()}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What Training Settings hands on.
+
+    Attributes:
+        family: the model family that the values were filled in for.
+        preset: of `PRESETS`.
+        changes: options by flat name that differ from what the preset fills in.
+    """
+
+    family: Family
+    preset: str
+    changes: Mapping[str, Any]
+
+
+def listed_options() -> list[Option]:
+    """The options that Training Settings shows: what is chosen with its own options, then those of the run."""
+    shown = [option for name, option in OPTIONS.items() if name not in _ELSEWHERE]
+    return sorted(shown, key=lambda option: not (option.setting or option.choices))
+
+
+def filled(preset: str, family: Family) -> dict[str, Any]:
+    """Option by flat name -> the value that it has by this preset, of what is not chosen too."""
+    defaults = {name: option.default for name, option in OPTIONS.items()}
+    own = {"rollout_steps": family.rollout_steps, "grad_steps": family.rollout_steps, "targets": family.lora_targets}
+    return {**defaults, **own, **preset_settings(preset, family)}
+
+
+def settings_inputs() -> list[Any]:
+    """model_family, preset, and a widget per option; the page fills them in when one of the first two changes."""
+    first, standard = next(iter(FAMILY_TITLES)), next(iter(PRESETS))
+    table = {title: {preset: _widgets(preset, family) for preset in PRESETS} for title, family in FAMILY_TITLES.items()}
+    usual = filled(standard, FAMILY_TITLES[first])
+    return [
+        io.Combo.Input(
+            "model_family",
+            options=list(FAMILY_TITLES),
+            default=first,
+            optional=True,
+            tooltip="The model that is trained. Choosing another fills in its values: learning rate, layers.",
+            extra_dict={"dopsd_fill": table},
+        ),
+        io.Combo.Input(
+            "preset",
+            options=list(PRESETS),
+            default=standard,
+            optional=True,
+            tooltip="Fills in all values below with settings that fit together; change what you like afterwards.",
+        ),
+        *option_inputs(replace(option, default=usual[option.name]) for option in listed_options()),
+    ]
+
+
+def settings_from(model_family: str, preset: str, widgets: Mapping[str, Any]) -> TrainingSettings:
+    """The settings that these widgets show."""
+    family = FAMILY_TITLES[model_family]
+    usual = filled(preset, family)
+    values = option_values(listed_options(), widgets)
+    changes = {name: value for name, value in values.items() if value != usual[name]}
+    if "rank" in changes:  # alpha stands there as a number: it must not follow the rank as it does for a preset
+        changes["alpha"] = values["alpha"]
+    return TrainingSettings(family, preset, changes)
+
+
+def _widgets(preset: str, family: Family) -> dict[str, Any]:
+    values = filled(preset, family)
+    return {option.name: widget_value(option, values[option.name]) for option in listed_options()}

@@ -1,0 +1,118 @@
+"""What the user gave to D-OPSD Train LoRA and the run does not use: one line each, for the node and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...dopsd_core.config import TrainConfig
+from ...dopsd_core.objectives import DOPSD
+from ...dopsd_core.options import all_options, split_unused
+from .presets import PRESETS, given_settings, merged_settings, preset_settings
+from .sockets import Conditions
+
+
+def unused_settings(
+    preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions, has_vae: bool
+) -> tuple[str, ...]:
+    """Settings and inputs that decide nothing in this run, and those of the preset that others replace.
+
+    chosen: as given to `make_config`. config: what became of it, the memory plan's trades included.
+    """
+    return (
+        *_over_the_preset(preset, chosen, conditions),
+        *_of_the_schedule(preset, chosen, config),
+        *_of_the_objective(preset, chosen, config, conditions),
+        *_of_the_rollout(chosen, config),
+        *_of_the_teacher(chosen, config),
+        *_of_the_anchors(preset, chosen, config, conditions),
+        *_of_previews_and_probe(config, conditions, has_vae),
+        *_of_the_data(config, conditions),
+    )
+
+
+def _over_the_preset(preset: str, chosen: Mapping[str, Any], conditions: Conditions) -> Iterator[str]:
+    usual, given = preset_settings(preset, conditions.family), given_settings(chosen)
+    changed = [name for name in given if name in usual and given[name] != usual[name]]
+    if changed:
+        told = (f"{name} {given[name]:g} instead of {usual[name]:g}" for name in changed)
+        yield f"changed from the preset {preset}: {', '.join(told)}"
+
+
+def _of_the_schedule(preset: str, chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
+    wanted = given_settings(chosen).get("warmup", PRESETS[preset].warmup)
+    if wanted > config.schedule.warmup:
+        yield f"warmup {wanted} is cut to {config.schedule.warmup}: the run has {config.steps} steps"
+
+
+def _of_the_objective(
+    preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions
+) -> Iterator[str]:
+    settings = merged_settings(preset, conditions.family, bool(conditions.data.anchors), chosen)
+    _, unused = split_unused(TrainConfig, settings)
+    by_preset = preset_settings(preset, conditions.family).keys() - given_settings(chosen).keys()
+    own = {option.name for option in all_options(TrainConfig) if option.setting == "objective"}
+    for name in unused:
+        if name in own and name not in by_preset:
+            yield f"{name} has no effect on objective {config.objective.name}"
+
+
+def _of_the_rollout(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
+    if chosen.get("grad_steps", 0) > config.rollout_steps:
+        yield (
+            f"grad_steps {chosen['grad_steps']} is not used: there are {config.rollout_steps} rollout_steps, and all "
+            "of them are learned from"
+        )
+    if not isinstance(config.objective, DOPSD) and chosen.get("rollout_steps", config.rollout_steps) != 4:
+        yield (
+            f"rollout_steps {config.rollout_steps} is used by probe and previews alone: the objective is "
+            f"{config.objective.name}"
+        )
+
+
+def _of_the_teacher(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
+    for option in all_options(TrainConfig):
+        is_idle = option.setting == "teacher" and config.teacher.name not in option.variants
+        if is_idle and chosen.get(option.name):
+            yield f"{option.name} {chosen[option.name]:g} is not used: the teacher is {config.teacher.name}"
+    if not isinstance(config.objective, DOPSD):
+        yield f"the teacher is used by probe and previews alone: the objective is {config.objective.name}"
+
+
+def _of_the_anchors(
+    preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions
+) -> Iterator[str]:
+    count, share = len(set(conditions.data.anchors)), PRESETS[preset].anchor_probability
+    if not isinstance(config.objective, DOPSD):
+        if count:
+            yield f"the {count} prior anchors are not used: the objective is {config.objective.name}"
+    elif count and not config.objective.anchor_probability:
+        yield f"the {count} prior anchors are not used: anchor_probability is 0"
+    elif not count and share and "anchor_probability" not in given_settings(chosen):
+        yield (
+            f"the preset's anchor_probability {share:g} is not used: there are no prior anchors; give anchor_prompts "
+            "to Build Teacher Condition"
+        )
+
+
+def _of_previews_and_probe(config: TrainConfig, conditions: Conditions, has_vae: bool) -> Iterator[str]:
+    if config.preview_every and not has_vae:
+        yield f"preview_every {config.preview_every} is not used: no vae is connected"
+    if has_vae and not config.preview_every:
+        yield "vae is not used: preview_every is 0"
+    if conditions.data.heldout is None and config.probe_every:
+        yield "the gap is measured on training captions alone: no preview prompt is unseen"
+    if conditions.data.heldout is not None and not config.probe_every:
+        yield "the unseen prompt is not measured: probe_every is 0"
+
+
+def _of_the_data(config: TrainConfig, conditions: Conditions) -> Iterator[str]:
+    epoch = sum(example.repeats for example in conditions.data.examples)
+    trained = config.steps * config.grad_accumulation * config.batch_size
+    if isinstance(config.objective, DOPSD):
+        trained = round(trained * (1 - config.objective.anchor_probability))
+    if trained < epoch:
+        yield (
+            f"not all of the dataset is trained on: {config.steps} steps make about {trained} visits, one epoch is "
+            f"{epoch}"
+        )

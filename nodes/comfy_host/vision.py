@@ -1,0 +1,229 @@
+"""The teacher's eyes: Qwen3-VL's vision tower beside the language model that the CLIP already holds.
+
+The text encoder of Z-Image and of FLUX.2-klein 4B is Qwen3-4B, the language model that Qwen3-VL-4B grew from: with the
+vision tower (0.8 GB) in front of it and Qwen3-VL's positions, it reads a picture together with its caption. No second
+language model is loaded. Template, hidden states and padding are those of the CLIP itself: the teacher's features
+differ from the student's by the picture alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import CoreModelPatcher
+from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders import llama, qwen3vl
+from torch import Tensor, nn
+
+from ...dopsd_core.demo.model_files import IMAGE_PAD, VISION_CELL, resize_for_vision, vision_size
+
+MAX_TOKENS = 1024  # of picture and caption together; the picture's come first
+_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+_PAD = 151643
+
+
+@dataclass(frozen=True, eq=False)
+class VisionSpec:
+    """A kind of vision tower: its name, the config of its class, and how the teacher reads with it."""
+
+    title: str
+    tower: Mapping[str, Any]
+    lm_config: Any
+    min_pixels: int
+    max_pixels: int
+
+
+def qwen3vl_4b() -> VisionSpec:
+    """Qwen3-VL-4B, seeing at 512^2 to 768^2 pixels as D-OPSD's teacher of Z-Image-Turbo does."""
+    config = llama.Qwen3VL_4BConfig()
+    sizes = {**qwen3vl.QWEN3VL_VISION_COMMON, **qwen3vl.QWEN3VL_VISION["qwen3vl_4b"]}
+    return VisionSpec("Qwen3-VL-4B", {**sizes, "out_hidden_size": config.hidden_size}, config, 512 * 512, 768 * 768)
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherVision:
+    """A vision tower in ComfyUI's hands.
+
+    lm_config: what the CLIP's language model runs with while it reads a picture. A picture is seen at min_pixels to
+    max_pixels; where the two are equal, at about as many.
+    """
+
+    model: nn.Module
+    patcher: Any
+    lm_config: Any
+    min_pixels: int
+    max_pixels: int
+
+
+def new_vision(state: Mapping[str, Tensor], spec: VisionSpec, ops: Any, dtype: torch.dtype) -> TeacherVision:
+    """The tower with the weights of `state`, whose names have no prefix.
+
+    Raises:
+        RuntimeError: tensors are left over or have other shapes.
+    """
+    offload = comfy.model_management.text_encoder_offload_device()
+    model = qwen3vl.Qwen3VLVisionModel(dict(spec.tower), device=offload, dtype=dtype, ops=ops)
+    patcher = CoreModelPatcher(model, comfy.model_management.text_encoder_device(), offload)
+    model.load_state_dict(state, strict=True, assign=patcher.is_dynamic())
+    model.eval().requires_grad_(False)
+    comfy.model_management.archive_model_dtypes(model)
+    return TeacherVision(model, patcher, spec.lm_config, spec.min_pixels, spec.max_pixels)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor) -> Tensor:
+    """The teacher's features [L, D] fp32 (CPU) of image [3, H, W] in [0, 1] and its caption; L <= `MAX_TOKENS`.
+
+    Of a caption that is too long for that the end is left out, never the template's. The language model runs with
+    Qwen3-VL's rotary positions meanwhile: with its own the features are 1 % off.
+
+    Raises:
+        ValueError: the CLIP is not the text encoder that belongs to the vision tower.
+    """
+    encoder = text_encoder(clip, vision)
+    language_model, reader = encoder.transformer.model, _Reader(encoder.transformer, vision.model)
+    size = seen_size(image.shape[1], image.shape[2], vision.min_pixels, vision.max_pixels)
+    picture = resize_for_vision(image.float(), size).movedim(0, -1)[None]
+    tokens = _tokens(clip, text, picture)
+    device = clip.patcher.load_device
+    comfy.model_management.load_models_gpu([clip.patcher, vision.patcher])
+    with comfy.model_management.cuda_device_context(device), _config(language_model, vision.lm_config):
+        holder: Any = SimpleNamespace(special_tokens={"pad": _PAD}, transformer=reader)
+        embeds, mask, _, info = SDClipModel.process_tokens(holder, tokens, device)
+        positions, is_picture, deepstack = reader.build_image_inputs(embeds, info)
+        states = _hidden_states(clip, encoder)
+        final, chosen = language_model(
+            None,
+            attention_mask=mask,
+            embeds=embeds,
+            intermediate_output=states,
+            final_layer_norm_intermediate=encoder.layer_norm_hidden_state,
+            dtype=torch.float32,
+            position_ids=positions,
+            visual_pos_masks=is_picture,
+            deepstack_embeds=deepstack,
+        )[:2]
+    hidden = final[0] if states is None else chosen[0]  # [L, D], or [states, L, D]
+    hidden = hidden.movedim(0, 1).flatten(1) if hidden.ndim == 3 else hidden
+    return hidden.float().cpu()
+
+
+def image_tokens(vision: TeacherVision, width: int, height: int) -> int:
+    """How many of the `MAX_TOKENS` an image of that size takes."""
+    rows, columns = seen_size(height, width, vision.min_pixels, vision.max_pixels)
+    return rows * columns // VISION_CELL**2
+
+
+def count_tokens(clip: Any, text: str, seen: int | None = None) -> int:
+    """Tokens of the text in the CLIP's own template, padding aside; seen: with an image of so many before it."""
+    template = _template(clip) if seen is not None else clip.tokenizer.llama_template
+    (ids,) = next(iter(clip.tokenize(text, llama_template=template, min_length=1).values()))
+    return len(ids) if seen is None else len(ids) + seen - 1
+
+
+def seen_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width at which a picture is seen: multiples of 32 within the limits, aspect about kept.
+
+    The rule of Qwen3-VL's own image processor; for one number of pixels the demo's (`vision_size`).
+    """
+    if min_pixels == max_pixels:
+        return vision_size(height, width, min_pixels)
+    cell, area = VISION_CELL, height * width
+    rows, columns = round(height / cell), round(width / cell)
+    if rows * columns * cell * cell > max_pixels:
+        shrink = math.sqrt(area / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
+    elif rows * columns * cell * cell < min_pixels:
+        grow = math.sqrt(min_pixels / area)
+        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
+    return rows * cell, columns * cell
+
+
+class _Reader:
+    """ComfyUI's Qwen3-VL put together from two models: what `process_tokens` asks of one."""
+
+    preprocess_embed = qwen3vl.Qwen3VL.preprocess_embed
+    build_image_inputs = qwen3vl.Qwen3VL.build_image_inputs
+
+    def __init__(self, language_model: Any, visual: nn.Module) -> None:
+        self.visual, self.get_input_embeddings = visual, language_model.get_input_embeddings
+
+
+def text_encoder(clip: Any, vision: TeacherVision) -> Any:
+    """The CLIP's text encoder.
+
+    Raises:
+        ValueError: it is not the one that belongs to the vision tower.
+    """
+    if hasattr(clip.cond_stage_model, "qwen3_8b"):
+        raise ValueError(
+            "this CLIP is Qwen3-8B, the text encoder of FLUX.2-klein 9B, and the vision tower goes with Qwen3-4B: "
+            "use the edit teacher, which needs no vision"
+        )
+    encoder = getattr(clip.cond_stage_model, "qwen3_4b", None)
+    if encoder is None:
+        raise ValueError(
+            "this CLIP is not Qwen3-4B, which the vision tower goes with: load qwen_3_4b, with type lumina2 for "
+            "Z-Image-Turbo or type flux2 for FLUX.2-klein 4B"
+        )
+    width, wanted = encoder.transformer.model.config.hidden_size, vision.lm_config.hidden_size
+    if width != wanted:
+        raise ValueError(
+            f"the CLIP is {width} wide and the vision tower was made for one of {wanted}: "
+            "use the demo model's CLIP and vision together, or qwen_3_4b with Qwen3-VL-4B"
+        )
+    return encoder
+
+
+def _template(clip: Any) -> str:
+    """The CLIP's own template with an image before the text."""
+    return clip.tokenizer.llama_template.replace("{}", _PICTURE + "{}")
+
+
+def _tokens(clip: Any, text: str, picture: Tensor) -> list[list[Any]]:
+    """Token ids of the CLIP's own template with the picture [1, H, W, 3] before the text, padded as its texts are."""
+    cells = picture.shape[1] * picture.shape[2] // VISION_CELL**2  # tokens that the picture's one mark becomes
+    least = clip.tokenizer.qwen3_4b.min_length - (cells - 1)
+    ids: list[Any] = [
+        token[0] for token in clip.tokenize(text, llama_template=_template(clip), min_length=least)["qwen3_4b"][0]
+    ]
+    over = len(ids) + cells - 1 - MAX_TOKENS
+    if over > 0:
+        ending = len(clip.tokenizer.qwen3_4b.tokenizer(_template(clip).rpartition("{}")[2])["input_ids"])
+        end = len(ids) - ending
+        del ids[max(end - over, ids.index(IMAGE_PAD) + 2) : end]
+    ids[ids.index(IMAGE_PAD)] = {"type": "image", "data": picture, "original_type": "image"}
+    return [ids]
+
+
+def _hidden_states(clip: Any, encoder: Any) -> list[int] | int | None:
+    """Which hidden states the CLIP's conditions are made of, CLIP Set Last Layer included; None for the final output.
+
+    Asked of the encoder as the CLIP's own encoding of a text does: what stands in it may be another clone's.
+    """
+    encoder.reset_clip_options()
+    if clip.layer_idx is not None:
+        encoder.set_clip_options({"layer": clip.layer_idx})
+    encoder.set_clip_options({"execution_device": None})  # has another look at the layer: one too many is the default
+    layer, index = encoder.layer, encoder.layer_idx
+    encoder.reset_clip_options()
+    return None if layer == "last" else index if layer == "hidden" else layer
+
+
+@contextmanager
+def _config(model: Any, config: Any) -> Iterator[None]:
+    before, model.config = model.config, config
+    try:
+        yield
+    finally:
+        model.config = before

@@ -1,0 +1,159 @@
+"""What the user sees of a run on its node, from the first step to the last word."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+
+from ...dopsd_core.config import TrainConfig
+from ...dopsd_core.files.atomic import write_atomic
+from ...dopsd_core.trainable import Trainable
+from ...dopsd_core.training.log import StepReport
+from ...dopsd_core.training.trainer import NoCallbacks, TrainResult
+from .denoiser import send_text
+from .paths import shown
+from .previews import TrainingPreview
+from .report import Notes, RunReport, State, gap_line
+from .targets import told_size
+
+PREVIEWS_NAME = "previews"
+_TEXT_INTERVAL = 0.3  # seconds between two texts on the node
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What of a run is known before its first step; the fields as in `RunReport`. folder: where it lives."""
+
+    folder: Path
+    config: TrainConfig
+    modules: int
+    parameters: int
+    base_model: str
+    trigger: str
+    teacher: str
+    memory: str
+
+
+class Watcher(NoCallbacks):
+    """Progress bar with preview, and text with loss, gap and time left, on the node that trains; then the report."""
+
+    def __init__(self, node: Any, facts: RunFacts, notes: Notes, preview: TrainingPreview | None) -> None:
+        self._node, self._facts, self._notes, self._preview = node, facts, notes, preview
+        self._steps = facts.config.steps
+        self._bar = comfy.utils.ProgressBar(self._steps)
+        self._first: tuple[int, float] | None = None
+        self._text_at = 0.0
+        self._has_begun = False
+        self._gaps: tuple[float | None, float | None] = (None, None)
+        self.step = 0
+
+    def on_step(self, report: StepReport) -> None:
+        """Moves the bar and rewrites the text."""
+        self._note_resumed(report.step)
+        self.step = report.step
+        self._bar.update_absolute(report.step)
+        now = time.monotonic()
+        self._first = self._first or (report.step, now)
+        if report.relative_gap is not None:
+            self._gaps = (report.relative_gap, report.heldout_relative_gap)
+        if now - self._text_at >= _TEXT_INTERVAL or report.step == self._steps:
+            self._text_at = now
+            send_text(self._node, self._text(report, now))
+
+    def on_preview(self, step: int, adapters: Trainable) -> None:
+        """Draws the sheet, keeps it in the run folder and shows it on the node."""
+        if self._preview is None:
+            return
+        folder = self._facts.folder
+        sheet = self._preview.sheet(f"{folder.name}: step {step} of {self._steps}", adapters)
+        path = folder / PREVIEWS_NAME / f"step-{step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = BytesIO()
+        sheet.save(file, "PNG")
+        write_atomic(path, file.getvalue())
+        self._bar.update_absolute(step, preview=("JPEG", sheet, None))
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def finished(self, result: TrainResult) -> None:
+        """The summary on the node and the report in the folder."""
+        if not self._has_begun:
+            self._notes.add(
+                f"all {result.step} steps were done before: nothing was trained in this run, and its LoRA is used again"
+            )
+        self.step = result.step
+        if result.start_gaps and result.end_gaps:
+            self._gaps = result.end_gaps.relative_to(result.start_gaps)
+        self._close("finished", f"{result.step} steps done")
+
+    def interrupted(self) -> None:
+        """Where the run is kept, and how to resume it."""
+        self._close("interrupted", f"stopped, {self.kept()}; run again with the same settings to resume")
+
+    def failed(self, error: str) -> None:
+        """The error beside what is kept."""
+        self._close("failed", f"failed, {self.kept()}: {error}", error)
+
+    def kept(self) -> str:
+        """How many steps are saved, and where."""
+        saved = [path.name for path in (self._facts.folder / "checkpoints").glob("step-*")]
+        steps = [int(digits) for name in saved if (digits := name.removeprefix("step-")).isdigit()]
+        return f"{max(steps)} steps are kept in {shown(self._facts.folder)}" if steps else "no step was done"
+
+    def _close(self, state: State, headline: str, error: str = "") -> None:
+        facts, (gap, heldout) = self._facts, self._gaps
+        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
+        lines += [told_size(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
+        if self._has_begun or state == "finished":  # else the folder may be another run's, or not there
+            self._report(state, error).write(facts.folder)
+        send_text(self._node, "\n".join(lines))
+
+    def _report(self, state: State, error: str) -> RunReport:
+        facts, (gap, heldout) = self._facts, self._gaps
+        return RunReport(
+            state=state,
+            error=error,
+            step=self.step,
+            steps=self._steps,
+            relative_gap=gap,
+            heldout_relative_gap=heldout,
+            modules=facts.modules,
+            parameters=facts.parameters,
+            base_model=facts.base_model,
+            trigger=facts.trigger,
+            teacher=facts.teacher,
+            memory=facts.memory,
+            notes=self._notes.lines,
+        )
+
+    # -- while it runs ------------------------------------------------------------------------------------------------
+
+    def _note_resumed(self, step: int) -> None:
+        if not self._has_begun and step > 1:
+            self._notes.add(f"resumed at step {step - 1}")
+        self._has_begun = True
+
+    def _text(self, report: StepReport, now: float) -> str:
+        lines = [f"step {report.step} of {self._steps}"]
+        done = report.step - self._first[0] if self._first else 0
+        if done and self._first:
+            each = (now - self._first[1]) / done
+            left = each * (self._steps - report.step)
+            lines[0] += f"  ·  {each:.2f} s each  ·  {_duration(left)} left"
+        if report.loss is not None:
+            lines.append(f"loss {report.loss:.4g}")
+        if self._gaps[0] is not None:
+            lines.append(gap_line(self._gaps[0], self._gaps[1]))
+        lines += [told_size(self._facts.modules, self._facts.parameters), *self._notes.lines]
+        return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

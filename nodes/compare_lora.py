@@ -1,0 +1,314 @@
+"""Looking at what a LoRA does: prompts against strengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import comfy.weight_adapter
+import folder_paths
+import node_helpers
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor
+
+from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
+from .comfy_host.checked_inputs import checked
+from .comfy_host.denoiser import default_steps, send_text
+from .comfy_host.families import family_of
+from .comfy_host.fits import is_demo_model, require_vae
+from .comfy_host.model_patches import unused_schedule
+from .comfy_host.paths import stamp_of
+from .comfy_host.sampling import few_step_sample
+from .comfy_host.sockets import CATEGORY
+
+NONE = "none"
+MAX_STRENGTHS, MAX_PROMPTS, MAX_STRENGTH = 8, 32, 10.0
+
+
+class CompareLoRA(io.ComfyNode):
+    """Prompts x strengths in one picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16, "optional": True}
+        return io.Schema(
+            node_id="DOPSD_CompareLoRA",
+            display_name="Compare LoRA",
+            category=CATEGORY,
+            description="Draws every prompt without the LoRA and with it at each strength, from the same noise, in one "
+            "labelled grid. The LoRA is applied by ComfyUI's own loader: this is what you will get.",
+            search_aliases=["d-opsd", "lora grid", "xy plot", "test lora"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the LoRA was trained for, without the LoRA."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="One prompt per line. Take some with the trigger word, and some without, "
+                    "which should not change.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="1.0",
+                    optional=True,
+                    tooltip="Strengths of the LoRA, with commas between: 0.5, 1.0, 1.5.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=False,  # two runs, two files, one noise
+                    optional=True,
+                    tooltip="Noise of the first prompt; each further prompt has the next seed. One row, one noise.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    tooltip="Sampling steps; 0 takes what the model was made for.",
+                ),
+                io.Int.Input("width", tooltip="Width of each picture in pixels. The demo model's is 64.", **pixels),
+                io.Int.Input("height", tooltip="Height of each picture in pixels. The demo model's is 64.", **pixels),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NONE, *folder_paths.get_filename_list("loras")],
+                    default=NONE,
+                    optional=True,
+                    tooltip="A LoRA file. Not read when a lora is connected.",
+                ),
+                io.LoraModel.Input(
+                    "lora", optional=True, tooltip="A LoRA from D-OPSD Train LoRA, without saving it first."
+                ),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="For edit LoRAs (FLUX.2-klein): the picture that the prompts are instructions for. It is "
+                    "cropped to width and height.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The grid.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, strengths: str | None = None, prompts: str | None = None) -> bool | str:
+        try:
+            if isinstance(strengths, str):  # else it comes over a link
+                parse_strengths(strengths)
+            if isinstance(prompts, str):
+                parse_prompts(prompts)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+        """A file may be exchanged under its name."""
+        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+
+    @classmethod
+    @checked
+    def execute(
+        cls, model, clip, vae, prompts, strengths, seed, steps, width, height, lora_name, lora=None, reference=None
+    ) -> io.NodeOutput:
+        texts, wanted = parse_prompts(prompts), parse_strengths(strengths)
+        require_vae(vae, family_of(model), is_demo_model(model))
+        if reference is not None:
+            require_editing(model)
+        name, tensors = chosen_lora(lora_name, lora)
+        send_text(cls, "\n".join((used_line(name, model, tensors), *unused_inputs(model, lora_name, lora, reference))))
+        variants = {"base": model}
+        for strength in wanted:
+            variants[f"strength {strength:g}"] = apply_lora(model, tensors, strength)
+        painter = _Painter(clip, vae, width, height, steps, len(texts) * len(variants), reference)
+        columns = [painter.draw(variant, texts, seed) for variant in variants.values()]
+        image = to_pixels(draw_grid(f"{name}, seed {seed}", texts, list(variants), columns))
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def parse_strengths(text: str) -> list[float]:
+    """ "0.5, 1" -> [0.5, 1.0].
+
+    Raises:
+        ValueError: no number, too many, or one out of range.
+    """
+    words = text.replace(";", ",").replace("\n", ",").split(",")
+    found: list[float] = []
+    for word in (word.strip() for word in words if word.strip()):
+        try:
+            value = float(word)
+        except ValueError:
+            raise ValueError(
+                f"strengths: {word!r} is not a number; write numbers with commas between: 0.5, 1.0"
+            ) from None
+        if not abs(value) <= MAX_STRENGTH:
+            raise ValueError(f"strengths: {word} is not within -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}")
+        found.append(value)
+    if not 1 <= len(found) <= MAX_STRENGTHS:
+        raise ValueError(f"strengths: give 1 to {MAX_STRENGTHS} numbers with commas between, there are {len(found)}")
+    return list(dict.fromkeys(found))
+
+
+def parse_prompts(text: str) -> list[str]:
+    """The lines that are not empty.
+
+    Raises:
+        ValueError: there are none, or too many for one picture.
+    """
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not 1 <= len(found) <= MAX_PROMPTS:
+        raise ValueError(f"prompts: give 1 to {MAX_PROMPTS} prompts, one per line, there are {len(found)}")
+    return found
+
+
+def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str, dict[str, Tensor]]:
+    """Title and tensors of the connected LoRA, else of the file.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if lora is not None:
+        return "the connected LoRA", dict(lora)
+    if lora_name == NONE:
+        raise ValueError("there is no LoRA to compare: choose a file in lora_name, or connect lora")
+    path = folder_paths.get_full_path_or_raise("loras", lora_name)
+    return lora_name, comfy.utils.load_torch_file(path, safe_load=True)
+
+
+def unused_inputs(
+    model: Any, lora_name: str, lora: Mapping[str, Tensor] | None, reference: Tensor | None
+) -> tuple[str, ...]:
+    """One line for each thing that was given to Compare LoRA and is not used."""
+    notes = list(unused_schedule(model))
+    if lora is not None and lora_name != NONE:
+        notes.append(f"lora_name {lora_name} is not read: a lora is connected")
+    if reference is not None and len(reference) > 1:
+        notes.append(f"of {len(reference)} reference images only the first is used")
+    return tuple(notes)
+
+
+def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
+    """How many tensors ComfyUI's loader will put on the model, and a name of those that it will not.
+
+    Raises:
+        ValueError: it will put none there.
+    """
+    used = used_keys(model, tensors)
+    rest = [key for key in tensors if key not in used]
+    line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
+    return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
+
+
+def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
+    """How many tensors ComfyUI's loader will put on the model.
+
+    Raises:
+        ValueError: none.
+    """
+    return len(used_keys(model, tensors))
+
+
+def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """The tensors that ComfyUI's loader will put on the model.
+
+    Raises:
+        ValueError: none.
+    """
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names, log_missing=False)
+    fitting = [patch for target, patch in loaded.items() if _fits(model, target, patch)]
+    if not fitting:
+        first = next(iter(tensors), "no key at all")
+        raise ValueError(
+            f"none of the LoRA's {len(tensors)} tensors fit this model (the first is {first}): "
+            "it was trained for another model; load that one"
+        )
+    return frozenset().union(*(getattr(patch, "loaded_keys", ()) for patch in fitting))
+
+
+def _fits(model: Any, target: Any, patch: Any) -> bool:
+    """Whether a LoRA has the shape of its weight, or of its slice of it.
+
+    ComfyUI itself logs a misfit and goes on; the demo model's names are also the real one's.
+    """
+    if not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
+        return True
+    key, part = (target, None) if isinstance(target, str) else target[:2]
+    shape = list(comfy.utils.get_attr(model.model, key).shape)
+    if part is not None:
+        shape[part[0]] = part[2]
+    up, down = patch.weights[:2]
+    return up.shape[0] == shape[0] and down[0].numel() == math.prod(shape[1:])
+
+
+def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:
+    """The model as ComfyUI's own loaders return it."""
+    return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
+
+
+class _Painter:
+    """Pictures of prompts from models that differ in their LoRA only. reference [n, H, W, 3]: the first is edited."""
+
+    def __init__(
+        self, clip: Any, vae: Any, width: int, height: int, steps: int, total: int, reference: Tensor | None
+    ) -> None:
+        self._clip, self._vae, self._size, self._steps = clip, vae, (width, height), steps
+        self._bar = comfy.utils.ProgressBar(total)
+        self._references = [] if reference is None else [vae.encode(cropped(reference[:1], width, height))]
+        self._prompts: dict[str, Any] = {}
+
+    def draw(self, model: Any, texts: Sequence[str], seed: int) -> list[Tensor]:
+        """A picture [3, H, W] of each text; the model is loaded once for all of them."""
+        family = family_of(model)
+        sigmas = family.sigmas(self._steps or default_steps(model), *self._size)
+        conditions = [self._encode(text) for text in texts]
+        blank = torch.zeros(1, *family.latent_shape(*self._size), device=comfy.model_management.intermediate_device())
+        latents = []
+        for row, condition in enumerate(conditions):
+            latents.append(few_step_sample(model, condition, blank, (seed + row) % 2**64, sigmas, "euler"))
+            self._bar.update(1)
+        return [self._vae.decode(latent)[0].permute(2, 0, 1) for latent in latents]
+
+    def _encode(self, text: str) -> Any:
+        if text not in self._prompts:
+            encoded = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))
+            if self._references:
+                encoded = node_helpers.conditioning_set_values(encoded, {"reference_latents": self._references})
+            self._prompts[text] = encoded
+        return self._prompts[text]
+
+
+def require_editing(model: Any) -> None:
+    """Raises ValueError when the MODEL has no editing branch."""
+    family = family_of(model)
+    if "edit" not in family.teachers:
+        raise ValueError(f"{family.title} does not edit pictures: take reference off")
+
+
+def cropped(image: Tensor, width: int, height: int) -> Tensor:
+    """Image [n, H, W, 3] scaled and cropped from its middle to [n, height, width, 3], as training crops sources."""
+    return comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "bicubic", "center").movedim(1, -1)
+
+
+def draw_grid(
+    title: str, texts: Sequence[str], names: Sequence[str], columns: Sequence[Sequence[Tensor]]
+) -> Image.Image:
+    """A row per prompt, a column per variant."""
+    rows = [Row(text, "", [column[i] for column in columns], names if i == 0 else ()) for i, text in enumerate(texts)]
+    side = max(columns[0][0].shape[-2:])
+    return contact_sheet(title, rows, tile=min(384, max(128, side)))

@@ -1,0 +1,52 @@
+"""The node that loads the teacher's vision tower alone, which ComfyUI's own loaders cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from .comfy_host.checked_inputs import checked
+from .comfy_host.paths import stamp_of
+from .comfy_host.sockets import CATEGORY, VisionSocket
+from .comfy_host.vision_file import load_teacher_vision, tower_files
+
+
+class LoadTeacherVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DOPSD_LoadTeacherVision",
+            display_name="Load Teacher Vision",
+            category=CATEGORY,
+            description="Qwen3-VL-4B's vision tower (0.8 GB), the eyes of the teacher. It reads pictures with the "
+            "Qwen3-4B that Load CLIP loads for Z-Image or FLUX.2-klein 4B; the file's own language model is left out.",
+            search_aliases=["dopsd", "qwen3-vl"],
+            inputs=[
+                io.Combo.Input(
+                    "vision_name",
+                    options=folder_paths.get_filename_list("text_encoders"),
+                    tooltip="A Qwen3-VL-4B file in models/text_encoders, plain or fp8-scaled, such as "
+                    "qwen3vl_4b_fp8_scaled.safetensors. Of Hugging Face's model in several files choose any.",
+                ),
+            ],
+            outputs=[
+                VisionSocket.Output(display_name="vision", tooltip="The vision tower, for Build Teacher Condition.")
+            ],
+            hidden=[io.Hidden.prompt],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, vision_name: str) -> Any:
+        return [stamp_of(file) for file in tower_files(cls._path(vision_name))]
+
+    @classmethod
+    @checked
+    def execute(cls, vision_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_teacher_vision(cls._path(vision_name)))
+
+    @staticmethod
+    def _path(vision_name: str) -> Path:
+        return Path(folder_paths.get_full_path_or_raise("text_encoders", vision_name))

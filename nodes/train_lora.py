@@ -1,0 +1,172 @@
+"""The node D-OPSD Train LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..dopsd_core.training.log import LOG_NAME, read_log
+from .comfy_host.checked_inputs import checked
+from .comfy_host.fits import require_trainable
+from .comfy_host.former_inputs import AFTER_INITIAL_LORA, BEFORE_MEMORY, former_choices, former_inputs
+from .comfy_host.memory_plan import MEMORY_CHOICES
+from .comfy_host.model_patches import require_own_sampling
+from .comfy_host.paths import run_folder
+from .comfy_host.presets import PRESETS, preset_steps
+from .comfy_host.previews import load_sheets
+from .comfy_host.settings import TrainingSettings
+from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, SettingsSocket
+from .comfy_host.training import Wanted, losses, run_training, trained_lora
+from .comfy_host.watcher import PREVIEWS_NAME
+
+
+class TrainLoRA(io.ComfyNode):
+    """Teaches the model a concept by on-policy self-distillation."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DOPSD_TrainLoRA",
+            display_name="D-OPSD Train LoRA",
+            category=CATEGORY,
+            description="Teaches a step-distilled model a concept and keeps its few steps (D-OPSD, arXiv 2605.05204): "
+            "the model takes its own few steps and is pulled to what it would do if it saw the image. Cancel at any "
+            "time: the next run with the same settings resumes. The MODEL is left as it was.",
+            search_aliases=["d-opsd", "train lora", "self-distillation", "fine-tune"],
+            is_output_node=True,
+            inputs=_inputs(),
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="lora",
+                    tooltip="The trained LoRA: for Load LoRA Model, Save LoRA (D-OPSD), Compare LoRA.",
+                ),
+                io.LossMap.Output(display_name="loss", tooltip="Loss of each step, for Plot Loss Graph."),
+                io.String.Output(
+                    display_name="run_folder",
+                    tooltip="Where the run lives: settings, log, checkpoints, previews and the LoRA.",
+                ),
+                io.Image.Output(display_name="previews", tooltip="The preview sheets in the order of their steps."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, run_name: str | None = None) -> bool | str:
+        try:
+            if isinstance(run_name, str):  # else it comes over a link
+                run_folder(run_name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    @checked
+    def execute(
+        cls, model, conditions, run_name, preset, memory, vae=None, initial_lora=None, settings=None, **widgets
+    ) -> io.NodeOutput:
+        require_trainable(model, conditions, vae)
+        require_own_sampling(model)
+        chosen = chosen_settings(preset, settings, widgets, conditions)
+        run = run_training(cls, model, conditions, vae, Wanted(run_name, memory, *chosen), initial_lora)
+        reports, lora = read_log(run.folder / LOG_NAME), trained_lora(run.result, run.config)
+        sheets = load_sheets(run.folder / PREVIEWS_NAME)
+        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), sheets)
+
+
+def chosen_settings(
+    preset: str, settings: TrainingSettings | None, widgets: Mapping[str, Any], conditions: Conditions
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """(preset, options that differ from it, notes on what is not used), of the node's widgets and Training Settings.
+
+    Raises:
+        ValueError: Training Settings was filled in for another model family.
+    """
+    chosen = former_choices(widgets)
+    own = {name: widgets[name] for name in ("seed", "preview_every")} | {"caption_dropout": conditions.caption_dropout}
+    if widgets["steps"]:
+        own["steps"] = widgets["steps"]
+    if settings is None:
+        return preset, {**chosen, **own}, ()
+    if settings.family is not conditions.family:
+        raise ValueError(
+            f"the settings are filled in for {settings.family.title}, and {conditions.family.title} is trained: choose "
+            f"{conditions.family.title} as model_family of Training Settings"
+        )
+    unused = [f"{name} {value} is not used: Training Settings is connected" for name, value in chosen.items()]
+    if preset != settings.preset:
+        unused.append(f"the preset {preset} is not used: Training Settings has {settings.preset}")
+    return settings.preset, {**settings.changes, **own}, tuple(unused)
+
+
+def _inputs() -> list[Any]:
+    return [
+        io.Model.Input(
+            "model", tooltip="The step-distilled model to teach: Z-Image-Turbo, FLUX.2-klein or the demo model."
+        ),
+        ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
+        io.String.Input(
+            "run_name",
+            default="my_concept",
+            optional=True,
+            tooltip="Name of the run; its folder under output/dopsd starts with it.",
+        ),
+        io.Combo.Input(
+            "preset",
+            options=list(PRESETS),
+            default="standard",
+            optional=True,
+            tooltip="Settings that fit together. standard: for most concepts. quick look: is it going anywhere? "
+            "paper: the authors' settings, slow. demo model: for the embedded model only.",
+            extra_dict={"dopsd_steps": preset_steps()},
+        ),
+        io.Int.Input(
+            "steps",
+            default=0,
+            min=0,
+            max=100_000,
+            optional=True,
+            tooltip="Optimizer steps; 0: the preset's for this model. May be raised when a run is resumed.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            # by the input's name the page would draw another seed after each run, and no run would ever be resumed
+            control_after_generate=False,
+            optional=True,
+            tooltip="Decides the LoRA's initial weights, the order of the images and all noise. Another seed is "
+            "another run.",
+        ),
+        io.Int.Input(
+            "preview_every",
+            default=50,
+            min=0,
+            max=10_000,
+            optional=True,
+            tooltip="Steps between preview images, which need the VAE; 0 for none.",
+        ),
+        *former_inputs(BEFORE_MEMORY),
+        io.Combo.Input(
+            "memory",
+            options=list(MEMORY_CHOICES),
+            default=MEMORY_CHOICES[0],
+            optional=True,
+            tooltip="VRAM to fit into; auto goes by your GPU. What does not fit uses gradient checkpointing or is "
+            "streamed from RAM: slower, same result. From 16 GB down the teacher is frozen, from 12 GB down fewer "
+            "steps are learned from; the node reports it.",
+        ),
+        io.Vae.Input("vae", optional=True, tooltip="The model's own VAE, for preview images; not needed for training."),
+        io.LoraModel.Input(
+            "initial_lora",
+            optional=True,
+            tooltip="A LoRA of any trainer to continue from, by Load LoRA (D-OPSD). Its rank may be at most the run's. "
+            "Another one is another run.",
+        ),
+        *former_inputs(AFTER_INITIAL_LORA),
+        SettingsSocket.Input(
+            "settings", optional=True, tooltip="From Training Settings: every other option. Replaces the preset."
+        ),
+    ]

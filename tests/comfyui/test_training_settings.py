@@ -1,0 +1,142 @@
+"""Training Settings shows every option at its real value, fills them in by preset, and Train LoRA takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from graphs import training
+from inprocess import ComfyUI
+
+
+@pytest.fixture
+def settings(comfyui: ComfyUI) -> Any:
+    return comfyui.module("nodes.comfy_host.settings")
+
+
+def filled_widgets(comfyui: ComfyUI, family: str = "Z-Image-Turbo", preset: str = "standard") -> dict[str, Any]:
+    """What the page writes into the widgets when this preset is chosen."""
+    schema = comfyui.pack_nodes["DOPSD_TrainingSettings"].define_schema()
+    table = next(entry for entry in schema.inputs if entry.id == "model_family").extra_dict["dopsd_fill"]
+    return dict(table[family][preset])
+
+
+def test_the_defaults_are_the_first_presets(comfyui: ComfyUI) -> None:
+    schema = comfyui.pack_nodes["DOPSD_TrainingSettings"].define_schema()
+    shown = {entry.id: entry.default for entry in schema.inputs}
+    assert (shown.pop("model_family"), shown.pop("preset")) == ("Z-Image-Turbo", "standard")
+    assert shown == filled_widgets(comfyui)
+    assert {"lr": 1e-4, "rank": 32, "alpha": 64.0, "grad_steps": 4, "anchor_probability": 0.5}.items() <= shown.items()
+
+
+def test_every_option_is_on_one_of_the_two_nodes(comfyui: ComfyUI) -> None:
+    listed = comfyui.core("options").all_options(comfyui.core("config").TrainConfig)
+    shown = {
+        entry.id
+        for name in ("DOPSD_TrainingSettings", "DOPSD_TrainLoRA", "DOPSD_LoadDataset")
+        for entry in comfyui.pack_nodes[name].define_schema().inputs
+        if not (entry.extra_dict or {}).get("hidden")
+    }
+    assert {option.name for option in listed if not option.hint.from_host} <= shown
+
+
+def test_a_beginner_sees_at_most_nine_widgets(comfyui: ComfyUI) -> None:
+    inputs = comfyui.pack_nodes["DOPSD_TrainLoRA"].define_schema().inputs
+    seen = [entry.id for entry in inputs if hasattr(entry, "default") and not entry.extra_dict.get("hidden")]
+    assert seen == ["run_name", "preset", "steps", "seed", "preview_every", "memory"]
+
+
+@pytest.mark.parametrize("family", ["Z-Image-Turbo", "FLUX.2-klein"])
+@pytest.mark.parametrize("preset", ["standard", "quick look", "paper"])
+@pytest.mark.parametrize("has_anchors", [True, False])
+def test_untouched_it_is_the_preset(
+    comfyui: ComfyUI, settings: Any, family: str, preset: str, has_anchors: bool
+) -> None:
+    given = settings.settings_from(family, preset, filled_widgets(comfyui, family, preset))
+    assert given.changes == {}
+    make = comfyui.module("nodes.comfy_host.presets").make_config
+    assert make(preset, given.family, has_anchors, given.changes) == make(preset, given.family, has_anchors, {})
+
+
+@pytest.mark.parametrize(
+    ("widgets", "wanted"),
+    [
+        ({"rank": 16}, {"rank": 16, "alpha": 64.0}),  # the number that stands there
+        ({"warmup": 0}, {"warmup": 0}),
+        ({"ema_decay": 0.0}, {"ema_decay": 0.0}),
+        ({"anchor_probability": 0.0}, {"anchor_probability": 0.0}),
+        ({"grad_steps": 2}, {"grad_steps": 2}),
+        ({"rollout_steps": 2}, {"rollout_steps": 2, "grad_steps": None}),
+        ({"targets": "layers.*.attention.*"}, {"targets": ("layers.*.attention.*",)}),
+        ({"objective": "sft", "sft_shift": 1.5}, {"objective": "sft", "sft_shift": 1.5}),
+    ],
+)
+def test_what_is_changed_is_what_is_trained_with(
+    comfyui: ComfyUI, settings: Any, widgets: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    preset = "demo model" if "warmup" in widgets else "standard"
+    shown = filled_widgets(comfyui, preset=preset) | widgets
+    given = settings.settings_from("Z-Image-Turbo", preset, shown)
+    config = comfyui.module("nodes.comfy_host.presets").make_config(preset, given.family, True, given.changes)
+    found = comfyui.core("options").flattened(config)
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def with_settings(comfyui: ComfyUI, run_name: str, family: str = "Z-Image-Turbo", **widgets: Any) -> dict[str, Any]:
+    graph = training(run_name)
+    short = {"rank": 4, "alpha": 4.0, "checkpoint_every": 100, "probe_every": 0, "warmup": 1}
+    kept = ("model", "conditions", "vae", "run_name", "preset", "steps", "seed", "preview_every", "memory")
+    inputs = {name: value for name, value in graph["train"]["inputs"].items() if name in kept}
+    shown = filled_widgets(comfyui, family, "demo model") | short | widgets
+    graph["settings"] = {
+        "class_type": "DOPSD_TrainingSettings",
+        "inputs": {"model_family": family, "preset": "demo model", **shown},
+    }
+    graph["train"]["inputs"] = {**inputs, "preview_every": 0, "steps": 2, "settings": ["settings", 0]}
+    return graph
+
+
+def test_a_training_takes_them(comfyui: ComfyUI) -> None:
+    run = comfyui.execute(with_settings(comfyui, "by_settings", lr=1e-3), keep_cache=True)
+    assert run.status == "success", run.error
+    (folder,) = (comfyui.output / "dopsd").glob("by_settings-*")
+    config = comfyui.core("config").TrainConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config.adapter.rank, config.adapter.scale, config.optimizer.lr, config.steps) == (4, 1.0, 1e-3, 2)
+    assert (
+        "changed from the preset demo model: " in run.texts("train")[-1]
+        and "lr 0.001 instead of 0.002" in run.texts("train")[-1]
+    )
+
+
+def test_what_they_replace_is_named(comfyui: ComfyUI) -> None:
+    graph = with_settings(comfyui, "both")
+    graph["train"]["inputs"] |= {"preset": "paper", "rank": 8}
+    run = comfyui.execute(graph, keep_cache=True)
+    assert run.status == "success", run.error
+    text = run.texts("train")[-1]
+    assert "rank 8 is not used: Training Settings is connected" in text
+    assert "the preset paper is not used: Training Settings has demo model" in text
+
+
+def test_settings_for_another_family_are_refused(comfyui: ComfyUI) -> None:
+    run = comfyui.execute(with_settings(comfyui, "other", "FLUX.2-klein"), keep_cache=True)
+    assert run.status == "error"
+    assert "filled in for FLUX.2-klein, and Z-Image-Turbo is trained: choose Z-Image-Turbo" in run.error
+    assert not list((comfyui.output / "dopsd").glob("other-*"))
+
+
+def test_the_same_run_by_old_inputs_and_by_settings(comfyui: ComfyUI) -> None:
+    """A run of a saved graph is resumed when its settings move to the new node."""
+    old = {
+        "rank": 4,
+        "alpha": 4.0,
+        "learning_rate": 1e-3,
+        "warmup": 1,
+        "probe_every": 0,
+        "preview_every": 0,
+        "steps": 2,
+    }
+    first = comfyui.execute(training("moved", **old), keep_cache=True)
+    second = comfyui.execute(with_settings(comfyui, "moved", lr=1e-3), keep_cache=True)
+    assert first.status == second.status == "success", (first.error, second.error)
+    assert len(list((comfyui.output / "dopsd").glob("moved-*"))) == 1
