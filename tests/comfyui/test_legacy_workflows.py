@@ -43,12 +43,18 @@ def from_page(comfyui: ComfyUI, name: str) -> dict:
     return conversion.convert_ui_to_api(workflow, node_info(comfyui, shipped(name, LEGACY)))
 
 
+def remove_loras(comfyui: ComfyUI) -> None:
+    """What was saved; the folder stays, since ComfyUI remembers that it was there."""
+    for path in (comfyui.output / "loras").rglob("*.safetensors"):
+        path.unlink()
+
+
 @pytest.fixture(scope="module")
 def run(comfyui: ComfyUI, stock: Callable[..., None]) -> Iterator[Runner]:
     """run(name): the run of that workflow with a very short training, done once."""
     stock()
     done: dict[str, Run] = {}
-    shutil.rmtree(comfyui.output / "loras", ignore_errors=True)
+    remove_loras(comfyui)
     for folder, write in (("my_concept", stock_files.write_concept), ("my_edit", stock_files.write_edits)):
         shutil.rmtree(comfyui.input / folder, ignore_errors=True)
         write(comfyui.input / folder)
@@ -60,7 +66,7 @@ def run(comfyui: ComfyUI, stock: Callable[..., None]) -> Iterator[Runner]:
         return done[name]
 
     yield execute
-    shutil.rmtree(comfyui.output / "loras", ignore_errors=True)
+    remove_loras(comfyui)
 
 
 def test_all_nine_are_kept() -> None:
