@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dopsd_core.adapters.lora_config import LoraConfig, match_targets
+from dopsd_core.adapters import Lora
 from dopsd_core.denoiser import Denoiser, LinearSite
 from dopsd_core.families import Family
 from dopsd_core.memory.activation_checkpointing import block_shapes
@@ -37,11 +37,11 @@ class PassCost:
         return sum(self.blocks[:count])
 
 
-def pass_cost(denoiser: Denoiser, family: Family, lora: LoraConfig, tokens: tuple[int, int]) -> PassCost:
+def pass_cost(denoiser: Denoiser, family: Family, lora: Lora, tokens: tuple[int, int]) -> PassCost:
     """From the widths of the Linears and the (image, text) tokens, `Family.tokens`."""
     image, text = tokens
     sites = denoiser.sites()
-    names = match_targets([part.name for site in sites for part in site.parts], lora.targets)
+    names = lora.chosen(sites)
     shapes = block_shapes(denoiser.blocks(), sites, family, image, text)
     inside = {site.name for _, members in shapes for site in members}
     outside = [site for site in sites if site.name not in inside]

@@ -15,6 +15,7 @@ from benchmarks.counters import META
 from benchmarks.real_size import GB, make_plan, say
 from benchmarks.real_step import Subject
 from dopsd_core.config import TrainConfig
+from dopsd_core.objectives import DOPSD
 
 SIDES, K = (512, 768, 1024), 4
 PRESETS = (("24 GB", 64), ("16 GB", 64), ("12 GB", 32), ("8 GB", 16))
@@ -42,7 +43,7 @@ def plans(name: str, subject: Subject, base: str) -> None:
     """What each preset does at each resolution: peak, blocks that recompute, weights that stay in RAM."""
     weights = BASES[base]
     network = networks.comfyui(subject.comfyui, META, torch.bfloat16, None if weights == torch.bfloat16 else weights)
-    config = TrainConfig(lora=subject.family.lora_config(), anchor_probability=0.0)
+    config = TrainConfig(adapter=subject.family.lora_config(), objective=DOPSD(anchor_probability=0))
     for preset, rank in PRESETS:
         cells = []
         for side in reversed(SIDES):

@@ -22,7 +22,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,8 @@ class Session:
         self.rate = 0.0 if self.device.type == "meta" else matmul_rate(self.device, self.dtype)
         self.rows: list[Row] = []
         lora = subject.family.lora_config(args.rank)
-        self.config = TrainConfig(lora=lora, rollout_steps=args.rollout_steps, anchor_probability=0.0)
+        objective = objectives.DOPSD(anchor_probability=0)
+        self.config = TrainConfig(adapter=lora, rollout_steps=args.rollout_steps, objective=objective)
 
     def add(self, row: Row, make: Callable[[Row], Row]) -> None:
         """Fills a row in and prints it; running out of memory is a row too."""
@@ -92,13 +93,14 @@ class Session:
         network = self.new_network(weights)
         free = None if self.device.type == "meta" else free_memory(self.device)
         plan = make_plan(self.subject, network, row.variant, row.side, row.rank, self.config, free)
-        bench = self.bench(network, row.side, plan.config)
+        config = TrainConfig.from_json(plan.config.to_json())
+        bench = self.bench(network, row.side, config)
         row.recompute, row.planned_gb = plan.checkpoint_blocks, plan.peak / GB
         row.note = f"{'fp8' if weights == torch.float8_e4m3fn else 'bf16'} base"
         bench.measure(row, self.args.steps, self.rate, bench.ours, plan.reserve)
         if self.device.type == "meta":
             row.peak_gb -= plan.streamed / GB
-        if plan.config.grad_steps:
+        if config.objective != self.config.objective:
             row.counted = None  # what m of K cost is an average over the draws
         return row
 
@@ -112,8 +114,10 @@ def make_plan(
     latent = torch.empty(family.latent_shape(side, side), device=counters.META)
     data = types.SimpleNamespace(pairs=[DualCondition(student, teacher, latent, "", "")], anchors=())
     conditions = types.SimpleNamespace(data=data, family=family)
-    config, budget = replace(config, lora=family.lora_config(rank)), memory.MEMORY_PRESETS[preset].budget
-    return memory.make_plan(preset, network.denoiser, conditions, config, budget, free or budget)
+    # the node's core is a copy of its own, with classes of its own: the configuration goes there as JSON
+    wanted = memory.TrainConfig.from_json(config.replace(adapter=family.lora_config(rank)).to_json())
+    budget = memory.MEMORY_PRESETS[preset].budget
+    return memory.make_plan(preset, network.denoiser, conditions, wanted, budget, free or budget)
 
 
 def free_memory(device: torch.device) -> int:
@@ -130,7 +134,7 @@ def run(subject: Subject, args: argparse.Namespace) -> Session:
     network = session.new_network()
     with ExitStack() as stack:
         if session.device.type == "meta":
-            stack.enter_context(counters.dry_run(networks.pack(session.device)("host"), objectives))
+            stack.enter_context(counters.dry_run(networks.pack(session.device)("comfy_host.denoiser"), objectives))
         blocks = len(network.denoiser.blocks())
         say(f"network: {network.title}'s, {network.weight_bytes / GB:.2f} GB of weights, {blocks} blocks\n\n{HEAD}")
         for side in args.resolutions:

@@ -15,14 +15,15 @@ from benchmarks import counters
 from benchmarks.authors_encoders import AuthorsEncoders
 from benchmarks.cost_model import StepCost, pass_cost
 from benchmarks.networks import Network
+from dopsd_core.adapters import Lora
 from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Family
 from dopsd_core.memory.activation_checkpointing import checkpointed
 from dopsd_core.memory.footprint import Footprint, estimate
-from dopsd_core.objectives import DOPSD, ObjectiveInputs, self_distillation_loss
-from dopsd_core.optimizers.optimizer import make_optimizer
+from dopsd_core.objectives import ObjectiveInputs, self_distillation_loss
+from dopsd_core.options import flattened
 from dopsd_core.rollout import rollout
 
 GB = 1e9
@@ -101,13 +102,18 @@ class Bench:
         self.latent = subject.family.latent_shape(side, side)
         self.student, self.teacher = subject.conditions(side, device)
 
+    @property
+    def lora(self) -> Lora:
+        """The configuration's adapter."""
+        if not isinstance(self.config.adapter, Lora):
+            raise TypeError(f"the cost model knows LoRA, not {self.config.adapter.name}")
+        return self.config.adapter
+
     def prepare(self) -> None:
         """Adapters, optimizer and inputs: after the network is loaded, as in a run, or they would take its room."""
         denoiser, config, device = self.network.denoiser, self.config, self.device
-        self.adapters = AdapterSet(
-            denoiser.sites(), config.lora, device=device, teacher=config.teacher, ema_decay=config.ema_decay
-        )
-        self.optimizer = make_optimizer(config, self.adapters.parameters())
+        self.adapters = AdapterSet(denoiser.sites(), self.lora, device=device, teacher=config.teacher)
+        self.optimizer = config.optimizer.build(self.adapters.parameters())
         pair = DualCondition(self.student, self.teacher, torch.zeros(self.latent), "caption", "key")
         noise = torch.randn(1, *self.latent, device=device)
         sigmas = self.subject.family.sigmas(config.rollout_steps, self.side, self.side)
@@ -116,7 +122,7 @@ class Bench:
     def ours(self) -> None:
         """As run.py makes it, its checks and log aside."""
         self.optimizer.zero_grad(set_to_none=True)
-        DOPSD(grad_steps=self.config.grad_steps).backward(self.inputs)
+        self.config.objective.backward(self.inputs)
         self.finish()
 
     def authors(self, encoders: AuthorsEncoders) -> None:
@@ -141,21 +147,21 @@ class Bench:
         self.adapters.update_teacher()
 
     def cost(self, checkpoint_blocks: int) -> StepCost:
-        family, lora, k = self.subject.family, self.config.lora, self.config.rollout_steps
+        family, lora, k = self.subject.family, self.lora, self.config.rollout_steps
         student, teacher = (
             pass_cost(self.network.denoiser, family, lora, family.tokens(self.latent, condition))
             for condition in (self.student, self.teacher)
         )
-        m = self.config.grad_steps or k
-        return StepCost(student, teacher, k, m, checkpoint_blocks, self.config.teacher == "ema")
+        m = flattened(self.config)["grad_steps"] or k
+        return StepCost(student, teacher, k, m, checkpoint_blocks, self.config.teacher.weights == "copy")
 
     def footprint(self) -> Footprint:
         """What the formula says of memory."""
-        family, network, kind = self.subject.family, self.network, self.config.teacher
+        family, network, whose = self.subject.family, self.network, self.config.teacher
         student, teacher = (family.tokens(self.latent, condition) for condition in (self.student, self.teacher))
         size, itemsize = network.weight_bytes, 4 if self.device.type == "cpu" else 2
-        lora, sites = self.config.lora, network.denoiser
-        return estimate(sites, family, lora, student, teacher, size, itemsize=itemsize, teacher_kind=kind)
+        lora, sites = self.lora, network.denoiser
+        return estimate(sites, family, lora, student, teacher, size, itemsize=itemsize, weights_of_teacher=whose)
 
     def measure(
         self, row: Row, steps: int, rate: float, step: Callable[[], None], reserve: int = 0, beside: int = 0
@@ -194,7 +200,7 @@ class Bench:
     def count(self, step: Callable[[], None], cost: StepCost, beside: int) -> tuple[float, float]:
         """(peak GB, FLOPs over the model's) of a step, with what was there before added."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        weights = self.adapters.parameters() * (2 if self.config.teacher == "ema" else 1)
+        weights = self.adapters.parameters() * (2 if self.adapters.has_teacher else 1)
         self.optimizer.zero_grad(set_to_none=True)
         with counters.LiveBytes() as live:
             step()

@@ -37,9 +37,10 @@ from benchmarks.reliability_seeds import (
 )
 from benchmarks.reliability_trees import TREE_MUTATIONS, Tree
 from dopsd_core.__main__ import main
-from dopsd_core.adapters.lora_config import LoraConfig, match_targets, parse_targets
+from dopsd_core.adapters import Lora
 from dopsd_core.adapters.lora_file import load_lora, load_peft
 from dopsd_core.adapters.lora_import import import_lora, lora_digest, read_lora, start_state
+from dopsd_core.adapters.targets import match_targets, parse_targets
 from dopsd_core.arguments import config_from_args, make_parser
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.config import ConfigError, TrainConfig, changes_that_forbid_resuming
@@ -47,6 +48,7 @@ from dopsd_core.data.buckets import Bucket
 from dopsd_core.data.captions import CaptionError, has_trigger, put_trigger, read_caption_file, remove_trigger
 from dopsd_core.data.dataset import DatasetError, DatasetReport, plan_encoding, read_dataset
 from dopsd_core.data.images import ImageError, load_image, read_image
+from dopsd_core.demo.settings import demo_config
 from dopsd_core.training.checkpoint import StateError, load_checkpoint
 from dopsd_core.training.log import read_log
 from dopsd_core.training.rng import DataOrder
@@ -205,7 +207,7 @@ def read_loras(folder: Path, _: Chance) -> None:
 
 def _import(path: Path) -> None:
     denoiser = _toy()
-    config = LoraConfig(rank=8, alpha=8.0, targets=("layers.*",))
+    config = Lora(rank=8, alpha=8.0, targets=("layers.*",))
     imported = import_lora(read_lora(path), denoiser.sites(), config.targets)
     lora_digest(imported.tensors)
     start_state(imported.tensors, _start(), config)
@@ -220,19 +222,18 @@ def _toy() -> ToyDenoiser:
 def _start() -> dict[str, torch.Tensor]:
     from dopsd_core.adapters.adapter_set import AdapterSet
 
-    return AdapterSet(_toy().sites(), LoraConfig(rank=8, alpha=8.0, targets=("layers.*",))).state()
+    return AdapterSet(_toy().sites(), Lora(rank=8, alpha=8.0, targets=("layers.*",))).state()
 
 
 def read_configs(folder: Path, chance: Chance) -> None:
     """The configuration by the command line, back and forth, and its targets against a network's names."""
     path = folder / "config.json"
     args = make_parser().parse_args(["train", "data", "--output", "run", "--config", str(path)])
-    config = config_from_args(args, {})
+    config = config_from_args(args, demo_config())
     again = TrainConfig.from_json(config.to_json())
     if again != config or changes_that_forbid_resuming(config, again):
         raise Broken("a configuration is not what it was after a round trip through JSON")
-    config.idle_fields()
-    targets = parse_targets(chance.choice((*[", ".join(config.lora.targets)] * 3, chance.choice(NONSENSE))))
+    targets = parse_targets(chance.choice((*[", ".join(config.adapter.targets)] * 3, chance.choice(NONSENSE))))
     match_targets(("enter", "leave", *(part.name for site in _toy().sites() for part in site.parts)), targets)
 
 

@@ -30,6 +30,7 @@ import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, w
 from benchmarks.reliability_report import Journal, Progress, Section, counts_table
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.config import TrainConfig
+from dopsd_core.options import changed
 from dopsd_core.training.log import LOG_NAME, read_log
 from dopsd_core.training.run import Run
 from dopsd_core.training.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, LORA_NAME
@@ -58,14 +59,13 @@ class Uncut:
 
 def configurations(steps: int) -> tuple[TrainConfig, ...]:
     """The runs that take turns: every teacher, both objectives, one or two checkpoints kept."""
-    base = vars(killable_config(steps))
     changes: tuple[dict[str, Any], ...] = (
         {},
         {"teacher": "frozen", "keep_checkpoints": 1, "checkpoint_every": 2},
         {"teacher": "same", "checkpoint_every": 1},
-        {"objective": "sft", "anchor_probability": 0.5, "grad_steps": None, "seed": 5},
+        {"objective": "sft", "seed": 5},
     )
-    return tuple(TrainConfig(**(base | change)) for change in changes)
+    return tuple(changed(killable_config(steps), change) for change in changes)
 
 
 # -- the child ---------------------------------------------------------------------------------------------------------

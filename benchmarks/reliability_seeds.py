@@ -16,10 +16,10 @@ from safetensors.torch import save as format_safetensors
 
 from benchmarks.reliability_mutators import Chance
 from benchmarks.reliability_trees import Tree
-from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.adapters import Lora
 from dopsd_core.adapters.lora_file import save_lora
 from dopsd_core.conditioning.cache import ConditionCache, cache_key
-from dopsd_core.config import TrainConfig
+from dopsd_core.options import changed
 from dopsd_core.training.checkpoint import Checkpoint, save_checkpoint
 from tests.tiny import killable_config
 from tests.toy_denoiser import ToyDenoiser
@@ -128,7 +128,7 @@ def _lora_files() -> Mapping[str, bytes]:
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "own.safetensors"
-        save_lora(path, raw, LoraConfig(rank=3, alpha=6.0, targets=("*",)))
+        save_lora(path, raw, Lora(rank=3, alpha=6.0, targets=("*",)))
         own = path.read_bytes()
     kohya = {f"lora_unet_{key.replace('.', '_', key.count('.') - 2)}": value for key, value in raw.items()}
     kohya = {key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): value for key, value in kohya.items()}
@@ -162,8 +162,8 @@ def make_lora(chance: Chance) -> Tree:
 
 def make_config_file(chance: Chance) -> Tree:
     """A run's config.json."""
-    changes: dict[str, Any] = chance.choice(({}, {"objective": "sft", "anchor_probability": 0.0, "grad_steps": None}))
-    return Tree({b"config.json": TrainConfig(**(vars(killable_config(60)) | changes)).to_json().encode()})
+    changes: dict[str, Any] = chance.choice(({}, {"objective": "sft"}))
+    return Tree({b"config.json": changed(killable_config(60), changes).to_json().encode()})
 
 
 @cache

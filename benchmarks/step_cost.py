@@ -34,6 +34,7 @@ from dopsd_core.objectives import DOPSD, ObjectiveInputs, self_distillation_loss
 from dopsd_core.rollout import rollout
 from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model
 from dopsd_core.standalone.memory import peak_rss_mb
+from dopsd_core.teachers import EmaTeacher
 from dopsd_core.training.rng import make_generator
 
 Step = Callable[[], None]
@@ -47,7 +48,9 @@ class Bench:
         write_dataset(make_concept(0), folder)
         pairs = read_dataset(folder, pixel_budget=IMAGE_SIZE**2, multiple=16).pairs
         self.sources = [pairs[i % len(pairs)] for i in range(batch)]
-        self.adapters = AdapterSet(self.model.denoiser.sites(), Z_IMAGE.lora_config(rank=16), ema_decay=0.999)
+        self.adapters = AdapterSet(
+            self.model.denoiser.sites(), Z_IMAGE.lora_config(rank=16), teacher=EmaTeacher(decay=0.999)
+        )
         self.optimizer = torch.optim.AdamW(self.adapters.parameters(), 1e-4, weight_decay=0.0)
         self.sigmas = Z_IMAGE.sigmas(num_steps, IMAGE_SIZE, IMAGE_SIZE)
         self.noise = torch.randn(batch, *Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE))
@@ -61,7 +64,7 @@ class Bench:
         return out
 
     def ours(self) -> Step:
-        pairs, objective = self.encode(), DOPSD()
+        pairs, objective = self.encode(), DOPSD(anchor_probability=0)
 
         def step() -> None:
             self.optimizer.zero_grad(set_to_none=True)

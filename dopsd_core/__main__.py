@@ -7,7 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from .arguments import make_parser
+from .arguments import config_from_args, parse_args
+from .demo.settings import demo_config
 from .text import escape_unencodable, printable
 
 log = logging.getLogger("dopsd")
@@ -16,12 +17,12 @@ STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matpl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit code: 0 done, 1 a mistake of the user (told without traceback), 130 Ctrl-C.
+    """Runs a command and gives its exit code: 0 done, 1 a mistake of the user (reported without traceback), 130 Ctrl-C.
 
     What a console or a pipe cannot encode is written as escapes.
     """
     escape_unencodable(sys.stdout, sys.stderr)
-    args = make_parser().parse_args(argv)
+    args = parse_args(argv)
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
@@ -60,6 +61,8 @@ def inspect_dataset(args: argparse.Namespace) -> int:
 def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "inspect-dataset":
         return inspect_dataset(args)
+    if args.command == "train":  # before torch is loaded
+        args.train_config = config_from_args(args, demo_config())
     from .standalone import cli
 
     commands = {"demo": cli.run_demo, "train": cli.run_train, "sample": cli.run_sample}
@@ -68,11 +71,13 @@ def _dispatch(args: argparse.Namespace) -> int:
 
 def _is_told(error: Exception) -> bool:
     """Whether the message alone is what the user needs: mistakes in what was given, files that are not there."""
+    if isinstance(error, ValueError | OSError):
+        return True
     from .files.lock import FolderInUse
     from .training.checkpoint import StateError
     from .training.run import NonFiniteError
 
-    return isinstance(error, ValueError | OSError | StateError | NonFiniteError | FolderInUse)
+    return isinstance(error, StateError | NonFiniteError | FolderInUse)
 
 
 def _complain(message: str) -> None:

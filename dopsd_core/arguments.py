@@ -1,59 +1,43 @@
-"""The command line's arguments, and how they become a configuration. Loads nothing heavy: --help must be quick."""
+"""The command line's arguments, and how they become a configuration. Loads nothing heavy: --help must be quick.
+
+The options of training are made from what `TrainConfig` and the variants in its registries declare.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .config import TrainConfig
+from .config import TrainConfig
+from .demo.settings import demo_config
+from .options import Option, all_options, changed
 
-OBJECTIVES = ("dopsd", "sft")
 COMMANDS = ("demo", "train", "sample", "inspect-dataset")
 
-_CONFIG_OPTIONS: Mapping[str, tuple[dict[str, Any], str]] = {
-    "objective": ({"choices": OBJECTIVES}, "self-distillation, or plain supervised fine-tuning for comparison"),
-    "steps": ({"type": int}, "optimizer steps; may be raised when a run is continued"),
-    "lr": ({"type": float}, "learning rate after warm-up"),
-    "schedule": ({"choices": ("constant", "cosine")}, "course of the learning rate after warm-up"),
-    "warmup": ({"type": int}, "steps over which the learning rate rises"),
-    "batch_size": ({"type": int}, "pictures in a forward; they share a size"),
-    "grad_accumulation": ({"type": int}, "batches in an optimizer step"),
-    "clip": ({"type": float}, "largest gradient norm; 0 for no limit"),
-    "rollout_steps": ({"type": int}, "K, the steps of the student's own rollout"),
-    "grad_steps": ({"type": int}, "train on so many of the K steps, drawn at random: cheaper, noisier; default all"),
-    "loss": ({"choices": ("x0", "velocity")}, "what student and teacher are compared in"),
-    "teacher": (
-        {"choices": ("ema", "frozen", "same")},
-        "average of the student, untouched base, or the student itself",
-    ),
-    "ema_decay": ({"type": float}, "of the ema teacher, per step"),
-    "anchor_probability": ({"type": float}, "share of batches that hold ordinary prompts at the untouched base"),
-    "caption_dropout": ({"type": float}, "share of visits with an empty caption"),
-    "optimizer": ({"choices": ("adamw", "adamw8bit")}, "adamw8bit needs bitsandbytes and an NVIDIA GPU"),
-    "weight_decay": ({"type": float}, "decoupled, of AdamW"),
-    "sft_sigmas": ({"choices": ("logit-normal", "uniform", "grid")}, "noise levels of objective sft"),
-    "sft_shift": ({"type": float}, "moves those towards noise; 1 for none"),
-    "seed": ({"type": int}, "of the LoRA's start, the order of the data and all noise"),
-    "checkpoint_every": ({"type": int}, "steps between checkpoints"),
-    "keep_checkpoints": ({"type": int}, "how many of the last checkpoints stay"),
-    "probe_every": ({"type": int}, "steps between measurements of the gap to the teacher; 0 for none"),
-    "probe_pairs": ({"type": int}, "training pairs in that measurement"),
-    "preview_every": ({"type": int}, "steps between preview pictures; 0 for none"),
-    "deterministic": (
-        {"action": argparse.BooleanOptionalAction},
-        "torch's deterministic algorithms: equal runs end bit-identical on a GPU too; slower",
-    ),
-}
-"""Fields of TrainConfig as options; absent ones keep the value of --config or of the model's defaults."""
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+_NONE = "none"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of `python -m dopsd_core`; ends the process with a message where they make no sense."""
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = _commands(parser)[args.command]._option_string_actions
+        near = {word: difflib.get_close_matches(word, known, n=1) for word in unknown if word.startswith("-")}
+        hints = [f"did you mean {match[0]} instead of {word}?" for word, match in near.items() if match]
+        parser.error(" ".join(["unrecognized arguments:", *unknown, *(f"({hint})" for hint in hints)]))
+    return args
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of `python -m dopsd_core`; `command` in its result is one of COMMANDS."""
     parser = argparse.ArgumentParser(
         prog="python -m dopsd_core",
+        allow_abbrev=False,
         description="Teach a few-step image model a concept from a few pictures, and keep its few-step quality "
         "(on-policy self-distillation, arXiv 2605.05204).",
     )
@@ -65,32 +49,34 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_from_args(args: argparse.Namespace, defaults: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of `train`: the options given, over --config or else `defaults` (fields of TrainConfig).
-
-    `defaults["lora"]` is a LoraConfig; --rank without --alpha keeps alpha / rank.
+def config_from_args(args: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
+    """The configuration of `train`: the options given, over --config or else over `defaults`.
 
     Raises:
         ConfigError: with every problem.
         ValueError: the file of --config is not UTF-8.
         OSError: it cannot be read.
     """
-    import dataclasses
+    base = TrainConfig.from_json(_read_text(args.config)) if args.config else defaults
+    given = {option.name: option for option in _train_options() if option.name in args}
+    return changed(base, {name: _value(option, getattr(args, name)) for name, option in given.items()})
 
-    from .config import ConfigError, TrainConfig
 
-    base = TrainConfig.from_json(_read_text(args.config)) if args.config else TrainConfig(**defaults)
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    fields |= {name: getattr(args, name) for name in _CONFIG_OPTIONS if getattr(args, name) is not None}
-    rank = args.rank or base.lora.rank
-    alpha = args.alpha if args.alpha is not None else base.lora.scale * rank
+def _train_options() -> list[Option]:
+    """What the command line offers of the configuration, the model's defaults in it."""
+    return [option for option in all_options(TrainConfig, demo_config()) if not option.hint.from_host]
+
+
+def _value(option: Option, given: Any) -> Any:
+    """What an option was given, in its type where that is possible: what is not is for the configuration to report."""
+    if option.is_many:
+        return tuple(given)
+    if option.is_optional and given == _NONE:
+        return None
     try:
-        fields["lora"] = dataclasses.replace(
-            base.lora, rank=rank, alpha=alpha, targets=tuple(args.targets or base.lora.targets)
-        )
-    except ValueError as error:
-        raise ConfigError((str(error),)) from error
-    return TrainConfig(**fields)
+        return option.kind(given)
+    except ValueError:
+        return given
 
 
 def _read_text(file: Path) -> str:
@@ -106,6 +92,7 @@ def _read_text(file: Path) -> str:
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
+        allow_abbrev=False,
         help="teach the embedded demo model a concept that it has never seen, and report how well",
         description="Renders four pictures with captions of a concept that the demo model has never seen, shows what "
         "its teacher makes of them, trains (D-OPSD, and SFT for comparison), and writes the LoRA, a contact sheet, "
@@ -123,10 +110,11 @@ def _add_demo(commands: Any) -> None:
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
+        allow_abbrev=False,
         help="train a LoRA on a data set",
         description="Trains a LoRA on a folder of pictures with .txt captions beside them, or on a JSONL. Everything "
-        "of the run is kept in --output; the same command again continues a run that was stopped or killed. Ctrl-C "
-        "saves and stops.",
+        "of the run is kept in --output; the same command again resumes a run that was stopped or killed. Ctrl-C "
+        "saves and stops. Defaults in brackets are those of the demo model; --config takes another run's settings.",
     )
     _add_dataset(parser, "side of a square with as many pixels as a training picture has; default: the model's")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run and of its LoRA")
@@ -141,19 +129,44 @@ def _add_train(commands: Any) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="refuse to continue a run that is in --output already")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: what torch chooses")
-    lora = parser.add_argument_group("LoRA")
-    lora.add_argument("--rank", type=int, help="size of the LoRA")
-    lora.add_argument("--alpha", type=float, help="its output is scaled by alpha / rank; default: keeps the ratio")
-    lora.add_argument("--targets", nargs="+", metavar="PATTERN", help="names or patterns of the layers that get one")
-    settings = parser.add_argument_group("settings", "defaults: those of --config, or of the model")
-    for name, (options, text) in _CONFIG_OPTIONS.items():
-        metavar = {"metavar": "N" if options["type"] is int else "X"} if "type" in options else {}
-        settings.add_argument(f"--{name.replace('_', '-')}", help=text, **options, **metavar)
+    groups: dict[str, Any] = {}
+    for option in _train_options():
+        title = _group(option)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_option(groups[title], option)
+
+
+def _group(option: Option) -> str:
+    """The heading that an option stands under: the run, a choice, or what can be chosen."""
+    if option.setting:
+        return f"with --{option.setting} {' or '.join(option.variants)}"
+    return option.name if option.choices else "run"
+
+
+def _add_option(group: Any, option: Option) -> None:
+    name, text = f"--{option.name.replace('_', '-')}", f"{option.help} ({option.facts()})".replace("%", "%%")
+    if option.kind is bool:
+        group.add_argument(name, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=text)
+        return
+    words = "{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.kind]
+    group.add_argument(
+        name,
+        default=argparse.SUPPRESS,
+        metavar="PATTERN" if option.is_many else words,
+        nargs="+" if option.is_many else None,
+        help=text,
+    )
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
 
 
 def _add_sample(commands: Any) -> None:
     parser = commands.add_parser(
         "sample",
+        allow_abbrev=False,
         help="make pictures with or without a LoRA",
         description="Samples the model in its few steps. With --teacher-image it shows what the teacher makes of a "
         "picture: look at that before training, for the student becomes as good as its teacher and no better.",
@@ -173,6 +186,7 @@ def _add_sample(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect-dataset",
+        allow_abbrev=False,
         help="list everything that is wrong with a data set, before training",
         description="Opens every picture and caption of a data set and lists all problems with file and line. Exit "
         "code 1 when there are errors, 0 when there are at most warnings.",

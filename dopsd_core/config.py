@@ -1,132 +1,127 @@
 """The one configuration of a training run: checked as a whole, written as JSON beside the LoRA.
 
-config = TrainConfig(family="z_image", steps=300, lora=get_family("z_image").lora_config(rank=16))
+config = TrainConfig(steps=300, adapter=Lora(rank=32), optimizer=AdamW(lr=2e-4), teacher=EmaTeacher(decay=0.999))
 config == TrainConfig.from_json(config.to_json())
+
+Everything that varies is a choice with options of its own, each in one module; this one knows none of them by name.
+Imports no torch: what is wrong with a configuration is said at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any
 
-from .adapters.adapter_set import TeacherKind
-from .adapters.lora_config import LoraConfig
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+
+from .adapters import ADAPTERS, Adapter, Lora
 from .families import FAMILIES
-from .objectives import DOPSD, OBJECTIVES, SFT, LossForm, Objective, SigmaDistribution
+from .objectives import DOPSD, OBJECTIVES, Objective
+from .old_config import FORMER, is_old, upgraded
+from .optimizers import OPTIMIZERS, SCHEDULES, AdamW, Constant, Optimizer, Schedule
+from .options import ConfigError, Hint, Options, all_options, flattened
+from .teachers import TEACHERS, EmaTeacher, Teacher
 
-Schedule = Literal["constant", "cosine"]
-OptimizerName = Literal["adamw", "adamw8bit"]
+__all__ = ["ConfigError", "TrainConfig", "changes_that_forbid_resuming", "resumable_changes"]
 
-RESUMABLE_CHANGES = frozenset({"steps", "checkpoint_every", "keep_checkpoints", "preview_every", "probe_every"})
-"""Fields that may differ when a run is resumed; any other would make it another run."""
-
-_ADDED = frozenset({"deterministic"})
-"""Fields that release 0.2 did not have. At their defaults they are no part of a run's identity, so that its runs are
-still found."""
+_MAY_CHANGE = Hint(most=10_000, may_change=True)
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message lists everything wrong with it."""
+class TrainConfig(Options):
+    """Everything that decides a run besides the model and the data."""
 
-    def __init__(self, problems: tuple[str, ...]) -> None:
-        listing = "\n".join(f"- {problem}" for problem in problems)
-        super().__init__(f"{len(problems)} problem{'s' * (len(problems) != 1)} in the configuration:\n{listing}")
-        self.problems = problems
+    model_config = ConfigDict(validate_default=True)
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
-        return ConfigError, (self.problems,)  # so that it survives the way out of a worker process
+    family: Annotated[str, Hint(from_host=True)] = Field(
+        default="z_image",
+        description="model family: grid of the rollout, targets, names in the LoRA file",
+    )
+    steps: Annotated[int, Hint(most=100_000, may_change=True)] = Field(
+        default=500, ge=1, description="optimizer steps; may be raised when a run is resumed"
+    )
+    batch_size: Annotated[int, Hint(most=64)] = Field(
+        default=1, ge=1, description="images in one forward; they are of one size"
+    )
+    grad_accumulation: Annotated[int, Hint(most=1024)] = Field(
+        default=1, ge=1, description="batches that make one optimizer step together"
+    )
+    max_grad_norm: Annotated[float, Hint(step=0.1, most=1000.0)] = Field(
+        default=1.0, ge=0, description="largest norm of the gradient, which is clipped to it; 0 for no limit"
+    )
+    rollout_steps: Annotated[int, Hint(most=16)] = Field(
+        default=4, ge=1, description="K, the few steps that the student takes in training"
+    )
+    caption_dropout: Annotated[float, Hint(step=0.05)] = Field(
+        default=0.0, ge=0, le=1, description="share of visits to an image that use an empty caption"
+    )
+    seed: Annotated[int, Hint(most=0xFFFFFFFFFFFFFFFF)] = Field(
+        default=0, ge=0, description="decides the start of the weights, the order of the data and all noise"
+    )
+    checkpoint_every: Annotated[int, _MAY_CHANGE] = Field(default=100, ge=1, description="steps between checkpoints")
+    keep_checkpoints: Annotated[int, Hint(most=1000, may_change=True)] = Field(
+        default=2, ge=1, description="how many of the last checkpoints are kept"
+    )
+    probe_every: Annotated[int, _MAY_CHANGE] = Field(
+        default=25,
+        ge=0,
+        description="steps between measurements of the gap to the teacher on fixed noise; 0 for none. At the default "
+        "it costs about one forward in twenty",
+    )
+    probe_pairs: Annotated[int, Hint(most=64)] = Field(default=2, ge=1, description="training pairs that are measured")
+    preview_every: Annotated[int, _MAY_CHANGE] = Field(
+        default=0,
+        ge=0,
+        description="steps between preview images, besides one before the first step and after the last; 0 for none",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="use torch's deterministic algorithms, so that equal runs end bit-identical on a GPU too, where "
+        "the fastest backward of attention adds in any order; slower, and a CPU needs it not",
+    )
+    objective: Annotated[Objective, OBJECTIVES] = Field(default=DOPSD(), description="what is learned")
+    adapter: Annotated[Adapter, ADAPTERS] = Field(
+        default=Lora(), description="what is trained beside the frozen network"
+    )
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = Field(default=AdamW(), description="how gradients become steps")
+    schedule: Annotated[Schedule, SCHEDULES] = Field(default=Constant(), description="learning rate after warm-up")
+    teacher: Annotated[Teacher, TEACHERS] = Field(default=EmaTeacher(), description="weights of the teacher")
 
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, family: str) -> str:
+        if family not in FAMILIES:
+            raise ConfigError((f"family is {family!r}; choose one of {', '.join(FAMILIES)}",))
+        return family
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides a run besides the model and the data. Raises ConfigError when made wrong.
+    @field_validator("objective")
+    @classmethod
+    def _fits_the_rollout(cls, objective: Objective, info: ValidationInfo) -> Objective:
+        if problems := objective.problems(info.data["rollout_steps"]) if "rollout_steps" in info.data else ():
+            raise ConfigError(problems)
+        return objective
 
-    Attributes:
-        lora: rank, alpha and targets.
-        family: model family: the grid of the rollout and the names in the LoRA file.
-        objective: "dopsd", or "sft" (plain supervised fine-tuning, the baseline).
-        steps: optimizer steps.
-        lr: learning rate after warm-up.
-        schedule: "constant", or "cosine" towards 0 at the last step.
-        warmup: steps over which the learning rate rises from 0.
-        batch_size: pictures of one bucket in a forward.
-        grad_accumulation: such batches in an optimizer step.
-        clip: largest gradient norm; 0 for no limit.
-        rollout_steps: K, the student's own few steps.
-        grad_steps: m of the K steps that get a loss, drawn at random; None for all.
-        loss: "x0" (converges faster) or "velocity" (as printed in the paper).
-        teacher: "ema" of the student, the "frozen" base, or the "same" weights.
-        ema_decay: of the "ema" teacher, per optimizer step.
-        anchor_probability: share of batches that hold ordinary prompts at the base (prior anchor). On by default: on
-            the demo it is what keeps the concept out of prompts that do not name it (docs/demo-model.md).
-        caption_dropout: share of visits with an empty caption.
-        optimizer: "adamw", or "adamw8bit" (needs bitsandbytes).
-        weight_decay: of AdamW, decoupled.
-        sft_sigmas, sft_shift: how "sft" draws its noise levels.
-        seed: of the LoRA's start, the order of the data and all noise.
-        checkpoint_every: steps between checkpoints; keep_checkpoints: how many of the last ones stay.
-        probe_every: steps between measurements of the gap on fixed noise; 0 for none. probe_pairs: training pairs
-            in it. The defaults cost about one forward in twenty.
-        preview_every: steps between previews, besides one before the first step and one after the last; 0 for none.
-        deterministic: use torch's deterministic algorithms, so that equal runs end bit-identical on a GPU too, where
-            the fastest backward of attention adds in any order. Slower; a CPU needs it not.
-    """
+    @field_validator("adapter")
+    @classmethod
+    def _familys_targets(cls, adapter: Adapter, info: ValidationInfo) -> Adapter:
+        family = FAMILIES.get(info.data.get("family", ""))
+        return adapter if family is None else adapter.for_targets(family.lora_targets)
 
-    lora: LoraConfig
-    family: str = "z_image"
-    objective: str = "dopsd"
-    steps: int = 500
-    lr: float = 1e-4
-    schedule: Schedule = "constant"
-    warmup: int = 0
-    batch_size: int = 1
-    grad_accumulation: int = 1
-    clip: float = 1.0
-    rollout_steps: int = 4
-    grad_steps: int | None = None
-    loss: LossForm = "x0"
-    teacher: TeacherKind = "ema"
-    ema_decay: float = 0.9999
-    anchor_probability: float = 0.5
-    caption_dropout: float = 0.0
-    optimizer: OptimizerName = "adamw"
-    weight_decay: float = 0.0
-    sft_sigmas: SigmaDistribution = "logit-normal"
-    sft_shift: float = 3.0
-    seed: int = 0
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    probe_every: int = 25
-    probe_pairs: int = 2
-    preview_every: int = 0
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Raises ConfigError with every problem and its remedy; does nothing for a good configuration."""
-        problems = _type_problems(self)
-        if not problems:
-            problems = [*_choice_problems(self), *_range_problems(self), *_joint_problems(self)]
-        if problems:
-            raise ConfigError(tuple(problems))
-
-    def to_json(self) -> str:
-        """Indented JSON with every field; `from_json` reads it back to an equal configuration."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    @field_validator("schedule")
+    @classmethod
+    def _warms_up_in_time(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
+        steps = info.data.get("steps")
+        if steps is not None and schedule.warmup >= steps:
+            raise ConfigError(
+                (f"warmup ({schedule.warmup}) leaves none of the {steps} steps; lower it or raise steps",)
+            )
+        return schedule
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """The configuration that `to_json` wrote. Missing fields take their defaults, except `lora`.
+        """The configuration that `to_json` wrote, also one of release 0.2. Missing options take their defaults.
 
         Raises:
-            ConfigError: unknown fields, wrong types or values; all of them are listed.
+            ConfigError: unknown options, wrong types or values; all of them are listed.
         """
         try:
             fields = json.loads(text)
@@ -134,144 +129,37 @@ class TrainConfig:
             raise ConfigError((f"not JSON: {error}",)) from error
         if not isinstance(fields, dict):
             raise ConfigError((f"a JSON object is needed, this is {type(fields).__name__}",))
-        problems = _unknown_fields(fields, cls, "")
-        known = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
-        try:
-            known["lora"] = _lora_from(fields.get("lora"))
-        except ConfigError as error:
-            problems += error.problems
-            known["lora"] = LoraConfig(targets=("*",))  # stands in so that the other fields are checked too
-        try:
-            config = cls(**known)
-        except ConfigError as error:
-            problems += error.problems
-        else:
-            if not problems:
-                return config
-        raise ConfigError(tuple(problems))
+        return cls(**(upgraded(fields) if is_old(fields) else fields))
 
     def identity(self) -> dict[str, Any]:
-        """The fields, JSON-able, that make two runs the same run."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return {
-            name: value
-            for name, value in json.loads(self.to_json()).items()
-            if name not in RESUMABLE_CHANGES and not (name in _ADDED and value == defaults[name])
-        }
+        """The options by flat name, JSON-able, that make two runs the same run; those that came after release 0.2 only
+        where they are not at their defaults."""
+        defaults = {option.name: option.default for option in all_options(TrainConfig) if option.name not in FORMER}
+        counted = _counted(self)
+        return {name: value for name, value in counted.items() if name not in defaults or value != defaults[name]}
 
-    def make_objective(self) -> Objective:
-        """The objective with its options."""
-        if self.objective == "sft":
-            return SFT(sigmas=self.sft_sigmas, shift=self.sft_shift)
-        return DOPSD(grad_steps=self.grad_steps, loss=self.loss, anchor_probability=self.anchor_probability)
+    def learning_rate(self, step: int) -> float:
+        """The rate of the optimizer step with index `step` (from 0), a function of nothing else."""
+        return self.schedule.rate(self.optimizer.lr, step, self.steps)
 
-    def idle_fields(self) -> tuple[str, ...]:
-        """Fields that are set but change nothing under this objective; worth a word to the user."""
-        idle = {"sft": ("grad_steps", "loss", "anchor_probability"), "dopsd": ("sft_sigmas", "sft_shift")}
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return tuple(name for name in idle.get(self.objective, ()) if getattr(self, name) != defaults[name])
+
+def resumable_changes() -> frozenset[str]:
+    """The options that may differ when a run is resumed; any other would make it another run."""
+    return frozenset(option.name for option in all_options(TrainConfig) if option.hint.may_change)
 
 
 def changes_that_forbid_resuming(old: TrainConfig, new: TrainConfig) -> tuple[str, ...]:
-    """The differences that make `new` another run than `old`, as "field: old -> new"."""
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
-    changed = [name for name in before if before[name] != after[name] and name not in RESUMABLE_CHANGES]
-    return tuple(f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed)
+    """The differences that make `new` another run than `old`, as "option: old -> new"."""
+    before, after = _counted(old), _counted(new)
+    changed = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
+    return tuple(f"{name}: {_told(before, name)} -> {_told(after, name)}" for name in changed)
 
 
-def _type_problems(config: TrainConfig) -> list[str]:
-    kinds: Mapping[str, tuple[type, ...]] = {
-        "int": (int,),
-        "int | None": (int, type(None)),
-        "float": (int, float),
-        "bool": (bool,),
-    }
-    problems = []
-    for field in dataclasses.fields(config):
-        value, declared = getattr(config, field.name), str(field.type)
-        allowed = {"LoraConfig": (LoraConfig,)}.get(declared) or kinds.get(declared, (str,))
-        if isinstance(value, bool) != (declared == "bool") or not isinstance(value, allowed):
-            wanted = {
-                "int": "a whole number",
-                "int | None": "a whole number or null",
-                "float": "a number",
-                "bool": "true or false",
-            }
-            problems.append(f"{field.name} is {value!r}, it must be {wanted.get(declared, 'text')}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{field.name} is {value!r}, it must be a finite number")
-    return problems
+def _counted(config: TrainConfig) -> dict[str, Any]:
+    """The options by flat name, JSON-able, without those that may differ when a run is resumed."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flattened(config).items()}
+    return {name: value for name, value in plain.items() if name not in resumable_changes()}
 
 
-def _choice_problems(config: TrainConfig) -> list[str]:
-    hints = get_type_hints(TrainConfig)
-    choices = {name: get_args(hint) for name, hint in hints.items() if getattr(hint, "__origin__", None) is Literal}
-    choices |= {"family": tuple(FAMILIES), "objective": tuple(OBJECTIVES)}
-    return [
-        f"{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}"
-        for name, allowed in choices.items()
-        if getattr(config, name) not in allowed
-    ]
-
-
-def _range_problems(config: TrainConfig) -> list[str]:
-    minima: Mapping[str, float] = {
-        **dict.fromkeys(("steps", "batch_size", "grad_accumulation", "rollout_steps"), 1),
-        **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "probe_pairs"), 1),
-        **dict.fromkeys(("warmup", "clip", "weight_decay", "seed", "probe_every", "preview_every"), 0),
-    }
-    problems = [
-        f"{name} is {getattr(config, name)}; set it to at least {least}"
-        for name, least in minima.items()
-        if getattr(config, name) < least
-    ]
-    for name in ("lr", "sft_shift"):
-        if not getattr(config, name) > 0:
-            problems.append(f"{name} is {getattr(config, name)}; set it above 0")
-    for name in ("ema_decay", "anchor_probability", "caption_dropout"):
-        if not 0 <= getattr(config, name) <= 1:
-            problems.append(f"{name} is {getattr(config, name)}; set it within 0 and 1")
-    return problems
-
-
-def _joint_problems(config: TrainConfig) -> list[str]:
-    problems = []
-    if config.lr > 0.1:
-        problems.append(f"lr is {config.lr}: that destroys any model; the paper uses 1e-4")
-    if config.grad_steps is not None and not 1 <= config.grad_steps <= config.rollout_steps:
-        problems.append(
-            f"grad_steps is {config.grad_steps}; set it within 1 and rollout_steps ({config.rollout_steps}), "
-            "or null for all of them"
-        )
-    if config.warmup >= config.steps >= 1:
-        problems.append(f"warmup ({config.warmup}) leaves none of the {config.steps} steps; lower it or raise steps")
-    return problems
-
-
-def _unknown_fields(given: Mapping[str, Any], cls: type, prefix: str) -> list[str]:
-    known = [field.name for field in dataclasses.fields(cls)]
-    problems = []
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else "; remove it"
-            problems.append(f"there is no field {prefix}{name}{hint}")
-    return problems
-
-
-def _lora_from(given: Any) -> LoraConfig:
-    if not isinstance(given, dict):
-        raise ConfigError(("lora is missing; give its rank, alpha and targets",))
-    problems = _unknown_fields(given, LoraConfig, "lora.")
-    known = {name: value for name, value in given.items() if name in LoraConfig.__dataclass_fields__}
-    targets = known.get("targets")
-    if isinstance(targets, list):
-        known["targets"] = tuple(targets)
-    try:
-        lora = LoraConfig(**known)
-    except (TypeError, ValueError) as error:
-        problems.append(f"lora: {error}")
-    else:
-        if not problems:
-            return lora
-    raise ConfigError(tuple(problems))
+def _told(values: dict[str, object], name: str) -> str:
+    return repr(values[name]) if name in values else "not set"

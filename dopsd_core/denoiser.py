@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
+from .lazy import lazy
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
     from .conditioning.encode import Condition
+else:
+    nn = lazy("torch.nn")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -155,16 +156,13 @@ def _notes(problems: str, hidden: int, width: int) -> list[_Block]:
 
 def to_images(pictures: Tensor | Sequence[Tensor]) -> list[Image.Image]:
     """Pictures, each [3, H, W] in [0, 1] -> PIL images; what is not a number becomes black."""
-    arrays = [
-        (picture.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        for picture in pictures
-    ]
-    return [Image.fromarray(array) for array in arrays]
+    bytes_of = [(picture.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte() for picture in pictures]
+    return [Image.fromarray(rearrange(image, "c h w -> h w c").cpu().numpy()) for image in bytes_of]
 
 
 def to_pixels(image: Image.Image) -> Tensor:
     """A picture as ComfyUI's IMAGE: [1, H, W, 3] fp32 in [0, 1]."""
-    return to_tensor(image.convert("RGB")).permute(1, 2, 0)[None]
+    return rearrange(to_tensor(image.convert("RGB")), "c h w -> 1 h w c")
 
 
 def fit_tile(picture: Image.Image, tile: int) -> Image.Image:

@@ -8,14 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from .lazy import lazy
 
-from .conditioning.encode import Condition
-from .denoiser import Denoiser
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-PredictX0 = Callable[[Tensor, float], Tensor]
+    from .conditioning.encode import Condition
+    from .denoiser import Denoiser
+else:
+    torch = lazy("torch")
+
+PredictX0 = Callable[["Tensor", float], "Tensor"]
 """(x [B, C, h, w] fp32, sigma) -> x0_hat [B, C, h, w]."""
 
 

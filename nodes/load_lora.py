@@ -47,7 +47,7 @@ def start_of(
     """
     if lora is None:
         return Start()
-    imported = import_lora(lora, denoiser.sites(), config.lora.targets)
+    imported = import_lora(lora, denoiser.sites(), config.adapter.targets)
     notes = _differences(getattr(lora, "facts", {}), trigger, base_model)
     if imported.left_out:
         notes.append(f"initial_lora: {imported.describe_left_out()}")

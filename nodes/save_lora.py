@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..dopsd_core.adapters.lora_config import LoraConfig
+from ..dopsd_core.adapters import Lora
 from ..dopsd_core.adapters.lora_file import save_lora, save_peft
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
@@ -119,6 +119,6 @@ def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> 
     )
 
 
-def _folded_config(rank: int) -> LoraConfig:
+def _folded_config(rank: int) -> Lora:
     """Scale 1: alpha is in the tensors already."""
-    return LoraConfig(rank=rank, alpha=rank, targets=("*",))
+    return Lora(rank=rank, alpha=rank, targets=("*",))

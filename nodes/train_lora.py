@@ -12,12 +12,11 @@ from comfy_api.latest import io
 from safetensors import safe_open
 from torch import Tensor
 
-from ..dopsd_core.adapters.adapter_set import TeacherKind
-from ..dopsd_core.adapters.lora_config import lora_size
-from ..dopsd_core.adapters.lora_file import fold_alpha
-from ..dopsd_core.config import OptimizerName, Schedule, TrainConfig
+from ..dopsd_core.config import TrainConfig
 from ..dopsd_core.families import get_family
 from ..dopsd_core.objectives import OBJECTIVES, LossForm
+from ..dopsd_core.optimizers import OPTIMIZERS, SCHEDULES
+from ..dopsd_core.teachers import TEACHERS
 from ..dopsd_core.training.checkpoint import read_checkpoint_lora
 from ..dopsd_core.training.log import LOG_NAME, StepReport, read_log
 from ..dopsd_core.training.trainer import NonFiniteError, TrainResult, check_run, train
@@ -38,7 +37,7 @@ from .comfy_host.memory_plan import (
 )
 from .comfy_host.model_patches import require_own_sampling, unused_patches
 from .comfy_host.paths import run_folder
-from .comfy_host.presets import PRESETS, make_config, run_digest
+from .comfy_host.presets import PRESETS, make_config, merged_settings, run_digest
 from .comfy_host.previews import TILE, Painter, TrainingPreview, load_sheets
 from .comfy_host.report import Notes
 from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
@@ -93,11 +92,13 @@ def run_training(
     identity = identity_of(model)
     denoiser = ComfyDenoiser(model)
     config = make_config(wanted.preset, conditions.family, bool(conditions.data.anchors), wanted.chosen)
-    require_blocks(denoiser, config.lora)
+    require_blocks(denoiser, config.adapter)
     plan = plan_memory(wanted.memory, denoiser, conditions, config)
     config = plan.config
     start = start_of(initial_lora, denoiser, config, conditions.trigger, base_name(model))
-    digest = run_digest(config, conditions.data.fingerprint(), identity.digest, *start.identity)
+    settings = merged_settings(wanted.preset, conditions.family, bool(conditions.data.anchors), wanted.chosen)
+    marks = (conditions.data.fingerprint(), identity.digest, *start.identity)
+    digest = run_digest(config, *marks, settings=settings)
     folder = run_folder(f"{wanted.run_name}-{digest}")
     facts = {
         "dopsd_base_model": base_name(model),
@@ -167,7 +168,7 @@ def _preview(
 
 
 def _facts(folder: Path, denoiser: ComfyDenoiser, model: Any, conditions: Conditions, plan: MemoryPlan) -> RunFacts:
-    modules, parameters = lora_size(denoiser.sites(), plan.config.lora)
+    modules, parameters = plan.config.adapter.size(denoiser.sites())
     return RunFacts(
         folder=folder,
         config=plan.config,
@@ -182,7 +183,7 @@ def _facts(folder: Path, denoiser: ComfyDenoiser, model: Any, conditions: Condit
 
 def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
     """The LoRA in full precision, from the last checkpoint, with the header of the LoRA file."""
-    tensors = fold_alpha(read_checkpoint_lora(result.checkpoint_path), config.lora)
+    tensors = config.adapter.exported(read_checkpoint_lora(result.checkpoint_path))
     prefix = get_family(config.family).key_prefix
     with safe_open(result.lora_path, "pt") as file:
         facts = file.metadata() or {}
@@ -368,7 +369,7 @@ def _advanced_inputs() -> list[Any]:
         choice("loss", get_args(LossForm), "x0 converges faster, velocity is as printed in the paper."),
         choice(
             "teacher",
-            get_args(TeacherKind),
+            list(TEACHERS),
             "Weights of the teacher: a moving average of the student's (ema), the untouched model (frozen, saves "
             "memory), or the student's own (same).",
         ),
@@ -383,8 +384,8 @@ def _advanced_inputs() -> list[Any]:
             "them; below 0 takes the preset's.",
         ),
         choice("objective", list(OBJECTIVES), "dopsd: self-distillation. sft: ordinary fine-tuning, to compare with."),
-        choice("schedule", get_args(Schedule), "Learning rate after warm-up: constant, or falling to 0 as a cosine."),
-        choice("optimizer", get_args(OptimizerName), "adamw8bit needs the package bitsandbytes."),
+        choice("schedule", list(SCHEDULES), "Learning rate after warm-up: constant, or falling to 0 as a cosine."),
+        choice("optimizer", list(OPTIMIZERS), "adamw8bit needs the package bitsandbytes."),
         whole("checkpoint_every", 100, 10_000, "Steps between checkpoints.", low=1),
         whole("probe_every", 25, 10_000, "Steps between measurements of the gap to the teacher; 0 for none."),
         choice(

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dopsd_core.adapters import Lora
 from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.denoiser import LinearSite
 from dopsd_core.families import Z_IMAGE
+from dopsd_core.teachers import EmaTeacher
 
 from .devices import DEVICE
 from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, fuse_qkv, linear, lora, make_pairs, randomise
@@ -25,7 +27,8 @@ def predict(denoiser):
 
 def fresh(teacher="ema", randomised=True, **config):
     denoiser = ToyDenoiser()
-    adapters = AdapterSet(denoiser.sites(), lora(**config), seed=3, teacher=teacher, ema_decay=0.9, device=DEVICE)  # pyright: ignore[reportArgumentType]
+    weights = EmaTeacher(decay=0.9) if teacher == "ema" else teacher
+    adapters = AdapterSet(denoiser.sites(), lora(**config), seed=3, teacher=weights, device=DEVICE)
     if randomised:
         randomise(adapters)
     return denoiser, adapters
@@ -158,7 +161,7 @@ def test_use_restores_the_previous_mode_when_nested_and_after_an_exception():
 @given(st.floats(0, 1), st.integers(1, 5))
 def test_ema_closed_form(decay, count):
     """theta_bar_n = decay^n theta_bar_0 + (1 - decay^n) theta, for a theta that stays."""
-    adapters = AdapterSet(ToyDenoiser().sites(), lora(), ema_decay=decay)
+    adapters = AdapterSet(ToyDenoiser().sites(), lora(), teacher=EmaTeacher(decay=decay))
     randomise(adapters)
     start, student = adapters.state("teacher"), adapters.state("student")
     for _ in range(count):
@@ -170,7 +173,7 @@ def test_ema_closed_form(decay, count):
 
 def test_ema_does_not_underflow():
     """At .9999 an update in bf16 would be lost in rounding; in fp32 a thousand of them arrive."""
-    adapters = AdapterSet(ToyDenoiser().sites(), lora(), ema_decay=0.9999)
+    adapters = AdapterSet(ToyDenoiser().sites(), lora(), teacher=EmaTeacher(decay=0.9999))
     key = next(k for k in adapters.state() if "lora_B" in k)
     adapters.load_state("student", {k: torch.ones_like(v) for k, v in adapters.state().items()})
     for _ in range(1000):
@@ -342,10 +345,12 @@ def test_bad_sites_and_settings_are_refused():
         AdapterSet([*sites, sites[0]], lora())
     with pytest.raises(ValueError, match="distinct.*embed"):
         AdapterSet([*sites, *ToyDenoiser().sites()], lora())
-    with pytest.raises(ValueError, match="teacher.*'emma'"):
-        AdapterSet(sites, lora(), teacher="emma")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="ema_decay.*1.5"):
-        AdapterSet(sites, lora(), ema_decay=1.5)
+    with pytest.raises(ValueError, match="teacher is 'emma'; choose one of ema, frozen, same"):
+        AdapterSet(sites, lora(), teacher="emma")
+    with pytest.raises(ValueError, match="ema_decay is 1.5; set it within 0 and 1"):
+        EmaTeacher(decay=1.5)
+    with pytest.raises(ValueError, match="targets are empty"):
+        AdapterSet(sites, Lora())
     with pytest.raises(ValueError, match=r"'to_p'.*layers\.N\.attention\.to_q \(x2\)"):
         AdapterSet(sites, lora(targets=("to_p",)))
 

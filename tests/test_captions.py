@@ -18,6 +18,7 @@ from dopsd_core.data.captions import (
     remove_trigger,
 )
 from dopsd_core.data.dataset import plan_encoding
+from dopsd_core.demo.settings import demo_config
 
 from .written import only, pair, picture, read, rows
 
@@ -109,7 +110,7 @@ def test_a_configuration_in_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-16")
     words = ["train", "photos", "--output", "run", "--config", str(tmp_path / "config.json")]
     with pytest.raises(ValueError, match="config.json: the text is UTF-16; save it as UTF-8"):
-        config_from_args(make_parser().parse_args(words), {})
+        config_from_args(make_parser().parse_args(words), demo_config())
 
 
 # -- the concept -------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def gradients(count: int, blocks: int = 3) -> list[torch.Tensor]:
     adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     randomise(adapters)
     with adapters.attached(), checkpointed(denoiser.blocks(), count):
-        DOPSD().backward(make_inputs(denoiser, adapters))
+        DOPSD(anchor_probability=0).backward(make_inputs(denoiser, adapters))
     return [parameter.grad for parameter in adapters.parameters() if parameter.grad is not None]
 
 

@@ -1,6 +1,5 @@
 """The deterministic option: torch's algorithms inside training steps alone, given back whatever happens."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dopsd_core import arguments
-from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.conditioning.encode import Condition
 from dopsd_core.config import ConfigError, TrainConfig, changes_that_forbid_resuming
+from dopsd_core.trainable import Trainable
 from dopsd_core.training.determinism import deterministic_algorithms, obstacle
 from dopsd_core.training.log import StepReport
 from dopsd_core.training.trainer import NoCallbacks, train
@@ -53,7 +52,7 @@ class Host(NoCallbacks):
     def on_step(self, report: StepReport) -> None:
         self.seen.add(enabled())
 
-    def on_preview(self, step: int, adapters: AdapterSet) -> None:
+    def on_preview(self, step: int, adapters: Trainable) -> None:
         self.seen.add(enabled())
 
 
@@ -121,7 +120,7 @@ def test_what_cuda_needs_is_said_before_training(monkeypatch: pytest.MonkeyPatch
 def test_it_is_part_of_a_runs_identity_only_when_on() -> None:
     """So that a run of a release without the option is still found."""
     off = make_config()
-    on = dataclasses.replace(off, deterministic=True)
+    on = off.replace(deterministic=True)
     assert "deterministic" not in off.identity() and on.identity() == off.identity() | {"deterministic": True}
     assert "steps" not in off.identity() and off.identity()["seed"] == 0
     older = {name: value for name, value in json.loads(off.to_json()).items() if name != "deterministic"}
@@ -138,7 +137,7 @@ def test_it_is_true_or_false(value: object) -> None:
 def test_the_command_line_switches_it() -> None:
     def parsed(*words: str) -> TrainConfig:
         args = arguments.make_parser().parse_args(["train", "photos", "--output", "run", *words])
-        return arguments.config_from_args(args, vars(make_config(deterministic="--no" in " ".join(words))))
+        return arguments.config_from_args(args, make_config(deterministic="--no" in " ".join(words)))
 
     assert parsed("--deterministic").deterministic
     assert not parsed("--no-deterministic").deterministic and not parsed().deterministic

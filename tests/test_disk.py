@@ -13,13 +13,14 @@ from typing import IO, Any
 
 import pytest
 
-from dopsd_core.adapters.adapter_set import AdapterSet
-from dopsd_core.adapters.lora_config import LoraConfig
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.files import disk
 from dopsd_core.files.atomic import write_atomic
 from dopsd_core.files.disk import DiskError, Reserve, free_bytes, require_room, require_writable, told_bytes, writing
 from dopsd_core.memory.footprint import saved_bytes
+from dopsd_core.optimizers import AdamW
+from dopsd_core.teachers import TEACHERS, EmaTeacher
+from dopsd_core.trainable import Trainable
 from dopsd_core.training.checkpoint import load_checkpoint, saved_steps
 from dopsd_core.training.log import RunLog, StepReport, read_log
 from dopsd_core.training.run_folder import check_run_folder
@@ -28,6 +29,7 @@ from tests.tiny import TinyDenoiser, make_config, make_data
 from tests.tiny import saved_bytes as bytes_of
 
 MB = 10**6
+LARGE: dict[str, Any] = {"rank": 1024, "alpha": 16.0, "targets": ("*",)}
 
 
 def fails_with(number: int) -> Any:
@@ -129,7 +131,7 @@ def test_need_counts_what_will_be_there_at_once(tmp_path: Path, monkeypatch: pyt
     needs: list[int] = []
     monkeypatch.setattr("dopsd_core.training.run_folder.require_room", lambda folder, size: needs.append(size))
     denoiser = TinyDenoiser()
-    each = saved_bytes(2 * (4 + 16) * 2, 4, "ema", False)
+    each = saved_bytes(2 * (4 + 16) * 2, 4, EmaTeacher(), AdamW())
 
     def checkpoints(host: int = 0, **settings: Any) -> float:
         check_run_folder(make_config(**settings), denoiser, tmp_path, host)
@@ -149,10 +151,10 @@ def test_need_counts_what_will_be_there_at_once(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("teacher", ["ema", "frozen"])
 def test_the_sizes_are_those_of_the_files(tmp_path: Path, teacher: Any) -> None:
     """Never less, and not much more where there is much to write."""
-    config = make_config(lora=LoraConfig(rank=1024, targets=("*",)), steps=1, teacher=teacher)
+    config = make_config(**LARGE, steps=1, teacher=teacher)
     result = train(config, TinyDenoiser(), make_data(), tmp_path)
     elements = 1024 * (4 + 16 + 6 + 16 + 16 + 4)
-    expected = saved_bytes(elements, 6, teacher, False)
+    expected = saved_bytes(elements, 6, TEACHERS.validated(teacher), AdamW())
     written = sum(file.stat().st_size for file in result.checkpoint_path.iterdir())
     assert written <= expected.checkpoint < 1.4 * written
     assert result.lora_path.stat().st_size <= expected.lora < 2 * result.lora_path.stat().st_size
@@ -242,11 +244,10 @@ class Full(NoCallbacks):
 
 def large_config(**settings: Any) -> Any:
     """Checkpoints of a megabyte: little of what is reckoned for them is for headers."""
-    return make_config(lora=LARGE, **settings)
+    return make_config(**LARGE, **settings)
 
 
-LARGE = LoraConfig(rank=1024, targets=("*",))
-LARGE_BYTES = saved_bytes(1024 * (4 + 16 + 6 + 16 + 16 + 4), 6, "ema", False)
+LARGE_BYTES = saved_bytes(1024 * (4 + 16 + 6 + 16 + 16 + 4), 6, EmaTeacher(), AdamW())
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +360,7 @@ def test_previews_of_the_host_are_part_of_the_need(small: SmallDisk) -> None:
 
 def test_the_last_step_is_saved_before_its_preview(tmp_path: Path) -> None:
     class Broken(NoCallbacks):
-        def on_preview(self, step: int, adapters: AdapterSet) -> None:
+        def on_preview(self, step: int, adapters: Trainable) -> None:
             if step == 12:
                 assert saved_steps(tmp_path / "checkpoints")[0] == 12
                 assert load_lora(tmp_path / "lora.safetensors")[1]["dopsd_step"] == "12"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dopsd_core.config import ConfigError
 from dopsd_core.data.dataset import DatasetError, DatasetReport
+from dopsd_core.demo.settings import demo_config
 from dopsd_core.standalone.compare import SFT_RATES, plan
-from dopsd_core.standalone.demo import demo_config
 from dopsd_core.standalone.jobs import Job, JobRunner
 from dopsd_core.training.run import NonFiniteError
 
@@ -23,7 +22,7 @@ def test_plan_gives_every_method_the_same_budget() -> None:
     own = dopsd[0].config
     for job in sft:
         assert job.config is not None and own is not None
-        assert replace(job.config, objective="dopsd", lr=own.lr) == own
+        assert job.config.replace(objective=own.objective, optimizer=own.optimizer) == own
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Which Linears a target selects, and what a target that selects nothing says."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.adapters.adapter_set import AdapterSet
-from dopsd_core.adapters.lora_config import LoraConfig, lora_size, match_targets, parse_targets, part_seed
+from dopsd_core.adapters import Lora
+from dopsd_core.adapters.adapter_set import AdapterSet, part_seed
+from dopsd_core.adapters.targets import match_targets, parse_targets
 
 from .toy_denoiser import ToyDenoiser, ToyNet, fuse_qkv
 
@@ -65,19 +68,37 @@ def test_commas_and_lines_separate_targets_and_a_repetition_does_not(text, targe
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_size_is_that_of_what_is_made(targets, fused):
     denoiser = ToyDenoiser(fuse_qkv(ToyNet()) if fused else ToyNet())
-    config = LoraConfig(rank=3, targets=targets)
+    config = Lora(rank=3, targets=targets)
     adapters = AdapterSet(denoiser.sites(), config)
     made = len(adapters.part_names()), sum(parameter.numel() for parameter in adapters.parameters())
-    assert lora_size(denoiser.sites(), config) == made
+    assert config.size(denoiser.sites()) == made
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"rank": 0}, "rank.*got 0"), ({"alpha": -1.0}, "alpha.*got -1"), ({"targets": ()}, "targets are empty")],
+    [
+        ({"rank": 0}, "rank is 0; set it within 1 and 1024"),
+        ({"rank": 9999}, "rank is 9999; set it within 1 and 1024"),
+        ({"alpha": -1.0}, "alpha is -1.0; set it above 0"),
+        ({"targets": "to_q"}, "targets is 'to_q', it must be a list of texts"),
+        ({"targets": (1,)}, "it must be a list of texts"),
+    ],
 )
-def test_impossible_configs_are_refused(fields, message):
+def test_impossible_options_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        LoraConfig(**{"targets": ("a",), **fields})
+        Lora(**fields)
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_given():
+    assert (Lora().alpha, Lora(rank=5).alpha, Lora(rank=5, alpha=3).alpha) == (32.0, 10.0, 3.0)
+    assert Lora(rank=4, alpha=2.0).with_options(rank=8) == Lora(rank=8, alpha=4.0)
+    assert Lora(rank=4, alpha=2.0).with_options(rank=8, alpha=1.0) == Lora(rank=8, alpha=1.0)
+
+
+def test_lists_are_targets_too_and_a_familys_stand_in_for_none():
+    from_json: Any = ["a", "b"]
+    assert Lora(targets=from_json).targets == ("a", "b")
+    assert Lora().for_targets(["a"]).targets == ("a",) == Lora(targets=("a",)).for_targets(["b"]).targets
 
 
 @settings(max_examples=50, deadline=None)
@@ -93,10 +114,10 @@ def test_part_seeds_are_torch_seeds_and_tell_names_apart(seed, name):
     ("field", "value"),
     [("rank", value) for value in (0, 1025, 2.5, True, "3", None)]
     + [("alpha", value) for value in (0, -1.0, float("inf"), float("nan"), True, "x", None, [1])]
-    + [("targets", value) for value in ((), "to_q", (1,), ("to_q", None), (["to_q"],), {"to_q": 1}.keys() | {1})],
+    + [("targets", value) for value in ("to_q", (1,), ("to_q", None), (["to_q"],), {"to_q": 1}.keys() | {1})],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(field, value):
     good = {"rank": 2, "alpha": 2.0, "targets": ("to_q",)}
-    LoraConfig(**good)
-    with pytest.raises(ValueError, match=f"LoRA {field} "):
-        LoraConfig(**(good | {field: value}))
+    Lora(**good)
+    with pytest.raises(ValueError, match=f"{field} is "):
+        Lora(**(good | {field: value}))

@@ -49,12 +49,12 @@ class FaintDenoiser(TinyDenoiser):
 
 
 def half_config(**settings: Any) -> Any:
-    return make_config(**({"lr": 1e-2, "clip": 1.0, "probe_every": 0} | settings))
+    return make_config(**({"lr": 1e-2, "max_grad_norm": 1.0, "probe_every": 0} | settings))
 
 
 def gradient(half: bool, folder: Path) -> Tensor:
     """Of the first optimizer step, accumulated over two micro batches of four rollout steps each, before clipping."""
-    run = Run(half_config(grad_accumulation=2, clip=0.0), FaintDenoiser(half), make_data(2), folder)
+    run = Run(half_config(grad_accumulation=2, max_grad_norm=0.0), FaintDenoiser(half), make_data(2), folder)
     state = run.adapters.state()
     generator = torch.Generator().manual_seed(1)
     run.adapters.load_state("student", {k: torch.randn(v.shape, generator=generator) * 0.1 for k, v in state.items()})

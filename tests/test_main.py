@@ -1,35 +1,74 @@
 """The command line offers its pieces, finds mistakes, and covers every setting."""
 
-import dataclasses
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from dopsd_core import arguments
 from dopsd_core.__main__ import main
-from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.adapters import Lora
 from dopsd_core.config import ConfigError, TrainConfig
+from dopsd_core.demo.settings import demo_config
+from dopsd_core.objectives import DOPSD
+from dopsd_core.optimizers import AdamW
+from dopsd_core.options import all_options
+from dopsd_core.teachers import FrozenTeacher
 
-DEFAULTS: dict[str, Any] = {"lora": LoraConfig(rank=8, alpha=16.0, targets=("to_q",)), "steps": 50}
+LORA = Lora(rank=8, alpha=16.0, targets=("to_q",))
+DEFAULTS = TrainConfig(steps=50, adapter=LORA)
 
 
-def parse(*words: str) -> Any:
-    return arguments.make_parser().parse_args(["train", "photos", "--output", "run", *words])
+def config_of(*words: str) -> TrainConfig:
+    args = arguments.parse_args(["train", "photos", "--output", "run", *words])
+    return arguments.config_from_args(args, DEFAULTS)
 
 
-def test_help_is_quick_and_names_every_command() -> None:
-    code = "import sys, dopsd_core.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit: pass\n"
-    code += "sys.exit('torch' in sys.modules)"
+def run_quickly(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in which torch cannot be imported."""
+    code = "import sys; sys.modules['torch'] = None; import dopsd_core.__main__ as m; sys.exit(m.main(sys.argv[1:]))"
     root = Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+
+
+def test_help_needs_no_torch_and_names_every_command() -> None:
+    result = run_quickly("--help")
     assert result.returncode == 0, result.stderr
     assert all(re.search(rf"\n    {command}\s", result.stdout) for command in arguments.COMMANDS)
+
+
+def test_help_of_train_has_everything_that_is_declared() -> None:
+    result = run_quickly("train", "--help")
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.split()).replace("- ", "-")
+    for option in all_options(TrainConfig, demo_config()):
+        if option.hint.from_host:
+            continue
+        assert f"--{option.name.replace('_', '-')} " in words
+        assert f"{option.help} ({option.facts()})".replace("- ", "-") in words, option.name
+        assert not option.choices or "{" + ",".join(option.choices) + "}" in words
+    for heading in ("run:", "objective:", "with --objective dopsd:", "with --optimizer adamw or adamw8bit:"):
+        assert f"\n{heading}\n" in result.stdout
+
+
+def test_mistakes_in_options_are_reported_before_torch_is_needed(tmp_path: Path) -> None:
+    words = ("train", str(tmp_path), "--output", str(tmp_path / "run"))
+    result = run_quickly(*words, "--stpes", "3")
+    assert result.returncode == 2 and "did you mean --steps instead of --stpes?" in result.stderr
+    result = run_quickly(*words, "--steps", "x", "--lr", "9", "--sft-sigmas", "grid", "--teacher", "me")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "error: 4 problems in the configuration:",
+        "- steps is 'x', it must be a whole number",
+        "- lr is 9.0; set it above 0 and at most 0.1",
+        "- teacher is 'me'; choose one of ema, frozen, same",
+        "- sft_sigmas is an option of objective sft, and objective is dopsd; leave it out, or set objective to sft",
+    ]
 
 
 @pytest.mark.parametrize("command", arguments.COMMANDS)
@@ -37,29 +76,25 @@ def test_every_argument_is_explained(command: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0 and len(capsys.readouterr().out) > 500
-    subparsers = next(action for action in arguments.make_parser()._actions if action.dest == "command")
-    for action in subparsers.choices[command]._actions:  # type: ignore[index, union-attr]
+    for action in arguments._commands(arguments.make_parser())[command]._actions:
         assert action.help, action.dest
 
 
-def test_every_setting_has_an_option() -> None:
-    fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"lora", "family"}
-    assert set(arguments._CONFIG_OPTIONS) == fields
-
-
 def test_options_over_defaults_and_over_a_file(tmp_path: Path) -> None:
-    assert arguments.config_from_args(parse(), DEFAULTS) == TrainConfig(**DEFAULTS)
-    config = arguments.config_from_args(parse("--lr", "0.002", "--rank", "4", "--teacher", "frozen"), DEFAULTS)
-    assert (config.lr, config.steps, config.teacher) == (0.002, 50, "frozen")
-    assert (config.lora.rank, config.lora.alpha) == (4, 8.0)
+    assert config_of() == DEFAULTS
+    config = config_of("--lr", "0.002", "--rank", "4", "--teacher", "frozen")
+    assert config == DEFAULTS.replace(
+        optimizer=AdamW(lr=0.002), adapter=LORA.replace(rank=4, alpha=8.0), teacher=FrozenTeacher()
+    )
     (tmp_path / "config.json").write_text(config.to_json())
     words = ("--config", str(tmp_path / "config.json"), "--alpha", "1", "--targets", "a", "b", "--grad-steps", "2")
-    other = arguments.config_from_args(parse(*words), DEFAULTS)
-    assert other == dataclasses.replace(config, grad_steps=2, lora=LoraConfig(rank=4, alpha=1.0, targets=("a", "b")))
-    with pytest.raises(ConfigError, match="steps is 0"):
-        arguments.config_from_args(parse("--steps", "0"), DEFAULTS)
-    with pytest.raises(ConfigError, match="rank must be"):
-        arguments.config_from_args(parse("--rank", "9999"), DEFAULTS)
+    other = config_of(*words)
+    adapter = Lora(rank=4, alpha=1.0, targets=("a", "b"))
+    assert other == config.replace(objective=DOPSD(grad_steps=2), adapter=adapter)
+    (tmp_path / "config.json").write_text(other.to_json())
+    assert config_of("--config", str(tmp_path / "config.json"), "--grad-steps", "none").objective == DOPSD()
+    with pytest.raises(ConfigError, match="rank is 9999; set it within 1 and 1024"):
+        config_of("--rank", "9999")
 
 
 def test_inspecting_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

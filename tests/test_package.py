@@ -37,6 +37,17 @@ def test_comfyui_installs_what_the_package_depends_on():
     assert not any(re.match(r"torch\b", line) for line in requirements("requirements.txt")), "torch is the user's"
 
 
+@pytest.mark.parametrize("line", requirements("requirements.txt"))
+def test_what_is_required_is_used(line):
+    """Somewhere in the core or in the nodes; ComfyUI installs it into the user's environment."""
+    name = re.split(r"[^\w-]", line)[0]
+    module = {"pillow": "PIL"}.get(name, name)
+    sources = [
+        path.read_text(encoding="utf-8") for room in ("dopsd_core", "nodes") for path in (ROOT / room).rglob("*.py")
+    ]
+    assert any(re.search(rf"^\s*(from|import) {module}\b", source, re.MULTILINE) for source in sources)
+
+
 @pytest.mark.parametrize("name", ["requirements-standalone.txt", "requirements-dev.txt", "requirements-comfyui.txt"])
 def test_every_version_is_fixed(name):
     assert all(re.match(r"[\w.-]+==[\w.]+($|; )", line) for line in requirements(name))

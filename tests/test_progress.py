@@ -1,11 +1,12 @@
 """The log holds exactly the steps of the run, whatever cut it."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from dopsd_core.training.log import Gaps, RunLog, StepReport, curve, read_log
+from dopsd_core.training.log import Gaps, RunLog, StepReport, curve, mean_metrics, read_log
 
 
 def write(path: Path, steps: range) -> None:
@@ -55,15 +56,44 @@ def test_a_new_run_empties_the_log_and_newer_fields_are_read_over(tmp_path: Path
     write(path, range(3))
     RunLog(path, -1).close()
     assert path.read_bytes() == b"" and read_log(tmp_path / "gone") == []
-    path.write_text('{"step": 1, "loss": 2.0, "invented_later": 3}\n')
+    path.write_text('{"step": 1, "loss": 2.0, "invented_later": "x", "flag": true}\n')
     assert read_log(path) == [StepReport(step=1, loss=2.0)]
+
+
+def test_an_objectives_metrics_stand_in_the_row_under_their_own_names(tmp_path: Path) -> None:
+    report = StepReport(step=1, loss=2.0, metrics={"margin": 0.25, "accept": 1.0}, lr=1e-4)
+    assert json.loads(report.to_row()) == {
+        "step": 1,
+        "loss": 2.0,
+        "margin": 0.25,
+        "accept": 1,
+        "lr": 1e-4,
+        "anchors": 0,
+    }
+    log = RunLog(tmp_path / "log.jsonl", -1)
+    log.append(report)
+    log.close()
+    assert read_log(tmp_path / "log.jsonl") == [report]
+    with pytest.raises(ValueError, match="metric may not be called lr"):
+        StepReport(step=1, metrics={"lr": 1.0})
+
+
+def test_rows_of_release_0_2_are_read() -> None:
+    first, second, *_ = read_log(Path(__file__).parent / "legacy" / "tiny_run" / "train.jsonl")
+    assert first.metrics.keys() == {"gap"} and first.relative_gap == 1 and first.loss is None
+    assert second.metrics.keys() == {"gap", "cosine", "norm_ratio"} and second.loss is not None
+
+
+def test_metrics_are_averaged_over_the_batches_that_have_them() -> None:
+    assert mean_metrics([{"a": 1.0, "b": 5.0}, {"a": 2.0}]) == {"a": 1.5, "b": 5.0}
+    assert mean_metrics([]) == {}
 
 
 def test_curves_hold_what_was_measured(tmp_path: Path) -> None:
     write(tmp_path / "log.jsonl", range(5))
     reports = read_log(tmp_path / "log.jsonl")
     assert curve(reports, lambda report: report.relative_gap) == ([0, 2, 4], [1, 1 / 3, 1 / 5])
-    assert "nan" not in StepReport(step=1, loss=math.nan, gap=math.inf).to_row().lower()
+    assert "nan" not in StepReport(step=1, loss=math.nan, metrics={"gap": math.inf}).to_row().lower()
 
 
 def test_gaps_are_relative_to_the_start() -> None:

@@ -13,7 +13,7 @@ from dopsd_core.conditioning.encode import Condition, encode_dataset
 from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM, Teacher, choose_teacher
 from dopsd_core.data.dataset import Example, Pair, read_dataset
 from dopsd_core.data.images import ImageError
-from dopsd_core.families import FAMILIES
+from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE
 from dopsd_core.training.trainer import train
 from dopsd_core.training.training_set import (
     TeacherImage,
@@ -21,7 +21,6 @@ from dopsd_core.training.training_set import (
     _weighted_anchors,
     build_training_set,
     encode_request,
-    grid_of,
 )
 from tests.tiny import CHANNELS, FEATURES, TinyDenoiser, make_config, make_data, make_pair
 
@@ -112,10 +111,9 @@ def test_an_image_that_changes_while_it_is_encoded_is_not_kept(tmp_path: Path) -
 
 
 def test_the_grid_is_that_of_the_picture() -> None:
-    assert grid_of(make_config(), (16, 8, 8)) == pytest.approx((1, 0.9, 0.75, 0.5, 0))
-    klein = make_config(family="flux2_klein")
-    assert grid_of(klein, (128, 64, 64))[1:4] == pytest.approx((0.967384, 0.908144, 0.767200), abs=1e-6)
-    assert grid_of(klein, (128, 56, 72))[1:4] == pytest.approx((0.967212, 0.907690, 0.766229), abs=1e-6)
+    assert Z_IMAGE.grid(4, (16, 8, 8)) == pytest.approx((1, 0.9, 0.75, 0.5, 0))
+    assert FLUX2_KLEIN.grid(4, (128, 64, 64))[1:4] == pytest.approx((0.967384, 0.908144, 0.767200), abs=1e-6)
+    assert FLUX2_KLEIN.grid(4, (128, 56, 72))[1:4] == pytest.approx((0.967212, 0.907690, 0.766229), abs=1e-6)
 
 
 def test_captions_without_the_name_are_three_quarters_of_the_anchors() -> None:

@@ -1,4 +1,4 @@
-"""A network, data and a run so small that a training step takes a millisecond."""
+"""Data and runs for `TinyDenoiser`, so small that a training step takes a millisecond."""
 
 from __future__ import annotations
 
@@ -10,57 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from dopsd_core.adapters.lora_config import LoraConfig
+from dopsd_core.adapters import Lora
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
-from dopsd_core.denoiser import LinearSite, plain_linear_sites
+from dopsd_core.objectives import DOPSD
+from dopsd_core.optimizers import AdamW
+from dopsd_core.options import changed
+from dopsd_core.teachers import EmaTeacher
 from dopsd_core.training.trainer import train
 from dopsd_core.training.training_set import TrainingSet
-
-from .devices import DEVICE
-
-CHANNELS, FEATURES, WIDTH = 4, 6, 16
-
-
-class TinyDenoiser(nn.Module):
-    """Satisfies `Denoiser` with three Linears over latent pixels; the condition is the mean of its features."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.enter = nn.Linear(CHANNELS, WIDTH)
-            self.read = nn.Linear(FEATURES, WIDTH)
-            self.leave = nn.Linear(WIDTH, CHANNELS)
-        self.requires_grad_(False).to(DEVICE)
-        self.calls = 0
-        self.poison_at: int | None = None  # the forward that returns nan
-
-    @property
-    def device(self) -> torch.device:
-        return self.enter.weight.device
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.enter.weight.dtype
-
-    def sites(self) -> Sequence[LinearSite]:
-        return plain_linear_sites(self)
-
-    def blocks(self) -> Sequence[nn.Module]:
-        return [self.enter, self.leave]
-
-    def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
-        read = torch.stack([condition.features.mean(dim=0) for condition in conditions])
-        tokens = x.flatten(2).transpose(1, 2)
-        hidden = torch.tanh(self.enter(tokens) + self.read(read)[:, None] + sigma)
-        velocity = self.leave(hidden).transpose(1, 2).reshape(x.shape)
-        self.calls += 1
-        if self.calls == self.poison_at:
-            velocity = velocity * torch.nan
-        return x - sigma * velocity
+from tests.toy_denoiser import CHANNELS, FEATURES, TinyDenoiser
 
 
 def make_pair(number: int, shape: tuple[int, int] = (2, 3), seed: int = 0) -> DualCondition:
@@ -78,12 +38,17 @@ def make_data(count: int = 5, shapes: Sequence[tuple[int, int]] = ((2, 3), (3, 2
 
 
 def make_config(**kwargs: Any) -> TrainConfig:
-    """A short run with every source of chance in it."""
-    lora = LoraConfig(rank=2, alpha=4.0, targets=("enter", "leave"))
-    settings = dict(
-        lora=lora, steps=12, lr=1e-2, checkpoint_every=3, probe_every=4, ema_decay=0.9, anchor_probability=0.0
+    """A short run without prior anchors; kwargs: options by flat name."""
+    short = TrainConfig(
+        steps=12,
+        checkpoint_every=3,
+        probe_every=4,
+        objective=DOPSD(anchor_probability=0.0),
+        adapter=Lora(rank=2, alpha=4.0, targets=("enter", "leave")),
+        optimizer=AdamW(lr=1e-2),
+        teacher=EmaTeacher(decay=0.9),
     )
-    return TrainConfig(**(settings | kwargs))  # type: ignore[arg-type]
+    return changed(short, kwargs)
 
 
 def killable_data() -> TrainingSet:

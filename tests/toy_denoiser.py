@@ -1,4 +1,8 @@
-"""A random network of a few thousand weights that satisfies the core's Denoiser protocol, split or with fused qkv."""
+"""Two random networks that satisfy the core's Denoiser protocol.
+
+`ToyDenoiser`, a few thousand weights: attention with split or fused qkv, for adapters, objectives and memory.
+`TinyDenoiser`, three Linears: for whole runs, of which a step takes a millisecond.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dopsd_core.adapters import Lora
 from dopsd_core.adapters.adapter_set import AdapterSet
-from dopsd_core.adapters.lora_config import LoraConfig
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.denoiser import LinearSite, plain_linear_sites
 from dopsd_core.families import Z_IMAGE
@@ -109,8 +113,47 @@ class ToyDenoiser:
         return x - sigma * self.net(x, sigma, [c.features for c in conditions])
 
 
-def lora(rank: int = 3, alpha: float = 6.0, targets: tuple[str, ...] = ("layers.*",)) -> LoraConfig:
-    return LoraConfig(rank=rank, alpha=alpha, targets=targets)
+class TinyDenoiser(nn.Module):
+    """Satisfies `Denoiser` with three Linears over latent pixels; the condition is the mean of its features."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.enter = nn.Linear(CHANNELS, WIDTH)
+            self.read = nn.Linear(FEATURES, WIDTH)
+            self.leave = nn.Linear(WIDTH, CHANNELS)
+        self.requires_grad_(False).to(DEVICE)
+        self.calls = 0
+        self.poison_at: int | None = None  # the forward that returns nan
+
+    @property
+    def device(self) -> torch.device:
+        return self.enter.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.enter.weight.dtype
+
+    def sites(self) -> Sequence[LinearSite]:
+        return plain_linear_sites(self)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return [self.enter, self.leave]
+
+    def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+        read = torch.stack([condition.features.mean(dim=0) for condition in conditions])
+        tokens = x.flatten(2).transpose(1, 2)
+        hidden = torch.tanh(self.enter(tokens) + self.read(read)[:, None] + sigma)
+        velocity = self.leave(hidden).transpose(1, 2).reshape(x.shape)
+        self.calls += 1
+        if self.calls == self.poison_at:
+            velocity = velocity * torch.nan
+        return x - sigma * velocity
+
+
+def lora(rank: int = 3, alpha: float = 6.0, targets: tuple[str, ...] = ("layers.*",)) -> Lora:
+    return Lora(rank=rank, alpha=alpha, targets=targets)
 
 
 def randomise(adapters: AdapterSet, seed: int = 0, std: float = 0.3) -> None:

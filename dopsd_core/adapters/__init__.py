@@ -1,0 +1,11 @@
+"""What is trained beside the frozen network. A new kind is a module here and an entry in `ADAPTERS`."""
+
+from __future__ import annotations
+
+from ..options import Registry
+from .base import Adapter
+from .lora import Lora
+
+__all__ = ["ADAPTERS", "Adapter", "Lora"]
+
+ADAPTERS: Registry[Adapter] = Registry("adapter", Lora)

@@ -10,24 +10,25 @@ are kept stacked, [parts * rank, in], for one GEMM. Master weights fp32, cast to
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..denoiser import LinearSite, SitePart
+from ..teachers import TEACHERS, Teacher
+from ..trainable import Mode, Role
 from .frozen_linear import frozen_linear
-from .lora_config import LoraConfig, match_targets, part_seed
+from .lora import Lora
 
 log = logging.getLogger("dopsd")
-
-Mode = Literal["student", "teacher", "off"]
-TeacherKind = Literal["ema", "frozen", "same"]
 
 _OWNER = "_dopsd_adapter_set"
 
@@ -59,13 +60,12 @@ class _SiteAdapter:
         """base [..., out_features] plus the low-rank update of x [..., in_features]; W + BA is never formed."""
         base_2d = base.reshape(-1, base.shape[-1])
         hidden = F.linear(x.reshape(-1, x.shape[-1]), weights.a.to(x.dtype)).to(base.dtype)
-        rank = weights.b[0].shape[1]
+        by_part = rearrange(hidden, "tokens (part rank) -> part tokens rank", part=len(self.parts))
         segments: list[Tensor] = []
         end = 0
-        for i, (part, b) in enumerate(zip(self.parts, weights.b, strict=True)):
+        for part, h, b in zip(self.parts, by_part, weights.b, strict=True):
             if part.start > end:
                 segments.append(base_2d[:, end : part.start])
-            h = hidden[:, i * rank : (i + 1) * rank]
             segments.append(torch.addmm(base_2d[:, part.rows], h, b.to(base.dtype).t(), alpha=scale))
             end = part.stop
         if end < base_2d.shape[1]:
@@ -77,12 +77,9 @@ class _SiteAdapter:
 class AdapterSet:
     """Trainable student LoRA, its teacher, and the switch between them, over the sites of one network.
 
-    Teacher kinds: "ema" follows the student's weights with `ema_decay` (theta-bar of the paper), "frozen" is the base
-    alone (no second set of weights), "same" is the student itself, without gradient.
-
     Example::
 
-        adapters = AdapterSet(denoiser.sites(), LoraConfig(targets=family.lora_targets), seed=0)
+        adapters = AdapterSet(denoiser.sites(), Lora(targets=family.lora_targets), seed=0)
         with adapters.attached():
             with adapters.use("teacher"), torch.no_grad():
                 target = denoiser.predict_x0(x, sigma, conditions)
@@ -91,31 +88,25 @@ class AdapterSet:
     bit. Every part's A is a function of (seed, part name) alone: fused and split hosts start from the same weights.
 
     Raises:
-        ValueError: a target that matches nothing, two sites with one module, two parts with one name, decay out of
-        [0, 1].
+        ValueError: a target that matches nothing, two sites with one module, two parts with one name.
     """
 
     def __init__(
         self,
         sites: Sequence[LinearSite],
-        config: LoraConfig,
+        config: Lora,
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        teacher: TeacherKind = "ema",
-        ema_decay: float = 0.9999,
+        teacher: Teacher | str = "ema",
     ) -> None:
-        if teacher not in get_args(TeacherKind):
-            raise ValueError(f"teacher must be one of {', '.join(get_args(TeacherKind))}; got {teacher!r}")
-        if not 0.0 <= ema_decay <= 1.0:
-            raise ValueError(f"ema_decay must be within [0, 1], got {ema_decay}")
+        """teacher: whose weights teach; a name stands for that choice at its defaults."""
         _check_distinct(sites)
         self.config = config
-        self.teacher_kind: TeacherKind = teacher
-        self.ema_decay = ema_decay
+        self.teacher: Teacher = TEACHERS.validated(teacher)
         self._mode: Mode = "student"
         self._sites = tuple(sites)
-        chosen = match_targets([part.name for site in sites for part in site.parts], config.targets)
+        chosen = config.chosen(sites)
         self._adapters = [
             self._new_adapter(site, tuple(p for p in site.parts if p.name in chosen), seed, torch.device(device))
             for site in sites
@@ -137,7 +128,7 @@ class AdapterSet:
             nn.Parameter(a), tuple(nn.Parameter(torch.zeros(p.out_features, rank, device=device)) for p in parts)
         )
         teacher = None
-        if self.teacher_kind == "ema":
+        if self.has_teacher:
             teacher = _Weights(a.clone(), tuple(torch.zeros_like(b, requires_grad=False) for b in student.b))
         return _SiteAdapter(site, parts, student, teacher)
 
@@ -231,7 +222,7 @@ class AdapterSet:
             self._mode = previous
 
     def _active(self, adapter: _SiteAdapter) -> _Weights | None:
-        if self._mode == "off" or (self._mode == "teacher" and self.teacher_kind == "frozen"):
+        if self._mode == "off" or (self._mode == "teacher" and self.teacher.weights == "base"):
             return None
         if self._mode == "teacher":
             return adapter.teacher or adapter.student.detached()
@@ -245,32 +236,30 @@ class AdapterSet:
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """theta_bar <- decay * theta_bar + (1 - decay) * theta, in fp32; only the "ema" teacher has anything to do."""
-        if self.teacher_kind != "ema":
-            return
-        teacher = [t for a in self._adapters if a.teacher is not None for t in a.teacher.tensors()]
-        students = [p.data for p in self.parameters()]
-        torch._foreach_lerp_(teacher, students, 1.0 - self.ema_decay)  # pyright: ignore[reportPrivateImportUsage]
+        """Lets the teacher's weights follow the student's; does nothing for one that has none."""
+        if self.has_teacher:
+            teacher = [t for a in self._adapters if a.teacher is not None for t in a.teacher.tensors()]
+            self.teacher.update(teacher, [p.data for p in self.parameters()])
 
     @property
     def has_teacher(self) -> bool:
         """Whether the teacher has weights of its own."""
-        return self.teacher_kind == "ema"
+        return self.teacher.weights == "copy"
 
     def part_names(self) -> list[str]:
         """The adapted parts, in site order."""
         return [part.name for adapter in self._adapters for part in adapter.parts]
 
-    def state(self, which: Literal["student", "teacher"] = "student") -> dict[str, Tensor]:
+    def state(self, which: Role = "student") -> dict[str, Tensor]:
         """Copies on the CPU, fp32: "<part>.lora_A.weight" [rank, in], "<part>.lora_B.weight" [rows, rank]; alpha NOT
         folded in.
 
-        A teacher without weights of its own ("frozen", "same") gives an empty dict.
+        A teacher without weights of its own gives an empty dict.
         """
         return {key: t.detach().cpu().clone() for key, t in self._views(which).items()}
 
     @torch.no_grad()
-    def load_state(self, which: Literal["student", "teacher"], tensors: Mapping[str, Tensor]) -> None:
+    def load_state(self, which: Role, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state`; the optimizer's references stay valid.
 
         Raises:
@@ -289,18 +278,24 @@ class AdapterSet:
         for key, view in views.items():
             view.copy_(tensors[key])
 
-    def _views(self, which: Literal["student", "teacher"]) -> dict[str, Tensor]:
-        if which not in ("student", "teacher"):
-            raise ValueError(f"which must be 'student' or 'teacher', got {which!r}")
+    def _views(self, which: Role) -> dict[str, Tensor]:
+        if which not in get_args(Role):
+            raise ValueError(f"which must be one of {', '.join(get_args(Role))}; got {which!r}")
         views: dict[str, Tensor] = {}
         for adapter in self._adapters:
             weights = adapter.student if which == "student" else adapter.teacher
             if weights is None:
                 continue
-            for part, a, b in zip(adapter.parts, weights.a.split(self.config.rank), weights.b, strict=True):
+            by_part = rearrange(weights.a, "(part rank) inputs -> part rank inputs", part=len(adapter.parts))
+            for part, a, b in zip(adapter.parts, by_part, weights.b, strict=True):
                 views[f"{part.name}.lora_A.weight"] = a
                 views[f"{part.name}.lora_B.weight"] = b
         return views
+
+
+def part_seed(seed: int, name: str) -> int:
+    """A seed in 0..2^63-1 for one part, a function of (seed, name) alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
 def _check_distinct(sites: Sequence[LinearSite]) -> None:

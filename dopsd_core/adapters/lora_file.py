@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..files.atomic import write_atomic
 from ..text import printable
-from .lora_config import LoraConfig
+from .lora import Lora
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
 _PEFT_PREFIX = "base_model.model."
@@ -36,12 +36,12 @@ _REPEATS = re.compile(r"[*+{]")  # each may multiply the time of a match by the 
 _NESTED = re.compile(r"\)[*+{]")  # a repeated group may take time without end
 
 
-def fold_alpha(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+def fold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
     """Raw -> folded: every lora_B times alpha / rank; lora_A as it is."""
     return {key: t * config.scale if ".lora_B." in key else t for key, t in tensors.items()}
 
 
-def unfold_alpha(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+def unfold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
     """Folded -> raw, for `AdapterSet.load_state` of a set with this config; fp32."""
     return {key: t.float() / config.scale if ".lora_B." in key else t.float() for key, t in tensors.items()}
 
@@ -49,7 +49,7 @@ def unfold_alpha(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str,
 def save_lora(
     path: Path | str,
     tensors: Mapping[str, Tensor],
-    config: LoraConfig,
+    config: Lora,
     *,
     prefix: str = "transformer.",
     metadata: Mapping[str, str] | None = None,
@@ -90,7 +90,7 @@ def load_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_peft(
     folder: Path | str,
     tensors: Mapping[str, Tensor],
-    config: LoraConfig,
+    config: Lora,
     *,
     base_model: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -272,9 +272,7 @@ def shown(value: object) -> str:
 # -- helpers -----------------------------------------------------------------------------------------------------------
 
 
-def _file_tensors(
-    tensors: Mapping[str, Tensor], config: LoraConfig, prefix: str, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _file_tensors(tensors: Mapping[str, Tensor], config: Lora, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} is not finite; the LoRA is not saved")

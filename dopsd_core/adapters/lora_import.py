@@ -1,6 +1,6 @@
 """LoRAs of other trainers as the start of a run, at exactly the strength that ComfyUI gives them.
 
-    imported = import_lora(read_lora(path), denoiser.sites(), config.lora.targets)
+    imported = import_lora(read_lora(path), denoiser.sites(), config.adapter.targets)
     train(config, denoiser, data, folder, initial=imported.tensors)
 
 Trainers disagree about names (dots or underscores, the original network's or diffusers'), about fused projections and
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import LinearSite, SitePart
-from .lora_config import LoraConfig, match_targets
+from .lora import Lora
 from .lora_file import (
     alpha_of,
     check_pair,
@@ -34,6 +34,7 @@ from .lora_file import (
     shown,
     unfold_alpha,
 )
+from .targets import match_targets
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(
@@ -140,7 +141,7 @@ def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targ
     return ImportedLora(result, tuple(key for key in tensors if key in unused))
 
 
-def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
     """`start`, the raw state of a new adapter set, with the folded tensors of `initial` in it; raw, the same keys.
 
     A smaller rank is filled up with components of `start`, whose B is zero: they add nothing, and can learn. Parts

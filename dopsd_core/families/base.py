@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..adapters.lora_config import LoraConfig
+from ..adapters.lora import Lora
 from ..denoiser import BlockShape, PartsOf, SitePart
 
 if TYPE_CHECKING:
@@ -17,16 +17,27 @@ if TYPE_CHECKING:
 class Family:
     """Grid, geometry, targets, names and defaults of one kind of model.
 
-    sigmas: (num_steps, width, height in pixels) -> the model's own few-step grid, num_steps + 1 values.
-    latent_channels, downscale: a picture of W x H pixels is a latent [latent_channels, H / downscale, W / downscale].
-    pixel_multiple: both sides of a training picture are multiples of it.
-    lora_targets: patterns over part names, for `LoraConfig.targets`. key_prefix: stands before part names in LoRA
-    files. native_parts: (module path, rows) of a Linear in the original, fused network -> its parts under diffusers'
-    names. block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens of latent
-    and references, text tokens) -> what that block works on. teachers: names in `teachers.TEACHERS` that the model can
-    have, its default first. patch: latent pixels on a side of an image token. rollout_steps, sample_steps: of training
-    and of inference.
-    lora_rank, lora_alpha, learning_rate, paper_steps: the paper's settings.
+    Attributes:
+        name: what it is chosen by.
+        title: what people call it.
+        sigmas: (num_steps, width, height in pixels) -> the model's own few-step grid, num_steps + 1 values.
+        latent_channels: C of a latent.
+        downscale: pixels of an image on a side of a latent pixel.
+        pixel_multiple: both sides of a training image are multiples of it.
+        lora_targets: patterns over part names, for `Adapter.targets`.
+        native_parts: (module path, rows) of a Linear in the original, fused network -> its parts as diffusers has them.
+        block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens of latent and
+            references, text tokens) -> what that block works on.
+        teachers: names in `conditioning.teachers.TEACHERS` that the model can have, its default first.
+        patch: latent pixels on a side of an image token.
+        key_prefix: stands before part names in LoRA files.
+        rollout_steps: K of training.
+        sample_steps: of inference.
+        lora_rank: the paper's.
+        lora_alpha: the paper's.
+        learning_rate: the paper's.
+        paper_steps: optimizer steps in the paper.
+        pixel_budget: pixels of a training image unless asked for otherwise.
     """
 
     name: str
@@ -65,16 +76,21 @@ class Family:
         """Tokens of a latent of that size: one per patch."""
         return (height // self.patch) * (width // self.patch)
 
+    def grid(self, num_steps: int, latent: Sequence[int]) -> tuple[float, ...]:
+        """The few-step grid, num_steps + 1 sigmas, for a latent of shape (C, h, w)."""
+        _, height, width = latent
+        return self.sigmas(num_steps, width * self.downscale, height * self.downscale)
+
     def tokens(self, latent: Sequence[int], condition: Condition) -> tuple[int, int]:
         """(image, text) tokens of a forward on a latent [C, h, w]; references join the image's."""
         shapes = [latent, *(reference.shape for reference in condition.reference_latents)]
         return sum(self.image_tokens(*shape[-2:]) for shape in shapes), len(condition.features)
 
-    def lora_config(self, rank: int | None = None, alpha: float | None = None) -> LoraConfig:
+    def lora_config(self, rank: int | None = None, alpha: float | None = None) -> Lora:
         """The family's targets; rank as in the paper unless given, alpha at the paper's alpha / rank unless given."""
         rank = self.lora_rank if rank is None else rank
         scale = self.lora_alpha / self.lora_rank
-        return LoraConfig(rank=rank, alpha=rank * scale if alpha is None else alpha, targets=self.lora_targets)
+        return Lora(rank=rank, alpha=rank * scale if alpha is None else alpha, targets=self.lora_targets)
 
 
 def split_rows(names: tuple[str, ...], out_features: int) -> tuple[SitePart, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from ..adapters.lora_config import LoraConfig, match_targets
+from ..adapters import Adapter
 from ..denoiser import BlockShape, LinearSite
 from ..families import Family
 from ..overrides import Forward, overridden
@@ -26,7 +26,12 @@ from ..overrides import Forward, overridden
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """kept: what a block keeps for its backward. entry: what it keeps if it recomputes."""
+    """Activation memory of a block, in bytes.
+
+    Attributes:
+        kept: for its backward.
+        entry: if it recomputes.
+    """
 
     kept: int
     entry: int
@@ -101,7 +106,7 @@ def block_bytes(
     blocks: Sequence[nn.Module],
     sites: Sequence[LinearSite],
     family: Family,
-    lora: LoraConfig,
+    adapter: Adapter,
     image_tokens: int,
     text_tokens: int,
     batch: int = 1,
@@ -116,14 +121,14 @@ def block_bytes(
     c is the itemsize of a compute dtype narrower than fp32, for which the LoRA is cast in each forward, else 0.
     Attention is torch's fused one, which keeps no L x L matrix, and norms are fused (on a CPU only in fp32).
     """
-    names = match_targets([part.name for site in sites for part in site.parts], lora.targets)
+    names = adapter.chosen(sites)
     out = []
     for shape, inside in block_shapes(blocks, sites, family, image_tokens, text_tokens):
         adapted = [(part, site) for site in inside for part in site.parts if part.name in names]
         # the As of one Linear are stacked and cast as one; the sums are the same
-        lora_elements = sum(lora.rank * (site.in_features + part.out_features) for part, site in adapted)
-        kept = batch * shape.tokens * (shape.kept + lora.rank * len(adapted)) * itemsize
-        cast = lora_elements * itemsize if itemsize < 4 else 0
+        parameters = sum(adapter.part_parameters(site.in_features, part.out_features) for part, site in adapted)
+        kept = batch * shape.tokens * (shape.kept + adapter.part_activations() * len(adapted)) * itemsize
+        cast = parameters * itemsize if itemsize < 4 else 0
         out.append(BlockBytes(kept + cast, batch * shape.tokens * shape.width * itemsize))
     return out
 

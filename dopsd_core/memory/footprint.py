@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..adapters.adapter_set import TeacherKind
-from ..adapters.lora_config import LoraConfig, lora_size
+from ..adapters import Adapter
 from ..denoiser import Denoiser
 from ..families import Family
+from ..optimizers import AdamW, Optimizer
+from ..teachers import EmaTeacher, Teacher
 from .activation_checkpointing import BlockBytes, block_bytes, block_shapes, blocks_to_checkpoint, peak_bytes
 
 _FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
@@ -15,26 +16,26 @@ _FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
 Z-Image 4.8, klein 5.2), and in a backward beyond what was kept (2.2, 2.9). Kept outside the blocks, in units of the
 width: 3 to 4 were counted."""
 
-_HEADER, _HEADERS, _TABLES = 512, 2**16, 2**16
-"""Bytes on the disk: of names and shapes per tensor, of configuration and metadata, and of the tables of an 8-bit
-optimizer per tensor, which keeps small ones in 32 bits."""
+_HEADER, _HEADERS = 512, 2**16
+"""Bytes on the disk: of names and shapes per tensor, of configuration and metadata."""
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes on the device while an optimizer step is made.
 
-    With P the LoRA's elements: P = r * sum over the adapted parts of (inputs + outputs), r the rank; L tokens, D the
-    network's width, I a block's widest input.
+    With P the adapter's parameters (of a LoRA r * sum over the adapted parts of (inputs + outputs), r the rank);
+    L tokens, D the network's width, I a block's widest input.
 
-    weights: of the base, in whatever form they were loaded.
-    lora: 4 P, master weights in fp32.
-    training: gradients 4 P, Adam's two moments 8 P (2 P in 8 bits), and an ema teacher 4 P.
-    working: what embedders and the output layer keep, 4 * batch * L * D * itemsize, and the largest weight in the
-        compute dtype twice, where weights are cast or streamed.
-    forward, backward: 5.5 and 3 * batch * L * I * itemsize, which live for a moment; the forward's is the teacher's,
-        whose sequence may be the longer one.
-    blocks: what each block keeps for its backward, `checkpointing.block_bytes`.
+    Attributes:
+        weights: of the base, in whatever form they were loaded.
+        lora: 4 P, master weights in fp32.
+        training: gradients 4 P, the optimizer's state (8 P for Adam's moments, 2 P in 8 bits), an ema teacher 4 P.
+        working: what embedders and the output layer keep, 4 * batch * L * D * itemsize, and the largest weight in the
+            compute dtype twice, where weights are cast or streamed.
+        forward: 5.5 * batch * L * I * itemsize, for a moment; of the teacher, whose sequence may be the longer one.
+        backward: 3 * batch * L * I * itemsize, for a moment.
+        blocks: what each block keeps for its backward, `activation_checkpointing.block_bytes`.
     """
 
     weights: int
@@ -59,24 +60,25 @@ class Footprint:
 def estimate(
     denoiser: Denoiser,
     family: Family,
-    lora: LoraConfig,
+    adapter: Adapter,
     student: tuple[int, int],
     teacher: tuple[int, int],
     weights: int,
     *,
     batch: int = 1,
     itemsize: int = 2,
-    teacher_kind: TeacherKind = "ema",
-    eight_bit: bool = False,
+    weights_of_teacher: Teacher | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Footprint:
     """The footprint of training on samples of at most so many (image, text) tokens, `Family.tokens`.
 
-    weights: bytes of the base as loaded. itemsize: of the compute dtype. Memory of the framework and of other programs
-    is not in it.
+    weights: bytes of the base as loaded. itemsize: of the compute dtype. weights_of_teacher, optimizer: by default the
+    moving average and AdamW. Memory of the framework and of other programs is not in it.
     """
     sites, blocks = denoiser.sites(), denoiser.blocks()
-    _, elements = lora_size(sites, lora)
-    moments, average = 2 if eight_bit else 8, 4 if teacher_kind == "ema" else 0
+    _, elements = adapter.size(sites)
+    moments = (optimizer or AdamW()).bytes_per_parameter
+    average = 4 if (weights_of_teacher or EmaTeacher()).weights == "copy" else 0
     longer = (max(student[0], teacher[0]), max(student[1], teacher[1]))
     largest = max(site.in_features * site.out_features for site in sites)
     width = max(shape.tokens * shape.width for shape, _ in block_shapes(blocks, sites, family, *student))
@@ -87,7 +89,7 @@ def estimate(
         working=(_OUTSIDE * batch * width + 2 * largest) * itemsize,
         forward=int(_FORWARD * batch * _widest(denoiser, family, longer) * itemsize),
         backward=int(_BACKWARD * batch * _widest(denoiser, family, student) * itemsize),
-        blocks=tuple(block_bytes(blocks, sites, family, lora, *student, batch, itemsize)),
+        blocks=tuple(block_bytes(blocks, sites, family, adapter, *student, batch, itemsize)),
     )
 
 
@@ -103,12 +105,12 @@ class SavedBytes:
     lora: int
 
 
-def saved_bytes(elements: int, tensors: int, teacher_kind: TeacherKind, eight_bit: bool) -> SavedBytes:
+def saved_bytes(elements: int, tensors: int, teacher: Teacher, optimizer: Optimizer) -> SavedBytes:
     """What a run with a LoRA of so many elements in so many tensors writes."""
     header = _HEADER * tensors + _HEADERS
-    moments = 3 * elements + _TABLES * tensors if eight_bit else 8 * elements
-    student, teacher = 4 * elements, 4 * elements if teacher_kind == "ema" else 0
-    return SavedBytes(checkpoint=student + teacher + moments + 4 * header, lora=2 * elements + header)
+    student, average = 4 * elements, 4 * elements if teacher.weights == "copy" else 0
+    state = optimizer.saved_bytes(elements, tensors)
+    return SavedBytes(checkpoint=student + average + state + 4 * header, lora=2 * elements + header)
 
 
 def _widest(denoiser: Denoiser, family: Family, tokens: tuple[int, int]) -> int:

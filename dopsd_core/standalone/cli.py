@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 import time
@@ -13,16 +12,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..arguments import config_from_args
 from ..conditioning.cache import ConditionCache
+from ..config import TrainConfig
 from ..data.captions import check_prompts, put_trigger
 from ..data.dataset import read_dataset
 from ..data.images import decode, to_tensor
 from ..demo.concept import make_concept, write_dataset
 from ..demo.model_files import JUDGE_FILE, WEIGHTS
+from ..demo.settings import demo_config
 from ..demo.world import IMAGE_SIZE
 from ..families import Z_IMAGE
 from ..image_grid import to_images
+from ..objectives import SFT
 from ..rollout import sample
 from ..text import printable
 from ..training.log import StepReport
@@ -30,7 +31,6 @@ from ..training.rng import make_generator
 from ..training.trainer import NoCallbacks, train
 from ..training.training_set import build_training_set
 from .compare import compare, draw_teacher_sheet, plan, table, write_results
-from .demo import demo_config
 from .evaluate import Samples
 from .hosts.demo import load_demo_model, with_lora
 from .jobs import JobRunner
@@ -72,11 +72,13 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Trains the demo model on any data set; the same command again continues the run."""
+    """Trains the demo model on any data set; the same command again continues the run.
+
+    args.train_config: the configuration that `arguments.config_from_args` made of the options.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
-    defaults = {f.name: getattr(demo_config(), f.name) for f in dataclasses.fields(demo_config())}
-    config = config_from_args(args, defaults)
+    config: TrainConfig = args.train_config
     resolution = args.resolution or IMAGE_SIZE
     report = read_dataset(
         args.dataset, pixel_budget=resolution**2, multiple=Z_IMAGE.pixel_multiple, trigger=args.trigger,
@@ -92,14 +94,16 @@ def run_train(args: argparse.Namespace) -> int:
     unknown = model.encoder.unknown_words([caption for pair in report.pairs for caption in pair.captions])
     if unknown:
         _say(f"warning: the demo model was never taught these words: {', '.join(unknown)}")
+    # SFT has no use for anchors, but saved runs know their data by them
+    anchors = config.objective.wants_anchors or isinstance(config.objective, SFT)
     data = build_training_set(
         report.pairs, model.encoder, ConditionCache(args.output / "cache"), trigger=args.trigger,
         teacher_image=args.teacher_image, caption_dropout=config.caption_dropout > 0,
-        anchors=config.anchor_probability > 0, heldout_caption=args.heldout_caption,
+        anchors=anchors, heldout_caption=args.heldout_caption,
     )  # fmt: skip
-    if config.anchor_probability and not data.anchors and args.anchor_probability is None:
+    if config.objective.wants_anchors and not data.anchors and "anchor_probability" not in args:
         _say("warning: no caption names the trigger, so there is no prior to anchor; anchor_probability is set to 0")
-        config = dataclasses.replace(config, anchor_probability=0.0)
+        config = config.replace(objective=config.objective.without_anchors())
     with tqdm(total=config.steps, unit="step") as bar:
         facts = {"dopsd_base_fingerprint": model.fingerprint}
         result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..demo.concept import Concept
 from ..demo.world import render
 from ..files.atomic import write_atomic
 from ..image_grid import Row, contact_sheet
+from ..objectives import SFT
 from ..training.log import LOG_NAME, read_log
 from .curves import save_curves
 from .evaluate import Samples, Scores, frechet_floor, gap_closed, summarise
@@ -52,13 +53,14 @@ def plan(config: TrainConfig, num_seeds: int) -> tuple[list[Job], list[Job], lis
     """The jobs of the untouched model and of D-OPSD on every seed, and of SFT at every rate on the first one."""
     seeds = range(num_seeds)
     untouched = [Job(seed) for seed in seeds]
-    dopsd = [Job(seed, replace(config, seed=seed)) for seed in seeds]
-    return untouched, dopsd, [Job(0, sft_config(config, rate, 0)) for rate in SFT_RATES]
+    dopsd = [Job(seed, config.replace(seed=seed), "dopsd") for seed in seeds]
+    return untouched, dopsd, [sft_job(config, rate, 0) for rate in SFT_RATES]
 
 
-def sft_config(config: TrainConfig, rate: float, seed: int) -> TrainConfig:
+def sft_job(config: TrainConfig, rate: float, seed: int) -> Job:
     """The same run as plain supervised fine-tuning: equal steps, batch, LoRA and seed."""
-    return replace(config, objective="sft", lr=rate, seed=seed)
+    optimizer = config.optimizer.replace(lr=rate)
+    return Job(seed, config.replace(objective=SFT(), optimizer=optimizer, seed=seed), f"sft-lr{rate:g}")
 
 
 def compare(
@@ -76,7 +78,7 @@ def compare(
     results = runner.run([*own, *tries])
     dopsd, tried = results[:num_seeds], dict(zip(SFT_RATES, results[num_seeds:], strict=True))
     rate = best_rate({rate: done.scores for rate, done in tried.items()}, dopsd[0].scores)
-    sft = [tried[rate], *runner.run([Job(s, sft_config(config, rate, s)) for s in range(1, num_seeds)])]
+    sft = [tried[rate], *runner.run([sft_job(config, rate, seed) for seed in range(1, num_seeds)])]
     found = {
         name: [(d.scores, d.samples) for d in runs] for name, runs in (("base", base), ("dopsd", dopsd), ("sft", sft))
     }

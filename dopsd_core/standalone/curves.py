@@ -23,7 +23,7 @@ def save_curves(path: Path, runs: dict[str, Sequence[StepReport]]) -> None:
         loss.plot(*curve(reports, lambda r: None if r.anchors else r.loss), color=colour, label=name)
         gap.plot(*curve(reports, lambda r: r.relative_gap), color=colour, label=f"{name}, trained captions")
         gap.plot(*curve(reports, lambda r: r.heldout_relative_gap), "--", color=colour, label=f"{name}, unseen caption")
-        cosine.plot(*curve(reports, lambda r: None if r.anchors else r.cosine), color=colour, label=name)
+        cosine.plot(*curve(reports, lambda r: None if r.anchors else r.metrics.get("cosine")), color=colour, label=name)
     loss.set(title="loss (each method's own)", xlabel="step", yscale="log")
     gap.set(title="gap to the teacher (1 = before training)", xlabel="step", ylim=(0, None))
     cosine.set(title="cosine of student's and target's velocity", xlabel="step")

@@ -33,14 +33,6 @@ from .judge import Judge
 _BATCH = 32
 
 
-def demo_config(steps: int = 120, seed: int = 0) -> TrainConfig:
-    """The settings of the demo's D-OPSD run; also what `train --model demo` starts from."""
-    return TrainConfig(
-        lora=Z_IMAGE.lora_config(rank=16, alpha=16.0), family="z_image", steps=steps, lr=2e-3, warmup=10, batch_size=4,
-        teacher="ema", ema_decay=0.999, seed=seed, checkpoint_every=50, probe_every=10,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True, eq=False)
 class Conditions:
     """Conditions of the evaluation's prompts, of the text alone; `taught` are the trigger prompts as the teacher sees

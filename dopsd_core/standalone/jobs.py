@@ -30,35 +30,45 @@ from .memory import peak_rss_mb
 Progress = Callable[[str, float], None]
 """(what is being done, work done since the last call)."""
 
-_STEP = {"dopsd": 1.0, "sft": 0.35}  # cost of an optimizer step, and
-_SAMPLES = 16.0  # of a set of pictures, in steps of D-OPSD
+_SAMPLES = 16.0  # cost of a set of pictures, in steps of D-OPSD
 
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures of a model trained by `config`; without one, of the untouched model and of its teacher."""
+    """Images of a model trained by `config`; without one, of the untouched model and of its teacher.
+
+    Attributes:
+        seed: of the training and of the images.
+        config: of the training.
+        method: what the job is called, together with its seed.
+    """
 
     seed: int
     config: TrainConfig | None = None
+    method: str = "untouched"
 
     @property
     def name(self) -> str:
         """The run's folder and what the progress bar calls it."""
-        if self.config is None:
-            return f"untouched-seed{self.seed}"
-        rate = f"-lr{self.config.lr:g}" if self.config.objective == "sft" else ""
-        return f"{self.config.objective}{rate}-seed{self.seed}"
+        return f"{self.method}-seed{self.seed}"
 
     @property
     def work(self) -> float:
         """About how long it takes, in steps of D-OPSD."""
-        steps = 0.0 if self.config is None else self.config.steps * _STEP[self.config.objective]
+        steps = 0.0 if self.config is None else self.config.steps * self.config.objective.relative_cost
         return steps + _SAMPLES
 
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """What a job found. taught: scores and pictures of the teacher, of an untouched job; lora: of a training job."""
+    """What a job found.
+
+    Attributes:
+        scores: of its images.
+        samples: the images.
+        taught: the same of the teacher, of an untouched job.
+        lora: the file, of a training job.
+    """
 
     scores: Scores
     samples: Samples
@@ -112,7 +122,8 @@ class _Told(NoCallbacks):
         config = self._job.config
         if config is not None and report.step:
             gap = "" if report.relative_gap is None else f", gap {report.relative_gap:.2f}"
-            self._queue.put((f"{self._job.name} {report.step}/{config.steps}{gap}", _STEP[config.objective]))
+            done = config.objective.relative_cost
+            self._queue.put((f"{self._job.name} {report.step}/{config.steps}{gap}", done))
 
 
 _worker: tuple[int, Path, Any] | None = None

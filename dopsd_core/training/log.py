@@ -7,14 +7,14 @@ the distance before training. 1 is untrained, 0 is the teacher reached.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from ..files.atomic import write_atomic
 from ..files.disk import writing
@@ -28,9 +28,11 @@ class StepReport:
 
     Attributes:
         step: optimizer steps done.
-        loss, gap, cosine, norm_ratio: of the training batches: the objective's loss; rms distance of the student's
-            velocities to the target's, their cosine, and norm of the student's over the target's. Batches of the
-            prior anchor count only when there were no others.
+        loss: the objective's, mean over the training batches. Batches of the prior anchor count only when there were
+            no others.
+        metrics: the objective's further figures by name, of the same batches. Of those that compare velocities: "gap",
+            the rms distance of the student's to the target's, "cosine", and "norm_ratio", the student's norm over the
+            target's.
         relative_gap: gap to the teacher on fixed noise over the one before training; None where not measured.
         heldout_relative_gap: the same on the held-out caption.
         lr, grad_norm: learning rate of this step, and norm of its gradient before clipping.
@@ -42,11 +44,9 @@ class StepReport:
 
     step: int
     loss: float | None = None
-    gap: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     relative_gap: float | None = None
     heldout_relative_gap: float | None = None
-    cosine: float | None = None
-    norm_ratio: float | None = None
     lr: float | None = None
     grad_norm: float | None = None
     anchors: int = 0
@@ -54,10 +54,29 @@ class StepReport:
     overflows: int | None = None
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        if taken := sorted(self.metrics.keys() & _FIELDS):
+            raise ValueError(f"an objective's metric may not be called {taken[0]}, which the log has a meaning for")
+
     def to_row(self) -> str:
-        """A line of JSON without what was not measured."""
-        values = dataclasses.asdict(self).items()
-        return json.dumps({name: value for name, value in values if _is_told(value)}) + "\n"
+        """A line of JSON without what was not measured; the metrics stand in it under their own names."""
+        values: dict[str, object] = {name: getattr(self, name) for name in _FIELDS}
+        row = {"step": self.step, "loss": self.loss, **self.metrics, **values}
+        return json.dumps({name: value for name, value in row.items() if _is_told(value)}) + "\n"
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, object]) -> StepReport:
+        """The report of a line. Numbers of other names are metrics; what else is unknown is ignored.
+
+        Raises:
+            TypeError: there is no step.
+        """
+        known: dict[str, Any] = {name: value for name, value in row.items() if name in _FIELDS}
+        others = {name: float(value) for name, value in row.items() if name not in _FIELDS and _is_number(value)}
+        return cls(**known, metrics=others)
+
+
+_FIELDS = tuple(name for name in StepReport.__dataclass_fields__ if name != "metrics")
 
 
 @dataclass(frozen=True)
@@ -110,16 +129,14 @@ class RunLog:
 def read_log(path: Path) -> list[StepReport]:
     """The reports of a log in order of their steps, as far as they are whole; an absent file has none.
 
-    Fields of newer releases are ignored. A line that cannot be read ends the log there.
+    A line that cannot be read ends the log there.
     """
     if not path.exists():
         return []
     reports: list[StepReport] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-            known = {name: value for name, value in row.items() if name in StepReport.__dataclass_fields__}
-            report = StepReport(**known)
+            report = StepReport.from_row(json.loads(line))
         except (ValueError, TypeError, AttributeError):
             break
         if not isinstance(report.step, int) or (reports and report.step <= reports[-1].step):
@@ -134,8 +151,19 @@ def curve(reports: Sequence[StepReport], value: Callable[[StepReport], float | N
     return [step for step, _ in points], [number for _, number in points]
 
 
+def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the batches that have it."""
+    names = dict.fromkeys(name for batch in metrics for name in batch)
+    known = {name: [batch[name] for batch in metrics if name in batch] for name in names}
+    return {name: sum(values) / len(values) for name, values in known.items()}
+
+
 def _ratio(now: float | None, start: float | None) -> float | None:
     return now / start if now is not None and start is not None and start > 0 else None
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_told(value: object) -> bool:

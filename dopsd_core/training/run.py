@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..adapters.adapter_set import AdapterSet
-from ..adapters.lora_import import lora_digest, start_state
+from ..adapters.lora_import import lora_digest
 from ..conditioning.encode import DualCondition
 from ..config import TrainConfig, changes_that_forbid_resuming
 from ..denoiser import Denoiser
+from ..families import get_family
 from ..objectives import ObjectiveInputs, ObjectiveOutput
-from ..optimizers.optimizer import learning_rate, make_optimizer
+from ..optimizers import evaluating, start_training
 from ..transfer import to_device
 from .checkpoint import Checkpoint, StateError, flatten_state, unflatten_paths, unflatten_state
-from .log import Gaps, StepReport
+from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
+from .probe import Probe
 from .rng import DataOrder, draw_noise, draw_variant, make_generator
 from .run_folder import RunFolder
-from .training_set import Probe, TrainingSet, grid_of, latent_shape, pair_to
+from .training_set import TrainingSet, latent_shape, pair_to
 
 log = logging.getLogger("dopsd")
 
@@ -74,20 +75,14 @@ class Run:
         self._model = self._facts.get("dopsd_base_fingerprint", "")
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
-        self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if config.anchor_probability else []
-        self.objective = config.make_objective()
-        self.adapters = AdapterSet(
-            denoiser.sites(),
-            config.lora,
-            seed=config.seed,
-            device=denoiser.device,
-            teacher=config.teacher,
-            ema_decay=config.ema_decay,
-        )
+        wants_anchors = config.objective.wants_anchors
+        self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
+        self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
         self.loss_scale = LossScale(denoiser.compute_dtype)
         self._initial = lora_digest(initial) if initial else ""
-        self._start_state = start_state(initial, self.adapters.state(), config.lora) if initial else None
-        self.optimizer = make_optimizer(config, self.adapters.parameters())
+        self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
+        self.optimizer = config.optimizer.build(self.adapters.parameters())
+        start_training(self.optimizer)
         self.probe = Probe(config, denoiser, self.adapters, data)
         repeats = tuple(example.repeats for example in data.examples)
         self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
@@ -124,7 +119,8 @@ class Run:
         if self.start.train < 1e-6:
             log.warning("teacher and student agree before training: the teacher sees nothing to teach")
         relative, heldout = self.start.relative_to(self.start)
-        report = StepReport(step=0, gap=self.start.train, relative_gap=relative, heldout_relative_gap=heldout)
+        metrics = {"gap": self.start.train}
+        report = StepReport(step=0, metrics=metrics, relative_gap=relative, heldout_relative_gap=heldout)
         self.folder.append(report)
         return report
 
@@ -137,7 +133,8 @@ class Run:
         is_other, self._is_other_heldout = self._is_other_heldout, False
         if not is_other or self.start is None or self.last is None:
             return is_other
-        self.last = dataclasses.replace(self.last, heldout=self.probe.measure_heldout())
+        with evaluating(self.optimizer):
+            self.last = dataclasses.replace(self.last, heldout=self.probe.measure_heldout())
         self.start = dataclasses.replace(self.start, heldout=self._heldout_at_the_start())
         return True
 
@@ -159,7 +156,7 @@ class Run:
             DiskError: the log could not be written; the step is made.
         """
         began = time.perf_counter()
-        rate = learning_rate(self.config, self.step)
+        rate = self.config.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         outputs, grad_norm, overflows = self._accumulate()
@@ -199,12 +196,13 @@ class Run:
             "dopsd_dataset": self._fingerprint,
             "dopsd_config": self.config.to_json(),
             "dopsd_step": str(self.step),
-            "dopsd_objective": self.config.objective,
+            "dopsd_objective": self.config.objective.name,
             "dopsd_family": self.config.family,
         }
         if self._initial:
             metadata["dopsd_initial"] = self._initial
-        return self.folder.save_lora(self.step, self.adapters.state(), metadata)
+        with evaluating(self.optimizer):
+            return self.folder.save_lora(self.step, self.adapters.state(), metadata)
 
     def save_all(self) -> tuple[Path, Path]:
         """Writes the LoRA file and a checkpoint, whichever is not of this step yet, and gives their paths.
@@ -245,13 +243,13 @@ class Run:
         pairs = [self._draw_pair(index, first + offset) for offset, index in enumerate(indices)]
         shapes = [latent_shape(pair) for pair in pairs]
         device = self.denoiser.device
-        return self.objective.backward(
+        return config.objective.backward(
             ObjectiveInputs(
                 denoiser=self.denoiser,
                 adapters=self.adapters,
                 pairs=[pair_to(pair, device) for pair in pairs],
                 noise=to_device(draw_noise(config.seed, self.step, first, shapes), device),
-                sigmas=grid_of(config, shapes[0]),
+                sigmas=get_family(config.family).grid(config.rollout_steps, shapes[0]),
                 generator=make_generator(config.seed, "objective", self.step, micro),
                 anchors=self._anchors,
                 loss_scale=self.loss_scale.value / config.grad_accumulation,
@@ -284,7 +282,7 @@ class Run:
                 raise NonFiniteError(self.step + 1, "loss", output.loss, output.not_finite, self._remedy())
         parameters = self.adapters.parameters()
         self.loss_scale.unscale(p.grad for p in parameters if p.grad is not None)
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf))
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
 
     def _remedy(self) -> str:
         if self.loss_scale.is_on:
@@ -292,7 +290,8 @@ class Run:
         return _CALMER if self.step else f"nothing is trained yet, so it is the model itself or its dtype; {_WIDER}"
 
     def _measure(self) -> Gaps:
-        gaps = self.probe.measure()
+        with evaluating(self.optimizer):
+            gaps = self.probe.measure()
         for gap in (gaps.train, gaps.heldout):
             if gap is not None and not math.isfinite(gap):
                 raise NonFiniteError(self.step, "gap to the teacher", gap, remedy=self._remedy())
@@ -324,9 +323,7 @@ class Run:
         return StepReport(
             step=self.step,
             loss=_mean([output.loss for output in told]),
-            gap=_mean([output.gap for output in told]),
-            cosine=_mean([output.cosine for output in told]),
-            norm_ratio=_mean([output.norm_ratio for output in told]),
+            metrics=mean_metrics([output.metrics for output in told]),
             relative_gap=relative,
             heldout_relative_gap=heldout,
             lr=rate,

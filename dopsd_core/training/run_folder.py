@@ -10,8 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..adapters.lora_config import lora_size
-from ..adapters.lora_file import save_lora
 from ..config import TrainConfig
 from ..denoiser import Denoiser
 from ..families import get_family
@@ -142,7 +140,7 @@ class RunFolder:
         if step == self._lora_step:
             return path
         self._reserve.release()
-        save_lora(path, tensors, self._config.lora, prefix=prefix, metadata=metadata)
+        self._config.adapter.save(path, tensors, prefix, metadata)
         self._lora_step = step
         return path
 
@@ -155,5 +153,5 @@ class RunFolder:
 
 
 def _sizes(config: TrainConfig, denoiser: Denoiser) -> SavedBytes:
-    parts, elements = lora_size(denoiser.sites(), config.lora)
-    return saved_bytes(elements, 2 * parts, config.teacher, config.optimizer == "adamw8bit")
+    parts, elements = config.adapter.size(denoiser.sites())
+    return saved_bytes(elements, 2 * parts, config.teacher, config.optimizer)

@@ -10,7 +10,6 @@ the fastest backward of attention adds in any order there.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..adapters.adapter_set import AdapterSet
 from ..config import ConfigError, TrainConfig
 from ..denoiser import Denoiser
 from ..files.disk import DiskError
 from ..memory.activation_checkpointing import checkpointed
+from ..optimizers import evaluating
+from ..trainable import Trainable
 from .determinism import deterministic_algorithms, obstacle
 from .log import Gaps, StepReport
 from .run import NonFiniteError, Run
@@ -31,8 +31,6 @@ from .run_folder import check_run_folder
 from .training_set import TrainingSet
 
 __all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "TrainingSet", "check_run", "train"]
-
-log = logging.getLogger("dopsd")
 
 
 class Callbacks(Protocol):
@@ -42,9 +40,9 @@ class Callbacks(Protocol):
         """After each optimizer step; once with step 0 before training when the gap is measured."""
         ...
 
-    def on_preview(self, step: int, adapters: AdapterSet) -> None:
-        """At step 0, every `preview_every` steps, after the last, and where a run goes on with another held-out pair;
-        `adapters.use(...)` chooses who samples."""
+    def on_preview(self, step: int, adapters: Trainable) -> None:
+        """At step 0, every `preview_every` steps, after the last, and where a run is resumed with another held-out
+        pair; `adapters.use(...)` chooses who samples."""
         ...
 
     def should_stop(self) -> bool:
@@ -58,7 +56,7 @@ class NoCallbacks:
     def on_step(self, report: StepReport) -> None:
         """Nothing."""
 
-    def on_preview(self, step: int, adapters: AdapterSet) -> None:
+    def on_preview(self, step: int, adapters: Trainable) -> None:
         """Nothing."""
 
     def should_stop(self) -> bool:
@@ -163,7 +161,7 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
     if run.step == 0 and run.start is None and config.probe_every:
         callbacks.on_step(run.measure_start())
     if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
-        callbacks.on_preview(run.step, run.adapters)
+        _preview(run, callbacks)
     while run.step < config.steps:
         if callbacks.should_stop():
             return True
@@ -176,17 +174,20 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
             run.save()
             run.folder.hold_room()
         if config.preview_every and (run.step % config.preview_every == 0 or run.step == config.steps):
-            callbacks.on_preview(run.step, run.adapters)
+            _preview(run, callbacks)
     return False
+
+
+def _preview(run: Run, callbacks: Callbacks) -> None:
+    with evaluating(run.optimizer):
+        callbacks.on_preview(run.step, run.adapters)
 
 
 def _check_data(config: TrainConfig, data: TrainingSet) -> None:
     problems = []
-    if config.anchor_probability > 0 and config.objective == "dopsd" and not data.anchors:
+    if config.objective.wants_anchors and not data.anchors:
         problems.append("anchor_probability is above 0, but there are no anchor captions; give some, or set it to 0")
     if config.caption_dropout > 0 and any(example.dropped is None for example in data.examples):
         problems.append("caption_dropout is above 0, but no empty caption was encoded; encode one, or set it to 0")
     if problems:
-        raise ConfigError(tuple(problems))
-    for name in config.idle_fields():
-        log.warning("%s has no effect on objective %s", name, config.objective)
+        raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""What a run trains on, after encoding, and the fixed noise that its distance to the teacher is measured on."""
+"""What a run trains on, after encoding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..adapters.adapter_set import AdapterSet, Mode
 from ..conditioning.cache import ConditionCache, digest_bytes
 from ..conditioning.encode import (
     Condition,
@@ -24,18 +23,11 @@ from ..conditioning.encode import (
     encode_texts,
 )
 from ..conditioning.teachers import VLM, Teacher
-from ..config import TrainConfig
 from ..data.buckets import Bucket
 from ..data.captions import put_trigger
 from ..data.dataset import Example, Pair, plan_encoding
 from ..data.images import ImageError, load_image
-from ..denoiser import Denoiser
-from ..families import get_family
-from ..objectives import ObjectiveInputs, measure_gap
 from ..text import printable
-from ..transfer import to_device
-from .log import Gaps
-from .rng import draw_noise, make_generator
 
 TeacherImage = Literal["own", "other"]
 """Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
@@ -221,52 +213,11 @@ def _picture(path: Path, bucket: Bucket) -> Picture:
     return Picture(digest, load, {"bucket": [bucket.width, bucket.height]})
 
 
-class Probe:
-    """Measures the gap between student and teacher on pairs and noise that stay the same for the whole run."""
-
-    def __init__(self, config: TrainConfig, denoiser: Denoiser, adapters: AdapterSet, data: TrainingSet) -> None:
-        self._config, self._denoiser, self._adapters = config, denoiser, adapters
-        chosen = [data.pairs[example.variants[0]] for example in data.examples[: config.probe_pairs]]
-        self._pairs = [(pair, self._noise(number, pair)) for number, pair in enumerate(chosen)]
-        self._heldout = (data.heldout, self._noise(-1, data.heldout)) if data.heldout is not None else None
-
-    def measure(self) -> Gaps:
-        """The gaps now: mean over the pairs, and of the held-out pair."""
-        gaps = [self._gap(pair, noise) for pair, noise in self._pairs]
-        return Gaps(sum(gaps) / len(gaps), self.measure_heldout())
-
-    def measure_heldout(self, untrained: bool = False) -> float | None:
-        """The gap of the held-out pair, now or without any LoRA; None where there is no such pair."""
-        return self._gap(*self._heldout, untrained) if self._heldout else None
-
-    def _gap(self, pair: DualCondition, noise: Tensor, untrained: bool = False) -> float:
-        modes: tuple[Mode, Mode] = ("off", "off") if untrained else ("student", "teacher")
-        device = self._denoiser.device
-        inputs = ObjectiveInputs(
-            denoiser=self._denoiser,
-            adapters=self._adapters,
-            pairs=[pair_to(pair, device)],
-            noise=to_device(noise, device),
-            sigmas=grid_of(self._config, latent_shape(pair)),
-            generator=make_generator(self._config.seed, "probe"),
-        )
-        return measure_gap(inputs, student_mode=modes[0], teacher_mode=modes[1]).gap
-
-    def _noise(self, number: int, pair: DualCondition) -> Tensor:
-        return draw_noise(self._config.seed, -1, number, [latent_shape(pair)])
-
-
 def latent_shape(pair: DualCondition) -> tuple[int, ...]:
     """(C, h, w) of the pair's target."""
     if pair.target_latent is None:
         raise ValueError(f"the pair {pair.caption!r} has no target latent")
     return tuple(pair.target_latent.shape)
-
-
-def grid_of(config: TrainConfig, shape: tuple[int, ...]) -> tuple[float, ...]:
-    """The family's grid of K steps for a latent of shape (C, h, w)."""
-    family = get_family(config.family)
-    return family.sigmas(config.rollout_steps, shape[2] * family.downscale, shape[1] * family.downscale)
 
 
 def pair_to(pair: DualCondition, device: torch.device) -> DualCondition:

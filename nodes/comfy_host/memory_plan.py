@@ -18,6 +18,7 @@ import torch
 
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.memory.footprint import Footprint, estimate
+from ...dopsd_core.teachers import FrozenTeacher
 from ...dopsd_core.training.training_set import latent_shape
 from .denoiser import ComfyDenoiser
 from .sockets import Conditions
@@ -183,14 +184,14 @@ def footprint_of(denoiser: ComfyDenoiser, conditions: Conditions, config: TrainC
     return estimate(
         denoiser,
         family,
-        config.lora,
+        config.adapter,
         _most(students),
         _most(teachers),
         denoiser.weight_bytes,
         batch=config.batch_size,
         itemsize=denoiser.compute_dtype.itemsize,
-        teacher_kind=config.teacher,
-        eight_bit=config.optimizer == "adamw8bit",
+        weights_of_teacher=config.teacher,
+        optimizer=config.optimizer,
     )
 
 
@@ -242,17 +243,17 @@ def _with_trades(config: TrainConfig, preset: MemoryPreset, device: torch.device
     """The preset's trades where the user left the defaults, and a line for each."""
     changes: dict[str, Any] = {}
     notes = []
-    if preset.lean and config.teacher == "ema":
-        changes["teacher"] = "frozen"
+    if preset.lean and config.teacher.weights == "copy":
+        changes["teacher"] = FrozenTeacher()
         notes.append("the teacher is the frozen model, not a moving average of the student")
-    if preset.lean and config.optimizer == "adamw" and can_use_8bit(device):
-        changes["optimizer"] = "adamw8bit"
+    if preset.lean and (leaner := config.optimizer.leaner()) is not None and can_use_8bit(device):
+        changes["optimizer"] = leaner
         notes.append("Adam's moments in 8 bits")
     wanted = preset.grad_steps
-    if wanted and config.objective == "dopsd" and config.grad_steps is None and wanted < config.rollout_steps:
-        changes["grad_steps"] = wanted
+    if wanted and (fewer := config.objective.on_fewer_steps(wanted, config.rollout_steps)) != config.objective:
+        changes["objective"] = fewer
         notes.append(f"learns from {wanted} of {config.rollout_steps} steps, drawn at random (time, more noise)")
-    return dataclasses.replace(config, **changes), notes
+    return config.replace(**changes), notes
 
 
 def can_use_8bit(device: torch.device) -> bool:
@@ -262,7 +263,7 @@ def can_use_8bit(device: torch.device) -> bool:
 
 def _is_larger(preset: MemoryPreset, conditions: Conditions, config: TrainConfig) -> bool:
     pixels = max(_area(latent_shape(pair)) for pair in conditions.data.pairs) * conditions.family.downscale**2
-    return pixels > 1.05 * preset.side**2 or config.lora.rank > preset.rank
+    return pixels > 1.05 * preset.side**2 or getattr(config.adapter, "rank", 0) > preset.rank
 
 
 def _smaller(preset: MemoryPreset) -> str:

@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...dopsd_core.adapters.lora_config import parse_targets
+from ...dopsd_core.adapters.targets import parse_targets
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import Family
+from ...dopsd_core.old_config import former_identity
+from ...dopsd_core.options import changed, split_unused
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One set of settings; steps 0 are the paper's for the family, lr 0 is the family's. The fields are those of
-    `TrainConfig` and `LoraConfig`."""
+    """One set of settings; steps 0 are the paper's for the family, lr 0 is the family's. The fields are flat names of
+    options."""
 
     steps: int
     rank: int
@@ -43,13 +45,19 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
     """The preset with the user's choices put over it.
 
     Args:
-        chosen: fields of `TrainConfig`, and rank and alpha; 0, or below 0 for `anchor_probability`, keeps the preset's
-            value of the fields that a preset has. And targets, one text; empty for the family's.
+        chosen: options by flat name; 0, or below 0 for `anchor_probability`, keeps the preset's value of those that a
+            preset has. And targets, one text; empty for the family's. Options of what is not chosen are left out.
         has_anchors: whether there are prompts for the prior anchor; without any a preset's share of it is 0.
 
     Raises:
         ConfigError: with everything wrong and its remedy.
     """
+    used, _ = split_unused(TrainConfig, merged_settings(preset, family, has_anchors, chosen))
+    return changed(TrainConfig(family=family.name), used)
+
+
+def merged_settings(preset: str, family: Family, has_anchors: bool, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by flat name that `make_config` takes, also those of what is not chosen; arguments as there."""
     settings = preset_settings(preset, family)
     if not has_anchors:
         settings["anchor_probability"] = 0.0
@@ -59,9 +67,8 @@ def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[
     learned = settings.get("grad_steps") or 0
     settings["grad_steps"] = learned if 0 < learned < settings.get("rollout_steps", family.rollout_steps) else None
     settings["warmup"] = min(settings["warmup"], max(settings["steps"] - 1, 0))
-    targets = parse_targets(settings.pop("targets", "")) or family.lora_targets
-    lora = dataclasses.replace(family.lora_config(settings.pop("rank"), settings.pop("alpha")), targets=targets)
-    return TrainConfig(lora=lora, family=family.name, **settings)
+    settings["targets"] = parse_targets(settings.pop("targets", "")) or family.lora_targets
+    return settings
 
 
 def preset_settings(preset: str, family: Family) -> dict[str, Any]:
@@ -82,6 +89,10 @@ def _keeps_preset(name: str, value: float) -> bool:
     return value < 0 if name == "anchor_probability" else value == 0
 
 
-def run_digest(config: TrainConfig, *facts: str) -> str:
-    """8 hex digits that stay the same as long as a run may be resumed: settings, and facts of model and data."""
-    return hashlib.sha256(json.dumps([config.identity(), *facts], sort_keys=True).encode()).hexdigest()[:8]
+def run_digest(config: TrainConfig, *facts: str, settings: Mapping[str, Any] | None = None) -> str:
+    """8 hex digits that stay the same as long as a run may be resumed: settings, and facts of model and data.
+
+    settings: the `merged_settings`, of which release 0.2 counted those of what is not chosen too.
+    """
+    counted = former_identity(config.identity(), settings or {})
+    return hashlib.sha256(json.dumps([counted, *facts], sort_keys=True).encode()).hexdigest()[:8]

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...dopsd_core.adapters.adapter_set import AdapterSet
 from ...dopsd_core.conditioning.cache import ConditionCache
 from ...dopsd_core.conditioning.encode import Condition, Encoder, encode_dataset
 from ...dopsd_core.conditioning.teachers import Teacher
@@ -19,6 +18,7 @@ from ...dopsd_core.data.dataset import Pair
 from ...dopsd_core.data.images import load_image, to_tensor
 from ...dopsd_core.image_grid import Row, contact_sheet
 from ...dopsd_core.rollout import sample
+from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.rng import make_generator
 from ...dopsd_core.training.training_set import TeacherImage, encode_request, latent_shape, shown_to_teacher
 from .denoiser import ComfyDenoiser
@@ -124,7 +124,7 @@ class TrainingPreview:
         self._base: list[Tensor] | None = None
         self._sources: list[Tensor] = []
 
-    def sheet(self, title: str, adapters: AdapterSet) -> Image.Image:
+    def sheet(self, title: str, adapters: Trainable) -> Image.Image:
         """Draws all of them; the base and the sources only the first time."""
         texts = [prompt.text for prompt in self._prompts]
         alone = [prompt.student for prompt in self._prompts]
@@ -142,7 +142,7 @@ class TrainingPreview:
         ]
         return contact_sheet(title, rows, tile=TILE)
 
-    def _draw(self, adapters: AdapterSet, mode: Any, conditions: Sequence[Condition]) -> list[Tensor]:
+    def _draw(self, adapters: Trainable, mode: Any, conditions: Sequence[Condition]) -> list[Tensor]:
         with adapters.use(mode):
             pictures = self._painter.draw(conditions, self._shapes)
         self._reload()  # decoding may have sent the network out of memory

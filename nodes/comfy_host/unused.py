@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...dopsd_core.config import TrainConfig
-from .presets import PRESETS, given_settings, preset_settings
+from ...dopsd_core.objectives import DOPSD
+from ...dopsd_core.options import all_options, split_unused
+from .presets import PRESETS, given_settings, merged_settings, preset_settings
 from .sockets import Conditions
 
 _NAMES = {"lr": "learning_rate"}
@@ -23,6 +25,7 @@ def unused_settings(
     return (
         *_over_the_preset(preset, chosen, conditions),
         *_of_the_schedule(preset, chosen, config),
+        *_of_the_objective(preset, chosen, config, conditions),
         *_of_the_rollout(chosen, config),
         *_of_the_teacher(chosen, config),
         *_of_the_anchors(preset, chosen, config, conditions),
@@ -41,8 +44,20 @@ def _over_the_preset(preset: str, chosen: Mapping[str, Any], conditions: Conditi
 
 def _of_the_schedule(preset: str, chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
     wanted = given_settings(chosen).get("warmup", PRESETS[preset].warmup)
-    if wanted > config.warmup:
-        yield f"warmup {wanted} is cut to {config.warmup}: the run has {config.steps} steps"
+    if wanted > config.schedule.warmup:
+        yield f"warmup {wanted} is cut to {config.schedule.warmup}: the run has {config.steps} steps"
+
+
+def _of_the_objective(
+    preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions
+) -> Iterator[str]:
+    settings = merged_settings(preset, conditions.family, bool(conditions.data.anchors), chosen)
+    _, unused = split_unused(TrainConfig, settings)
+    by_preset = preset_settings(preset, conditions.family).keys() - given_settings(chosen).keys()
+    own = {option.name for option in all_options(TrainConfig) if option.setting == "objective"}
+    for name in unused:
+        if name in own and name not in by_preset:
+            yield f"{name} has no effect on objective {config.objective.name}"
 
 
 def _of_the_rollout(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
@@ -51,25 +66,30 @@ def _of_the_rollout(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[
             f"grad_steps {chosen['grad_steps']} is not used: there are {config.rollout_steps} rollout_steps, and all "
             "of them are learned from"
         )
-    if config.objective != "dopsd" and chosen.get("rollout_steps", config.rollout_steps) != 4:
-        yield f"rollout_steps {config.rollout_steps} is used by probe and previews alone: the objective is sft"
+    if not isinstance(config.objective, DOPSD) and chosen.get("rollout_steps", config.rollout_steps) != 4:
+        yield (
+            f"rollout_steps {config.rollout_steps} is used by probe and previews alone: the objective is "
+            f"{config.objective.name}"
+        )
 
 
 def _of_the_teacher(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
-    if chosen.get("ema_decay") and config.teacher != "ema":
-        yield f"ema_decay {chosen['ema_decay']:g} is not used: the teacher is {config.teacher}"
-    if config.objective != "dopsd":
-        yield "the teacher is used by probe and previews alone: the objective is sft"
+    for option in all_options(TrainConfig):
+        is_idle = option.setting == "teacher" and config.teacher.name not in option.variants
+        if is_idle and chosen.get(option.name):
+            yield f"{option.name} {chosen[option.name]:g} is not used: the teacher is {config.teacher.name}"
+    if not isinstance(config.objective, DOPSD):
+        yield f"the teacher is used by probe and previews alone: the objective is {config.objective.name}"
 
 
 def _of_the_anchors(
     preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions
 ) -> Iterator[str]:
     count, share = len(set(conditions.data.anchors)), PRESETS[preset].anchor_probability
-    if config.objective != "dopsd":
+    if not isinstance(config.objective, DOPSD):
         if count:
-            yield f"the {count} prior anchors are not used: the objective is sft"
-    elif count and not config.anchor_probability:
+            yield f"the {count} prior anchors are not used: the objective is {config.objective.name}"
+    elif count and not config.objective.anchor_probability:
         yield f"the {count} prior anchors are not used: anchor_probability is 0"
     elif not count and share and "anchor_probability" not in given_settings(chosen):
         yield (
@@ -92,8 +112,8 @@ def _of_previews_and_probe(config: TrainConfig, conditions: Conditions, has_vae:
 def _of_the_data(config: TrainConfig, conditions: Conditions) -> Iterator[str]:
     epoch = sum(example.repeats for example in conditions.data.examples)
     trained = config.steps * config.grad_accumulation * config.batch_size
-    if config.objective == "dopsd":
-        trained = round(trained * (1 - config.anchor_probability))
+    if isinstance(config.objective, DOPSD):
+        trained = round(trained * (1 - config.objective.anchor_probability))
     if trained < epoch:
         yield (
             f"not all of the dataset is trained on: {config.steps} steps make about {trained} visits, one epoch is "

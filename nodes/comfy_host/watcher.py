@@ -10,9 +10,9 @@ from typing import Any
 
 import comfy.utils
 
-from ...dopsd_core.adapters.adapter_set import AdapterSet
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.files.atomic import write_atomic
+from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.trainer import NoCallbacks, TrainResult
 from .denoiser import send_text
@@ -65,7 +65,7 @@ class Watcher(NoCallbacks):
             self._text_at = now
             send_text(self._node, self._text(report, now))
 
-    def on_preview(self, step: int, adapters: AdapterSet) -> None:
+    def on_preview(self, step: int, adapters: Trainable) -> None:
         """Draws the sheet, keeps it in the run folder and shows it on the node."""
         if self._preview is None:
             return

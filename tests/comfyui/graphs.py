@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from inprocess import ROOT
@@ -18,9 +19,14 @@ SHORT: dict[str, Any] = {
 """Settings of a run of seconds."""
 
 
-def shipped(name: str) -> dict:
-    """The API form of a shipped workflow."""
-    return json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+WORKFLOWS = ROOT / "workflows"
+LEGACY = ROOT / "tests" / "legacy" / "workflows"
+"""The workflows of release 0.2, as users have saved them: both forms, laid out as `WORKFLOWS` is."""
+
+
+def shipped(name: str, workflows: Path = WORKFLOWS) -> dict:
+    """The API form of a shipped workflow, or of one in another folder."""
+    return json.loads((workflows / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def shrunk(graph: dict, **settings: Any) -> dict:

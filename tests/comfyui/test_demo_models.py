@@ -145,7 +145,7 @@ def test_deep_copies_have_weights_of_their_own(demo):
 
 def test_a_lora_file_acts_as_in_the_standalone_host(comfyui, demo, standalone):
     """Written with diffusers' names, loaded by LoraLoaderModelOnly, at its strength."""
-    core = comfyui.core("adapters.lora_config")
+    core = comfyui.core("adapters")
     g = torch.Generator().manual_seed(0)
     sites = {part.name: (part.stop - part.start, site.in_features)
              for site in standalone.denoiser.sites() for part in site.parts}  # fmt: skip
@@ -155,7 +155,7 @@ def test_a_lora_file_acts_as_in_the_standalone_host(comfyui, demo, standalone):
         tensors[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=g) / columns**0.5
         tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=g) / 2
     path = comfyui.output / "loras" / "demo_test.safetensors"
-    config = core.LoraConfig(rank=4, alpha=4.0, targets=MODULES)
+    config = core.Lora(rank=4, alpha=4.0, targets=MODULES)
     comfyui.core("adapters.lora_file").save_lora(path, tensors, config, dtype=torch.float32)
     load = {"class_type": "LoraLoaderModelOnly",
             "inputs": {"model": ["demo", 0], "lora_name": path.name, "strength_model": 0.5}}  # fmt: skip

@@ -69,8 +69,8 @@ def gradient(comfyui: ComfyUI, model: Any, side: int, gap: float, folder: Path) 
     denoiser = FarTeacher(model)
     family = denoiser.family
     config = comfyui.core("config").TrainConfig(
-        lora=family.lora_config(8, 8.0), family=family.name, teacher="same", rollout_steps=1, clip=0.0,
-        anchor_probability=0.0,
+        adapter=family.lora_config(8, 8.0), family=family.name, teacher="same", rollout_steps=1, max_grad_norm=0.0,
+        objective=comfyui.core("objectives").DOPSD(anchor_probability=0.0),
     )  # fmt: skip
     start, data = twins.random_student(comfyui, model, 8), one_pair(comfyui, family, side)
     shape = (1, *data.pairs[0].target_latent.shape)

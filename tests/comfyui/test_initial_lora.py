@@ -188,19 +188,19 @@ def assert_same_start(
     assert run.status == "success", run.error
     host, core = comfyui.module("nodes.comfy_host.denoiser"), comfyui.core
     denoiser = host.ComfyDenoiser(model)
-    config = core("config").TrainConfig(lora=denoiser.family.lora_config(RUN_RANK, RUN_ALPHA))
+    config = core("config").TrainConfig(adapter=denoiser.family.lora_config(RUN_RANK, RUN_ALPHA))
     start = comfyui.module("nodes.load_lora").start_of(run.value("ours"), denoiser, config)
     assert all(unused and unused in note for note in start.notes) and bool(start.notes) == bool(unused)
-    adapters = core("adapters.adapter_set").AdapterSet(denoiser.sites(), config.lora, teacher="frozen")
+    adapters = core("adapters.adapter_set").AdapterSet(denoiser.sites(), config.adapter, teacher="frozen")
     adapters.load_state(
-        "student", core("adapters.lora_import").start_state(start.tensors, adapters.state(), config.lora)
+        "student", core("adapters.lora_import").start_state(start.tensors, adapters.state(), config.adapter)
     )
     base, stock = predicted(comfyui, toy, model), predicted(comfyui, toy, run.value("stock"))
     with adapters.attached():
         ours = predicted(comfyui, toy, model)
     parts = [part.name for site in denoiser.sites() for part in site.parts]
-    assert {key.rsplit(".lora_", 1)[0] for key in start.tensors} == core("adapters.lora_config").match_targets(
-        parts, config.lora.targets
+    assert {key.rsplit(".lora_", 1)[0] for key in start.tensors} == core("adapters.targets").match_targets(
+        parts, config.adapter.targets
     )
     assert (stock - base).norm() > 0.05 * base.norm()
     assert (ours - stock).norm() < 1e-4 * (stock - base).norm()

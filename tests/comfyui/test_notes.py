@@ -87,7 +87,7 @@ def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, mon
         return dataclasses.replace(honest(choice, denoiser, conditions, config), notes=(told, told))
 
     def warned(config: Any, denoiser: Any, data: Any, folder: Path, watcher: Any, **options: Any) -> Any:
-        comfyui.core("training.trainer").log.warning("checkpoint %s is damaged", "step-000004")
+        comfyui.core("training.run").log.warning("checkpoint %s is damaged", "step-000004")
         return real(config, denoiser, data, folder, watcher, **options)
 
     real = train.train

@@ -25,33 +25,48 @@ def make(comfyui: ComfyUI, preset: str, has_anchors: bool = True, family: str = 
     )
 
 
+def flat(comfyui: ComfyUI, preset: str, **chosen: Any) -> dict[str, Any]:
+    """The options by flat name."""
+    return comfyui.core("options").flattened(make(comfyui, preset, **chosen))
+
+
 def test_every_preset_is_a_whole_configuration(comfyui: ComfyUI, presets: Any) -> None:
     for name, preset in presets.PRESETS.items():
-        config = make(comfyui, name)
-        assert config.steps == (preset.steps or 2000)
-        for field in ("batch_size", "grad_accumulation", "warmup", "ema_decay", "anchor_probability"):
-            assert getattr(config, field) == getattr(preset, field), (name, field)
-        assert (config.lora.rank, config.lora.alpha, config.seed) == (preset.rank, preset.alpha, 7)
-        assert config.lr == (preset.lr or 1e-4) and config.grad_steps is None
+        options = flat(comfyui, name)
+        assert options["steps"] == (preset.steps or 2000)
+        for option in ("batch_size", "grad_accumulation", "warmup", "ema_decay", "anchor_probability"):
+            assert options[option] == getattr(preset, option), (name, option)
+        assert (options["rank"], options["alpha"], options["seed"]) == (preset.rank, preset.alpha, 7)
+        assert options["lr"] == (preset.lr or 1e-4) and options["grad_steps"] is None
 
 
 @pytest.mark.parametrize(("family", "lr", "steps"), [("z_image", 1e-4, 2000), ("flux2_klein", 2e-5, 3000)])
 def test_paper_is_what_the_authors_ran(comfyui: ComfyUI, family: str, lr: float, steps: int) -> None:
-    config = make(comfyui, "paper", family=family)
-    assert (config.lora.rank, config.lora.alpha, config.lr, config.steps) == (64, 128.0, lr, steps)
-    assert (config.rollout_steps, config.ema_decay, config.clip, config.weight_decay) == (4, 0.9999, 1.0, 0.0)
-    assert config.batch_size * config.grad_accumulation == 4 and config.anchor_probability == 0.0
+    options = flat(comfyui, "paper", family=family)
+    wanted = {
+        "rank": 64, "alpha": 128.0, "lr": lr, "steps": steps, "rollout_steps": 4, "ema_decay": 0.9999,
+        "max_grad_norm": 1.0, "weight_decay": 0.0, "anchor_probability": 0.0,
+    }  # fmt: skip
+    assert {name: options[name] for name in wanted} == wanted
+    assert options["batch_size"] * options["grad_accumulation"] == 4
 
 
 def test_choices_go_over_the_preset(comfyui: ComfyUI) -> None:
-    config = make(comfyui, "standard", steps=5, lr=3e-4, anchor_probability=0.0, grad_steps=2, ema_decay=0.5)
-    assert (config.steps, config.lr, config.anchor_probability) == (5, 3e-4, 0.0)
-    assert (config.grad_steps, config.ema_decay) == (2, 0.5)
+    chosen = {"steps": 5, "lr": 3e-4, "anchor_probability": 0.0, "grad_steps": 2, "ema_decay": 0.5}
+    options = flat(comfyui, "standard", **chosen)
+    assert {name: options[name] for name in chosen} == chosen
+
+
+def test_options_of_what_is_not_chosen_are_left_out(comfyui: ComfyUI) -> None:
+    chosen = {"objective": "sft", "grad_steps": 2, "loss": "velocity", "teacher": "same", "ema_decay": 0.5}
+    config = make(comfyui, "standard", **chosen)
+    assert config == make(comfyui, "standard", objective="sft", teacher="same")
+    assert config.objective == comfyui.core("objectives").SFT()
 
 
 @pytest.mark.parametrize(("rank", "alpha", "scale"), [(0, 0.0, 2.0), (8, 0.0, 2.0), (8, 8.0, 1.0), (0, 32.0, 1.0)])
 def test_rank_alone_keeps_the_scale(comfyui: ComfyUI, rank: int, alpha: float, scale: float) -> None:
-    assert make(comfyui, "standard", rank=rank, alpha=alpha).lora.scale == scale
+    assert make(comfyui, "standard", rank=rank, alpha=alpha).adapter.scale == scale
 
 
 @pytest.mark.parametrize(
@@ -66,23 +81,23 @@ def test_rank_alone_keeps_the_scale(comfyui: ComfyUI, rank: int, alpha: float, s
     ],
 )
 def test_targets_are_separated_by_commas_or_lines(comfyui: ComfyUI, text: str, targets: tuple[str, ...]) -> None:
-    assert make(comfyui, "standard", targets=text).lora.targets == targets
+    assert make(comfyui, "standard", targets=text).adapter.targets == targets
 
 
 @pytest.mark.parametrize("chosen", [{}, {"targets": ""}, {"targets": " , "}], ids=["none", "empty", "blank"])
 @pytest.mark.parametrize("family", ["z_image", "flux2_klein"])
 def test_no_targets_are_the_familys(comfyui: ComfyUI, family: str, chosen: dict[str, Any]) -> None:
     config = make(comfyui, "standard", family=family, **chosen)
-    assert config.lora == comfyui.core("families").get_family(family).lora_config(32)
+    assert config.adapter == comfyui.core("families").get_family(family).lora_config(32)
 
 
 def test_without_prompts_to_anchor_a_preset_anchors_nothing_but_a_choice_stands(comfyui: ComfyUI) -> None:
-    assert make(comfyui, "standard", has_anchors=False).anchor_probability == 0.0
-    assert make(comfyui, "standard", has_anchors=False, anchor_probability=0.3).anchor_probability == 0.3
+    assert flat(comfyui, "standard", has_anchors=False)["anchor_probability"] == 0.0
+    assert flat(comfyui, "standard", has_anchors=False, anchor_probability=0.3)["anchor_probability"] == 0.3
 
 
 def test_as_many_grad_steps_as_there_are_means_all(comfyui: ComfyUI) -> None:
-    assert [make(comfyui, "standard", grad_steps=m).grad_steps for m in (1, 3, 4, 9)] == [1, 3, None, None]
+    assert [flat(comfyui, "standard", grad_steps=m)["grad_steps"] for m in (1, 3, 4, 9)] == [1, 3, None, None]
 
 
 def test_digest_changes_with_what_forbids_resuming_and_with_nothing_else(comfyui: ComfyUI, presets: Any) -> None:
@@ -103,6 +118,30 @@ def test_runs_of_release_0_2_are_found_again(comfyui: ComfyUI, presets: Any) -> 
     paper = presets.make_config("paper", family, False, {"seed": 7, "rank": 8})
     assert presets.run_digest(standard, "data", "model") == "4f9217d0"
     assert presets.run_digest(paper, "x") == "71582a3f"
+
+
+@pytest.mark.parametrize(
+    ("preset", "has_anchors", "chosen", "digest"),
+    [
+        (
+            "standard",
+            True,
+            {"objective": "sft", "loss": "velocity", "grad_steps": 2, "anchor_probability": 0.3},
+            "0dc344f6",
+        ),
+        ("demo model", True, {"teacher": "frozen"}, "6da86ad1"),
+        ("standard", True, {"teacher": "same", "ema_decay": 0.5, "deterministic": True}, "39838f3c"),
+        ("paper", False, {"objective": "sft", "teacher": "frozen"}, "052a2d05"),
+    ],
+)
+def test_settings_of_what_is_not_chosen_still_name_a_run(
+    comfyui: ComfyUI, presets: Any, preset: str, has_anchors: bool, chosen: dict[str, Any], digest: str
+) -> None:
+    """Digests as they were made when a configuration had every field, whatever was chosen."""
+    family = comfyui.core("families").Z_IMAGE
+    config = presets.make_config(preset, family, has_anchors, chosen)
+    settings = presets.merged_settings(preset, family, has_anchors, chosen)
+    assert presets.run_digest(config, "data", "model", settings=settings) == digest
 
 
 def test_deterministic_is_passed_on_and_makes_another_run(comfyui: ComfyUI, presets: Any) -> None:

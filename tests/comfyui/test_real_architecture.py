@@ -162,7 +162,7 @@ def test_what_gets_a_lora(comfyui: ComfyUI, denoiser: Any, theirs: Any, name: st
     assert shapes == {key: tuple(value.shape) for key, value in injected.items()}
     assert len(ours.part_names()) == real.modules and len(shapes) == 2 * real.modules
     assert sum(parameter.numel() for parameter in ours.parameters()) == real.parameters
-    told = comfyui.core("adapters.lora_config").lora_size(denoiser.sites(), ours.config)
+    told = ours.config.size(denoiser.sites())
     assert told == (real.modules, real.parameters)
 
 
@@ -177,4 +177,4 @@ def test_nothing_in_a_block_is_forgotten(denoiser: Any) -> None:
 def test_patterns_choose_blocks(comfyui: ComfyUI, denoiser: Any, name: str) -> None:
     names = [part.name for site in denoiser.sites() for part in site.parts]
     for targets, count in MODELS[name].chosen.items():
-        assert len(comfyui.core("adapters.lora_config").match_targets(names, targets)) == count, targets
+        assert len(comfyui.core("adapters.targets").match_targets(names, targets)) == count, targets

@@ -81,9 +81,7 @@ def test_trains(comfyui: ComfyUI, train: Callable[[str], Run], name: str) -> Non
     model = run.value(node_of(graph, "UNETLoader"))
     denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
     lora = run.value(node_of(graph, "DOPSD_TrainLoRA"))
-    modules, parameters = comfyui.core("adapters.lora_config").lora_size(
-        denoiser.sites(), denoiser.family.lora_config(4)
-    )
+    modules, parameters = denoiser.family.lora_config(4).size(denoiser.sites())
     assert (len(lora), sum(value.numel() for value in lora.values())) == (2 * modules, parameters)
     assert all(value.isfinite().all() for value in lora.values())
     assert any(value.abs().max() > 0 for key, value in lora.items() if ".lora_B." in key)

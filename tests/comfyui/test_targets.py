@@ -72,5 +72,5 @@ def test_sizes_at_the_real_size(comfyui: ComfyUI, targets: str, size: str) -> No
     denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(toy.real_z_image())
     chosen = {"rank": 64, "targets": targets}
     config = comfyui.module("nodes.comfy_host.presets").make_config("standard", denoiser.family, True, chosen)
-    counts = comfyui.core("adapters.lora_config").lora_size(denoiser.sites(), config.lora)
+    counts = config.adapter.size(denoiser.sites())
     assert comfyui.module("nodes.comfy_host.targets").told_size(*counts) == size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -103,9 +102,7 @@ def test_comfyuis_own_loader_gives_what_the_trainer_had(comfyui: ComfyUI, traine
 
     def drawn_by_the_student() -> torch.Tensor:
         denoiser = host.ComfyDenoiser(model)
-        config = comfyui.core("adapters.lora_config").LoraConfig(
-            rank=4, alpha=4, targets=conditions.family.lora_targets
-        )
+        config = comfyui.core("adapters").Lora(rank=4, alpha=4, targets=conditions.family.lora_targets)
         with torch.inference_mode(False), torch.no_grad(), denoiser.trainable((1, 16, 8, 8)):
             sites, device = denoiser.sites(), denoiser.device
             adapters = comfyui.core("adapters.adapter_set").AdapterSet(sites, config, teacher="frozen", device=device)
@@ -186,7 +183,7 @@ def test_same_training_as_the_standalone_host(comfyui: ComfyUI, trained: Run, tm
     """ComfyUI's network and diffusers', one core, one data set: the same LoRA after six steps."""
     denoiser = comfyui.core("standalone.hosts.demo").load_demo_model().denoiser
     config = comfyui.core("config").TrainConfig.from_json((Path(trained.value("train", 2)) / "config.json").read_text())
-    config = dataclasses.replace(config, steps=SHORT["steps"])  # a later test has trained that run further
+    config = config.replace(steps=SHORT["steps"])  # a later test has trained that run further
     result = comfyui.core("training.trainer").train(config, denoiser, trained.value("conditions").data, tmp_path)
     ours, _ = comfyui.core("adapters.lora_file").load_lora(result.lora_path)
     theirs = {key.removeprefix("transformer."): value for key, value in trained.value("train").items()}

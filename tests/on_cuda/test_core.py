@@ -5,7 +5,6 @@ Run by `make test-cuda` on the pretend device, whose kernels are the CPU's: what
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from dopsd_core.config import TrainConfig
 from dopsd_core.data.dataset import Pair, read_dataset
 from dopsd_core.data.images import load_image
 from dopsd_core.demo.concept import make_concept, write_dataset
+from dopsd_core.demo.settings import demo_config
 from dopsd_core.demo.world import IMAGE_SIZE
 from dopsd_core.families import Z_IMAGE
+from dopsd_core.options import changed
 from dopsd_core.rollout import sample
-from dopsd_core.standalone.demo import demo_config
 from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model, with_lora
 from dopsd_core.training.log import StepReport
 from dopsd_core.training.rng import make_generator
@@ -33,7 +33,7 @@ from dopsd_core.training.run import Run
 from dopsd_core.training.trainer import Callbacks, NoCallbacks, TrainResult, train
 from dopsd_core.training.training_set import TrainingSet, build_training_set
 
-CONFIG = dataclasses.replace(demo_config(), steps=3, batch_size=2, checkpoint_every=2, probe_every=2, warmup=0)
+CONFIG = changed(demo_config(), {"steps": 3, "batch_size": 2, "checkpoint_every": 2, "probe_every": 2, "warmup": 0})
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "frozen teacher": {"teacher": "frozen"},
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulation": {"grad_accumulation": 2, "batch_size": 1},
     "caption dropout": {"caption_dropout": 0.5},
     "anchors alone": {"anchor_probability": 1.0},
-    "cosine, no clipping, decay": {"schedule": "cosine", "clip": 0.0, "weight_decay": 0.1},
+    "cosine, no clipping, decay": {"schedule": "cosine", "max_grad_norm": 0.0, "weight_decay": 0.1},
     "sft": {"objective": "sft"},
     "sft on the grid": {"objective": "sft", "sft_sigmas": "grid"},
 }
@@ -134,7 +134,7 @@ def test_samples_with_a_lora_are_the_same(on_cpu: DemoModel, on_cuda: DemoModel,
 def test_a_training_is_the_cpus(
     on_cpu: DemoModel, on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, name: str
 ) -> None:
-    config = dataclasses.replace(CONFIG, steps=2, **VARIANTS[name])
+    config = changed(CONFIG, {"steps": 2, **VARIANTS[name]})
     here, there = (train(config, m.denoiser, data, tmp_path / n) for m, n in ((on_cuda, "cuda"), (on_cpu, "cpu")))
     assert largest_difference(here.lora_path, there.lora_path) < 1e-2
 
@@ -184,7 +184,7 @@ def test_a_run_of_the_device_resumes_on_a_cpu(
 
 
 def test_a_run_starts_from_a_lora(on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, whole: Path) -> None:
-    sites, targets = on_cuda.denoiser.sites(), CONFIG.lora.targets
+    sites, targets = on_cuda.denoiser.sites(), CONFIG.adapter.targets
     initial = import_lora(load_file(whole), sites, targets).tensors
     run = train(CONFIG, on_cuda.denoiser, data, tmp_path, initial=initial)
     assert run.step == CONFIG.steps and 0 < largest_difference(run.lora_path, whole) < 2
@@ -198,7 +198,7 @@ def test_two_waits_per_optimizer_step_and_none_in_the_backward(
     on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """diffusers' network has waits of its own."""
-    config = dataclasses.replace(CONFIG, **{"probe_every": 0, "anchor_probability": 0.0, **changes})
+    config = changed(CONFIG, {"probe_every": 0, "anchor_probability": 0.0, **changes})
     with watching(Run, "make_step") as watches:
         train(config, on_cuda.denoiser, data, tmp_path)
     for watch in watches[1:]:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from einops import repeat
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3VLModel
 
+from ...adapters import Lora
 from ...adapters.adapter_set import AdapterSet
-from ...adapters.lora_config import LoraConfig
 from ...adapters.lora_file import load_lora
 from ...conditioning.encode import Condition
 from ...demo.autoencoder import DemoAutoencoder
@@ -176,7 +177,7 @@ def with_lora(denoiser: StandaloneDenoiser, path: Path, strength: float = 1.0) -
     tensors, _ = load_lora(path)
     rank = max(value.shape[0] for name, value in tensors.items() if ".lora_A." in name)
     targets = tuple(dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors))
-    config = LoraConfig(rank=rank, alpha=rank * strength if strength else 1.0, targets=targets)
+    config = Lora(rank=rank, alpha=rank * strength if strength else 1.0, targets=targets)
     adapters = AdapterSet(denoiser.sites(), config, device=denoiser.device, teacher="frozen")
     adapters.load_state("student", {name: value.float() for name, value in tensors.items()})
     with adapters.attached(), adapters.use("student" if strength else "off"):
@@ -190,6 +191,5 @@ def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
     """
     big = resize_for_vision(image, vision_size(*image.shape[1:])) * 2 - 1
     rows, columns = (side // VISION_CELL for side in big.shape[1:])
-    cells = big.reshape(3, rows, 2, 16, columns, 2, 16).permute(1, 4, 2, 5, 0, 3, 6)
-    patches = cells.unsqueeze(5).expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(rows * columns * 4, -1)
+    patches = repeat(big, "c (y j p) (x i q) -> (y x j i) (c frames p q)", j=2, p=16, i=2, q=16, frames=2)
     return patches, torch.tensor([[1, 2 * rows, 2 * columns]])

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import Qwen3VLModel
 
 CAPTION_TOKENS = 32
 IMAGE_START, IMAGE_TOKENS = 4, 9  # after <|im_start|> user \n <|vision_start|>; 96x96 pixels, patch 16, merge 2
-_EVEN, _FOUR = 6, 4
+_EVEN = 6
 
 Rope = tuple[Tensor, Tensor]
 
@@ -50,7 +51,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tens
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias
-    return torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2)
+    return rearrange(torch.matmul(scores.softmax(-1), v), "b heads n d -> b n (heads d)")
 
 
 class BatchedTransformer:
@@ -79,10 +80,11 @@ class BatchedTransformer:
             scale_a, scale_m, gate_a, gate_m = 1 + scale_a, 1 + scale_m, gate_a.tanh(), gate_m.tanh()
         h = _rms(x, block.attention_norm1) * scale_a
         weight = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
-        q, k, v = F.linear(h, weight).unflatten(-1, (3, self.model.config.n_heads, -1)).unbind(2)
-        q = _pair_rope(_rms(q, attention.norm_q).transpose(1, 2), rope)
-        k = _pair_rope(_rms(k, attention.norm_k).transpose(1, 2), rope)
-        out = attention.to_out[0](_attend(q, k, v.transpose(1, 2), bias))
+        heads = self.model.config.n_heads
+        q, k, v = rearrange(F.linear(h, weight), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=heads)
+        q = _pair_rope(_rms(q, attention.norm_q), rope)
+        k = _pair_rope(_rms(k, attention.norm_k), rope)
+        out = attention.to_out[0](_attend(q, k, v, bias))
         x = x + gate_a * _rms(out, block.attention_norm2)
         h = _rms(x, block.ffn_norm1) * scale_m
         gate, value = F.linear(h, torch.cat([mlp.w1.weight, mlp.w3.weight])).chunk(2, -1)
@@ -98,7 +100,7 @@ class BatchedTransformer:
         """The velocity, and the image tokens [B, 16, width] after that many main blocks."""
         model, batch = self.model, len(x)
         time = model.t_embedder((1 - sigma) * 1000.0).float()
-        patches = x.reshape(batch, 16, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(batch, 16, 64)
+        patches = rearrange(x, "b c (y p) (x q) -> b (y x) (p q c)", p=2, q=2)
         image = model.all_x_embedder["2-1"](patches).float()
         image = torch.cat([image, model.x_pad_token.expand(batch, 1, -1)], 1)
         for block in model.noise_refiner:
@@ -117,7 +119,7 @@ class BatchedTransformer:
         final = model.all_final_layer["2-1"]
         h = F.layer_norm(both[:, :16].float(), (both.shape[-1],), eps=1e-6)
         out = final.linear(h * (1 + final.adaLN_modulation(time).unsqueeze(1))).float()
-        velocity = -out.reshape(batch, 4, 4, 2, 2, 16).permute(0, 5, 1, 3, 2, 4).reshape(batch, 16, 8, 8)
+        velocity = -rearrange(out, "b (y x) (p q c) -> b c (y p) (x q)", y=4, p=2, q=2)
         return velocity, seen
 
 
@@ -155,12 +157,12 @@ class BatchedEncoder:
         """[B, 3, 96, 96] in [-1, 1] -> image tokens [B, 9, D] and the DeepStack additions, each [B, 9, D]."""
         tower = self.model.visual
         weight = tower.patch_embed.proj.weight.sum(2)  # a still picture is the same frame twice
-        patches = pixels.reshape(-1, 3, _EVEN, 16, _EVEN, 16).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches = rearrange(pixels, "b c (y p) (x q) -> b (y x) (c p q)", p=16, q=16)
         h = F.linear(patches[:, self.order], weight.flatten(1), tower.patch_embed.proj.bias).float()
         h, deep = h + tower.pos_embed.weight[self.order], []
         for i, block in enumerate(tower.blocks):
-            qkv = block.attn.qkv(_layer_norm(h, block.norm1)).unflatten(-1, (3, block.attn.num_heads, -1))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            qkv = block.attn.qkv(_layer_norm(h, block.norm1))
+            q, k, v = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=block.attn.num_heads)
             h = h + block.attn.proj(_attend(_half_rope(q, self.rope_vision), _half_rope(k, self.rope_vision), v))
             mlp = block.mlp
             h = h + mlp.linear_fc2(F.gelu(mlp.linear_fc1(_layer_norm(h, block.norm2)), approximate="tanh"))
@@ -171,7 +173,7 @@ class BatchedEncoder:
 
     @staticmethod
     def _group(h: Tensor) -> Tensor:
-        return h.reshape(h.shape[0], IMAGE_TOKENS, _FOUR * h.shape[-1])
+        return rearrange(h, "b (tokens four) d -> b tokens (four d)", tokens=IMAGE_TOKENS)
 
     @staticmethod
     def _merge(merger: Any, h: Tensor) -> Tensor:
@@ -188,10 +190,12 @@ class BatchedEncoder:
         rope, causal = (rope[0][:n], rope[1][:n]), self.causal[:n, :n]
         for i, layer in enumerate(text.layers[:-1]):
             attention, mlp, x = layer.self_attn, layer.mlp, _rms(h, layer.input_layernorm)
-            head = (-1, attention.head_dim)
-            q = _half_rope(_rms(attention.q_proj(x).unflatten(-1, head), attention.q_norm).transpose(1, 2), rope)
-            k = _half_rope(_rms(attention.k_proj(x).unflatten(-1, head), attention.k_norm).transpose(1, 2), rope)
-            v = attention.v_proj(x).unflatten(-1, head).transpose(1, 2)
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            q, k, v = (
+                rearrange(project(x), "b n (heads d) -> b heads n d", d=attention.head_dim) for project in projections
+            )
+            q = _half_rope(_rms(q, attention.q_norm), rope)
+            k = _half_rope(_rms(k, attention.k_norm), rope)
             groups = q.shape[1] // k.shape[1]
             out = _attend(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), causal)
             h = h + attention.o_proj(out)

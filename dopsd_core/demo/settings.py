@@ -1,0 +1,24 @@
+"""The settings of the demo's training."""
+
+from __future__ import annotations
+
+from ..adapters import Lora
+from ..config import TrainConfig
+from ..optimizers import AdamW, Constant
+from ..teachers import EmaTeacher
+
+
+def demo_config(steps: int = 120, seed: int = 0) -> TrainConfig:
+    """The settings of the demo's D-OPSD run; also what `train --model demo` starts from."""
+    return TrainConfig(
+        family="z_image",
+        steps=steps,
+        batch_size=4,
+        seed=seed,
+        checkpoint_every=50,
+        probe_every=10,
+        adapter=Lora(rank=16, alpha=16.0),
+        optimizer=AdamW(lr=2e-3),
+        schedule=Constant(warmup=10),
+        teacher=EmaTeacher(decay=0.999),
+    )

@@ -1,0 +1,39 @@
+"""AdamW (arXiv 1711.05101), torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from ..lazy import lazy
+from ..options import Hint
+from .base import Optimizer
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
+
+
+class AdamW(Optimizer):
+    """AdamW."""
+
+    name: ClassVar[str] = "adamw"
+    summary: ClassVar[str] = "torch's AdamW"
+    bytes_per_parameter: ClassVar[int] = 8  # two moments in fp32
+
+    weight_decay: Annotated[float, Hint(step=1e-3, most=1.0)] = Field(
+        default=0.0, ge=0, description="decoupled weight decay"
+    )
+
+    def build(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """torch's AdamW."""
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+
+    def leaner(self) -> Optimizer | None:
+        """The same with its moments in 8 bits."""
+        from .adamw8bit import AdamW8bit
+
+        return AdamW8bit(lr=self.lr, weight_decay=self.weight_decay)

@@ -1,0 +1,47 @@
+"""AdamW with its moments in 8 bits (arXiv 2110.02861), of bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ..options import ConfigError
+from .adamw import AdamW
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import Optimizer
+
+
+_TABLES = 2**16  # bytes per tensor
+
+
+class AdamW8bit(AdamW):
+    """AdamW with its moments in 8 bits; needs the package bitsandbytes and an NVIDIA GPU."""
+
+    name: ClassVar[str] = "adamw8bit"
+    summary: ClassVar[str] = "the same with its moments in 8 bits, needs the package bitsandbytes and an NVIDIA GPU"
+    bytes_per_parameter: ClassVar[int] = 2
+
+    def build(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """bitsandbytes' AdamW8bit.
+
+        Raises:
+            ConfigError: bitsandbytes cannot be imported.
+        """
+        try:
+            from bitsandbytes.optim import AdamW8bit as Optimizer8bit  # type: ignore[import-not-found]
+        except Exception as error:  # bitsandbytes fails in its own ways where its CUDA library is missing
+            raise ConfigError(
+                (f"optimizer adamw8bit needs bitsandbytes ({error}); install it, or set optimizer to adamw",)
+            ) from error
+        return Optimizer8bit(parameters, lr=self.lr, weight_decay=self.weight_decay)
+
+    def saved_bytes(self, parameters: int, tensors: int) -> int:
+        """Small tensors stay in 32 bits, and each of the others has tables."""
+        return 3 * parameters + _TABLES * tensors
+
+    def leaner(self) -> Optimizer | None:
+        """There is none."""
+        return None

@@ -1,0 +1,113 @@
+"""Options by flat name: how a command line, a node and a preset give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from .errors import ConfigError
+from .listing import all_options, registry_of
+from .model import Options, Variant
+from .registry import Registry
+from .sentences import unknown_option
+
+T = TypeVar("T", bound=Options)
+
+
+def flattened(options: Options) -> dict[str, Any]:
+    """Every option in force by flat name: the class's own, each choice's name, and the options of what is chosen."""
+    flat: dict[str, Any] = {}
+    for name, declared in type(options).model_fields.items():
+        value = getattr(options, name)
+        if registry_of(declared) is None:
+            flat[name] = value
+        else:
+            flat[name] = value.name
+            flat |= {value.prefix + inner: getattr(value, inner) for inner in type(value).model_fields}
+    return flat
+
+
+def changed(options: T, changes: Mapping[str, Any]) -> T:
+    """The options with `changes` by flat name put over them.
+
+    Where another variant is chosen, it keeps what both have under one flat name (the learning rate of an optimizer)
+    and takes its defaults for the rest.
+
+    Raises:
+        ConfigError: impossible values, names that there are not, options of variants that are not chosen; all of them
+            are listed.
+    """
+    left = dict(changes)
+    fields: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, declared in type(options).model_fields.items():
+        registry = registry_of(declared)
+        if registry is None:
+            fields[name] = left.pop(name, getattr(options, name))
+            continue
+        try:
+            fields[name] = _chosen(getattr(options, name), registry, left)
+        except ConfigError as error:
+            problems += error.problems
+    chosen = {**flattened(options), **changes}
+    problems += [_unused_sentence(name, options, chosen) for name in left]
+    try:
+        made = type(options)(**fields)
+    except ConfigError as error:
+        raise ConfigError((*error.problems, *problems)) from error
+    if problems:
+        raise ConfigError(problems)
+    return made
+
+
+def split_unused(cls: type[Options], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(values without the options of variants that are not chosen, the names of those that were set nonetheless).
+
+    For hosts that show every option at once and give all of them: what is at its default was not set.
+    """
+    options = {option.name: option for option in all_options(cls)}
+    used, unused = {}, []
+    for name, value in values.items():
+        option = options.get(name)
+        if option is None or not option.setting or _choice(option.setting, values, options) in option.variants:
+            used[name] = value
+        elif value != option.default:
+            unused.append(name)
+    return used, tuple(unused)
+
+
+def _choice(setting: str, values: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    return values.get(setting, options[setting].default)
+
+
+def _chosen(current: Variant, registry: Registry[Any], left: dict[str, Any]) -> Variant:
+    """The variant after the changes; takes out of `left` what belongs to it."""
+    name = left.pop(registry.setting, current.name)
+    if not isinstance(name, str) or name not in registry:
+        for variant in registry.values():  # of whichever was meant
+            _take(variant, left)
+        return registry.validated(name)
+    wanted = registry[name]
+    given = _take(wanted, left)
+    if wanted is type(current):
+        return current.with_options(**given) if given else current
+    shared = {current.prefix + field: getattr(current, field) for field in type(current).model_fields}
+    return wanted(**(_take(wanted, shared) | given))
+
+
+def _take(variant: type[Variant], flat: dict[str, Any]) -> dict[str, Any]:
+    """The variant's fields among flat names, taken out of these."""
+    names = {variant.prefix + field: field for field in variant.model_fields}
+    return {names[name]: flat.pop(name) for name in list(flat) if name in names}
+
+
+def _unused_sentence(name: str, options: Options, chosen: Mapping[str, Any]) -> str:
+    known = {option.name: option for option in all_options(type(options))}
+    option = known.get(name)
+    if option is None:
+        return unknown_option(name, known)
+    setting, owners = option.setting, " or ".join(option.variants)
+    return (
+        f"{name} is an option of {setting} {owners}, and {setting} is {chosen[setting]}; "
+        f"leave it out, or set {setting} to {owners}"
+    )

@@ -1,0 +1,200 @@
+"""What is declared about each option, as a list: for a command line, a node or a help page to be made from."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from .registry import Registry
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+    from .model import Variant
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What there is to say of an option besides pydantic's own; written beside its type.
+
+    Attributes:
+        step: by how much the arrows of a widget change it.
+        most: the largest value that a widget offers, where the option itself has no upper bound.
+        none: what no value stands for, of an option that may have none ("all of the steps").
+        may_change: whether a run may be resumed with another value.
+        from_host: whether the host sets it and no user does.
+    """
+
+    step: float | None = None
+    most: float | None = None
+    none: str = ""
+    may_change: bool = False
+    from_host: bool = False
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values that a number may have; None where it is not bounded.
+
+    Attributes:
+        low: the smallest value.
+        high: the largest value.
+        above: the number that it has to be larger than.
+        below: the number that it has to be smaller than.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __str__(self) -> str:
+        """Such as "at least 1", "above 0 and at most 0.1", "within 0 and 1"; empty without bounds."""
+        if self.low is not None and self.high is not None:
+            return f"within {self.low:g} and {self.high:g}"
+        words = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
+        return " and ".join(f"{word} {number:g}" for word, number in words if number is not None)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: its flat name.
+        field: its name in the class that declares it.
+        kind: the type of a value; of one element, if there are many.
+        default: the value if none is given.
+        help: what it does, without a full stop.
+        bounds: of a number.
+        choices: the values to choose from; empty where any of the kind will do.
+        is_optional: whether it may be None.
+        is_many: whether it is a tuple.
+        setting: the setting whose variants have this option; empty if it is the run's own.
+        variants: the names of those variants.
+        hint: how to show it.
+    """
+
+    name: str
+    field: str
+    kind: type
+    default: Any
+    help: str
+    bounds: Bounds = Bounds()
+    choices: tuple[str, ...] = ()
+    is_optional: bool = False
+    is_many: bool = False
+    setting: str = ""
+    variants: tuple[str, ...] = ()
+    hint: Hint = Hint()
+
+    def facts(self) -> str:
+        """Bounds and default: "at least 1; default 100"."""
+        bounds = str(self.bounds)
+        return (f"{bounds}; " if bounds else "") + f"default {self._default_text()}"
+
+    def _default_text(self) -> str:
+        if self.default is None or (self.is_many and not self.default):
+            return f"none: {self.hint.none}"
+        if self.is_many:
+            return ", ".join(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+
+def own_options(cls: type[BaseModel], prefix: str = "", values: BaseModel | None = None) -> list[Option]:
+    """The options that a class declares itself, in order; a choice is one of them, its variants' options are not.
+
+    values: an instance whose values are shown as the defaults.
+    """
+    made = []
+    for name, declared in cls.model_fields.items():
+        default = declared.get_default(call_default_factory=True) if values is None else getattr(values, name)
+        made.append(_option(prefix + name, name, declared, default))
+    return made
+
+
+def all_options(cls: type[BaseModel], values: BaseModel | None = None) -> list[Option]:
+    """Every option that can be given for a class: its own, and behind each choice those of all its variants.
+
+    values: an instance whose values are shown as the defaults.
+
+    Raises:
+        TypeError: two options that are declared differently have one flat name.
+    """
+    options: dict[str, Option] = {}
+    for option in own_options(cls, values=values):
+        _add(options, option)
+        registry = registry_of(cls.model_fields[option.field])
+        if registry is None:
+            continue
+        kept = {} if values is None else _values(getattr(values, option.field))
+        for variant in registry.values():
+            for inner in own_options(variant, variant.prefix):
+                default = kept.get(inner.name, inner.default)
+                _add(options, replace(inner, default=default, setting=option.name, variants=(variant.name,)))
+    return list(options.values())
+
+
+def help_rows(options: Sequence[Option]) -> Iterator[tuple[str, str, str]]:
+    """(flat name, choices or bounds and default, what it does) of each option: the rows of a help page's table."""
+    for option in options:
+        owner = f"{option.setting} {', '.join(option.variants)}: " if option.setting else ""
+        yield option.name, "; ".join([*filter(None, [", ".join(option.choices)]), option.facts()]), owner + option.help
+
+
+def registry_of(declared: FieldInfo) -> Registry[Any] | None:
+    """The registry of a field that is a choice."""
+    return next((part for part in declared.metadata if isinstance(part, Registry)), None)
+
+
+def _values(variant: Variant) -> dict[str, Any]:
+    """By flat name; another variant keeps those that it has too."""
+    return {variant.prefix + name: getattr(variant, name) for name in type(variant).model_fields}
+
+
+def _add(options: dict[str, Option], option: Option) -> None:
+    there = options.get(option.name)
+    if there is None:
+        options[option.name] = option
+        return
+    same = replace(there, variants=option.variants, default=option.default, help=option.help) == option
+    if not same or not option.setting:
+        raise TypeError(f"two options have the name {option.name!r}; give one of the variants another prefix")
+    options[option.name] = replace(there, variants=there.variants + option.variants)
+
+
+def _option(name: str, field_name: str, declared: FieldInfo, default: Any) -> Option:
+    registry = registry_of(declared)
+    hint = next((part for part in declared.metadata if isinstance(part, Hint)), Hint())
+    about = declared.description or ""
+    if registry is not None:
+        summaries = [f"{variant.name}: {variant.summary}" for variant in registry.values() if variant.summary]
+        about = ". ".join([about, *summaries])
+        return Option(name, field_name, str, default.name, about, choices=tuple(registry), hint=hint)
+    kind, choices, is_optional, is_many = _kind(declared.annotation)
+    limits: dict[type, Any] = {type(part): part for part in declared.metadata}
+    bounds = Bounds(
+        low=limits[Ge].ge if Ge in limits else None,
+        high=limits[Le].le if Le in limits else None,
+        above=limits[Gt].gt if Gt in limits else None,
+        below=limits[Lt].lt if Lt in limits else None,
+    )
+    return Option(name, field_name, kind, default, about, bounds, choices, is_optional, is_many, hint=hint)
+
+
+def _kind(annotation: Any) -> tuple[type, tuple[str, ...], bool, bool]:
+    """(type of a value, its choices, whether None is one, whether there are many) of a field's annotation."""
+    is_optional = False
+    if get_origin(annotation) in (Union, types.UnionType):
+        is_optional = type(None) in get_args(annotation)
+        (annotation,) = (part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Literal:
+        return str, get_args(annotation), is_optional, False
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0], (), is_optional, True
+    return annotation, (), is_optional, False

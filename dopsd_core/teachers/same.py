@@ -1,0 +1,15 @@
+"""The student itself."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from .base import Teacher
+
+
+class SameTeacher(Teacher):
+    """The student's own weights, without gradient."""
+
+    name: ClassVar[str] = "same"
+    summary: ClassVar[str] = "the student's own"
+    weights: ClassVar[Literal["copy", "base", "student"]] = "student"
