@@ -1,17 +1,19 @@
-"""The ComfyUI side: nodes parse, call the core, wrap. One file per node or topic; `comfy_host/` is the core's host."""
+"""The ComfyUI side: nodes parse, call the core, wrap. One file per node; `comfy_host/` is what the core needs of it."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .build_teacher_condition import BuildTeacherCondition
 from .comfy_host.whole_graph import register
 from .compare_lora import CompareLoRA
-from .conditions import BuildTeacherCondition, TeacherPreview
 from .few_step_sampler import FewStepSampler
 from .load_dataset import LoadDataset
+from .load_demo_models import LoadDemoModels
 from .load_lora import LoadLoRA
-from .loaders import LoadDemoModels, LoadTeacherVision
+from .load_teacher_vision import LoadTeacherVision
 from .save_lora import SaveLoRA
+from .teacher_preview import TeacherPreview
 from .train_lora import TrainLoRA
 
 

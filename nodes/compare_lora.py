@@ -26,8 +26,8 @@ from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
 from .comfy_host.model_patches import unused_schedule
 from .comfy_host.paths import stamp_of
+from .comfy_host.sampling import few_step_sample
 from .comfy_host.sockets import CATEGORY
-from .few_step_sampler import few_step_sample
 
 NONE = "none"
 MAX_STRENGTHS, MAX_PROMPTS, MAX_STRENGTH = 8, 32, 10.0

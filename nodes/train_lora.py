@@ -41,10 +41,10 @@ from .comfy_host.presets import PRESETS, make_config, merged_settings, run_diges
 from .comfy_host.previews import TILE, Painter, TrainingPreview, load_sheets
 from .comfy_host.report import Notes
 from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, TrainedLora
+from .comfy_host.start import start_of
 from .comfy_host.targets import require_blocks
 from .comfy_host.unused import unused_settings
 from .comfy_host.watcher import PREVIEWS_NAME, RunFacts, Watcher
-from .load_lora import start_of
 
 _ROWS = 4  # of a preview sheet: source, before, teacher, student
 

@@ -162,7 +162,7 @@ def drawn(comfyui: ComfyUI, model: Any) -> Tensor:
     conditions = made_conditions(comfyui, model)
     family, features = conditions.family, conditions.data.pairs[0].student.features
     latent = torch.zeros(1, *family.latent_shape(64, 64))
-    sample = torch.inference_mode()(comfyui.module("nodes.few_step_sampler").few_step_sample)
+    sample = torch.inference_mode()(comfyui.module("nodes.comfy_host.sampling").few_step_sample)
     return comfyui.call(sample, model, [[features[None], {}]], latent, 3, family.sigmas(2, 64, 64), "euler")
 
 

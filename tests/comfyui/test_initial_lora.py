@@ -189,7 +189,7 @@ def assert_same_start(
     host, core = comfyui.module("nodes.comfy_host.denoiser"), comfyui.core
     denoiser = host.ComfyDenoiser(model)
     config = core("config").TrainConfig(adapter=denoiser.family.lora_config(RUN_RANK, RUN_ALPHA))
-    start = comfyui.module("nodes.load_lora").start_of(run.value("ours"), denoiser, config)
+    start = comfyui.module("nodes.comfy_host.start").start_of(run.value("ours"), denoiser, config)
     assert all(unused and unused in note for note in start.notes) and bool(start.notes) == bool(unused)
     adapters = core("adapters.adapter_set").AdapterSet(denoiser.sites(), config.adapter, teacher="frozen")
     adapters.load_state(

@@ -385,7 +385,7 @@ def test_load_dataset_names_a_folder_that_is_not_read(comfyui: ComfyUI) -> None:
 
 
 def test_build_teacher_condition_names_encoders_that_are_not_used(comfyui: ComfyUI) -> None:
-    conditions, teachers = comfyui.module("nodes.conditions"), comfyui.core("conditioning.teachers")
+    conditions, teachers = comfyui.module("nodes.build_teacher_condition"), comfyui.core("conditioning.teachers")
     clip = SimpleNamespace(use_clip_schedule=False, apply_hooks_to_conds=None)
     assert conditions.unused_encoders(teachers.VLM, clip, object()) == ()
     (note,) = conditions.unused_encoders(teachers.EDIT, clip, object())

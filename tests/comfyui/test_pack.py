@@ -109,6 +109,16 @@ def test_node_files_import_nothing_heavy(path):
             assert (node.module or "").partition(".")[0] not in {*HEAVY, "dopsd_core"}
 
 
+def test_a_node_has_the_file_of_its_name_and_none_imports_another():
+    ids = {node_id.removeprefix("DOPSD_").lower() for node_id in FROZEN}
+    files = {path.stem: path for path in (ROOT / "nodes").glob("*.py") if path.stem != "__init__"}
+    assert {stem.replace("_", "") for stem in files} == ids
+    for path in files.values():
+        imports = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+        near = {(n.module or n.names[0].name).partition(".")[0] for n in imports if n.level == 1}
+        assert near <= {"comfy_host"}, f"{path.name} imports {near}"
+
+
 def test_nodes_are_thin():
     """`execute` parses, calls and wraps."""
     lengths = {}

@@ -196,7 +196,7 @@ def test_same_training_as_the_standalone_host(comfyui: ComfyUI, trained: Run, tm
 def test_previews_and_rollouts_are_the_few_step_samplers(comfyui: ComfyUI, trained: Run) -> None:
     """From one noise, the core's sampling on our bridge and the node's through ComfyUI's sampler end in one latent."""
     model, conditions = trained.value("models"), trained.value("conditions")
-    sampler, host = comfyui.module("nodes.few_step_sampler"), comfyui.module("nodes.comfy_host.denoiser")
+    sampler, host = comfyui.module("nodes.comfy_host.sampling"), comfyui.module("nodes.comfy_host.denoiser")
     prompt = conditions.previews[0]
     sigmas = conditions.family.sigmas(4, 64, 64)
 

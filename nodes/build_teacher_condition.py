@@ -1,4 +1,4 @@
-"""Nodes that compute what student and teacher are told, and let the user look at the teacher before training."""
+"""The node that encodes what student and teacher are given, once for all of training."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import comfy.utils
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..dopsd_core.conditioning.cache import ConditionCache
 from ..dopsd_core.conditioning.teachers import TEACHERS, Teacher
 from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
-from ..dopsd_core.image_grid import to_pixels
 from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
-from .comfy_host.denoiser import ComfyDenoiser, default_steps, send_text
-from .comfy_host.distilled import warn_if_undistilled
+from .comfy_host.denoiser import send_text
 from .comfy_host.encoder import ComfyEncoder, teacher_for
-from .comfy_host.fits import require_trainable
 from .comfy_host.lengths import length_notes
-from .comfy_host.model_patches import require_own_sampling, unused_patches
 from .comfy_host.paths import condition_cache
-from .comfy_host.previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
+from .comfy_host.previews import encode_previews, preview_texts, split_lines
 from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
 
 
@@ -82,6 +78,16 @@ def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> 
                 f"anchor prompt {number}: it names the concept, which training would hold back: take the name out"
             )
     return [f"warning: {message}" for message in found]
+
+
+def unused_encoders(teacher: Teacher, clip: Any, vision: Any | None) -> tuple[str, ...]:
+    """One line for each thing that was given to Build Teacher Condition and is not used."""
+    notes = []
+    if vision is not None and teacher.sees != "features":
+        notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
+    if clip.use_clip_schedule or clip.apply_hooks_to_conds:
+        notes.append("the hooks on the CLIP are not used: captions are encoded without a schedule")
+    return tuple(notes)
 
 
 class BuildTeacherCondition(io.ComfyNode):
@@ -181,75 +187,3 @@ class BuildTeacherCondition(io.ComfyNode):
         notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
         send_text(cls, "\n".join((conditions.describe(), *notes)))
         return io.NodeOutput(replace(conditions, notes=notes))
-
-
-class TeacherPreview(io.ComfyNode):
-    """Target, teacher and student of the untouched model, side by side."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="DOPSD_TeacherPreview",
-            display_name="Teacher Preview",
-            category=CATEGORY,
-            description="Draws what the TEACHER would draw, before any training: the untouched model that reads the "
-            "caption and sees the picture. The student becomes as good as its teacher and no better: look here first.",
-            search_aliases=["d-opsd", "teacher", "preview"],
-            is_output_node=True,
-            inputs=[
-                io.Model.Input("model", tooltip="The step-distilled model that will be trained."),
-                ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
-                io.Vae.Input("vae", tooltip="The model's own VAE, to decode the pictures."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    optional=True,
-                    tooltip="Noise of the pictures; all rows share it.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    tooltip="Sampling steps; 0 takes what the model was made for.",
-                ),
-                io.Int.Input(
-                    "pictures",
-                    default=4,
-                    min=1,
-                    max=16,
-                    optional=True,
-                    tooltip="How many of the training pictures to look at.",
-                ),
-            ],
-            outputs=[
-                io.Image.Output(display_name="image", tooltip="The sheet: target, teacher and student per column.")
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    @checked
-    def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
-        require_trainable(model, conditions, vae)
-        require_own_sampling(model)
-        painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
-        image = to_pixels(teacher_sheet(painter, conditions, pictures))
-        notes = [warn_if_undistilled(model), *conditions.notes, *unused_patches(model)]
-        notes.append("the student becomes as good as the teacher row, and no better")
-        send_text(cls, "\n".join(filter(None, notes)))
-        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
-
-
-def unused_encoders(teacher: Teacher, clip: Any, vision: Any | None) -> tuple[str, ...]:
-    """One line for each thing that was given to Build Teacher Condition and is not used."""
-    notes = []
-    if vision is not None and teacher.sees != "features":
-        notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
-    if clip.use_clip_schedule or clip.apply_hooks_to_conds:
-        notes.append("the hooks on the CLIP are not used: captions are encoded without a schedule")
-    return tuple(notes)

@@ -1,0 +1,55 @@
+"""Sampling as few-step models are trained to be sampled: the model's own grid, no guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...dopsd_core.families import Family
+from .families import in_comfyui
+from .fits import require_text_width
+
+
+def sampler_name(sampler: str, family: Family) -> str:
+    """ComfyUI's name for "euler" or "template"."""
+    return in_comfyui(family).sampler if sampler == "template" else sampler
+
+
+def few_step_sample(
+    model: Any,
+    positive: Any,
+    latent: Tensor,
+    seed: int,
+    sigmas: Sequence[float],
+    sampler_name: str = "euler",
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+) -> Tensor:
+    """Latents [B, C, h, w] of MODEL and CONDITIONING at CFG 1, so without a negative; `latent` zeros for a new picture.
+
+    The noise of a seed is KSampler's. callback: (step, x0_hat, x, number of steps).
+
+    Raises:
+        ValueError: the CONDITIONING was written by the text encoder of another model.
+    """
+    for features, _ in positive:
+        require_text_width(model, features.shape[-1], "positive has features")
+    latent = comfy.sample.fix_empty_latent_channels(model, latent)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    samples = guider.sample(
+        comfy.sample.prepare_noise(latent, seed),
+        latent,
+        comfy.samplers.sampler_object(sampler_name),
+        torch.tensor(sigmas, dtype=torch.float32),
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return samples.to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())

@@ -1,0 +1,76 @@
+"""The node that lets the user look at the teacher before training."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..dopsd_core.image_grid import to_pixels
+from .comfy_host.checked_inputs import checked
+from .comfy_host.denoiser import ComfyDenoiser, default_steps, send_text
+from .comfy_host.distilled import warn_if_undistilled
+from .comfy_host.fits import require_trainable
+from .comfy_host.model_patches import require_own_sampling, unused_patches
+from .comfy_host.previews import Painter, teacher_sheet
+from .comfy_host.sockets import CATEGORY, ConditionsSocket
+
+
+class TeacherPreview(io.ComfyNode):
+    """Target, teacher and student of the untouched model, side by side."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DOPSD_TeacherPreview",
+            display_name="Teacher Preview",
+            category=CATEGORY,
+            description="Draws what the TEACHER would draw, before any training: the untouched model that reads the "
+            "caption and sees the picture. The student becomes as good as its teacher and no better: look here first.",
+            search_aliases=["d-opsd", "teacher", "preview"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The step-distilled model that will be trained."),
+                ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
+                io.Vae.Input("vae", tooltip="The model's own VAE, to decode the pictures."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    optional=True,
+                    tooltip="Noise of the pictures; all rows share it.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    tooltip="Sampling steps; 0 takes what the model was made for.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=4,
+                    min=1,
+                    max=16,
+                    optional=True,
+                    tooltip="How many of the training pictures to look at.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The sheet: target, teacher and student per column.")
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    @checked
+    def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
+        require_trainable(model, conditions, vae)
+        require_own_sampling(model)
+        painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
+        image = to_pixels(teacher_sheet(painter, conditions, pictures))
+        notes = [warn_if_undistilled(model), *conditions.notes, *unused_patches(model)]
+        notes.append("the student becomes as good as the teacher row, and no better")
+        send_text(cls, "\n".join(filter(None, notes)))
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
