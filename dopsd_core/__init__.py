@@ -3,4 +3,10 @@
 Pure torch: nothing in this package imports ComfyUI, and only `standalone/` imports diffusers or transformers.
 """
 
+import logging
+
+from .text import make_printable
+
 __version__ = "0.2.0"
+
+logging.getLogger("dopsd").addFilter(make_printable)

@@ -22,6 +22,7 @@ from .lengths import length_notes
 from .model_patches import require_own_sampling, unused_patches
 from .paths import condition_cache
 from .previews import Painter, encode_previews, preview_texts, split_lines, teacher_sheet
+from .report import Notes
 from .sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
 
 
@@ -173,14 +174,19 @@ class BuildTeacherCondition(io.ComfyNode):
     ) -> io.NodeOutput:
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
         edits = any(pair.sources for pair in dataset.report.pairs)
-        encoder = ComfyEncoder(clip, vae, vision)
-        sentence = put_trigger(teacher_sentence, dataset.trigger)
-        teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
-        cache = ConditionCache(condition_cache())
-        conditions = build_conditions(dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts)
-        notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
-        send_text(cls, "\n".join((conditions.describe(), *notes)))
-        return io.NodeOutput(replace(conditions, notes=notes))
+        warnings = Notes()
+        with warnings.with_warnings():
+            encoder = ComfyEncoder(clip, vae, vision)
+            sentence = put_trigger(teacher_sentence, dataset.trigger)
+            teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
+            cache = ConditionCache(condition_cache())
+            conditions = build_conditions(
+                dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
+            )
+        notes = Notes((*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes))
+        notes.add(*warnings.lines)
+        send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
+        return io.NodeOutput(replace(conditions, notes=notes.lines))
 
 
 class TeacherPreview(io.ComfyNode):

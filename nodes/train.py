@@ -66,11 +66,12 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """config: with the memory plan's trades in it."""
+    """config: with the memory plan's trades in it. sheets: of the previews, see `load_sheets`."""
 
     result: TrainResult
     config: TrainConfig
     folder: Path
+    sheets: Tensor
 
 
 def run_training(
@@ -90,7 +91,9 @@ def run_training(
         DiskError: the folder cannot be written or has no room; before the model is loaded, if it is known by then.
         OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
     """
-    identity = identity_of(model)
+    notes = Notes()
+    with notes.with_warnings():
+        identity = identity_of(model)
     denoiser = ComfyDenoiser(model)
     config = make_config(wanted.preset, conditions.family, bool(conditions.data.anchors), wanted.chosen)
     require_blocks(denoiser, config.lora)
@@ -111,13 +114,14 @@ def run_training(
     check_run(config, denoiser, conditions.data, folder, options["host_bytes"])
     shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
     unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, vae is not None)
-    notes = Notes((*conditions.notes, *_model_notes(model), *identity.notes, *start.notes, *unused, *plan.notes))
+    notes.add(*conditions.notes, *_model_notes(model), *identity.notes, *start.notes, *unused, *plan.notes)
     preview = None if vae is None else _preview(model, denoiser, vae, conditions, plan, shape)
     watcher = Watcher(node, _facts(folder, denoiser, model, conditions, plan), notes, preview)
     with notes.with_warnings():
         result = _watched(watcher, denoiser, conditions, plan, folder, shape, options)
+        sheets = load_sheets(folder / PREVIEWS_NAME)
         watcher.finished(result)
-    return FinishedRun(result, config, folder)
+    return FinishedRun(result, config, folder, sheets)
 
 
 def _watched(
@@ -256,8 +260,7 @@ class TrainLoRA(io.ComfyNode):
         chosen = {**settings, "lr": learning_rate, "caption_dropout": conditions.caption_dropout}
         run = run_training(cls, model, conditions, vae, Wanted(run_name, memory, preset, chosen), initial_lora)
         reports, lora = read_log(run.folder / LOG_NAME), trained_lora(run.result, run.config)
-        sheets = load_sheets(run.folder / PREVIEWS_NAME)
-        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), sheets)
+        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), run.sheets)
 
 
 def _inputs() -> list[Any]:

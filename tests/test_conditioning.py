@@ -236,6 +236,14 @@ def test_a_folder_in_the_place_of_an_entry_costs_the_cache_and_not_the_run(tmp_p
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_cache_that_cannot_be_written_is_one_warning(tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file where the folder belongs")
+    cache = ConditionCache(tmp_path / "cache")
+    encode_dataset([request(), request(caption="another")], CountingEncoder(), cache)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len([line for line in warnings if f"cannot be written to {tmp_path / 'cache'} " in line]) == 1
+
+
 def test_writers_at_the_same_time_leave_a_whole_entry(tmp_path):
     cache = ConditionCache(tmp_path)
     tensors = {"features": torch.randn(200, 50)}
