@@ -64,7 +64,7 @@ class ConditionCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._warn("cached condition %s cannot be read (%s); it and others like it are made anew", path, error)
+            self._warn("a cached condition cannot be read (%s); it and others like it are made anew", error)
             return None
         try:
             with torch.inference_mode(False):  # the tensors are ordinary ones whoever asks
@@ -89,11 +89,11 @@ class ConditionCache:
         try:
             self.store(key, plain)
         except OSError as error:
-            self._warn("conditions cannot be written to %s (%s); the next run encodes them anew", self.folder, error)
+            self._warn("conditions cannot be kept (%s); the next run encodes them anew", error)
         return plain
 
-    def _warn(self, message: str, path: Path, error: Exception) -> None:
-        log.log(logging.DEBUG if message in self._warned else logging.WARNING, message, path, error)
+    def _warn(self, message: str, *facts: object) -> None:
+        log.log(logging.DEBUG if message in self._warned else logging.WARNING, message, *facts)
         self._warned.add(message)
 
 

@@ -107,10 +107,10 @@ class Watcher(NoCallbacks):
 
     def _close(self, state: State, headline: str, error: str = "") -> None:
         facts, (gap, heldout) = self._facts, self._gaps
-        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
-        lines += [told_size(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
         if self._has_begun or state == "finished":  # else the folder may be another run's, or not there
             self._report(state, error).write(facts.folder)
+        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
+        lines += [told_size(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
         send_text(self._node, "\n".join(lines))
 
     def _report(self, state: State, error: str) -> RunReport:
