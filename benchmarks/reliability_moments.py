@@ -219,13 +219,16 @@ def read_only_output(stage: Stage) -> Outcome:
 
 
 def read_only_cache(stage: Stage) -> Outcome:
-    """The folder of the condition cache is mounted read-only: it costs the cache, not the run."""
+    """The folder of the condition cache is mounted read-only: it costs the cache, not the run, and the node says so."""
     base = new_home(stage.work / "home")
     with mounted(base / "user" / "dopsd", SMALL_DISK), booted(base) as server:
         remount(base / "user" / "dopsd", "ro")
         run = server.run(graph())
         same = run.status == "success" and result_of(run_folder(server, NAME)) == stage.expected
-        return Outcome(seen(run), "the same bits" if same else "OTHER BITS", same)
+        lines = run.texts("train")[-1].splitlines() if run.texts("train") else []
+        note = next((line for line in lines if "conditions cannot be kept" in line), "")
+        said = f"{seen(run)}; {note or 'NOTHING OF THE CACHE'}"
+        return Outcome(said, "the same bits" if same else "OTHER BITS", same and bool(note))
 
 
 def save_on_full_disk(stage: Stage) -> Outcome:
