@@ -23,6 +23,7 @@ import folder_paths
 
 from ..dopsd_core.dataset_files import ROW_SUFFIXES, edit_folders
 from ..dopsd_core.dataset_rows import read_jsonl
+from ..dopsd_core.disk import writing
 from ..dopsd_core.images import SUFFIXES
 from ..dopsd_core.problems import Problems
 from ..dopsd_core.standalone.concept import make_concept, write_dataset
@@ -132,14 +133,19 @@ def stamp_of(path: Path | str) -> tuple[str, int, int, int]:
 
 
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` in ComfyUI's temp folder, filled by `write` if it is not there yet; whole or not there."""
+    """The folder `name` in ComfyUI's temp folder, filled by `write` if it is not there yet; whole or not there.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     folder = Path(folder_paths.get_temp_directory()) / name
     if not folder.is_dir():
         draft = folder.with_name(f".{name}.{secrets.token_hex(4)}")
-        draft.mkdir(parents=True)
         try:
-            write(draft)
-            draft.rename(folder)
+            with writing(folder):
+                draft.mkdir(parents=True)
+                write(draft)
+                draft.rename(folder)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise

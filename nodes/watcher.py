@@ -13,6 +13,7 @@ import comfy.utils
 from ..dopsd_core.adapters import AdapterSet
 from ..dopsd_core.atomic import write_atomic
 from ..dopsd_core.config import TrainConfig
+from ..dopsd_core.disk import writing
 from ..dopsd_core.progress import StepReport
 from ..dopsd_core.trainer import NoCallbacks, TrainResult
 from .host import send_text
@@ -72,7 +73,8 @@ class Watcher(NoCallbacks):
         folder = self._facts.folder
         sheet = self._preview.sheet(f"{folder.name}: step {step} of {self._steps}", adapters)
         path = folder / PREVIEWS_NAME / f"step-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         file = BytesIO()
         sheet.save(file, "PNG")
         write_atomic(path, file.getvalue())
