@@ -120,9 +120,9 @@ def read_log(path: Path) -> list[StepReport]:
             row = json.loads(line)
             known = {name: value for name, value in row.items() if name in StepReport.__dataclass_fields__}
             report = StepReport(**known)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             break
-        if not isinstance(report.step, int) or (reports and report.step <= reports[-1].step):
+        if not _is_report(report) or (reports and report.step <= reports[-1].step):
             break
         reports.append(report)
     return reports
@@ -136,6 +136,11 @@ def curve(reports: Sequence[StepReport], value: Callable[[StepReport], float | N
 
 def _ratio(now: float | None, start: float | None) -> float | None:
     return now / start if now is not None and start is not None and start > 0 else None
+
+
+def _is_report(report: StepReport) -> bool:
+    values = dataclasses.asdict(report).values()
+    return isinstance(report.step, int) and all(value is None or isinstance(value, int | float) for value in values)
 
 
 def _is_told(value: object) -> bool:
