@@ -6,6 +6,7 @@ Only the tower is read, a tenth of what such files hold.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -74,10 +75,12 @@ def tower_files(path: Path) -> list[Path]:
     for part in parts:
         # Windows knows all the ways out of a folder: /, \ and drives
         if PureWindowsPath(part).name != part or not part.endswith(".safetensors"):
-            raise ValueError(f"{index.name} names {part!r}, which is no file of its own folder: download it again")
-        if not path.with_name(part).is_file():
             raise ValueError(
-                f"the vision tower is in {part} by {index.name}, and that file is not beside it: download it too"
+                f"{index.name} names {part[:200]!r}, which is no file of its own folder: download again"
+            )
+        if not os.path.isfile(path.with_name(part)):  # Path.is_file raises for a name that is too long
+            raise ValueError(
+                f"the vision tower is in {part[:200]} by {index.name}, and that file is not beside it: download it too"
             )
     return [path.with_name(part) for part in parts]
 

@@ -205,6 +205,15 @@ def test_an_index_that_is_none_is_named(vision_file, tiny, reference, tmp_path, 
         vision_file.load_teacher_vision(paths[0], tiny)
 
 
+def test_a_file_whose_name_is_too_long_is_not_there(vision_file, tiny, reference, tmp_path):
+    paths = towers.in_several(tmp_path, reference[1])
+    (index,) = tmp_path.glob("*.index.json")
+    index.write_text(index.read_text().replace(paths[0].name, "x" * 5000 + ".safetensors"))
+    with pytest.raises(ValueError, match=f"the vision tower is in x+ by {index.name}, and .* not beside it") as error:
+        vision_file.load_teacher_vision(paths[0], tiny)
+    assert len(str(error.value)) < 500
+
+
 def test_the_8b_is_told_from_the_4b(vision_file, tmp_path):
     tensors = {"visual.pos_embed.weight": torch.zeros(1, 1152), "visual.merger.linear_fc2.weight": torch.zeros(4096, 1)}
     tensors |= {f"visual.blocks.{i}.norm1.bias": torch.zeros(1) for i in range(27)}
