@@ -75,9 +75,7 @@ def tower_files(path: Path) -> list[Path]:
     for part in parts:
         # Windows knows all the ways out of a folder: /, \ and drives
         if PureWindowsPath(part).name != part or not part.endswith(".safetensors"):
-            raise ValueError(
-                f"{index.name} names {part[:200]!r}, which is no file of its own folder: download again"
-            )
+            raise ValueError(f"{index.name} names {part[:200]!r}, which is no file of its own folder: download again")
         if not os.path.isfile(path.with_name(part)):  # Path.is_file raises for a name that is too long
             raise ValueError(
                 f"the vision tower is in {part[:200]} by {index.name}, and that file is not beside it: download it too"
