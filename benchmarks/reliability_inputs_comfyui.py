@@ -33,7 +33,10 @@ DATA = "fuzz"
 EXECUTED = 0.05
 """Share of the accepted workflows that are run as well, with a training of one step."""
 
-DOCUMENTED = ("ValueError", "ConfigError", "DatasetError", "ImageError", "NonFiniteError", "StateError", "OutOfMemory")
+DOCUMENTED = (
+    "ValueError", "InputError", "LeftOutError", "ConfigError", "DatasetError", "ImageError", "NonFiniteError",
+    "StateError", "OutOfMemory",
+)  # fmt: skip
 LIMITS = {"steps": 1, "rank": 4, "batch_size": 2, "grad_accumulation": 1, "preview_every": 0, "resolution": 64}
 """What a run may ask for at most: fuzzed numbers would train for days."""
 
@@ -128,9 +131,10 @@ def _validate(host: Any, graph: dict[str, Any]) -> bool:
 
 def _execute(host: Any, graph: dict[str, Any]) -> None:
     for node in graph.values():
-        for name, most in LIMITS.items():
-            if name in node["inputs"] and not isinstance(node["inputs"][name], list):
-                node["inputs"][name] = most
+        declared = host.pack_nodes[node["class_type"]].define_schema().inputs
+        for name in LIMITS.keys() & {one.id for one in declared}:  # what is missing takes its default, which is large
+            if not isinstance(node["inputs"].get(name), list):
+                node["inputs"][name] = LIMITS[name]
     run = host.execute(graph)
     if run.status != "error":
         return

@@ -188,8 +188,7 @@ def full_disk(stage: Stage, moment: str) -> Outcome:
         run = server.run(graph())
         (server.output / "filler").unlink(missing_ok=True)
         then, same = stage.again(server)
-        words = run.error.lower()
-        named = "output" in words and ("space" in words or "full" in words)
+        named = names_full_disk(run.error, "output")
         return Outcome(seen(run), f"with room again: {then}", same and run.status == "error" and named)
 
 
@@ -200,8 +199,7 @@ def no_room_at_all(stage: Stage) -> Outcome:
         (server.output / "filler").write_bytes(b"\0" * (2**20 - 2**14))
         run = server.run(graph())
         steps = len(list((server.output / "dopsd").glob("*/checkpoints/step-*")))
-        words = run.error.lower()
-        named = "output" in words and ("space" in words or "full" in words)
+        named = names_full_disk(run.error, "output")
         return Outcome(seen(run), f"{steps} checkpoints were made", run.status == "error" and named and not steps)
 
 
@@ -219,13 +217,16 @@ def read_only_output(stage: Stage) -> Outcome:
 
 
 def read_only_cache(stage: Stage) -> Outcome:
-    """The folder of the condition cache is mounted read-only: it costs the cache, not the run."""
+    """The folder of the condition cache is mounted read-only: it costs the cache, not the run, and the node says so."""
     base = new_home(stage.work / "home")
     with mounted(base / "user" / "dopsd", SMALL_DISK), booted(base) as server:
         remount(base / "user" / "dopsd", "ro")
         run = server.run(graph())
         same = run.status == "success" and result_of(run_folder(server, NAME)) == stage.expected
-        return Outcome(seen(run), "the same bits" if same else "OTHER BITS", same)
+        lines = run.texts("train")[-1].splitlines() if run.texts("train") else []
+        note = next((line for line in lines if "conditions cannot be kept" in line), "")
+        said = f"{seen(run)}; {note or 'NOTHING OF THE CACHE'}"
+        return Outcome(said, "the same bits" if same else "OTHER BITS", same and bool(note))
 
 
 def save_on_full_disk(stage: Stage) -> Outcome:
@@ -238,9 +239,13 @@ def save_on_full_disk(stage: Stage) -> Outcome:
         fill(server.output)
         run = server.run(both)
         left = [path.name for path in (server.output / "loras").glob("*")]
-        words = run.error.lower()
-        named = "loras" in words and ("space" in words or "full" in words)
+        named = names_full_disk(run.error, "loras")
         return Outcome(seen(run, "save"), f"left in output/loras: {left or 'nothing'}", named and not left)
+
+
+def names_full_disk(error: str, folder: str) -> bool:
+    """Whether an error says which folder has no room, as the system says it or as the check before a run does."""
+    return folder in error and any(words in error for words in ("No space left", " are free there: free "))
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------

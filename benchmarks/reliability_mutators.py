@@ -6,11 +6,12 @@ Every function is a function of its arguments and of `chance` alone, so that an 
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 import unicodedata
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Chance = random.Random
@@ -149,8 +150,16 @@ def _near(value: Any, chance: Chance) -> Any:
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, int | float):
-        return chance.choice((-value, value + 1, value * 10, str(value), float(value), *NUMBERS[:3]))
+        return chance.choice((-value, value + 1, value * 10, str(value), _float(value), *NUMBERS[:3]))
     return json.dumps(value)
+
+
+def _float(value: float) -> float:
+    """The number as a float, infinity for an integer that is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _rename(container: Any, key: Any, chance: Chance) -> None:
@@ -207,7 +216,8 @@ def _mutate_header(header: dict[str, Any], chance: Chance) -> dict[str, Any]:
         return {**header, "x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
     name, other = chance.choice(names), chance.choice(names)
     entry = header[name]
-    shape = list(entry.get("shape", ()))
+    shape = entry.get("shape", ())
+    shape = list(shape) if isinstance(shape, Iterable) else [shape]  # an earlier mutation may have made it anything
     ways: tuple[Callable[[], Any], ...] = (
         lambda: entry.__setitem__("dtype", chance.choice(("F64", "F32", "F16", "BF16", "I64", "U8", "F8_E4M3", "C64"))),
         lambda: entry.__setitem__("shape", shape[::-1]),

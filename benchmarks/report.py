@@ -30,6 +30,7 @@ from dopsd_core.files.atomic import write_atomic
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
 RELIABILITY = ROOT / "docs" / "reliability.json"
+_CODE = ("dopsd_core", "nodes", "benchmarks", "tests")
 WORK = ROOT / "build" / "reliability"
 """Journals and files of measurements in progress; not under version control."""
 
@@ -259,11 +260,18 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    """The checkout's, "-dirty" where the code is another; the page itself changes with every measurement."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git("rev-parse", "--short", "HEAD")
+        return f"{commit}-dirty" if _git("status", "--porcelain", "--", *_CODE) else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

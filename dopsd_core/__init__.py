@@ -8,8 +8,11 @@ names above are imported at their first use, so that the command line answers be
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .text import make_printable
 
 if TYPE_CHECKING:
     from .conditioning.encode import Encoder
@@ -47,3 +50,6 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+
+
+logging.getLogger("dopsd").addFilter(make_printable)

@@ -2,11 +2,12 @@
 
 Python keeps such bytes as lone surrogates: `caf\\udce9.png` for the Latin-1 name `café.png`. Writing one out as UTF-8
 is an error, so every text that is sent, saved or shown goes through `printable`, every text that is hashed through
-`hashable`.
+`hashable`. The log does so for all of its lines: `dopsd_core/__init__.py` gives it `make_printable`.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TextIO
 
@@ -21,6 +22,12 @@ def printable(text: str) -> str:
 def _escape(match: re.Match[str]) -> str:
     code = ord(match.group())
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+def make_printable(record: logging.LogRecord) -> bool:
+    """A filter of a logger, which keeps every record and makes its message `printable`."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def hashable(text: str) -> bytes:

@@ -18,6 +18,7 @@ from .comfy_host.encoder import ComfyEncoder, teacher_for
 from .comfy_host.lengths import length_notes
 from .comfy_host.paths import condition_cache
 from .comfy_host.previews import encode_previews, preview_texts, split_lines
+from .comfy_host.report import Notes
 from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
 
 
@@ -179,11 +180,16 @@ class BuildTeacherCondition(io.ComfyNode):
     ) -> io.NodeOutput:
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
         edits = any(pair.sources for pair in dataset.report.pairs)
-        encoder = ComfyEncoder(clip, vae, vision)
-        sentence = put_trigger(teacher_sentence, dataset.trigger)
-        teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
-        cache = ConditionCache(condition_cache())
-        conditions = build_conditions(dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts)
-        notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
-        send_text(cls, "\n".join((conditions.describe(), *notes)))
-        return io.NodeOutput(replace(conditions, notes=notes))
+        warnings = Notes()
+        with warnings.with_warnings():
+            encoder = ComfyEncoder(clip, vae, vision)
+            sentence = put_trigger(teacher_sentence, dataset.trigger)
+            teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
+            cache = ConditionCache(condition_cache())
+            conditions = build_conditions(
+                dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
+            )
+        notes = Notes((*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes))
+        notes.add(*warnings.lines)
+        send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
+        return io.NodeOutput(replace(conditions, notes=notes.lines))

@@ -15,11 +15,9 @@ from .comfy_host.memory_plan import MEMORY_CHOICES
 from .comfy_host.model_patches import require_own_sampling
 from .comfy_host.paths import run_folder
 from .comfy_host.presets import PRESETS, preset_steps
-from .comfy_host.previews import load_sheets
 from .comfy_host.settings import TrainingSettings
 from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, SettingsSocket
 from .comfy_host.training import Wanted, losses, run_training, trained_lora
-from .comfy_host.watcher import PREVIEWS_NAME
 
 
 class TrainLoRA(io.ComfyNode):
@@ -71,8 +69,7 @@ class TrainLoRA(io.ComfyNode):
         chosen = chosen_settings(preset, settings, widgets, conditions)
         run = run_training(cls, model, conditions, vae, Wanted(run_name, memory, *chosen), initial_lora)
         reports, lora = read_log(run.folder / LOG_NAME), trained_lora(run.result, run.config)
-        sheets = load_sheets(run.folder / PREVIEWS_NAME)
-        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), sheets)
+        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), run.sheets)
 
 
 def chosen_settings(

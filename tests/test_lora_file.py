@@ -1,6 +1,8 @@
 """LoRA files against the two oracles, peft and diffusers, and against themselves."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.adapters.lora_file import fold_alpha, load_lora, load_peft, save_lora, save_peft, unfold_alpha
+from dopsd_core.files.disk import DiskError
 
 from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, lora, make_pairs, randomise
 
@@ -214,6 +217,20 @@ def test_peft_loads_the_exported_folder(tmp_path, trained):
     assert layers == set(adapters.part_names())
     with adapters.attached(), torch.no_grad():
         assert_near(model(X, 0.75, FEATURES), denoiser.net(X, 0.75, FEATURES), 1e-5)
+
+
+@pytest.mark.parametrize("fails", ["peft's own file", "a file of ours", "the folder"])
+def test_a_full_disk_leaves_no_half_of_a_peft_folder(tmp_path, trained, monkeypatch, fails):
+    peft = pytest.importorskip("peft")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    where = {"peft's own file": (peft.LoraConfig, "save_pretrained"), "a file of ours": (os, "fsync")}
+    monkeypatch.setattr(*where.get(fails, (os, "mkdir")), full)
+    with pytest.raises(DiskError, match=r"p\b.* could not be written: No space left on device"):
+        save_peft(tmp_path / "p", trained[1].state(), CONFIG)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_exported_folder_is_imported_again(tmp_path, trained):

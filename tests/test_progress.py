@@ -43,7 +43,14 @@ def test_a_torn_line_ends_the_log(tmp_path: Path) -> None:
         assert read_log(path) == expected and path.read_bytes() in (whole[: path.stat().st_size], whole)
 
 
-@pytest.mark.parametrize("junk", ["[1]\n", '"x"\n', '{"step": "a"}\n', '{"step": 1}\n', '{"loss": 1}\n', "\x00\n"])
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "[1]\n", '"x"\n', '{"step": "a"}\n', '{"step": 1}\n', '{"loss": 1}\n', "\x00\n", "[" * 100_000 + "\n",
+        '{"step": 3, "loss": "x"}\n', '{"step": 3, "gap": []}\n',
+    ],
+    ids=lambda junk: junk[:20].strip(),
+)  # fmt: skip
 def test_junk_ends_the_log(tmp_path: Path, junk: str) -> None:
     path = tmp_path / "log.jsonl"
     write(path, range(3))

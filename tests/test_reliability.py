@@ -16,7 +16,7 @@ from benchmarks import reliability, reliability_fuzz, reliability_kills, report 
 from benchmarks.reliability_attempts import Attempt, Field  # noqa: E402
 from benchmarks.reliability_fuzz import Case, Fuzz, Task, core_kinds, shrink, try_case  # noqa: E402
 from benchmarks.reliability_inputs import Broken, Kind, Refused  # noqa: E402
-from benchmarks.reliability_mutators import Chance  # noqa: E402
+from benchmarks.reliability_mutators import Chance, mutate_json, mutate_safetensors  # noqa: E402
 from benchmarks.reliability_paths import Answer, Audit, summary  # noqa: E402
 from benchmarks.reliability_trees import Tree, snapshot  # noqa: E402
 from benchmarks.report import Journal, Section, Table, load_sections, measured_here, record  # noqa: E402
@@ -27,6 +27,17 @@ from dopsd_core.training.run import Run  # noqa: E402
 def section(key: str, **changes: Any) -> Section:
     fields = {"title": key, "command": "run", "passed": True, "table": Table(("a", "b"), (("1|2", "3\n4\0"),))}
     return Section(key=key, **(fields | changes))
+
+
+# -- the damage --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_damaged_before_can_be_damaged_again() -> None:
+    """An integer beyond any float, and a tensor whose shape has become a number."""
+    header = json.dumps({"x.lora_A": {"dtype": "F32", "shape": 7, "data_offsets": [0, 0]}}).encode()
+    for seed in range(300):
+        mutate_json({"size": 10**400, "other": -(10**400)}, Chance(seed))
+        mutate_safetensors(len(header).to_bytes(8, "little") + header, Chance(seed))
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Any name and any text can be shown, sent and hashed."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.data.dataset import DatasetError
 from dopsd_core.text import escape_unencodable, hashable, printable
 
@@ -70,3 +72,23 @@ def test_the_command_line_on_a_console_that_is_not_utf8(tmp_path: Path) -> None:
     assert done.returncode == 0 and b"\\u732b.png: is 64x64, smaller than" in done.stdout, done.stderr
     done = inspect("cp1252", "--trigger", "写\x07")
     assert done.returncode == 1 and b"error: the trigger '\\u5199\\x07' cannot be used" in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+def test_every_line_of_the_log_can_be_written(tmp_path: Path) -> None:
+    """A folder's name that is no text, on a console in UTF-8: the line stands there, with the name written out."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    handler = logging.StreamHandler(console)
+    log = logging.getLogger("dopsd")
+    log.addHandler(handler)
+    try:
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9sert"))
+        (folder / "key.safetensors").mkdir(parents=True)
+        assert ConditionCache(folder).load("key") is None
+        log.warning("%s is %d%% of %r", folder.name, 100, "nothing")
+    finally:
+        log.removeHandler(handler)
+    console.flush()
+    first, second = console.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
+    assert "a cached condition cannot be read" in first and "key.safetensors" in first
+    assert second == "d\\xe9sert is 100% of 'nothing'"

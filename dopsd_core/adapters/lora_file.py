@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
 from ..files.atomic import write_atomic
+from ..files.disk import writing
 from ..text import printable
 from .lora import Lora
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
 _PEFT_PREFIX = "base_model.model."
+_PEFT_CONFIG = "adapter_config.json"
 _SUFFIXES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_down": "lora_A", "lora_up": "lora_B"}
 _KEY = re.compile(r"(?P<part>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up)(\.(?P<adapter>\w+))?\.weight")
 
@@ -61,7 +65,7 @@ def save_lora(
 
     Raises:
         ValueError: no tensors, a non-finite one, or metadata that would change the strength in diffusers.
-        OSError: the folder cannot be written; an older file is untouched.
+        DiskError: the folder cannot be written; an older file is untouched.
     """
     if not tensors:
         raise ValueError("there is no LoRA to save: the set of tensors is empty")
@@ -69,7 +73,8 @@ def save_lora(
         raise ValueError("metadata may not hold 'lora_adapter_metadata': diffusers would apply alpha a second time")
     path = Path(path)
     header = {"format": "pt", **{key: printable(value) for key, value in (metadata or {}).items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, format_safetensors(_file_tensors(tensors, config, prefix, dtype), header))
 
 
@@ -101,17 +106,12 @@ def save_peft(
 
     Raises:
         ImportError: peft is not installed.
+        DiskError: the folder cannot be written; a new one is not left behind half filled.
     """
     try:
         from peft import LoraConfig as PeftConfig
     except ImportError as error:
         raise ImportError("exporting a peft folder needs peft: pip install peft") from error
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(
-        folder / "adapter_model.safetensors",
-        format_safetensors(_file_tensors(tensors, config, _PEFT_PREFIX, dtype), {"format": "pt"}),
-    )
     parts = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     # A regular expression over whole names: peft reads a list as suffixes, and one name may be the tail of another.
     peft_config = PeftConfig(
@@ -124,7 +124,24 @@ def save_peft(
         inference_mode=True,
         base_model_name_or_path=base_model,
     )
-    peft_config.save_pretrained(str(folder))
+    data = format_safetensors(_file_tensors(tensors, config, _PEFT_PREFIX, dtype), {"format": "pt"})
+    _write_peft(Path(folder), data, peft_config)
+
+
+def _write_peft(folder: Path, weights: bytes, peft_config: Any) -> None:
+    is_new = not folder.exists()
+    try:
+        with writing(folder, len(weights)):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as draft:  # peft writes in place
+                peft_config.save_pretrained(draft)
+                written = (Path(draft) / _PEFT_CONFIG).read_bytes()
+            write_atomic(folder / _PEFT_CONFIG, written)
+            write_atomic(folder / "adapter_model.safetensors", weights)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def load_peft(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,7 +152,7 @@ def load_peft(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: a file is missing or damaged, or the adapter is of a kind that plain LoRA weights cannot express.
     """
     folder = Path(folder)
-    path = folder / "adapter_config.json"
+    path = folder / _PEFT_CONFIG
     try:
         config = parse_json_object(path.read_bytes(), path)
         tensors, _ = read_safetensors(folder / "adapter_model.safetensors")

@@ -44,11 +44,13 @@ def cache_key(kind: str, image_digest: str, caption: str, identity: str, setting
 class ConditionCache:
     """Encoded tensors in `folder`, one safetensors file per key, each carrying its key and a checksum of its contents.
 
-    Several processes may use one folder: files appear whole, by rename.
+    Several processes may use one folder: files appear whole, by rename. What goes wrong costs time, not the run, and is
+    a warning once: a disk that cannot be written would give one for every entry.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self._warned: set[str] = set()
 
     def path(self, key: str) -> Path:
         """Where the entry of `key` is kept."""
@@ -62,13 +64,13 @@ class ConditionCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.warning("cached condition %s cannot be read (%s); computing it anew", path, error)
+            self._warn("a cached condition cannot be read (%s); it and others like it are made anew", error)
             return None
         try:
             with torch.inference_mode(False):  # the tensors are ordinary ones whoever asks
                 return _parse_entry(data, key)
         except Exception as error:  # a damaged file can fail in any way inside the parser
-            log.warning("cached condition %s is damaged or stale (%s); computing it anew", path, error)
+            self._warn("cached condition %s is damaged or stale (%s); it and others like it are made anew", path, error)
             return None
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -81,14 +83,18 @@ class ConditionCache:
     def keep(self, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stores the entry and gives it back as ordinary tensors on the CPU.
 
-        A folder that cannot be written costs the cache, with a warning, not the run.
+        A folder that cannot be written costs the cache, not the run.
         """
         plain = {name: plain_cpu(tensor) for name, tensor in tensors.items()}
         try:
             self.store(key, plain)
         except OSError as error:
-            log.warning("cached condition %s cannot be written (%s); going on without", self.path(key), error)
+            self._warn("conditions cannot be kept (%s); the next run encodes them anew", error)
         return plain
+
+    def _warn(self, message: str, *facts: object) -> None:
+        log.log(logging.DEBUG if message in self._warned else logging.WARNING, message, *facts)
+        self._warned.add(message)
 
 
 def plain_cpu(tensor: Tensor) -> Tensor:

@@ -137,9 +137,9 @@ def read_log(path: Path) -> list[StepReport]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             report = StepReport.from_row(json.loads(line))
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             break
-        if not isinstance(report.step, int) or (reports and report.step <= reports[-1].step):
+        if not _is_report(report) or (reports and report.step <= reports[-1].step):
             break
         reports.append(report)
     return reports
@@ -160,6 +160,11 @@ def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _ratio(now: float | None, start: float | None) -> float | None:
     return now / start if now is not None and start is not None and start > 0 else None
+
+
+def _is_report(report: StepReport) -> bool:
+    values = (getattr(report, name) for name in _FIELDS)
+    return isinstance(report.step, int) and all(value is None or _is_number(value) for value in values)
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -17,6 +17,8 @@ from comfy_api.latest import io
 
 from .whole_graph import require_whole_graph
 
+_WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
 
 class InputError(ValueError):
     """An input cannot be used; the message names each that is wrong."""
@@ -78,7 +80,26 @@ def _problem(declared: Any, value: Any, own: tuple[str, ...]) -> str | None:
         return f"{declared.id} is {value!r}; it must be true or false"
     if kind == "COMBO" and declared.id not in own and value not in declared.options:
         return f"{declared.id} is {value!r}; choose one of {', '.join(map(str, declared.options))}"
+    if kind not in _WIDGETS and not (value is None and declared.optional) and _is_constant(value, kind):
+        return f"{declared.id} is {repr(value)[:60]}; connect it to a node that gives {kind}"
     return None
+
+
+def _is_constant(value: Any, kind: str) -> bool:
+    """Whether a value was written into the graph where a link belongs, which ComfyUI lets pass.
+
+    It consists of nothing but what JSON knows, as no object of a socket does but a LoRA without tensors.
+    """
+    if kind == "LORA_MODEL" and value == {}:
+        return False
+    nested = [value]
+    while nested:
+        part = nested.pop()
+        if isinstance(part, list | dict):
+            nested += part.values() if isinstance(part, dict) else part
+        elif not (part is None or isinstance(part, str | int | float)):
+            return False
+    return True
 
 
 def _number_problem(declared: Any, value: Any, whole: bool) -> str | None:

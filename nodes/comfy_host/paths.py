@@ -26,6 +26,7 @@ from ...dopsd_core.data.images import SUFFIXES
 from ...dopsd_core.data.jsonl import read_jsonl
 from ...dopsd_core.data.problems import Problems
 from ...dopsd_core.demo.concept import make_concept, write_dataset
+from ...dopsd_core.files.disk import writing
 from ...dopsd_core.text import hashable, printable
 
 DEMO = "demo badge (built in)"
@@ -132,14 +133,19 @@ def stamp_of(path: Path | str) -> tuple[str, int, int, int]:
 
 
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` in ComfyUI's temp folder, filled by `write` if it is not there yet; whole or not there."""
+    """The folder `name` in ComfyUI's temp folder, filled by `write` if it is not there yet; whole or not there.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     folder = Path(folder_paths.get_temp_directory()) / name
     if not folder.is_dir():
         draft = folder.with_name(f".{name}.{secrets.token_hex(4)}")
-        draft.mkdir(parents=True)
         try:
-            write(draft)
-            draft.rename(folder)
+            with writing(folder):
+                draft.mkdir(parents=True)
+                write(draft)
+                draft.rename(folder)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ...dopsd_core.conditioning.encode import Condition, Encoder, encode_dataset
 from ...dopsd_core.conditioning.teachers import Teacher
 from ...dopsd_core.data.captions import put_trigger
 from ...dopsd_core.data.dataset import Pair
-from ...dopsd_core.data.images import load_image, to_tensor
+from ...dopsd_core.data.images import ImageError, load_image, read_image, to_tensor
 from ...dopsd_core.image_grid import Row, contact_sheet
 from ...dopsd_core.rollout import sample
 from ...dopsd_core.trainable import Trainable
@@ -23,6 +24,8 @@ from ...dopsd_core.training.rng import make_generator
 from ...dopsd_core.training.training_set import TeacherImage, encode_request, latent_shape, shown_to_teacher
 from .denoiser import ComfyDenoiser
 from .sockets import Conditions, PreviewPrompt
+
+log = logging.getLogger("dopsd")
 
 MAX_DEFAULT_PROMPTS = 4
 TILE = 192
@@ -150,7 +153,17 @@ class TrainingPreview:
 
 
 def load_sheets(folder: Path) -> Tensor:
-    """Every sheet of a run in the order of its steps, [n, H, W, 3] in [0, 1]; one empty pixel where there are none."""
-    sheets = [to_tensor(Image.open(path).convert("RGB")).movedim(0, -1) for path in sorted(folder.glob("step-*.png"))]
-    same = [sheet for sheet in sheets if sheet.shape == sheets[-1].shape]
-    return torch.stack(same) if same else torch.zeros(1, 1, 1, 3)
+    """Every sheet of a run in the order of its steps, [n, H, W, 3] in [0, 1]; one empty pixel where there are none.
+
+    What cannot be read, or is not of the last sheet's size, is left out with a warning: one batch has one size.
+    """
+    sheets: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("step-*.png")):
+        try:
+            sheets[path.name] = to_tensor(read_image(path)).movedim(0, -1)
+        except ImageError as error:
+            log.warning("the preview sheet %s is not in the output: %s", path.name, error)
+    same = {name: sheet for name, sheet in sheets.items() if sheet.shape == [*sheets.values()][-1].shape}
+    if others := [name for name in sheets if name not in same]:
+        log.warning("%d preview sheets of another size are not in the output: %s", len(others), ", ".join(others))
+    return torch.stack([*same.values()]) if same else torch.zeros(1, 1, 1, 3)

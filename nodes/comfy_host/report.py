@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ...dopsd_core.files.atomic import write_atomic
+from ...dopsd_core.text import printable
 
 REPORT_NAME = "report.json"
 
@@ -26,7 +27,8 @@ class Notes(logging.Handler):
 
     def __init__(self, lines: Iterable[str] = ()) -> None:
         super().__init__(logging.WARNING)
-        self._lines = dict.fromkeys(lines)
+        self._lines: dict[str, None] = {}
+        self.add(*lines)
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -35,7 +37,7 @@ class Notes(logging.Handler):
 
     def add(self, *lines: str) -> None:
         """Appends those that are new."""
-        self._lines.update(dict.fromkeys(lines))
+        self._lines.update(dict.fromkeys(map(printable, lines)))
 
     def emit(self, record: logging.LogRecord) -> None:
         """A warning of the core is a note."""
@@ -81,11 +83,16 @@ class RunReport:
 
     def write(self, folder: Path) -> None:
         """Writes report.json; where that fails, the log says so, since the LoRA matters more."""
-        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        facts = {name: _printable(value) for name, value in dataclasses.asdict(self).items()}
+        text = json.dumps(facts, indent=2) + "\n"
         try:
             write_atomic(folder / REPORT_NAME, text.encode())
         except OSError as error:
             log.error("%s cannot be written: %s", folder / REPORT_NAME, error)
+
+
+def _printable(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value
 
 
 def gap_line(relative: float, heldout: float | None) -> str:

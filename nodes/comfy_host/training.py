@@ -24,13 +24,13 @@ from .memory_plan import MemoryPlan, OutOfMemory, advice, free_device_memory, is
 from .model_patches import unused_patches
 from .paths import run_folder
 from .presets import make_config, merged_settings, run_digest
-from .previews import TILE, Painter, TrainingPreview
+from .previews import TILE, Painter, TrainingPreview, load_sheets
 from .report import Notes
 from .sockets import Conditions, TrainedLora
 from .start import start_of
 from .targets import require_blocks
 from .unused import unused_settings
-from .watcher import RunFacts, Watcher
+from .watcher import PREVIEWS_NAME, RunFacts, Watcher
 
 _ROWS = 4  # of a preview sheet: source, before, teacher, student
 
@@ -60,11 +60,12 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """config: with the memory plan's trades in it."""
+    """config: with the memory plan's trades in it. sheets: of the previews, see `load_sheets`."""
 
     result: TrainResult
     config: TrainConfig
     folder: Path
+    sheets: Tensor
 
 
 def run_training(
@@ -84,7 +85,9 @@ def run_training(
         DiskError: the folder cannot be written or has no room; before the model is loaded, if it is known by then.
         OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
     """
-    identity = identity_of(model)
+    notes = Notes()
+    with notes.with_warnings():
+        identity = identity_of(model)
     denoiser = ComfyDenoiser(model)
     config = make_config(wanted.preset, conditions.family, bool(conditions.data.anchors), wanted.chosen)
     require_blocks(denoiser, config.adapter)
@@ -107,15 +110,15 @@ def run_training(
     check_run(config, denoiser, conditions.data, folder, options["host_bytes"])
     shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
     unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, vae is not None)
-    notes = Notes(
-        (*conditions.notes, *_model_notes(model), *identity.notes, *start.notes, *wanted.unused, *unused, *plan.notes)
-    )
+    notes.add(*conditions.notes, *_model_notes(model), *identity.notes, *start.notes)
+    notes.add(*wanted.unused, *unused, *plan.notes)
     preview = None if vae is None else _preview(model, denoiser, vae, conditions, plan, shape)
     watcher = Watcher(node, _facts(folder, denoiser, model, conditions, plan), notes, preview)
     with notes.with_warnings():
         result = _watched(watcher, denoiser, conditions, plan, folder, shape, options)
+        sheets = load_sheets(folder / PREVIEWS_NAME)
         watcher.finished(result)
-    return FinishedRun(result, config, folder)
+    return FinishedRun(result, config, folder, sheets)
 
 
 def _watched(

@@ -6,6 +6,7 @@ Only the tower is read, a tenth of what such files hold.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,9 @@ from torch import Tensor
 from .vision import TeacherVision, VisionSpec, new_vision, qwen3vl_4b
 
 _PREFIXES = ("model.visual.", "visual.")
+_NO_JSON = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What comes of reading JSON that is none, or holds something else than it should."""
+
 _ONE_OF_SEVERAL = re.compile(r"(.+)-\d{5}-of-(?!00001\.)\d{5}\.safetensors")
 
 
@@ -39,7 +43,7 @@ def load_teacher_vision(path: str | Path, spec: VisionSpec | None = None) -> Tea
             tower = {short: (file, full) for file, full in names if (short := _short_name(full))}
             _refuse_others(path.name, {s: file.get_slice(full).get_shape() for s, (file, full) in tower.items()}, spec)
             state = {short: file.get_tensor(full) for short, (file, full) in tower.items()}
-            metadata = _tower_metadata(file.metadata() or {} for file in files)
+            metadata = _tower_metadata(path.name, [file.metadata() or {} for file in files])
         state, _ = comfy.utils.convert_old_quants(state, "", metadata)
         ops = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True)
         return new_vision(_in_dtype(state, dtype), spec, ops, dtype)
@@ -64,17 +68,17 @@ def tower_files(path: Path) -> list[Path]:
     try:
         places = json.loads(index.read_bytes())["weight_map"]
         parts = sorted({str(part) for tensor, part in places.items() if _short_name(tensor)})
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except _NO_JSON as e:
         raise ValueError(
             f"{index.name} beside {path.name} is not an index of safetensors files: download it again"
         ) from e
     for part in parts:
         # Windows knows all the ways out of a folder: /, \ and drives
         if PureWindowsPath(part).name != part or not part.endswith(".safetensors"):
-            raise ValueError(f"{index.name} names {part!r}, which is no file of its own folder: download it again")
-        if not path.with_name(part).is_file():
+            raise ValueError(f"{index.name} names {part[:200]!r}, which is no file of its own folder: download again")
+        if not os.path.isfile(path.with_name(part)):  # Path.is_file raises for a name that is too long
             raise ValueError(
-                f"the vision tower is in {part} by {index.name}, and that file is not beside it: download it too"
+                f"the vision tower is in {part[:200]} by {index.name}, and that file is not beside it: download it too"
             )
     return [path.with_name(part) for part in parts]
 
@@ -99,7 +103,7 @@ def _refuse_others(name: str, shapes: Mapping[str, Sequence[int]], spec: VisionS
     inside = [key for key in shapes if key != "scaled_fp8"]
     if not inside:
         found = "no vision tower at all (no `visual.*` tensors)"
-    elif "pos_embed.weight" not in shapes or "merger.linear_fc2.weight" not in shapes:
+    elif not (shapes.get("pos_embed.weight") and shapes.get("merger.linear_fc2.weight")):  # missing, or a single number
         found = "a vision tower of another kind (Qwen2.5-VL?)"
     else:
         width, output = shapes["pos_embed.weight"][-1], shapes["merger.linear_fc2.weight"][0]
@@ -126,11 +130,14 @@ def _indices(names: Iterable[str], prefix: str) -> set[str]:
     return {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
 
 
-def _tower_metadata(headers: Iterable[Mapping[str, str]]) -> dict[str, str]:
+def _tower_metadata(name: str, headers: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """Which layers are quantised may stand in the headers, under the files' own names."""
     key = "_quantization_metadata"
-    found = [json.loads(header[key])["layers"] for header in headers if key in header]
-    layers = {short: kind for part in found for full, kind in part.items() if (short := _short_name(full))}
+    try:
+        found = [json.loads(header[key])["layers"] for header in headers if key in header]
+        layers = {short: kind for part in found for full, kind in part.items() if (short := _short_name(full))}
+    except _NO_JSON as e:
+        raise ValueError(f"the header of {name} holds a {key} that cannot be read: download the file again") from e
     return {key: json.dumps({"layers": layers})} if found else {}
 
 

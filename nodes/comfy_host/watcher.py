@@ -12,6 +12,7 @@ import comfy.utils
 
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.files.atomic import write_atomic
+from ...dopsd_core.files.disk import writing
 from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.trainer import NoCallbacks, TrainResult
@@ -72,7 +73,8 @@ class Watcher(NoCallbacks):
         folder = self._facts.folder
         sheet = self._preview.sheet(f"{folder.name}: step {step} of {self._steps}", adapters)
         path = folder / PREVIEWS_NAME / f"step-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         file = BytesIO()
         sheet.save(file, "PNG")
         write_atomic(path, file.getvalue())
@@ -107,10 +109,10 @@ class Watcher(NoCallbacks):
 
     def _close(self, state: State, headline: str, error: str = "") -> None:
         facts, (gap, heldout) = self._facts, self._gaps
-        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
-        lines += [told_size(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
         if self._has_begun or state == "finished":  # else the folder may be another run's, or not there
             self._report(state, error).write(facts.folder)
+        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
+        lines += [told_size(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
         send_text(self._node, "\n".join(lines))
 
     def _report(self, state: State, error: str) -> RunReport:

@@ -197,7 +197,7 @@ class _Remembered:
         try:
             known = json.loads(known_weights().read_bytes())
             return {str(key): str(value) for key, value in known.items()}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return {}
 
     @classmethod

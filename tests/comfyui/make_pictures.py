@@ -55,13 +55,13 @@ def edits(count: int = 4) -> Image.Image:
 
 def thumbnails(previews: Image.Image, teacher: Image.Image, compared: Image.Image) -> None:
     """workflows/*.jpg; each is at most 768 pixels wide and high."""
-    pages = {
-        previews: ("quickstart", "z_image_turbo_train", "klein_train"),
-        teacher: ("z_image_turbo_teacher_preview",),
-        compared: ("compare", "z_image_turbo_sample", "klein_sample"),
-        edits(): ("klein_edit_train", "klein_edit_sample"),
-    }
-    for image, names in pages.items():
+    pages = (
+        (previews, ("quickstart", "z_image_turbo_train", "klein_train")),
+        (teacher, ("z_image_turbo_teacher_preview",)),
+        (compared, ("compare", "z_image_turbo_sample", "klein_sample")),
+        (edits(), ("klein_edit_train", "klein_edit_sample")),
+    )
+    for image, names in pages:
         image.thumbnail((768, 768))
         for name in names:
             image.save(ROOT / "workflows" / f"{name}.jpg", quality=90)

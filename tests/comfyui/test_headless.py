@@ -12,6 +12,7 @@ from math import nan
 from typing import Any
 
 import pytest
+import torch
 from graphs import drawing, training
 from inprocess import ComfyUI
 from live import Server
@@ -205,3 +206,20 @@ def test_every_wrong_input_is_named_at_once(comfyui: ComfyUI) -> None:
         "loss is 'l1'; choose one of x0, velocity",
     ):
         assert sentence in str(caught.value)
+
+
+def test_what_stands_where_a_link_belongs_is_named(comfyui: ComfyUI) -> None:
+    """ComfyUI lets a constant pass for a socket, such as a link that was quoted by mistake."""
+    graph = training("quoted", preview_every=0, probe_every=0)
+    graph["conditions"]["inputs"]["dataset"] = '["data", 0]'
+    run: Run = comfyui.execute(graph)
+    sentence = "dataset is '[\"data\", 0]'; connect it to a node that gives DOPSD_DATASET"
+    assert run.status == "error" and run.error == f"Build Teacher Condition: {sentence}"
+    inputs, schemas = comfyui.module("nodes.comfy_host.checked_inputs"), comfyui.pack_nodes
+    for value in (None, 3, True, "x", [], [["x"]], {}, {"a": [1, None]}):
+        for name, node in (("conditions", "DOPSD_TeacherPreview"), ("model", "DOPSD_TrainLoRA")):
+            with pytest.raises(inputs.InputError, match=f"{name} is .*; connect it to a node that gives"):
+                inputs.completed(schemas[node], {name: value})
+    for value in ([[torch.zeros(1), {}]], {"a": torch.zeros(1)}, object()):
+        assert inputs.completed(schemas["DOPSD_TeacherPreview"], {"conditions": value})["conditions"] is value
+    assert inputs.completed(schemas["DOPSD_TrainLoRA"], {"vae": None})["vae"] is None  # it is optional

@@ -14,6 +14,7 @@ import torch
 from graphs import drawing, training
 from inprocess import ComfyUI
 from loras import demo_lora, give, give_values
+from PIL import Image
 from runs import Run
 
 PROMPT = "a [V] badge, left, on a navy background"
@@ -102,6 +103,36 @@ def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, mon
     text = comfyui.execute(again).texts("train")[-1]
     for line in (told, "checkpoint step-000004 is damaged", "undistilled checkpoint", "01.txt: 9 tokens are cut off"):
         assert once(line, text) and once(line, "\n".join(report_of(comfyui, "traded-2")["notes"]))
+
+
+def test_a_condition_cache_that_cannot_be_written_is_named_on_both_nodes_and_in_the_report(
+    comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = tmp_path / "cache"
+    place.write_text("a file where the folder belongs")
+    monkeypatch.setattr(comfyui.module("nodes.build_teacher_condition"), "condition_cache", lambda: place)
+    run = comfyui.execute(training("uncached", steps=1, warmup=0, preview_every=0, probe_every=0))
+    line = "conditions cannot be kept ("
+    assert once(line, run.texts("conditions")[-1]) and once(line, run.texts("train")[-1])
+    assert once(line, "\n".join(report_of(comfyui, "uncached")["notes"]))
+
+
+def test_preview_sheets_that_are_not_in_the_output_are_named(comfyui: ComfyUI) -> None:
+    """One that an earlier release left torn, and one of another size, as of a run with fewer prompts."""
+    settings = {"preview_every": 1, "probe_every": 0}
+    first = comfyui.execute(training("sheets", steps=2, **settings))
+    folder = Path(first.value("train", 2)) / "previews"
+    torn, small = folder / "step-000000.png", folder / "step-000001.png"
+    torn.write_bytes(torn.read_bytes()[:100])
+    Image.new("RGB", (8, 8)).save(small)
+    run = comfyui.execute(training("sheets", steps=3, **settings))
+    assert run.status == "success" and run.value("train", 3).shape[0] == 2, run.error
+    for line in (
+        "the preview sheet step-000000.png is not in the output: truncated or damaged",
+        "1 preview sheets of another size are not in the output: step-000001.png",
+    ):
+        assert once(line, run.texts("train")[-1])
+        assert once(line, "\n".join(report_of(comfyui, "sheets")["notes"]))
 
 
 def test_a_run_that_is_resumed_or_was_complete_says_so(comfyui: ComfyUI) -> None:

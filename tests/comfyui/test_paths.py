@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -152,6 +153,16 @@ def test_a_draft_that_fails_leaves_nothing(comfyui, paths) -> None:
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError):
+        paths.store_dataset("broken", write)
+    assert not [name for name in os.listdir(comfyui.temp) if "broken" in name]
+
+
+def test_a_temp_folder_on_a_full_disk_is_named(comfyui, paths) -> None:
+    def write(folder: Path) -> None:
+        (folder / "half.png").write_bytes(b"x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as Pillow passes it on, without a name
+
+    with pytest.raises(comfyui.core("files.disk").DiskError, match=r"temp/broken could not be written: No space left .*free"):
         paths.store_dataset("broken", write)
     assert not [name for name in os.listdir(comfyui.temp) if "broken" in name]
 

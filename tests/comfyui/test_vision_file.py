@@ -181,6 +181,39 @@ def test_wrong_files_are_refused_with_what_was_found(vision_file, tiny, referenc
         vision_file.load_teacher_vision(path, tiny)
 
 
+def test_a_tower_of_single_numbers_is_of_another_kind(vision_file, tiny, tmp_path):
+    names = ("visual.pos_embed.weight", "visual.merger.linear_fc2.weight")
+    save_file({name: torch.tensor(1.0) for name in names}, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="found a vision tower of another kind"):
+        vision_file.load_teacher_vision(tmp_path / "wrong.safetensors", tiny)
+
+
+@pytest.mark.parametrize("told", ["no JSON", "[1]", "{}", '{"layers": 1}', "[" * 100_000], ids=lambda told: told[:9])
+def test_a_header_that_is_damaged_inside_is_named(vision_file, tiny, reference, tmp_path, told):
+    whole = {f"visual.{name}": value for name, value in reference[1].items()}
+    save_file(whole, tmp_path / "wrong.safetensors", {"_quantization_metadata": told})
+    with pytest.raises(ValueError, match="header of wrong.safetensors holds .* cannot be read: download"):
+        vision_file.load_teacher_vision(tmp_path / "wrong.safetensors", tiny)
+
+
+@pytest.mark.parametrize("told", [b"no JSON", b"[1]", b"[" * 100_000], ids=lambda told: told[:9].decode())
+def test_an_index_that_is_none_is_named(vision_file, tiny, reference, tmp_path, told):
+    paths = towers.in_several(tmp_path, reference[1])
+    (index,) = tmp_path.glob("*.index.json")
+    index.write_bytes(told)
+    with pytest.raises(ValueError, match="is not an index of safetensors files: download it again"):
+        vision_file.load_teacher_vision(paths[0], tiny)
+
+
+def test_a_file_whose_name_is_too_long_is_not_there(vision_file, tiny, reference, tmp_path):
+    paths = towers.in_several(tmp_path, reference[1])
+    (index,) = tmp_path.glob("*.index.json")
+    index.write_text(index.read_text().replace(paths[0].name, "x" * 5000 + ".safetensors"))
+    with pytest.raises(ValueError, match=f"the vision tower is in x+ by {index.name}, and .* not beside it") as error:
+        vision_file.load_teacher_vision(paths[0], tiny)
+    assert len(str(error.value)) < 500
+
+
 def test_the_8b_is_told_from_the_4b(vision_file, tmp_path):
     tensors = {"visual.pos_embed.weight": torch.zeros(1, 1152), "visual.merger.linear_fc2.weight": torch.zeros(4096, 1)}
     tensors |= {f"visual.blocks.{i}.norm1.bias": torch.zeros(1) for i in range(27)}
