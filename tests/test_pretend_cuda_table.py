@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from benchmarks.pretend_cuda_table import Count, Result, everything, forms_section, parts, read, modes_section
+from benchmarks.pretend_cuda_table import Count, Result, everything, forms_section, modes_section, parts, read
 
 REPORT = """<testsuite>
 <testcase classname="a" name="test_trainings[bf16]" time="30"/>
