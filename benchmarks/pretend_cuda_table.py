@@ -140,7 +140,7 @@ def run(wanted: Wanted) -> Result:
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = pytest_command(*wanted.arguments, "-q", f"--junitxml={report}")
+        command = pytest_command(*wanted.arguments, "-q", "-o", "junit_family=xunit1", f"--junitxml={report}")
         env = {**os.environ, **environment(wanted.mode, wanted.capability)}
         ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if not report.exists():
