@@ -202,7 +202,7 @@ def modes_section(results: Mapping[tuple[str, ...], Result]) -> Section:
         ran = [(w.group, results[key]) for w in wanted if (key := tuple(w.key)) in results]
         failures += [f"{mode}, {capability}: {name}" for _, result in ran for name in result.failures]
         complete = complete and (bool(ran) or not title.startswith("`make"))
-        rows.append((title, MODES[mode].about, CARDS[capability], *figures(ran, len(wanted))))
+        rows.append((title, mode, CARDS[capability], *figures(ran, len(wanted))))
     return Section(
         key="pretend-cuda",
         title="A pretend CUDA device",
@@ -212,6 +212,7 @@ def modes_section(results: Mapping[tuple[str, ...], Result]) -> Section:
         notes=(
             "The CPU's kernels behind torch's real CUDA dispatch, with ComfyUI's own memory management "
             "(tests/pretend_cuda): facts about bytes, waits and order, not about speed or CUDA's kernels.",
+            "".join(f"- {mode.name}: {mode.about}\n" for mode in MODES.values()).rstrip(),
             "PASSED: every part of `make test-cuda` passed, and nothing failed in what else has run.",
             *([f"Failed: {'; '.join(failures)}"] if failures else []),
         ),
