@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file; the page is written beside it")
     chosen = parser.parse_args()
     build.build()
+    machine = measured_here(modes_section({}), comfyui_version()).machine  # before the page changes the checkout
     journal = Journal.open(WORK / "pretend-cuda.jsonl", fresh=chosen.fresh)
     for wanted in parts() if chosen.parts else everything():
         if wanted.mode not in chosen.modes or wanted.capability not in chosen.capabilities:
@@ -278,7 +279,7 @@ def main() -> None:
         results = results_of(journal)
         print(f"{wanted.mode}, {wanted.capability}, {wanted.group}: {results[tuple(wanted.key)].tests}", flush=True)
         for section in (modes_section(results), forms_section(results)):
-            record(measured_here(section, comfyui_version()), chosen.results)
+            record(dataclasses.replace(measured_here(section), machine=machine), chosen.results)
     sys.exit(not modes_section(results_of(journal)).passed)
 
 
