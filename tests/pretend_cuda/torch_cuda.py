@@ -133,13 +133,14 @@ class Runtime:
         return f"pretend error {error}"
 
 
-def mem_get_info(_: Any = None) -> tuple[int, int]:
+def mem_get_info(*_: Any, **__: Any) -> tuple[int, int]:
     """Free and total bytes."""
     total = device.total_memory()
     return total - device.counts().live_bytes, total
 
 
-def memory_stats(_: Any = None) -> dict[str, int]:
+def memory_stats(*_: Any, **__: Any) -> dict[str, int]:
+    """What ComfyUI reads, and 0 for all else that torch.cuda.memory_summary() prints."""
     now = device.counts()
     statistics: dict[str, int] = collections.defaultdict(int)
     for kind in ("active", "reserved", "allocated"):
@@ -191,13 +192,13 @@ def _about_the_card() -> dict[str, Any]:
 
 
 def _about_memory() -> dict[str, Any]:
-    def live(_: Any = None) -> int:
+    def live(*_: Any, **__: Any) -> int:
         return device.counts().live_bytes
 
-    def peak(_: Any = None) -> int:
+    def peak(*_: Any, **__: Any) -> int:
         return device.counts().peak_bytes
 
-    def reset_peak(_: Any = None) -> None:
+    def reset_peak(*_: Any, **__: Any) -> None:
         device.reset()
 
     return {
