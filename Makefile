@@ -1,7 +1,8 @@
 # make demo      teach the demo model a concept it has never seen (a few minutes on a laptop CPU)
-# make test      ruff, pyright and pytest, as CI runs them; inside ComfyUI too where there is a checkout of it
-# make test-cuda       pytest on a pretend CUDA device, where there is a C++ compiler; not yet a part of `make test`
-# make test-cuda-all   all of it in all modes, about an hour, and its table in Markdown
+# make test      ruff, pyright and pytest, as CI runs them; inside ComfyUI too where there is a checkout of it, and on a
+#                pretend CUDA device where there is a C++ compiler
+# make test-cuda       the part on the pretend device alone
+# make test-cuda-all   the same and then all tests inside ComfyUI in all its modes, for hours: the tables of docs/reliability.md
 # make browser   install chromium for the tests of the page (Debian and Ubuntu, as root)
 # All but the browser make .venv on the first run. PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." is given to pip install,
 # COMFYUI_PATH=... says where ComfyUI is (~/comfy/ComfyUI if not set).
@@ -32,8 +33,8 @@ demo: $(VENV)/.standalone
 # Side by side: each part keeps to one core.
 SIDE_BY_SIDE = $(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-test: lint comfyui
-	$(SIDE_BY_SIDE) test-core test-comfyui
+test: lint comfyui cuda-device
+	$(SIDE_BY_SIDE) test-core test-comfyui test-cuda-parts
 
 test-core:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q
@@ -46,7 +47,9 @@ $(COMFYUI_PARTS): test-comfyui-%:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/comfyui/test_[$*]*.py
 
 CUDA = PYTHONPATH=tests $(RUN) -m pretend_cuda
-CUDA_PARTS = $(addprefix test-cuda-,core dynamic classic novram lowvram highvram dynamic-turing classic-turing)
+# Without ComfyUI the core alone has a device; `make comfyui` has said so.
+CUDA_IN_COMFYUI = dynamic classic novram lowvram highvram dynamic-turing classic-turing
+CUDA_PARTS = $(addprefix test-cuda-,core $(if $(wildcard $(COMFYUI_PATH)/main.py),$(CUDA_IN_COMFYUI)))
 
 .PHONY: $(CUDA_PARTS)
 
@@ -62,6 +65,7 @@ cuda-device: $(VENV)/.dev
 	@$(CUDA).build
 
 test-cuda-all: comfyui cuda-device
+	$(RUN) -m benchmarks.pretend_cuda_table --parts
 	$(RUN) -m benchmarks.pretend_cuda_table
 
 lint: $(VENV)/.dev
@@ -72,7 +76,7 @@ ifneq ($(wildcard $(COMFYUI_PATH)/main.py),)
 comfyui: $(VENV)/.comfyui
 else
 comfyui: $(VENV)/.dev
-	@echo "NO COMFYUI at $(COMFYUI_PATH): the pack will not be tested inside it (set COMFYUI_PATH to a checkout)"
+	@echo "NO COMFYUI at $(COMFYUI_PATH): the pack will not be tested inside it, on a pretend CUDA device neither (set COMFYUI_PATH to a checkout)"
 endif
 
 browser:

@@ -27,6 +27,7 @@ _FUNCTIONS = ("weight_function", "bias_function")
 def thawed_small_parameters(network: nn.Module) -> AbstractContextManager[None]:
     """Inside the `with`, norms and other small modules compute with clones of their parameters where gradients flow.
 
+    They do so as well where ComfyUI would bring parameters from RAM in a way that waits for the device.
     A clone lives for one forward, so weights may be moved, streamed or evicted in between.
     """
     modules = [m for m in network.modules() if not is_linear(m)]
@@ -78,7 +79,8 @@ def plain_attention(
 def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def thawed(*args: Any, **kwargs: Any) -> Any:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if not torch.is_grad_enabled() or x is None or not x.is_floating_point() or not _is_unsafe(module, x):
+        needs_clones = _is_unsafe if torch.is_grad_enabled() else _makes_the_host_wait
+        if x is None or not x.is_floating_point() or not needs_clones(module, x):
             return forward(*args, **kwargs)
         with _computing_with(module, _clones(module, x)):
             return forward(*args, **kwargs)
@@ -92,6 +94,13 @@ def _is_unsafe(module: nn.Module, x: Tensor) -> bool:
     return has_own_cast(module) or any(
         value.is_inference() or value.device != x.device or type(value) is not nn.Parameter for value in parameters
     )
+
+
+def _makes_the_host_wait(module: nn.Module, x: Tensor) -> bool:
+    """Whether the host would wait for parameters that ComfyUI leaves in RAM and brings each time: padding tokens."""
+    if not x.is_cuda or has_own_cast(module) or hasattr(module, "_v"):
+        return False
+    return any(value is not None and value.device.type == "cpu" for value in module._parameters.values())
 
 
 @torch.no_grad()

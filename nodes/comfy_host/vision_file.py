@@ -18,7 +18,7 @@ import comfy.utils
 import torch
 from comfy.text_encoders import qwen3vl
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .vision import TeacherVision, VisionSpec, new_vision, qwen3vl_4b
 
@@ -114,12 +114,21 @@ def _refuse_others(name: str, shapes: Mapping[str, Sequence[int]], spec: VisionS
             f"{name} is not {spec.title}: expected its vision tower ({wanted}), found {found}. "
             f"Choose a file of {spec.title} with vision"
         )
-    meta = qwen3vl.Qwen3VLVisionModel(dict(spec.tower), device="meta", dtype=torch.bfloat16, ops=comfy.ops.manual_cast)
-    if missing := sorted(meta.state_dict().keys() - shapes.keys()):
+    # torch's own layers: under dynamic VRAM ComfyUI's have no weights before a load, and take any shape in it
+    meta = qwen3vl.Qwen3VLVisionModel(dict(spec.tower), device="meta", dtype=torch.bfloat16, ops=nn)
+    real = {key: list(value.shape) for key, value in meta.state_dict().items()}
+    if missing := sorted(real.keys() - shapes.keys()):
         raise ValueError(
             f"{name} holds only a part of the vision tower of {spec.title} ({len(missing)} tensors such as "
             f"visual.{missing[0]} are missing): download all of its files again"
         )
+    quantised = {key.rpartition(".")[0] for key in shapes.keys() - real.keys()}  # those may be packed
+    for key, shape in real.items():
+        if list(shapes[key]) != shape and key.rpartition(".")[0] not in quantised:
+            raise ValueError(
+                f"{name} is not {spec.title}: size mismatch of visual.{key}, expected {shape}, found "
+                f"{list(shapes[key])}. Choose a file of {spec.title} with vision"
+            )
 
 
 def _describe(width: int, blocks: int, deepstack: Iterable[object]) -> str:

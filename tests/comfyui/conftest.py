@@ -81,7 +81,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory, artefacts: Path) -> I
     started: list[Server] = []
 
     def start(base: Path | None = None, flags: tuple[str, ...] = (), threads: int = 1) -> Server:
-        log = artefacts / f"server{len(started)}.log"
+        log = artefacts / f"server-{os.getpid()}-{len(started)}.log"  # other runs of pytest may use the same folder
         log.unlink(missing_ok=True)
         started.append(Server(base or new_base(tmp_path_factory.mktemp("server")), log, flags, threads))
         return started[-1]

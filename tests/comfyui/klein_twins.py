@@ -114,7 +114,7 @@ def clips(seed: int = 1, name: str = "qwen3_4b") -> tuple[Any, Any, Any]:
     from comfy.text_encoders import flux
     from transformers import Qwen3Config, Qwen3Model
 
-    with torch.inference_mode():
+    with torch.inference_mode(), toy.allocated():
         kind = flux.KleinTokenizer8B if name == "qwen3_8b" else flux.KleinTokenizer
         target = ClipTarget(kind, flux.klein_te(model_type=name))
         clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, f"{name}_model_config": TEXT})

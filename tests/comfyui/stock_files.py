@@ -88,7 +88,7 @@ def z_image() -> State:
         }
     )  # fmt: skip
     config.set_inference_dtype(torch.float32, None)
-    return _state(config.get_model({}, "").diffusion_model)
+    return _state(toy.network(config).diffusion_model)
 
 
 def klein() -> State:
@@ -269,7 +269,9 @@ def write(models: Path, *names: str) -> list[Path]:
         path = models / f"{name}.safetensors"
         if not path.exists():
             make, quantise = FILES[name]
-            tensors, header = quantise(make()) if quantise else (make(), {})
+            with toy.allocated():
+                tensors = make()
+            tensors, header = quantise(tensors) if quantise else (tensors, {})
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=header)
             written.append(path)

@@ -51,7 +51,7 @@ def make_models(comfyui: ComfyUI) -> dict[str, Any]:
 
     vision = comfyui.module("nodes.comfy_host.vision")
     transformer = twins.diffusers_z_image(text_width=TEXT["hidden_size"])
-    with torch.inference_mode():
+    with torch.inference_mode(), toy.allocated():
         target = ClipTarget(z_image.ZImageTokenizer, z_image.te())
         clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, "qwen3_4b_model_config": TEXT})
         toy.fill(clip.cond_stage_model, seed=1)

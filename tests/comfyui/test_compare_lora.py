@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from loras import demo_lora, give, random_lora
 
 TILE, LEFT, TOP, STEP = 128, 210, 44 + 17, 128 + 6  # the grid's geometry for 64x64 pictures
@@ -192,7 +193,7 @@ def test_kleins_names_are_counted_too(comfyui, tensors) -> None:
     config = comfy.supported_models.Flux2(KLEIN)
     config.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
-    model = comfy.model_patcher.ModelPatcher(config.get_model({}, ""), load_device=cpu, offload_device=cpu)
+    model = comfy.model_patcher.ModelPatcher(toy.network(config), load_device=cpu, offload_device=cpu)
     lora = random_lora(comfyui, model, 0.3, 4, 0)
     lora_module = comfyui.module("nodes.compare_lora")
     assert lora_module.count_used(model, lora) == len(lora) > 20

@@ -96,7 +96,7 @@ def wide_reader() -> Any:
     config = comfy.supported_models.ZImage({**toy.z_image().model.model_config.unet_config, "cap_feat_dim": 12000})
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = None
-    model = config.get_model({}, "")
+    model = toy.network(config)
     toy.fill(model.diffusion_model)
     comfy.model_management.archive_model_dtypes(model.diffusion_model)
     return comfy.model_patcher.CoreModelPatcher(

@@ -162,7 +162,8 @@ def test_a_temp_folder_on_a_full_disk_is_named(comfyui, paths) -> None:
         (folder / "half.png").write_bytes(b"x")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as Pillow passes it on, without a name
 
-    with pytest.raises(comfyui.core("files.disk").DiskError, match=r"temp/broken could not be written: No space left .*free"):
+    disk_error = comfyui.core("files.disk").DiskError
+    with pytest.raises(disk_error, match=r"temp/broken could not be written: No space left .*free"):
         paths.store_dataset("broken", write)
     assert not [name for name in os.listdir(comfyui.temp) if "broken" in name]
 

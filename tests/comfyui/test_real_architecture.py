@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from inprocess import ComfyUI
 
 RANK = 64
@@ -135,7 +136,7 @@ def detected(comfyui: ComfyUI, shapes: Mapping[str, list[int]]) -> Any:
     config.set_inference_dtype(torch.bfloat16, None)
     meta = torch.device("meta")
     with torch.inference_mode(), meta:
-        model = config.get_model({}, "", device=meta)
+        model = toy.network(config, device=meta)
     network = {name: tuple(value.shape) for name, value in model.diffusion_model.state_dict().items()}
     assert network == {name: tuple(shape) for name, shape in shapes.items()}
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=meta, offload_device=meta)

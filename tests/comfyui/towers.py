@@ -90,7 +90,8 @@ def clip(kind: str) -> Any:
         "klein_9b": (ClipTarget(flux.KleinTokenizer8B, flux.klein_te(model_type="qwen3_8b")), "qwen3_8b", 28),
     }[kind]
     sizes = {**LANGUAGE, "num_hidden_layers": layers}
-    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, f"{name}_model_config": sizes})
+    with toy.allocated():
+        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, f"{name}_model_config": sizes})
     toy.fill(clip.cond_stage_model)
     return clip
 

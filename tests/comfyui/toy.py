@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -22,6 +25,22 @@ def fill(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+@contextmanager
+def allocated() -> Iterator[None]:
+    """Inside, ComfyUI's layers have weights from the start; under dynamic VRAM they may have none before a load."""
+    import comfy.memory_management
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.memory_management, "aimdo_enabled", False)
+        yield
+
+
+def network(config: Any, **options: Any) -> Any:
+    """ComfyUI's model of this configuration, whose weights nothing has loaded; options: of `get_model`."""
+    with allocated():
+        return config.get_model({}, "", **options)
+
+
 def z_image(dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None, seed: int = 0) -> Any:
     """A Z-Image of 2 layers and text width 64 as a MODEL; weights in `dtype`, computed in `compute`."""
     import comfy.model_management
@@ -37,7 +56,7 @@ def z_image(dtype: torch.dtype = torch.float32, compute: torch.dtype | None = No
         }
     )  # fmt: skip
     config.set_inference_dtype(dtype, compute)
-    model = config.get_model({}, "")
+    model = network(config)
     fill(model.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
@@ -61,7 +80,7 @@ def flux2(seed: int = 0, **sizes: Any) -> Any:
         }
     )  # fmt: skip
     config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
+    model = network(config)
     fill(model.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
@@ -84,5 +103,5 @@ def real_z_image(dtype: torch.dtype = torch.bfloat16) -> Any:
     config.set_inference_dtype(dtype, None if dtype == torch.bfloat16 else torch.bfloat16)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(
-        config.get_model({}, "", device=torch.device("meta")), load_device=cpu, offload_device=cpu
+        network(config, device=torch.device("meta")), load_device=cpu, offload_device=cpu
     )

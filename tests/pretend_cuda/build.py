@@ -1,4 +1,4 @@
-"""Builds the pretend device's library for this environment's torch: 20 s, once per torch and source.
+"""Builds the pretend device's library for this environment's torch: 20 s, once per torch, its folder and source.
 
     PYTHONPATH=tests python -m pretend_cuda.build      # says where the library is, or why there is none
 
@@ -46,7 +46,8 @@ def compiler() -> str:
 def library() -> Path:
     """Where the library for this source and this torch is, or would be."""
     cache = Path(os.environ.get("PRETEND_CUDA_CACHE") or Path(sys.prefix) / "pretend_cuda")
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr(FLAGS).encode()).hexdigest()[:12]
+    built_from = repr((FLAGS, str(_torch_folder())))  # it looks for torch's libraries where they were when it was built
+    digest = hashlib.sha256(SOURCE.read_bytes() + built_from.encode()).hexdigest()[:12]
     return cache / f"torch-{importlib.metadata.version('torch')}-{digest}" / NAME
 
 

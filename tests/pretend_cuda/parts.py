@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 CORE = ("adapters", "checkpointing", "frozen", "lora_import", "objectives", "rollout", "training_set")
 """Tests of the core that compute where $DOPSD_TEST_DEVICE says."""
-NODES = ("bases", "stock_files", "training")
-"""Tests inside ComfyUI: whole trainings of both families, on every base."""
+NODES = ("bases", "stock_files", "training", "users_objects")
+"""Tests inside ComfyUI: whole trainings of both families, on every base, and the user's objects after every ending."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,11 @@ import pytest
 from pretend_cuda import device
 
 
+def pytest_configure() -> None:
+    if not device.is_there():  # Python goes on after an error in sitecustomize
+        pytest.exit("the pretend CUDA device did not start; its error is above", returncode=3)
+
+
 def pytest_report_header() -> str:
     major, minor = device.capability()
     return f"pretend CUDA device: mode {os.environ['PRETEND_CUDA']}, compute capability {major}.{minor}"

@@ -133,19 +133,24 @@ class Runtime:
         return f"pretend error {error}"
 
 
-def mem_get_info(_: Any = None) -> tuple[int, int]:
+def mem_get_info(*_: Any, **__: Any) -> tuple[int, int]:
     """Free and total bytes."""
     total = device.total_memory()
     return total - device.counts().live_bytes, total
 
 
-def memory_stats(_: Any = None) -> dict[str, int]:
+def memory_stats(*_: Any, **__: Any) -> dict[str, int]:
     now = device.counts()
     statistics: dict[str, int] = collections.defaultdict(int)
     for kind in ("active", "reserved", "allocated"):
         statistics[f"{kind}_bytes.all.current"] = now.live_bytes
         statistics[f"{kind}_bytes.all.peak"] = now.peak_bytes
     return statistics
+
+
+def memory_summary(*_: Any, **__: Any) -> str:
+    """What ComfyUI logs after it ran out of memory."""
+    return str(device.counts())
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -161,7 +166,8 @@ def install() -> None:
     version: Any = torch.version
     version.cuda = CUDA_VERSION
     _set(torch.cuda, {**_about_the_card(), **_about_memory(), **_about_order(), **_about_chance()})
-    _set(torch.cuda.memory, {"mem_get_info": mem_get_info, "memory_stats": memory_stats})
+    statistics = {"mem_get_info": mem_get_info, "memory_stats": memory_stats, "memory_summary": memory_summary}
+    _set(torch.cuda.memory, statistics)
     _set(torch.cuda.streams, {"Stream": Stream, "Event": Event})
     _set(torch._C, _of_the_library())
     _set(torch.backends.cudnn, {"version": _always(CUDNN_VERSION), "is_available": _always(True)})
@@ -191,17 +197,18 @@ def _about_the_card() -> dict[str, Any]:
 
 
 def _about_memory() -> dict[str, Any]:
-    def live(_: Any = None) -> int:
+    def live(*_: Any, **__: Any) -> int:
         return device.counts().live_bytes
 
-    def peak(_: Any = None) -> int:
+    def peak(*_: Any, **__: Any) -> int:
         return device.counts().peak_bytes
 
-    def reset_peak(_: Any = None) -> None:
+    def reset_peak(*_: Any, **__: Any) -> None:
         device.reset()
 
     return {
-        "mem_get_info": mem_get_info, "memory_stats": memory_stats, "memory_allocated": live, "memory_reserved": live,
+        "mem_get_info": mem_get_info, "memory_stats": memory_stats, "memory_summary": memory_summary,
+        "memory_allocated": live, "memory_reserved": live,
         "max_memory_allocated": peak, "max_memory_reserved": peak, "reset_peak_memory_stats": reset_peak,
         "empty_cache": _always(None), "ipc_collect": _always(None), "get_allocator_backend": _always("native"),
     }  # fmt: skip
