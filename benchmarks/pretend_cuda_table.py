@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, WORK, Journal, Section, Table, comfyui_version, measured_here, record
+from benchmarks.report import RELIABILITY, WORK, Journal, Section, Table, comfyui_version, measured_here, record
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=tuple(MODES))
     parser.add_argument("--capabilities", nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs have measured")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file; the page is written beside it")
+    parser.add_argument("--results", type=Path, default=RELIABILITY, help="the JSON file; the page is written beside it")
     chosen = parser.parse_args()
     build.build()
     machine = measured_here(modes_section({}), comfyui_version()).machine  # before the page changes the checkout
