@@ -48,7 +48,8 @@ def section(report: Mapping[str, Any], training_seeds: int) -> Section:
 
 
 def _mean_and_std(figure: Mapping[str, float]) -> str:
-    return f"{figure['mean']:.3g} ± {figure['std']:.2g}"
+    mean = f"{figure['mean']:.0f}" if figure["mean"] >= 100 else f"{figure['mean']:.3g}"
+    return f"{mean} ± {figure['std']:.2g}"
 
 
 def main() -> None:
