@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=tuple(MODES))
     parser.add_argument("--capabilities", nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs have measured")
-    parser.add_argument("--results", type=Path, default=RELIABILITY, help="the JSON file; the page is written beside it")
+    parser.add_argument("--results", type=Path, default=RELIABILITY, help="JSON file of the page")
     chosen = parser.parse_args()
     build.build()
     machine = measured_here(modes_section({}), comfyui_version()).machine  # before the page changes the checkout

@@ -60,7 +60,7 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> WindowsLocks:
 
     def refuse_open(path: Any) -> None:
         if str(path) in _open_files():
-            raise PermissionError(32, "The process cannot access the file because it is being used", str(path))
+            raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
 
     def replace(source: Any, target: Any, **more: Any) -> None:
         refuse_open(source)

@@ -6,11 +6,14 @@ import contextlib
 import glob
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import IO
 
 from .disk import explained
 from .lock import IS_WINDOWS, try_lock
+
+_ATTEMPTS = 20
 
 
 @explained
@@ -23,13 +26,15 @@ def write_atomic(path: Path, data: bytes) -> None:
         DiskError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
     """
     _remove_leftovers(path)
-    while not _written(path, data):
-        pass  # another writer of the same file took the temporary one for a leftover
+    for attempt in range(_ATTEMPTS):
+        if _written(path, data, is_last=attempt == _ATTEMPTS - 1):
+            break
+        time.sleep(0.01)
     sync_folder(path.parent)
 
 
-def _written(path: Path, data: bytes) -> bool:
-    """Writes a temporary file and renames it; False where somebody removed it between the two (Windows)."""
+def _written(path: Path, data: bytes, *, is_last: bool) -> bool:
+    """Writes a temporary file and renames it; False where another writer looked at it between the two (Windows)."""
     file, temporary = _open_temporary(path)
     try:
         with file:
@@ -41,13 +46,20 @@ def _written(path: Path, data: bytes) -> bool:
         if IS_WINDOWS:  # where an open file cannot be renamed
             try:
                 os.replace(temporary, path)
-            except FileNotFoundError:
-                return False
+            except (FileNotFoundError, PermissionError):
+                if is_last:
+                    raise
+                return _discard(temporary)
     except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        _discard(temporary)
         raise
     return True
+
+
+def _discard(temporary: Path) -> bool:
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+    return False
 
 
 def sync_folder(folder: Path) -> None:
