@@ -6,11 +6,14 @@ import contextlib
 import glob
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import IO
 
 from .disk import explained
-from .lock import try_lock
+from .lock import IS_WINDOWS, try_lock
+
+_ATTEMPTS = 20
 
 
 @explained
@@ -23,18 +26,40 @@ def write_atomic(path: Path, data: bytes) -> None:
         DiskError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
     """
     _remove_leftovers(path)
+    for attempt in range(_ATTEMPTS):
+        if _written(path, data, is_last=attempt == _ATTEMPTS - 1):
+            break
+        time.sleep(0.01)
+    sync_folder(path.parent)
+
+
+def _written(path: Path, data: bytes, *, is_last: bool) -> bool:
+    """Writes a temporary file and renames it; False where another writer looked at it between the two (Windows)."""
     file, temporary = _open_temporary(path)
     try:
         with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if not IS_WINDOWS:
+                os.replace(temporary, path)  # while it is locked: nobody takes it for a leftover
+        if IS_WINDOWS:  # where an open file cannot be renamed
+            try:
+                os.replace(temporary, path)
+            except (FileNotFoundError, PermissionError):
+                if is_last:
+                    raise
+                return _discard(temporary)
     except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        _discard(temporary)
         raise
-    sync_folder(path.parent)
+    return True
+
+
+def _discard(temporary: Path) -> bool:
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+    return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -64,9 +89,9 @@ def _remove_leftovers(path: Path) -> None:
         with contextlib.suppress(OSError):
             with leftover.open("ab") as file:
                 is_dead = try_lock(file)
-                if is_dead and os.name != "nt":
+                if is_dead and not IS_WINDOWS:
                     leftover.unlink()  # while it is locked: its writer could lock it the moment after
-            if is_dead and os.name == "nt":
+            if is_dead and IS_WINDOWS:
                 leftover.unlink()  # an open file cannot be removed here, so not one that is being written either
 
 

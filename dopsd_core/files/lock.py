@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import IO
 
+IS_WINDOWS = os.name == "nt"
+
 
 class FolderInUse(RuntimeError):
     """Another process, or another run of this one, is working in the folder."""
@@ -54,7 +56,7 @@ def try_lock(file: IO[bytes]) -> bool | None:
 
 
 def _lock(file: IO[bytes]) -> None:
-    if os.name == "nt":
+    if IS_WINDOWS:
         import msvcrt
 
         file.seek(0)

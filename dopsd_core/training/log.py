@@ -66,11 +66,13 @@ class StepReport:
 
     @classmethod
     def from_row(cls, row: Mapping[str, object]) -> StepReport:
-        """The report of a line. Numbers of other names are metrics; what else is unknown is ignored.
+        """The report of a line. Numbers of other names are metrics.
 
         Raises:
-            TypeError: there is no step.
+            TypeError: there is no step, or something that is neither a number nor null.
         """
+        if wrong := [name for name, value in row.items() if not (value is None or _is_number(value))]:
+            raise TypeError(f"{wrong[0]} is not a number")
         known: dict[str, Any] = {name: value for name, value in row.items() if name in _FIELDS}
         others = {name: float(value) for name, value in row.items() if name not in _FIELDS and _is_number(value)}
         return cls(**known, metrics=others)
@@ -139,7 +141,7 @@ def read_log(path: Path) -> list[StepReport]:
             report = StepReport.from_row(json.loads(line))
         except (ValueError, TypeError, AttributeError, RecursionError):
             break
-        if not _is_report(report) or (reports and report.step <= reports[-1].step):
+        if not isinstance(report.step, int) or (reports and report.step <= reports[-1].step):
             break
         reports.append(report)
     return reports
@@ -160,11 +162,6 @@ def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _ratio(now: float | None, start: float | None) -> float | None:
     return now / start if now is not None and start is not None and start > 0 else None
-
-
-def _is_report(report: StepReport) -> bool:
-    values = (getattr(report, name) for name in _FIELDS)
-    return isinstance(report.step, int) and all(value is None or _is_number(value) for value in values)
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
