@@ -57,10 +57,16 @@ Written by `python -m benchmarks.reliability render` from reliability.json; ever
 """,  # noqa: E501
     ),
     "results": Page(
-        ("demo", "demo-concepts", "quickstart", "step-cost", "identity-cost"),
+        ("demo", "demo-concepts", "quickstart", "step-cost"),
         """# Results
 
 Written by the scripts in `benchmarks/` into results.json, and from there by `python -m benchmarks.report`; every section says which command measured it, when, and on what machine. All of it is measured on the embedded demo model. None of it says anything about Z-Image-Turbo or FLUX.2-klein with their real weights, on which nobody has run the pack yet.
+
+What to keep in mind:
+
+- The demo's world is tiny, and its names mean nothing, which makes the leakage of a concept as bad as it can be. FLUX.2-klein's teacher is another than the demo's.
+- Without the prior anchor D-OPSD leaked into ordinary prompts as much as SFT did here. SFT with prior preservation (DreamBooth) would be the fair rival of the anchor and is not built yet.
+- SFT hardly blurred the trigger's images in this world; what it lost is the prior.
 """,  # noqa: E501
     ),
 }
