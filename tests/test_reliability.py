@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,18 @@ def test_the_audit_tells_a_leak_from_ordinary_work(field: Field, tmp_path: Path)
     log.write_text("\n".join([*fine, *bad]) + "\n")
     audit = Audit(log, field)
     assert audit.leaks() == bad and audit.leaks() == []
+
+
+def test_the_audit_resolves_names_below_an_open_folder(tmp_path: Path) -> None:
+    """A folder that is removed whole: its files are named below its descriptor, not below the working folder."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.txt").touch()
+    code = "import shutil; from benchmarks.reliability_audit import start; start('audit.log'); shutil.rmtree('a')"
+    environment = {**os.environ, "PYTHONPATH": str(reliability_report.ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
+    lines = [line.partition("\t") for line in (tmp_path / "audit.log").read_text().splitlines()]
+    removed = [path for event, _, path in lines if event in ("os.remove", "os.rmdir")]
+    assert removed == [str(tmp_path / name) for name in ("a/b/c.txt", "a/b", "a")]
 
 
 def test_a_leak_or_a_failed_control_fails_the_section() -> None:
