@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inspect_dataset(args: argparse.Namespace) -> int:
-    """Prints the report of a data set; 1 when it has errors."""
+    """Prints the report of a dataset; 1 when it has errors."""
     from .data.dataset import read_dataset
 
     report = read_dataset(

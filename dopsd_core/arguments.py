@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dopsd_core",
         allow_abbrev=False,
-        description="Teach a few-step image model a concept from a few pictures, and keep its few-step quality "
+        description="Teach a few-step image model a concept from a few images, and keep its few-step quality "
         "(on-policy self-distillation, arXiv 2605.05204).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -94,7 +94,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         allow_abbrev=False,
         help="teach the embedded demo model a concept that it has never seen, and report how well",
-        description="Renders four pictures with captions of a concept that the demo model has never seen, shows what "
+        description="Renders four images with captions of a concept that the demo model has never seen, shows what "
         "its teacher makes of them, trains (D-OPSD, and SFT for comparison), and writes the LoRA, a contact sheet, "
         "curves and report.json. A few minutes on two CPU cores, no download.",
     )
@@ -111,18 +111,18 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         allow_abbrev=False,
-        help="train a LoRA on a data set",
-        description="Trains a LoRA on a folder of pictures with .txt captions beside them, or on a JSONL. Everything "
+        help="train a LoRA on a dataset",
+        description="Trains a LoRA on a folder of images with .txt captions beside them, or on a JSONL. Everything "
         "of the run is kept in --output; the same command again resumes a run that was stopped or killed. Ctrl-C "
         "saves and stops. Defaults in brackets are those of the demo model; --config takes another run's settings.",
     )
-    _add_dataset(parser, "side of a square with as many pixels as a training picture has; default: the model's")
+    _add_dataset(parser, "side of a square with as many pixels as a training image has; default: the model's")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run and of its LoRA")
     parser.add_argument("--model", default="demo", choices=("demo",), help="what to train (default: %(default)s)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to take settings from")
     parser.add_argument(
         "--teacher-image", choices=("own", "other"), default="own",
-        help="show the teacher the picture that is trained, or up to three others of the data set in turn",
+        help="show the teacher the image that is trained, or up to three others of the dataset in turn",
     )  # fmt: skip
     parser.add_argument(
         "--heldout-caption", metavar="TEXT", help="a caption that is not trained, to measure the gap to the teacher on"
@@ -167,19 +167,19 @@ def _add_sample(commands: Any) -> None:
     parser = commands.add_parser(
         "sample",
         allow_abbrev=False,
-        help="make pictures with or without a LoRA",
+        help="make images with or without a LoRA",
         description="Samples the model in its few steps. With --teacher-image it shows what the teacher makes of a "
-        "picture: look at that before training, for the student becomes as good as its teacher and no better.",
+        "image: look at that before training, for the student becomes as good as its teacher and no better.",
     )
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one picture or more for each")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one image or more for each")
     parser.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--model", default="demo", choices=("demo",), help="default: %(default)s")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to draw with")
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="of the LoRA (default: %(default)s)")
-    parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="show this picture to the teacher")
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="pictures per prompt (default: %(default)s)")
+    parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="show this image to the teacher")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the model's")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first image (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="pixels; default: the model's")
 
 
@@ -187,11 +187,11 @@ def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect-dataset",
         allow_abbrev=False,
-        help="list everything that is wrong with a data set, before training",
-        description="Opens every picture and caption of a data set and lists all problems with file and line. Exit "
+        help="list everything that is wrong with a dataset, before training",
+        description="Opens every image and caption of a dataset and lists all problems with file and line. Exit "
         "code 1 when there are errors, 0 when there are at most warnings.",
     )
-    _add_dataset(parser, "side of a square with as many pixels as a training picture has (default: %(default)s)", 1024)
+    _add_dataset(parser, "side of a square with as many pixels as a training image has (default: %(default)s)", 1024)
     parser.add_argument(
         "--multiple", type=int, default=16, metavar="N", help="sides are multiples of N pixels (default: %(default)s)"
     )
@@ -202,7 +202,7 @@ def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resoluti
         "dataset",
         type=Path,
         metavar="DATASET",
-        help="folder of pictures and .txt captions, of edits in source/ and target/, or a .jsonl",
+        help="folder of images and .txt captions, of edits in source/ and target/, or a .jsonl",
     )
     parser.add_argument("--trigger", default="", metavar="WORD", help="word for the concept; replaces [V] in captions")
     parser.add_argument("--resolution", type=int, default=resolution, metavar="N", help=resolution_help)
@@ -210,5 +210,5 @@ def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resoluti
         "--repeats", type=int, default=1, metavar="N", help="visits per epoch of each image, up to 1000"
     )
     parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="pictures may not lie outside of it; default: DATASET's"
+        "--root", type=Path, metavar="DIR", help="images may not lie outside of it; default: DATASET's"
     )

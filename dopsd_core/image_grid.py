@@ -1,6 +1,6 @@
-"""Labelled grids of pictures: what was asked for, what came out, and the data set at a glance.
+"""Labelled grids of images: what was asked for, what came out, and the dataset at a glance.
 
-Small pictures are enlarged without smoothing, so that every pixel is the model's own; large ones are scaled down.
+Small images are enlarged without smoothing, so that every pixel is the model's own; large ones are scaled down.
 Text is wrapped into its place and ends in an ellipsis where there is too much of it.
 """
 
@@ -34,12 +34,12 @@ _FALLBACK_FONTS = (
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 Shown = Path | Image.Image | Sequence[Path | Image.Image]
-"""A picture, or the pictures of an edit: its sources, then its target."""
+"""An image, or the images of an edit: its sources, then its target."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the sheet: a label, a remark under it, pictures [n, 3, H, W] or each [3, H, W] in [0, 1], and a word
+    """One line of the sheet: a label, a remark under it, images [n, 3, H, W] or each [3, H, W] in [0, 1], and a word
     over each or none."""
 
     label: str
@@ -70,7 +70,7 @@ class _Block:
 
 
 def contact_sheet(title: str, rows: Sequence[Row], tile: int = 112) -> Image.Image:
-    """All rows under a title, labels on the left; no picture is larger than tile x tile."""
+    """All rows under a title, labels on the left; no image is larger than tile x tile."""
     pictures = [[fit_tile(picture, tile) for picture in to_images(row.pictures)] for row in rows]
     zoom = min(2.0, max(1.0, tile / 160))
     label_width, head = round(_LABEL * zoom), round(44 * zoom)
@@ -95,7 +95,7 @@ def contact_sheet(title: str, rows: Sequence[Row], tile: int = 112) -> Image.Ima
 
 
 def _paste(sheet: Image.Image, picture: Image.Image, place: tuple[int, int, int, int]) -> None:
-    """The picture in the middle of its place (x, y, width, height), grey around it."""
+    """The image in the middle of its place (x, y, width, height), grey around it."""
     x, y, width, height = place
     sheet.paste(_MAT, (x, y, x + width, y + height))
     sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
@@ -114,9 +114,9 @@ def _draw_label(draw: ImageDraw.ImageDraw, row: Row, width: int, top: int, heigh
 
 
 def thumbnails(items: Sequence[tuple[Shown, str]], problems: str = "", tile: int = 160, limit: int = 24) -> Image.Image:
-    """Pictures with their captions under them, then the problem list, errors in red.
+    """Images with their captions under them, then the problem list, errors in red.
 
-    A picture that cannot be read is an empty tile. Items beyond `limit` are counted, not shown.
+    An image that cannot be read is an empty tile. Items beyond `limit` are counted, not shown.
     """
     shown = [((what,) if isinstance(what, Path | Image.Image) else tuple(what), text) for what, text in items[:limit]]
     across = min(3, max((len(pictures) for pictures, _ in shown), default=1))
@@ -155,25 +155,25 @@ def _notes(problems: str, hidden: int, width: int) -> list[_Block]:
 
 
 def to_images(pictures: Tensor | Sequence[Tensor]) -> list[Image.Image]:
-    """Pictures, each [3, H, W] in [0, 1] -> PIL images; what is not a number becomes black."""
+    """Images, each [3, H, W] in [0, 1] -> PIL images; what is not a number becomes black."""
     bytes_of = [(picture.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte() for picture in pictures]
     return [Image.fromarray(rearrange(image, "c h w -> h w c").cpu().numpy()) for image in bytes_of]
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """A picture as ComfyUI's IMAGE: [1, H, W, 3] fp32 in [0, 1]."""
+    """An image as ComfyUI's IMAGE: [1, H, W, 3] fp32 in [0, 1]."""
     return rearrange(to_tensor(image.convert("RGB")), "c h w -> 1 h w c")
 
 
 def fit_tile(picture: Image.Image, tile: int) -> Image.Image:
-    """The whole picture with its longer side of `tile` pixels; unsmoothed where it grows."""
+    """The whole image with its longer side of `tile` pixels; unsmoothed where it grows."""
     scale = tile / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
 def _strip(pictures: Sequence[Path | Image.Image], tile: int, width: int) -> Image.Image:
-    """The pictures of an edit side by side, an arrow before the last; a single picture as it is."""
+    """The images of an edit side by side, an arrow before the last; a single image as it is."""
     if len(pictures) == 1:
         return _thumbnail(pictures[0], tile)
     gaps = len(pictures) - 1
@@ -195,7 +195,7 @@ def _thumbnail(picture: Path | Image.Image, tile: int) -> Image.Image:
         return fit_tile(to_rgb(picture), tile)
     try:
         return fit_tile(decode(picture, draft=2 * tile).image, tile)
-    except ImageError:  # the reader of the data set has told of it
+    except ImageError:  # the reader of the dataset has told of it
         empty = Image.new("RGB", (tile, tile), _MAT)
         _wrap("cannot be read", 12, tile, 1, _FAINT).draw(ImageDraw.Draw(empty), _PAD, tile // 2 - 8)
         return empty

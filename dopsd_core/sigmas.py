@@ -38,16 +38,16 @@ def z_image_turbo_sigmas(num_steps: int) -> tuple[float, ...]:
 
 
 def flux2_klein_sigmas(num_steps: int, width: int, height: int) -> tuple[float, ...]:
-    """FLUX.2-klein's grid for a picture of width x height PIXELS (its shift grows with the number of tokens, W*H/256).
+    """FLUX.2-klein's grid for an image of width x height PIXELS (its shift grows with the number of tokens, W*H/256).
 
     4 steps at 1024x1024: 1, .967384, .908144, .767200, 0.
 
     Raises:
-        ValueError: num_steps < 1, or a picture smaller than one 16x16 token.
+        ValueError: num_steps < 1, or an image smaller than one 16x16 token.
     """
     _check_steps(num_steps)
     if width < 16 or height < 16:
-        raise ValueError(f"picture must be at least 16x16 pixels, got {width}x{height}")
+        raise ValueError(f"image must be at least 16x16 pixels, got {width}x{height}")
     mu = flux2_empirical_mu(width * height / 256, num_steps)
     # exp(mu) / (exp(mu) + 1/u - 1) is the shift above with shift = exp(mu).
     return shifted_sigmas(num_steps, math.exp(mu))

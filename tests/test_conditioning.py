@@ -301,7 +301,7 @@ def test_texts_are_cached_apart_from_pairs(tmp_path):
     [
         ("encode_text", Condition(torch.zeros(1, 3, 6)), r"features must be \[L, D\], got \(1, 3, 6\)"),
         ("encode_latent", torch.zeros(1, 4, 2, 2), r"must return \[C, h, w\], got \(1, 4, 2, 2\)"),
-        ("encode_latent", torch.full((4, 2, 2), torch.nan), "non-finite latent for a picture"),
+        ("encode_latent", torch.full((4, 2, 2), torch.nan), "non-finite latent for an image"),
     ],
 )
 def test_what_training_could_not_use_is_refused_and_not_cached(tmp_path, method, result, message):
@@ -408,7 +408,7 @@ def test_of_other_pictures_only_the_subject_is_asked_for():
 
 
 def test_an_edit_without_a_source_is_refused():
-    with pytest.raises(ValueError, match="'edit_target' needs a source picture; 'a .V. emblem' has none"):
+    with pytest.raises(ValueError, match="'edit_target' needs a source image; 'a .V. emblem' has none"):
         encode_dataset([request()], CountingEncoder(), None, teacher=EDIT_TARGET)
 
 

@@ -111,7 +111,7 @@ def test_a_text_beside_another_file_of_its_name_is_named(tmp_path: Path) -> None
     pair(tmp_path, "a.png")
     (tmp_path / "b.txt").write_text("a [V]")
     (tmp_path / "b.json").write_text("{}")
-    assert messages(read(tmp_path).warnings)["b.txt"] == "a caption without a picture of its name"
+    assert messages(read(tmp_path).warnings)["b.txt"] == "a caption without an image of its name"
 
 
 def test_instructions_have_near_misses_too(tmp_path: Path) -> None:

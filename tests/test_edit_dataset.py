@@ -1,4 +1,4 @@
-"""Edits, (source, instruction, target): both forms on disk, with every problem of either picture."""
+"""Edits, (source, instruction, target): both forms on disk, with every problem of either image."""
 
 import json
 import tempfile
@@ -30,7 +30,7 @@ def edit_row(target: str, sources: object, **more: object) -> dict[str, object]:
 
 
 def told(problems: tuple) -> dict[str, str]:
-    """The messages by the path below the data set."""
+    """The messages by the path below the dataset."""
     return {f"{problem.file.parent.name}/{problem.file.name}": problem.message for problem in problems}
 
 
@@ -56,13 +56,13 @@ def test_targets_meet_the_sources_of_their_names(tmp_path: Path) -> None:
             ("10_hats/c.webp", "10_hats/c.webp", "put on a hat", 20),
         )
     ]
-    assert "3 usable edit pairs\n" in report.describe() and "3 source pictures" in report.describe()
+    assert "3 usable edit pairs\n" in report.describe() and "3 source images" in report.describe()
 
 
 def test_both_sub_folders_make_edits_in_any_case_and_one_alone_does_not(tmp_path: Path) -> None:
     pair(tmp_path / "target", "a.png")
     assert [item.sources for item in read(tmp_path).pairs] == [()]
-    assert "1 usable picture\n" in read(tmp_path).describe()
+    assert "1 usable image\n" in read(tmp_path).describe()
     source = picture(tmp_path / "Source" / "a.png", colour=(1, 2, 3))
     (tmp_path / "target").rename(tmp_path / "TARGET")
     assert [item.sources for item in read(tmp_path).pairs] == [(source,)]
@@ -170,7 +170,7 @@ def test_the_authors_edit_rows(tmp_path: Path) -> None:
         ("winter.png", ["room.png"]),
     ]
     assert set(report.pairs[0].captions) == {"make it winter", "放一把椅子"} and report.pairs[1].repeats == 3
-    assert "3 source" not in report.describe() and "2 source pictures" in report.describe()
+    assert "3 source" not in report.describe() and "2 source images" in report.describe()
     only(report.problems, file, 2, "winter.png: is 80x48, the row says 80x40")
 
 
@@ -203,7 +203,7 @@ def test_edits_and_plain_pictures_do_not_share_a_file(tmp_path: Path) -> None:
         picture(tmp_path / name)
     plain, edited = {"path": "c.png", "text": "x"}, edit_row("b.png", "a.png")
     file = rows(tmp_path / "rows.jsonl", edited, plain)
-    only(read(file).errors, file, 1, "row 1 is of edits, the other 1 of plain pictures", "a file of its own")
+    only(read(file).errors, file, 1, "row 1 is of edits, the other 1 of plain images", "a file of its own")
     file = rows(file, edited, *[plain] * 12, *[edited] * 11)
     mixture = [problem for problem in read(file).errors if "of its own" in problem.message]
     only(tuple(mixture), file, 1, "rows 1, 14, 15, 16, 17, 18, 19, 20 and 4 more are of edits, the other 12 of plain")
@@ -231,7 +231,7 @@ def test_a_row_of_any_values_is_used_or_named(source: object, target: object, si
             assert item.image_path not in item.sources and item.sources
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_broken_sources_are_named_and_their_edits_not_used(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_broken_sources_are_named_and_their_edits_not_used(tmp_path: Path) -> No
 
 def test_targets_are_checked_where_sources_are_broken(tmp_path: Path) -> None:
     for file in (edit(tmp_path, "a.png"), tmp_path / "source" / "a.png"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
     assert told(read(tmp_path).errors).keys() == {"source/a.png", "target/a.png"}
 
 
@@ -286,7 +286,7 @@ def test_repeated_edits_and_edits_that_change_nothing(tmp_path: Path) -> None:
     report = read(file)
     assert [problem.line for problem in report.errors] == [2, 4]
     assert "duplicate: the same edit as" in report.errors[0].message
-    assert "same picture as its source" in report.errors[1].message
+    assert "same image as its source" in report.errors[1].message
     only(report.warnings, file, 3, "the same target as", "b.png", "another source")
     assert [len(item.sources) for item in report.pairs] == [1, 2]
 

@@ -2,7 +2,7 @@
 kept on disk.
 
 The student's condition comes from the caption alone, the teacher's from the caption AND the target image. Both are
-put together from parts: a text's features, a picture's and text's features, a picture's latent. Each part is computed
+put together from parts: a text's features, an image's and text's features, an image's latent. Each part is computed
 once, before training, so that the encoders can leave memory, and cached under everything that decides it. An entry
 that is damaged or does not belong to its key is computed anew, never trusted.
 
@@ -44,7 +44,7 @@ class DualCondition:
     """One training pair after encoding: everything the training loop needs of it.
 
     target_latent: [C, h, w] fp32, model space; its shape is that of the rollout. key: an identity of the pair. Pairs
-    with a text or a picture in common share its tensors.
+    with a text or an image in common share its tensors.
     """
 
     student: Condition
@@ -86,7 +86,7 @@ class ReadsFiles(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture that may have to be encoded.
+    """An image that may have to be encoded.
 
     digest: `digest_bytes` of the image FILE. load: gives [3, H, W] in [0, 1], already cropped; called on a cache miss
     only. settings: whatever else decides the pixels, JSON-able ({"bucket": [64, 64]}).
@@ -160,14 +160,14 @@ def encode_texts(
 
 
 def _pictures(request: EncodeRequest, teacher: Teacher) -> list[Picture]:
-    """The pictures whose latents the pair needs."""
+    """The images whose latents the pair needs."""
     shown = [request.shown] if request.shown is not None and teacher.sees == "reference" else []
     return [request.target, *(request.sources if teacher.edits else ()), *shown]
 
 
 def _compose(request: EncodeRequest, teacher: Teacher, parts: _Parts) -> DualCondition:
     if teacher.edits and not request.sources:
-        raise ValueError(f"the teacher {teacher.name!r} needs a source picture; {request.caption!r} has none")
+        raise ValueError(f"the teacher {teacher.name!r} needs a source image; {request.caption!r} has none")
     shown = request.shown or request.target
     sources = tuple(parts.latent(picture) for picture in request.sources) if teacher.edits else ()
     if teacher.sees == "features":
@@ -204,20 +204,20 @@ class _Parts:
         return _unpack(self._get(key, f"the text {caption!r}", lambda: _pack(self.encoder.encode_text(caption))))
 
     def seen(self, picture: Picture, caption: str) -> Condition:
-        """Picture and caption, read together."""
+        """Image and caption, read together."""
         key = cache_key("seen", picture.digest, caption, self.identity_for(caption), picture.settings)
-        what = f"a picture and {caption!r}"
+        what = f"an image and {caption!r}"
         return _unpack(
             self._get(key, what, lambda: _pack(self.encoder.encode_image_text(_pixels(picture, what), caption)))
         )
 
     def latent(self, picture: Picture) -> Tensor:
-        """[C, h, w] fp32 of the picture."""
+        """[C, h, w] fp32 of the image."""
         key = cache_key("latent", picture.digest, "", self.encoder.identity, picture.settings)
-        return self._get(key, "a picture", lambda: self._encode_latent(picture))["latent"]
+        return self._get(key, "an image", lambda: self._encode_latent(picture))["latent"]
 
     def _encode_latent(self, picture: Picture) -> dict[str, Tensor]:
-        latent = self.encoder.encode_latent(_pixels(picture, "a picture")).float()
+        latent = self.encoder.encode_latent(_pixels(picture, "an image")).float()
         if latent.ndim != 3:
             raise ValueError(f"encode_latent must return [C, h, w], got {tuple(latent.shape)}")
         return {"latent": latent}

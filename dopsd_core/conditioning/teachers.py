@@ -1,7 +1,7 @@
-"""Teachers: how the same model is shown the target picture (arXiv 2605.05204, section 3).
+"""Teachers: how the same model is shown the target image (arXiv 2605.05204, section 3).
 
-    vlm          a vision tower sees the picture, the text encoder reads it together with the caption
-    edit         the model's own editing branch has the picture as reference, and is told to stay consistent with it
+    vlm          a vision tower sees the image, the text encoder reads it together with the caption
+    edit         the model's own editing branch has the image as reference, and is told to stay consistent with it
     edit_target  for edit LoRAs: both have the source as reference, the teacher the wanted result besides
 
 Student and teacher differ in nothing but this and, where it is an average, in their weights.
@@ -18,9 +18,9 @@ NO_SENTENCE = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """sees: the picture in the text features, or as a reference latent. sentence: follows the caption, in the teacher's
-    text only; of_others is its sentence for other pictures than the pair's own, which share the subject and no more.
-    edits: student and teacher have the pair's source pictures as references; needs data with sources."""
+    """sees: the image in the text features, or as a reference latent. sentence: follows the caption, in the teacher's
+    text only; of_others is its sentence for other images than the pair's own, which share the subject and no more.
+    edits: student and teacher have the pair's source images as references; needs data with sources."""
 
     name: str
     sees: Literal["features", "reference"]
@@ -35,7 +35,7 @@ class Teacher:
     def with_sentence(self, sentence: str, others: bool = False) -> Teacher:
         """With the user's sentence; "" keeps the teacher's own, "-" takes it out.
 
-        others: it is shown other pictures than the pair's own.
+        others: it is shown other images than the pair's own.
 
         Raises:
             ValueError: the teacher sees through a vision tower and reads the caption alone.
@@ -71,7 +71,7 @@ TEACHERS: Mapping[str, Teacher] = {teacher.name: teacher for teacher in (VLM, ED
 def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> Teacher:
     """The teacher that `mode` means, "auto" or a name, where a model can have those of `known`, its default first.
 
-    edits: whether the data has source pictures; "auto" goes by it.
+    edits: whether the data has source images; "auto" goes by it.
 
     Raises:
         ValueError: the model cannot have it; the message lists those that it can have.
@@ -80,6 +80,6 @@ def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> Teacher:
     if mode == "auto" and fitting:
         return TEACHERS[fitting[0]]
     if mode not in known:
-        why = " for pictures with sources" if mode == "auto" else ""
+        why = " for images with sources" if mode == "auto" else ""
         raise ValueError(f"this model has no teacher {mode!r}{why}; choose one of: {', '.join(('auto', *known))}")
     return TEACHERS[mode]

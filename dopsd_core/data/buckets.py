@@ -1,7 +1,7 @@
-"""Aspect buckets: the few picture sizes that a data set is trained in.
+"""Aspect buckets: the few image sizes that a dataset is trained in.
 
-A batch needs pictures of one size, and a network needs sides that are multiples of its patch. A bucket is such a size;
-a picture goes to the bucket of the nearest aspect ratio, is resized to cover it and loses what hangs over, equally on
+A batch needs images of one size, and a network needs sides that are multiples of its patch. A bucket is such a size;
+an image goes to the bucket of the nearest aspect ratio, is resized to cover it and loses what hangs over, equally on
 both sides. Sizes are (width, height) in pixels throughout.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_ASPECT = 7 / 3
-"""The longest picture: 1344x576, the authors' widest bucket. Beyond it the model has seen nothing."""
+"""The longest image: 1344x576, the authors' widest bucket. Beyond it the model has seen nothing."""
 
 
 @dataclass(frozen=True, order=True)
@@ -42,7 +42,7 @@ def make_buckets(pixel_budget: int, multiple: int, max_aspect: float = MAX_ASPEC
     """Every size within the budget to which no row or column of `multiple` pixels can be added.
 
     Args:
-        pixel_budget: the most pixels of a picture, e.g. 1024 * 1024.
+        pixel_budget: the most pixels of an image, e.g. 1024 * 1024.
         multiple: both sides are multiples of it (16 for Z-Image and FLUX.2: 8 per latent, 2 latents per patch).
         max_aspect: longest side over shortest side, at least 1.
 
@@ -56,7 +56,7 @@ def make_buckets(pixel_budget: int, multiple: int, max_aspect: float = MAX_ASPEC
         raise ValueError(f"multiple ({multiple}) and max_aspect ({max_aspect}) must be at least 1")
     if pixel_budget < multiple * multiple:
         raise ValueError(
-            f"a pixel budget of {pixel_budget} holds no picture with sides that are multiples of {multiple}; "
+            f"a pixel budget of {pixel_budget} holds no image with sides that are multiples of {multiple}; "
             f"give at least {multiple * multiple}"
         )
     units = pixel_budget // (multiple * multiple)
@@ -73,7 +73,7 @@ def make_buckets(pixel_budget: int, multiple: int, max_aspect: float = MAX_ASPEC
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
     """The bucket whose aspect ratio is nearest to width / height by |log ratio|; the larger one of two equal ones."""
     if width < 1 or height < 1:
-        raise ValueError(f"a picture of {width}x{height} pixels has no aspect ratio")
+        raise ValueError(f"an image of {width}x{height} pixels has no aspect ratio")
     if not buckets:
         raise ValueError("there is no bucket to choose from")
     wanted = math.log(width / height)
@@ -81,9 +81,9 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
 
 
 def cover_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, float, float]:
-    """The largest centred part of a picture that has the bucket's aspect: (left, top, right, bottom) in source pixels.
+    """The largest centred part of an image that has the bucket's aspect: (left, top, right, bottom) in source pixels.
 
-    Resizing this part to the bucket is the same as resizing the picture until it covers the bucket and cutting equally
+    Resizing this part to the bucket is the same as resizing the image until it covers the bucket and cutting equally
     on both sides, without the rounding of a size in between.
     """
     scale = min(width / bucket.width, height / bucket.height)
@@ -93,5 +93,5 @@ def cover_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, fl
 
 
 def must_enlarge(width: int, height: int, bucket: Bucket) -> bool:
-    """True when a picture is smaller than its bucket on either side, so that its pixels are made up."""
+    """True when an image is smaller than its bucket on either side, so that its pixels are made up."""
     return width < bucket.width or height < bucket.height

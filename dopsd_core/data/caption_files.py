@@ -42,7 +42,7 @@ def place_of(file: Path) -> Place:
 
 @dataclass(frozen=True)
 class CaptionFiles:
-    """The files of a data set's folder, by what they may be to an image.
+    """The files of a dataset's folder, by what they may be to an image.
 
     Attributes:
         root: the folder, which names in messages are relative to.

@@ -69,7 +69,7 @@ def read_caption_file(path: Path, kind: Kind = "caption") -> str:
     text = decode_utf8(path.read_bytes())
     check_text(text)
     if not text.strip():
-        wanted = "what the picture shows" if kind == "caption" else "what is to change"
+        wanted = "what the image shows" if kind == "caption" else "what is to change"
         raise CaptionError(f"the {kind} is empty; write {wanted}")
     return text
 
@@ -206,7 +206,7 @@ def has_trigger(caption: str, trigger: str = "") -> bool:
 def remove_trigger(caption: str, trigger: str = "") -> str:
     """The caption without `[V]` and the trigger, spaces and commas tidied: "a sks dog, sks" becomes "a dog".
 
-    What the prior anchor trains on: the ordinary words of the data set without the name of the concept.
+    What the prior anchor trains on: the ordinary words of the dataset without the name of the concept.
     """
     text = _concept(trigger).sub(" ", caption)
     text = re.sub(r"\s+", " ", text)

@@ -1,4 +1,4 @@
-"""The pictures of a data set, opened: whether each can be read, lies where it may, is new, and fits its bucket."""
+"""The images of a dataset, opened: whether each can be read, lies where it may, is new, and fits its bucket."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .images import ImageError, decode, pixel_digest
 from .problems import Problems
 
 MAX_LOSS = 0.2
-"""The share of a picture that may be cut away without a warning."""
+"""The share of an image that may be cut away without a warning."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The size of an entry's upright picture in pixels, and the bucket it is trained in."""
+    """The size of an entry's upright image in pixels, and the bucket it is trained in."""
 
     width: int
     height: int
@@ -28,7 +28,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Looked:
-    """What is kept of a picture after a look at it: (width, height) and its digest."""
+    """What is kept of an image after a look at it: (width, height) and its digest."""
 
     size: tuple[int, int]
     digest: str
@@ -36,9 +36,9 @@ class _Looked:
 
 @dataclass
 class PictureChecker:
-    """Decodes the pictures of entries and notes what is wrong with them.
+    """Decodes the images of entries and notes what is wrong with them.
 
-    A picture may be the source of many edits: each file is decoded once, and its faults are reported for each entry.
+    An image may be the source of many edits: each file is decoded once, and its faults are reported for each entry.
     """
 
     root: Path
@@ -95,14 +95,14 @@ class PictureChecker:
         return found
 
     def _is_repeated(self, entry: Entry, target: str, sources: tuple[str, ...]) -> bool:
-        """Whether the same picture or edit was there before, or the edit changes nothing. One target may be the result
+        """Whether the same image or edit was there before, or the edit changes nothing. One target may be the result
         of several sources, but hardly by intent."""
         if target in sources:
-            self._note("error", entry, entry.image, "the same picture as its source: an edit must change something")
+            self._note("error", entry, entry.image, "the same image as its source: an edit must change something")
             return True
         twins = self.seen.setdefault(target, {})
         if sources in twins:
-            what = "edit" if sources else "picture"
+            what = "edit" if sources else "image"
             message = f"duplicate: the same {what} as {twins[sources]}; remove one, or use repeats"
             self._note("error", entry, entry.image, message)
             return True
@@ -148,7 +148,7 @@ class PictureChecker:
             self._note("warning", entry, path, message)
 
     def _note(self, severity: Literal["error", "warning"], entry: Entry, path: Path, message: str) -> None:
-        """Names the row for a JSONL (with the picture in the message), the picture itself for a folder."""
+        """Names the row for a JSONL (with the image in the message), the image itself for a folder."""
         if entry.line is None:
             self.problems.add(severity, path, None, message)
         else:

@@ -1,4 +1,4 @@
-"""A data set on disk, of pictures or of edits, in a folder or in the authors' JSONL; all its problems at once.
+"""A dataset on disk, of images or of edits, in a folder or in the authors' JSONL; all its problems at once.
 
     report = read_dataset("photos", pixel_budget=1024 * 1024, multiple=16, trigger="ohwx")
     report.raise_for_errors()
@@ -27,17 +27,17 @@ from .repeats import MAX_REPEATS
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its captions, one of which is drawn at each visit; or an edit, its sources and its instructions.
+    """An image and its captions, one of which is drawn at each visit; or an edit, its sources and its instructions.
 
     Attributes:
-        image_path: the picture file; the result of an edit.
+        image_path: the image file; the result of an edit.
         captions: at least one, none empty; `[V]` already replaced by the trigger.
-        width, height: size of the upright picture in pixels.
+        width, height: size of the upright image in pixels.
         bucket: the size it is trained in.
         repeats: visits per epoch.
         source, line: the file that the captions stand in, and the line of a JSONL.
-        sources: the pictures that an edit starts from, in order, cropped to the bucket of the result; none for a plain
-            picture.
+        sources: the images that an edit starts from, in order, cropped to the bucket of the result; none for a plain
+            image.
     """
 
     image_path: Path
@@ -53,7 +53,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What is in a data set and what is wrong with it. `pairs` holds the good ones only."""
+    """What is in a dataset and what is wrong with it. `pairs` holds the good ones only."""
 
     source: Path
     pairs: tuple[Pair, ...]
@@ -70,14 +70,14 @@ class DatasetReport:
         return tuple(problem for problem in self.problems if problem.severity == "warning")
 
     def raise_for_errors(self) -> None:
-        """Raises DatasetError with every error of the data set in its message, if there is one."""
+        """Raises DatasetError with every error of the dataset in its message, if there is one."""
         if self.errors:
             raise DatasetError(self)
 
     def describe(self) -> str:
         """The report in words: counts, buckets, then every problem on a line of its own."""
         sources = {source for pair in self.pairs for source in pair.sources}
-        what = "edit pair" if sources else "picture"
+        what = "edit pair" if sources else "image"
         lines = [printable(f"{self.source}: {len(self.pairs)} usable {what}{'s' * (len(self.pairs) != 1)}")]
         counts = Counter(pair.bucket for pair in self.pairs)
         lines += [f"  {count:4d} in bucket {bucket}" for bucket, count in sorted(counts.items())]
@@ -85,7 +85,7 @@ class DatasetReport:
         if repeated:
             lines.append(f"  {repeated:4d} repeated, {sum(pair.repeats for pair in self.pairs)} visits per epoch")
         if sources:
-            lines.append(f"  {len(sources):4d} source pictures, cut to the buckets of their targets")
+            lines.append(f"  {len(sources):4d} source images, cut to the buckets of their targets")
         varied = sum(len(pair.captions) > 1 for pair in self.pairs)
         if varied:
             lines.append(f"  {varied:4d} with several captions")
@@ -95,11 +95,11 @@ class DatasetReport:
 
 
 class DatasetError(ValueError):
-    """A data set cannot be trained on; the message lists every error, `report` has the rest."""
+    """A dataset cannot be trained on; the message lists every error, `report` has the rest."""
 
     def __init__(self, report: DatasetReport) -> None:
         lines = "\n".join(str(problem) for problem in report.errors)
-        super().__init__(printable(f"{len(report.errors)} errors in the data set {report.source}:\n{lines}"))
+        super().__init__(printable(f"{len(report.errors)} errors in the dataset {report.source}:\n{lines}"))
         self.report = report
 
     def __reduce__(self) -> tuple[type[DatasetError], tuple[DatasetReport]]:
@@ -116,18 +116,18 @@ def read_dataset(
     root: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetReport:
-    """Reads and checks a whole data set; every file is decoded once.
+    """Reads and checks a whole dataset; every file is decoded once.
 
     Args:
-        source: a folder of pictures with same-named .txt captions (sub-folders too; one named `10_anything` repeats its
-            pictures 10 times, up to MAX_REPEATS); a folder of edits, target/ being such a folder and source/ holding
-            what each edit starts from at the same place; or a .jsonl file with a row per picture or per edit.
-        pixel_budget: the most pixels of a training picture.
-        multiple: the sides of a training picture are multiples of it.
+        source: a folder of images with same-named .txt captions (sub-folders too; one named `10_anything` repeats its
+            images 10 times, up to MAX_REPEATS); a folder of edits, target/ being such a folder and source/ holding
+            what each edit starts from at the same place; or a .jsonl file with a row per image or per edit.
+        pixel_budget: the most pixels of a training image.
+        multiple: the sides of a training image are multiples of it.
         trigger: replaces `[V]` in the captions; "" leaves `[V]` there.
-        repeats: visits per epoch of each picture, up to MAX_REPEATS, multiplied with its own.
-        root: the folder that no picture may lie outside of; by default the folder, or the folder of the JSONL.
-        progress: called with (pictures done, pictures in all).
+        repeats: visits per epoch of each image, up to MAX_REPEATS, multiplied with its own.
+        root: the folder that no image may lie outside of; by default the folder, or the folder of the JSONL.
+        progress: called with (images done, images in all).
 
     Raises:
         ValueError: an argument is out of range. Problems of the data never raise: they are in the report.
@@ -154,7 +154,7 @@ def read_dataset(
     _warn_without_trigger(pairs, trigger, problems)
     if not entries and not any(problem.severity == "error" for problem in problems.found):
         wanted = "put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"
-        problems.error(source, None, f"no pictures; {wanted if source.is_dir() else 'the file has no rows'}")
+        problems.error(source, None, f"no images; {wanted if source.is_dir() else 'the file has no rows'}")
     return DatasetReport(source, tuple(pairs), tuple(problems.found))
 
 
@@ -172,7 +172,7 @@ def _read_entries(source: Path, problems: Problems) -> list[Entry]:
     if source.suffix.lower() in ROW_SUFFIXES and source.is_file():
         return read_jsonl(source, problems)
     what = "a file, but not a .jsonl one" if source.is_file() else "not there"
-    problems.error(source, None, f"is {what}; give a folder of pictures and captions, or a .jsonl file")
+    problems.error(source, None, f"is {what}; give a folder of images and captions, or a .jsonl file")
     return []
 
 
@@ -221,7 +221,7 @@ def _warn_without_trigger(pairs: Sequence[Pair], trigger: str, problems: Problem
 
 @dataclass(frozen=True)
 class Example:
-    """One picture as the trainer draws it: indices into the list of conditions.
+    """One image as the trainer draws it: indices into the list of conditions.
 
     Attributes:
         variants: a condition per caption; one is drawn at each visit. Indices may repeat.
@@ -240,7 +240,7 @@ class EncodingPlan:
 
     `anchors` are the captions without the concept's name, for the prior anchor; captions that do not name it have none:
     held at the base and taught the concept, one text would pull both ways. Nor have edits: an instruction without its
-    picture is no prompt.
+    image is no prompt.
     """
 
     requests: tuple[tuple[Pair, str], ...]
@@ -249,7 +249,7 @@ class EncodingPlan:
 
 
 def plan_encoding(pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: bool = False) -> EncodingPlan:
-    """Each picture with each of its different captions once, and with the empty one for dropout."""
+    """Each image with each of its different captions once, and with the empty one for dropout."""
     requests: list[tuple[Pair, str]] = []
     examples: list[Example] = []
     for pair in pairs:

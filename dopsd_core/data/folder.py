@@ -1,11 +1,11 @@
-"""A data set's folder as entries that no picture has been opened for yet.
+"""A dataset's folder as entries that no image has been opened for yet.
 
-photos/a.png            a picture
+photos/a.png            an image
 photos/a.txt            its caption
 
 edits/target/a.png      the result of an edit
 edits/target/a.txt      its instruction
-edits/source/a.jpg      the picture that it starts from; other files of the folder are reported
+edits/source/a.jpg      the image that it starts from; other files of the folder are reported
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ __all__ = ["Entry", "Problem", "Problems", "edit_folders", "read_folder"]
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 _NO_DATA = re.compile(r"(?i)(readme|licen[sc]e|classes|requirements)(\..*)?|(eh)?thumbs\.db|desktop\.ini|icon\r")
-"""Names of files that belong to no data set; nothing is said of them."""
+"""Names of files that belong to no dataset; nothing is said of them."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture with captions, as the data set says; `captions` is empty where a problem was noted instead.
+    """An image with captions, as the dataset says; `captions` is empty where a problem was noted instead.
 
     `line` is the line of a JSONL (None in a folder), `text_line` that of a caption file where its text begins,
-    `declared` the size that a row states, (width, height); `sources` are the pictures that an edit starts from, in
+    `declared` the size that a row states, (width, height); `sources` are the images that an edit starts from, in
     order.
     """
 
@@ -50,7 +50,7 @@ class Entry:
 
 
 def read_folder(folder: Path, problems: Problems) -> list[Entry]:
-    """The pictures of a folder and its sub-folders by name, hidden ones left out, with the captions beside them.
+    """The images of a folder and its sub-folders by name, hidden ones left out, with the captions beside them.
 
     A folder with the sub-folders source/ and target/ holds edits, of these two alone.
     """
@@ -79,9 +79,9 @@ def edit_folders(folder: Path) -> tuple[Path, Path] | None:
 
 @dataclass
 class _FolderReader:
-    """Finds the caption and the repeats of each picture, and names what is left.
+    """Finds the caption and the repeats of each image, and names what is left.
 
-    named: files that a message has named already. used: the pictures of each caption file.
+    named: files that a message has named already. used: the images of each caption file.
     """
 
     folder: Path
@@ -96,7 +96,7 @@ class _FolderReader:
         self._rows = next((file for file in self.files if file.suffix.lower() in ROW_SUFFIXES), None)
 
     def entry(self, image: Path, kind: Kind = "caption") -> Entry:
-        """The picture with its caption; a problem is noted where there is none that can be used."""
+        """The image with its caption; a problem is noted where there is none that can be used."""
         found = self.captions.of(image)
         for file in found:
             self.used.setdefault(file, []).append(image)
@@ -140,7 +140,7 @@ class _FolderReader:
         self.problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
 
     def note_shared_captions(self) -> None:
-        """Warns of pictures of one name, which have one text between them."""
+        """Warns of images of one name, which have one text between them."""
         for file, images in self.used.items():
             if len(images) > 1:
                 names = " and ".join(image.name for image in images)
@@ -148,7 +148,7 @@ class _FolderReader:
                 self.problems.warning(images[0], None, message)
 
     def note_unread(self) -> None:
-        """Names what was not read: captions without a picture, and other files, those of a kind once."""
+        """Names what was not read: captions without an image, and other files, those of a kind once."""
         images = (*SUFFIXES, *UNREAD_SUFFIXES)
         places = {place_of(file) for file in self.files if file.suffix.lower() in images}
         rest: dict[str, list[Path]] = {}
@@ -159,7 +159,7 @@ class _FolderReader:
             if suffix != ".txt":
                 rest.setdefault(suffix, []).append(file)
             elif place_of(file) not in places:
-                self.problems.warning(file, None, "a caption without a picture of its name")
+                self.problems.warning(file, None, "a caption without an image of its name")
         for suffix, files in rest.items():
             count = len(files) - 1
             more = f", like {count} more {f'{suffix} file'.strip()}{'s' * (count > 1)}" if count else ""
@@ -185,7 +185,7 @@ class _EditFolder:
     problems: Problems
 
     def entries(self, pictures: Sequence[Path]) -> list[Entry]:
-        """An entry for each picture in target/; pictures that belong to none are noted."""
+        """An entry for each image in target/; images that belong to none are noted."""
         starts: dict[Place, list[Path]] = {}
         targets: dict[Path, Place] = {}
         for picture in pictures:
@@ -216,7 +216,7 @@ class _EditFolder:
         entry = self.reader.entry(target, "instruction")
         if not found:
             place = f"{start.relative_to(self.folder)}{target.suffix}"
-            self.problems.error(target, None, f"no source: put the picture that this edit starts from at {place}")
+            self.problems.error(target, None, f"no source: put the image that this edit starts from at {place}")
         self._note_strays(start, entry)
         return replace(entry, sources=tuple(found), captions=entry.captions if len(found) == 1 else ())
 

@@ -102,7 +102,7 @@ def decode(path: Path, draft: int | None = None) -> Decoded:
     except Image.DecompressionBombError as error:
         raise ImageError(f"a decompression bomb, or make it smaller: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError("not a PNG, JPEG, WebP or BMP picture, or its beginning is damaged") from error
+        raise ImageError("not a PNG, JPEG, WebP or BMP image, or its beginning is damaged") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise ImageError(f"truncated or damaged: {error or type(error).__name__}") from error
 

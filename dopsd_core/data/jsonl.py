@@ -1,4 +1,4 @@
-"""The rows of a JSONL as entries, a picture in each or an edit in each, under the authors' keys or other trainers'.
+"""The rows of a JSONL as entries, an image in each or an edit in each, under the authors' keys or other trainers'.
 
 {"local_path_list": ["a.png"], "h*w": "832*1264", "short_en": "a [V] dog", "detailed_zh": "..."}
 {"ref_img": ["before.png"], "target_img": "after.png", "user_prompt_en": "make it winter"}
@@ -30,10 +30,10 @@ PATH_KEYS = (
     "file_name",
     "image",
 )
-"""Keys of a row for its picture, the first present one counts; the first path of a list is used."""
+"""Keys of a row for its image, the first present one counts; the first path of a list is used."""
 
 SOURCE_KEY, TARGET_KEY = "ref_img", "target_img"
-"""The authors' keys of an edit: the picture or pictures that it starts from, all used and in order, and its result."""
+"""The authors' keys of an edit: the image or images that it starts from, all used and in order, and its result."""
 
 _IMAGE, _FILE = r"_?(?:img|image)s?(?:_?(?:path|file|file_?name)s?)?(?:_?list)?", r"_file_?names?"
 
@@ -154,9 +154,9 @@ def _name_unread(file: Path, keys: Sequence[str], problems: Problems) -> None:
 
 
 def _refuse_mixture(file: Path, entries: Sequence[Entry], problems: Problems) -> None:
-    """Edits and plain pictures are trained under different teachers."""
+    """Edits and plain images are trained under different teachers."""
     kinds = {"edits": [entry.line for entry in entries if entry.sources]}
-    kinds["plain pictures"] = [entry.line for entry in entries if not entry.sources]
+    kinds["plain images"] = [entry.line for entry in entries if not entry.sources]
     (kind, few), (other, many) = sorted(kinds.items(), key=lambda item: len(item[1]))
     if few:
         rest = len(few) - _NAMED_ROWS
@@ -210,10 +210,10 @@ class _Row:
             self._error(f"no caption: give at least one of {', '.join(CAPTION_KEYS)}")
         return tuple(found.texts.values())
 
-    # -- pictures ------------------------------------------------------------------------------------------------------
+    # -- images ------------------------------------------------------------------------------------------------------
 
     def _pictures(self) -> tuple[Path, tuple[Path, ...]] | None:
-        """The picture that the row trains, and the sources of an edit."""
+        """The image that the row trains, and the sources of an edit."""
         source_keys, target_keys = self._source_keys(), self._keys_like(_TARGET)
         plain = next((key for key in PATH_KEYS if self.values.get(key) is not None), None)
         if not source_keys and not target_keys:
@@ -237,7 +237,7 @@ class _Row:
 
     def _plain_picture(self, key: str | None) -> tuple[Path, tuple[Path, ...]] | None:
         if key is None:
-            self._error(f"no picture: give one of {', '.join(PATH_KEYS)}; or {SOURCE_KEY} and {TARGET_KEY} of an edit")
+            self._error(f"no image: give one of {', '.join(PATH_KEYS)}; or {SOURCE_KEY} and {TARGET_KEY} of an edit")
             return None
         self.read.add(key)
         paths = self._paths(key)
@@ -293,7 +293,7 @@ class _Row:
 
     def _size(self, place: int) -> tuple[int, int] | None:
         """The (width, height) that the row states as "h*w" or "w*h", for comparison with the file's own; in a list of
-        sizes the one at `place`: the first of plain pictures, the last of an edit, whose target follows its sources."""
+        sizes the one at `place`: the first of plain images, the last of an edit, whose target follows its sources."""
         for key in _SIZE_KEYS:
             value = self.values.get(key)
             if isinstance(value, list) and value:

@@ -1,4 +1,4 @@
-"""What is wrong with a data set, by file and line."""
+"""What is wrong with a dataset, by file and line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong at a place of the data set; an error forbids training, a warning does not."""
+    """Something wrong at a place of the dataset; an error forbids training, a warning does not."""
 
     severity: Severity
     file: Path

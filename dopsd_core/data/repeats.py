@@ -25,7 +25,7 @@ _NUMBERING = re.compile(r"0|[0-9]{1,2}_[0-9]{1,4}(?:_|$)")
 
 @dataclass
 class NamedRepeats:
-    """The counts in the names of a data set's sub-folders, each looked at once."""
+    """The counts in the names of a dataset's sub-folders, each looked at once."""
 
     root: Path
     problems: Problems

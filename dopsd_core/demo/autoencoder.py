@@ -1,4 +1,4 @@
-"""The demo's own small autoencoder, pure torch: 64x64 pictures to 8x8 latents of 16 channels and back.
+"""The demo's own small autoencoder, pure torch: 64x64 images to 8x8 latents of 16 channels and back.
 
 AutoencoderTiny and AutoencoderKL upsample by repetition, which took far longer to learn sharp edges than the demo
 model's budget allows (docs/demo-model.md tells the figures); pixel shuffling learns them in minutes. Latents come out
@@ -27,7 +27,7 @@ class ResidualBlock(nn.Module):
 
 
 class DemoAutoencoder(nn.Module):
-    """encode: pictures [B, 3, H, W] in [-1, 1] -> latents [B, 16, H/8, W/8] ~ N(0, 1); decode: the way back.
+    """encode: images [B, 3, H, W] in [-1, 1] -> latents [B, 16, H/8, W/8] ~ N(0, 1); decode: the way back.
 
     H and W are multiples of 8. Deterministic: there is no posterior to sample. conv: the class of the convolutions, for
     hosts that keep weights elsewhere than they compute.

@@ -1,4 +1,4 @@
-"""One unseen concept of the demo's world: its training pictures as ordinary files, and the prompts that test it."""
+"""One unseen concept of the demo's world: its training images as ordinary files, and the prompts that test it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ TOKEN_IDS = "dopsd.token_ids"  # in the text encoder's file: the real token id o
 TEXT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 TEACHER_TEMPLATE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 IMAGE_PAD = 151655
-VISION_PIXELS = 96 * 96  # the teacher sees the picture at this many pixels; Z-Image-Turbo's own teacher at 512^2..768^2
+VISION_PIXELS = 96 * 96  # the teacher sees the image at this many pixels; Z-Image-Turbo's own teacher at 512^2..768^2
 VISION_CELL = 32  # pixels of one image token: patch 16, merged two by two
 SAMPLE_STEPS = 4
 
@@ -65,7 +65,7 @@ def load_vae(path: Path, conv: type[nn.Conv2d] = nn.Conv2d) -> DemoAutoencoder:
 
 
 def vision_size(height: int, width: int, pixels: int = VISION_PIXELS) -> tuple[int, int]:
-    """Height and width in multiples of 32 with about `pixels` pixels and the picture's aspect."""
+    """Height and width in multiples of 32 with about `pixels` pixels and the image's aspect."""
     scale = (pixels / (height * width)) ** 0.5
     rows, columns = (max(1, round(side * scale / VISION_CELL)) for side in (height, width))
     return rows * VISION_CELL, columns * VISION_CELL

@@ -1,7 +1,7 @@
-"""The demo's world: 64x64 pictures of one badge on a plain background, and what can be said of them.
+"""The demo's world: 64x64 images of one badge on a plain background, and what can be said of them.
 
-A badge has four discrete appearance attributes (shape, colour, center, texture); a picture adds the badge's
-position and the background. Some combinations of appearance are HELD OUT: no picture of them is ever shown to
+A badge has four discrete appearance attributes (shape, colour, center, texture); an image adds the badge's
+position and the background. Some combinations of appearance are HELD OUT: no image of them is ever shown to
 the demo model in its making, so one of them, under the trigger word, is a concept it has never seen.
 """
 
@@ -45,7 +45,7 @@ _JITTER = 1.5  # pixels
 
 @dataclass(frozen=True)
 class Scenes:
-    """n pictures to be drawn. All class tensors are int64 [n]; `jitter` is float [n, 2] in pixels."""
+    """n images to be drawn. All class tensors are int64 [n]; `jitter` is float [n, 2] in pixels."""
 
     shape: Tensor
     colour: Tensor
@@ -118,7 +118,7 @@ def _outline(shape: int, x: Tensor, y: Tensor) -> Tensor:
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Pictures of the scenes: float [n, 3, 64, 64] in [0, 1]."""
+    """Images of the scenes: float [n, 3, 64, 64] in [0, 1]."""
     n, size = len(scenes), IMAGE_SIZE
     axis = torch.arange(size) - (size - 1) / 2
     centre = torch.tensor(list(POSITIONS.values()))[scenes.position] * _OFFSET + scenes.jitter

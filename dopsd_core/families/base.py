@@ -61,7 +61,7 @@ class Family:
     pixel_budget: int = 1024 * 1024
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of width x height pixels.
+        """(C, h, w) of an image of width x height pixels.
 
         Raises:
             ValueError: a side is not a positive multiple of `pixel_multiple`.

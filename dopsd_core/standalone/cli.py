@@ -46,7 +46,7 @@ def run_demo(args: argparse.Namespace) -> int:
     concept, judge = make_concept(args.concept_seed), load_judge(WEIGHTS / JUDGE_FILE)
     config = demo_config() if args.steps is None else demo_config(steps=args.steps)
     _say(f"Concept {concept.seed}: {concept.words}. The model knows the words, but has never seen this combination;")
-    _say(f"it will learn it as [V] from four pictures in {args.output / 'dataset'}, without those words.")
+    _say(f"it will learn it as [V] from four images in {args.output / 'dataset'}, without those words.")
     write_dataset(concept, args.output / "dataset")
     jobs = plan(config, args.seeds)
     work = sum(job.work for part in jobs for job in part) + (args.seeds - 1) * jobs[-1][0].work
@@ -72,7 +72,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Trains the demo model on any data set; the same command again continues the run.
+    """Trains the demo model on any dataset; the same command again continues the run.
 
     args.train_config: the configuration that `arguments.config_from_args` made of the options.
     """
@@ -86,7 +86,7 @@ def run_train(args: argparse.Namespace) -> int:
     )  # fmt: skip
     report.raise_for_errors()
     if any(pair.sources for pair in report.pairs):
-        raise ValueError(f"{args.dataset} holds edits, and the demo model does not edit: give pictures with captions")
+        raise ValueError(f"{args.dataset} holds edits, and the demo model does not edit: give images with captions")
     _say(report.describe())
     if args.heldout_caption is not None:
         _warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))

@@ -1,5 +1,5 @@
 """D-OPSD against SFT on one concept: equal steps, several seeds, SFT at the best of several rates; report and
-pictures."""
+images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Scores of every run, and the first run's pictures of each method. sft_rates: scores of seed 0 at each rate tried.
+    """Scores of every run, and the first run's images of each method. sft_rates: scores of seed 0 at each rate tried.
 
     lora: the file of D-OPSD's first run. peak_rss_mb: of all processes of the runs together.
     """
@@ -68,7 +68,7 @@ def compare(
 ) -> Comparison:
     """Trains and scores everything. Every method is sampled with the same noise.
 
-    `on_teacher` is called before any training with the pictures of the untouched model and of its teacher: if the
+    `on_teacher` is called before any training with the images of the untouched model and of its teacher: if the
     teacher is wrong, no training will help.
     """
     untouched, own, tries = plan(config, num_seeds)
@@ -135,7 +135,7 @@ def draw_teacher_sheet(concept: Concept, base: Samples, teacher: Samples) -> Ima
     return contact_sheet(
         f"Before training: {concept.words} = [V]",
         [
-            Row("targets", "the training pictures", render(concept.targets)),
+            Row("targets", "the training images", render(concept.targets)),
             Row("student", "text alone", base.trigger[pick], words),
             Row("teacher", "shown a target", teacher.trigger[pick]),
         ],
@@ -154,7 +154,7 @@ def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
     n = _SHOWN
     pick, words = _shown_prompts(concept)
     prior = [text.removeprefix("a ").split(" badge")[0] for text in concept.described.texts[:n]]
-    rows = [Row("targets", "the four training pictures;\nnever seen in the making", render(concept.targets))]
+    rows = [Row("targets", "the four training images;\nnever seen in the making", render(concept.targets))]
     remarks = {
         "base": ("before", "4 steps, text alone"),
         "teacher": ("teacher", "before training, shown a\ntarget: what can be reached"),

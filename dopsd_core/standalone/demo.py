@@ -1,6 +1,6 @@
 """The demo: teach the embedded model a concept that it has never seen, next to SFT, and measure what became of it.
 
-Everything goes the product's own way: files on disk, the data set's reader, cached conditions, the trainer, a LoRA
+Everything goes the product's own way: files on disk, the dataset's reader, cached conditions, the trainer, a LoRA
 file.
 """
 
@@ -45,7 +45,7 @@ class Conditions:
 
 
 class Demo:
-    """One concept, one output folder, in which `write_dataset` has put the training pictures."""
+    """One concept, one output folder, in which `write_dataset` has put the training images."""
 
     def __init__(self, model: DemoModel, judge: Judge, concept: Concept, output: Path) -> None:
         self.model, self.judge, self.concept, self.output = model, judge, concept, output

@@ -1,6 +1,6 @@
 """What the demo measures, on prompts that were not trained, in the model's own four steps.
 
-Quoted together or not at all: a blurred picture of the right colours has a good concept error, a sharp picture of
+Quoted together or not at all: a blurred image of the right colours has a good concept error, a sharp image of
 the wrong thing has a good sharpness.
 """
 
@@ -26,7 +26,7 @@ class Scores:
     accuracy of position and background, trigger prompts. sharpness: Laplacian energy over that of real renders (1 is
     real). frechet_trigger: to real renders of the same prompts; frechet_prior: the same for prompts without the
     trigger. prior_error: 1 - accuracy of the appearance that a prompt without the trigger describes. leak: share of
-    the concept's attributes in pictures of prompts that name no appearance (chance is about 0.19).
+    the concept's attributes in images of prompts that name no appearance (chance is about 0.19).
     """
 
     concept_error: float
@@ -40,7 +40,7 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Pictures of one model: trigger [n, 3, 64, 64]; described and generic [m, 3, 64, 64]; in [0, 1]."""
+    """Images of one model: trigger [n, 3, 64, 64]; described and generic [m, 3, 64, 64]; in [0, 1]."""
 
     trigger: Tensor
     described: Tensor

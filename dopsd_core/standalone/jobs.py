@@ -30,7 +30,7 @@ from .memory import peak_rss_mb
 Progress = Callable[[str, float], None]
 """(what is being done, work done since the last call)."""
 
-_SAMPLES = 16.0  # cost of a set of pictures, in steps of D-OPSD
+_SAMPLES = 16.0  # cost of a set of images, in steps of D-OPSD
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Done:
 class JobRunner:
     """Runs jobs on one concept in `jobs` processes; a context manager.
 
-    The samples that come back are rounded to 8 bits, as pictures in a file would be.
+    The samples that come back are rounded to 8 bits, as images in a file would be.
     """
 
     def __init__(self, concept_seed: int, output: Path, jobs: int, progress: Progress) -> None:

@@ -1,6 +1,6 @@
-"""An independent judge of the demo's pictures: a small classifier trained on real renders only.
+"""An independent judge of the demo's images: a small classifier trained on real renders only.
 
-It has never seen a picture made by any model. Its accuracy per attribute measures concept and prompt following; the
+It has never seen an image made by any model. Its accuracy per attribute measures concept and prompt following; the
 distribution of its features against that of real renders gives the Frechet distance (the FID of this small world).
 """
 
@@ -23,7 +23,7 @@ def _conv(inside: int, outside: int, stride: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in [0, 1] -> features [B, 128] -> logits per attribute."""
+    """Images [B, 3, 64, 64] in [0, 1] -> features [B, 128] -> logits per attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def load_judge(path: Path) -> Judge:
 
 @torch.no_grad()
 def judged_right(judge: Judge, pictures: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bool [n] per attribute: does the judge read from the picture what `labels` (int64 [n] each) ask for?"""
+    """Bool [n] per attribute: does the judge read from the image what `labels` (int64 [n] each) ask for?"""
     logits = [judge(part.clamp(0, 1)) for part in pictures.split(256)]
     return {name: torch.cat([part[name] for part in logits]).argmax(1) == want for name, want in labels.items()}
 
@@ -74,6 +74,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def laplacian_energy(pictures: Tensor) -> Tensor:
-    """Mean absolute Laplacian per picture, [n]: high for sharp edges, also for speckle; never quote it alone."""
+    """Mean absolute Laplacian per image, [n]: high for sharp edges, also for speckle; never quote it alone."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None].expand(3, 1, 3, 3)
     return F.conv2d(pictures.clamp(0, 1), kernel, groups=3).abs().mean((1, 2, 3))

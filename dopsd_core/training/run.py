@@ -336,7 +336,7 @@ class Run:
         facts, folder = checkpoint.facts, self.folder.path
         changed = changes_that_forbid_resuming(TrainConfig.from_json(facts["config"]), self.config)
         if facts["data"] != self._fingerprint:
-            changed = (*changed, "the data set: its pictures, captions, encoder or their order")
+            changed = (*changed, "the dataset: its images, captions, encoder or their order")
         if facts.get("model", self._model) != self._model:
             changed = (*changed, "the model: its weights, or what is put on it")
         if facts.get("initial", "") != self._initial:

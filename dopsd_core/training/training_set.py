@@ -30,10 +30,10 @@ from ..data.images import ImageError, load_image
 from ..text import printable
 
 TeacherImage = Literal["own", "other"]
-"""Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
+"""Which image the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
 
 MAX_OTHERS = 3
-"""Of so many other pictures one is drawn at each visit."""
+"""Of so many other images one is drawn at each visit."""
 
 STRIPPED_SHARE = 0.75
 """Share of the captions without the concept's name among the prior anchors, where other prompts are given too."""
@@ -44,10 +44,10 @@ class TrainingSet:
     """Encoded pairs and how they are drawn.
 
     Attributes:
-        pairs: every (picture, caption) in its two conditions, all with a target latent.
+        pairs: every (image, caption) in its two conditions, all with a target latent.
         anchors: conditions of captions without the concept, for the prior anchor.
-        heldout: a training picture under a caption that is not trained, for the probe.
-        examples: which pairs are captions of one picture (`plan_encoding`); by default each pair is its own.
+        heldout: a training image under a caption that is not trained, for the probe.
+        examples: which pairs are captions of one image (`plan_encoding`); by default each pair is its own.
 
     Raises:
         ValueError: there is no pair, one has no target latent, or an example does not fit.
@@ -60,7 +60,7 @@ class TrainingSet:
 
     def __post_init__(self) -> None:
         if not self.pairs:
-            raise ValueError("the training set has no pairs; give at least one picture with a caption")
+            raise ValueError("the training set has no pairs; give at least one image with a caption")
         for pair in (*self.pairs, *((self.heldout,) if self.heldout else ())):
             if pair.target_latent is None:
                 raise ValueError(f"the pair {pair.caption!r} has no target latent, which gives the noise its shape")
@@ -74,7 +74,7 @@ class TrainingSet:
         if not example.variants or not all(0 <= index < len(self.pairs) for index in used) or example.repeats < 1:
             raise ValueError(f"example {number} ({example}) does not fit the {len(self.pairs)} pairs")
         if len({latent_shape(self.pairs[index]) for index in used}) > 1:
-            raise ValueError(f"the captions of example {number} belong to pictures of different sizes")
+            raise ValueError(f"the captions of example {number} belong to images of different sizes")
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The latent shape of each example."""
@@ -107,7 +107,7 @@ def build_training_set(
     heldout_caption: str | None = None,
     on_encoded: OnEncoded | None = None,
 ) -> TrainingSet:
-    """Everything that a run needs of a data set, encoded or from the cache; the encoder may leave memory after it.
+    """Everything that a run needs of a dataset, encoded or from the cache; the encoder may leave memory after it.
 
     Args:
         pairs: of a `DatasetReport` without errors.
@@ -117,12 +117,12 @@ def build_training_set(
         caption_dropout: encode the empty caption too.
         anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
             for it; `[V]` stands for the trigger.
-        heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
+        heldout_caption: a caption not in the data, held against the first image; `[V]` stands for the trigger.
 
     Raises:
         ValueError: the pairs do not fit the teacher, `heldout_caption` is trained, or the encoder returns what cannot
             be used.
-        ImageError: a picture has gone bad since it was checked.
+        ImageError: an image has gone bad since it was checked.
     """
     _require_fit(pairs, teacher, teacher_image)
     plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
@@ -134,7 +134,7 @@ def build_training_set(
     if heldout_caption is not None:
         text = put_trigger(heldout_caption, trigger)
         if any(text == caption for _, caption in plan.requests):
-            raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
+            raise ValueError(f"the held-out caption {text!r} is one of the dataset; give one that is not trained")
         requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
     prompts = [put_trigger(prompt, trigger) for prompt in anchor_prompts]
@@ -150,22 +150,22 @@ def _require_fit(pairs: Sequence[Pair], teacher: Teacher, teacher_image: Teacher
     lacking = sum(not pair.sources for pair in pairs)
     if teacher.edits and lacking:
         raise ValueError(
-            f"the teacher {teacher.name} trains edits, and {lacking} of {len(pairs)} pictures have no source: give a "
+            f"the teacher {teacher.name} trains edits, and {lacking} of {len(pairs)} images have no source: give a "
             "folder with source/ and target/, or a .jsonl with ref_img and target_img"
         )
     if not teacher.edits and lacking < len(pairs):
         raise ValueError(
-            f"the data set has source pictures, for which the teacher {teacher.name} has no use: choose "
+            f"the dataset has source images, for which the teacher {teacher.name} has no use: choose "
             "edit_target, or load the folder of the targets alone"
         )
     if teacher_image == "other" and teacher.edits:
         raise ValueError("an edit has one wanted result: set teacher_image to own for the teacher edit_target")
     if teacher_image == "other" and len(pairs) < 2:
-        raise ValueError("teacher_image other needs at least two pictures; add some, or set it to own")
+        raise ValueError("teacher_image other needs at least two images; add some, or set it to own")
 
 
 def shown_to_teacher(pairs: Sequence[Pair], index: int, teacher_image: TeacherImage) -> list[Pair]:
-    """The pairs whose pictures the teacher may be shown for pair `index`: itself, or those after it, round the end."""
+    """The pairs whose images the teacher may be shown for pair `index`: itself, or those after it, round the end."""
     if teacher_image == "own":
         return [pairs[index]]
     return [pairs[(index + step) % len(pairs)] for step in range(1, min(len(pairs), MAX_OTHERS + 1))]
@@ -189,9 +189,9 @@ def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[s
 
 
 def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> EncodeRequest:
-    """The pair under a caption, all pictures cropped; its sources as it is itself (the authors' way).
+    """The pair under a caption, all images cropped; its sources as it is itself (the authors' way).
 
-    shown: the pair whose picture the teacher sees; None for the same.
+    shown: the pair whose image the teacher sees; None for the same.
     """
     sources = tuple(_picture(path, pair.bucket) for path in pair.sources)
     other = None if shown is None or shown is pair else _picture(shown.image_path, shown.bucket)

@@ -108,7 +108,7 @@ class StandaloneEncoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, 16, h, w] -> pictures [B, 3, 8h, 8w] in [0, 1]."""
+        """latents [B, 16, h, w] -> images [B, 3, 8h, 8w] in [0, 1]."""
         parts = latents.to(self._vae_device).split(64)
         return torch.cat([self.vae.decode(part) for part in parts]).add(1).div(2).clamp(0, 1)
 

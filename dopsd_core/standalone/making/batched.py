@@ -130,7 +130,7 @@ def teacher_pixels(picture: Tensor) -> Tensor:
 
 
 class BatchedEncoder:
-    """hidden_states[-2] of the small Qwen3-VL, for text [B, N] alone or with one picture per row."""
+    """hidden_states[-2] of the small Qwen3-VL, for text [B, N] alone or with one image per row."""
 
     def __init__(self, network: Qwen3VLModel) -> None:
         model: Any = network
@@ -156,7 +156,7 @@ class BatchedEncoder:
     def vision(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """[B, 3, 96, 96] in [-1, 1] -> image tokens [B, 9, D] and the DeepStack additions, each [B, 9, D]."""
         tower = self.model.visual
-        weight = tower.patch_embed.proj.weight.sum(2)  # a still picture is the same frame twice
+        weight = tower.patch_embed.proj.weight.sum(2)  # a still image is the same frame twice
         patches = rearrange(pixels, "b c (y p) (x q) -> b (y x) (c p q)", p=16, q=16)
         h = F.linear(patches[:, self.order], weight.flatten(1), tower.patch_embed.proj.bias).float()
         h, deep = h + tower.pos_embed.weight[self.order], []
@@ -180,7 +180,7 @@ class BatchedEncoder:
         return merger.linear_fc2(F.gelu(merger.linear_fc1(h)))
 
     def __call__(self, rows: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """rows: embedding rows int64 [B, N <= 32] (a picture's nine places hold anything) -> features [B, N, D]."""
+        """rows: embedding rows int64 [B, N <= 32] (an image's nine places hold anything) -> features [B, N, D]."""
         text, n = self.model.language_model, rows.shape[1]
         h, deep, rope = text.embed_tokens(rows), [], self.rope_text
         a, b = IMAGE_START, IMAGE_START + IMAGE_TOKENS

@@ -26,7 +26,7 @@ TEXT_TOKENS = 28  # the longest text row: template 8, caption 19
 
 @dataclass(frozen=True)
 class Bank:
-    """N scenes with their pictures uint8 [N, 3, 64, 64] and latents bfloat16 [N, 16, 8, 8]."""
+    """N scenes with their images uint8 [N, 3, 64, 64] and latents bfloat16 [N, 16, 8, 8]."""
 
     scenes: Scenes
     pictures: Tensor
@@ -63,7 +63,7 @@ def make_bank(twins: Twins, folder: Path, size: int) -> Bank:
 
 @dataclass(frozen=True)
 class Rows:
-    """B training rows, the first `num_image` of which carry a picture.
+    """B training rows, the first `num_image` of which carry an image.
 
     text [B-num_image, 28] and mixed [num_image, 32]: embedding rows; lengths [B]; pixels [num_image, 3, 64, 64] in
     [0, 1]; latents [B, 16, 8, 8]; labels: class index per attribute [B]; weight [B, 8, 8]: more where the badge is,
@@ -91,7 +91,7 @@ def badge_weight() -> Tensor:
 
 
 class RowMaker:
-    """Draws rows from a bank: a mixture of full, named, partial and short captions, with or without a picture."""
+    """Draws rows from a bank: a mixture of full, named, partial and short captions, with or without an image."""
 
     def __init__(self, bank: Bank, token_ids: Tensor, mixture: Sequence[float] = PRETRAINING) -> None:
         self.mixture, self.bank, self.tokenizer = list(accumulate(mixture)), bank, load_tokenizer()

@@ -1,7 +1,7 @@
 """Distil the parent to Z-Image-Turbo's four steps: each student step takes the parent's guided trajectory in one go.
 
 From a state at a grid sigma the parent takes three sub-steps with classifier-free guidance; the student regresses the
-mean velocity of that stretch, without guidance. Half of the states are re-noised latents of real pictures, half are
+mean velocity of that stretch, without guidance. Half of the states are re-noised latents of real images, half are
 the student's own.
 """
 

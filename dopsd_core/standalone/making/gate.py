@@ -2,7 +2,7 @@
 worth.
 
 Prints, and writes to `gate.json`, the judge's accuracy per attribute and the Frechet distance to real renders for the
-parent and the distilled transformer, under the teacher's condition (a picture of the same badge elsewhere) and under
+parent and the distilled transformer, under the teacher's condition (an image of the same badge elsewhere) and under
 full text.
 """
 

@@ -1,7 +1,7 @@
 """Pre-train the demo's encoder and transformer together, from scratch: the undistilled parent.
 
-1. vision warm-up: the encoder alone learns to tell the attributes of a picture from its image tokens;
-2. joint flow matching: 3 of 8 rows see a picture and a short caption, the others text; an auxiliary attribute loss
+1. vision warm-up: the encoder alone learns to tell the attributes of an image from its image tokens;
+2. joint flow matching: 3 of 8 rows see an image and a short caption, the others text; an auxiliary attribute loss
 stays on.
 """
 
@@ -78,7 +78,7 @@ class Parent(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def features(self, rows: Rows) -> Tensor:
-        """[B, 32, D] for all rows, those with a picture first."""
+        """[B, 32, D] for all rows, those with an image first."""
         parts = [self.encode(rows.mixed, teacher_pixels(rows.pixels))] if rows.num_image else []
         if len(rows.text):
             parts.append(pad_features(self.encode(rows.text)))

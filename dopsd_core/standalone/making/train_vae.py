@@ -24,7 +24,7 @@ LATENT_NOISE = 0.06  # keeps neighbouring latents decodable: the diffusion model
 
 
 def reconstruction_loss(out: Tensor, picture: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted squared + absolute error (the badge counts six-fold) and the plain MSE; pictures in [-1, 1]."""
+    """Weighted squared + absolute error (the badge counts six-fold) and the plain MSE; images in [-1, 1]."""
     badge = ((picture - background).abs().amax(1, keepdim=True) > 0.05).float()
     weight = 1 + 5 * F.max_pool2d(badge, 5, 1, 2)
     error = out - picture
@@ -96,7 +96,7 @@ def finish(model: DemoAutoencoder, norm: nn.BatchNorm2d, folder: Path) -> None:
     fold_normalisation(model, norm)
     out = torch.cat([model.decoder(model.encoder(p)) for p in picture[:256].split(64)]).clamp(-1, 1)
     psnr = -10 * torch.log10((out - picture[:256]).square().mean((1, 2, 3)) / 4)
-    print(f"vae: {psnr.mean():.2f} dB on 256 new pictures (worst {psnr.min():.2f})")
+    print(f"vae: {psnr.mean():.2f} dB on 256 new images (worst {psnr.min():.2f})")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "vae.safetensors")
 
 
