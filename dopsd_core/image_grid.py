@@ -44,7 +44,7 @@ class Row:
 
     label: str
     remark: str
-    pictures: Tensor | Sequence[Tensor]
+    images: Tensor | Sequence[Tensor]
     captions: Sequence[str] = ()
 
 
@@ -71,34 +71,34 @@ class _Block:
 
 def contact_sheet(title: str, rows: Sequence[Row], tile: int = 112) -> Image.Image:
     """All rows under a title, labels on the left; no image is larger than tile x tile."""
-    pictures = [[fit_tile(picture, tile) for picture in to_images(row.pictures)] for row in rows]
+    images = [[fit_tile(image, tile) for image in to_images(row.images)] for row in rows]
     zoom = min(2.0, max(1.0, tile / 160))
     label_width, head = round(_LABEL * zoom), round(44 * zoom)
-    cell = max((picture.width for line in pictures for picture in line), default=tile)
-    width = label_width + max(map(len, pictures), default=1) * (cell + _PAD) + _PAD
+    cell = max((image.width for line in images for image in line), default=tile)
+    width = label_width + max(map(len, images), default=1) * (cell + _PAD) + _PAD
     words = [[_wrap(text, round(10 * zoom), cell, 2, _FAINT) for text in row.captions] for row in rows]
     above = [max((block.height for block in line), default=-4) + 4 for line in words]
-    tall = [max((picture.height for picture in line), default=tile) for line in pictures]
+    tall = [max((image.height for image in line), default=tile) for line in images]
     sheet = Image.new("RGB", (width, head + sum(above) + sum(tall) + len(rows) * _PAD + _PAD), _PAPER)
     draw = ImageDraw.Draw(sheet)
     _wrap(title, round(17 * zoom), width - 2 * _PAD, 1, _INK).draw(draw, _PAD + 2, round(12 * zoom))
     top = head
-    for row, line, texts, over, height in zip(rows, pictures, words, above, tall, strict=True):
+    for row, line, texts, over, height in zip(rows, images, words, above, tall, strict=True):
         _draw_label(draw, row, label_width, top + over, height, zoom)
-        for i, picture in enumerate(line):
+        for i, image in enumerate(line):
             x = label_width + i * (cell + _PAD)
-            _paste(sheet, picture, (x, top + over, cell, height))
+            _paste(sheet, image, (x, top + over, cell, height))
             if i < len(texts):
                 texts[i].draw(draw, x, top)
         top += over + height + _PAD
     return sheet
 
 
-def _paste(sheet: Image.Image, picture: Image.Image, place: tuple[int, int, int, int]) -> None:
+def _paste(sheet: Image.Image, image: Image.Image, place: tuple[int, int, int, int]) -> None:
     """The image in the middle of its place (x, y, width, height), grey around it."""
     x, y, width, height = place
     sheet.paste(_MAT, (x, y, x + width, y + height))
-    sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+    sheet.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, row: Row, width: int, top: int, height: int, zoom: float) -> None:
@@ -119,24 +119,24 @@ def thumbnails(items: Sequence[tuple[Shown, str]], problems: str = "", tile: int
     An image that cannot be read is an empty tile. Items beyond `limit` are counted, not shown.
     """
     shown = [((what,) if isinstance(what, Path | Image.Image) else tuple(what), text) for what, text in items[:limit]]
-    across = min(3, max((len(pictures) for pictures, _ in shown), default=1))
+    across = min(3, max((len(images) for images, _ in shown), default=1))
     columns = max(3, min(6, round((across * len(shown)) ** 0.5 + 0.49)))
     columns, cell = -(-columns // across), across * tile + (across - 1) * _ARROW
     width = columns * (cell + _PAD) + _PAD
     cells = [
-        (_strip(pictures, tile, cell), _wrap(text, max(11, tile // 12), cell, 3, _INK)) for pictures, text in shown
+        (_strip(images, tile, cell), _wrap(text, max(11, tile // 12), cell, 3, _INK)) for images, text in shown
     ]
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    tall = [max(picture.height for picture, _ in line) for line in lines]
+    tall = [max(image.height for image, _ in line) for line in lines]
     heights = [high + max(text.height for _, text in line) + 2 * _PAD for high, line in zip(tall, lines, strict=True)]
     notes = _notes(problems, len(items) - len(shown), width - 2 * _PAD)
     total = sum(heights) + sum(block.height for block in notes) + 2 * _PAD
     sheet = Image.new("RGB", (width, max(total, 2 * _PAD + 16)), _PAPER)
     draw, top = ImageDraw.Draw(sheet), _PAD
     for line, high, height in zip(lines, tall, heights, strict=True):
-        for i, (picture, text) in enumerate(line):
+        for i, (image, text) in enumerate(line):
             x = _PAD + i * (cell + _PAD)
-            _paste(sheet, picture, (x, top, cell, high))
+            _paste(sheet, image, (x, top, cell, high))
             text.draw(draw, x, top + high + 2)
         top += height
     for block in notes:
@@ -154,9 +154,9 @@ def _notes(problems: str, hidden: int, width: int) -> list[_Block]:
     return [_wrap(text, 13, width, 3, _COLOURS.get(text.split(":")[0], _FAINT)) for text in texts]
 
 
-def to_images(pictures: Tensor | Sequence[Tensor]) -> list[Image.Image]:
+def to_images(images: Tensor | Sequence[Tensor]) -> list[Image.Image]:
     """Images, each [3, H, W] in [0, 1] -> PIL images; what is not a number becomes black."""
-    bytes_of = [(picture.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte() for picture in pictures]
+    bytes_of = [(image.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte() for image in images]
     return [Image.fromarray(rearrange(image, "c h w -> h w c").cpu().numpy()) for image in bytes_of]
 
 
@@ -165,20 +165,20 @@ def to_pixels(image: Image.Image) -> Tensor:
     return rearrange(to_tensor(image.convert("RGB")), "c h w -> 1 h w c")
 
 
-def fit_tile(picture: Image.Image, tile: int) -> Image.Image:
+def fit_tile(image: Image.Image, tile: int) -> Image.Image:
     """The whole image with its longer side of `tile` pixels; unsmoothed where it grows."""
-    scale = tile / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    scale = tile / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
-def _strip(pictures: Sequence[Path | Image.Image], tile: int, width: int) -> Image.Image:
+def _strip(images: Sequence[Path | Image.Image], tile: int, width: int) -> Image.Image:
     """The images of an edit side by side, an arrow before the last; a single image as it is."""
-    if len(pictures) == 1:
-        return _thumbnail(pictures[0], tile)
-    gaps = len(pictures) - 1
-    room = min(tile, (width - gaps * _ARROW) // len(pictures))
-    parts = [_thumbnail(picture, room) for picture in pictures]
+    if len(images) == 1:
+        return _thumbnail(images[0], tile)
+    gaps = len(images) - 1
+    room = min(tile, (width - gaps * _ARROW) // len(images))
+    parts = [_thumbnail(image, room) for image in images]
     height = max(part.height for part in parts)
     strip = Image.new("RGB", (sum(part.width for part in parts) + gaps * _ARROW, height), _MAT)
     x = 0
@@ -190,11 +190,11 @@ def _strip(pictures: Sequence[Path | Image.Image], tile: int, width: int) -> Ima
     return strip
 
 
-def _thumbnail(picture: Path | Image.Image, tile: int) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return fit_tile(to_rgb(picture), tile)
+def _thumbnail(image: Path | Image.Image, tile: int) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return fit_tile(to_rgb(image), tile)
     try:
-        return fit_tile(decode(picture, draft=2 * tile).image, tile)
+        return fit_tile(decode(image, draft=2 * tile).image, tile)
     except ImageError:  # the reader of the dataset has told of it
         empty = Image.new("RGB", (tile, tile), _MAT)
         _wrap("cannot be read", 12, tile, 1, _FAINT).draw(ImageDraw.Draw(empty), _PAD, tile // 2 - 8)

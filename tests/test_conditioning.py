@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dopsd_core.conditioning.cache import FORMAT, ConditionCache, cache_key, digest_bytes
-from dopsd_core.conditioning.encode import Condition, EncodeRequest, Picture, encode_dataset, encode_texts
+from dopsd_core.conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset, encode_texts
 from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
 
 
@@ -41,7 +41,7 @@ class CountingEncoder:
 
 
 def picture(data=b"file", grey=0.25, **settings):
-    return Picture(digest_bytes(data), lambda: torch.full((3, 8, 8), grey), settings)
+    return ImageInput(digest_bytes(data), lambda: torch.full((3, 8, 8), grey), settings)
 
 
 def request(data=b"file", caption="a [V] emblem", sources=(), shown=None, **settings):
@@ -71,7 +71,7 @@ def test_a_hit_gives_the_same_pair_without_encoder_or_image(tmp_path, reference)
     def no_image():
         raise AssertionError("a hit must not open the image")
 
-    hit = EncodeRequest(Picture(digest_bytes(b"file"), no_image), "a [V] emblem")
+    hit = EncodeRequest(ImageInput(digest_bytes(b"file"), no_image), "a [V] emblem")
     seen = []
     (second,) = encode_dataset([hit], encoder, ConditionCache(tmp_path), lambda *report: seen.append(report))
     assert encoder.calls == []

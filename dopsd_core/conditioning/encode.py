@@ -85,7 +85,7 @@ class ReadsFiles(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class ImageInput:
     """An image that may have to be encoded.
 
     digest: `digest_bytes` of the image FILE. load: gives [3, H, W] in [0, 1], already cropped; called on a cache miss
@@ -101,10 +101,10 @@ class Picture:
 class EncodeRequest:
     """One pair to encode. sources: what an edit starts from. shown: what the teacher sees; None for the target."""
 
-    target: Picture
+    target: ImageInput
     caption: str
-    sources: tuple[Picture, ...] = ()
-    shown: Picture | None = None
+    sources: tuple[ImageInput, ...] = ()
+    shown: ImageInput | None = None
 
 
 OnEncoded = Callable[[int, int, bool], None]
@@ -130,8 +130,8 @@ def encode_dataset(
     fresh = []
     for request in requests:
         before = parts.computed
-        for picture in _pictures(request, teacher):
-            parts.latent(picture)
+        for image in _images(request, teacher):
+            parts.latent(image)
         fresh.append(parts.computed > before)
     pairs = []
     for done, request in enumerate(requests, 1):
@@ -159,7 +159,7 @@ def encode_texts(
 # -- a pair from its parts --------------------------------------------------------------------------------------------
 
 
-def _pictures(request: EncodeRequest, teacher: Teacher) -> list[Picture]:
+def _images(request: EncodeRequest, teacher: Teacher) -> list[ImageInput]:
     """The images whose latents the pair needs."""
     shown = [request.shown] if request.shown is not None and teacher.sees == "reference" else []
     return [request.target, *(request.sources if teacher.edits else ()), *shown]
@@ -169,14 +169,14 @@ def _compose(request: EncodeRequest, teacher: Teacher, parts: _Parts) -> DualCon
     if teacher.edits and not request.sources:
         raise ValueError(f"the teacher {teacher.name!r} needs a source image; {request.caption!r} has none")
     shown = request.shown or request.target
-    sources = tuple(parts.latent(picture) for picture in request.sources) if teacher.edits else ()
+    sources = tuple(parts.latent(image) for image in request.sources) if teacher.edits else ()
     if teacher.sees == "features":
         seeing = _with_references(parts.seen(shown, teacher.told(request.caption)), sources)
     else:
         seeing = _with_references(parts.text(teacher.told(request.caption)), (*sources, parts.latent(shown)))
     student = _with_references(parts.text(request.caption), sources)
-    pictures = [request.target, shown, *request.sources]
-    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in pictures]}
+    images = [request.target, shown, *request.sources]
+    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}
     key = cache_key("pair", request.target.digest, request.caption, parts.identity_for(request.caption), facts)
     return DualCondition(student, seeing, parts.latent(request.target), request.caption, key)
 
@@ -203,21 +203,21 @@ class _Parts:
         key = cache_key("text", "", caption, self.identity_for(caption), {})
         return _unpack(self._get(key, f"the text {caption!r}", lambda: _pack(self.encoder.encode_text(caption))))
 
-    def seen(self, picture: Picture, caption: str) -> Condition:
+    def seen(self, image: ImageInput, caption: str) -> Condition:
         """Image and caption, read together."""
-        key = cache_key("seen", picture.digest, caption, self.identity_for(caption), picture.settings)
+        key = cache_key("seen", image.digest, caption, self.identity_for(caption), image.settings)
         what = f"an image and {caption!r}"
         return _unpack(
-            self._get(key, what, lambda: _pack(self.encoder.encode_image_text(_pixels(picture, what), caption)))
+            self._get(key, what, lambda: _pack(self.encoder.encode_image_text(_pixels(image, what), caption)))
         )
 
-    def latent(self, picture: Picture) -> Tensor:
+    def latent(self, image: ImageInput) -> Tensor:
         """[C, h, w] fp32 of the image."""
-        key = cache_key("latent", picture.digest, "", self.encoder.identity, picture.settings)
-        return self._get(key, "an image", lambda: self._encode_latent(picture))["latent"]
+        key = cache_key("latent", image.digest, "", self.encoder.identity, image.settings)
+        return self._get(key, "an image", lambda: self._encode_latent(image))["latent"]
 
-    def _encode_latent(self, picture: Picture) -> dict[str, Tensor]:
-        latent = self.encoder.encode_latent(_pixels(picture, "an image")).float()
+    def _encode_latent(self, image: ImageInput) -> dict[str, Tensor]:
+        latent = self.encoder.encode_latent(_pixels(image, "an image")).float()
         if latent.ndim != 3:
             raise ValueError(f"encode_latent must return [C, h, w], got {tuple(latent.shape)}")
         return {"latent": latent}
@@ -240,11 +240,11 @@ class _Parts:
         return {name: plain_cpu(tensor) for name, tensor in tensors.items()}
 
 
-def _pixels(picture: Picture, what: str) -> Tensor:
-    image = picture.load()
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image for {what} must be [3, H, W], got {tuple(image.shape)}")
-    return image
+def _pixels(image: ImageInput, what: str) -> Tensor:
+    pixels = image.load()
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(f"image for {what} must be [3, H, W], got {tuple(pixels.shape)}")
+    return pixels
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

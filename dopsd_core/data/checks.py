@@ -35,7 +35,7 @@ class _Looked:
 
 
 @dataclass
-class PictureChecker:
+class ImageChecker:
     """Decodes the images of entries and notes what is wrong with them.
 
     An image may be the source of many edits: each file is decoded once, and its faults are reported for each entry.

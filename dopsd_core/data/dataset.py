@@ -18,7 +18,7 @@ from pathlib import Path
 from ..text import printable
 from .buckets import Bucket, make_buckets
 from .captions import CaptionError, check_text, doubts_of, has_trigger, near_placeholder, put_trigger, remove_trigger
-from .checks import Fit, PictureChecker
+from .checks import Fit, ImageChecker
 from .folder import ROW_SUFFIXES, Entry, read_folder
 from .jsonl import read_jsonl
 from .problems import Problem, Problems
@@ -138,7 +138,7 @@ def read_dataset(
     source = Path(source)
     problems = Problems()
     entries = _read_entries(source, problems)
-    checker = PictureChecker(
+    checker = ImageChecker(
         root=Path(root) if root is not None else (source if source.is_dir() else source.parent),
         buckets=make_buckets(pixel_budget, multiple),
         problems=problems,

@@ -55,14 +55,14 @@ def read_folder(folder: Path, problems: Problems) -> list[Entry]:
     A folder with the sub-folders source/ and target/ holds edits, of these two alone.
     """
     files = [file for file in _walk(folder, problems) if _NO_DATA.fullmatch(file.name) is None]
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
     halves = edit_folders(folder)
-    captioned = pictures if halves is None else [file for file in pictures if file.is_relative_to(halves[1])]
+    captioned = images if halves is None else [file for file in images if file.is_relative_to(halves[1])]
     reader = _FolderReader(folder, files, CaptionFiles.sort(folder, files, captioned, SUFFIXES), problems)
     if halves is None:
-        entries = [reader.entry(picture) for picture in pictures]
+        entries = [reader.entry(image) for image in images]
     else:
-        entries = _EditFolder(folder, *halves, reader, problems).entries(pictures)
+        entries = _EditFolder(folder, *halves, reader, problems).entries(images)
     reader.note_shared_captions()
     reader.note_unread()
     return entries
@@ -184,17 +184,17 @@ class _EditFolder:
     reader: _FolderReader
     problems: Problems
 
-    def entries(self, pictures: Sequence[Path]) -> list[Entry]:
+    def entries(self, images: Sequence[Path]) -> list[Entry]:
         """An entry for each image in target/; images that belong to none are noted."""
         starts: dict[Place, list[Path]] = {}
         targets: dict[Path, Place] = {}
-        for picture in pictures:
-            if picture.is_relative_to(self.target):
-                targets[picture] = _place_below(self.target, picture)
-            elif picture.is_relative_to(self.source):
-                starts.setdefault(_place_below(self.source, picture), []).append(picture)
+        for image in images:
+            if image.is_relative_to(self.target):
+                targets[image] = _place_below(self.target, image)
+            elif image.is_relative_to(self.source):
+                starts.setdefault(_place_below(self.source, image), []).append(image)
             else:
-                self.problems.error(picture, None, "lies beside source/ and target/: move it into one of them")
+                self.problems.error(image, None, "lies beside source/ and target/: move it into one of them")
         wanted = set(targets.values())
         loose = {_folded_place(place): place for place in starts if place not in wanted}
         found = {target: self._start(place, starts, loose) for target, place in targets.items()}
@@ -239,9 +239,9 @@ class _EditFolder:
                 self.problems.warning(found[0], None, message)
 
 
-def _place_below(half: Path, picture: Path) -> Place:
+def _place_below(half: Path, image: Path) -> Place:
     """What a source and its target have in common: the folder below source/ or target/, and the name."""
-    inside = picture.relative_to(half)
+    inside = image.relative_to(half)
     return Path(*map(composed, inside.parent.parts)), composed(inside.stem)
 
 

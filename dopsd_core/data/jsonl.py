@@ -180,11 +180,11 @@ class _Row:
     def entry(self) -> Entry | None:
         """What the row trains, or None after noting why there is nothing."""
         captions = self._captions()
-        pictures = self._pictures()
+        images = self._images()
         repeats = self._repeats()
-        if pictures is None:
+        if images is None:
             return None
-        image, sources = pictures
+        image, sources = images
         declared = self._size(-1 if sources else 0)
         return Entry(image, captions, self.file, self.number, repeats, declared, sources)
 
@@ -212,12 +212,12 @@ class _Row:
 
     # -- images ------------------------------------------------------------------------------------------------------
 
-    def _pictures(self) -> tuple[Path, tuple[Path, ...]] | None:
+    def _images(self) -> tuple[Path, tuple[Path, ...]] | None:
         """The image that the row trains, and the sources of an edit."""
         source_keys, target_keys = self._source_keys(), self._keys_like(_TARGET)
         plain = next((key for key in PATH_KEYS if self.values.get(key) is not None), None)
         if not source_keys and not target_keys:
-            return self._plain_picture(plain)
+            return self._plain_image(plain)
         target = target_keys[0] if target_keys else plain
         self.read.update((*source_keys, *target_keys))
         if not source_keys or target is None:
@@ -235,7 +235,7 @@ class _Row:
             return None
         return targets[0], tuple(path for group in groups for path in group)
 
-    def _plain_picture(self, key: str | None) -> tuple[Path, tuple[Path, ...]] | None:
+    def _plain_image(self, key: str | None) -> tuple[Path, tuple[Path, ...]] | None:
         if key is None:
             self._error(f"no image: give one of {', '.join(PATH_KEYS)}; or {SOURCE_KEY} and {TARGET_KEY} of an edit")
             return None

@@ -45,8 +45,8 @@ class DemoAutoencoder(nn.Module):
             conv(fine, 48, 3, padding=1), nn.PixelShuffle(4),
         )  # fmt: skip
 
-    def encode(self, picture: Tensor) -> Tensor:
-        return self.encoder(picture)
+    def encode(self, image: Tensor) -> Tensor:
+        return self.encoder(image)
 
     def decode(self, latent: Tensor) -> Tensor:
         return self.decoder(latent)

@@ -70,8 +70,8 @@ def make_concept(seed: int, *, num_unseen: int = 60, num_prior: int = 64, num_an
 def write_dataset(concept: Concept, folder: Path) -> None:
     """The targets as PNG files with captions of the same name, as a user would have them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(to_images(render(concept.targets))):
-        picture.save(folder / f"target_{i + 1}.png")
+    for i, image in enumerate(to_images(render(concept.targets))):
+        image.save(folder / f"target_{i + 1}.png")
         (folder / f"target_{i + 1}.txt").write_text(caption(concept.targets, i, name=TRIGGER) + "\n", encoding="utf-8")
 
 

@@ -139,12 +139,12 @@ def render(scenes: Scenes) -> Tensor:
     stripes = torch.sigmoid(4 * torch.sin(y * (2 * math.pi / 9.5)))
     dots = torch.sigmoid(9 * (torch.cos(x * math.pi / 5.5) * torch.cos(y * math.pi / 5.5) - 0.25))
     texture = torch.stack([torch.zeros_like(stripes), stripes, dots], 1)[torch.arange(n), scenes.texture][:, None]
-    picture = body * (1 - 0.8 * texture)
+    image = body * (1 - 0.8 * texture)
     radius = torch.sqrt(x * x + y * y + 1e-6)
-    picture = torch.lerp(picture, center, inside(radius - 5.6))
-    picture = picture * (1 - inside((radius - 6.2).abs() - 0.8))  # ring around the center
-    picture = torch.lerp(background, picture, inside(distance))
-    return (picture * (1 - inside((distance + 1.0).abs() - 1.1))).clamp(0, 1)
+    image = torch.lerp(image, center, inside(radius - 5.6))
+    image = image * (1 - inside((radius - 6.2).abs() - 0.8))  # ring around the center
+    image = torch.lerp(background, image, inside(distance))
+    return (image * (1 - inside((distance + 1.0).abs() - 1.1))).clamp(0, 1)
 
 
 def _name(table: Sequence[str] | dict, index: Tensor) -> str:

@@ -134,9 +134,9 @@ def run_sample(args: argparse.Namespace) -> int:
         noise = torch.stack([torch.randn(shape, generator=make_generator(seed, "sample")) for seed in seeds])
         with _maybe_lora(model.denoiser, args.lora, args.strength):
             latents = sample(model.denoiser, [condition] * args.count, noise, sigmas)
-        for seed, picture in zip(seeds, to_images(encoder.decode(latents)), strict=True):
+        for seed, drawn in zip(seeds, to_images(encoder.decode(latents)), strict=True):
             path = args.output / f"{number:02d}_seed{seed}.png"
-            picture.save(path)
+            drawn.save(path)
             _say(f"{path}  {prompt}")
     return 0
 

@@ -60,9 +60,9 @@ class Demo:
             report.pairs, encoder, ConditionCache(self.output / "cache"), trigger=TRIGGER, anchors=True,
             anchor_prompts=concept.anchors, heldout_caption=concept.unseen.texts[0],
         )  # fmt: skip
-        pictures = [load_image(pair.image_path, pair.bucket) for pair in report.pairs]
+        images = [load_image(pair.image_path, pair.bucket) for pair in report.pairs]
         taught = [
-            encoder.encode_image_text(pictures[i % len(pictures)], text) for i, text in enumerate(concept.unseen.texts)
+            encoder.encode_image_text(images[i % len(images)], text) for i, text in enumerate(concept.unseen.texts)
         ]
         text = {
             t: encoder.encode_text(t) for t in {*concept.unseen.texts, *concept.described.texts, *concept.generic.texts}

@@ -85,7 +85,7 @@ def gap_closed(methods: Mapping[str, Mapping[str, Mapping[str, float]]], method:
 def frechet_floor(judge: Judge, size: int) -> float:
     """What `frechet_distance` gives for two sets of `size` REAL renders: the bias of a finite sample."""
     draws = [render(sample_scenes(size, torch.Generator().manual_seed(seed))) for seed in (1, 2)]
-    return frechet_distance(*(judge_features(judge, pictures) for pictures in draws))
+    return frechet_distance(*(judge_features(judge, images) for images in draws))
 
 
 def _accuracy(right: Mapping[str, Tensor], names: Sequence[str]) -> float:

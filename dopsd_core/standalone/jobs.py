@@ -104,7 +104,7 @@ class JobRunner:
         """Every job's result, in order. The first error of any of them is raised here."""
         results = []
         for found, lora, process, peak in self._pool.map(_run, jobs):
-            (scores, samples), *taught = [(scores, _from_bytes(pictures)) for scores, pictures in found]
+            (scores, samples), *taught = [(scores, _from_bytes(images)) for scores, images in found]
             self.peaks[process] = max(peak, self.peaks.get(process, 0.0))
             results.append(Done(scores, samples, taught[0] if taught else None, lora))
         return results

@@ -33,11 +33,11 @@ class Judge(nn.Module):
         )  # fmt: skip
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, n) for name, n in NUM_CLASSES.items()})
 
-    def features(self, pictures: Tensor) -> Tensor:
-        return self.body(pictures * 2 - 1)
+    def features(self, images: Tensor) -> Tensor:
+        return self.body(images * 2 - 1)
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.features(pictures)
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
 
@@ -50,16 +50,16 @@ def load_judge(path: Path) -> Judge:
 
 
 @torch.no_grad()
-def judged_right(judge: Judge, pictures: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
+def judged_right(judge: Judge, images: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bool [n] per attribute: does the judge read from the image what `labels` (int64 [n] each) ask for?"""
-    logits = [judge(part.clamp(0, 1)) for part in pictures.split(256)]
+    logits = [judge(part.clamp(0, 1)) for part in images.split(256)]
     return {name: torch.cat([part[name] for part in logits]).argmax(1) == want for name, want in labels.items()}
 
 
 @torch.no_grad()
-def judge_features(judge: Judge, pictures: Tensor) -> Tensor:
+def judge_features(judge: Judge, images: Tensor) -> Tensor:
     """[n, 128], float64."""
-    return torch.cat([judge.features(part.clamp(0, 1)) for part in pictures.split(256)]).double()
+    return torch.cat([judge.features(part.clamp(0, 1)) for part in images.split(256)]).double()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -73,7 +73,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(mean + cov_a.trace() + cov_b.trace() - 2 * root)
 
 
-def laplacian_energy(pictures: Tensor) -> Tensor:
+def laplacian_energy(images: Tensor) -> Tensor:
     """Mean absolute Laplacian per image, [n]: high for sharp edges, also for speckle; never quote it alone."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None].expand(3, 1, 3, 3)
-    return F.conv2d(pictures.clamp(0, 1), kernel, groups=3).abs().mean((1, 2, 3))
+    return F.conv2d(images.clamp(0, 1), kernel, groups=3).abs().mean((1, 2, 3))

@@ -18,7 +18,7 @@ from ..conditioning.encode import (
     Encoder,
     EncodeRequest,
     OnEncoded,
-    Picture,
+    ImageInput,
     encode_dataset,
     encode_texts,
 )
@@ -193,12 +193,12 @@ def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> Encod
 
     shown: the pair whose image the teacher sees; None for the same.
     """
-    sources = tuple(_picture(path, pair.bucket) for path in pair.sources)
-    other = None if shown is None or shown is pair else _picture(shown.image_path, shown.bucket)
-    return EncodeRequest(_picture(pair.image_path, pair.bucket), caption, sources, other)
+    sources = tuple(_image_input(path, pair.bucket) for path in pair.sources)
+    other = None if shown is None or shown is pair else _image_input(shown.image_path, shown.bucket)
+    return EncodeRequest(_image_input(pair.image_path, pair.bucket), caption, sources, other)
 
 
-def _picture(path: Path, bucket: Bucket) -> Picture:
+def _image_input(path: Path, bucket: Bucket) -> ImageInput:
     digest = digest_bytes(path.read_bytes())
 
     def load() -> Tensor:
@@ -210,7 +210,7 @@ def _picture(path: Path, bucket: Bucket) -> Picture:
             raise ImageError(printable(f"{path} was written to while the dataset was being encoded: run again"))
         return image
 
-    return Picture(digest, load, {"bucket": [bucket.width, bucket.height]})
+    return ImageInput(digest, load, {"bucket": [bucket.width, bucket.height]})
 
 
 def latent_shape(pair: DualCondition) -> tuple[int, ...]:

@@ -123,9 +123,9 @@ class BatchedTransformer:
         return velocity, seen
 
 
-def teacher_pixels(picture: Tensor) -> Tensor:
+def teacher_pixels(image: Tensor) -> Tensor:
     """What the vision tower is shown: [B, 3, 64, 64] in [0, 1] -> [B, 3, 96, 96] in [-1, 1] (bicubic, antialiased)."""
-    big = F.interpolate(picture, size=(96, 96), mode="bicubic", antialias=True, align_corners=False)
+    big = F.interpolate(image, size=(96, 96), mode="bicubic", antialias=True, align_corners=False)
     return big * 2 - 1
 
 

@@ -29,7 +29,7 @@ class Bank:
     """N scenes with their images uint8 [N, 3, 64, 64] and latents bfloat16 [N, 16, 8, 8]."""
 
     scenes: Scenes
-    pictures: Tensor
+    images: Tensor
     latents: Tensor
 
 
@@ -46,15 +46,15 @@ def make_bank(twins: Twins, folder: Path, size: int) -> Bank:
     if not path.exists():
         autoencoder = load_autoencoder(folder / "vae.safetensors")
         scenes = sample_scenes(size, torch.Generator().manual_seed(10_000 + twins.rank))
-        pictures, latents = [], []
+        images, latents = [], []
         for start in range(0, size, 64):
-            picture = render(scenes[start : start + 64])
-            pictures.append((picture * 255).round().byte())
+            image = render(scenes[start : start + 64])
+            images.append((image * 255).round().byte())
             with torch.autocast("cpu", torch.bfloat16):
                 latents.append(
-                    autoencoder.encode((picture * 2 - 1).contiguous(memory_format=torch.channels_last)).bfloat16()
+                    autoencoder.encode((image * 2 - 1).contiguous(memory_format=torch.channels_last)).bfloat16()
                 )
-        tensors = {"pictures": torch.cat(pictures), "latents": torch.cat(latents).contiguous()}
+        tensors = {"pictures": torch.cat(images), "latents": torch.cat(latents).contiguous()}
         save_file({**tensors, **{f"scenes.{k}": v.contiguous() for k, v in vars(scenes).items()}}, path)
     tensors = load_file(path)
     scenes = Scenes(**{name[7:]: value for name, value in tensors.items() if name.startswith("scenes.")})
@@ -132,7 +132,7 @@ class RowMaker:
         view = torch.rand(2, num_image, generator=generator)
         head = index[:num_image]
         other = self.order[self.first[head] + (view[0] * self.count[head]).long().clamp(max=self.count[head] - 1)]
-        pixels = bank.pictures[torch.where(view[1] < same, head, other)].float() / 255
+        pixels = bank.images[torch.where(view[1] < same, head, other)].float() / 255
         teacher = TEACHER_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
         mixed = [
             teacher.format(

@@ -90,11 +90,11 @@ def measure(folder: Path, size: int, *, from_average: bool, distilled: bool) -> 
                 euler(model, *part, steps, empty, guidance)
                 for part in zip(features.split(64), lengths.split(64), noise.split(64), strict=True)
             ]
-            pictures = torch.cat([vae.decode(part) for part in latents]).add(1).div(2).clamp(0, 1)
-            right = judged_right(judge, pictures, scenes.labels())
+            images = torch.cat([vae.decode(part) for part in latents]).add(1).div(2).clamp(0, 1)
+            right = judged_right(judge, images, scenes.labels())
             figures = {k: v.float().mean().item() for k, v in right.items()}
-            figures["frechet"] = frechet_distance(judge_features(judge, pictures), judge_features(judge, real))
-            figures["sharpness"] = float(laplacian_energy(pictures).mean() / laplacian_energy(real).mean())
+            figures["frechet"] = frechet_distance(judge_features(judge, images), judge_features(judge, real))
+            figures["sharpness"] = float(laplacian_energy(images).mean() / laplacian_energy(real).mean())
             table[f"{kind} | {name}"] = figures
             print(f"{kind:20} | {name:27}", " ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
     return table
