@@ -209,6 +209,4 @@ def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resoluti
     parser.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="visits per epoch of each image, up to 1000"
     )
-    parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="images may not lie outside of it; default: DATASET's"
-    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="images may not lie outside of it; default: DATASET's")

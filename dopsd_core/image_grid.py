@@ -123,9 +123,7 @@ def thumbnails(items: Sequence[tuple[Shown, str]], problems: str = "", tile: int
     columns = max(3, min(6, round((across * len(shown)) ** 0.5 + 0.49)))
     columns, cell = -(-columns // across), across * tile + (across - 1) * _ARROW
     width = columns * (cell + _PAD) + _PAD
-    cells = [
-        (_strip(images, tile, cell), _wrap(text, max(11, tile // 12), cell, 3, _INK)) for images, text in shown
-    ]
+    cells = [(_strip(images, tile, cell), _wrap(text, max(11, tile // 12), cell, 3, _INK)) for images, text in shown]
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     tall = [max(image.height for image, _ in line) for line in lines]
     heights = [high + max(text.height for _, text in line) + 2 * _PAD for high, line in zip(tall, lines, strict=True)]

@@ -178,7 +178,7 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher_sentence="",
     ) -> io.NodeOutput:
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
-        edits = any(pair.sources for pair in dataset.report.pairs)
+        edits = any(pair.source_images for pair in dataset.report.pairs)
         encoder = ComfyEncoder(clip, vae, vision)
         sentence = put_trigger(teacher_sentence, dataset.trigger)
         teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")

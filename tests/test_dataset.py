@@ -216,7 +216,7 @@ def test_the_authors_rows(tmp_path: Path) -> None:
     )
     report = read(file, trigger="ohwx")
     assert set(report.pairs[0].captions) == {text.replace("[V]", "ohwx") for text in everything.values()}
-    assert report.pairs[1].captions == ("一只ohwx狗",) and report.pairs[1].line == 3
+    assert report.pairs[1].captions == ("一只ohwx狗",) and report.pairs[1].caption_line == 3
     assert report.pairs[2].repeats == 3 and report.errors == ()
     assert [(problem.line, problem.file) for problem in report.warnings] == [(4, file), (4, file)]
     assert "'medium_en' is an empty caption" in report.warnings[0].message

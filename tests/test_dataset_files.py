@@ -218,7 +218,7 @@ def test_a_folder_of_any_files_is_used_or_named_and_left_as_it_is(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     report = read(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    used = {path for item in report.pairs for path in (item.image_path, *item.sources)}
+    used = {path for item in report.pairs for path in (item.image_path, *item.source_images)}
     named = {folded(problem.file.stem) for problem in report.problems}
     for path in before:
         if path.suffix in (".png", ".jpg") and path not in used:

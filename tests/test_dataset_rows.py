@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 def shape(report: DatasetReport) -> list[tuple[str, list[str], tuple[str, ...], int]]:
     return [
-        (item.image_path.name, [path.name for path in item.sources], item.captions, item.repeats)
+        (item.image_path.name, [path.name for path in item.source_images], item.captions, item.repeats)
         for item in report.pairs
     ]
 

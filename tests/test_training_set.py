@@ -136,7 +136,7 @@ def pictures(tmp_path: Path, count: int) -> tuple[Pair, ...]:
 
 def with_sources(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
     """Every image an edit of the one before it."""
-    return tuple(replace(pair, sources=(pairs[i - 1].image_path,)) for i, pair in enumerate(pairs))
+    return tuple(replace(pair, source_images=(pairs[i - 1].image_path,)) for i, pair in enumerate(pairs))
 
 
 def reference(condition: Condition, index: int = -1) -> float:

@@ -52,7 +52,7 @@ class ImageChecker:
     def check(self, entry: Entry) -> Fit | None:
         """How an entry is trained, or None after noting why it cannot be."""
         target = self._look(entry, entry.image)
-        looks = [self._look(entry, path) for path in entry.sources]
+        looks = [self._look(entry, path) for path in entry.source_images]
         sources = [source for source in looks if source is not None]
         if target is None or len(sources) < len(looks):
             return None
@@ -67,7 +67,7 @@ class ImageChecker:
         if enlarged:
             self._warn_of_size(entry, entry.image, target.size, f"its bucket {bucket}")
         self._warn_of_loss(entry, entry.image, target.size, bucket, "its bucket")
-        for path, source in zip(entry.sources, sources, strict=True):
+        for path, source in zip(entry.source_images, sources, strict=True):
             if not enlarged and must_enlarge(*source.size, bucket):  # as small as its target is no news
                 self._warn_of_size(entry, path, source.size, f"its target's bucket {bucket}")
             self._warn_of_loss(entry, path, source.size, bucket, "its target's bucket")
@@ -149,10 +149,10 @@ class ImageChecker:
 
     def _note(self, severity: Literal["error", "warning"], entry: Entry, path: Path, message: str) -> None:
         """Names the row for a JSONL (with the image in the message), the image itself for a folder."""
-        if entry.line is None:
+        if entry.caption_line is None:
             self.problems.add(severity, path, None, message)
         else:
-            self.problems.add(severity, entry.source, entry.line, f"{path}: {message}")
+            self.problems.add(severity, entry.caption_file, entry.caption_line, f"{path}: {message}")
 
 
 def shares_drive(path: PurePath, roots: Sequence[PurePath]) -> bool:

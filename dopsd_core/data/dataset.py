@@ -35,9 +35,9 @@ class Pair:
         width, height: size of the upright image in pixels.
         bucket: the size it is trained in.
         repeats: visits per epoch.
-        source, line: the file that the captions stand in, and the line of a JSONL.
-        sources: the images that an edit starts from, in order, cropped to the bucket of the result; none for a plain
-            image.
+        caption_file, caption_line: the file that holds the captions, and the line of a JSONL.
+        source_images: the images that an edit starts from, in order, cropped to the bucket of the result; empty for a
+            plain image.
     """
 
     image_path: Path
@@ -46,9 +46,9 @@ class Pair:
     height: int
     bucket: Bucket
     repeats: int
-    source: Path
-    line: int | None = None
-    sources: tuple[Path, ...] = ()
+    caption_file: Path
+    caption_line: int | None = None
+    source_images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class DatasetReport:
 
     def describe(self) -> str:
         """The report in words: counts, buckets, then every problem on a line of its own."""
-        sources = {source for pair in self.pairs for source in pair.sources}
+        sources = {source for pair in self.pairs for source in pair.source_images}
         what = "edit pair" if sources else "image"
         lines = [printable(f"{self.source}: {len(self.pairs)} usable {what}{'s' * (len(self.pairs) != 1)}")]
         counts = Counter(pair.bucket for pair in self.pairs)
@@ -184,21 +184,21 @@ def _make_pair(entry: Entry, fit: Fit, trigger: str, repeats: int) -> Pair:
         height=fit.height,
         bucket=fit.bucket,
         repeats=entry.repeats * repeats,
-        source=entry.source,
-        line=entry.line,
-        sources=entry.sources,
+        caption_file=entry.caption_file,
+        caption_line=entry.caption_line,
+        source_images=entry.source_images,
     )
 
 
 def _warn_of_doubts(entry: Entry, trigger: str, problems: Problems) -> None:
     """Warns of what may have been meant otherwise in captions, equal sentences of a row once."""
     doubts = dict.fromkeys(doubt for text in entry.captions for doubt in doubts_of(text, trigger))
-    if entry.line is None:
+    if entry.caption_line is None:
         for doubt in doubts:
-            problems.warning(entry.source, entry.text_line + doubt.line - 1, doubt.message)
+            problems.warning(entry.caption_file, entry.text_line + doubt.line - 1, doubt.message)
     else:
         for message in dict.fromkeys(doubt.message for doubt in doubts):
-            problems.warning(entry.source, entry.line, message)
+            problems.warning(entry.caption_file, entry.caption_line, message)
 
 
 def _warn_without_trigger(pairs: Sequence[Pair], trigger: str, problems: Problems) -> None:
@@ -209,14 +209,14 @@ def _warn_without_trigger(pairs: Sequence[Pair], trigger: str, problems: Problem
         return not has_trigger(text, trigger) and near_placeholder(text, trigger) is None
 
     lacking = [(pair, sum(map(lacks, pair.captions))) for pair in pairs]
-    if not trigger and all(pair.sources or not any(map(has_trigger, pair.captions)) for pair in pairs):
+    if not trigger and all(pair.source_images or not any(map(has_trigger, pair.captions)) for pair in pairs):
         return
     name = f"the trigger {trigger!r}" if trigger else "[V]"
     for pair, count in lacking:
         if count:
-            kind = "instruction" if pair.sources else "caption"
+            kind = "instruction" if pair.source_images else "caption"
             which = f"the {kind} lacks" if len(pair.captions) == 1 else f"{count} {kind}s lack"
-            problems.warning(pair.source, pair.line or 1, f"{which} {name}: it teaches the words it has")
+            problems.warning(pair.caption_file, pair.caption_line or 1, f"{which} {name}: it teaches the words it has")
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def plan_encoding(pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: 
         index = {text: len(requests) + offset for offset, text in enumerate(texts)}
         requests += [(pair, text) for text in texts]
         examples.append(Example(tuple(index[text] for text in pair.captions), index.get(""), pair.repeats))
-    plain = [pair for pair in pairs if not pair.sources]
+    plain = [pair for pair in pairs if not pair.source_images]
     named = [caption for pair in plain for caption in pair.captions if has_trigger(caption, trigger)]
     anchors = dict.fromkeys(re.sub(r"\s+", " ", remove_trigger(caption, trigger)) for caption in named)
     return EncodingPlan(tuple(requests), tuple(examples), tuple(text for text in anchors if text))

@@ -41,11 +41,11 @@ class Entry:
 
     image: Path
     captions: tuple[str, ...]
-    source: Path
-    line: int | None = None
+    caption_file: Path
+    caption_line: int | None = None
     repeats: int = 1
     declared: tuple[int, int] | None = None
-    sources: tuple[Path, ...] = ()
+    source_images: tuple[Path, ...] = ()
     text_line: int = 1
 
 
@@ -218,13 +218,13 @@ class _EditFolder:
             place = f"{start.relative_to(self.folder)}{target.suffix}"
             self.problems.error(target, None, f"no source: put the image that this edit starts from at {place}")
         self._note_strays(start, entry)
-        return replace(entry, sources=tuple(found), captions=entry.captions if len(found) == 1 else ())
+        return replace(entry, source_images=tuple(found), captions=entry.captions if len(found) == 1 else ())
 
     def _note_strays(self, start: Path, entry: Entry) -> None:
         """Warns of a text beside the source where the target has its own."""
         for stray in self.reader.captions.captions.get((start.parent, folded(start.name)), ()):
             if entry.captions:
-                message = f"not read: the instruction is the one in {entry.source.parent.name}/"
+                message = f"not read: the instruction is the one in {entry.caption_file.parent.name}/"
                 self.problems.warning(stray, None, message)
                 self.reader.named.add(stray)
 

@@ -155,8 +155,8 @@ def _name_unread(file: Path, keys: Sequence[str], problems: Problems) -> None:
 
 def _refuse_mixture(file: Path, entries: Sequence[Entry], problems: Problems) -> None:
     """Edits and plain images are trained under different teachers."""
-    kinds = {"edits": [entry.line for entry in entries if entry.sources]}
-    kinds["plain images"] = [entry.line for entry in entries if not entry.sources]
+    kinds = {"edits": [entry.caption_line for entry in entries if entry.source_images]}
+    kinds["plain images"] = [entry.caption_line for entry in entries if not entry.source_images]
     (kind, few), (other, many) = sorted(kinds.items(), key=lambda item: len(item[1]))
     if few:
         rest = len(few) - _NAMED_ROWS

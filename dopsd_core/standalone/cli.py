@@ -85,7 +85,7 @@ def run_train(args: argparse.Namespace) -> int:
         repeats=args.repeats, root=args.root,
     )  # fmt: skip
     report.raise_for_errors()
-    if any(pair.sources for pair in report.pairs):
+    if any(pair.source_images for pair in report.pairs):
         raise ValueError(f"{args.dataset} holds edits, and the demo model does not edit: give images with captions")
     _say(report.describe())
     if args.heldout_caption is not None:

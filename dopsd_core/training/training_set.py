@@ -17,8 +17,8 @@ from ..conditioning.encode import (
     DualCondition,
     Encoder,
     EncodeRequest,
-    OnEncoded,
     ImageInput,
+    OnEncoded,
     encode_dataset,
     encode_texts,
 )
@@ -147,7 +147,7 @@ def build_training_set(
 
 
 def _require_fit(pairs: Sequence[Pair], teacher: Teacher, teacher_image: TeacherImage) -> None:
-    lacking = sum(not pair.sources for pair in pairs)
+    lacking = sum(not pair.source_images for pair in pairs)
     if teacher.edits and lacking:
         raise ValueError(
             f"the teacher {teacher.name} trains edits, and {lacking} of {len(pairs)} images have no source: give a "
@@ -193,7 +193,7 @@ def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> Encod
 
     shown: the pair whose image the teacher sees; None for the same.
     """
-    sources = tuple(_image_input(path, pair.bucket) for path in pair.sources)
+    sources = tuple(_image_input(path, pair.bucket) for path in pair.source_images)
     other = None if shown is None or shown is pair else _image_input(shown.image_path, shown.bucket)
     return EncodeRequest(_image_input(pair.image_path, pair.bucket), caption, sources, other)
 

@@ -66,7 +66,7 @@ def _notes(encoder: ComfyEncoder, teacher: Teacher, place: str, text: str, shown
 
 def _place(pair: Pair, text: str, root: Path) -> str:
     folder = root if root.is_dir() else root.parent
-    file = pair.source.relative_to(folder) if pair.source.is_relative_to(folder) else pair.source
-    where = f"{file.as_posix()}{'' if pair.line is None else f':{pair.line}'}"
+    file = pair.caption_file.relative_to(folder) if pair.caption_file.is_relative_to(folder) else pair.caption_file
+    where = f"{file.as_posix()}{'' if pair.caption_line is None else f':{pair.caption_line}'}"
     several = len(set(pair.captions)) > 1
     return f"{where}, caption {pair.captions.index(text) + 1}" if several else where

@@ -64,7 +64,7 @@ def teacher_sheet(painter: Painter, conditions: Conditions, count: int) -> Image
     shapes = [latent_shape(pair) for pair in chosen]
     shown = conditions.pairs[:count]
     targets = [load_image(pair.image_path, pair.bucket) for pair in shown]
-    sources = [load_image(pair.sources[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
+    sources = [load_image(pair.source_images[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
     with painter.denoiser.loaded((1, *shapes[0])):
         teacher = painter.draw([pair.teacher for pair in chosen], shapes)
         painter.denoiser.load((1, *shapes[0]))  # decoding may have sent it out of memory

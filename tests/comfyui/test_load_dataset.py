@@ -214,7 +214,7 @@ def test_edits_are_shown_beside_their_sources(comfyui, edits, run, artefacts) ->
     done = run(edits)
     assert done.status == "success", done.error
     pairs = done.value("1").report.pairs
-    assert [(pair.image_path.name, pair.sources, pair.captions) for pair in pairs] == [
+    assert [(pair.image_path.name, pair.source_images, pair.captions) for pair in pairs] == [
         (f"{name}.png", (edits.resolve() / "source" / f"{name}.png",), (f"make it {colour}",))
         for name, colour in (("a", 10), ("b", 120))
     ]
@@ -232,7 +232,7 @@ def test_rows_of_edits(comfyui, edits) -> None:
     run = comfyui.execute(graph(f"edits/{edits.name}/rows.jsonl"))
     assert run.status == "success", run.error
     (pair,) = run.value("1").report.pairs
-    assert [path.name for path in pair.sources] == ["a.png", "b.png"]
+    assert [path.name for path in pair.source_images] == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "../../../secret.png", "source/link.png"])
@@ -338,7 +338,7 @@ def test_counts_that_do_not_match_are_one_sentence(comfyui, folder) -> None:
 def test_connected_images_stay_plain_pictures(comfyui, edits) -> None:
     run = comfyui.execute(from_nodes(f"edits/{edits.name}/target", folder=f"edits/{edits.name}"))
     assert run.status == "success", run.error
-    assert [pair.sources for pair in run.value("1").report.pairs] == [(), ()]
+    assert [pair.source_images for pair in run.value("1").report.pairs] == [(), ()]
 
 
 def test_batches_and_transparency(comfyui) -> None:
