@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dopsd_core.conditioning.cache import FORMAT, ConditionCache, cache_key, digest_bytes
 from dopsd_core.conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset, encode_texts
-from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM
 
 
 class CountingEncoder:
@@ -390,18 +390,18 @@ def test_teacher_and_sentence_are_part_of_a_pair(changed):
 
 
 def test_a_sentence_follows_the_caption_and_may_be_left_out():
-    assert EDIT.told("a dog") == f"a dog {EDIT.sentence}"
-    assert EDIT.told("") == EDIT.sentence
-    assert EDIT.with_sentence("  ").told("a dog") == EDIT.told("a dog")
-    assert EDIT.with_sentence(" Copy it. ").told("a dog") == "a dog Copy it."
-    assert EDIT.with_sentence("-").told("a dog") == "a dog" == VLM.with_sentence("-").told("a dog")
+    assert EDIT.text("a dog") == f"a dog {EDIT.sentence}"
+    assert EDIT.text("") == EDIT.sentence
+    assert EDIT.with_sentence("  ").text("a dog") == EDIT.text("a dog")
+    assert EDIT.with_sentence(" Copy it. ").text("a dog") == "a dog Copy it."
+    assert EDIT.with_sentence("-").text("a dog") == "a dog" == VLM.with_sentence("-").text("a dog")
     with pytest.raises(ValueError, match="reads the caption alone"):
         VLM.with_sentence("Copy it.")
 
 
 def test_of_other_pictures_only_the_subject_is_asked_for():
-    assert "background" in EDIT.sentence and "background" not in EDIT.with_sentence("", others=True).told("a dog")
-    assert EDIT.with_sentence("", others=True).told("a dog") == f"a dog {EDIT.of_others}"
+    assert "background" in EDIT.sentence and "background" not in EDIT.with_sentence("", others=True).text("a dog")
+    assert EDIT.with_sentence("", others=True).text("a dog") == f"a dog {EDIT.of_others}"
     assert EDIT.with_sentence("Copy it.", others=True).sentence == "Copy it."
     assert EDIT.with_sentence("-", others=True).sentence == ""
     assert VLM.with_sentence("", others=True) == VLM
@@ -413,4 +413,4 @@ def test_an_edit_without_a_source_is_refused():
 
 
 def test_teachers_go_by_their_names():
-    assert all(name == teacher.name for name, teacher in TEACHERS.items())
+    assert all(name == teacher.name for name, teacher in TEACHER_VIEWS.items())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.conditioning.encode import Condition, encode_dataset
-from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM, Teacher, choose_teacher
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM, TeacherView, choose_teacher
 from dopsd_core.data.dataset import Example, Pair, read_dataset
 from dopsd_core.data.images import ImageError
 from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE
@@ -175,7 +175,7 @@ def test_an_edit_starts_from_its_source(tmp_path: Path) -> None:
 def test_data_that_does_not_fit_the_teacher_is_refused_before_any_encoding(tmp_path: Path) -> None:
     pairs = pictures(tmp_path, 2)
     encoder = TinyEncoder()
-    cases: list[tuple[tuple[Pair, ...], Teacher, TeacherImage, str]] = [
+    cases: list[tuple[tuple[Pair, ...], TeacherView, TeacherImage, str]] = [
         (pairs, EDIT_TARGET, "own", "2 of 2 images have no source: give a folder with source/ and target/"),
         ((*with_sources(pairs)[:1], pairs[1]), EDIT_TARGET, "own", "1 of 2 images have no source"),
         (with_sources(pairs), EDIT, "own", "for which the teacher edit has no use: choose edit_target"),
@@ -200,7 +200,7 @@ def test_the_mode_names_the_teacher_and_auto_goes_by_model_and_data() -> None:
         choose_teacher(z_image, "edit", edits=False)
     with pytest.raises(ValueError, match="no teacher 'auto' for images with sources"):
         choose_teacher(z_image, "auto", edits=True)
-    assert all(name in TEACHERS for family in FAMILIES.values() for name in family.teachers)
+    assert all(name in TEACHER_VIEWS for family in FAMILIES.values() for name in family.teachers)
 
 
 def test_every_given_text_shares_the_rule_of_captions(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..transfer import to_device
 from .cache import ConditionCache, cache_key, plain_cpu
-from .teachers import VLM, Teacher
+from .teachers import VLM, TeacherView
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def encode_dataset(
     encoder: Encoder,
     cache: ConditionCache | None,
     on_encoded: OnEncoded | None = None,
-    teacher: Teacher = VLM,
+    teacher: TeacherView = VLM,
 ) -> list[DualCondition]:
     """Both conditions and the target latent of every request, in order, on the CPU; from the cache where it has them.
 
@@ -159,21 +159,21 @@ def encode_texts(
 # -- a pair from its parts --------------------------------------------------------------------------------------------
 
 
-def _images(request: EncodeRequest, teacher: Teacher) -> list[ImageInput]:
+def _images(request: EncodeRequest, teacher: TeacherView) -> list[ImageInput]:
     """The images whose latents the pair needs."""
     shown = [request.shown] if request.shown is not None and teacher.sees == "reference" else []
     return [request.target, *(request.sources if teacher.edits else ()), *shown]
 
 
-def _compose(request: EncodeRequest, teacher: Teacher, parts: _Parts) -> DualCondition:
+def _compose(request: EncodeRequest, teacher: TeacherView, parts: _Parts) -> DualCondition:
     if teacher.edits and not request.sources:
         raise ValueError(f"the teacher {teacher.name!r} needs a source image; {request.caption!r} has none")
     shown = request.shown or request.target
     sources = tuple(parts.latent(image) for image in request.sources) if teacher.edits else ()
     if teacher.sees == "features":
-        seeing = _with_references(parts.seen(shown, teacher.told(request.caption)), sources)
+        seeing = _with_references(parts.seen(shown, teacher.text(request.caption)), sources)
     else:
-        seeing = _with_references(parts.text(teacher.told(request.caption)), (*sources, parts.latent(shown)))
+        seeing = _with_references(parts.text(teacher.text(request.caption)), (*sources, parts.latent(shown)))
     student = _with_references(parts.text(request.caption), sources)
     images = [request.target, shown, *request.sources]
     facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}

@@ -17,7 +17,7 @@ NO_SENTENCE = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
+class TeacherView:
     """sees: the image in the text features, or as a reference latent. sentence: follows the caption, in the teacher's
     text only; of_others is its sentence for other images than the pair's own, which share the subject and no more.
     edits: student and teacher have the pair's source images as references; needs data with sources."""
@@ -28,11 +28,11 @@ class Teacher:
     of_others: str = ""
     edits: bool = False
 
-    def told(self, caption: str) -> str:
+    def text(self, caption: str) -> str:
         """The teacher's text."""
         return f"{caption} {self.sentence}".strip() if self.sentence else caption
 
-    def with_sentence(self, sentence: str, others: bool = False) -> Teacher:
+    def with_sentence(self, sentence: str, others: bool = False) -> TeacherView:
         """With the user's sentence; "" keeps the teacher's own, "-" takes it out.
 
         others: it is shown other images than the pair's own.
@@ -48,15 +48,15 @@ class Teacher:
         return replace(self, sentence="" if sentence == NO_SENTENCE else sentence)
 
 
-VLM = Teacher(name="vlm", sees="features")
-EDIT = Teacher(
+VLM = TeacherView(name="vlm", sees="features")
+EDIT = TeacherView(
     name="edit",
     sees="reference",
     sentence="Keep the subject with its face and details, the background and the composition as in the reference "
     "image.",
     of_others="The subject is the one of the reference image, with its face and details.",
 )
-EDIT_TARGET = Teacher(
+EDIT_TARGET = TeacherView(
     name="edit_target",
     sees="reference",
     sentence="The last reference image is the wanted result: starting from the first one, follow the instruction and "
@@ -65,10 +65,10 @@ EDIT_TARGET = Teacher(
 )
 """The authors' sentences say as much in other words."""
 
-TEACHERS: Mapping[str, Teacher] = {teacher.name: teacher for teacher in (VLM, EDIT, EDIT_TARGET)}
+TEACHER_VIEWS: Mapping[str, TeacherView] = {teacher.name: teacher for teacher in (VLM, EDIT, EDIT_TARGET)}
 
 
-def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> Teacher:
+def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> TeacherView:
     """The teacher that `mode` means, "auto" or a name, where a model can have those of `known`, its default first.
 
     edits: whether the data has source images; "auto" goes by it.
@@ -76,10 +76,10 @@ def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> Teacher:
     Raises:
         ValueError: the model cannot have it; the message lists those that it can have.
     """
-    fitting = [name for name in known if TEACHERS[name].edits == edits]
+    fitting = [name for name in known if TEACHER_VIEWS[name].edits == edits]
     if mode == "auto" and fitting:
-        return TEACHERS[fitting[0]]
+        return TEACHER_VIEWS[fitting[0]]
     if mode not in known:
         why = " for images with sources" if mode == "auto" else ""
         raise ValueError(f"this model has no teacher {mode!r}{why}; choose one of: {', '.join(('auto', *known))}")
-    return TEACHERS[mode]
+    return TEACHER_VIEWS[mode]

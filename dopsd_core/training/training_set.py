@@ -22,7 +22,7 @@ from ..conditioning.encode import (
     encode_dataset,
     encode_texts,
 )
-from ..conditioning.teachers import VLM, Teacher
+from ..conditioning.teachers import VLM, TeacherView
 from ..data.buckets import Bucket
 from ..data.captions import put_trigger
 from ..data.dataset import Example, Pair, plan_encoding
@@ -98,7 +98,7 @@ def build_training_set(
     encoder: Encoder,
     cache: ConditionCache | None = None,
     *,
-    teacher: Teacher = VLM,
+    teacher: TeacherView = VLM,
     teacher_image: TeacherImage = "own",
     trigger: str = "",
     caption_dropout: bool = False,
@@ -146,7 +146,7 @@ def build_training_set(
     )
 
 
-def _require_fit(pairs: Sequence[Pair], teacher: Teacher, teacher_image: TeacherImage) -> None:
+def _require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage) -> None:
     lacking = sum(not pair.source_images for pair in pairs)
     if teacher.edits and lacking:
         raise ValueError(

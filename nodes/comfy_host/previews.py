@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...dopsd_core.conditioning.cache import ConditionCache
 from ...dopsd_core.conditioning.encode import Condition, Encoder, encode_dataset
-from ...dopsd_core.conditioning.teachers import Teacher
+from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.captions import put_trigger
 from ...dopsd_core.data.dataset import Pair
 from ...dopsd_core.data.images import load_image, to_tensor
@@ -45,7 +45,7 @@ def encode_previews(
     pairs: Sequence[Pair],
     encoder: Encoder,
     cache: ConditionCache,
-    teacher: Teacher,
+    teacher: TeacherView,
     teacher_image: TeacherImage,
 ) -> tuple[PreviewPrompt, ...]:
     """Each prompt alone, and together with a training picture as its teacher sees it."""
