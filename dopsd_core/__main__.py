@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f'{error.name} is missing: pip install "comfyui-dopsd[standalone]", or use `make demo`')
         return 1
     except Exception as error:
-        if not _is_told(error):
+        if not _is_users_mistake(error):
             raise
         log.debug("where the error came from", exc_info=True)
         _complain(str(error))
@@ -69,7 +69,7 @@ def _dispatch(args: argparse.Namespace) -> int:
     return commands[args.command](args) or 0
 
 
-def _is_told(error: Exception) -> bool:
+def _is_users_mistake(error: Exception) -> bool:
     """Whether the message alone is what the user needs: mistakes in what was given, files that are not there."""
     if isinstance(error, ValueError | OSError):
         return True

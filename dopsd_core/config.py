@@ -152,7 +152,7 @@ def changes_that_forbid_resuming(old: TrainConfig, new: TrainConfig) -> tuple[st
     """The differences that make `new` another run than `old`, as "option: old -> new"."""
     before, after = _counted(old), _counted(new)
     changed = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
-    return tuple(f"{name}: {_told(before, name)} -> {_told(after, name)}" for name in changed)
+    return tuple(f"{name}: {_shown(before, name)} -> {_shown(after, name)}" for name in changed)
 
 
 def _counted(config: TrainConfig) -> dict[str, Any]:
@@ -161,5 +161,5 @@ def _counted(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name not in resumable_changes()}
 
 
-def _told(values: dict[str, object], name: str) -> str:
+def _shown(values: dict[str, object], name: str) -> str:
     return repr(values[name]) if name in values else "not set"

@@ -105,9 +105,9 @@ def read_lora(path: Path | str) -> dict[str, Tensor]:
     tensors, metadata = read_safetensors(path)
     beside = path.with_name("adapter_config.json")
     if path.name == PEFT_WEIGHTS and beside.is_file():
-        return _with_told_strength(tensors, parse_json_object(beside.read_bytes(), beside), beside)
-    if told := metadata.get("lora_adapter_metadata"):
-        return _with_told_strength(tensors, parse_json_object(told, path), path)
+        return _with_stated_strength(tensors, parse_json_object(beside.read_bytes(), beside), beside)
+    if stated := metadata.get("lora_adapter_metadata"):
+        return _with_stated_strength(tensors, parse_json_object(stated, path), path)
     return tensors
 
 
@@ -230,9 +230,9 @@ def _listed(names: Collection[str]) -> str:
 def _kinds(names: Iterable[str]) -> str:
     """The names, those that differ in their numbers as one: "layers.N.w1 (x34)"."""
     kinds = Counter(re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "N", name[:_LONG_NAME]) for name in names)
-    told = [shown(kind) + (f" (x{count})" if count > 1 else "") for kind, count in kinds.items()]
-    return ", ".join(told[:_MAX_KINDS]) + (
-        f" and {len(told) - _MAX_KINDS} more kinds" if len(told) > _MAX_KINDS else ""
+    shown_kinds = [shown(kind) + (f" (x{count})" if count > 1 else "") for kind, count in kinds.items()]
+    return ", ".join(shown_kinds[:_MAX_KINDS]) + (
+        f" and {len(shown_kinds) - _MAX_KINDS} more kinds" if len(shown_kinds) > _MAX_KINDS else ""
     )
 
 
@@ -279,9 +279,11 @@ def _check_shapes(module: str, pair: _Pair, place: _Place) -> None:
         )
 
 
-def _with_told_strength(tensors: Mapping[str, Tensor], told: Mapping[str, object], source: Path) -> dict[str, Tensor]:
+def _with_stated_strength(
+    tensors: Mapping[str, Tensor], stated: Mapping[str, object], source: Path
+) -> dict[str, Tensor]:
     """B times the scale of peft's configuration, or of diffusers' header, which prefixes its fields."""
-    config = {key.removeprefix("transformer."): value for key, value in told.items()}
+    config = {key.removeprefix("transformer."): value for key, value in stated.items()}
     for option in ("use_dora", "lora_bias"):
         if config.get(option):
             raise ValueError(f"{_IT} has {option} set; only plain LoRA can be continued")

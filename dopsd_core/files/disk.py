@@ -76,8 +76,8 @@ def require_room(folder: Path, size: int) -> None:
     free = free_bytes(folder)
     if free is not None and free < size:
         raise DiskError(
-            f"{folder} needs {told_bytes(size)} for checkpoints, previews and the LoRA, and {told_bytes(free)} are "
-            f"free there: free {told_bytes(size - free)}, or choose another output folder, a lower rank, or fewer "
+            f"{folder} needs {format_bytes(size)} for checkpoints, previews and the LoRA, and {format_bytes(free)} are "
+            f"free there: free {format_bytes(size - free)}, or choose another output folder, a lower rank, or fewer "
             "checkpoints and previews",
             is_full=True,
         )
@@ -129,7 +129,7 @@ class Reserve:
             self._file = None
 
 
-def told_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A size for messages: "850 kB", "12.3 MB", "4.5 GB"."""
     if size < _MB:
         return f"{size / 1000:.0f} kB" if size >= 1000 else f"{size} bytes"
@@ -153,8 +153,8 @@ def _disk_error(error: OSError, path: Path, size: int) -> DiskError:
     remedy = "check the disk and the folder"
     if error.errno in _FULL:
         free = free_bytes(path)
-        needed = f"{told_bytes(size)} needed, " if size else ""
-        reason += f" ({needed}{'an unknown amount' if free is None else told_bytes(free)} free)"
+        needed = f"{format_bytes(size)} needed, " if size else ""
+        reason += f" ({needed}{'an unknown amount' if free is None else format_bytes(free)} free)"
         remedy = "free some space there"
     elif error.errno in _NOT_WRITABLE:
         remedy = "allow writing there, or choose another output folder"

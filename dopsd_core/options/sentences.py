@@ -19,14 +19,14 @@ _BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 def sentences(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
     """One sentence for each finding, in pydantic's order; those of nested options are their own."""
     options = {option.field: option for option in own_options(cls, prefix)}
-    told: list[str] = []
+    messages: list[str] = []
     for finding in error.errors(include_url=False):
         cause = finding.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
-            told += cause.problems
+            messages += cause.problems
         else:
-            told.append(_sentence(finding, options, cls, prefix))
-    return tuple(dict.fromkeys(told))
+            messages.append(_sentence(finding, options, cls, prefix))
+    return tuple(dict.fromkeys(messages))
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:

@@ -57,11 +57,11 @@ def run_demo(args: argparse.Namespace) -> int:
 
     with tqdm(total=math.ceil(work), unit="", bar_format=_BAR) as bar:
 
-        def told(what: str, done: float) -> None:
+        def show_progress(what: str, done: float) -> None:
             bar.set_postfix_str(what, refresh=False)
             bar.update(done)
 
-        with JobRunner(concept.seed, args.output, args.jobs, told) as runner:
+        with JobRunner(concept.seed, args.output, args.jobs, show_progress) as runner:
             result = compare(runner, config, args.seeds, show_teacher)
     peak = peak_rss_mb() + result.peak_rss_mb
     report = write_results(args.output, concept, judge, result, time.perf_counter() - began, peak)

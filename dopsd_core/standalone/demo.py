@@ -34,7 +34,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Conditions:
+class PromptConditions:
     """Conditions of the evaluation's prompts, of the text alone; `taught` are the trigger prompts as the teacher sees
     them."""
 
@@ -51,7 +51,7 @@ class Demo:
         self.model, self.judge, self.concept, self.output = model, judge, concept, output
         self.conditions, self.data = self._prepare()
 
-    def _prepare(self) -> tuple[Conditions, TrainingSet]:
+    def _prepare(self) -> tuple[PromptConditions, TrainingSet]:
         concept, encoder = self.concept, self.model.encoder
         folder = self.output / "dataset"
         report = read_dataset(folder, pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
@@ -70,7 +70,7 @@ class Demo:
         trigger, described, generic = (
             [text[t] for t in prompts.texts] for prompts in (concept.unseen, concept.described, concept.generic)
         )
-        return Conditions(trigger, described, generic, taught), data
+        return PromptConditions(trigger, described, generic, taught), data
 
     def draw(self, conditions: Sequence[Condition], seed: int) -> Tensor:
         """Four-step samples, one per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds share their noise between

@@ -114,7 +114,7 @@ class JobRunner:
             progress(*message)
 
 
-class _Told(NoCallbacks):
+class _ProgressCallbacks(NoCallbacks):
     def __init__(self, job: Job, queue: Any) -> None:
         self._job, self._queue = job, queue
 
@@ -157,7 +157,7 @@ def _run(job: Job) -> tuple[list[tuple[Scores, list[Any]]], Path | None, int, fl
     demo = _demo(concept_seed, output)
     lora = None
     if job.config is not None:
-        lora = demo.train(job.name, job.config, _Told(job, queue))
+        lora = demo.train(job.name, job.config, _ProgressCallbacks(job, queue))
     made = [demo.samples(job.seed, lora)]
     if job.config is None:
         made.append(demo.taught(job.seed, made[0]))

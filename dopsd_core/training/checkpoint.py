@@ -217,8 +217,8 @@ def _read(folder: Path) -> Checkpoint:
 
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     state = json.loads((folder / "state.json").read_bytes())
-    told = state.pop("self")
-    if state["format"] not in _READABLE or told != _digest(state):
+    stated = state.pop("self")
+    if state["format"] not in _READABLE or stated != _digest(state):
         raise ValueError(f"state.json is not what was written, or of another format than {' or '.join(_READABLE)}")
     if folder.name != f"step-{state['step']:06d}":
         raise ValueError(f"state.json is of step {state['step']}")

@@ -62,7 +62,7 @@ class StepReport:
         """A line of JSON without what was not measured; the metrics stand in it under their own names."""
         values: dict[str, object] = {name: getattr(self, name) for name in _FIELDS}
         row = {"step": self.step, "loss": self.loss, **self.metrics, **values}
-        return json.dumps({name: value for name, value in row.items() if _is_told(value)}) + "\n"
+        return json.dumps({name: value for name, value in row.items() if _is_logged(value)}) + "\n"
 
     @classmethod
     def from_row(cls, row: Mapping[str, object]) -> StepReport:
@@ -166,5 +166,5 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_told(value: object) -> bool:
+def _is_logged(value: object) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))

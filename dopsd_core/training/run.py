@@ -319,11 +319,11 @@ class Run:
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
-        told = [output for output in outputs if not output.is_anchor] or list(outputs)
+        counted = [output for output in outputs if not output.is_anchor] or list(outputs)
         return StepReport(
             step=self.step,
-            loss=_mean([output.loss for output in told]),
-            metrics=mean_metrics([output.metrics for output in told]),
+            loss=_mean([output.loss for output in counted]),
+            metrics=mean_metrics([output.metrics for output in counted]),
             relative_gap=relative,
             heldout_relative_gap=heldout,
             lr=rate,
