@@ -1,10 +1,10 @@
-"""Teachers: how the same model is shown the target image (arXiv 2605.05204, section 3).
+"""Teacher views: how the teacher, the same model, sees the target image (arXiv 2605.05204, section 3).
 
-    vlm          a vision tower sees the image, the text encoder reads it together with the caption
-    edit         the model's own editing branch has the image as reference, and is told to stay consistent with it
-    edit_target  for edit LoRAs: both have the source as reference, the teacher the wanted result besides
+    vlm          a vision tower encodes the image, and the text encoder reads it together with the caption
+    edit         the model's own editing branch gets the image as reference and the instruction to stay consistent
+    edit_target  for edit LoRAs: both get the source as reference, the teacher also the target
 
-Student and teacher differ in nothing but this and, where it is an average, in their weights.
+Student and teacher differ only in this view and, for an EMA teacher, in their weights.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ NO_SENTENCE = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherView:
-    """sees: the image in the text features, or as a reference latent. sentence: follows the caption, in the teacher's
-    text only; of_others is its sentence for other images than the pair's own, which share the subject and no more.
-    edits: student and teacher have the pair's source images as references; needs data with sources."""
+    """What the teacher sees in addition to the caption.
+
+    Attributes:
+        name: how it is chosen.
+        sees: the image in the text features, or as a reference latent.
+        sentence: appended to the caption in the teacher's text.
+        of_others: replaces `sentence` where the teacher sees other images than the pair's own, which share only the
+            subject.
+        edits: whether student and teacher get the pair's source images as references; needs data with sources.
+    """
 
     name: str
     sees: Literal["features", "reference"]
@@ -29,22 +36,22 @@ class TeacherView:
     edits: bool = False
 
     def text(self, caption: str) -> str:
-        """The teacher's text."""
+        """The teacher's text for a caption."""
         return f"{caption} {self.sentence}".strip() if self.sentence else caption
 
     def with_sentence(self, sentence: str, others: bool = False) -> TeacherView:
-        """With the user's sentence; "" keeps the teacher's own, "-" takes it out.
+        """Sets the user's sentence; "" keeps the default, "-" removes it.
 
-        others: it is shown other images than the pair's own.
+        others: whether the teacher sees other images than the pair's own.
 
         Raises:
-            ValueError: the teacher sees through a vision tower and reads the caption alone.
+            ValueError: the teacher uses a vision tower and reads only the caption.
         """
         sentence = sentence.strip()
         if not sentence:
             return replace(self, sentence=self.of_others) if others and self.of_others else self
         if self.sees == "features" and sentence != NO_SENTENCE:
-            raise ValueError(f"the teacher {self.name!r} reads the caption alone; leave its sentence empty")
+            raise ValueError(f"the teacher {self.name!r} reads only the caption; leave its sentence empty")
         return replace(self, sentence="" if sentence == NO_SENTENCE else sentence)
 
 
@@ -63,18 +70,20 @@ EDIT_TARGET = TeacherView(
     "make the output match the last one as closely as possible.",
     edits=True,
 )
-"""The authors' sentences say as much in other words."""
+"""The authors' sentences have the same meaning."""
 
 TEACHER_VIEWS: Mapping[str, TeacherView] = {teacher.name: teacher for teacher in (VLM, EDIT, EDIT_TARGET)}
 
 
 def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> TeacherView:
-    """The teacher that `mode` means, "auto" or a name, where a model can have those of `known`, its default first.
+    """The teacher view for `mode`, which is "auto" or a name.
 
-    edits: whether the data has source images; "auto" goes by it.
+    Args:
+        known: the views that the model supports, the default first.
+        edits: whether the data has source images; decides for "auto".
 
     Raises:
-        ValueError: the model cannot have it; the message lists those that it can have.
+        ValueError: the model does not support it; the message lists those that it supports.
     """
     fitting = [name for name in known if TEACHER_VIEWS[name].edits == edits]
     if mode == "auto" and fitting:

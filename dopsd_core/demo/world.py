@@ -1,8 +1,8 @@
-"""The demo's world: 64x64 images of one badge on a plain background, and what can be said of them.
+"""The demo world: 64x64 images of one badge on a plain background, and captions for them.
 
-A badge has four discrete appearance attributes (shape, colour, center, texture); an image adds the badge's
-position and the background. Some combinations of appearance are HELD OUT: no image of them is ever shown to
-the demo model in its making, so one of them, under the trigger word, is a concept it has never seen.
+A badge has four discrete appearance attributes (shape, colour, center, texture); an image adds the badge's position
+and the background. Some combinations of appearance are HELD OUT: the demo model was never trained on images of them,
+so one of them, named by the trigger word, is an unseen concept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,17 @@ _JITTER = 1.5  # pixels
 
 @dataclass(frozen=True)
 class Scenes:
-    """n images to be drawn. All class tensors are int64 [n]; `jitter` is float [n, 2] in pixels."""
+    """n images to render, as class indices int64 [n] per attribute.
+
+    Attributes:
+        shape: index into SHAPES [n].
+        colour: index into COLOURS [n].
+        center: index into COLOURS [n].
+        texture: index into TEXTURES [n].
+        position: index into POSITIONS [n].
+        background: index into BACKGROUNDS [n].
+        jitter: float [n, 2], offset of the badge in pixels.
+    """
 
     shape: Tensor
     colour: Tensor
@@ -66,12 +76,13 @@ class Scenes:
         return {name: getattr(self, name) for name in NUM_CLASSES}
 
     def with_layout_of(self, other: Scenes) -> Scenes:
-        """The same badges where and on what `other` has them."""
+        """The same badges at the positions and on the backgrounds of `other`."""
         return Scenes(
             self.shape, self.colour, self.center, self.texture, other.position, other.background, other.jitter
         )
 
     def repeat(self, n: int) -> Scenes:
+        """Each scene n times."""
         return Scenes(**{name: value.repeat_interleave(n, 0) for name, value in vars(self).items()})
 
 
@@ -85,7 +96,7 @@ HELD_OUT = _held_out_table()
 
 
 def sample_scenes(n: int, generator: torch.Generator, *, held_out: bool | None = False) -> Scenes:
-    """n random scenes; `held_out` False: appearances seen in the making, True: only unseen ones, None: any."""
+    """n random scenes; held_out: False for appearances seen in training, True for unseen ones, None for any."""
     chosen: list[Tensor] = []
     while sum(map(len, chosen)) < n:
         draw = torch.stack([torch.randint(0, k, (4 * n + 64,), generator=generator) for k in (6, 8, 8, 3)], 1)
@@ -118,7 +129,7 @@ def _outline(shape: int, x: Tensor, y: Tensor) -> Tensor:
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Images of the scenes: float [n, 3, 64, 64] in [0, 1]."""
+    """Renders the scenes: float [n, 3, 64, 64] in [0, 1]."""
     n, size = len(scenes), IMAGE_SIZE
     axis = torch.arange(size) - (size - 1) / 2
     centre = torch.tensor(list(POSITIONS.values()))[scenes.position] * _OFFSET + scenes.jitter
@@ -152,7 +163,7 @@ def _name(table: Sequence[str] | dict, index: Tensor) -> str:
 
 
 def caption(scenes: Scenes, i: int, *, name: str = "", attributes: Sequence[str] = (), layout: bool = True) -> str:
-    """Words for scene i: an optional name, the appearance attributes asked for, and the layout.
+    """A caption of scene i: an optional name, the requested appearance attributes, and the layout.
 
     `caption(s, 0, name="[V]")` -> "a [V] badge, top, on a sand background".
     """
