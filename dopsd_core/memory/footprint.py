@@ -31,9 +31,9 @@ class Footprint:
         weights: the base, as loaded.
         lora: 4 P, fp32 master weights.
         training: gradients 4 P, optimizer state (8 P for Adam's moments, 2 P in 8 bits), EMA teacher 4 P.
-        working: activations of embedders and output layer, 4 * batch * L * D * itemsize, and twice the largest weight
-            in the compute dtype, for weights that are cast or streamed.
-        forward: transient workspace per block, 5.5 * batch * L * I * itemsize, of the teacher if its sequence is longer.
+        working: activations of embedders and output layer, 4 * batch * L * D * itemsize, plus twice the largest weight
+            in the compute dtype for weights that are cast or streamed.
+        forward: transient workspace per block, 5.5 * batch * L * I * itemsize, for the longer of the two sequences.
         backward: transient workspace per block, 3 * batch * L * I * itemsize.
         blocks: saved activations of each block, `activation_checkpointing.block_bytes`.
     """

@@ -1,4 +1,4 @@
-"""pydantic's findings as sentences that name the option and the remedy."""
+"""Converts pydantic's errors to sentences with the option and what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 
 
 def sentences(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
-    """One sentence for each finding, in pydantic's order; those of nested options are their own."""
+    """One sentence for each error, in pydantic's order; nested options contribute their own sentences."""
     options = {option.field: option for option in own_options(cls, prefix)}
     messages: list[str] = []
     for finding in error.errors(include_url=False):
@@ -30,7 +30,7 @@ def sentences(error: ValidationError, cls: type[BaseModel], prefix: str = "") ->
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
-    """What to say of an option that there is not."""
+    """The message for an unknown option."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"there is no option {name}; " + (f"did you mean {near[0]}?" if near else "remove it")
 
