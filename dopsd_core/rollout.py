@@ -56,7 +56,7 @@ def euler_step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor
 def rollout(
     predict_x0: PredictX0, noise: Tensor, sigmas: Sequence[float], grad_steps: Container[int] = ()
 ) -> Iterator[RolloutStep]:
-    """Yields the K steps of the trajectory that starts at `noise` [B, C, h, w], lazily, so that a caller may stop early.
+    """Yields the K steps of the trajectory from `noise` [B, C, h, w] lazily, so that a caller may stop early.
 
     Predictions at `grad_steps` use the caller's grad mode, all others have no graph. The state is updated with the
     detached prediction, so the K graphs are independent: call backward on each step before requesting the next one to

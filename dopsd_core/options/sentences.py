@@ -52,7 +52,8 @@ def _sentence(finding: Mapping[str, Any], options: Mapping[str, Option], cls: ty
         return f"{option.name} is missing; give it"
     if kind in _BOUNDS:
         bounds = str(option.bounds)
-        return f"{value}; set it {'to ' if bounds.startswith('at ') else ''}{bounds}{otherwise}"
+        to = "to " if bounds.startswith("at ") else "to a value " if bounds.startswith("from ") else ""
+        return f"{value}; set it {to}{bounds}{otherwise}"
     if kind == "literal_error":
         return f"{value}; choose one of {', '.join(option.choices)}"
     if kind == "finite_number":

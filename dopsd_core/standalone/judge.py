@@ -1,7 +1,7 @@
-"""An independent judge of the demo's images: a small classifier trained on real renders only.
+"""An independent judge of the demo's images: a small classifier trained only on real renders.
 
-It has never seen an image made by any model. Its accuracy per attribute measures concept and prompt following; the
-distribution of its features against that of real renders gives the Frechet distance (the FID of this small world).
+It was not trained on generated images. Its accuracy per attribute measures concept and prompt following; the
+distribution of its features, compared with real renders, gives the Frechet distance (the FID of this small world).
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, n) for name, n in NUM_CLASSES.items()})
 
     def features(self, images: Tensor) -> Tensor:
+        """images [B, 3, 64, 64] in [0, 1] -> features [B, 128]."""
         return self.body(images * 2 - 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """images [B, 3, 64, 64] in [0, 1] -> logits [B, classes] per attribute."""
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
 
 def load_judge(path: Path) -> Judge:
+    """The frozen judge with the file's weights, fp32."""
     judge = Judge()
     judge.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
@@ -51,14 +54,14 @@ def load_judge(path: Path) -> Judge:
 
 @torch.no_grad()
 def judged_right(judge: Judge, images: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bool [n] per attribute: does the judge read from the image what `labels` (int64 [n] each) ask for?"""
+    """Bool [n] per attribute: whether the judge's class of images [n, 3, 64, 64] equals `labels` (int64 [n] each)."""
     logits = [judge(part.clamp(0, 1)) for part in images.split(256)]
     return {name: torch.cat([part[name] for part in logits]).argmax(1) == want for name, want in labels.items()}
 
 
 @torch.no_grad()
 def judge_features(judge: Judge, images: Tensor) -> Tensor:
-    """[n, 128], float64."""
+    """Features [n, 128] fp64 of images [n, 3, 64, 64]."""
     return torch.cat([judge.features(part.clamp(0, 1)) for part in images.split(256)]).double()
 
 
@@ -74,6 +77,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def laplacian_energy(images: Tensor) -> Tensor:
-    """Mean absolute Laplacian per image, [n]: high for sharp edges, also for speckle; never quote it alone."""
+    """Mean absolute Laplacian [n] of images [n, 3, H, W]: high for sharp edges, but also for noise."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None].expand(3, 1, 3, 3)
     return F.conv2d(images.clamp(0, 1), kernel, groups=3).abs().mean((1, 2, 3))

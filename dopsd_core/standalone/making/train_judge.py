@@ -1,4 +1,4 @@
-"""Train the judge on real renders of every appearance, held-out ones included: it must know what it judges."""
+"""Trains the judge on real renders of all appearances, including held-out ones, which it must recognize."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .twins import warmup_stable_decay
 
 
 def train(folder: Path, steps: int, batch: int = 96, peak: float = 2e-3) -> None:
+    """Trains with peak learning rate `peak` and writes `judge.safetensors`."""
     torch.manual_seed(2)
     judge = Judge()
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -25,7 +26,7 @@ def train(folder: Path, steps: int, batch: int = 96, peak: float = 2e-3) -> None
         generator = torch.Generator().manual_seed(500_000 + step)
         scenes = sample_scenes(batch, generator, held_out=None)
         images = render(scenes)
-        noise = torch.rand(batch, 1, 1, 1, generator=generator) * 0.06  # a little, so that single pixels do not decide
+        noise = torch.rand(batch, 1, 1, 1, generator=generator) * 0.06  # so that single pixels do not decide
         images = (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         for group in optimizer.param_groups:
             group["lr"] = peak * warmup_stable_decay(step, steps, decay=0.6)

@@ -1,7 +1,7 @@
-"""Train the demo's autoencoder (16 latent channels, f8).
+"""Trains the demo's autoencoder (16 latent channels, f8).
 
-Its latents are normalised to mean 0 and variance 1 per channel (the running statistics are folded into the last
-encoder layer at the end), so that the model space of the diffusion model is the autoencoder's own.
+Its latents are normalized to mean 0 and variance 1 per channel (the running statistics are folded into the last
+encoder layer at the end), so that the diffusion model uses them without scaling.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from ...demo.autoencoder import DemoAutoencoder
 from ...demo.world import BACKGROUNDS, render, sample_scenes
 from .twins import Twins, WeightAverage, launch, load_state, save_state, warmup_stable_decay
 
-LATENT_NOISE = 0.06  # keeps neighbouring latents decodable: the diffusion model's samples are never exact
+LATENT_NOISE = 0.06  # makes the decoder robust: the diffusion model's samples are never exact
 
 
 def reconstruction_loss(out: Tensor, image: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted squared + absolute error (the badge counts six-fold) and the plain MSE; images in [-1, 1]."""
+    """(weighted squared + absolute error, with weight 6 on the badge; plain MSE), both scalar.
+
+    out, image: [B, 3, 64, 64] in [-1, 1]. background: [B, 3, 1, 1].
+    """
     badge = ((image - background).abs().amax(1, keepdim=True) > 0.05).float()
     weight = 1 + 5 * F.max_pool2d(badge, 5, 1, 2)
     error = out - image
@@ -32,7 +35,7 @@ def reconstruction_loss(out: Tensor, image: Tensor, background: Tensor) -> tuple
 
 
 def fold_normalisation(model: DemoAutoencoder, norm: nn.BatchNorm2d) -> None:
-    """Put (z - mean) / std into the encoder's last convolution."""
+    """Folds (z - mean) / std into the encoder's last convolution."""
     conv = model.encoder[-1]
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
     assert norm.running_mean is not None and norm.running_var is not None
@@ -43,6 +46,7 @@ def fold_normalisation(model: DemoAutoencoder, norm: nn.BatchNorm2d) -> None:
 
 
 def train(twins: Twins, folder: Path, steps: int, batch: int, peak: float) -> None:
+    """Trains in one worker process with peak learning rate `peak`; resumes from its last save."""
     torch.manual_seed(0)
     model, norm = DemoAutoencoder(), nn.BatchNorm2d(16, affine=False, momentum=0.02)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -88,6 +92,7 @@ def train(twins: Twins, folder: Path, steps: int, batch: int, peak: float) -> No
 
 @torch.no_grad()
 def finish(model: DemoAutoencoder, norm: nn.BatchNorm2d, folder: Path) -> None:
+    """Folds the statistics into the encoder, prints the PSNR and writes `vae.safetensors`."""
     scenes = sample_scenes(1024, torch.Generator().manual_seed(99))
     image = render(scenes) * 2 - 1
     latent = torch.cat([model.encoder(p) for p in image.split(64)])  # statistics of the averaged weights
