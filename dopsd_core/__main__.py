@@ -75,7 +75,7 @@ def _is_users_mistake(error: Exception) -> bool:
         return True
     from .files.lock import FolderInUse
     from .training.checkpoint import StateError
-    from .training.run import NonFiniteError
+    from .training.nonfinite import NonFiniteError
 
     return isinstance(error, StateError | NonFiniteError | FolderInUse)
 

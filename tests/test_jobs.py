@@ -12,7 +12,7 @@ from dopsd_core.data.dataset import DatasetError, DatasetReport
 from dopsd_core.demo.settings import demo_config
 from dopsd_core.standalone.compare import SFT_RATES, plan
 from dopsd_core.standalone.jobs import Job, JobRunner
-from dopsd_core.training.run import NonFiniteError
+from dopsd_core.training.nonfinite import NonFiniteError
 
 
 def test_plan_gives_every_method_the_same_budget() -> None:

@@ -72,9 +72,9 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Trains the demo model on any dataset; the same command again continues the run.
+    """Trains the demo model on a dataset, or resumes the run.
 
-    args.train_config: the configuration that `arguments.config_from_args` made of the options.
+    args.train_config: the configuration from `arguments.config_from_args`.
     """
     if args.threads:
         torch.set_num_threads(args.threads)

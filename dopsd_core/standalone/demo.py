@@ -1,7 +1,6 @@
-"""The demo: teach the embedded model a concept that it has never seen, next to SFT, and measure what became of it.
+"""The demo: trains the embedded model on an unseen concept and evaluates it.
 
-Everything goes the product's own way: files on disk, the dataset's reader, cached conditions, the trainer, a LoRA
-file.
+It uses the same code as real training: files on disk, the dataset reader, cached conditions, the trainer, a LoRA file.
 """
 
 from __future__ import annotations

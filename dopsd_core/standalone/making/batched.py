@@ -96,7 +96,10 @@ class BatchedTransformer:
     def with_tokens(
         self, x: Tensor, sigma: Tensor, features: Tensor, lengths: Tensor, after: int
     ) -> tuple[Tensor, Tensor]:
-        """(velocity [B, 16, 8, 8], image tokens [B, 16, width] after `after` main blocks); arguments as in `__call__`."""
+        """(velocity [B, 16, 8, 8], image tokens [B, 16, width] after `after` main blocks).
+
+        x: [B, 16, 8, 8]. sigma: [B]. features: [B, 32, D]. lengths: [B].
+        """
         model, batch = self.model, len(x)
         time = model.t_embedder((1 - sigma) * 1000.0).float()
         patches = rearrange(x, "b c (y p) (x q) -> b (y x) (p q c)", p=2, q=2)
