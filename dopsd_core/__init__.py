@@ -1,4 +1,4 @@
-"""D-OPSD: few-step diffusion models learn a concept from their own image-conditioned selves (arXiv 2605.05204).
+"""D-OPSD: on-policy self-distillation for few-step diffusion models (arXiv 2605.05204).
 
     from dopsd_core import TrainConfig, build_training_set, read_dataset, train
 

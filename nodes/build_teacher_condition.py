@@ -9,7 +9,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..dopsd_core.conditioning.cache import ConditionCache
-from ..dopsd_core.conditioning.teachers import TEACHERS, Teacher
+from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, TeacherView
 from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
@@ -26,7 +26,7 @@ def build_conditions(
     dataset: Dataset,
     encoder: ComfyEncoder,
     cache: ConditionCache,
-    teacher: Teacher,
+    teacher: TeacherView,
     teacher_image: TeacherImage,
     previews: str,
     anchors: str,
@@ -81,7 +81,7 @@ def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> 
     return [f"warning: {message}" for message in found]
 
 
-def unused_encoders(teacher: Teacher, clip: Any, vision: Any | None) -> tuple[str, ...]:
+def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tuple[str, ...]:
     """One line for each thing that was given to Build Teacher Condition and is not used."""
     notes = []
     if vision is not None and teacher.sees != "features":
@@ -109,7 +109,7 @@ class BuildTeacherCondition(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's own VAE; it gives each training picture its latent."),
                 io.Combo.Input(
                     "mode",
-                    options=["auto", *TEACHERS],
+                    options=["auto", *TEACHER_VIEWS],
                     default="auto",
                     optional=True,
                     tooltip="How the teacher sees the picture. vlm: through Qwen3-VL's eyes, read by the model's own "
@@ -179,7 +179,7 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher_sentence="",
     ) -> io.NodeOutput:
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
-        edits = any(pair.sources for pair in dataset.report.pairs)
+        edits = any(pair.source_images for pair in dataset.report.pairs)
         warnings = Notes()
         with warnings.with_warnings():
             encoder = ComfyEncoder(clip, vae, vision)

@@ -218,7 +218,7 @@ def _write_pair(folder: Path, where: Sequence[int], picture: Image.Image, text: 
 
 def draw_report(report: DatasetReport) -> Image.Image:
     """Thumbnails with captions, an edit's sources beside its target, and the problems under them."""
-    items = [((*pair.sources, pair.image_path), pair.captions[0]) for pair in report.pairs]
+    items = [((*pair.source_images, pair.image_path), pair.captions[0]) for pair in report.pairs]
     problems = "\n".join(str(problem) for problem in (*report.errors, *report.warnings))
     return thumbnails(items, without_folder(problems, report))
 

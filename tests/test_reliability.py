@@ -243,7 +243,7 @@ def test_the_audit_resolves_names_below_an_open_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "c.txt").touch()
     code = "import shutil; from benchmarks.reliability_audit import start; start('audit.log'); shutil.rmtree('a')"
-    environment = {**os.environ, "PYTHONPATH": str(reliability_report.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(report.ROOT)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
     lines = [line.partition("\t") for line in (tmp_path / "audit.log").read_text().splitlines()]
     removed = [path for event, _, path in lines if event in ("os.remove", "os.rmdir")]

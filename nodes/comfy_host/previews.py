@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...dopsd_core.conditioning.cache import ConditionCache
 from ...dopsd_core.conditioning.encode import Condition, Encoder, encode_dataset
-from ...dopsd_core.conditioning.teachers import Teacher
+from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.captions import put_trigger
 from ...dopsd_core.data.dataset import Pair
 from ...dopsd_core.data.images import ImageError, load_image, read_image, to_tensor
@@ -48,7 +48,7 @@ def encode_previews(
     pairs: Sequence[Pair],
     encoder: Encoder,
     cache: ConditionCache,
-    teacher: Teacher,
+    teacher: TeacherView,
     teacher_image: TeacherImage,
 ) -> tuple[PreviewPrompt, ...]:
     """Each prompt alone, and together with a training picture as its teacher sees it."""
@@ -67,7 +67,7 @@ def teacher_sheet(painter: Painter, conditions: Conditions, count: int) -> Image
     shapes = [latent_shape(pair) for pair in chosen]
     shown = conditions.pairs[:count]
     targets = [load_image(pair.image_path, pair.bucket) for pair in shown]
-    sources = [load_image(pair.sources[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
+    sources = [load_image(pair.source_images[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
     with painter.denoiser.loaded((1, *shapes[0])):
         teacher = painter.draw([pair.teacher for pair in chosen], shapes)
         painter.denoiser.load((1, *shapes[0]))  # decoding may have sent it out of memory

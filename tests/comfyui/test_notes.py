@@ -112,7 +112,7 @@ def test_a_condition_cache_that_cannot_be_written_is_named_on_both_nodes_and_in_
     place.write_text("a file where the folder belongs")
     monkeypatch.setattr(comfyui.module("nodes.build_teacher_condition"), "condition_cache", lambda: place)
     run = comfyui.execute(training("uncached", steps=1, warmup=0, preview_every=0, probe_every=0))
-    line = "conditions cannot be kept ("
+    line = "conditions cannot be cached ("
     assert once(line, run.texts("conditions")[-1]) and once(line, run.texts("train")[-1])
     assert once(line, "\n".join(report_of(comfyui, "uncached")["notes"]))
 
