@@ -45,6 +45,12 @@ def listed_options() -> list[Option]:
     return sorted(shown, key=lambda option: not (option.setting or option.choices))
 
 
+def shown_options() -> list[Option]:
+    """The same with the defaults that Training Settings starts with."""
+    usual = filled(next(iter(PRESETS)), next(iter(FAMILY_TITLES.values())))
+    return [replace(option, default=usual[option.name]) for option in listed_options()]
+
+
 def filled(preset: str, family: Family) -> dict[str, Any]:
     """Option by flat name -> the value that it has by this preset, of what is not chosen too."""
     defaults = {name: option.default for name, option in OPTIONS.items()}
@@ -56,7 +62,6 @@ def settings_inputs() -> list[Any]:
     """model_family, preset, and a widget per option; the page fills them in when one of the first two changes."""
     first, standard = next(iter(FAMILY_TITLES)), next(iter(PRESETS))
     table = {title: {preset: _widgets(preset, family) for preset in PRESETS} for title, family in FAMILY_TITLES.items()}
-    usual = filled(standard, FAMILY_TITLES[first])
     return [
         io.Combo.Input(
             "model_family",
@@ -73,7 +78,7 @@ def settings_inputs() -> list[Any]:
             optional=True,
             tooltip="Fills in all values below with settings that fit together; change what you like afterwards.",
         ),
-        *option_inputs(replace(option, default=usual[option.name]) for option in listed_options()),
+        *option_inputs(shown_options()),
     ]
 
 

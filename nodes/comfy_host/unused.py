@@ -11,6 +11,7 @@ from ...dopsd_core.options import all_options, split_unused
 from .presets import PRESETS, given_settings, merged_settings, preset_settings
 from .sockets import Conditions
 
+
 def unused_settings(
     preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions, has_vae: bool
 ) -> tuple[str, ...]:
