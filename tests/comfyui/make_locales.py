@@ -1,5 +1,5 @@
-"""Writes locales/en/nodeDefs.json from the nodes' schemas and the English table of Training Settings' help page from the
-options' declarations, and lists what locales/zh lacks or has too much.
+"""Writes locales/en/nodeDefs.json from the nodes' schemas, and the options table of Training Settings' help
+page from their declarations; lists what locales/zh lacks or has too much.
 
     python tests/comfyui/make_locales.py
 

@@ -73,4 +73,4 @@ def test_sizes_at_the_real_size(comfyui: ComfyUI, targets: str, size: str) -> No
     chosen = {"rank": 64, "targets": targets}
     config = comfyui.module("nodes.comfy_host.presets").make_config("standard", denoiser.family, True, chosen)
     counts = config.adapter.size(denoiser.sites())
-    assert comfyui.module("nodes.comfy_host.targets").told_size(*counts) == size
+    assert comfyui.module("nodes.comfy_host.targets").size_text(*counts) == size

@@ -102,7 +102,10 @@ def test_a_training_takes_them(comfyui: ComfyUI) -> None:
     (folder,) = (comfyui.output / "dopsd").glob("by_settings-*")
     config = comfyui.core("config").TrainConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
     assert (config.adapter.rank, config.adapter.scale, config.optimizer.lr, config.steps) == (4, 1.0, 1e-3, 2)
-    assert "changed from the preset demo model: " in run.texts("train")[-1] and "lr 0.001 instead of 0.002" in run.texts("train")[-1]
+    assert (
+        "changed from the preset demo model: " in run.texts("train")[-1]
+        and "lr 0.001 instead of 0.002" in run.texts("train")[-1]
+    )
 
 
 def test_what_they_replace_is_named(comfyui: ComfyUI) -> None:
@@ -124,7 +127,15 @@ def test_settings_for_another_family_are_refused(comfyui: ComfyUI) -> None:
 
 def test_the_same_run_by_old_inputs_and_by_settings(comfyui: ComfyUI) -> None:
     """A run of a saved graph is resumed when its settings move to the new node."""
-    old = {"rank": 4, "alpha": 4.0, "learning_rate": 1e-3, "warmup": 1, "probe_every": 0, "preview_every": 0, "steps": 2}
+    old = {
+        "rank": 4,
+        "alpha": 4.0,
+        "learning_rate": 1e-3,
+        "warmup": 1,
+        "probe_every": 0,
+        "preview_every": 0,
+        "steps": 2,
+    }
     first = comfyui.execute(training("moved", **old), keep_cache=True)
     second = comfyui.execute(with_settings(comfyui, "moved", lr=1e-3), keep_cache=True)
     assert first.status == second.status == "success", (first.error, second.error)
