@@ -115,63 +115,7 @@ class BuildTeacherCondition(io.ComfyNode):
             description="Encodes every image and caption once: the student reads the caption only, the teacher "
             "reads it and also sees the image. Results are cached on disk, so the text encoder can leave memory.",
             search_aliases=["d-opsd", "dual conditioning", "train lora"],
-            inputs=[
-                DatasetSocket.Input("dataset", tooltip="Images and captions, from Load Dataset (D-OPSD)."),
-                io.Clip.Input("clip", tooltip="The model's own text encoder, as for ordinary prompts."),
-                io.Vae.Input("vae", tooltip="The model's own VAE; it encodes each training image into a latent."),
-                io.Combo.Input(
-                    "mode",
-                    options=["auto", *TEACHERS],
-                    default="auto",
-                    optional=True,
-                    tooltip="How the teacher sees the image. vlm: through Qwen3-VL's vision tower and the model's own "
-                    "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
-                    "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
-                    "best one for this model and dataset.",
-                ),
-                io.String.Input(
-                    "preview_prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="Validation prompts, one per line, drawn as previews during training; [V] stands for the "
-                    "trigger. The first one that is not a training caption is the unseen prompt, on which the gap is "
-                    "measured too. Empty: the first captions.",
-                ),
-                io.String.Input(
-                    "anchor_prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="Ordinary prompts, one per line, whose images should not change (prior anchor, against "
-                    "forgetting and leakage). Your captions without the trigger are used as well.",
-                ),
-                VisionSocket.Input(
-                    "vision",
-                    optional=True,
-                    tooltip="The teacher's vision tower, from Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. "
-                    "Only needed for the mode vlm.",
-                ),
-                io.Combo.Input(
-                    "teacher_image",
-                    options=list(get_args(TeacherImage)),
-                    default="own",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Which image the teacher sees. own: the one being trained. other: up to three other "
-                    "images of the dataset in turn, so that it cannot copy; for one subject in different places.",
-                ),
-                io.String.Input(
-                    "teacher_sentence",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="A sentence that only the teacher reads, after the caption, in the modes edit and "
-                    "edit_target. Empty: a default sentence that asks it to follow the reference image. A single - : "
-                    "no sentence.",
-                ),
-            ],
+            inputs=_inputs(),
             outputs=[
                 ConditionsSocket.Output(display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA.")
             ],
@@ -203,3 +147,63 @@ class BuildTeacherCondition(io.ComfyNode):
         notes = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
         send_text(cls, "\n".join((conditions.describe(), *notes)))
         return io.NodeOutput(replace(conditions, notes=notes))
+
+
+def _inputs() -> list[Any]:
+    return [
+        DatasetSocket.Input("dataset", tooltip="Images and captions, from Load Dataset (D-OPSD)."),
+        io.Clip.Input("clip", tooltip="The model's own text encoder, as for ordinary prompts."),
+        io.Vae.Input("vae", tooltip="The model's own VAE; it encodes each training image into a latent."),
+        io.Combo.Input(
+            "mode",
+            options=["auto", *TEACHERS],
+            default="auto",
+            optional=True,
+            tooltip="How the teacher sees the image. vlm: through Qwen3-VL's vision tower and the model's own "
+            "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
+            "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
+            "best one for this model and dataset.",
+        ),
+        io.String.Input(
+            "preview_prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="Validation prompts, one per line, drawn as previews during training; [V] stands for the "
+            "trigger. The first one that is not a training caption is the unseen prompt, on which the gap is "
+            "measured too. Empty: the first captions.",
+        ),
+        io.String.Input(
+            "anchor_prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="Ordinary prompts, one per line, whose images should not change (prior anchor, against "
+            "forgetting and leakage). Your captions without the trigger are used as well.",
+        ),
+        VisionSocket.Input(
+            "vision",
+            optional=True,
+            tooltip="The teacher's vision tower, from Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. "
+            "Only needed for the mode vlm.",
+        ),
+        io.Combo.Input(
+            "teacher_image",
+            options=list(get_args(TeacherImage)),
+            default="own",
+            optional=True,
+            advanced=True,
+            tooltip="Which image the teacher sees. own: the one being trained. other: up to three other "
+            "images of the dataset in turn, so that it cannot copy; for one subject in different places.",
+        ),
+        io.String.Input(
+            "teacher_sentence",
+            multiline=True,
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="A sentence that only the teacher reads, after the caption, in the modes edit and "
+            "edit_target. Empty: a default sentence that asks it to follow the reference image. A single - : "
+            "no sentence.",
+        ),
+    ]

@@ -39,7 +39,6 @@ class CompareLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs, outputs and texts of the node."""
-        pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16, "optional": True}
         return io.Schema(
             node_id="DOPSD_CompareLoRA",
             display_name="Compare LoRA",
@@ -49,61 +48,7 @@ class CompareLoRA(io.ComfyNode):
             search_aliases=["d-opsd", "lora grid", "xy plot", "test lora"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            inputs=[
-                io.Model.Input("model", tooltip="The model that the LoRA was trained for, without the LoRA."),
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.Vae.Input("vae", tooltip="The model's VAE."),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="One prompt per line. Use some with the trigger word, and some without it: those should "
-                    "not change.",
-                ),
-                io.String.Input(
-                    "strengths",
-                    default="1.0",
-                    optional=True,
-                    tooltip="Strengths of the LoRA, separated by commas: 0.5, 1.0, 1.5.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=False,  # two runs, two files, one noise
-                    optional=True,
-                    tooltip="Noise of the first prompt; each further prompt uses the next seed. All images of a row "
-                    "share it.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    tooltip="Sampling steps; 0: the number that the model was distilled for.",
-                ),
-                io.Int.Input("width", tooltip="Width of each image in pixels; 64 for the demo model.", **pixels),
-                io.Int.Input("height", tooltip="Height of each image in pixels; 64 for the demo model.", **pixels),
-                io.Combo.Input(
-                    "lora_name",
-                    options=[NONE, *folder_paths.get_filename_list("loras")],
-                    default=NONE,
-                    optional=True,
-                    tooltip="A LoRA file. Not read when a lora is connected.",
-                ),
-                io.LoraModel.Input(
-                    "lora", optional=True, tooltip="A LoRA from D-OPSD Train LoRA, without saving it first."
-                ),
-                io.Image.Input(
-                    "reference",
-                    optional=True,
-                    tooltip="For edit LoRAs (FLUX.2-klein): the image that the prompts edit. It is cropped to width "
-                    "and height.",
-                ),
-            ],
+            inputs=_inputs(),
             outputs=[io.Image.Output(display_name="image", tooltip="The grid.")],
         )
 
@@ -145,6 +90,62 @@ class CompareLoRA(io.ComfyNode):
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
+def _inputs() -> list[Any]:
+    pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16, "optional": True}
+    return [
+        io.Model.Input("model", tooltip="The model that the LoRA was trained for, without the LoRA."),
+        io.Clip.Input("clip", tooltip="The model's text encoder."),
+        io.Vae.Input("vae", tooltip="The model's VAE."),
+        io.String.Input(
+            "prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="One prompt per line. Use some with the trigger word, and some without it: those should "
+            "not change.",
+        ),
+        io.String.Input(
+            "strengths",
+            default="1.0",
+            optional=True,
+            tooltip="Strengths of the LoRA, separated by commas: 0.5, 1.0, 1.5.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=False,  # two runs, two files, one noise
+            optional=True,
+            tooltip="Noise of the first prompt; each further prompt uses the next seed. All images of a row share it.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=0,
+            min=0,
+            max=64,
+            optional=True,
+            tooltip="Sampling steps; 0: the number that the model was distilled for.",
+        ),
+        io.Int.Input("width", tooltip="Width of each image in pixels; 64 for the demo model.", **pixels),
+        io.Int.Input("height", tooltip="Height of each image in pixels; 64 for the demo model.", **pixels),
+        io.Combo.Input(
+            "lora_name",
+            options=[NONE, *folder_paths.get_filename_list("loras")],
+            default=NONE,
+            optional=True,
+            tooltip="A LoRA file. Not read when a lora is connected.",
+        ),
+        io.LoraModel.Input("lora", optional=True, tooltip="A LoRA from D-OPSD Train LoRA, without saving it first."),
+        io.Image.Input(
+            "reference",
+            optional=True,
+            tooltip="For edit LoRAs (FLUX.2-klein): the image that the prompts edit. It is cropped to width "
+            "and height.",
+        ),
+    ]
+
+
 def parse_strengths(text: str) -> list[float]:
     """ "0.5, 1" -> [0.5, 1.0].
 
@@ -181,7 +182,7 @@ def parse_prompts(text: str) -> list[str]:
 
 
 def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str, dict[str, Tensor]]:
-    """Title and tensors of the connected LoRA, else of the file.
+    """Title and tensors of the connected LoRA, else of the file, such as lora_A [rank, in] and lora_B [out, rank].
 
     Raises:
         ValueError: there is neither.
@@ -197,7 +198,7 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str,
 def unused_inputs(
     model: Any, lora_name: str, lora: Mapping[str, Tensor] | None, reference: Tensor | None
 ) -> tuple[str, ...]:
-    """One line for each input of Compare LoRA that is not used."""
+    """One line for each input of Compare LoRA that is not used; reference [n, H, W, 3]."""
     notes = list(unused_schedule(model))
     if lora is not None and lora_name != NONE:
         notes.append(f"lora_name {lora_name} is not read: a lora is connected")
@@ -261,7 +262,7 @@ def _fits(model: Any, target: Any, patch: Any) -> bool:
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:
-    """The model as ComfyUI's own loaders return it."""
+    """The model with the LoRA, as ComfyUI's own loaders return it; `tensors` as in `chosen_lora`."""
     return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
 
 

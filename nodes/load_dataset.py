@@ -53,64 +53,7 @@ class LoadDataset(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=dataset_choices(),
-                    tooltip="A folder in ComfyUI's input folder with images, each with a .txt file of the same name "
-                    "for its caption; or a .jsonl file with one row per image. For edits: a folder with the "
-                    "subfolders target (the results and their instructions) and source (the images before the edit, "
-                    "under the same names). The owner of this ComfyUI can allow more folders under dopsd_datasets in "
-                    "extra_model_paths.yaml. Not read when images are connected.",
-                ),
-                io.Int.Input(
-                    "resolution",
-                    default=1024,
-                    min=64,
-                    max=2048,
-                    step=16,
-                    optional=True,
-                    tooltip="Side of a square training image in pixels. Other aspect ratios get the same number of "
-                    "pixels: 1024 also means 1152x896. Lower needs less memory and time. 64 for the demo model.",
-                ),
-                io.String.Input(
-                    "trigger",
-                    default="",
-                    optional=True,
-                    tooltip="The word for your concept; it replaces [V] in the captions. Choose one without a meaning, "
-                    "such as ohwx. Empty: [V] stays as it is.",
-                ),
-                io.Int.Input(
-                    "repeats",
-                    default=1,
-                    min=1,
-                    max=MAX_REPEATS,
-                    optional=True,
-                    tooltip="How often each image is used per epoch. Multiplies the repeats of a folder named "
-                    "10_anything and of the rows of a .jsonl file.",
-                ),
-                io.Float.Input(
-                    "caption_dropout",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Share of training samples with an empty caption. Use 0 for a concept with a trigger word; "
-                    "0.1 helps for a style.",
-                ),
-                io.Image.Input(
-                    "images",
-                    optional=True,
-                    tooltip="Images from ComfyUI's own nodes, used instead of the folder. Connect texts too.",
-                ),
-                io.String.Input(
-                    "texts",
-                    optional=True,
-                    force_input=True,
-                    tooltip="Captions of the connected images: the same number, in the same order.",
-                ),
-            ],
+            inputs=_inputs(),
             outputs=[
                 DatasetSocket.Output(display_name="dataset", tooltip="For Build Teacher Condition."),
                 io.String.Output(display_name="report", tooltip="What was found, as text."),
@@ -157,6 +100,67 @@ def _read(source: Path, resolution: int, trigger: str, repeats: int) -> DatasetR
         root=allowed_root(source),
         progress=_progress(),
     )
+
+
+def _inputs() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "folder",
+            options=dataset_choices(),
+            tooltip="A folder in ComfyUI's input folder with images, each with a .txt file of the same name "
+            "for its caption; or a .jsonl file with one row per image. For edits: a folder with the "
+            "subfolders target (the results and their instructions) and source (the images before the edit, "
+            "under the same names). The owner of this ComfyUI can allow more folders under dopsd_datasets in "
+            "extra_model_paths.yaml. Not read when images are connected.",
+        ),
+        io.Int.Input(
+            "resolution",
+            default=1024,
+            min=64,
+            max=2048,
+            step=16,
+            optional=True,
+            tooltip="Side of a square training image in pixels. Other aspect ratios get the same number of "
+            "pixels: 1024 also means 1152x896. Lower needs less memory and time. 64 for the demo model.",
+        ),
+        io.String.Input(
+            "trigger",
+            default="",
+            optional=True,
+            tooltip="The word for your concept; it replaces [V] in the captions. Choose one without a meaning, "
+            "such as ohwx. Empty: [V] stays as it is.",
+        ),
+        io.Int.Input(
+            "repeats",
+            default=1,
+            min=1,
+            max=MAX_REPEATS,
+            optional=True,
+            tooltip="How often each image is used per epoch. Multiplies the repeats of a folder named "
+            "10_anything and of the rows of a .jsonl file.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="Share of training samples with an empty caption. Use 0 for a concept with a trigger word; "
+            "0.1 helps for a style.",
+        ),
+        io.Image.Input(
+            "images",
+            optional=True,
+            tooltip="Images from ComfyUI's own nodes, used instead of the folder. Connect texts too.",
+        ),
+        io.String.Input(
+            "texts",
+            optional=True,
+            force_input=True,
+            tooltip="Captions of the connected images: the same number, in the same order.",
+        ),
+    ]
 
 
 def _source(choice: str, images: list[Tensor] | None, texts: list[str] | None) -> tuple[Path, str]:

@@ -92,7 +92,7 @@ class SaveLoRA(io.ComfyNode):
 
 
 def write_lora(path: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Writes the tensors under their own names, with their metadata in the header.
+    """Writes the tensors, such as lora_A [rank, in] and lora_B [out, rank], with their metadata in the header.
 
     Raises:
         ValueError: there are no tensors, or one is not finite.

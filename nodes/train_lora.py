@@ -105,6 +105,33 @@ def chosen_settings(
 
 def _inputs() -> list[Any]:
     return [
+        *_first_inputs(),
+        *former_inputs(BEFORE_MEMORY),
+        io.Combo.Input(
+            "memory",
+            options=list(MEMORY_CHOICES),
+            default=MEMORY_CHOICES[0],
+            optional=True,
+            tooltip="VRAM to fit into; auto goes by your GPU. What does not fit uses gradient checkpointing or is "
+            "streamed from RAM: slower, same result. From 16 GB down the teacher is frozen, from 12 GB down fewer "
+            "steps are learned from; the node reports it.",
+        ),
+        io.Vae.Input("vae", optional=True, tooltip="The model's own VAE, for preview images; not needed for training."),
+        io.LoraModel.Input(
+            "initial_lora",
+            optional=True,
+            tooltip="A LoRA of any trainer to continue training, from Load LoRA (D-OPSD). Its rank may be at most the "
+            "run's. A different one starts a new run.",
+        ),
+        *former_inputs(AFTER_INITIAL_LORA),
+        SettingsSocket.Input(
+            "settings", optional=True, tooltip="From Training Settings: every other option. Replaces the preset."
+        ),
+    ]
+
+
+def _first_inputs() -> list[Any]:
+    return [
         io.Model.Input(
             "model", tooltip="The step-distilled model to train: Z-Image-Turbo, FLUX.2-klein or the demo model."
         ),
@@ -150,26 +177,5 @@ def _inputs() -> list[Any]:
             max=10_000,
             optional=True,
             tooltip="Steps between preview images, which need the VAE; 0 for none.",
-        ),
-        *former_inputs(BEFORE_MEMORY),
-        io.Combo.Input(
-            "memory",
-            options=list(MEMORY_CHOICES),
-            default=MEMORY_CHOICES[0],
-            optional=True,
-            tooltip="VRAM to fit into; auto goes by your GPU. What does not fit uses gradient checkpointing or is "
-            "streamed from RAM: slower, same result. From 16 GB down the teacher is frozen, from 12 GB down fewer "
-            "steps are learned from; the node reports it.",
-        ),
-        io.Vae.Input("vae", optional=True, tooltip="The model's own VAE, for preview images; not needed for training."),
-        io.LoraModel.Input(
-            "initial_lora",
-            optional=True,
-            tooltip="A LoRA of any trainer to continue training, from Load LoRA (D-OPSD). Its rank may be at most the "
-            "run's. A different one starts a new run.",
-        ),
-        *former_inputs(AFTER_INITIAL_LORA),
-        SettingsSocket.Input(
-            "settings", optional=True, tooltip="From Training Settings: every other option. Replaces the preset."
         ),
     ]

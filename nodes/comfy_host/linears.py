@@ -62,7 +62,10 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def cast_parameters(module: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight and bias in the dtype and on the device of x, valid inside the `with`; quantised ones dequantised."""
+    """Weight [out, in] and bias [out] in the dtype and on the device of x [..., in], valid inside the `with`.
+
+    Quantised weights are dequantised.
+    """
     if has_own_cast(module):
         weight, bias = (plain(value) for value in module.cast_bias_weight(x)[:2])
         yield weight, bias

@@ -38,6 +38,7 @@ def start_of(
     """The initial weights from a LORA_MODEL of any trainer.
 
     Args:
+        lora: tensors by name, such as lora_A [rank, in] and lora_B [out, rank]; None for no LoRA.
         trigger: of the run; a note says if the LoRA's differs.
         base_model: of the run; a note says if the LoRA's differs.
 

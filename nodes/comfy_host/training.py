@@ -113,7 +113,7 @@ def run_training(
     Args:
         node: the node class, which shows progress and notes.
         vae: for previews; None for no previews.
-        initial_lora: the LoRA to start from, by tensor name.
+        initial_lora: the LoRA to start from, tensors by name, such as lora_A [rank, in] and lora_B [out, rank].
 
     Raises:
         ConfigError: the settings are not valid together.

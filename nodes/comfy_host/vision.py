@@ -75,7 +75,7 @@ class TeacherVision:
 
 
 def new_vision(state: Mapping[str, Tensor], spec: VisionSpec, ops: Any, dtype: torch.dtype) -> TeacherVision:
-    """The tower with the weights of `state`, whose names have no prefix.
+    """The tower with the weights of `state`: tensors by name without prefix, each [...] as in the tower's state_dict.
 
     Raises:
         RuntimeError: tensors are left over or have other shapes.
