@@ -26,7 +26,7 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "encoding": ("dopsd_core.conditioning.cache", "ConditionCache.load"),
     "before step 1": ("dopsd_core.training.run", "Run.open"),
     "within a step": ("dopsd_core.adapters.adapter_set", "AdapterSet.use"),
-    "in a preview": ("nodes.comfy_host.previews", "Painter.draw"),
+    "in a preview": ("nodes.comfy_host.previews", "PreviewPainter.draw"),
 }
 """What is called at a moment: module of the pack and name in it."""
 

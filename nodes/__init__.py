@@ -19,12 +19,14 @@ from .training_settings import TrainingSettings
 
 
 class DopsdExtension(ComfyExtension):
-    """What ComfyUI registers."""
+    """The nodes of this pack, as ComfyUI registers them."""
 
     async def on_load(self) -> None:
+        """Registers the check that no invalid node of ours is silently skipped."""
         register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node class of this pack."""
         return [
             LoadDataset,
             BuildTeacherCondition,
@@ -41,5 +43,5 @@ class DopsdExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> DopsdExtension:
-    """Called by ComfyUI once, at its start."""
+    """The extension; ComfyUI calls this once when it starts."""
     return DopsdExtension()

@@ -1,7 +1,8 @@
-"""The node that encodes what student and teacher are given, once for all of training."""
+"""The node Build Teacher Condition: encodes what student and teacher see, once before training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -31,18 +32,19 @@ def build_conditions(
     previews: str,
     anchors: str,
 ) -> Conditions:
-    """Everything that training and previews need, encoded or from the cache."""
+    """Everything that training and previews need, encoded or read from the cache.
+
+    Args:
+        previews: the prompts for previews, one per line.
+        anchors: the prompts for the prior anchor, one per line.
+
+    Raises:
+        ValueError: the dataset does not fit the teacher, or a prompt is not valid text.
+    """
     pairs = dataset.report.pairs
     texts = preview_texts(previews, pairs, dataset.trigger)
     trained = {caption for pair in pairs for caption in pair.captions}
     unseen = next((text for text in texts if text not in trained), None)
-    bar: list[Any] = []
-
-    def told(done: int, total: int, _: bool) -> None:
-        if not bar:
-            bar.append(comfy.utils.ProgressBar(total))
-        bar[0].update_absolute(done, total)
-
     data: TrainingSet = build_training_set(
         pairs,
         encoder,
@@ -54,18 +56,28 @@ def build_conditions(
         anchors=True,
         anchor_prompts=split_lines(anchors),
         heldout_caption=unseen,
-        on_encoded=told,
+        on_encoded=_progress(),
     )
     prompts = encode_previews(texts, pairs, encoder, cache, teacher, teacher_image)
     notes = length_notes(encoder, teacher, pairs, teacher_image, texts, dataset.report.source)
     return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout, notes)
 
 
+def _progress() -> Callable[[int, int, bool], None]:
+    """A callback (done, total, from the cache) that moves the node's progress bar."""
+    bars: dict[int, Any] = {}
+
+    def show(done: int, total: int, _: bool) -> None:
+        bars.setdefault(total, comfy.utils.ProgressBar(total)).update_absolute(done, total)
+
+    return show
+
+
 def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> list[str]:
-    """What is doubtful in the texts that a user typed, as warnings.
+    """Warnings about the texts that a user typed.
 
     Raises:
-        ValueError: one holds characters that are no text.
+        ValueError: a text has characters that are not valid.
     """
     texts = {
         "preview prompt": split_lines(previews),
@@ -76,13 +88,13 @@ def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> 
     for number, prompt in enumerate(texts["anchor prompt"], 1):
         if has_trigger(prompt, trigger):
             found.append(
-                f"anchor prompt {number}: it names the concept, which training would hold back: take the name out"
+                f"anchor prompt {number}: it names the concept, so training would suppress it: remove the name"
             )
     return [f"warning: {message}" for message in found]
 
 
 def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tuple[str, ...]:
-    """One line for each thing that was given to Build Teacher Condition and is not used."""
+    """One line for each input of Build Teacher Condition that is not used."""
     notes = []
     if vision is not None and teacher.sees != "features":
         notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
@@ -92,72 +104,19 @@ def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tupl
 
 
 class BuildTeacherCondition(io.ComfyNode):
-    """Encodes every pair once, for student and teacher."""
+    """Encodes every image and caption once, for student and teacher."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_BuildTeacherCondition",
             display_name="Build Teacher Condition",
             category=CATEGORY,
-            description="Encodes every picture and caption once: the student reads the caption alone, the teacher "
-            "reads it and looks at the picture. Results are kept on disk; then the text encoder may leave memory.",
+            description="Encodes every image and caption once: the student reads the caption only, the teacher "
+            "reads it and also sees the image. Results are cached on disk, so the text encoder can leave memory.",
             search_aliases=["d-opsd", "dual conditioning", "train lora"],
-            inputs=[
-                DatasetSocket.Input("dataset", tooltip="Pictures and captions, from Load Dataset (D-OPSD)."),
-                io.Clip.Input("clip", tooltip="The model's own text encoder, as for ordinary prompts."),
-                io.Vae.Input("vae", tooltip="The model's own VAE; it gives each training picture its latent."),
-                io.Combo.Input(
-                    "mode",
-                    options=["auto", *TEACHER_VIEWS],
-                    default="auto",
-                    optional=True,
-                    tooltip="How the teacher sees the picture. vlm: through Qwen3-VL's eyes, read by the model's own "
-                    "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
-                    "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose data has source pictures. auto: the "
-                    "model's best for the data.",
-                ),
-                io.String.Input(
-                    "preview_prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="Prompts to draw during training, one per line; [V] stands for the trigger. The first that "
-                    "is no training caption also measures how far the concept carries. Empty: the first captions.",
-                ),
-                io.String.Input(
-                    "anchor_prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="Ordinary prompts, one per line, whose pictures shall stay as they are (prior anchor). "
-                    "Your captions with the trigger taken out are used as well.",
-                ),
-                VisionSocket.Input(
-                    "vision",
-                    optional=True,
-                    tooltip="The teacher's eyes: Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. The mode vlm "
-                    "needs it.",
-                ),
-                io.Combo.Input(
-                    "teacher_image",
-                    options=list(get_args(TeacherImage)),
-                    default="own",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Which picture the teacher is shown. own: the one being trained. other: up to three others "
-                    "of the data set in turn, so that it cannot copy; for subjects shown in different places.",
-                ),
-                io.String.Input(
-                    "teacher_sentence",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="What the teacher is told after the caption, in the modes edit and edit_target. Empty: a "
-                    "sentence that asks it to keep to the reference image. A single - : nothing.",
-                ),
-            ],
+            inputs=_inputs(),
             outputs=[
                 ConditionsSocket.Output(display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA.")
             ],
@@ -178,6 +137,7 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher_image: TeacherImage = "own",
         teacher_sentence="",
     ) -> io.NodeOutput:
+        """Encodes the dataset and the prompts, and shows counts and notes on the node."""
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
         edits = any(pair.source_images for pair in dataset.report.pairs)
         warnings = Notes()
@@ -193,3 +153,63 @@ class BuildTeacherCondition(io.ComfyNode):
         notes.add(*warnings.lines)
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
         return io.NodeOutput(replace(conditions, notes=notes.lines))
+
+
+def _inputs() -> list[Any]:
+    return [
+        DatasetSocket.Input("dataset", tooltip="Images and captions, from Load Dataset (D-OPSD)."),
+        io.Clip.Input("clip", tooltip="The model's own text encoder, as for ordinary prompts."),
+        io.Vae.Input("vae", tooltip="The model's own VAE; it encodes each training image into a latent."),
+        io.Combo.Input(
+            "mode",
+            options=["auto", *TEACHER_VIEWS],
+            default="auto",
+            optional=True,
+            tooltip="How the teacher sees the image. vlm: through Qwen3-VL's vision tower and the model's own "
+            "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
+            "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
+            "best one for this model and dataset.",
+        ),
+        io.String.Input(
+            "preview_prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="Validation prompts, one per line, drawn as previews during training; [V] stands for the "
+            "trigger. The first one that is not a training caption is the unseen prompt, on which the gap is "
+            "measured too. Empty: the first captions.",
+        ),
+        io.String.Input(
+            "anchor_prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="Ordinary prompts, one per line, whose images should not change (prior anchor, against "
+            "forgetting and leakage). Your captions without the trigger are used as well.",
+        ),
+        VisionSocket.Input(
+            "vision",
+            optional=True,
+            tooltip="The teacher's vision tower, from Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. "
+            "Only needed for the mode vlm.",
+        ),
+        io.Combo.Input(
+            "teacher_image",
+            options=list(get_args(TeacherImage)),
+            default="own",
+            optional=True,
+            advanced=True,
+            tooltip="Which image the teacher sees. own: the one being trained. other: up to three other "
+            "images of the dataset in turn, so that it cannot copy; for one subject in different places.",
+        ),
+        io.String.Input(
+            "teacher_sentence",
+            multiline=True,
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="A sentence that only the teacher reads, after the caption, in the modes edit and "
+            "edit_target. Empty: a default sentence that asks it to follow the reference image. A single - : "
+            "no sentence.",
+        ),
+    ]

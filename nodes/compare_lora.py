@@ -1,4 +1,4 @@
-"""Looking at what a LoRA does: prompts against strengths."""
+"""The node Compare LoRA: a grid of images, prompts against strengths."""
 
 from __future__ import annotations
 
@@ -34,79 +34,27 @@ MAX_STRENGTHS, MAX_PROMPTS, MAX_STRENGTH = 8, 32, 10.0
 
 
 class CompareLoRA(io.ComfyNode):
-    """Prompts x strengths in one picture."""
+    """A grid of images: one row per prompt, one column per strength."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16, "optional": True}
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_CompareLoRA",
             display_name="Compare LoRA",
             category=CATEGORY,
             description="Draws every prompt without the LoRA and with it at each strength, from the same noise, in one "
-            "labelled grid. The LoRA is applied by ComfyUI's own loader: this is what you will get.",
+            "labelled grid. ComfyUI's own loader applies the LoRA, so you see what you will get elsewhere.",
             search_aliases=["d-opsd", "lora grid", "xy plot", "test lora"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            inputs=[
-                io.Model.Input("model", tooltip="The model that the LoRA was trained for, without the LoRA."),
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.Vae.Input("vae", tooltip="The model's VAE."),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="One prompt per line. Take some with the trigger word, and some without, "
-                    "which should not change.",
-                ),
-                io.String.Input(
-                    "strengths",
-                    default="1.0",
-                    optional=True,
-                    tooltip="Strengths of the LoRA, with commas between: 0.5, 1.0, 1.5.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=False,  # two runs, two files, one noise
-                    optional=True,
-                    tooltip="Noise of the first prompt; each further prompt has the next seed. One row, one noise.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    tooltip="Sampling steps; 0 takes what the model was made for.",
-                ),
-                io.Int.Input("width", tooltip="Width of each picture in pixels. The demo model's is 64.", **pixels),
-                io.Int.Input("height", tooltip="Height of each picture in pixels. The demo model's is 64.", **pixels),
-                io.Combo.Input(
-                    "lora_name",
-                    options=[NONE, *folder_paths.get_filename_list("loras")],
-                    default=NONE,
-                    optional=True,
-                    tooltip="A LoRA file. Not read when a lora is connected.",
-                ),
-                io.LoraModel.Input(
-                    "lora", optional=True, tooltip="A LoRA from D-OPSD Train LoRA, without saving it first."
-                ),
-                io.Image.Input(
-                    "reference",
-                    optional=True,
-                    tooltip="For edit LoRAs (FLUX.2-klein): the picture that the prompts are instructions for. It is "
-                    "cropped to width and height.",
-                ),
-            ],
+            inputs=_inputs(),
             outputs=[io.Image.Output(display_name="image", tooltip="The grid.")],
         )
 
     @classmethod
     def validate_inputs(cls, strengths: str | None = None, prompts: str | None = None) -> bool | str:
+        """True, or what is wrong with strengths or prompts."""
         try:
             if isinstance(strengths, str):  # else it comes over a link
                 parse_strengths(strengths)
@@ -118,7 +66,7 @@ class CompareLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
-        """A file may be exchanged under its name."""
+        """Changes when the file is replaced, so that ComfyUI runs the node again."""
         return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
@@ -126,6 +74,7 @@ class CompareLoRA(io.ComfyNode):
     def execute(
         cls, model, clip, vae, prompts, strengths, seed, steps, width, height, lora_name, lora=None, reference=None
     ) -> io.NodeOutput:
+        """Draws the grid and shows which part of the LoRA fits the model."""
         texts, wanted = parse_prompts(prompts), parse_strengths(strengths)
         require_vae(vae, family_of(model), is_demo_model(model))
         if reference is not None:
@@ -135,10 +84,66 @@ class CompareLoRA(io.ComfyNode):
         variants = {"base": model}
         for strength in wanted:
             variants[f"strength {strength:g}"] = apply_lora(model, tensors, strength)
-        painter = _Painter(clip, vae, width, height, steps, len(texts) * len(variants), reference)
-        columns = [painter.draw(variant, texts, seed) for variant in variants.values()]
+        images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(variants), reference)
+        columns = [images.draw(variant, texts, seed) for variant in variants.values()]
         image = to_pixels(draw_grid(f"{name}, seed {seed}", texts, list(variants), columns))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def _inputs() -> list[Any]:
+    pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16, "optional": True}
+    return [
+        io.Model.Input("model", tooltip="The model that the LoRA was trained for, without the LoRA."),
+        io.Clip.Input("clip", tooltip="The model's text encoder."),
+        io.Vae.Input("vae", tooltip="The model's VAE."),
+        io.String.Input(
+            "prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="One prompt per line. Use some with the trigger word, and some without it: those should "
+            "not change.",
+        ),
+        io.String.Input(
+            "strengths",
+            default="1.0",
+            optional=True,
+            tooltip="Strengths of the LoRA, separated by commas: 0.5, 1.0, 1.5.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=False,  # two runs, two files, one noise
+            optional=True,
+            tooltip="Noise of the first prompt; each further prompt uses the next seed. All images of a row share it.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=0,
+            min=0,
+            max=64,
+            optional=True,
+            tooltip="Sampling steps; 0: the number that the model was distilled for.",
+        ),
+        io.Int.Input("width", tooltip="Width of each image in pixels; 64 for the demo model.", **pixels),
+        io.Int.Input("height", tooltip="Height of each image in pixels; 64 for the demo model.", **pixels),
+        io.Combo.Input(
+            "lora_name",
+            options=[NONE, *folder_paths.get_filename_list("loras")],
+            default=NONE,
+            optional=True,
+            tooltip="A LoRA file. Not read when a lora is connected.",
+        ),
+        io.LoraModel.Input("lora", optional=True, tooltip="A LoRA from D-OPSD Train LoRA, without saving it first."),
+        io.Image.Input(
+            "reference",
+            optional=True,
+            tooltip="For edit LoRAs (FLUX.2-klein): the image that the prompts edit. It is cropped to width "
+            "and height.",
+        ),
+    ]
 
 
 def parse_strengths(text: str) -> list[float]:
@@ -154,13 +159,13 @@ def parse_strengths(text: str) -> list[float]:
             value = float(word)
         except ValueError:
             raise ValueError(
-                f"strengths: {word!r} is not a number; write numbers with commas between: 0.5, 1.0"
+                f"strengths: {word!r} is not a number; write numbers separated by commas: 0.5, 1.0"
             ) from None
         if not abs(value) <= MAX_STRENGTH:
             raise ValueError(f"strengths: {word} is not within -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}")
         found.append(value)
     if not 1 <= len(found) <= MAX_STRENGTHS:
-        raise ValueError(f"strengths: give 1 to {MAX_STRENGTHS} numbers with commas between, there are {len(found)}")
+        raise ValueError(f"strengths: give 1 to {MAX_STRENGTHS} numbers separated by commas, there are {len(found)}")
     return list(dict.fromkeys(found))
 
 
@@ -168,7 +173,7 @@ def parse_prompts(text: str) -> list[str]:
     """The lines that are not empty.
 
     Raises:
-        ValueError: there are none, or too many for one picture.
+        ValueError: there are none, or too many for one grid.
     """
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not 1 <= len(found) <= MAX_PROMPTS:
@@ -177,7 +182,7 @@ def parse_prompts(text: str) -> list[str]:
 
 
 def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str, dict[str, Tensor]]:
-    """Title and tensors of the connected LoRA, else of the file.
+    """Title and tensors of the connected LoRA, else of the file, such as lora_A [rank, in] and lora_B [out, rank].
 
     Raises:
         ValueError: there is neither.
@@ -193,7 +198,7 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str,
 def unused_inputs(
     model: Any, lora_name: str, lora: Mapping[str, Tensor] | None, reference: Tensor | None
 ) -> tuple[str, ...]:
-    """One line for each thing that was given to Compare LoRA and is not used."""
+    """One line for each input of Compare LoRA that is not used; reference [n, H, W, 3]."""
     notes = list(unused_schedule(model))
     if lora is not None and lora_name != NONE:
         notes.append(f"lora_name {lora_name} is not read: a lora is connected")
@@ -203,10 +208,10 @@ def unused_inputs(
 
 
 def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
-    """How many tensors ComfyUI's loader will put on the model, and a name of those that it will not.
+    """How many tensors ComfyUI's loader will apply, and the name of one that it will not.
 
     Raises:
-        ValueError: it will put none there.
+        ValueError: it will apply none.
     """
     used = used_keys(model, tensors)
     rest = [key for key in tensors if key not in used]
@@ -215,7 +220,7 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
-    """How many tensors ComfyUI's loader will put on the model.
+    """How many tensors ComfyUI's loader will apply to the model.
 
     Raises:
         ValueError: none.
@@ -224,7 +229,7 @@ def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
 
 
 def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The tensors that ComfyUI's loader will put on the model.
+    """The names of the tensors that ComfyUI's loader will apply to the model.
 
     Raises:
         ValueError: none.
@@ -244,7 +249,7 @@ def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
 def _fits(model: Any, target: Any, patch: Any) -> bool:
     """Whether a LoRA has the shape of its weight, or of its slice of it.
 
-    ComfyUI itself logs a misfit and goes on; the demo model's names are also the real one's.
+    ComfyUI only logs a mismatch and continues. The demo model has the same names as the real one.
     """
     if not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
         return True
@@ -257,12 +262,20 @@ def _fits(model: Any, target: Any, patch: Any) -> bool:
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:
-    """The model as ComfyUI's own loaders return it."""
+    """The model with the LoRA, as ComfyUI's own loaders return it; `tensors` as in `chosen_lora`."""
     return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
 
 
-class _Painter:
-    """Pictures of prompts from models that differ in their LoRA only. reference [n, H, W, 3]: the first is edited."""
+class _ImageMaker:
+    """Images of prompts from models that differ in their LoRA only.
+
+    Args:
+        width: of an image, in pixels.
+        height: of an image, in pixels.
+        steps: sampling steps; 0 for the model's own number.
+        total: how many images will be drawn, for the progress bar.
+        reference: [n, H, W, 3] in [0, 1]; the first is edited. None to draw from noise alone.
+    """
 
     def __init__(
         self, clip: Any, vae: Any, width: int, height: int, steps: int, total: int, reference: Tensor | None
@@ -273,7 +286,7 @@ class _Painter:
         self._prompts: dict[str, Any] = {}
 
     def draw(self, model: Any, texts: Sequence[str], seed: int) -> list[Tensor]:
-        """A picture [3, H, W] of each text; the model is loaded once for all of them."""
+        """One image [3, H, W] in [0, 1] per text; the model is loaded once for all of them."""
         family = family_of(model)
         sigmas = family.sigmas(self._steps or default_steps(model), *self._size)
         conditions = [self._encode(text) for text in texts]
@@ -297,18 +310,23 @@ def require_editing(model: Any) -> None:
     """Raises ValueError when the MODEL has no editing branch."""
     family = family_of(model)
     if "edit" not in family.teachers:
-        raise ValueError(f"{family.title} does not edit pictures: take reference off")
+        raise ValueError(f"{family.title} cannot edit images: disconnect reference")
 
 
 def cropped(image: Tensor, width: int, height: int) -> Tensor:
-    """Image [n, H, W, 3] scaled and cropped from its middle to [n, height, width, 3], as training crops sources."""
+    """Image [n, H, W, 3] -> [n, height, width, 3]: scaled and center-cropped, as training crops source images."""
     return comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "bicubic", "center").movedim(1, -1)
 
 
 def draw_grid(
     title: str, texts: Sequence[str], names: Sequence[str], columns: Sequence[Sequence[Tensor]]
 ) -> Image.Image:
-    """A row per prompt, a column per variant."""
+    """The labelled grid: a row per prompt, a column per variant.
+
+    Args:
+        names: of the columns.
+        columns: images [3, H, W] in [0, 1], one per text.
+    """
     rows = [Row(text, "", [column[i] for column in columns], names if i == 0 else ()) for i, text in enumerate(texts)]
     side = max(columns[0][0].shape[-2:])
     return contact_sheet(title, rows, tile=min(384, max(128, side)))

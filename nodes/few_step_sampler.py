@@ -1,4 +1,4 @@
-"""The node that samples a few-step model on its own grid."""
+"""The node Few-Step Sampler: samples a few-step model on its own noise schedule."""
 
 from __future__ import annotations
 
@@ -19,29 +19,34 @@ from .comfy_host.sockets import CATEGORY
 
 
 class FewStepSampler(io.ComfyNode):
+    """Samples the way the model was distilled and is trained here."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_FewStepSampler",
             display_name="Few-Step Sampler",
             category=CATEGORY,
-            description="Samples a few-step model the way it is trained: on its own noise grid for the picture's size, "
-            "by Euler steps, without guidance. Equals KSampler (euler, simple, CFG 1) for Z-Image-Turbo, and "
+            description="Samples a few-step model the way it is trained: its own noise schedule for the image size, "
+            "Euler steps, no guidance. Same result as KSampler (euler, simple, CFG 1) for Z-Image-Turbo, and as "
             "SamplerCustom with Flux2Scheduler for FLUX.2-klein.",
             search_aliases=["dopsd", "turbo sampler", "klein sampler"],
             inputs=[
-                io.Model.Input("model", tooltip="Z-Image-Turbo, FLUX.2-klein or the demo model, LoRAs and all."),
+                io.Model.Input(
+                    "model", tooltip="Z-Image-Turbo, FLUX.2-klein or the demo model, with or without LoRAs."
+                ),
                 io.Conditioning.Input(
-                    "positive", tooltip="The prompt. There is no negative one: few-step models run at CFG 1."
+                    "positive", tooltip="The prompt. There is no negative prompt: few-step models run at CFG 1."
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, optional=True,
-                    tooltip="Of the noise, which is KSampler's for the same seed.",
+                    tooltip="Seed of the noise; the same seed gives the same noise as in KSampler.",
                 ),
                 io.Int.Input(
                     "steps", default=0, min=0, max=64, optional=True,
-                    tooltip="Sampling steps; 0 takes what the model was made for: Z-Image-Turbo 8, FLUX.2-klein 4, "
-                    "the demo model 4.",
+                    tooltip="Sampling steps; 0: the number that the model was distilled for (Z-Image-Turbo 8, "
+                    "FLUX.2-klein 4, demo model 4).",
                 ),
                 io.Int.Input(
                     "width", default=1024, min=16, max=8192, step=16, optional=True,
@@ -52,17 +57,18 @@ class FewStepSampler(io.ComfyNode):
                     tooltip="In pixels; 64 for the demo model.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=4096, optional=True, tooltip="Pictures from one seed."
+                    "batch_size", default=1, min=1, max=4096, optional=True,
+                    tooltip="How many images to draw from one seed.",
                 ),
                 io.Combo.Input(
                     "sampler", options=["euler", "template"], default="euler", optional=True,
-                    tooltip="euler is what training uses. template is what ComfyUI's own workflow for the model uses: "
-                    "res_multistep for Z-Image-Turbo, euler for FLUX.2-klein.",
+                    tooltip="euler: as in training. template: as in ComfyUI's own workflow for the model "
+                    "(res_multistep for Z-Image-Turbo, euler for FLUX.2-klein).",
                 ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="For VAE Decode."),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The noise grid that was used, for other samplers."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The noise schedule used, for other samplers."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )  # fmt: skip
@@ -70,6 +76,7 @@ class FewStepSampler(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model, positive, seed, steps, width, height, batch_size, sampler) -> io.NodeOutput:
+        """Samples from noise; `width` and `height` in pixels."""
         family = family_of(model)
         sigmas = family.sigmas(steps or default_steps(model), width, height)
         shape = (batch_size, *family.latent_shape(width, height))

@@ -1,4 +1,4 @@
-"""Load Dataset: a folder, or what ComfyUI's own data set nodes hand over, checked and shown."""
+"""The node Load Dataset: a folder, or images and texts from ComfyUI's own dataset nodes, checked and shown."""
 
 from __future__ import annotations
 
@@ -38,86 +38,31 @@ _SHOWN_LINES = 12
 
 
 class LoadDataset(io.ComfyNode):
-    """A data set, checked, with its problems named."""
+    """Reads a dataset, checks every file and lists the problems."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_LoadDataset",
             display_name="Load Dataset (D-OPSD)",
             category=CATEGORY,
-            description="Reads pictures and captions, checks every file, and shows what is wrong with them before any "
-            "time is spent on training.",
+            description="Reads images and captions, checks every file, and lists all problems before any time is spent "
+            "on training.",
             search_aliases=["d-opsd", "training data", "captions", "load images and texts"],
             is_input_list=True,
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=dataset_choices(),
-                    tooltip="A folder in ComfyUI's input folder with pictures, each with a .txt of the same name that "
-                    "holds its caption; or a .jsonl file with a row per picture. For edits: a folder with target and "
-                    "source in it, a result and its instruction in the one, what it starts from under the same name in "
-                    "the other. The owner of this ComfyUI can allow "
-                    "more folders under dopsd_datasets in extra_model_paths.yaml. Not read when images are connected.",
-                ),
-                io.Int.Input(
-                    "resolution",
-                    default=1024,
-                    min=64,
-                    max=2048,
-                    step=16,
-                    optional=True,
-                    tooltip="Side of a square training picture. Other shapes get as many pixels: 1024 also means "
-                    "1152x896. Lower needs less memory and time. The demo model's pictures are 64.",
-                ),
-                io.String.Input(
-                    "trigger",
-                    default="",
-                    optional=True,
-                    tooltip="The word for your concept; it replaces [V] in the captions. Choose one that means nothing "
-                    "yet, such as ohwx. Empty: [V] stays as it is.",
-                ),
-                io.Int.Input(
-                    "repeats",
-                    default=1,
-                    min=1,
-                    max=MAX_REPEATS,
-                    optional=True,
-                    tooltip="Visits per epoch of each picture. It multiplies what a folder named 10_anything or the "
-                    "rows of a .jsonl ask for.",
-                ),
-                io.Float.Input(
-                    "caption_dropout",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Share of the visits at which the caption is left empty. 0 is right for a concept with a "
-                    "trigger word; a style gains from 0.1.",
-                ),
-                io.Image.Input(
-                    "images",
-                    optional=True,
-                    tooltip="Pictures from ComfyUI's own nodes, instead of the folder. Connect texts too.",
-                ),
-                io.String.Input(
-                    "texts",
-                    optional=True,
-                    force_input=True,
-                    tooltip="Captions of the connected images: as many, in the same order.",
-                ),
-            ],
+            inputs=_inputs(),
             outputs=[
                 DatasetSocket.Output(display_name="dataset", tooltip="For Build Teacher Condition."),
-                io.String.Output(display_name="report", tooltip="What was found, in words."),
+                io.String.Output(display_name="report", tooltip="What was found, as text."),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, folder: Any = None) -> bool | str:
+        """True, or why the folder cannot be read."""
         choice = _first(folder)
         try:
             if choice not in (None, DEMO):
@@ -128,31 +73,16 @@ class LoadDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: Any = None, **_: Any) -> str | None:
+        """Changes when a file of the dataset changes, so that ComfyUI runs the node again."""
         choice = _first(folder)
         return choice and dataset_fingerprint(choice)
 
     @classmethod
     @checked
-    def execute(
-        cls,
-        folder: list[str],
-        resolution: list[int],
-        trigger: list[str],
-        repeats: list[int],
-        caption_dropout: list[float],
-        images: list[Tensor] | None = None,
-        texts: list[str] | None = None,
-    ) -> io.NodeOutput:
+    def execute(cls, folder, resolution, trigger, repeats, caption_dropout, images=None, texts=None) -> io.NodeOutput:
+        """Reads and checks the dataset; `images` are [n, H, W, 3 or 4] in [0, 1]. Every input is a list."""
         source, note = _source(folder[0], images, texts)
-        report = read_dataset(
-            source,
-            pixel_budget=resolution[0] ** 2,
-            multiple=MULTIPLE,
-            trigger=trigger[0],
-            repeats=repeats[0],
-            root=allowed_root(source),
-            progress=_progress(),
-        )
+        report = _read(source, resolution[0], trigger[0], repeats[0])
         send_text(cls, note + shortened(without_folder(report.describe(), report)))
         refuse_errors(report)
         dataset = Dataset(report, trigger[0].strip(), caption_dropout[0])
@@ -160,44 +90,117 @@ class LoadDataset(io.ComfyNode):
         return io.NodeOutput(dataset, note + report.describe(), ui=ui.PreviewImage(pixels, cls=cls))
 
 
+def _read(source: Path, resolution: int, trigger: str, repeats: int) -> DatasetReport:
+    return read_dataset(
+        source,
+        pixel_budget=resolution**2,
+        multiple=MULTIPLE,
+        trigger=trigger,
+        repeats=repeats,
+        root=allowed_root(source),
+        progress=_progress(),
+    )
+
+
+def _inputs() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "folder",
+            options=dataset_choices(),
+            tooltip="A folder in ComfyUI's input folder with images, each with a .txt file of the same name "
+            "for its caption; or a .jsonl file with one row per image. For edits: a folder with the "
+            "subfolders target (the results and their instructions) and source (the images before the edit, "
+            "under the same names). The owner of this ComfyUI can allow more folders under dopsd_datasets in "
+            "extra_model_paths.yaml. Not read when images are connected.",
+        ),
+        io.Int.Input(
+            "resolution",
+            default=1024,
+            min=64,
+            max=2048,
+            step=16,
+            optional=True,
+            tooltip="Side of a square training image in pixels. Other aspect ratios get the same number of "
+            "pixels: 1024 also means 1152x896. Lower needs less memory and time. 64 for the demo model.",
+        ),
+        io.String.Input(
+            "trigger",
+            default="",
+            optional=True,
+            tooltip="The word for your concept; it replaces [V] in the captions. Choose one without a meaning, "
+            "such as ohwx. Empty: [V] stays as it is.",
+        ),
+        io.Int.Input(
+            "repeats",
+            default=1,
+            min=1,
+            max=MAX_REPEATS,
+            optional=True,
+            tooltip="How often each image is used per epoch. Multiplies the repeats of a folder named "
+            "10_anything and of the rows of a .jsonl file.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="Share of training samples with an empty caption. Use 0 for a concept with a trigger word; "
+            "0.1 helps for a style.",
+        ),
+        io.Image.Input(
+            "images",
+            optional=True,
+            tooltip="Images from ComfyUI's own nodes, used instead of the folder. Connect texts too.",
+        ),
+        io.String.Input(
+            "texts",
+            optional=True,
+            force_input=True,
+            tooltip="Captions of the connected images: the same number, in the same order.",
+        ),
+    ]
+
+
 def _source(choice: str, images: list[Tensor] | None, texts: list[str] | None) -> tuple[Path, str]:
-    """Where the data is, and a line that names the choice of a folder that is not read."""
+    """Where the data is, and a line that names the folder if it is not read."""
     if images is None and texts is None:
         return resolve_dataset(choice), ""
     note = "" if choice == DEMO else f"the folder {choice} is not read: images are connected\n"
-    return store_pictures(images or [], texts or []), note
+    return store_images(images or [], texts or []), note
 
 
-def store_pictures(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
-    """Images [n, H, W, 3 or 4] and their captions as a folder like any other, the same one for the same pictures.
+def store_images(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
+    """Writes images [n, H, W, 3 or 4] in [0, 1] and their captions as a dataset folder; the same one for equal data.
 
-    A pair that comes several times (ComfyUI's reader repeats those of a folder named 10_anything) becomes one with
-    repeats.
+    A pair that occurs several times (ComfyUI's reader repeats those of a folder named 10_anything) becomes one pair
+    with repeats.
 
     Raises:
-        ValueError: there are not as many texts as images, one is no text, or a pair comes more than MAX_REPEATS times.
+        ValueError: there are not as many texts as images, a text is not valid, or a pair occurs too often.
     """
-    pictures = [picture for batch in images for picture in to_images(batch.permute(0, 3, 1, 2))]
-    texts = [text.removeprefix("\ufeff") for text in texts]  # which a file may begin with, read by another node
-    if len(pictures) != len(texts):
+    single = [image for batch in images for image in to_images(batch.permute(0, 3, 1, 2))]
+    texts = [text.removeprefix("\ufeff") for text in texts]  # a byte order mark that another node has kept
+    if len(single) != len(texts):
         raise ValueError(
-            f"{len(pictures)} images and {len(texts)} texts are connected to Load Dataset; give one text for each image"
+            f"{len(single)} images and {len(texts)} texts are connected to Load Dataset; give one text for each image"
         )
     visits: dict[tuple[str, str], list[int]] = {}
-    for index, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+    for index, (image, text) in enumerate(zip(single, texts, strict=True)):
         _check_connected(index + 1, text)
-        visits.setdefault((pixel_digest(picture), text), []).append(index)
+        visits.setdefault((pixel_digest(image), text), []).append(index)
     most = max(visits.values(), key=len, default=[])
     if len(most) > MAX_REPEATS:
         raise ValueError(
-            f"image {most[0] + 1} comes {len(most)} times with the same text, and at most {MAX_REPEATS} are allowed: "
-            "was a year in its folder's name taken for a count? Rename that folder"
+            f"image {most[0] + 1} occurs {len(most)} times with the same text, and at most {MAX_REPEATS} are allowed: "
+            "if a year in its folder's name was read as a count, rename that folder"
         )
     digest = hashlib.sha256(repr([(pair, len(where)) for pair, where in visits.items()]).encode()).hexdigest()
 
     def write(folder: Path) -> None:
         for (_, text), where in visits.items():
-            _write_pair(folder, where, pictures[where[0]], text)
+            _write_pair(folder, where, single[where[0]], text)
 
     return store_dataset(f"dopsd-dataset-{digest[:16]}", write)
 
@@ -209,42 +212,42 @@ def _check_connected(number: int, text: str) -> None:
         raise ValueError(f"text {number} of those connected to Load Dataset cannot be used: {error}") from error
 
 
-def _write_pair(folder: Path, where: Sequence[int], picture: Image.Image, text: str) -> None:
+def _write_pair(folder: Path, where: Sequence[int], image: Image.Image, text: str) -> None:
     place = folder / f"{len(where)}_times" if len(where) > 1 else folder
     place.mkdir(exist_ok=True)
-    picture.save(place / f"image_{where[0] + 1:04d}.png", compress_level=1)
+    image.save(place / f"image_{where[0] + 1:04d}.png", compress_level=1)
     (place / f"image_{where[0] + 1:04d}.txt").write_bytes(text.encode())
 
 
 def draw_report(report: DatasetReport) -> Image.Image:
-    """Thumbnails with captions, an edit's sources beside its target, and the problems under them."""
+    """Thumbnails with captions, an edit's source images beside its target, and the problems below them."""
     items = [((*pair.source_images, pair.image_path), pair.captions[0]) for pair in report.pairs]
     problems = "\n".join(str(problem) for problem in (*report.errors, *report.warnings))
     return thumbnails(items, without_folder(problems, report))
 
 
 def refuse_errors(report: DatasetReport) -> None:
-    """Raises for errors; the first one comes first, because ComfyUI's page shows the first line alone.
+    """Stops if the report has errors. The first error is the first line, since ComfyUI's page shows only that.
 
     Raises:
-        ValueError: every error, if there is one.
+        ValueError: with every error.
     """
     if report.errors:
         more = len(report.errors) - 1
         others = f" (and {more} more error{'s' * (more > 1)}: see the node's text or the log)" if more else ""
         lines = [without_folder(str(error), report) for error in report.errors]
-        raise ValueError(printable("\n".join([lines[0] + others, *lines[1:], f"the data set is {report.source}"])))
+        raise ValueError(printable("\n".join([lines[0] + others, *lines[1:], f"the dataset is {report.source}"])))
 
 
 def without_folder(text: str, report: DatasetReport) -> str:
-    """File names relative to the data set: a node is narrow."""
+    """The text with file names relative to the dataset, since a node is narrow."""
     folder = report.source if report.source.is_dir() else report.source.parent
     whole, name = printable(str(folder)), printable(folder.name)
     return text.replace(f"{whole}{os.sep}", "").replace(f"{whole}:", f"{name}:")
 
 
 def shortened(text: str) -> str:
-    """The first lines of a report, and how many there are besides."""
+    """The first lines of a report, and how many lines are left out."""
     lines = text.splitlines()
     if len(lines) <= _SHOWN_LINES:
         return text
@@ -252,14 +255,14 @@ def shortened(text: str) -> str:
 
 
 def _progress() -> Callable[[int, int], None]:
-    """Moves the node's bar; stops here when the user has cancelled."""
+    """A callback (done, total) that moves the node's progress bar and stops when the user has cancelled."""
     bars: dict[int, Any] = {}
 
-    def told(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bars.setdefault(total, comfy.utils.ProgressBar(total)).update_absolute(done, total)
 
-    return told
+    return show
 
 
 def _first(value: Any) -> Any:

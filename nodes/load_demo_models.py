@@ -1,4 +1,4 @@
-"""The node that loads the demo model, which ComfyUI's own loaders cannot."""
+"""The node Load Demo Models: ComfyUI's own loaders do not recognise the demo model."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from .comfy_host.sockets import CATEGORY, VisionSocket
 
 
 class LoadDemoModels(io.ComfyNode):
+    """MODEL, CLIP, VAE and vision tower of the demo model."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_LoadDemoModels",
             display_name="Load Demo Models",
             category=CATEGORY,
-            description="A tiny model that comes with this pack, complete: Z-Image-Turbo's architecture in small, "
-            "64x64 pictures in 4 steps on any CPU. Try a training with it before loading a real one.",
+            description="A tiny, complete model that comes with this pack: a scaled-down version of Z-Image-Turbo that "
+            "draws 64x64 images in 4 steps on any CPU. Try a training with it before you load a real model.",
             search_aliases=["dopsd", "tiny model"],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="The few-step transformer. Draws 64x64 pictures in 4 steps at CFG 1."
+                    display_name="model", tooltip="The few-step transformer. Draws 64x64 images in 4 steps at CFG 1."
                 ),
                 io.Clip.Output(
-                    display_name="clip", tooltip="Its text encoder. It knows the words of the demo's captions only."
+                    display_name="clip", tooltip="Its text encoder. It only knows the words of the demo captions."
                 ),
-                io.Vae.Output(display_name="vae", tooltip="Its autoencoder, 8 pixels per latent."),
+                io.Vae.Output(display_name="vae", tooltip="Its autoencoder; one latent cell is 8x8 pixels."),
                 VisionSocket.Output(display_name="vision", tooltip="Its vision tower, for Build Teacher Condition."),
             ],
             hidden=[io.Hidden.prompt],
@@ -35,6 +38,7 @@ class LoadDemoModels(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls) -> io.NodeOutput:
+        """Loads all four from the files in this pack."""
         return io.NodeOutput(
             demo_models.load_model(), demo_models.load_clip(), demo_models.load_vae(), demo_models.load_vision()
         )

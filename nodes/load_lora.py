@@ -1,4 +1,4 @@
-"""The node that reads a LoRA file of any trainer, to train it further or to compare it."""
+"""The node Load LoRA (D-OPSD): reads a LoRA file of any trainer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .comfy_host.sockets import CATEGORY, TrainedLora
 
 
 def load_with_header(path: Path) -> tuple[TrainedLora, tuple[str, ...]]:
-    """A LoRA file with what its header says of it, and what of the header is not kept, one line each.
+    """A LoRA file with its header, and one line for each header entry that is not kept.
 
     Raises:
-        ValueError: it is not a safetensors file, or an adapter of another kind.
+        ValueError: it is not a safetensors file, or not a LoRA.
     """
     tensors = read_lora(path)
     with safe_open(path, "pt") as file:
@@ -30,16 +30,17 @@ def load_with_header(path: Path) -> tuple[TrainedLora, tuple[str, ...]]:
 
 
 class LoadLoRA(io.ComfyNode):
-    """A LoRA file as LORA_MODEL; ComfyUI's own loaders put it on a MODEL at once."""
+    """A LoRA file as LORA_MODEL; ComfyUI's own loaders apply it to a MODEL instead."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_LoadLoRA",
             display_name="Load LoRA (D-OPSD)",
             category=CATEGORY,
-            description="Reads a LoRA file to train it further, or to compare it. Any trainer's will do: D-OPSD, "
-            "ai-toolkit, musubi-tuner, diffusers, peft, ComfyUI's own.",
+            description="Reads a LoRA file, to continue training it or to compare it. Works with LoRAs of any trainer: "
+            "D-OPSD, ai-toolkit, musubi-tuner, diffusers, peft, ComfyUI's own.",
             search_aliases=["d-opsd", "continue training", "resume lora", "initial lora"],
             inputs=[
                 io.Combo.Input(
@@ -58,11 +59,13 @@ class LoadLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str) -> Any:
+        """Changes when the file is replaced, so that ComfyUI runs the node again."""
         return stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
     @checked
     def execute(cls, lora_name: str) -> io.NodeOutput:
+        """Reads the file and shows its size and trigger."""
         lora, notes = load_with_header(Path(folder_paths.get_full_path_or_raise("loras", lora_name)))
         trigger = trigger_of(lora.facts)
         lines = [f"{len(lora)} tensors", *([f"trigger: {trigger}"] if trigger else []), *notes]

@@ -1,4 +1,4 @@
-"""The node that loads the teacher's vision tower alone, which ComfyUI's own loaders cannot."""
+"""The node Load Teacher Vision: ComfyUI's own loaders cannot load a vision tower without its language model."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from .comfy_host.vision_file import load_teacher_vision, tower_files
 
 
 class LoadTeacherVision(io.ComfyNode):
+    """The vision tower of a Qwen3-VL-4B file."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_LoadTeacherVision",
             display_name="Load Teacher Vision",
             category=CATEGORY,
-            description="Qwen3-VL-4B's vision tower (0.8 GB), the eyes of the teacher. It reads pictures with the "
-            "Qwen3-4B that Load CLIP loads for Z-Image or FLUX.2-klein 4B; the file's own language model is left out.",
+            description="Loads the vision tower of Qwen3-VL-4B (0.8 GB), through which the teacher sees images. The "
+            "text is read by the Qwen3-4B that Load CLIP loads for Z-Image or FLUX.2-klein 4B; the language model in "
+            "this file is not loaded.",
             search_aliases=["dopsd", "qwen3-vl"],
             inputs=[
                 io.Combo.Input(
                     "vision_name",
                     options=folder_paths.get_filename_list("text_encoders"),
                     tooltip="A Qwen3-VL-4B file in models/text_encoders, plain or fp8-scaled, such as "
-                    "qwen3vl_4b_fp8_scaled.safetensors. Of Hugging Face's model in several files choose any.",
+                    "qwen3vl_4b_fp8_scaled.safetensors. If the model is split into several files, choose any of them.",
                 ),
             ],
             outputs=[
@@ -40,11 +44,13 @@ class LoadTeacherVision(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vision_name: str) -> Any:
+        """Changes when the file is replaced, so that ComfyUI runs the node again."""
         return [stamp_of(file) for file in tower_files(cls._path(vision_name))]
 
     @classmethod
     @checked
     def execute(cls, vision_name: str) -> io.NodeOutput:
+        """Loads the tower; nothing else of the file is read."""
         return io.NodeOutput(load_teacher_vision(cls._path(vision_name)))
 
     @staticmethod

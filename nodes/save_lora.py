@@ -1,4 +1,4 @@
-"""What comes after training: the file."""
+"""The node Save LoRA (D-OPSD)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ _PREFIX = "transformer."
 
 
 class SaveLoRA(io.ComfyNode):
-    """A LoRA as a file that ComfyUI and diffusers load at equal strength."""
+    """Writes a LoRA file that ComfyUI and diffusers load at the same strength."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_SaveLoRA",
             display_name="Save LoRA (D-OPSD)",
             category=CATEGORY,
-            description="Writes the LoRA to ComfyUI's output folder under names that ComfyUI's own LoRA loaders and "
-            "diffusers read at equal strength, with the facts of its training in the header.",
+            description="Writes the LoRA to ComfyUI's output folder. ComfyUI's own LoRA loaders and diffusers load it "
+            "at the same strength. The file's metadata says how it was trained.",
             search_aliases=["d-opsd", "export lora", "save lora"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
@@ -43,21 +44,21 @@ class SaveLoRA(io.ComfyNode):
                     "filename_prefix",
                     default="loras/dopsd",
                     optional=True,
-                    tooltip="Name below the output folder; a number is added. What is in output/loras shows up in the "
-                    "LoRA loaders (press R).",
+                    tooltip="File name below the output folder; a number is added. Files in output/loras are listed by "
+                    "the LoRA loaders (press R).",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
                     default="bf16",
                     optional=True,
-                    tooltip="bf16 is half as large and what models run in. fp32 keeps every bit, for further training.",
+                    tooltip="bf16: half the size, and what models run in. fp32: full precision, to train it further.",
                 ),
                 io.Boolean.Input(
                     "peft_folder",
                     default=False,
                     optional=True,
-                    tooltip="Also write a folder beside the file that PeftModel.from_pretrained reads. Needs peft.",
+                    tooltip="Also write a folder that PeftModel.from_pretrained can load. Needs the package peft.",
                 ),
             ],
             outputs=[io.String.Output(display_name="lora_path", tooltip="The file that was written.")],
@@ -65,6 +66,7 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        """True, or what is wrong with the file name."""
         try:
             if isinstance(filename_prefix, str):  # else it comes over a link
                 require_lora_name(filename_prefix)
@@ -75,41 +77,42 @@ class SaveLoRA(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, lora, filename_prefix, dtype, peft_folder) -> io.NodeOutput:
+        """Writes the file and shows its name, size and trigger."""
         path = lora_file_path(filename_prefix)
         write_lora(path, lora, DTYPES[dtype])
-        text = f"{shown(path)}\n{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"
+        lines = [shown(path), f"{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"]
         if trigger := trigger_of(getattr(lora, "facts", {})):
-            text += f"\ntrigger: {trigger}"
+            lines.append(f"trigger: {trigger}")
         if peft_folder:
             folder = path.with_name(f"{path.stem}peft")
             write_peft(folder, lora, DTYPES[dtype])
-            text += f"\n{shown(folder)}/"
-        send_text(cls, text)
+            lines.append(f"{shown(folder)}/")
+        send_text(cls, "\n".join(lines))
         return io.NodeOutput(str(path))
 
 
 def write_lora(path: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """The tensors under their own names, with what is known of them in the header.
+    """Writes the tensors, such as lora_A [rank, in] and lora_B [out, rank], with their metadata in the header.
 
     Raises:
-        ValueError: there are none, or one is not finite.
+        ValueError: there are no tensors, or one is not finite.
     """
     header = header_for(path.stem.strip("_"), lora, getattr(lora, "facts", {}))
     save_lora(path, lora, _folded_config(1), prefix="", metadata=header, dtype=dtype)
 
 
 def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """The same weights as a peft folder.
+    """Writes the same weights as a peft folder.
 
     Raises:
-        ValueError: the LoRA has no diffusers names or no single rank.
+        ValueError: the LoRA does not have diffusers names, or its layers have different ranks.
         ImportError: peft is not installed.
     """
     bare = {key.removeprefix(_PREFIX): tensor for key, tensor in lora.items()}
     ranks = {tensor.shape[0] for key, tensor in bare.items() if key.endswith(".lora_A.weight")}
     named = all(key.startswith(_PREFIX) and ".lora_" in key for key in lora)
     if not named or len(ranks) != 1:
-        raise ValueError("a peft folder needs a LoRA of D-OPSD Train LoRA; switch peft_folder off for this one")
+        raise ValueError("a peft folder needs a LoRA from D-OPSD Train LoRA: switch peft_folder off")
     save_peft(
         folder,
         bare,
@@ -120,5 +123,5 @@ def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> 
 
 
 def _folded_config(rank: int) -> Lora:
-    """Scale 1: alpha is in the tensors already."""
+    """With scale 1, since alpha is already folded into the tensors."""
     return Lora(rank=rank, alpha=rank, targets=("*",))

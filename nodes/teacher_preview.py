@@ -1,4 +1,4 @@
-"""The node that lets the user look at the teacher before training."""
+"""The node Teacher Preview: what the teacher draws, before any training."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from .comfy_host.denoiser import ComfyDenoiser, default_steps, send_text
 from .comfy_host.distilled import warn_if_undistilled
 from .comfy_host.fits import require_trainable
 from .comfy_host.model_patches import require_own_sampling, unused_patches
-from .comfy_host.previews import Painter, teacher_sheet
+from .comfy_host.previews import PreviewPainter, teacher_sheet
 from .comfy_host.sockets import CATEGORY, ConditionsSocket
 
 
 class TeacherPreview(io.ComfyNode):
-    """Target, teacher and student of the untouched model, side by side."""
+    """Target, teacher and student of the untrained model, side by side."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_TeacherPreview",
             display_name="Teacher Preview",
             category=CATEGORY,
-            description="Draws what the TEACHER would draw, before any training: the untouched model that reads the "
-            "caption and sees the picture. The student becomes as good as its teacher and no better: look here first.",
+            description="Draws what the TEACHER draws, before any training: the untrained model that reads the caption "
+            "and sees the image. The student can only become as good as its teacher, so look here first.",
             search_aliases=["d-opsd", "teacher", "preview"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The step-distilled model that will be trained."),
                 ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
-                io.Vae.Input("vae", tooltip="The model's own VAE, to decode the pictures."),
+                io.Vae.Input("vae", tooltip="The model's own VAE, to decode the images."),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -38,7 +39,7 @@ class TeacherPreview(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     optional=True,
-                    tooltip="Noise of the pictures; all rows share it.",
+                    tooltip="Noise of the images; all rows share it.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -46,19 +47,23 @@ class TeacherPreview(io.ComfyNode):
                     min=0,
                     max=64,
                     optional=True,
-                    tooltip="Sampling steps; 0 takes what the model was made for.",
+                    tooltip="Sampling steps; 0: the number that the model was distilled for.",
                 ),
                 io.Int.Input(
                     "pictures",
+                    display_name="images",
                     default=4,
                     min=1,
                     max=16,
                     optional=True,
-                    tooltip="How many of the training pictures to look at.",
+                    tooltip="How many of the training images to show.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The sheet: target, teacher and student per column.")
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="The preview sheet: one column per image with target, teacher and student.",
+                )
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -66,11 +71,12 @@ class TeacherPreview(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
+        """Draws the sheet; `pictures` is the number of images, under the id of earlier releases."""
         require_trainable(model, conditions, vae)
         require_own_sampling(model)
-        painter = Painter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
+        painter = PreviewPainter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
         image = to_pixels(teacher_sheet(painter, conditions, pictures))
         notes = [warn_if_undistilled(model), *conditions.notes, *unused_patches(model)]
-        notes.append("the student becomes as good as the teacher row, and no better")
+        notes.append("the student can only become as good as the teacher row")
         send_text(cls, "\n".join(filter(None, notes)))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

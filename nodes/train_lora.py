@@ -21,17 +21,18 @@ from .comfy_host.training import Wanted, losses, run_training, trained_lora
 
 
 class TrainLoRA(io.ComfyNode):
-    """Teaches the model a concept by on-policy self-distillation."""
+    """Trains a LoRA by on-policy self-distillation."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_TrainLoRA",
             display_name="D-OPSD Train LoRA",
             category=CATEGORY,
-            description="Teaches a step-distilled model a concept and keeps its few steps (D-OPSD, arXiv 2605.05204): "
-            "the model takes its own few steps and is pulled to what it would do if it saw the image. Cancel at any "
-            "time: the next run with the same settings resumes. The MODEL is left as it was.",
+            description="Trains a LoRA that teaches a step-distilled model a concept and keeps its few steps (D-OPSD, "
+            "arXiv 2605.05204): the model takes its own few steps and is pulled towards what it would do if it saw "
+            "the image. Cancel at any time: the next run with the same settings resumes. The MODEL is not changed.",
             search_aliases=["d-opsd", "train lora", "self-distillation", "fine-tune"],
             is_output_node=True,
             inputs=_inputs(),
@@ -43,15 +44,16 @@ class TrainLoRA(io.ComfyNode):
                 io.LossMap.Output(display_name="loss", tooltip="Loss of each step, for Plot Loss Graph."),
                 io.String.Output(
                     display_name="run_folder",
-                    tooltip="Where the run lives: settings, log, checkpoints, previews and the LoRA.",
+                    tooltip="The folder of the run: settings, log, checkpoints, previews and the LoRA.",
                 ),
-                io.Image.Output(display_name="previews", tooltip="The preview sheets in the order of their steps."),
+                io.Image.Output(display_name="previews", tooltip="All preview sheets, in the order of their steps."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
+        """True, or what is wrong with the name."""
         try:
             if isinstance(run_name, str):  # else it comes over a link
                 run_folder(run_name)
@@ -64,6 +66,7 @@ class TrainLoRA(io.ComfyNode):
     def execute(
         cls, model, conditions, run_name, preset, memory, vae=None, initial_lora=None, settings=None, **widgets
     ) -> io.NodeOutput:
+        """Trains or resumes; `widgets` are the other inputs by id."""
         require_trainable(model, conditions, vae)
         require_own_sampling(model)
         chosen = chosen_settings(preset, settings, widgets, conditions)
@@ -75,10 +78,10 @@ class TrainLoRA(io.ComfyNode):
 def chosen_settings(
     preset: str, settings: TrainingSettings | None, widgets: Mapping[str, Any], conditions: Conditions
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """(preset, options that differ from it, notes on what is not used), of the node's widgets and Training Settings.
+    """(preset, options that differ from it, notes on what is not used), from the node's widgets and Training Settings.
 
     Raises:
-        ValueError: Training Settings was filled in for another model family.
+        ValueError: Training Settings is for another model family.
     """
     chosen = former_choices(widgets)
     own = {name: widgets[name] for name in ("seed", "preview_every")} | {"caption_dropout": conditions.caption_dropout}
@@ -99,8 +102,35 @@ def chosen_settings(
 
 def _inputs() -> list[Any]:
     return [
+        *_first_inputs(),
+        *former_inputs(BEFORE_MEMORY),
+        io.Combo.Input(
+            "memory",
+            options=list(MEMORY_CHOICES),
+            default=MEMORY_CHOICES[0],
+            optional=True,
+            tooltip="VRAM to fit into; auto goes by your GPU. What does not fit uses gradient checkpointing or is "
+            "streamed from RAM: slower, same result. From 16 GB down the teacher is frozen, from 12 GB down fewer "
+            "steps are learned from; the node reports it.",
+        ),
+        io.Vae.Input("vae", optional=True, tooltip="The model's own VAE, for preview images; not needed for training."),
+        io.LoraModel.Input(
+            "initial_lora",
+            optional=True,
+            tooltip="A LoRA of any trainer to continue training, from Load LoRA (D-OPSD). Its rank may be at most the "
+            "run's. A different one starts a new run.",
+        ),
+        *former_inputs(AFTER_INITIAL_LORA),
+        SettingsSocket.Input(
+            "settings", optional=True, tooltip="From Training Settings: every other option. Replaces the preset."
+        ),
+    ]
+
+
+def _first_inputs() -> list[Any]:
+    return [
         io.Model.Input(
-            "model", tooltip="The step-distilled model to teach: Z-Image-Turbo, FLUX.2-klein or the demo model."
+            "model", tooltip="The step-distilled model to train: Z-Image-Turbo, FLUX.2-klein or the demo model."
         ),
         ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
         io.String.Input(
@@ -114,8 +144,8 @@ def _inputs() -> list[Any]:
             options=list(PRESETS),
             default="standard",
             optional=True,
-            tooltip="Settings that fit together. standard: for most concepts. quick look: is it going anywhere? "
-            "paper: the authors' settings, slow. demo model: for the embedded model only.",
+            tooltip="Settings that fit together. standard: for most concepts. quick look: a short first try. "
+            "paper: the authors' settings, slow. demo model: for Load Demo Models only.",
             extra_dict={"dopsd_steps": preset_steps()},
         ),
         io.Int.Input(
@@ -131,11 +161,11 @@ def _inputs() -> list[Any]:
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
-            # by the input's name the page would draw another seed after each run, and no run would ever be resumed
+            # for an input of this name the page would change the seed after each run, and no run would ever be resumed
             control_after_generate=False,
             optional=True,
-            tooltip="Decides the LoRA's initial weights, the order of the images and all noise. Another seed is "
-            "another run.",
+            tooltip="Decides the LoRA's initial weights, the order of the images and all noise. A different "
+            "seed starts a new run.",
         ),
         io.Int.Input(
             "preview_every",
@@ -144,26 +174,5 @@ def _inputs() -> list[Any]:
             max=10_000,
             optional=True,
             tooltip="Steps between preview images, which need the VAE; 0 for none.",
-        ),
-        *former_inputs(BEFORE_MEMORY),
-        io.Combo.Input(
-            "memory",
-            options=list(MEMORY_CHOICES),
-            default=MEMORY_CHOICES[0],
-            optional=True,
-            tooltip="VRAM to fit into; auto goes by your GPU. What does not fit uses gradient checkpointing or is "
-            "streamed from RAM: slower, same result. From 16 GB down the teacher is frozen, from 12 GB down fewer "
-            "steps are learned from; the node reports it.",
-        ),
-        io.Vae.Input("vae", optional=True, tooltip="The model's own VAE, for preview images; not needed for training."),
-        io.LoraModel.Input(
-            "initial_lora",
-            optional=True,
-            tooltip="A LoRA of any trainer to continue from, by Load LoRA (D-OPSD). Its rank may be at most the run's. "
-            "Another one is another run.",
-        ),
-        *former_inputs(AFTER_INITIAL_LORA),
-        SettingsSocket.Input(
-            "settings", optional=True, tooltip="From Training Settings: every other option. Replaces the preset."
         ),
     ]

@@ -10,16 +10,17 @@ from .comfy_host.sockets import CATEGORY, SettingsSocket
 
 
 class TrainingSettings(io.ComfyNode):
-    """Every option of a training at its real value."""
+    """Every training option at its real value."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="DOPSD_TrainingSettings",
             display_name="Training Settings",
             category=CATEGORY,
-            description="Every option of D-OPSD Train LoRA that it does not show itself, at its real value. A preset "
-            "fills them in; what you change afterwards is named on the training node.",
+            description="All training options that D-OPSD Train LoRA does not show, at their real values. Choosing a "
+            "preset fills them in; the training node lists what you change afterwards.",
             search_aliases=["d-opsd", "learning rate", "rank", "optimizer", "advanced"],
             inputs=settings_inputs(),
             outputs=[SettingsSocket.Output(display_name="settings", tooltip="For D-OPSD Train LoRA.")],
@@ -28,4 +29,5 @@ class TrainingSettings(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model_family, preset, **widgets) -> io.NodeOutput:
+        """The settings that the widgets show; `widgets` are the options by id."""
         return io.NodeOutput(settings_from(model_family, preset, widgets))

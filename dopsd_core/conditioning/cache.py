@@ -70,7 +70,8 @@ class ConditionCache:
             with torch.inference_mode(False):  # ordinary tensors, even if the caller is in inference mode
                 return _parse_entry(data, key)
         except Exception as error:  # a damaged file can fail in any way inside the parser
-            self._warn("cached condition %s is damaged or stale (%s); it and others like it are computed again", path, error)
+            message = "cached condition %s is damaged or stale (%s); it and others like it are computed again"
+            self._warn(message, path, error)
             return None
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """LoRAs that ComfyUI computes beside a Linear instead of merging them into its weight (Load LoRA (Bypass)).
 
-They are functions put over `forward`: out = g(f(x) + h(x)), f the Linear, h and g of the adapter, all of them affine.
-So the gradient of x does not depend on x, and is had by running h and g alone.
+They replace `forward`: out = g(f(x) + h(x)) with the Linear f and the adapter's h and g, all of them affine. So the
+gradient of x does not depend on x, and it can be computed by running h and g alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Hook = Any
 
 
 def bypass_hooks(module: nn.Module) -> list[Hook]:
-    """Those over the module's forward, the outermost first; none where anything else lies over it too."""
+    """The bypass hooks on the module's forward, outermost first; none if anything else wraps it too."""
     hooks: list[Hook] = []
     forward: Any = module.__dict__.get("forward")
     hook: Any = getattr(forward, "__self__", None)
@@ -36,7 +36,7 @@ def bypass_hooks(module: nn.Module) -> list[Hook]:
 
 
 def through_hooks(site: LinearSite, hooks: Sequence[Hook]) -> LinearSite:
-    """The site of the Linear with its hooks, for the site of the Linear alone."""
+    """The site of the Linear with its hooks, made from that of the Linear alone; x [..., in], gradient [..., out]."""
 
     def nothing(x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], site.out_features)
@@ -60,10 +60,10 @@ def through_hooks(site: LinearSite, hooks: Sequence[Hook]) -> LinearSite:
 
 @contextmanager
 def kept_injected(patcher: Any) -> Iterator[None]:
-    """Inside the `with`, ComfyUI leaves what the patcher has injected where it is.
+    """Inside the `with`, ComfyUI keeps the patcher's hooks in place.
 
-    Whenever it loads a model it takes its hooks out and puts them in again, and would take out the adapters that
-    training has put over them.
+    Otherwise it removes and re-adds its hooks whenever it loads a model, which would remove the adapters that training
+    has added on top of them.
     """
     injections, is_injected = patcher.injections, patcher.is_injected
     patcher.injections, patcher.is_injected = {}, False
@@ -84,7 +84,7 @@ def _over(hook: Hook, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _thawed(adapter: Any) -> Iterator[None]:
-    """The adapter's tensors as ones that autograd can save."""
+    """Inside the `with`, the adapter's tensors can be saved by autograd."""
     before = getattr(adapter, "weights", None)
     if not isinstance(before, (tuple, list)):
         yield

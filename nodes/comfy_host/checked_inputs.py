@@ -1,7 +1,7 @@
-"""A node's inputs as its `execute` gets them: whole and within bounds, whoever sent them.
+"""Checks a node's inputs when it runs: complete and within bounds, wherever they come from.
 
-ComfyUI checks constants before a run, but nothing that comes over a link; and a graph saved before an input existed
-lacks it. So what is missing takes the default of the schema here, and the rest is checked once more.
+ComfyUI checks constants before a run, but no value that comes over a link, and an older graph lacks newer inputs. So a
+missing input gets its default from the schema here, and all others are checked again.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
 class InputError(ValueError):
-    """An input cannot be used; the message names each that is wrong."""
+    """Inputs are invalid; the message names each of them."""
 
 
 def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    """`execute` of a node of ours, given only inputs that its schema and `validate_inputs` allow.
+    """Decorates `execute` of our nodes, which then only gets inputs that its schema and `validate_inputs` allow.
 
     Raises (when called):
         LeftOutError: another node of ours in the graph is invalid and was dropped.
-        InputError: an input is of the wrong type, out of bounds or none of the choices.
+        InputError: an input has the wrong type, is out of bounds or is not one of the choices.
     """
     names = list(inspect.signature(execute).parameters)[1:]
 
@@ -42,10 +42,10 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
 
 
 def completed(node: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with the defaults of what is missing.
+    """`given`, with defaults for missing inputs.
 
     Raises:
-        InputError: with everything wrong, one sentence for each input.
+        InputError: with one sentence for each invalid input.
     """
     schema, own = node.define_schema(), _checked_by_the_node(node)
     whole, problems = dict(given), []

@@ -1,7 +1,7 @@
-"""The demo model as ComfyUI objects: MODEL, CLIP, VAE and the teacher's vision, from the weights in the repository.
+"""The demo model as ComfyUI objects: MODEL, CLIP, VAE and vision tower, from the weights in the repository.
 
-They are ComfyUI's own classes at the demo's sizes, which its loaders do not recognise by themselves, so every stock
-node works on them. All compute in fp32, as the standalone host does.
+They are ComfyUI's own classes at the demo's sizes, which its loaders do not recognise, so every stock node works with
+them. All compute in fp32, as the standalone host does.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .denoiser import STEPS_OPTION
 from .vision import TeacherVision, VisionSpec, new_vision
 
 DTYPE = torch.float32
-VOCABULARY = 151936  # the real tokenizer's; words that the demo has never seen have zero embeddings
+VOCABULARY = 151936  # the real tokenizer's; words outside the demo captions have zero embeddings
 
 
 # -- MODEL ------------------------------------------------------------------------------------------------------------
 
 
 def load_model() -> comfy.model_patcher.ModelPatcher:
-    """The distilled transformer as MODEL, with the steps it was distilled for."""
+    """The distilled transformer as MODEL, with the number of steps that it was distilled for."""
     patcher = _model_patcher(str(demo.WEIGHTS / demo.MODEL_FILE))
     patcher.model_options[STEPS_OPTION] = demo.SAMPLE_STEPS
     return patcher
@@ -74,16 +74,19 @@ def _model_patcher(path: str, disable_dynamic: bool = False) -> comfy.model_patc
 
 
 class DemoConfig(llama.Qwen3VL_4BConfig):
+    """Qwen3-VL's configuration with the demo's head size."""
+
     head_dim = demo.HEAD_DIM
     rope_dims = demo.ROPE_SECTION
 
 
 def language_config(sizes: dict[str, Any]) -> DemoConfig:
+    """The configuration of the demo's language model; `sizes` as in its weight file's header."""
     return DemoConfig(**sizes, vocab_size=VOCABULARY, rope_theta=demo.ROPE_THETA)
 
 
 class DemoLanguageModel(llama.Qwen3_4B):
-    """Qwen3 with the demo's head size, which is no field of ComfyUI's config."""
+    """Qwen3 with the demo's head size, which is not a field of ComfyUI's config."""
 
     def __init__(self, config_dict: dict[str, Any], dtype: torch.dtype, device: Any, operations: Any) -> None:
         nn.Module.__init__(self)
@@ -132,7 +135,7 @@ def _clip_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPat
 
 
 def load_vision() -> TeacherVision:
-    """The vision tower out of the same file."""
+    """The vision tower from the same file."""
     tower, pixels = {**demo.VISION_SIZES, "in_channels": 3}, demo.VISION_PIXELS
     spec = VisionSpec("the demo's encoder", tower, language_config(demo.TEXT_SIZES), pixels, pixels)
     state = _part(demo.read_weights(demo.WEIGHTS / demo.TEXT_ENCODER_FILE), "model.visual.", "")
@@ -147,7 +150,7 @@ def _part(state: dict[str, Tensor], prefix: str, new_prefix: str) -> dict[str, T
 
 
 class DemoLatents(nn.Module):
-    """The demo's autoencoder, its N(0, 1) latents given the scale and shift that ComfyUI takes off Z-Image's."""
+    """The demo's autoencoder, whose N(0, 1) latents get the scale and shift that ComfyUI removes from Z-Image's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,19 +158,20 @@ class DemoLatents(nn.Module):
         self.network = demo.load_vae(demo.WEIGHTS / demo.VAE_FILE, conv).requires_grad_(False)
         self._format = comfy.latent_formats.Flux()
 
-    def encode(self, picture: Tensor) -> Tensor:
-        return self._format.process_out(self.network.encode(picture))
+    def encode(self, image: Tensor) -> Tensor:
+        """image [B, 3, H, W] in [-1, 1] -> latent [B, 16, H / 8, W / 8]."""
+        return self._format.process_out(self.network.encode(image))
 
     def decode(self, latent: Tensor) -> Tensor:
+        """latent [B, 16, h, w] -> image [B, 3, 8 h, 8 w] in [-1, 1]."""
         return self.network.decode(self._format.process_in(latent))
 
 
 def load_vae() -> comfy.sd.VAE:
     """The autoencoder as VAE.
 
-    `comfy.sd.VAE` makes only networks that it recognises by their tensor names. So it is given a small one of the
-    same geometry (TAESD: 16 channels, 8 pixels per latent), sets its three dozen attributes for that by itself, and
-    then has the network exchanged.
+    `comfy.sd.VAE` only builds networks whose tensor names it recognises. So it gets a small one of the same geometry
+    (TAESD: 16 channels, 8 pixels per latent), sets its attributes for that one, and then the network is replaced.
     """
     stand_in = comfy.taesd.taesd.TAESD(latent_channels=16).state_dict()
     vae = comfy.sd.VAE(sd=stand_in, dtype=DTYPE)
@@ -182,4 +186,4 @@ def load_vae() -> comfy.sd.VAE:
 
 
 def _vae_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_vae().patcher  # as ComfyUI's own factory for a VAE, which takes no notice of the flag either
+    return load_vae().patcher  # like ComfyUI's own factory for a VAE, which ignores the flag too

@@ -1,8 +1,8 @@
 """The host inside ComfyUI: a MODEL as the core's Denoiser.
 
-The user's weights serve as the loader node put them there: inference tensors, fp8, offloaded, patched. Nothing is
-copied, converted or re-read. What is put over the network for training lies in instance attributes and is taken off
-again whatever happens.
+The user's weights are used as the loader node loaded them: inference tensors, fp8, offloaded, patched. Nothing is
+copied, converted or read again. What training adds to the network are instance attributes, which are always removed
+again.
 
 Legend: B batch, C latent channels, h w latent size, L tokens, D features; `sigma` as in the core, 1 = noise.
 """
@@ -29,11 +29,11 @@ from .gradients import norms_on_clones, plain_attention, thawed_small_parameters
 from .linears import linear_sites, require_adjoints
 
 STEPS_OPTION = "dopsd_steps"
-"""Key of a MODEL's options: the steps it was distilled for, where they are not the family's."""
+"""Key in a MODEL's options: the steps it was distilled for, if not the family's."""
 
 
 def default_steps(model: Any) -> int:
-    """Sampling steps that the MODEL was distilled for."""
+    """The number of sampling steps that the MODEL was distilled for."""
     return model.model_options.get(STEPS_OPTION) or family_of(model).sample_steps
 
 
@@ -44,7 +44,7 @@ def send_text(cls: Any, text: str) -> None:
 
 
 def base_name(model: Any) -> str:
-    """The file that a loader node took the MODEL from, or "" where the loader does not tell."""
+    """The name of the file that a loader node loaded the MODEL from, or "" if the loader does not record it."""
     made_by = getattr(model, "cached_patcher_init", None)
     first = made_by[1][0] if made_by and made_by[1] else ""
     return str(first).replace("\\", "/").rpartition("/")[2] if isinstance(first, str) else ""
@@ -64,22 +64,22 @@ class ComfyDenoiser:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights in the form in which they were loaded."""
+        """Size of the weights as they were loaded."""
         return int(self._patcher.model_size())
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether ComfyUI's dynamic VRAM decides, use by use, which weights are on the device."""
+        """Whether ComfyUI's dynamic VRAM decides which weights are on the device at each use."""
         return self._patcher.is_dynamic()
 
     def patched_in_8_bits(self) -> int:
-        """How many of the weights that LoRAs or other patches on the MODEL change are held in 8 bits or fewer."""
+        """The number of weights of 8 bits or fewer that LoRAs or other patches on the MODEL change."""
         weights = (comfy.utils.get_attr(self._patcher.model, key) for key in self._patcher.patches)
         return sum(isinstance(w, QuantizedTensor) or (w.is_floating_point() and w.itemsize < 2) for w in weights)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations are in. A node may have set it on the MODEL, which takes effect when that is loaded."""
+        """The dtype of activations. A node may set it on the MODEL; that takes effect when the MODEL is loaded."""
         return self._patcher.get_model_object("manual_cast_dtype") or self._patcher.model.get_dtype()
 
     @property
@@ -87,16 +87,16 @@ class ComfyDenoiser:
         return self._patcher.model.diffusion_model
 
     def sites(self) -> Sequence[LinearSite]:
-        """Every Linear, plain, cast or quantised, its LoRA parts under diffusers' names."""
+        """Every Linear (plain, cast or quantised), with its LoRA parts under diffusers' names."""
         return linear_sites(self._network, self.family)
 
     def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks of the network, in its order."""
+        """The transformer blocks of the network, in the order of the forward."""
         network: Any = self._network
         return [block for name in in_comfyui(self.family).blocks for block in getattr(network, name)]
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
-        """x [B, C, h, w] fp32 in model space -> x0_hat, same shape. Stops here when the user has cancelled.
+        """x [B, C, h, w] fp32 in model space -> x0_hat, same shape. Raises InterruptProcessingException when cancelled.
 
         Conditions of one length go through the network together. Z-Image has no text mask, so padding to a common
         length would change the result.
@@ -132,17 +132,16 @@ class ComfyDenoiser:
         return model.apply_model(x, sigmas, transformer_options=options, **inputs).float()
 
     def to_vae_space(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] of the model's space -> what ComfyUI's VAE decodes."""
+        """latents [B, C, h, w] in model space -> latents of the same shape for ComfyUI's VAE."""
         return self._patcher.model.process_latent_out(latents)
 
     # -- in memory, and ready for gradients ---------------------------------------------------------------------------
 
     def load(self, shape: Sequence[int], reserve: int = 0) -> None:
-        """Has ComfyUI bring the weights to the device, with room for samples of `shape` [B, C, h, w].
+        """Loads the weights to the device, with room for samples of `shape` [B, C, h, w].
 
-        Where that, or `reserve` bytes if it is more, does not stay free, part of the weights stays in RAM.
-        Called again after anything else was loaded. In inference mode, as ComfyUI itself does it: weights that were
-        made in it can only be moved in it.
+        If that, or `reserve` bytes if more, does not stay free, part of the weights stays in RAM. Call it again after
+        another model was loaded. It runs in inference mode, since weights created in that mode can only be moved in it.
         """
         with torch.inference_mode():
             needed = max(self._patcher.memory_required(list(shape)), reserve)
@@ -150,24 +149,24 @@ class ComfyDenoiser:
 
     @contextmanager
     def loaded(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
-        """On the device inside the `with`."""
+        """The weights are on the device inside the `with`; arguments as in `load`."""
         self.load(shape, reserve)
         try:
             with torch.inference_mode():
                 self._patcher.pre_run()
             yield self
         finally:
-            with torch.inference_mode():  # hooks give weights back, which may be inference tensors
+            with torch.inference_mode():  # hooks restore weights, which may be inference tensors
                 self._patcher.cleanup()
 
     @contextmanager
     def trainable(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
-        """On the device and open to gradients inside the `with`; as it was after it, whatever happens.
+        """On the device and ready for gradients inside the `with`; always restored afterwards. Arguments as in `load`.
 
-        `in_training` takes RoPE off the kernels that have no backward.
+        ComfyUI's `in_training` makes RoPE avoid kernels that have no backward.
 
         Raises:
-            UnknownLayer: a layer of another pack has a forward that its weight does not explain.
+            UnknownLayer: the forward of another pack's layer is not x @ W.T + b of its weight.
         """
         before = comfy.model_management.in_training
         overwritten = in_comfyui(self.family).overwritten

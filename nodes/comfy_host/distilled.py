@@ -1,8 +1,8 @@
-"""Distilled or not: D-OPSD trains the few steps that a checkpoint was distilled for, but any checkpoint loads.
+"""Warns about undistilled checkpoints: D-OPSD trains the few steps of a distilled one, but any checkpoint loads.
 
-Z-Image and Z-Image-Turbo have one architecture, so only hints tell them apart: the file's name, and a mark that
-ComfyUI's own detection leaves. It allows fp16 only where the second to last block's norm weights are small, as
-Turbo's are and the base model's are not (Comfy-Org/ComfyUI pull request 12065, issue 12176).
+Z-Image and Z-Image-Turbo have the same architecture, so only hints distinguish them: the file's name, and a flag of
+ComfyUI's own detection. It allows fp16 only if the norm weights of the second to last block are small, as they are in
+Turbo and not in the base model (Comfy-Org/ComfyUI pull request 12065, issue 12176).
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _BASE = re.compile(
 
 
 def warn_if_undistilled(model: Any) -> str | None:
-    """One sentence for the user if the MODEL looks undistilled; None if not, or if nothing tells."""
+    """One sentence for the user if the MODEL looks undistilled; None if not, or if there is no hint."""
     family, name = family_of(model), base_name(model)
     if (reason := _reason(name.lower(), family is Z_IMAGE, model)) is None:
         return None
     return (
         f"{name or 'this model'} looks like an undistilled checkpoint ({reason}): D-OPSD needs one that was distilled "
-        f"for few steps, such as {in_comfyui(family).distilled}; another draws nothing usable in so few, and learns "
-        "from that"
+        f"for few steps, such as {in_comfyui(family).distilled}; any other draws nothing usable in so few steps, and "
+        "would learn from that"
     )
 
 
 def _reason(name: str, is_z_image: bool, model: Any) -> str | None:
     if _DE_DISTILLED.search(name):
-        return "by its name the distillation was taken out"
+        return "by its name, the distillation was removed"
     if _DISTILLED.search(name):
         return None
     if _BASE.search(name) and (is_z_image or "base" in name):

@@ -1,4 +1,4 @@
-"""CLIP, VAE and the teacher's vision tower as the core's Encoder."""
+"""CLIP, VAE and vision tower as the core's Encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _EMBEDDING = "embedding:"
 
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> TeacherView:
-    """The teacher that `mode` means for the encoder's family, with the user's sentence; `edits`: the data has sources.
+    """The teacher that `mode` selects for the encoder's family, with the user's sentence.
+
+    Args:
+        edits: whether the dataset has source images.
+        others: whether the teacher sees other images than the one being trained.
 
     Raises:
         ValueError: there is no such teacher, or it needs a vision tower and none is connected.
@@ -32,16 +36,16 @@ def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, ot
 
 
 class ComfyEncoder:
-    """Encodes captions, images with captions, and images. Models come to the device when they are called.
+    """Encodes captions, images with captions, and images; each model is loaded to the device when it is called.
 
-    They are called in inference mode, as ComfyUI's own nodes call them: weights that were made in it must only be moved
-    in it, or every later use of them fails. What is handed on are ordinary tensors on the CPU.
+    They run in inference mode, as in ComfyUI's own nodes: weights created in it must only be moved in it, or later uses
+    of them fail. The results are ordinary tensors on the CPU.
 
     Attributes:
         notes: for the user, one line each.
 
     Raises:
-        ValueError: CLIP and VAE are not of one family of ours.
+        ValueError: CLIP and VAE do not belong to the same supported family.
     """
 
     def __init__(self, clip: Any, vae: Any, vision: TeacherVision | None) -> None:
@@ -55,11 +59,11 @@ class ComfyEncoder:
 
     @property
     def identity(self) -> str:
-        """Other for another family, and for whatever else CLIP, VAE and vision tower would encode otherwise with."""
+        """Changes with the family and with everything that changes what CLIP, VAE and vision tower compute."""
         return self._identity
 
     def identity_for(self, caption: str) -> str:
-        """`identity`, with the contents of the embeddings that the caption names, which ComfyUI reads from files."""
+        """`identity`, with the contents of the embedding files that the caption names."""
         if _EMBEDDING not in caption:
             return self._identity
         return f"{self._identity}/{identity_of(self._clip.tokenize(caption)).digest}"
@@ -68,25 +72,26 @@ class ComfyEncoder:
         """The vision tower.
 
         Raises:
-            ValueError: none is connected, or not the one that goes with the CLIP.
+            ValueError: none is connected, or it does not belong to the CLIP.
         """
         if self._vision is None:
             raise ValueError(
-                "the teacher needs eyes: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models"
+                "the teacher needs a vision tower: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or "
+                "Load Demo Models"
             )
         text_encoder(self._clip, self._vision)
         return self._vision
 
     @torch.inference_mode()
     def encode_text(self, caption: str) -> Condition:
-        """What Clip Text Encode gives for the caption."""
+        """The condition that CLIP Text Encode gives for the caption; features [L, D]."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         encoded = self._clip.encode_from_tokens(self._clip.tokenize(caption), return_dict=True)
         return Condition(plain_cpu(encoded["cond"][0]))
 
     @torch.inference_mode()
     def encode_image_text(self, image: Tensor, caption: str) -> Condition:
-        """image [3, H, W] in [0, 1] and caption, read together; of a caption that is too long, its beginning."""
+        """The teacher's condition for image [3, H, W] in [0, 1] and caption, features [L, D]; a long caption is cut."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         return Condition(plain_cpu(encode_image_text(self._clip, self.require_vision(), caption, image)))
 
@@ -110,9 +115,9 @@ class ComfyEncoder:
     # -- lengths ------------------------------------------------------------------------------------------------------
 
     def count_text(self, caption: str, seen: int | None = None) -> int:
-        """Tokens of the caption in the CLIP's template, padding aside; seen: those of an image that is read with it."""
+        """Tokens of the caption in the CLIP's template, without padding; seen: tokens of an image read with it."""
         return count_tokens(self._clip, caption, seen)
 
     def count_image(self, width: int, height: int) -> int:
-        """Tokens of an image of that size to the vision tower."""
+        """Tokens of the vision tower for an image of this size in pixels."""
         return image_tokens(self.require_vision(), width, height)

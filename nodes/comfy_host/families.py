@@ -1,6 +1,6 @@
-"""How ComfyUI knows the model families: its classes, its names inside their networks, its templates' sampler.
+"""What ComfyUI calls the model families: its classes, names inside their networks, its templates' sampler.
 
-What a family is to training stands in `dopsd_core/families`; a new one needs an entry here besides.
+What training needs of a family is in `dopsd_core/families`; a new family also needs an entry here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,22 @@ from ...dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
 
 @dataclass(frozen=True, kw_only=True)
 class ComfyFamily:
-    """model: class of the MODEL's configuration. tokenizer: class of the CLIP's. clip_files: the text encoder's files
-    and the type to load them with. vae_file: the VAE's. text_width: the entry of the MODEL's configuration that has the
-    width of its text features. text_encoders: the file that gives each width. text_tokens: of a prompt, template and
-    all, that the model was made for; ComfyUI reads longer ones too. blocks: the network's lists of transformer blocks,
-    in the order of the calls. overwritten: norms whose input the network writes into afterwards. sampler: that of
-    ComfyUI's own templates (training is always Euler). distilled: names of the checkpoints that were distilled for few
-    steps."""
+    """A model family in ComfyUI.
+
+    Attributes:
+        family: the core's entry.
+        model: class of the MODEL's configuration.
+        tokenizer: class of the CLIP's tokenizer.
+        clip_files: files of the text encoder, and the type to load them with.
+        vae_file: file of the VAE.
+        text_width: key in the MODEL's configuration of the width of its text features.
+        text_encoders: file for each width of text features.
+        text_tokens: longest prompt, with template, that the model was made for; ComfyUI also reads longer ones.
+        blocks: names of the network's lists of transformer blocks, in the order of the forward.
+        overwritten: names of norms whose input the network overwrites later.
+        sampler: sampler of ComfyUI's own templates; training always uses Euler.
+        distilled: names of the checkpoints that were distilled for few steps.
+    """
 
     family: Family
     model: type
@@ -70,7 +79,7 @@ _ALL = (
 
 
 def all_families() -> tuple[Family, ...]:
-    """Those that ComfyUI knows."""
+    """Every supported family."""
     return tuple(entry.family for entry in _ALL)
 
 
@@ -83,7 +92,7 @@ def family_of(model: Any) -> Family:
     """The family of a MODEL (ModelPatcher).
 
     Raises:
-        ValueError: it is none that D-OPSD can train.
+        ValueError: D-OPSD cannot train this family.
     """
     config = model.model.model_config
     for entry in _ALL:
@@ -94,10 +103,10 @@ def family_of(model: Any) -> Family:
 
 
 def family_of_clip(clip: Any) -> Family:
-    """The family that a CLIP writes conditions for.
+    """The family that a CLIP encodes captions for.
 
     Raises:
-        ValueError: it is none that D-OPSD can train.
+        ValueError: D-OPSD cannot train this family.
     """
     for entry in _ALL:
         if isinstance(clip.tokenizer, entry.tokenizer):

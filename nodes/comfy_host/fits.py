@@ -1,6 +1,6 @@
-"""What belongs together: MODEL, CLIP, VAE and conditions. Looked at before anything is encoded, drawn or trained.
+"""Checks that MODEL, CLIP, VAE and conditions belong together, before anything is encoded, drawn or trained.
 
-A misfit would otherwise come as torch's error about two shapes, or not at all.
+Otherwise a mismatch would be torch's error about two shapes, or no error at all.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ DEMO = "Load Demo Models"
 
 
 def require_trainable(model: Any, conditions: Conditions, vae: Any | None = None) -> None:
-    """Of a MODEL that is to be trained, or drawn with by its teacher.
+    """Checks a MODEL before it is trained or previewed.
 
     Raises:
-        ValueError: the conditions or the VAE were made for another model.
+        ValueError: the conditions or the VAE belong to another model.
         UnknownLayer: the network has a layer that D-OPSD cannot train through.
     """
     family = family_of(model)
@@ -39,7 +39,14 @@ def require_trainable(model: Any, conditions: Conditions, vae: Any | None = None
 
 
 def require_text_width(model: Any, width: int, whose: str) -> None:
-    """Raises ValueError when the MODEL reads text features of another width. whose: begins the sentence."""
+    """Checks the width D of text features [L, D].
+
+    Args:
+        whose: the start of the error's sentence.
+
+    Raises:
+        ValueError: the MODEL reads text features of another width.
+    """
     entry = in_comfyui(family_of(model))
     wanted = text_width(model)
     if wanted is not None and width != wanted:
@@ -51,12 +58,12 @@ def require_text_width(model: Any, width: int, whose: str) -> None:
 
 
 def text_width(model: Any) -> int | None:
-    """The width of the text features that the MODEL reads; None where its configuration does not say."""
+    """The width of the text features that the MODEL reads; None if its configuration does not say."""
     return model.model.model_config.unet_config.get(in_comfyui(family_of(model)).text_width)
 
 
 def is_demo_model(model: Any) -> bool:
-    """Whether the MODEL is the demo's: it alone reads features of that width."""
+    """Whether the MODEL is the demo's: only that reads features of this width."""
     return family_of(model) is Z_IMAGE and text_width(model) == TEXT_WIDTH
 
 
@@ -66,7 +73,11 @@ def is_demo_clip(clip: Any) -> bool:
 
 
 def require_vae(vae: Any, family: Family, demo: bool, beside: str = "the MODEL") -> None:
-    """Of a VAE for a family; demo: for its demo model. beside: what says that it must be of this family.
+    """Checks that a VAE belongs to a family.
+
+    Args:
+        demo: whether it must be the demo model's.
+        beside: the input that it must fit, as the error names it.
 
     Raises:
         ValueError: the VAE belongs to another model.
@@ -80,10 +91,10 @@ def require_vae(vae: Any, family: Family, demo: bool, beside: str = "the MODEL")
 
 
 def require_training_vae(vae: Any, clip: Any) -> None:
-    """Of the VAE that encodes what is trained on, beside the CLIP that reads the captions.
+    """Checks the VAE that encodes the training images, beside the CLIP that encodes the captions.
 
     Raises:
-        ValueError: they are of two models, or the VAE is one that only approximates latents.
+        ValueError: they belong to different models, or the VAE only approximates latents.
     """
     family, demo = family_of_clip(clip), is_demo_clip(clip)
     try:
@@ -94,13 +105,13 @@ def require_training_vae(vae: Any, clip: Any) -> None:
         raise ValueError(f"{error}{''.join(ways)}") from None
     if _is_taesd(vae):
         raise ValueError(
-            "the input vae is a small one for previews (TAESD), whose latents are approximate: connect Load VAE with "
+            "the input vae is a small preview VAE (TAESD), whose latents are only approximate: connect Load VAE with "
             f"{in_comfyui(family).vae_file} to vae"
         )
 
 
 def _misfit(vae: Any, family: Family, demo: bool) -> str | None:
-    """What the VAE is instead; None where it fits, or says nothing of itself."""
+    """What the VAE is instead; None if it fits, or if that is not known."""
     if isinstance(getattr(vae, "first_stage_model", None), DemoLatents):
         return None if demo else "the demo model's"
     dimensions, channels = getattr(vae, "latent_dim", 2), getattr(vae, "latent_channels", None)
@@ -109,7 +120,7 @@ def _misfit(vae: Any, family: Family, demo: bool) -> str | None:
     if channels is None:
         return "another model's" if demo else None
     scale = vae.spacial_compression_encode()
-    # ComfyUI says of every TAESD that it scales by 8
+    # ComfyUI reports a scale of 8 for every TAESD
     owners = [
         other
         for other in all_families()

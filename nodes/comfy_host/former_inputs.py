@@ -1,7 +1,7 @@
-"""Inputs that D-OPSD Train LoRA had in release 0.2 and that Training Settings has now.
+"""Inputs of D-OPSD Train LoRA in release 0.2 that are now on Training Settings.
 
-A graph saved then still loads and runs with them: they stay in the schema, in their places, and the page hides those
-that are at their defaults. A 0 stood for the preset's value, of `anchor_probability` any number below 0.
+A graph saved with that release still loads and runs: they stay in the schema, in their places, and the page hides those
+at their defaults. 0 means the preset's value; for `anchor_probability`, any number below 0 does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...dopsd_core.options import Option
 from .settings import OPTIONS
 
 _HIDDEN = {"optional": True, "extra_dict": {"hidden": True}}
-_TOOLTIP = "Kept for graphs saved with release 0.2; Training Settings has it now."
+_TOOLTIP = "Kept for graphs saved with release 0.2; use Training Settings instead."
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Former:
 
     Attributes:
         option: flat name of the option that it sets.
-        default: what the widget had where nobody touched it; then the option is the preset's or the core's.
+        default: the widget's default, which means the preset's or the core's value.
         low: the smallest number of the widget.
     """
 
@@ -53,24 +53,24 @@ BEFORE_MEMORY: Mapping[str, Former] = {
     "checkpoint_every": Former("checkpoint_every", 100, 1),
     "probe_every": Former("probe_every", 25),
 }
-"""By name; between the inputs preview_every and memory."""
+"""By input name; between the inputs preview_every and memory."""
 
 AFTER_INITIAL_LORA: Mapping[str, Former] = {
     "targets": Former("targets", ""),
     "deterministic": Former("deterministic", False),
 }
-"""By name; behind the input initial_lora."""
+"""By input name; after the input initial_lora."""
 
 _ALL = {**BEFORE_MEMORY, **AFTER_INITIAL_LORA}
 
 
 def former_inputs(former: Mapping[str, Former]) -> list[Any]:
-    """The hidden inputs, with the widgets, choices and bounds that they had."""
+    """The hidden inputs, with the widgets, choices and bounds of release 0.2."""
     return [_input(name, entry, OPTIONS[entry.option]) for name, entry in former.items()]
 
 
 def former_choices(widgets: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, by flat name, that these widgets set; those at their defaults set none."""
+    """The options, by flat name, that these widgets set; a widget at its default sets none."""
     return {
         entry.option: widgets[name]
         for name, entry in _ALL.items()

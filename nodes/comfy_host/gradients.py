@@ -1,8 +1,8 @@
-"""What is put over a MODEL's network for training, and taken off again: without it no gradient passes, or a wrong one.
+"""Changes to a MODEL's network during training, without which gradients would be missing or wrong.
 
-ComfyUI's weights are made for inference: inference tensors, which autograd cannot save; weights in RAM, brought into a
-buffer that the next one overwrites; pages that may be evicted. So nothing of theirs may be saved for the backward.
-Linears save nothing (`FrozenLinear`); the small modules here compute with clones that live for one forward.
+ComfyUI's weights are made for inference: inference tensors, which autograd cannot save; weights in RAM, copied to a
+buffer that the next weight overwrites; pages that may be evicted. So none of them may be saved for the backward.
+Linears save nothing (`FrozenLinear`); the small modules here compute with clones that exist for one forward.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from .linears import cast_parameters, has_own_cast, is_linear, plain
 
 _FEW_TOKENS = 256
 _WITH_BACKWARD = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""cuDNN's attention is left out: its backward has not been run here, and ComfyUI may put it first."""
+"""Without cuDNN's attention: its backward is untested here, and ComfyUI may prefer it."""
 _FUNCTIONS = ("weight_function", "bias_function")
 
 
 def thawed_small_parameters(network: nn.Module) -> AbstractContextManager[None]:
     """Inside the `with`, norms and other small modules compute with clones of their parameters where gradients flow.
 
-    They do so as well where ComfyUI would bring parameters from RAM in a way that waits for the device.
-    A clone lives for one forward, so weights may be moved, streamed or evicted in between.
+    So they do where ComfyUI would bring parameters from RAM in a way that waits for the device. A clone exists for one
+    forward, so weights may be moved, streamed or evicted in between.
     """
     modules = [m for m in network.modules() if not is_linear(m)]
     return overridden([m for m in modules if next(m.parameters(recurse=False), None) is not None], _thawing)
 
 
 def norms_on_clones(network: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
-    """Inside the `with`, norms of these names, whose input is overwritten later, keep a clone of it for the backward.
+    """Inside the `with`, norms of these names keep a clone of their input for the backward.
 
-    FLUX's blocks write into tensors (`img += ...`) that their norms have saved.
+    FLUX's blocks overwrite tensors (`img += ...`) that their norms have saved.
     """
     modules = (m for path, m in network.named_modules() if path.rpartition(".")[2] in names)
     return overridden(modules, _on_clone)
@@ -55,7 +55,7 @@ def plain_attention(
     skip_output_reshape: bool = False,
     **options: Any,
 ) -> Tensor:
-    """torch's own attention in ComfyUI's place, by a kernel whose backward is known: others have none or a slow one.
+    """torch's own attention instead of ComfyUI's, with a kernel that has a backward: others have none or a slow one.
 
     q, k, v [B, heads, L, D], or [B, L, heads * D] without `skip_reshape` -> [B, L, heads * D], or [B, heads, L, D] with
     `skip_output_reshape`. mask: boolean or added, [L, L], [B, L, L] or [B, heads, L, L].
@@ -66,7 +66,7 @@ def plain_attention(
     if mask is not None and mask.ndim < 4:
         mask = mask.unsqueeze(-3)
     known = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
-    # on a CPU, for tens of tokens, the written-out form has by far the faster backward
+    # on a CPU with few tokens, the written-out form has a much faster backward
     written_out = q.device.type == "cpu" and q.shape[-2] <= _FEW_TOKENS
     with sdpa_kernel([SDPBackend.MATH] if written_out else _WITH_BACKWARD):
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **known)
@@ -89,7 +89,7 @@ def _thawing(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., An
 
 
 def _is_unsafe(module: nn.Module, x: Tensor) -> bool:
-    """Whether autograd could not save the parameters that a forward on x uses, or would find others there later."""
+    """Whether autograd could not save the parameters of a forward on x, or they could change before the backward."""
     parameters = [value for value in module._parameters.values() if value is not None]
     return has_own_cast(module) or any(
         value.is_inference() or value.device != x.device or type(value) is not nn.Parameter for value in parameters
@@ -105,22 +105,22 @@ def _makes_the_host_wait(module: nn.Module, x: Tensor) -> bool:
 
 @torch.no_grad()
 def _clones(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The parameters as ordinary tensors on the device of x, as a forward has them there."""
-    if has_own_cast(module) or hasattr(module, "_v"):  # a patch of dynamic VRAM is put on in the cast alone
+    """The parameters as ordinary tensors on the device of x, as a forward uses them."""
+    if has_own_cast(module) or hasattr(module, "_v"):  # dynamic VRAM applies patches in the cast only
         with cast_parameters(module, x) as (weight, bias):
             cast = {"weight": weight, "bias": bias}
             return {name: value.clone() for name, value in cast.items() if value is not None}
     own = {name: value for name, value in module._parameters.items() if value is not None}
-    # from RAM without waiting for the device
+    # copy from RAM without waiting for the device
     return {name: plain(value).to(x.device, copy=True, non_blocking=x.is_cuda) for name, value in own.items()}
 
 
 @contextmanager
 def _computing_with(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the `with`, the module has these in place of its parameters."""
+    """Inside the `with`, the module uses these values instead of its parameters."""
     own, state = module._parameters, module.__dict__
     parameters = {name: own[name] for name in values}
-    # what a cast has put on must not be put on again
+    # what the cast has applied must not be applied again
     functions = {name: state[name] for name in _FUNCTIONS if name in state} if hasattr(module, "_v") else {}
     own.update({name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
     state.update({name: [] for name in functions})

@@ -1,8 +1,8 @@
-"""Who a MODEL, a CLIP, a VAE and a vision tower are: by the contents of everything that decides what they compute.
+"""The identity of a MODEL, CLIP, VAE or vision tower: a digest of everything that decides what it computes.
 
-A run is resumed, and a condition taken from the cache, only where nothing of that has changed; where ComfyUI keeps what
-(loaded or not, half in RAM, another clone of the model loaded) changes nothing. `TABLE` says what counts. What is not
-in it counts: an attribute that a later ComfyUI or another node pack adds makes another run, never a wrong one.
+A run is resumed, and a condition read from the cache, only if its identity is the same. Where ComfyUI keeps the weights
+(loaded or not, half in RAM, another clone loaded) does not change it. `identity_table.py` lists what counts. Attributes
+that it does not list do count: one that a later ComfyUI or another node pack adds starts a new run, never a wrong one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...dopsd_core.identity.content_digest import Digester, name_of
+from .identity_table import TABLE
 from .vision import TeacherVision
 from .weights import LoadedWeights
 
@@ -33,256 +34,29 @@ HEX_DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Row:
-    """One thing that a value holds, whether it counts, and why."""
-
-    what: str
-    counts: bool
-    why: str
-
-
-def _counts(**rows: str) -> tuple[Row, ...]:
-    return tuple(Row(what, True, why) for what, why in rows.items())
-
-
-def _does_not_count(**rows: str) -> tuple[Row, ...]:
-    return tuple(Row(what, False, why) for what, why in rows.items())
-
-
-_PATCHER = (
-    *_counts(
-        patches="LoRAs and merges, each with its own tensors and strengths",
-        object_patches="what stands in the network's place, such as a ModelSampling or a compute dtype",
-        weight_wrapper_patches="functions on weights",
-        model_options="options of samplers and of the network: RoPE scales, patches of blocks, user's options",
-        injections="what is put over layers when the model is loaded, such as a bypass LoRA",
-        wrappers="functions around the network",
-        callbacks="functions that are called at loading and sampling",
-        additional_models="models that come along",
-        attachments="objects that come along",
-        hook_patches="LoRAs that conditions switch on",
-        forced_hooks="hooks that are always on",
-    ),
-    *_does_not_count(
-        model="the network: its weights, layers and configuration count, as rows of their own",
-        backup="loaded values under patched ones: read in place of them",
-        backup_buffers="the same of buffers",
-        object_patches_backup="the same of objects",
-        hook_backup="the same under hooks",
-        hook_patches_backup="hook_patches without those of a sampling that is under way: read in place of them",
-        cached_hook_patches="computed from hook_patches",
-        current_hooks="which hooks are on now",
-        hook_mode="speed against memory",
-        size="follows from the weights",
-        load_device="where it runs",
-        offload_device="where it waits",
-        weight_inplace_update="how patched values are written",
-        force_cast_weights="follows from the compute dtype",
-        patches_uuid="drawn anew for each set of patches",
-        clone_base_uuid="drawn anew for each loading",
-        parent="the clone that it was made of",
-        pinned="what lies in pinned memory",
-        is_injected="whether it is loaded now",
-        skip_injection="whether it is being loaded now",
-        is_clip="its class says so",
-        is_multigpu_base_clone="where it runs",
-        cached_patcher_init="the file it came from, by name",
-        non_dynamic_delegate_model="a copy for compiled models",
-        patch_on_device="ComfyUI-GGUF: where patches lie",
-        mmap_released="ComfyUI-GGUF: whether it was loaded once",
-        named_modules_to_munmap="ComfyUI-GGUF: the same",
-        _last_prepare_log_key="what was logged last",
-        _free_methods="what was logged last",
-        _last_free_log_time="what was logged last",
-    ),
-)
-
-_NETWORK = (
-    *_counts(
-        model_config="the architecture's sizes and dtypes",
-        model_type="how its output is read",
-        model_sampling="noise levels and their shift",
-        latent_format="scale and shift of latents",
-        manual_cast_dtype="what it computes in",
-    ),
-    *_does_not_count(
-        device="where it is now",
-        current_patcher="the clone that is loaded now",
-        current_weight_patches_uuid="the same",
-        model_loaded_weight_memory="how much is loaded now",
-        model_offload_buffer_memory="the same",
-        model_lowvram="whether part of it is in RAM now",
-        lowvram_patch_counter="the same",
-        dynamic_vbars="ComfyUI's dynamic VRAM",
-        dynamic_pins="ComfyUI's dynamic VRAM",
-        dynamic_patchers="ComfyUI's dynamic VRAM",
-        memory_usage_factor="an estimate of memory",
-        memory_usage_factor_conds="an estimate of memory",
-        memory_usage_shape_process="an estimate of memory",
-        latent_shapes="of the sampling that is under way",
-        adm_channels="follows from the configuration",
-        concat_keys="follows from the class",
-    ),
-)
-
-_CONFIG = (
-    *_counts(
-        unet_config="sizes, and the dtype of the weights",
-        sampling_settings="shift of the noise levels",
-        latent_format="scale and shift of latents",
-        manual_cast_dtype="what it computes in",
-        optimizations="8-bit products",
-    ),
-    *_does_not_count(
-        custom_operations="the layers' classes: read in the network",
-        quant_config="how weights are quantised: read in the network",
-        supported_inference_dtypes="the dtypes were chosen from them",
-        memory_usage_factor="an estimate of memory",
-    ),
-)
-
-_CLIP = (
-    *_counts(
-        patcher="weights, LoRAs, hooks: a ModelPatcher",
-        tokenizer="its class, template and lengths",
-        tokenizer_options="lengths",
-        layer_idx="CLIP Set Last Layer",
-    ),
-    *_does_not_count(
-        cond_stage_model="the patcher's network",
-        use_clip_schedule="conditions over a sampling's time, which training has not",
-        apply_hooks_to_conds="hooks for sampling, which training has not",
-    ),
-)
-
-_VAE = (
-    *_counts(
-        patcher="weights: a ModelPatcher",
-        vae_dtype="what it computes in",
-        process_input="pixels to what it encodes",
-        downscale_ratio="pixels per latent",
-        downscale_index_formula="pixels per latent",
-        latent_channels="shape of latents",
-        latent_dim="shape of latents",
-        output_channels="channels of a picture",
-        pad_channel_value="of channels that a picture lacks",
-        extra_1d_channel="shape of latents",
-        crop_input="whether pictures are cropped to whole latents",
-        not_video="shape of latents",
-        format_encoded="latents to what is handed on",
-    ),
-    *_does_not_count(
-        first_stage_model="the patcher's network",
-        process_output="decoding",
-        upscale_ratio="decoding",
-        upscale_index_formula="decoding",
-        memory_used_encode="an estimate of memory",
-        memory_used_decode="an estimate of memory",
-        handles_tiling="how memory is saved",
-        disable_offload="where it waits",
-        working_dtypes="vae_dtype was chosen from them",
-        device="where it runs",
-        output_device="where its output goes",
-        size="follows from the weights",
-        audio_sample_rate="sound",
-    ),
-)
-
-_VISION = (
-    *_counts(
-        patcher="weights: a ModelPatcher",
-        lm_config="what the language model runs with while it reads a picture",
-        min_pixels="the size at which a picture is seen",
-        max_pixels="the size at which a picture is seen",
-    ),
-    *_does_not_count(model="the patcher's network"),
-)
-
-_RUN = (
-    *_counts(
-        images="Load Dataset: their bytes; a folder's own name does not count",
-        texts="Load Dataset: captions, as they are trained",
-        trigger="Load Dataset: as far as it is in captions",
-        resolution="Load Dataset: the size of the images",
-        repeats="Load Dataset: how often each is seen",
-        caption_dropout="Load Dataset: the share of visits without a caption",
-        clip="Build Teacher Condition: as in the table of CLIP",
-        vae="Build Teacher Condition: as in the table of VAE. Train LoRA's, which draws previews, does not count",
-        vision="Build Teacher Condition: as in the table of vision",
-        mode="Build Teacher Condition: the teacher that it comes to",
-        teacher_image="Build Teacher Condition: what the teacher is shown",
-        teacher_sentence="Build Teacher Condition: what the teacher is told besides",
-        anchor_prompts="Build Teacher Condition: they are trained on",
-        model="Train LoRA: as in the tables of patcher, network and config",
-        initial_lora="Train LoRA: the weights that it starts from",
-        preset="Train LoRA: the settings that it stands for",
-        seed="Train LoRA: the LoRA's start, the order of the images and all noise",
-        learning_rate="Train LoRA: a setting",
-        rank="Train LoRA: a setting",
-        alpha="Train LoRA: a setting",
-        batch_size="Train LoRA: a setting",
-        grad_accumulation="Train LoRA: a setting",
-        warmup="Train LoRA: a setting",
-        rollout_steps="Train LoRA: a setting",
-        grad_steps="Train LoRA: a setting",
-        loss="Train LoRA: a setting",
-        teacher="Train LoRA: a setting",
-        ema_decay="Train LoRA: a setting",
-        anchor_probability="Train LoRA: a setting",
-        objective="Train LoRA: a setting",
-        schedule="Train LoRA: a setting",
-        optimizer="Train LoRA: a setting",
-        targets="Train LoRA: a setting",
-        deterministic="Train LoRA: a setting",
-        memory="Train LoRA: the settings that it trades for memory",
-    ),
-    *_does_not_count(
-        folder="Load Dataset: where the images are",
-        dataset="Build Teacher Condition: Load Dataset's, read above",
-        conditions="Train LoRA: Build Teacher Condition's, read above",
-        preview_prompts="Build Teacher Condition: they are drawn and measured, not trained on",
-        run_name="Train LoRA: the folder's name begins with it",
-        steps="Train LoRA: a run may be made longer",
-        preview_every="Train LoRA: what is drawn meanwhile",
-        checkpoint_every="Train LoRA: what is kept meanwhile",
-        probe_every="Train LoRA: what is measured meanwhile",
-    ),
-)
-
-TABLE: Mapping[str, tuple[Row, ...]] = {
-    "run": _RUN,
-    "patcher": _PATCHER,
-    "network": _NETWORK,
-    "config": _CONFIG,
-    "CLIP": _CLIP,
-    "VAE": _VAE,
-    "vision": _VISION,
-}
-"""By what holds it: a run, by the inputs of its nodes (put together in `run_digest` and `TrainingSet.fingerprint`); a
-ModelPatcher (MODEL), the network in it, the network's configuration, a CLIP, a VAE, a vision tower. The weights, layers
-and functions of a network are read in `weights.py`. Of network and config only what counts here is read."""
-
-
-@dataclass(frozen=True)
 class Identity:
-    """digest: equal for what computes the same. unknown: kinds of objects inside that cannot be compared; with any the
-    digest is another each time."""
+    """The identity of one or several values.
+
+    Attributes:
+        digest: hex digits, equal for values that compute the same.
+        unknown: kinds of objects inside that cannot be compared; if there are any, the digest is new each time.
+    """
 
     digest: str
     unknown: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the user, if anything cannot be compared."""
+        """A line for the user, if anything cannot be compared."""
         if not self.unknown:
             return ()
         kinds = ", ".join(self.unknown)
-        return (f"what is put on MODEL, CLIP or VAE holds {kinds}, which cannot be compared: every run starts anew",)
+        return (f"patches on MODEL, CLIP or VAE contain {kinds}, which cannot be compared: no run can be resumed",)
 
 
 def identity_of(*values: Any) -> Identity:
-    """Of ModelPatchers (MODEL), CLIPs, VAEs and vision towers together; logs what cannot be compared."""
-    reader = _Reader()
+    """The identity of ModelPatchers (MODEL), CLIPs, VAEs and vision towers together; logs what cannot be compared."""
+    reader = _ObjectReader()
     found = Identity(reader.digester.digest(values)[:HEX_DIGITS], tuple(reader.digester.unknown))
     for note in found.notes:
         log.warning(note)
@@ -290,7 +64,7 @@ def identity_of(*values: Any) -> Identity:
 
 
 def fingerprint(value: Any) -> str:
-    """`identity_of` one value, in hex."""
+    """The digest of `identity_of` one value."""
     return identity_of(value).digest
 
 
@@ -305,12 +79,12 @@ def _is_state(name: str) -> bool:
     return name.startswith(_STATE) or name.endswith("_comfy_model_dtype") or name in _STATE_NAMES
 
 
-class _Reader:
-    """Reads ComfyUI's objects for a `Digester`, which asks for every object whether it is one."""
+class _ObjectReader:
+    """Reads ComfyUI's objects for a `Digester`, which passes it every object."""
 
     def __init__(self) -> None:
         self.digester = Digester(self._substitute, _is_state)
-        self._modules: dict[int, tuple[int, str]] = {}  # by id(): of which model, and its name there
+        self._modules: dict[int, tuple[int, str]] = {}  # by id(): number of its model, and its name in it
         self._kinds: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
             (ModelPatcher, self._patcher),
             (comfy.sd.CLIP, _clip),
@@ -331,7 +105,7 @@ class _Reader:
         for kind, read in self._kinds:
             if isinstance(value, kind):
                 return read(value)
-        own = getattr(value, "__dict__", None)  # other packs' classes that stand for a CLIP or a VAE
+        own = getattr(value, "__dict__", None)  # classes of other packs that replace a CLIP or a VAE
         if isinstance(own, dict) and isinstance(own.get("patcher"), ModelPatcher):
             return _clip(value) if "cond_stage_model" in own else _vae(value) if "first_stage_model" in own else value
         return value
@@ -343,14 +117,14 @@ class _Reader:
         return "patcher", weights.digest(self.digester), _network(patcher), _counted("patcher", _settled(patcher))
 
     def _module(self, module: Any) -> Any:
-        if hasattr(module, "_orig_mod"):  # what torch.compile gives
+        if hasattr(module, "_orig_mod"):  # the result of torch.compile
             return "compiled", module._orig_mod
         place = self._modules.get(id(module))
         return module if place is None else ("layer", place)
 
 
 def _counted(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the table says not to count."""
+    """The values without those that the table says do not count."""
     left_out = {row.what for row in TABLE[owner] if not row.counts}
     return {name: values[name] for name in sorted(values) if name not in left_out}
 
@@ -359,7 +133,7 @@ def _counted(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settled(patcher: Any) -> dict[str, Any]:
-    """The patcher's attributes as they are between two samplings, without empty places."""
+    """The patcher's attributes as they are between two samplings, without empty entries."""
     values = dict(vars(patcher))
     if patcher.hook_patches_backup is not None:
         values["hook_patches"] = patcher.hook_patches_backup
@@ -375,12 +149,12 @@ def _settled(patcher: Any) -> dict[str, Any]:
 
 
 def _by_name(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """In an order of its own, without empty lists."""
+    """Sorted by name, without empty lists."""
     return {key: values[key] for key in sorted(values, key=str) if values[key] not in ([], ())}
 
 
 def _network(patcher: Any) -> dict[str, Any]:
-    """What counts of the network besides its layers, as the patcher will have it."""
+    """The parts of the network that count, apart from its layers, with the patcher's objects."""
     names = [row.what for row in TABLE["network"] if row.counts]
     there = [name for name in names if name in patcher.object_patches or hasattr(patcher.model, name)]
     return {name: patcher.get_model_object(name) for name in there}
@@ -396,7 +170,7 @@ _OF_MODULES = vars(nn.Module()).keys()
 
 
 def _sampling(sampling: Any) -> Any:
-    """Without the table of noise levels, which follows from the shift: dynamic VRAM may leave it another clone's."""
+    """Without the table of noise levels, which follows from the shift: dynamic VRAM may leave that of another clone."""
     own = {name: value for name, value in vars(sampling).items() if name not in _OF_MODULES and not _is_state(name)}
     return "sampling", type(sampling), own
 
@@ -409,13 +183,13 @@ _CASTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _adapter(adapter: Any) -> Any:
-    """A LoRA or the like for one weight: without the names of its tensors in the file, and without a bypass's notes."""
+    """A LoRA or similar for one weight, without the tensor names of its file and without a bypass's own attributes."""
     own = {name: value for name, value in vars(adapter).items() if name not in {"loaded_keys", *_WHERE_IT_IS_PUT}}
     return "adapter", name_of(type(adapter)), own
 
 
 def _bypass(hook: Any) -> Any:
-    """A LoRA beside a layer, its tensors in the dtype that ComfyUI brings them to when it first puts them there."""
+    """A LoRA beside a layer, its tensors in the dtype that ComfyUI casts them to when it first applies them."""
     dtype = getattr(getattr(hook.module, "weight", None), "dtype", None)
     tensors = getattr(hook.adapter, "weights", None)
     if isinstance(hook.adapter, nn.Module) or not isinstance(tensors, (list, tuple)):
@@ -430,13 +204,13 @@ def _quantized(value: Any) -> Any:
 
 
 def _tensor(value: Any) -> Any:
-    if hasattr(value, "tensor_type"):  # ComfyUI-GGUF's: bytes, and how to read them
+    if hasattr(value, "tensor_type"):  # ComfyUI-GGUF: bytes, and how to read them
         return "gguf", str(value.tensor_type), tuple(value.shape), value.as_subclass(Tensor)
     return value
 
 
 def _method(method: types.MethodType) -> Any:
-    """How a merge reads a weight of another model: not the layer itself, which may be patched now."""
+    """How a merge reads a weight of another model, without the layer, which may be patched now."""
     layer, name = method.__self__, method.__func__.__name__
     if isinstance(layer, nn.Module) and name in ("convert_weight", "set_weight"):
         return "conversion", name_of(type(layer)), name
@@ -456,7 +230,7 @@ def _clip(clip: Any) -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    """Class, numbers and texts of it and of the tokenizers in it; the vocabulary goes with the class."""
+    """Its class, numbers and texts, and those of the tokenizers in it; the vocabulary follows from the class."""
     plain = {name: value for name, value in vars(tokenizer).items() if isinstance(value, (str, int, float, type(None)))}
     inner = {n: _tokenizer(v) for n, v in vars(tokenizer).items() if hasattr(v, "tokenize_with_weights")}
     plain.pop("embedding_directory", None)

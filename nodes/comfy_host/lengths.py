@@ -1,6 +1,6 @@
-"""Captions that are longer than what reads them, reported before training: the end of such a caption teaches nothing.
+"""Reports captions that are too long for the text encoder before training, since the end of one is not used.
 
-Counted from the texts alone, so that conditions out of the cache are reported like new ones.
+Counted from the texts alone, so that cached conditions are reported like new ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .vision import MAX_TOKENS
 
 MOST_NOTES = 20
 _TEMPLATE = 32
-"""More tokens than a template has without text and image. A text has at most as many as its bytes."""
+"""More tokens than a template has without text and image. A text has at most one token per byte."""
 
 
 def length_notes(
@@ -30,7 +30,8 @@ def length_notes(
 ) -> tuple[str, ...]:
     """A line for each caption and each preview prompt that is too long for the teacher or the model.
 
-    root: the dataset's folder or JSONL; files are named from there.
+    Args:
+        root: the dataset's folder or JSONL file; file names are relative to it.
     """
     texts: list[tuple[str, str, Sequence[Pair]]] = []
     for index, pair in enumerate(pairs):
@@ -45,22 +46,22 @@ def length_notes(
 
 
 def _notes(encoder: ComfyEncoder, teacher: TeacherView, place: str, text: str, shown: Sequence[Pair]) -> Iterator[str]:
-    view = teacher.text(text)
-    longest = len(view.encode("utf-8", "surrogatepass")) + _TEMPLATE
+    seen_text = teacher.text(text)
+    longest = len(seen_text.encode("utf-8", "surrogatepass")) + _TEMPLATE
     if teacher.sees == "features":
         seen = max(encoder.count_image(pair.bucket.width, pair.bucket.height) for pair in shown)
         over = encoder.count_text(text, seen) - MAX_TOKENS if longest + seen > MAX_TOKENS else 0
         if over > 0:
             yield (
                 f"{place}: {over:,} tokens more than the teacher reads ({MAX_TOKENS:,}, of which its image takes "
-                f"{seen}); the end is cut off for the teacher, so shorten it"
+                f"{seen}): the end is cut off for the teacher; shorten it"
             )
     limit = in_comfyui(encoder.family).text_tokens
-    length = encoder.count_text(view) if longest > limit else 0
+    length = encoder.count_text(seen_text) if longest > limit else 0
     if length > limit:
         yield (
-            f"{place}: {length:,} tokens, and {encoder.family.title} was made for prompts of up to {limit}; what comes "
-            "after them may do nothing, and other programs than ComfyUI cut it off"
+            f"{place}: {length:,} tokens, and {encoder.family.title} was made for prompts of up to {limit}; the "
+            "rest may have no effect, and programs other than ComfyUI cut it off"
         )
 
 

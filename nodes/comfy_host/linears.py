@@ -1,8 +1,8 @@
 """The Linears of a MODEL's network as the core's LinearSites: ComfyUI's, plain or quantised, and those of other packs.
 
-A Linear is computed with the way its own forward does it, and its weight is taken for the backward through its own
-cast. Other packs bring their own: ComfyUI-GGUF's layers have a cast of their own; what has none, or whose forward is
-not x @ W.T + b, is refused by name (`require_known_layers`, `require_adjoints`), because its gradient would be wrong.
+A Linear's own forward is used, and for the backward its weight comes from its own cast. Layers of other packs, such as
+ComfyUI-GGUF's, may have their own cast. A layer without one, or whose forward is not x @ W.T + b, is an error that
+names it (`require_known_layers`, `require_adjoints`), because its gradient would be wrong.
 
 Legend: x [..., in_features], g [..., out_features], W [out_features, in_features].
 """
@@ -24,11 +24,11 @@ from .bypass import bypass_hooks, through_hooks
 
 _KNOWN_PACKAGES = ("torch", "comfy")
 _TOLERANCE = 0.2
-"""Of the adjoint test. Activations in 8 or 4 bits are off by a few per cent there, another weight by about all."""
+"""Of the adjoint test. Activations in 8 or 4 bits are off by a few percent, a wrong weight by about 100 %."""
 
 
 class UnknownLayer(ValueError):
-    """The network has a layer that D-OPSD cannot train through; the message names it."""
+    """D-OPSD cannot backpropagate through a layer of the network; the message names it."""
 
     def __init__(self, name: str, module: nn.Module, reason: str) -> None:
         super().__init__(
@@ -39,22 +39,22 @@ class UnknownLayer(ValueError):
 
 
 def linear_sites(network: nn.Module, family: Family) -> list[LinearSite]:
-    """Every Linear, plain, cast or quantised, its LoRA parts under diffusers' names."""
+    """Every Linear (plain, cast or quantised), with its LoRA parts under diffusers' names."""
     return [_site(_path(name), module, family) for name, module in network.named_modules() if is_linear(module)]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a Linear; ComfyUI's quantised one is no nn.Linear."""
+    """Whether it is a Linear; ComfyUI's quantised one is not an nn.Linear."""
     return isinstance(module, nn.Linear) or (hasattr(module, "weight_function") and hasattr(module, "in_features"))
 
 
 def has_own_cast(module: nn.Module) -> bool:
-    """Whether its class brings its own way from stored weights to those of a forward, as ComfyUI-GGUF's layers do."""
+    """Whether its class has its own cast from stored weights to those of a forward, as ComfyUI-GGUF's layers do."""
     return callable(getattr(type(module), "cast_bias_weight", None))
 
 
 def plain(value: Any) -> Any:
-    """A tensor without another pack's subclass, whose operations may be others (GGUF's `clone` gives itself)."""
+    """A tensor without another pack's subclass, whose operations may differ (GGUF's `clone` returns itself)."""
     if type(value) is Tensor or not isinstance(value, Tensor) or isinstance(value, QuantizedTensor):
         return value
     return value.as_subclass(Tensor)
@@ -62,7 +62,10 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def cast_parameters(module: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight and bias in the dtype and on the device of x, valid inside the `with`; quantised ones dequantised."""
+    """Weight [out, in] and bias [out] in the dtype and on the device of x [..., in], valid inside the `with`.
+
+    Quantised weights are dequantised.
+    """
     if has_own_cast(module):
         weight, bias = (plain(value) for value in module.cast_bias_weight(x)[:2])
         yield weight, bias
@@ -77,7 +80,7 @@ def cast_parameters(module: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor | N
 
 
 def _path(name: str) -> str:
-    """A module's path without what torch.compile puts into it."""
+    """A module's path without the part that torch.compile adds."""
     return name.replace("_orig_mod.", "")
 
 
@@ -90,7 +93,7 @@ def _site(name: str, module: Any, family: Family) -> LinearSite:
         return plain(own(x.clone() if clamps else x))
 
     def grad_input(grad: Tensor) -> Tensor:
-        """g -> g @ W, the weight as the module has it in a forward."""
+        """g [..., out_features] -> g @ W [..., in_features], with the weight of a forward."""
         flat = grad.reshape(-1, grad.shape[-1])
         with cast_parameters(module, flat) as (weight, _):
             return (flat @ weight).reshape(*grad.shape[:-1], -1)
@@ -104,11 +107,14 @@ def _site(name: str, module: Any, family: Family) -> LinearSite:
 
 
 def require_known_layers(network: nn.Module, block_lists: Sequence[str]) -> None:
-    """Looks at every layer without computing with it. block_lists: the network's lists of transformer blocks.
+    """Checks every layer without running it.
+
+    Args:
+        block_lists: names of the network's lists of transformer blocks.
 
     Raises:
-        UnknownLayer: a Linear whose cast weight is not [out_features, in_features], one that is wrapped in something
-            else, or a layer with matrices that is neither torch's nor ComfyUI's.
+        UnknownLayer: a Linear's cast weight is not [out_features, in_features], a Linear is wrapped, or a layer with
+            matrices is neither torch's nor ComfyUI's.
     """
     for name in block_lists:
         _require_alike(name, getattr(network, name))
@@ -127,12 +133,12 @@ def require_known_layers(network: nn.Module, block_lists: Sequence[str]) -> None
 
 
 def require_adjoints(sites: Sequence[LinearSite], device: torch.device, dtype: torch.dtype) -> None:
-    """Computes with one token through every layer that is not ComfyUI's own: whether the backward fits the forward.
+    """Checks with one token that the backward fits the forward, in every layer that is not torch's or ComfyUI's own.
 
-    With y = W x it must hold that <g @ W, x> = <y, y> for g = y.
+    With y = W x, <g @ W, x> = <y, y> must hold for g = y.
 
     Raises:
-        UnknownLayer: it does not hold.
+        UnknownLayer: it does not hold for a layer.
     """
     with torch.inference_mode(False), torch.no_grad():  # as in training
         for site in sites:
@@ -142,11 +148,11 @@ def require_adjoints(sites: Sequence[LinearSite], device: torch.device, dtype: t
                 y = (site.forward(x) - site.forward(torch.zeros_like(x))).float()
                 wanted, got = y.square().sum(), (site.grad_input(y.to(dtype)).float() * x.float()).sum()
                 if not (wanted - got).abs() <= _TOLERANCE * wanted:
-                    raise UnknownLayer(site.name, site.module, "its forward is another function than x @ W.T + b")
+                    raise UnknownLayer(site.name, site.module, "its forward is not x @ W.T + b")
 
 
 def _require_alike(name: str, blocks: Sequence[nn.Module]) -> None:
-    """The blocks of a list have their Linears at the same places; what stands at such a place instead is a wrapper."""
+    """The blocks of a list have their Linears at the same places; any other module at such a place is a wrapper."""
     places = [{_path(path) for path, module in block.named_modules() if is_linear(module)} for block in blocks]
     anywhere = set[str]().union(*places)
     for number, (block, found) in enumerate(zip(blocks, places, strict=True)):
@@ -174,7 +180,7 @@ def _require_known_class(name: str, module: nn.Module) -> None:
     ]
     is_leaf = next(module.children(), None) is None
     if is_leaf and matrices and not has_own_cast(module) and not _is_from_known_package(module):
-        raise UnknownLayer(name, module, "it is no Linear, and what it computes is not known")
+        raise UnknownLayer(name, module, "it is not a Linear, and what it computes is not known")
 
 
 def _require_weight(name: str, module: Any) -> None:
@@ -183,7 +189,7 @@ def _require_weight(name: str, module: Any) -> None:
         x = torch.zeros(1, module.in_features, device=module.weight.device)
         with torch.inference_mode(), cast_parameters(module, x) as (weight, _):
             got = tuple(weight.shape)
-    except Exception as error:  # of a cast that was not written for this layer
+    except Exception as error:  # the cast was not written for this layer
         raise UnknownLayer(name, module, f"its weight cannot be read ({error})") from error
     if got != wanted:
         raise UnknownLayer(name, module, f"its weight is {list(got)} where {list(wanted)} is expected")

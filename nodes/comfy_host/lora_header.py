@@ -1,4 +1,4 @@
-"""What the header of a LoRA file says: kept from file to file, and filled in only where it is known."""
+"""The header (metadata) of LoRA files: kept from file to file, and filled in where values are known."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ...dopsd_core import __version__
 
 _PEFT = "lora_adapter_metadata"
 _OF_THE_BYTES = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""True of one file alone, and written anew or not at all."""
+"""Only valid for one file: written anew or not at all."""
 
 _TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
 
 
 def kept_header(header: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """What of a file's header stays true of its tensors in memory, and a line for each entry that does not.
+    """The entries of a file's header that stay valid for its tensors in memory, and a line for each other entry.
 
     diffusers multiplies by the alpha of `lora_adapter_metadata`; `read_lora` has folded it into the tensors.
     """
@@ -25,14 +25,16 @@ def kept_header(header: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, .
         notes.append(f"{_PEFT} is not kept: its alpha is folded into the tensors")
     hashes = [key for key in _OF_THE_BYTES[1:] if key in header]
     if hashes:
-        notes.append(f"{', '.join(hashes)} not kept: true of that file alone")
+        notes.append(f"{', '.join(hashes)} not kept: only valid for that file")
     return kept, tuple(notes)
 
 
 def header_for(title: str, keys: Iterable[str], facts: Mapping[str, str]) -> dict[str, str]:
     """The header of a new file: all of `facts`, and the fields of Stability AI's ModelSpec that they lack.
 
-    title: where `facts` have none. keys: of the tensors; only names of diffusers are called so.
+    Args:
+        title: used if `facts` have none.
+        keys: names of the tensors; the implementation is diffusers only if all of them are diffusers' names.
     """
     ours = "dopsd_family" in facts
     known = {
@@ -51,5 +53,5 @@ def header_for(title: str, keys: Iterable[str], facts: Mapping[str, str]) -> dic
 
 
 def trigger_of(header: Mapping[str, str]) -> str:
-    """The word that a LoRA was trained with, "" where its header does not say."""
+    """The trigger word of a LoRA; "" if its header has none."""
     return next((header[key] for key in _TRIGGERS if header.get(key)), "")

@@ -1,8 +1,8 @@
-"""Which trades make training fit the GPU: how many blocks recompute, what stays in RAM, and what else gives way.
+"""Makes training fit the GPU: gradient checkpointing, weights in RAM, and changes to the run.
 
-Recomputing and streaming weights cost time and change nothing. The rest (frozen teacher, 8-bit Adam, m of K steps)
-changes the run a little; it is chosen by the size of the card, not by what happens to be free, so that the same
-settings are the same run tomorrow. Resolution and rank are the user's: about them there is only advice.
+Gradient checkpointing and streaming weights from RAM are slower, with the same result. The other changes (frozen
+teacher, 8-bit Adam, m of K steps) affect the run a little; they depend on the size of the card, not on the memory that
+is free now, so that equal settings are the same run later. Resolution and rank are up to the user, with advice.
 """
 
 from __future__ import annotations
@@ -31,9 +31,17 @@ _MARGIN = 0.95  # of what is free: for the allocator's gaps and the estimate's e
 
 @dataclass(frozen=True)
 class MemoryPreset:
-    """card: the size that it is meant for. budget: what training may take of it. side, rank: what fits comfortably
-    with an fp8 or int8 base. trades: what it gives up, in one sentence. It takes the frozen teacher and Adam in 8 bits
-    if `lean`, and learns from `grad_steps` of the few, where `TrainConfig` is at its defaults."""
+    """A choice of the input `memory`.
+
+    Attributes:
+        card: size of the card that it is meant for, in bytes.
+        budget: bytes that training may take of it.
+        side: resolution that fits comfortably with an fp8 or int8 model.
+        rank: rank that fits comfortably with an fp8 or int8 model.
+        trades: what it changes, in one sentence.
+        lean: whether it uses a frozen teacher and 8-bit Adam, where `TrainConfig` has its defaults.
+        grad_steps: how many of the few steps it learns from, where `TrainConfig` has its default; None for all.
+    """
 
     card: int
     budget: int
@@ -46,14 +54,14 @@ class MemoryPreset:
 
 MEMORY_PRESETS: Mapping[str, MemoryPreset] = {
     "24 GB": MemoryPreset(
-        24 * _GB, 19_500 * _MB, 1024, 64, "only time: blocks that do not fit recompute in the backward"
+        24 * _GB, 19_500 * _MB, 1024, 64, "time only: gradient checkpointing on blocks that do not fit"
     ),
     "16 GB": MemoryPreset(
         16 * _GB,
         14_500 * _MB,
         1024,
         64,
-        "the teacher's moving average (it is frozen) and Adam's precision (8 bits, if bitsandbytes is there)",
+        "the teacher's moving average (it is frozen) and Adam's precision (8 bits, if bitsandbytes is installed)",
         lean=True,
     ),
     "12 GB": MemoryPreset(
@@ -61,7 +69,7 @@ MEMORY_PRESETS: Mapping[str, MemoryPreset] = {
         11_000 * _MB,
         768,
         32,
-        "besides that, half the gradient: it learns from 2 of the few steps, as streamed weights are slow",
+        "in addition half of the gradient: it learns from 2 of the few steps, since streamed weights are slow",
         lean=True,
         grad_steps=2,
     ),
@@ -70,26 +78,34 @@ MEMORY_PRESETS: Mapping[str, MemoryPreset] = {
         7_200 * _MB,
         512,
         16,
-        "besides that, three quarters of the gradient: it learns from 1 of the few steps",
+        "in addition three quarters of the gradient: it learns from 1 of the few steps",
         lean=True,
         grad_steps=1,
     ),
 }
-"""From the least traded to the most. Budgets leave room for the screen and for CUDA itself."""
+"""From the fewest changes to the most. Budgets leave room for the screen and for CUDA."""
 
 MEMORY_CHOICES = (AUTO, *MEMORY_PRESETS)
 
 
 class OutOfMemory(RuntimeError):
-    """The GPU's memory did not do; the message says what to change."""
+    """The GPU ran out of memory; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run is fitted in. preset: its name in `MEMORY_PRESETS`. config: with the preset's trades in it.
-    checkpoint_blocks: how many blocks recompute. streamed: bytes of weights that do not fit beside the rest. reserve:
-    what ComfyUI is asked to keep free of weights, so that it leaves so many in RAM; its dynamic VRAM does not ask, and
-    brings weights in and drops them as memory allows. notes: for the user, one line each."""
+    """How a run fits into memory.
+
+    Attributes:
+        preset: its name in `MEMORY_PRESETS`.
+        config: the configuration with the preset's changes.
+        footprint: estimate of what the training takes.
+        checkpoint_blocks: number of blocks with gradient checkpointing.
+        streamed: bytes of weights that do not fit beside the rest.
+        reserve: bytes that ComfyUI is asked to keep free of weights, so that it leaves the others in RAM; its dynamic
+            VRAM ignores it, and loads and drops weights as memory allows.
+        notes: for the user, one line each.
+    """
 
     preset: str
     config: TrainConfig
@@ -108,8 +124,8 @@ class MemoryPlan:
 def plan_memory(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig) -> MemoryPlan:
     """The plan for this model, data and card.
 
-    "auto" is the first preset whose card is no larger than this one, or earlier the first that fits in this one whole.
-    Where the card's memory is not known (DirectML), it is the first, which gives nothing up, and a note says so.
+    "auto" is the first preset whose card is no larger than this one, or an earlier one that fits completely. If the
+    card's memory is not known (DirectML), it is the first one, without changes to the run, and a note says so.
     """
     device = denoiser.device
     if _is_unknown():
@@ -125,7 +141,7 @@ def plan_memory(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, co
 
 
 def _is_unknown() -> bool:
-    """DirectML tells nothing of its memory, and ComfyUI reports 1 GB for it."""
+    """Whether the size of the memory is unknown: ComfyUI reports 1 GB for every DirectML device."""
     return bool(getattr(comfy.model_management, "directml_enabled", False))
 
 
@@ -134,7 +150,7 @@ def _plan_blindly(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, 
     budget = MEMORY_PRESETS[name].budget
     plan = make_plan(name, denoiser, conditions, config, budget, budget)
     note = (
-        f"how much memory the GPU has is not known under DirectML: planned for {name}, choose memory for a smaller one"
+        f"how much memory the GPU has is not known under DirectML: planned for {name}; choose memory for a smaller card"
     )
     return dataclasses.replace(plan, notes=(*plan.notes, note)) if choice == AUTO else plan
 
@@ -142,8 +158,12 @@ def _plan_blindly(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, 
 def make_plan(
     name: str, denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig, budget: int, free: int
 ) -> MemoryPlan:
-    """The plan of one preset: recompute as few blocks as the budget allows; only if all of them do not suffice,
-    leave weights in RAM."""
+    """The plan of one preset: gradient checkpointing on as few blocks as possible, then weights in RAM.
+
+    Args:
+        budget: bytes that training may take.
+        free: bytes that are free on the device.
+    """
     preset = MEMORY_PRESETS[name]
     config, notes = _with_trades(config, preset, denoiser.device)
     footprint = footprint_of(denoiser, conditions, config)
@@ -151,32 +171,34 @@ def make_plan(
     beside = footprint.total(count) - footprint.weights
     streamed = min(max(footprint.total(count) - budget, 0), footprint.weights)
     if count:
-        notes.append(f"{count} of {len(footprint.blocks)} blocks recompute in the backward (time, no quality)")
+        notes.append(f"gradient checkpointing on {count} of {len(footprint.blocks)} blocks (slower, same result)")
     if streamed:
         notes.append(_streaming(streamed, denoiser.is_dynamic))
     if beside > budget:
-        notes.append(f"needs {_gb(beside)} of {_gb(budget)} even so: {_smaller(preset)}")
+        notes.append(f"still needs {_gb(beside)} of {_gb(budget)}: {_smaller(preset)}")
     elif streamed and _is_larger(preset, conditions, config):
-        notes.append(f"it would be faster smaller: {_smaller(preset)}")
-    # ComfyUI adds its own reserve to what it is asked to keep free; the plan has counted that already
+        notes.append(f"for more speed: {_smaller(preset)}")
+    # ComfyUI adds its own reserve to this; the plan already includes that
     reserve = max(beside + max(free - budget, 0) - int(comfy.model_management.extra_reserved_memory()), 0)
     if patched := denoiser.patched_in_8_bits():
         notes.append(
             f"the MODEL has LoRAs or other patches on {patched} weights in 8 bits, which ComfyUI rounds at random when "
-            "they are on the card and not when they stay in RAM: gradients differ by a fifth; train on the MODEL "
-            "without patches, or on a bf16 file"
+            "they are on the GPU but not when they stay in RAM: gradients differ by about 20 %; train the MODEL "
+            "without patches, or use a bf16 file"
         )
     return MemoryPlan(name, config, footprint, count, streamed, reserve, tuple(notes))
 
 
 def _streaming(size: int, is_dynamic: bool) -> str:
     if is_dynamic:
-        return f"{_gb(size)} of the weights do not fit; ComfyUI's dynamic VRAM streams what it must (time, no quality)"
-    return f"{_gb(size)} of the weights stay in RAM and stream in (time, no quality)"
+        return (
+            f"{_gb(size)} of the weights do not fit: ComfyUI's dynamic VRAM streams them from RAM (slower, same result)"
+        )
+    return f"{_gb(size)} of the weights are streamed from RAM (slower, same result)"
 
 
 def footprint_of(denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig) -> Footprint:
-    """What training with this configuration takes."""
+    """The memory that training with this configuration takes."""
     pairs, family = conditions.data.pairs, conditions.family
     students = [family.tokens(latent_shape(pair), pair.student) for pair in pairs]
     students += [(0, len(anchor.features)) for anchor in conditions.data.anchors]
@@ -201,7 +223,7 @@ def _most(tokens: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, CUDA or ComfyUI ran out of the device's memory."""
-    if not isinstance(error, RuntimeError):  # newer ComfyUIs go by the words alone, and ours may be in any message
+    if not isinstance(error, RuntimeError):  # newer ComfyUIs only check the words, which may be in any message
         return False
     if isinstance(error, torch.OutOfMemoryError) or comfy.model_management.is_oom(error):
         return True
@@ -209,24 +231,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def advice(plan: MemoryPlan, conditions: Conditions, device: torch.device) -> str:
-    """What to change after memory ran out under this plan, and whether the run goes on then."""
+    """What to change after memory ran out under this plan, and whether the run is then resumed."""
     batch = plan.config.batch_size
     if batch > 1:
-        return f"set batch_size to 1 (it is {batch}) and grad_accumulation to {batch}: a new run"
+        return f"set batch_size to 1 (it is {batch}) and grad_accumulation to {batch} (starts a new run)"
     names = list(MEMORY_PRESETS)
     later = names[names.index(plan.preset) + 1 :]
     if later:
         following = MEMORY_PRESETS[later[0]]
         same = _with_trades(plan.config, following, device)[0] == plan.config
-        ending = "the run goes on then" if same else "that is a new run"
-        return f"choose memory {later[0]}, which trades {following.trades}; {ending}"
+        ending = "the run is resumed" if same else "starts a new run"
+        return f"choose memory {later[0]}, which costs {following.trades} ({ending})"
     if _is_larger(MEMORY_PRESETS[plan.preset], conditions, plan.config):
-        return f"{_smaller(MEMORY_PRESETS[plan.preset])}: a new run"
-    return "close what else uses the GPU, or load the data set at a lower resolution (a new run)"
+        return f"{_smaller(MEMORY_PRESETS[plan.preset])} (starts a new run)"
+    return "close other programs that use the GPU, or load the dataset at a lower resolution (starts a new run)"
 
 
 def free_device_memory() -> None:
-    """Gives back all that can be given back, after a run that failed."""
+    """Frees all device memory that can be freed, after a failed run."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
 
@@ -242,24 +264,24 @@ def _fitting(total: int, denoiser: ComfyDenoiser, conditions: Conditions, config
 
 
 def _with_trades(config: TrainConfig, preset: MemoryPreset, device: torch.device) -> tuple[TrainConfig, list[str]]:
-    """The preset's trades where the user left the defaults, and a line for each."""
+    """The configuration with the preset's changes, where the user left the defaults, and a line for each."""
     changes: dict[str, Any] = {}
     notes = []
     if preset.lean and config.teacher.weights == "copy":
         changes["teacher"] = FrozenTeacher()
-        notes.append("the teacher is the frozen model, not a moving average of the student")
+        notes.append("the teacher is the frozen model instead of a moving average of the student")
     if preset.lean and (leaner := config.optimizer.leaner()) is not None and can_use_8bit(device):
         changes["optimizer"] = leaner
-        notes.append("Adam's moments in 8 bits")
+        notes.append("Adam's moments are in 8 bits")
     wanted = preset.grad_steps
     if wanted and (fewer := config.objective.on_fewer_steps(wanted, config.rollout_steps)) != config.objective:
         changes["objective"] = fewer
-        notes.append(f"learns from {wanted} of {config.rollout_steps} steps, drawn at random (time, more noise)")
+        notes.append(f"learns from {wanted} of the {config.rollout_steps} steps, sampled at random (faster, noisier)")
     return config.replace(**changes), notes
 
 
 def can_use_8bit(device: torch.device) -> bool:
-    """Whether bitsandbytes is there for this device."""
+    """Whether bitsandbytes is installed and works on this device."""
     return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -269,7 +291,7 @@ def _is_larger(preset: MemoryPreset, conditions: Conditions, config: TrainConfig
 
 
 def _smaller(preset: MemoryPreset) -> str:
-    return f"load the data set at resolution {preset.side} or less, use rank {preset.rank} or less, or an fp8 model"
+    return f"load the dataset at resolution {preset.side} or less, or use rank {preset.rank} or less, or an fp8 model"
 
 
 def _area(shape: Sequence[int]) -> int:

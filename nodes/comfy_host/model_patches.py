@@ -1,9 +1,9 @@
-"""What a MODEL carries besides its weights, and what of it our own forward does not use.
+"""Patches on a MODEL that training and previews do not use.
 
-Training and previews call the network themselves (`host.ComfyDenoiser`): weights, LoRAs, object patches and
-`transformer_options` are used as ComfyUI uses them. What hooks into ComfyUI's sampling loop is not: guidance functions,
-wrappers around sampling, context windows. Nor is the noise schedule of a patched sampling, since a few-step model is
-trained and sampled on its own. Whatever is not known to be used is named.
+Training and previews call the network directly (`ComfyDenoiser`). Weights, LoRAs, object patches and
+`transformer_options` are used as in ComfyUI. Patches of ComfyUI's sampling loop are not: guidance functions, wrappers
+around sampling, context windows. Nor is the noise schedule of a patched sampling, since a few-step model is trained and
+sampled on its own. Everything that is not known to be used is reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .families import family_of
 
 _USED_OPTIONS = {"transformer_options", STEPS_OPTION}
 _COMPANIONS = {"disable_cfg1_optimization", "torch_compile_kwargs"}
-"""Options that belong to another one, which is named."""
+"""Options that belong to another option, which is reported."""
 
 _OPTIONS = {
     "sampler_cfg_function": "a guidance function",
@@ -31,28 +31,29 @@ _OPTIONS = {
     "context_handler": "context windows",
 }
 _USED_WRAPPERS = {WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL}
-"""Of those in `transformer_options`; the wrappers of the MODEL itself only join them in ComfyUI's samplers."""
+"""Of those in `transformer_options`; ComfyUI's samplers add the MODEL's own wrappers, which are not used here."""
 
 
 def unused_patches(model: Any) -> tuple[str, ...]:
-    """One line for each thing on the MODEL that training and previews do not use."""
+    """One line for each patch on the MODEL that training and previews do not use."""
     options = model.model_options
     found = [_OPTIONS.get(name, f"the option {name}") for name in _set_options(options)]
     transformer = options.get("transformer_options", {})
     found += [f"the wrapper {key}" for key in _wrappers(model.wrappers)]
-    found += [f"the wrapper {key}" for key in _wrappers(transformer.get("wrappers", {}), besides=_USED_WRAPPERS)]
+    found += [f"the wrapper {key}" for key in _wrappers(transformer.get("wrappers", {}), without=_USED_WRAPPERS)]
     if "optimized_attention_override" in transformer:
-        found.append("another attention than torch's own")
+        found.append("an attention other than torch's own")
     if model.hook_patches:
         found.append("a LoRA or other weights on hooks")
-    note = "the MODEL carries {}, which training and previews do not use"
+    note = "the MODEL has {}, which training and previews do not use"
     return (*(note.format(what) for what in dict.fromkeys(found)), *unused_schedule(model, ("shift", "noise_scale")))
 
 
 def unused_schedule(model: Any, parameters: Sequence[str] = ("shift",)) -> tuple[str, ...]:
     """One line if the MODEL's sampling is patched to another noise schedule than the family's; () otherwise.
 
-    parameters: those that are not used; ComfyUI's samplers take the scale of the noise from the MODEL.
+    Args:
+        parameters: those that are not used; ComfyUI's samplers do use the MODEL's noise scale.
     """
     patched = model.object_patches.get("model_sampling")
     settings = model.model.model_config.sampling_settings
@@ -70,8 +71,11 @@ def unused_schedule(model: Any, parameters: Sequence[str] = ("shift",)) -> tuple
 
 
 def require_own_sampling(model: Any) -> None:
-    """Raises ValueError when the MODEL's sampling is patched to that of another kind of model: the network would be
-    given wrong times, or its output be read wrongly."""
+    """Checks that the network gets the right timesteps and that its output is interpreted correctly.
+
+    Raises:
+        ValueError: the MODEL's sampling is patched to that of another kind of model.
+    """
     patched = model.object_patches.get("model_sampling")
     if patched is None:
         return
@@ -86,7 +90,7 @@ def require_own_sampling(model: Any) -> None:
     if not torch.allclose(found.cpu(), right, rtol=1e-4):
         raise ValueError(
             f"the MODEL's sampling is patched to that of another kind of model than {family_of(model).title}: remove "
-            "the node that does it, such as ModelSamplingSD3 (ModelSamplingAuraFlow and ModelSamplingFlux are fine)"
+            "that node, such as ModelSamplingSD3 (ModelSamplingAuraFlow and ModelSamplingFlux are fine)"
         )
 
 
@@ -96,7 +100,7 @@ def _set_options(options: dict[str, Any]) -> list[str]:
     return [name for name, value in rest.items() if isinstance(value, torch.Tensor) or value not in unset]
 
 
-def _wrappers(wrappers: dict[Any, dict[Any, Any]], besides: Iterable[str] = ()) -> list[str]:
-    """The keys under which wrappers are kept, as their nodes name themselves."""
-    kinds = [kind for kind in wrappers if kind not in set(besides)]
+def _wrappers(wrappers: dict[Any, dict[Any, Any]], without: Iterable[str] = ()) -> list[str]:
+    """The keys of wrappers, under which their nodes register them."""
+    kinds = [kind for kind in wrappers if kind not in set(without)]
     return [str(key or "without a name") for kind in kinds for key, several in wrappers[kind].items() if several]

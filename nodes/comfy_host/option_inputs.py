@@ -1,4 +1,4 @@
-"""A node's inputs for options of the core: widget, tooltip, bounds and default, all from what the core declares."""
+"""A node's inputs for the core's options: widget, tooltip, bounds and default from their declarations."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from ...dopsd_core.adapters.targets import parse_targets
 from ...dopsd_core.options import Option
 
 _NONE = 0
-"""What a widget has for an option without a value: a number below the smallest that it can have."""
+"""The widget's value for an option without a value: a number below its smallest one."""
 
 
 def option_inputs(options: Iterable[Option], *, advanced: Iterable[str] = ()) -> list[Any]:
     """One input per option, under its flat name, in the given order.
 
-    advanced: the flat names of those that a node shows only when asked to.
+    Args:
+        advanced: the flat names of those that a node only shows under its advanced inputs.
 
     Raises:
-        TypeError: an option of a kind for which there is no widget.
+        TypeError: there is no widget for the kind of an option.
     """
     hidden = frozenset(advanced)
     return [_input(option, option.name in hidden or None) for option in options]
 
 
 def option_values(options: Iterable[Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the widgets of these options gave, as the options' values by flat name; those not given are left out."""
+    """The options' values by flat name, from the values of their widgets; options that are not given are left out."""
     return {option.name: _value(option, given[option.name]) for option in options if option.name in given}
 
 
 def widget_value(option: Option, value: Any) -> Any:
-    """What the option's widget shows for this value; the inverse of `option_values`."""
+    """The widget's value for this option value; the inverse of `option_values`."""
     if option.is_many:
         return ", ".join(value)
     return _NONE if value is None else value
 
 
 def tooltip(option: Option) -> str:
-    """What an option does, for whom it counts, and what its smallest value stands for."""
+    """What an option does, with which choice it has an effect, and what its smallest value means."""
     words = option.help[0].upper() + option.help[1:] + "."
     if option.is_optional:
         words += f" {_NONE}: {option.hint.none}."
@@ -57,7 +58,7 @@ def _input(option: Option, advanced: bool | None) -> Any:
     if option.kind is bool:
         return io.Boolean.Input(option.name, default=option.default, **about)
     if option.kind is int:
-        # by the name "seed" the page would draw another one after each run, and no run would ever be resumed
+        # for an input named "seed" the page would change it after each run, and no run would ever be resumed
         about |= {"control_after_generate": False} if option.name == "seed" else {}
         return io.Int.Input(option.name, **_range(option), **about)
     if option.kind is float:
@@ -66,7 +67,7 @@ def _input(option: Option, advanced: bool | None) -> Any:
 
 
 def _range(option: Option) -> dict[str, Any]:
-    """default, min, max. A bound that is itself too small stays: the core says what is wrong with it."""
+    """default, min, max. An exclusive bound is used as it is: the core reports a value at it."""
     bounds = option.bounds
     low = bounds.low if bounds.low is not None else bounds.above
     high = next((number for number in (bounds.high, bounds.below, option.hint.most) if number is not None), None)

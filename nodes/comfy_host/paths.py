@@ -1,12 +1,12 @@
-"""What a node may read and write.
+"""The files that a node may read and write.
 
-Graphs come over the network: a node reads data sets below ComfyUI's input folder and the folders that the owner of
-this ComfyUI names, and writes below its output, temp and user folders. Nothing else, however it is spelled.
+Graphs come over the network. So a node only reads datasets below ComfyUI's input folder and the folders that the owner
+of this ComfyUI allows, and only writes below its output, temp and user folders, however a path is spelled.
 
-The owner names folders in extra_model_paths.yaml:
+The owner allows folders in extra_model_paths.yaml:
 
     anything:
-        dopsd_datasets: /data/pictures
+        dopsd_datasets: /data/images
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ...dopsd_core.files.disk import writing
 from ...dopsd_core.text import hashable, printable
 
 DEMO = "demo badge (built in)"
-"""The choice that needs no files: four pictures of a concept that the demo model has never seen."""
+"""The choice that needs no files: four images of a concept that the demo model does not know."""
 
 EXTRA = "dopsd_datasets"
 """Key of the owner's folders in extra_model_paths.yaml."""
@@ -42,13 +42,13 @@ _LONGEST_NAME = 100
 folder_paths.folder_names_and_paths.setdefault(EXTRA, ([], set()))
 
 
-# -- data sets ---------------------------------------------------------------------------------------------------------
+# -- datasets ---------------------------------------------------------------------------------------------------------
 
 
 def dataset_choices() -> list[str]:
-    """What Load Dataset offers: folders with pictures somewhere below, .jsonl files, and the demo.
+    """The choices of Load Dataset: folders with images somewhere below, .jsonl files, and the demo.
 
-    Names are relative to the input folder; below an owner's folder they begin with that folder's own name.
+    Names are relative to the input folder; below an allowed folder they start with that folder's own name.
     """
     found = [DEMO]
     for name, root in _roots():
@@ -58,10 +58,10 @@ def dataset_choices() -> list[str]:
 
 
 def resolve_dataset(choice: str) -> Path:
-    """The folder or .jsonl file of a choice, all links followed; the demo's pictures are drawn on use.
+    """The folder or .jsonl file of a choice, with all links resolved; the demo's images are drawn on use.
 
     Raises:
-        ValueError: it is not there, or outside of the folders that may be read.
+        ValueError: it does not exist, or is outside of the folders that may be read.
     """
     if choice == DEMO:
         concept = make_concept(0)
@@ -70,11 +70,11 @@ def resolve_dataset(choice: str) -> Path:
 
 
 def locate_dataset(choice: str) -> Path:
-    """As `resolve_dataset`, for any choice but the demo; touches nothing."""
-    if not isinstance(choice, str):  # a damaged graph; ComfyUI hands it on as it is
+    """Like `resolve_dataset`, for any choice but the demo; writes nothing."""
+    if not isinstance(choice, str):  # a damaged graph, which ComfyUI passes on unchanged
         raise ValueError(f"the folder must be text, it is {type(choice).__name__}; {_how_to_allow()}")
     if not choice.strip() or "\0" in choice:
-        raise ValueError(f"choose a data set folder; {_how_to_allow()}")
+        raise ValueError(f"choose a dataset folder; {_how_to_allow()}")
     for candidate in _candidates(choice):
         try:
             real = candidate.resolve(strict=True)
@@ -83,17 +83,17 @@ def locate_dataset(choice: str) -> Path:
         if not any(real.is_relative_to(root.resolve()) for _, root in _roots()):
             raise _outside(choice)
         return real
-    raise ValueError(f"there is no data set {choice!r}; {_how_to_allow()}")
+    raise ValueError(f"there is no dataset {choice!r}; {_how_to_allow()}")
 
 
 def allowed_root(path: Path) -> Path | None:
-    """The folder of the owner's or of ComfyUI's that `path` lies in: pictures named by a .jsonl may lie anywhere in
-    it. None for what was written by `store_dataset`."""
+    """The allowed folder that contains `path`: images named by a .jsonl file may be anywhere in it. None for a folder
+    written by `store_dataset`."""
     return next((real for _, root in _roots() if path.is_relative_to(real := root.resolve())), None)
 
 
 def dataset_fingerprint(choice: str) -> str:
-    """Changes when a file of the data set comes, goes, grows or is written, wherever a .jsonl has it."""
+    """Changes when a file of the dataset is added, removed or written, also one elsewhere that a .jsonl file names."""
     if choice == DEMO:
         return DEMO
     source = locate_dataset(choice)
@@ -101,7 +101,7 @@ def dataset_fingerprint(choice: str) -> str:
     for file in _files_of(source):
         try:
             facts = stamp_of(file)
-        except (OSError, ValueError):  # not there, or a link to nothing
+        except (OSError, ValueError):  # missing, or a broken link
             digest.update(hashable(f"{file}|-\n"))
         else:
             digest.update(hashable(f"{file}|{facts}\n"))
@@ -109,7 +109,7 @@ def dataset_fingerprint(choice: str) -> str:
 
 
 def _files_of(source: Path) -> Iterator[str]:
-    """All files below a data set's folder, and what the rows of a .jsonl name in the rest of the allowed folder."""
+    """All files below a dataset's folder, and those elsewhere in the allowed folder that a .jsonl file names."""
     folder = source if source.is_dir() else source.parent
     for parent, folders, names in os.walk(folder):
         folders.sort()
@@ -123,17 +123,17 @@ def _files_of(source: Path) -> Iterator[str]:
 
 
 def stamp_of(path: Path | str) -> tuple[str, int, int, int]:
-    """(name, size, times of the last writing and of the last change of any kind): others once the file was exchanged.
+    """(name, size, modification time, change time) of a file; different after it was replaced.
 
     Raises:
-        OSError: it is not there.
+        OSError: it does not exist.
     """
     facts = os.stat(path)
     return str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` in ComfyUI's temp folder, filled by `write` if it is not there yet; whole or not there.
+    """The folder `name` in ComfyUI's temp folder, written atomically by `write` if it does not exist.
 
     Raises:
         DiskError: it cannot be written.
@@ -153,20 +153,20 @@ def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
 
 
 def _roots() -> list[tuple[str, Path]]:
-    """(name that choices begin with, folder) of every folder that data sets may lie in."""
+    """(start of its choices' names, folder) of every folder that may contain datasets."""
     extra = [Path(os.path.abspath(folder)) for folder in folder_paths.folder_names_and_paths[EXTRA][0]]
     return [("", Path(os.path.abspath(folder_paths.get_input_directory()))), *((root.name, root) for root in extra)]
 
 
 def _data_below(root: Path) -> list[PurePosixPath]:
-    """Folders that hold pictures, those above them, and .jsonl files, relative to the root; hidden ones left out, and
-    the halves of a folder of edits."""
+    """Folders with images, their parents, and .jsonl files, relative to the root; without hidden ones, and without the
+    two halves of a folder of edits."""
     found: set[PurePosixPath] = set()
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         here = PurePosixPath(Path(parent).relative_to(root).as_posix())
         endings = {os.path.splitext(name)[1].lower() for name in names}
-        halves = edit_folders(Path(parent)) if here.name else None  # the root is no data set
+        halves = edit_folders(Path(parent)) if here.name else None  # the root is not a dataset
         if halves:
             folders[:] = [name for name in folders if name not in {half.name for half in halves}]
         if halves or not endings.isdisjoint(SUFFIXES):
@@ -176,10 +176,10 @@ def _data_below(root: Path) -> list[PurePosixPath]:
 
 
 def _candidates(choice: str) -> Iterator[Path]:
-    """Where a choice may lie, by its spelling alone: nothing outside is even looked for.
+    """Possible places of a choice, from its spelling alone: nothing outside the allowed folders is accessed.
 
     Raises:
-        ValueError: the spelling leads outside.
+        ValueError: it leads outside.
     """
     if os.path.isabs(choice):
         path = Path(os.path.normpath(choice))
@@ -187,7 +187,7 @@ def _candidates(choice: str) -> Iterator[Path]:
             raise _outside(choice)
         yield path
         return
-    windows = PureWindowsPath(choice)  # reads both kinds of slashes, and knows drives
+    windows = PureWindowsPath(choice)  # handles both kinds of slashes, and drives
     if windows.anchor or ".." in windows.parts or any(":" in part for part in windows.parts):
         raise _outside(choice)
     for name, root in _roots():
@@ -198,13 +198,13 @@ def _candidates(choice: str) -> Iterator[Path]:
 
 
 def _outside(choice: str) -> ValueError:
-    return ValueError(f"the data set {choice!r} lies outside of the folders that D-OPSD may read; {_how_to_allow()}")
+    return ValueError(f"the dataset {choice!r} is outside of the folders that D-OPSD may read; {_how_to_allow()}")
 
 
 def _how_to_allow() -> str:
     return printable(
-        f"put it into a folder of its own in {folder_paths.get_input_directory()}, or have the owner of this ComfyUI "
-        f"name the folder it is in under {EXTRA} in extra_model_paths.yaml"
+        f"put it into its own folder in {folder_paths.get_input_directory()}, or ask the owner of this ComfyUI to "
+        f"allow its folder under {EXTRA} in extra_model_paths.yaml"
     )
 
 
@@ -215,15 +215,15 @@ def run_folder(name: str) -> Path:
     """output/dopsd/<name>.
 
     Raises:
-        ValueError: the name is empty or no plain name of a folder on every system.
+        ValueError: the name is empty, or not a valid folder name on every system.
     """
-    if not isinstance(name, str):  # a damaged graph; ComfyUI hands it on as it is
+    if not isinstance(name, str):  # a damaged graph, which ComfyUI passes on unchanged
         raise ValueError(f"the run name must be text, it is {type(name).__name__}")
     return Path(folder_paths.get_output_directory()).resolve() / "dopsd" / _checked(name.strip(), "run name")
 
 
 def shown(path: Path) -> str:
-    """A path as users see it: output/... for what lies in ComfyUI's output folder."""
+    """A path as shown to users: output/... inside ComfyUI's output folder."""
     output = Path(folder_paths.get_output_directory())
     for root in (output, output.resolve()):
         if path.is_relative_to(root):
@@ -232,11 +232,11 @@ def shown(path: Path) -> str:
 
 
 def lora_file_path(prefix: str) -> Path:
-    """output/<prefix>_00001_.safetensors with the next free number, its folder made; %year% and the like are filled in
-    as ComfyUI's own savers do.
+    """output/<prefix>_00001_.safetensors with the next free number; creates its folder. %year% and the like are filled
+    in as in ComfyUI's own save nodes.
 
     Raises:
-        ValueError: the prefix is empty, absolute, leads outside or is no name on some system.
+        ValueError: the prefix is empty, absolute, leads outside or is not a valid name on every system.
     """
     parts = require_lora_name(prefix)
     output = folder_paths.get_output_directory()
@@ -245,36 +245,36 @@ def lora_file_path(prefix: str) -> Path:
 
 
 def require_lora_name(prefix: str) -> list[str]:
-    """The parts of a `filename_prefix` for `lora_file_path`; touches nothing.
+    """The parts of a `filename_prefix` for `lora_file_path`; writes nothing.
 
     Raises:
-        ValueError: it is empty, absolute, leads outside or is no name on some system.
+        ValueError: it is empty, absolute, leads outside or is not a valid name on every system.
     """
     parts = prefix.strip().replace("\\", "/").split("/")
     return [_checked(part, "filename_prefix") for part in parts]
 
 
 def condition_cache() -> Path:
-    """Where encoded pairs are kept between sessions."""
+    """The folder where encoded pairs are cached."""
     return Path(folder_paths.get_user_directory()) / "dopsd" / "conditions"
 
 
 def known_weights() -> Path:
-    """Where digests of large weight files are kept between sessions."""
+    """The file where digests of large weight files are cached."""
     return Path(folder_paths.get_user_directory()) / "dopsd" / "weights.json"
 
 
 def _checked(name: str, what: str) -> str:
-    """A plain name for a file or folder, on Windows too."""
+    """The name, if it is a valid file or folder name, on Windows too."""
     if not name:
         raise ValueError(f"the {what} is empty or has an empty part; write a name such as my_concept")
     bad = _FORBIDDEN.search(name)
     if bad:
-        raise ValueError(f"the {what} may not hold {bad.group()!r}, {name!r} does; use letters, digits, - and _")
+        raise ValueError(f"the {what} {name!r} may not contain {bad.group()!r}; use letters, digits, - and _")
     if set(name) == {"."} or name.endswith((".", " ")) or name.startswith((".", " ")):
-        raise ValueError(f"the {what} may not begin or end with a dot or a space, {name!r} does")
+        raise ValueError(f"the {what} {name!r} may not start or end with a dot or a space")
     if _RESERVED.fullmatch(name):
-        raise ValueError(f"the {what} may not be {name!r}: Windows keeps that name for itself")
+        raise ValueError(f"the {what} may not be {name!r}: Windows reserves that name")
     if len(name.encode(errors="replace")) > _LONGEST_NAME:
         raise ValueError(f"the {what} is longer than {_LONGEST_NAME} bytes; shorten {name[:20]!r}...")
     return name

@@ -1,4 +1,4 @@
-"""Named settings for training, and the configuration that they and the advanced inputs make together."""
+"""Presets, and the training configuration that a preset and the user's choices make."""
 
 from __future__ import annotations
 
@@ -18,8 +18,19 @@ from ...dopsd_core.options import changed, split_unused
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One set of settings; steps 0 are the paper's for the family, lr 0 is the family's. The fields are flat names of
-    options."""
+    """Settings that fit together. The fields are flat names of options.
+
+    Attributes:
+        steps: optimizer steps; 0 for the paper's number for the family.
+        rank: of the LoRA.
+        alpha: of the LoRA.
+        lr: learning rate; 0 for the family's.
+        batch_size: images per forward.
+        grad_accumulation: batches per optimizer step.
+        warmup: steps over which the learning rate rises.
+        ema_decay: of the ema teacher, per optimizer step.
+        anchor_probability: share of batches that are prior anchors.
+    """
 
     steps: int
     rank: int
@@ -38,34 +49,34 @@ PRESETS: Mapping[str, Preset] = {
     "paper": Preset(steps=0, rank=64, alpha=128.0, grad_accumulation=4, anchor_probability=0.0),
     "demo model": Preset(steps=120, rank=16, alpha=16.0, lr=2e-3, batch_size=4, warmup=10, ema_decay=0.999),
 }
-"""paper: the authors' settings, their 4 GPUs as gradient accumulation. demo model: for the embedded one only."""
+"""paper: the authors' settings, with their 4 GPUs as gradient accumulation. demo model: for Load Demo Models only."""
 
 
 def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[str, Any]) -> TrainConfig:
-    """The preset with the user's choices put over it.
+    """The preset with the user's choices on top.
 
     Args:
-        chosen: options by flat name, only those that the user has set; the others are the preset's and the family's.
-            targets may be one text. Options of what is not chosen are left out.
-        has_anchors: whether there are prompts for the prior anchor; without any a preset's share of it is 0.
+        chosen: options by flat name, only those that the user has set; all others come from the preset and the family.
+            targets may be one text. Options without effect are left out.
+        has_anchors: whether there are prompts for the prior anchor; if not, a preset's share of it becomes 0.
 
     Raises:
-        ConfigError: with everything wrong and its remedy.
+        ConfigError: with every invalid value and how to correct it.
     """
     used, _ = split_unused(TrainConfig, merged_settings(preset, family, has_anchors, chosen))
     return changed(TrainConfig(family=family.name), used)
 
 
 def merged_settings(preset: str, family: Family, has_anchors: bool, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The options by flat name that `make_config` takes, also those of what is not chosen; arguments as there."""
+    """The options of `make_config` by flat name, with those that have no effect; arguments as there."""
     settings = preset_settings(preset, family)
     if not has_anchors:
         settings["anchor_probability"] = 0.0
     settings |= chosen
     if "rank" in chosen and "alpha" not in chosen:
         settings["alpha"] = chosen["rank"] * PRESETS[preset].alpha / PRESETS[preset].rank
-    learned = settings.get("grad_steps") or 0
-    settings["grad_steps"] = learned if 0 < learned < settings.get("rollout_steps", family.rollout_steps) else None
+    wanted = settings.get("grad_steps") or 0
+    settings["grad_steps"] = wanted if 0 < wanted < settings.get("rollout_steps", family.rollout_steps) else None
     settings["warmup"] = min(settings["warmup"], max(settings["steps"] - 1, 0))
     targets = settings.pop("targets", ())
     settings["targets"] = (parse_targets(targets) if isinstance(targets, str) else targets) or family.lora_targets
@@ -73,7 +84,7 @@ def merged_settings(preset: str, family: Family, has_anchors: bool, chosen: Mapp
 
 
 def preset_settings(preset: str, family: Family) -> dict[str, Any]:
-    """The fields of a preset; what it leaves to the family is the family's."""
+    """The fields of a preset, with the family's values where it has 0."""
     settings = dict(vars(PRESETS[preset]))
     settings["steps"] = settings["steps"] or family.paper_steps
     settings["lr"] = settings["lr"] or family.learning_rate
@@ -81,19 +92,21 @@ def preset_settings(preset: str, family: Family) -> dict[str, Any]:
 
 
 def given_settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the fields that a preset has, those that the user has set."""
+    """The fields of a preset that the user has set."""
     return {field.name: chosen[field.name] for field in dataclasses.fields(Preset) if field.name in chosen}
 
 
 def preset_steps() -> dict[str, int]:
-    """Preset -> its steps; 0 where the family decides."""
+    """Steps of each preset; 0 if the family decides."""
     return {name: preset.steps for name, preset in PRESETS.items()}
 
 
 def run_digest(config: TrainConfig, *facts: str, settings: Mapping[str, Any] | None = None) -> str:
-    """8 hex digits that stay the same as long as a run may be resumed: settings, and facts of model and data.
+    """8 hex digits, equal for runs that may be resumed: from settings, model and dataset.
 
-    settings: the `merged_settings`, of which release 0.2 counted those of what is not chosen too.
+    Args:
+        facts: digests of model, dataset and initial weights.
+        settings: the `merged_settings`; release 0.2 also counted those without effect.
     """
     counted = former_identity(config.identity(), settings or {})
     return hashlib.sha256(json.dumps([counted, *facts], sort_keys=True).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""The pictures that are drawn before, during and after training: prompts, samples, sheets."""
+"""Preview images before, during and after training: prompts, samples, sheets."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ log = logging.getLogger("dopsd")
 
 MAX_DEFAULT_PROMPTS = 4
 TILE = 192
-"""Side of a picture on the sheets, in pixels; larger pictures are scaled down."""
+"""Side of an image on the sheets, in pixels; larger images are scaled down."""
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines that hold something, each once, stripped."""
+    """The lines that are not empty, stripped and without duplicates."""
     return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def preview_texts(given: str, pairs: Sequence[Pair], trigger: str) -> list[str]:
-    """The prompts to draw: the given lines with `[V]` replaced, or the captions of the first pictures."""
+    """The prompts to draw: the given lines with `[V]` replaced, or the captions of the first images."""
     lines = [put_trigger(line, trigger) for line in split_lines(given)]
     return lines or list(dict.fromkeys(pair.captions[0] for pair in pairs[:MAX_DEFAULT_PROMPTS]))
 
@@ -51,7 +51,7 @@ def encode_previews(
     teacher: TeacherView,
     teacher_image: TeacherImage,
 ) -> tuple[PreviewPrompt, ...]:
-    """Each prompt alone, and together with a training picture as its teacher sees it."""
+    """Each prompt encoded alone for the student, and with a training image for the teacher."""
     requests = []
     for number, text in enumerate(texts):
         index = number % len(pairs)
@@ -60,8 +60,9 @@ def encode_previews(
     return tuple(PreviewPrompt(dual.caption, dual.student, dual.teacher, latent_shape(dual)) for dual in encoded)
 
 
-def teacher_sheet(painter: Painter, conditions: Conditions, count: int) -> Image.Image:
-    """Target, teacher and student of the untouched model for the first `count` training pictures; sources of edits."""
+def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -> Image.Image:
+    """A sheet with target, teacher and student of the untrained model for the first `count` training images; for edits
+    the source images too."""
     data = conditions.data
     chosen = [data.pairs[example.variants[0]] for example in data.examples[:count]]
     shapes = [latent_shape(pair) for pair in chosen]
@@ -70,29 +71,32 @@ def teacher_sheet(painter: Painter, conditions: Conditions, count: int) -> Image
     sources = [load_image(pair.source_images[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
     with painter.denoiser.loaded((1, *shapes[0])):
         teacher = painter.draw([pair.teacher for pair in chosen], shapes)
-        painter.denoiser.load((1, *shapes[0]))  # decoding may have sent it out of memory
+        painter.denoiser.load((1, *shapes[0]))  # decoding may have unloaded it
         student = painter.draw([pair.student for pair in chosen], shapes)
-    texts, reads = [pair.caption for pair in chosen], "source and instruction" if sources else "reading the caption"
+    texts, reads = [pair.caption for pair in chosen], "source and instruction" if sources else "reads the caption"
     rows = [
-        *([Row("source", "what the edit starts from", sources, texts)] if sources else []),
-        Row("target", "what it shall learn", targets, () if sources else texts),
-        Row("teacher", "the untouched model,\nseeing the picture", teacher),
-        Row("student", f"the untouched model,\n{reads}", student),
+        *([Row("source", "the image before the edit", sources, texts)] if sources else []),
+        Row("target", "the training image", targets, () if sources else texts),
+        Row("teacher", "the untrained model,\nsees the image", teacher),
+        Row("student", f"the untrained model,\n{reads}", student),
     ]
     return contact_sheet("the teacher, before any training", rows, tile=TILE)
 
 
-class Painter:
-    """Draws conditions with fixed noise: equal seeds give equal noise whoever is asked.
+class PreviewPainter:
+    """Draws conditions with fixed noise: equal seeds give equal noise for every model.
 
-    vae: ComfyUI's. steps: of the model's own few-step grid, Euler, as the Few-Step Sampler does it.
+    Args:
+        vae: ComfyUI's VAE.
+        steps: Euler steps on the model's own noise schedule, as in the Few-Step Sampler.
+        seed: of the noise.
     """
 
     def __init__(self, denoiser: ComfyDenoiser, vae: Any, steps: int, seed: int) -> None:
         self.denoiser, self._vae, self._steps, self._seed = denoiser, vae, steps, seed
 
     def draw(self, conditions: Sequence[Condition], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """A picture [3, H, W] in [0, 1] of each condition, for latents of `shapes` (C, h, w)."""
+        """One image [3, H, W] in [0, 1] per condition, for latents of `shapes` (C, h, w)."""
         latents: list[Tensor | None] = [None] * len(conditions)
         for shape in dict.fromkeys(shapes):
             rows = [row for row, other in enumerate(shapes) if other == shape]
@@ -101,7 +105,7 @@ class Painter:
         return [self._decode(latent) for latent in latents if latent is not None]
 
     def sources(self, conditions: Sequence[Condition]) -> list[Tensor]:
-        """The first reference picture [3, H, W] of each condition that has one."""
+        """The first reference image [3, H, W] in [0, 1] of each condition that has one."""
         firsts = [condition.reference_latents[0] for condition in conditions if condition.reference_latents]
         return [self._decode(latent.to(self.denoiser.device)) for latent in firsts]
 
@@ -114,21 +118,21 @@ class Painter:
 
     def _decode(self, latent: Tensor) -> Tensor:
         with torch.inference_mode():
-            picture = self._vae.decode(self.denoiser.to_vae_space(latent[None]))[0]
-        return picture.movedim(-1, 0).float().cpu().clamp(0, 1)
+            image = self._vae.decode(self.denoiser.to_vae_space(latent[None]))[0]
+        return image.movedim(-1, 0).float().cpu().clamp(0, 1)
 
 
 class TrainingPreview:
-    """A sheet per preview step: untouched model, teacher and student on one and the same noise; sources of edits."""
+    """A sheet per preview step: untrained model, teacher and student from the same noise; source images of edits."""
 
-    def __init__(self, painter: Painter, prompts: Sequence[PreviewPrompt], reload: Callable[[], None]) -> None:
+    def __init__(self, painter: PreviewPainter, prompts: Sequence[PreviewPrompt], reload: Callable[[], None]) -> None:
         self._painter, self._prompts, self._reload = painter, prompts, reload
         self._shapes = [prompt.latent_shape for prompt in prompts]
         self._base: list[Tensor] | None = None
         self._sources: list[Tensor] = []
 
     def sheet(self, title: str, adapters: Trainable) -> Image.Image:
-        """Draws all of them; the base and the sources only the first time."""
+        """Draws the sheet; the untrained model and the source images are only drawn the first time."""
         texts = [prompt.text for prompt in self._prompts]
         alone = [prompt.student for prompt in self._prompts]
         if self._base is None:
@@ -138,18 +142,18 @@ class TrainingPreview:
         teacher = self._draw(adapters, "teacher", [prompt.teacher for prompt in self._prompts])
         edits = bool(self._sources)
         rows = [
-            *([Row("source", "what the edit starts from", self._sources, texts)] if edits else []),
-            Row("before", "the untouched model", self._base, () if edits else texts),
-            Row("teacher", "sees a wanted result" if edits else "sees a training picture", teacher),
+            *([Row("source", "the image before the edit", self._sources, texts)] if edits else []),
+            Row("before", "the untrained model", self._base, () if edits else texts),
+            Row("teacher", "sees a wanted result" if edits else "sees a training image", teacher),
             Row("student", "source and instruction" if edits else "reads the prompt alone", student),
         ]
         return contact_sheet(title, rows, tile=TILE)
 
     def _draw(self, adapters: Trainable, mode: Any, conditions: Sequence[Condition]) -> list[Tensor]:
         with adapters.use(mode):
-            pictures = self._painter.draw(conditions, self._shapes)
-        self._reload()  # decoding may have sent the network out of memory
-        return pictures
+            images = self._painter.draw(conditions, self._shapes)
+        self._reload()  # decoding may have unloaded the network
+        return images
 
 
 def load_sheets(folder: Path) -> Tensor:

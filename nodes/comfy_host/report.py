@@ -1,4 +1,4 @@
-"""How a run of D-OPSD Train LoRA went: on the node, and as report.json in the run's folder."""
+"""The summary of a run of D-OPSD Train LoRA: notes on the node, and report.json in the run's folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger("dopsd")
 
 
 class Notes(logging.Handler):
-    """What the user is to know about a run, one line each, every line once."""
+    """Notes for the user about a run, one line each, without duplicates."""
 
     def __init__(self, lines: Iterable[str] = ()) -> None:
         super().__init__(logging.WARNING)
@@ -32,20 +32,20 @@ class Notes(logging.Handler):
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """In the order in which they came."""
+        """The notes in the order in which they were added."""
         return tuple(self._lines)
 
     def add(self, *lines: str) -> None:
-        """Appends those that are new."""
+        """Adds the lines that are new."""
         self._lines.update(dict.fromkeys(map(printable, lines)))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A warning of the core is a note."""
+        """Adds a warning of the core as a note."""
         self.add(record.getMessage())
 
     @contextmanager
     def with_warnings(self) -> Iterator[None]:
-        """Adds what the core warns of inside the `with`."""
+        """Adds the core's warnings inside the `with`."""
         log.addHandler(self)
         try:
             yield
@@ -55,16 +55,22 @@ class Notes(logging.Handler):
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """The end of a run, whatever ended it.
+    """How a run ended.
 
     Attributes:
-        state: how it ended. error: the sentence of a failure.
-        step: optimizer steps done in all, of `steps`.
-        relative_gap, heldout_relative_gap: gap to the teacher over the one before training, last measured, on training
-            captions and on the unseen prompt; None where not measured.
-        modules, parameters: size of the LoRA.
-        base_model, trigger, teacher, memory: what it was trained with; memory is the preset that was planned with.
-        notes: for the user, one line each: what was given and not used, what was traded, what went wrong.
+        state: how it ended.
+        step: optimizer steps done in total.
+        steps: optimizer steps wanted.
+        relative_gap: last measured gap to the teacher on training captions, over the one before training; or None.
+        heldout_relative_gap: the same on the unseen prompt.
+        modules: number of layers with a LoRA.
+        parameters: number of trained parameters.
+        base_model: file name of the MODEL.
+        trigger: trigger word of the dataset.
+        teacher: mode of the teacher.
+        memory: the memory preset that was used.
+        notes: for the user, one line each: inputs that were not used, changes to save memory, warnings.
+        error: the sentence of a failure.
     """
 
     state: State
@@ -82,7 +88,7 @@ class RunReport:
     error: str = ""
 
     def write(self, folder: Path) -> None:
-        """Writes report.json; where that fails, the log says so, since the LoRA matters more."""
+        """Writes report.json; a failure is only logged, since the LoRA matters more."""
         facts = {name: _printable(value) for name, value in dataclasses.asdict(self).items()}
         text = json.dumps(facts, indent=2) + "\n"
         try:
@@ -96,6 +102,6 @@ def _printable(value: Any) -> Any:
 
 
 def gap_line(relative: float, heldout: float | None) -> str:
-    """The gap to the teacher, as it is shown everywhere."""
+    """The gap to the teacher as text, the same everywhere."""
     unseen = f", unseen prompt {heldout:.3f}" if heldout is not None else ""
     return f"gap to the teacher {relative:.3f}{unseen}  (1 = before training)"

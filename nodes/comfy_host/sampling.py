@@ -1,4 +1,4 @@
-"""Sampling as few-step models are trained to be sampled: the model's own grid, no guidance."""
+"""Sampling a few-step model as it was distilled: its own noise schedule, no guidance."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ def few_step_sample(
     sampler_name: str = "euler",
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
 ) -> Tensor:
-    """Latents [B, C, h, w] of MODEL and CONDITIONING at CFG 1, so without a negative; `latent` zeros for a new picture.
+    """Latents [B, C, h, w] of MODEL and CONDITIONING at CFG 1, without a negative prompt.
 
-    The noise of a seed is KSampler's. callback: (step, x0_hat, x, number of steps).
+    Args:
+        latent: [B, C, h, w]; zeros for a new image.
+        seed: of the noise, which is the same as in KSampler.
+        callback: called with (step, x0_hat, x, number of steps).
 
     Raises:
-        ValueError: the CONDITIONING was written by the text encoder of another model.
+        ValueError: the CONDITIONING comes from the text encoder of another model.
     """
     for features, _ in positive:
         require_text_width(model, features.shape[-1], "positive has features")

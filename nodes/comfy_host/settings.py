@@ -1,5 +1,4 @@
-"""Every setting of a training at its real value: the inputs of Training Settings, how a preset fills them, and what
-they make with the widgets of D-OPSD Train LoRA."""
+"""The inputs of Training Settings, the values that a preset fills in, and the settings that its widgets make."""
 
 from __future__ import annotations
 
@@ -19,19 +18,19 @@ OPTIONS: Mapping[str, Option] = {option.name: option for option in all_options(T
 """Every option by flat name."""
 
 _ELSEWHERE = frozenset({"family", "steps", "seed", "preview_every", "caption_dropout"})
-"""Options that D-OPSD Train LoRA, Load Dataset or the MODEL decide."""
+"""Options that are on D-OPSD Train LoRA or Load Dataset, or follow from the MODEL."""
 
 FAMILY_TITLES: Mapping[str, Family] = {family.title: family for family in FAMILIES.values()}
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What Training Settings hands on.
+    """The output of Training Settings.
 
     Attributes:
         family: the model family that the values were filled in for.
-        preset: of `PRESETS`.
-        changes: options by flat name that differ from what the preset fills in.
+        preset: its name in `PRESETS`.
+        changes: options by flat name whose values differ from the preset's.
     """
 
     family: Family
@@ -40,13 +39,19 @@ class TrainingSettings:
 
 
 def listed_options() -> list[Option]:
-    """The options that Training Settings shows: what is chosen with its own options, then those of the run."""
+    """The options on Training Settings: choices with their own options first, then those of the run."""
     shown = [option for name, option in OPTIONS.items() if name not in _ELSEWHERE]
     return sorted(shown, key=lambda option: not (option.setting or option.choices))
 
 
+def shown_options() -> list[Option]:
+    """The same, with the defaults that Training Settings starts with."""
+    usual = filled(next(iter(PRESETS)), next(iter(FAMILY_TITLES.values())))
+    return [replace(option, default=usual[option.name]) for option in listed_options()]
+
+
 def filled(preset: str, family: Family) -> dict[str, Any]:
-    """Option by flat name -> the value that it has by this preset, of what is not chosen too."""
+    """The value of every option by flat name with this preset, also of those without effect."""
     defaults = {name: option.default for name, option in OPTIONS.items()}
     own = {"rollout_steps": family.rollout_steps, "grad_steps": family.rollout_steps, "targets": family.lora_targets}
     return {**defaults, **own, **preset_settings(preset, family)}
@@ -56,14 +61,13 @@ def settings_inputs() -> list[Any]:
     """model_family, preset, and a widget per option; the page fills them in when one of the first two changes."""
     first, standard = next(iter(FAMILY_TITLES)), next(iter(PRESETS))
     table = {title: {preset: _widgets(preset, family) for preset in PRESETS} for title, family in FAMILY_TITLES.items()}
-    usual = filled(standard, FAMILY_TITLES[first])
     return [
         io.Combo.Input(
             "model_family",
             options=list(FAMILY_TITLES),
             default=first,
             optional=True,
-            tooltip="The model that is trained. Choosing another fills in its values: learning rate, layers.",
+            tooltip="The model that you train. Choosing one fills in its values: learning rate, rollout steps, layers.",
             extra_dict={"dopsd_fill": table},
         ),
         io.Combo.Input(
@@ -71,9 +75,9 @@ def settings_inputs() -> list[Any]:
             options=list(PRESETS),
             default=standard,
             optional=True,
-            tooltip="Fills in all values below with settings that fit together; change what you like afterwards.",
+            tooltip="Fills in all values below with settings that fit together; change them afterwards as you like.",
         ),
-        *option_inputs(replace(option, default=usual[option.name]) for option in listed_options()),
+        *option_inputs(shown_options()),
     ]
 
 
@@ -83,7 +87,7 @@ def settings_from(model_family: str, preset: str, widgets: Mapping[str, Any]) ->
     usual = filled(preset, family)
     values = option_values(listed_options(), widgets)
     changes = {name: value for name, value in values.items() if value != usual[name]}
-    if "rank" in changes:  # alpha stands there as a number: it must not follow the rank as it does for a preset
+    if "rank" in changes:  # alpha is shown as a number, so it must not follow the rank as it does for a preset
         changes["alpha"] = values["alpha"]
     return TrainingSettings(family, preset, changes)
 

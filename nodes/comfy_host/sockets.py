@@ -1,4 +1,4 @@
-"""What travels between our nodes: socket types and the values on them."""
+"""The socket types of our nodes, and the values that pass through them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,13 @@ SettingsSocket = io.Custom("DOPSD_SETTINGS")
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A checked data set: no errors in `report`. trigger: the word for `[V]`. caption_dropout: share of visits."""
+    """A checked dataset.
+
+    Attributes:
+        report: the images and captions; without errors.
+        trigger: the word that replaces `[V]`.
+        caption_dropout: share of training samples with an empty caption.
+    """
 
     report: DatasetReport
     trigger: str
@@ -50,7 +56,14 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class PreviewPrompt:
-    """A prompt that previews draw. teacher: the same prompt seen with a training picture. latent_shape: (C, h, w)."""
+    """A prompt that previews draw.
+
+    Attributes:
+        text: the prompt.
+        student: the encoded prompt; features [L, D].
+        teacher: the same prompt, encoded with a training image.
+        latent_shape: (C, h, w).
+    """
 
     text: str
     student: Condition
@@ -60,10 +73,17 @@ class PreviewPrompt:
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Everything that training needs once the encoders have left.
+    """Everything that training needs without the encoders.
 
-    pairs: the pictures, one per example of `data`. teacher: how it is shown them. caption_dropout as in `Dataset`.
-    notes: for the user, one line each.
+    Attributes:
+        family: the model family of CLIP and VAE.
+        teacher: how the teacher sees the images.
+        data: the encoded training set.
+        pairs: the images and captions, one per example of `data`.
+        previews: the prompts that previews draw.
+        trigger: as in `Dataset`.
+        caption_dropout: as in `Dataset`.
+        notes: for the user, one line each.
     """
 
     family: Family
@@ -76,7 +96,7 @@ class Conditions:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Counts, for the node's text."""
+        """The counts, as text for the node."""
         data = self.data
         return (
             f"{self.family.title}, teacher {self.teacher.name}: {len(data.pairs)} pairs, "
@@ -85,9 +105,10 @@ class Conditions:
 
 
 class TrainedLora(dict[str, Tensor]):
-    """LORA_MODEL: the tensors of a LoRA file, alpha folded in, as ComfyUI's own loaders take them.
+    """A LORA_MODEL: the tensors of a LoRA file by name, with alpha folded in, as ComfyUI's own loaders expect.
 
-    facts: about the run, for the file's header.
+    Attributes:
+        facts: metadata about the run, for the file's header.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The LoRA that a run starts from, put on what the trainer trains."""
+"""The initial weights of a run, from a LoRA of any trainer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from .lora_header import trigger_of
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """tensors: for `train(initial=...)`; None without a LoRA. identity: what it adds to the run's. notes: for the
-    user."""
+    """The initial weights of a run.
+
+    Attributes:
+        tensors: for `train(initial=...)`, by name; None without a LoRA.
+        identity: digests that count towards the run's identity.
+        notes: for the user, one line each.
+    """
 
     tensors: Mapping[str, Tensor] | None = None
     identity: tuple[str, ...] = ()
@@ -30,12 +35,15 @@ def start_of(
     trigger: str = "",
     base_model: str = "",
 ) -> Start:
-    """The start that a LORA_MODEL of any trainer gives the run.
+    """The initial weights from a LORA_MODEL of any trainer.
 
-    trigger, base_model: of the run; the notes say where the LoRA names others.
+    Args:
+        lora: tensors by name, such as lora_A [rank, in] and lora_B [out, rank]; None for no LoRA.
+        trigger: of the run; a note says if the LoRA's differs.
+        base_model: of the run; a note says if the LoRA's differs.
 
     Raises:
-        ValueError: it is no plain LoRA, of another model, or changes nothing that is trained.
+        ValueError: it is not a plain LoRA, belongs to another model, or changes no layer that is trained.
     """
     if lora is None:
         return Start()
@@ -48,9 +56,9 @@ def start_of(
 
 def _differences(facts: Mapping[str, str], trigger: str, base_model: str) -> list[str]:
     notes = []
-    if (learned := trigger_of(facts)) and learned != trigger:
-        own = f"the dataset's is {trigger!r}" if trigger else "the dataset has none"
-        notes.append(f"initial_lora was trained with the trigger {learned!r}, {own}")
+    if (own_trigger := trigger_of(facts)) and own_trigger != trigger:
+        other = f"the dataset's is {trigger!r}" if trigger else "the dataset has none"
+        notes.append(f"initial_lora was trained with the trigger {own_trigger!r}, {other}")
     if (base := facts.get("dopsd_base_model")) and base_model and base != base_model:
         notes.append(f"initial_lora was trained on {base}, this MODEL is {base_model}")
     return notes

@@ -1,4 +1,4 @@
-"""Which layers learn: checked against the model before any training, and counted for the user."""
+"""The layers to train: checked against the model before training, and counted for the user."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .denoiser import ComfyDenoiser
 
 
 def require_blocks(denoiser: ComfyDenoiser, adapter: Adapter) -> None:
-    """Keeps targets to the blocks: for layers outside them there is no name that both ComfyUI and diffusers load.
+    """Checks that targets only match layers of the blocks: not every program loads a LoRA of other layers.
 
     Raises:
-        ValueError: a target chooses nothing, or something else.
+        ValueError: a target matches nothing, or a layer outside the blocks.
     """
     inside = {module for block in denoiser.blocks() for module in block.modules()}
     parts = [(part.name, site.module in inside) for site in denoiser.sites() for part in site.parts]
@@ -21,11 +21,11 @@ def require_blocks(denoiser: ComfyDenoiser, adapter: Adapter) -> None:
         outside = [name for name, is_inside in parts if name in chosen and not is_inside]
         if outside:
             raise ValueError(
-                f"target {target!r} chooses {outside[0]}, which is in none of the model's blocks, and not every "
-                f"program would load a LoRA of it: choose within {', '.join(kinds)}"
+                f"target {target!r} matches {outside[0]}, which is outside the model's blocks, and not every "
+                f"program loads a LoRA of it: choose within {', '.join(kinds)}"
             )
 
 
-def told_size(modules: int, parameters: int) -> str:
-    """How large the LoRA is, as it is counted everywhere."""
+def size_text(modules: int, parameters: int) -> str:
+    """The size of the LoRA as text, the same everywhere."""
     return f"{modules} modules, {parameters / 1e6:.1f} M parameters"

@@ -1,4 +1,4 @@
-"""A training run of a node: plan, folder, notes and watcher around the core's `train`, and what comes out of it."""
+"""A training run of the node: plan, folder, notes and progress around the core's `train`, and its outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .memory_plan import MemoryPlan, OutOfMemory, advice, free_device_memory, is
 from .model_patches import unused_patches
 from .paths import run_folder
 from .presets import make_config, merged_settings, run_digest
-from .previews import TILE, Painter, TrainingPreview, load_sheets
+from .previews import TILE, PreviewPainter, TrainingPreview, load_sheets
 from .report import Notes
 from .sockets import Conditions, TrainedLora
 from .start import start_of
@@ -36,19 +36,19 @@ _ROWS = 4  # of a preview sheet: source, before, teacher, student
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says what to change, and what is kept where."""
+    """Training cannot continue; the message says what to change and what is saved where."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the node is asked for.
+    """The training that the node was asked for.
 
     Attributes:
         run_name: start of the run folder's name.
-        memory: of `MEMORY_CHOICES`.
-        preset: of `PRESETS`.
-        chosen: as for `make_config`.
-        unused: notes on settings that were given and decide nothing.
+        memory: one of `MEMORY_CHOICES`.
+        preset: its name in `PRESETS`.
+        chosen: options by flat name, as for `make_config`.
+        unused: notes on settings that were given and have no effect.
     """
 
     run_name: str
@@ -60,12 +60,46 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """config: with the memory plan's trades in it. sheets: of the previews, see `load_sheets`."""
+    """A run whose steps are all done.
+
+    Attributes:
+        result: of the core's `train`.
+        config: the configuration, with the memory plan's changes.
+        folder: the run's folder.
+        sheets: the preview sheets, see `load_sheets`.
+    """
 
     result: TrainResult
     config: TrainConfig
     folder: Path
     sheets: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _PlannedRun:
+    """Everything that `train` is called with.
+
+    Attributes:
+        denoiser: the MODEL.
+        conditions: dataset and previews.
+        plan: configuration and memory.
+        folder: the run's folder.
+        shape: largest batch of latents, [B, C, h, w].
+        metadata: of the LoRA file.
+        initial: the initial weights.
+        host_bytes: what previews will take on the disk.
+        notes: for the user, apart from those of warnings.
+    """
+
+    denoiser: ComfyDenoiser
+    conditions: Conditions
+    plan: MemoryPlan
+    folder: Path
+    shape: tuple[int, ...]
+    metadata: Mapping[str, str]
+    initial: Mapping[str, Tensor] | None
+    host_bytes: int
+    notes: tuple[str, ...]
 
 
 def run_training(
@@ -76,64 +110,83 @@ def run_training(
     wanted: Wanted,
     initial_lora: Mapping[str, Tensor] | None = None,
 ) -> FinishedRun:
-    """Trains or resumes, in the folder that belongs to these settings, this model and this data.
+    """Trains or resumes, in the folder that belongs to these settings, this model and this dataset.
+
+    Args:
+        node: the node class, which shows progress and notes.
+        vae: for previews; None for no previews.
+        initial_lora: the LoRA to start from, tensors by name, such as lora_A [rank, in] and lora_B [out, rank].
 
     Raises:
-        ConfigError: the settings do not fit.
-        ValueError: a target matches nothing, or something outside the blocks.
+        ConfigError: the settings are not valid together.
+        ValueError: a target matches nothing, or a layer outside the blocks.
         TrainingError: loss or gradient is not finite.
-        DiskError: the folder cannot be written or has no room; before the model is loaded, if it is known by then.
-        OutOfMemory: with what to change; the run's last checkpoint is kept and the GPU's memory given back.
+        DiskError: the folder cannot be written or the disk is too full; raised before the model is loaded if possible.
+        OutOfMemory: the GPU ran out of memory; the message says what to change. The last checkpoint is kept and the
+            GPU's memory is freed.
     """
     notes = Notes()
     with notes.with_warnings():
-        identity = identity_of(model)
-    denoiser = ComfyDenoiser(model)
-    config = make_config(wanted.preset, conditions.family, bool(conditions.data.anchors), wanted.chosen)
+        run = _planned(model, conditions, vae is not None, wanted, initial_lora)
+    notes.add(*run.notes)
+    check_run(run.plan.config, run.denoiser, conditions.data, run.folder, run.host_bytes)
+    preview = None if vae is None else _preview(model, vae, run)
+    watcher = Watcher(node, _facts(run, model), notes, preview)
+    with notes.with_warnings():
+        result = _watched(watcher, run)
+        sheets = load_sheets(run.folder / PREVIEWS_NAME)
+        watcher.finished(result)
+    return FinishedRun(result, run.plan.config, run.folder, sheets)
+
+
+def _planned(
+    model: Any, conditions: Conditions, has_vae: bool, wanted: Wanted, initial_lora: Mapping[str, Tensor] | None
+) -> _PlannedRun:
+    identity, denoiser = identity_of(model), ComfyDenoiser(model)
+    has_anchors = bool(conditions.data.anchors)
+    config = make_config(wanted.preset, conditions.family, has_anchors, wanted.chosen)
     require_blocks(denoiser, config.adapter)
     plan = plan_memory(wanted.memory, denoiser, conditions, config)
     config = plan.config
     start = start_of(initial_lora, denoiser, config, conditions.trigger, base_name(model))
-    settings = merged_settings(wanted.preset, conditions.family, bool(conditions.data.anchors), wanted.chosen)
-    marks = (conditions.data.fingerprint(), identity.digest, *start.identity)
-    digest = run_digest(config, *marks, settings=settings)
-    folder = run_folder(f"{wanted.run_name}-{digest}")
-    facts = {
+    settings = merged_settings(wanted.preset, conditions.family, has_anchors, wanted.chosen)
+    digest = run_digest(config, conditions.data.fingerprint(), identity.digest, *start.identity, settings=settings)
+    unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, has_vae)
+    return _PlannedRun(
+        denoiser=denoiser,
+        conditions=conditions,
+        plan=plan,
+        folder=run_folder(f"{wanted.run_name}-{digest}"),
+        shape=(config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area)),
+        metadata=_metadata(model, identity.digest, conditions, wanted.run_name),
+        initial=start.tensors,
+        host_bytes=_preview_bytes(config, conditions) if has_vae else 0,
+        notes=(
+            *conditions.notes,
+            *_model_notes(model),
+            *identity.notes,
+            *start.notes,
+            *wanted.unused,
+            *unused,
+            *plan.notes,
+        ),
+    )
+
+
+def _metadata(model: Any, fingerprint: str, conditions: Conditions, run_name: str) -> dict[str, str]:
+    return {
         "dopsd_base_model": base_name(model),
-        "dopsd_base_fingerprint": identity.digest,
+        "dopsd_base_fingerprint": fingerprint,
         "dopsd_trigger": conditions.trigger,
         "dopsd_teacher_sees": conditions.teacher.name,
-        "dopsd_name": wanted.run_name,
+        "dopsd_name": run_name,
     }
-    options: Any = {"facts": facts, "initial": start.tensors, "checkpoint_blocks": plan.checkpoint_blocks}
-    options["host_bytes"] = _preview_bytes(config, conditions) if vae is not None else 0
-    check_run(config, denoiser, conditions.data, folder, options["host_bytes"])
-    shape = (config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area))
-    unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, vae is not None)
-    notes.add(*conditions.notes, *_model_notes(model), *identity.notes, *start.notes)
-    notes.add(*wanted.unused, *unused, *plan.notes)
-    preview = None if vae is None else _preview(model, denoiser, vae, conditions, plan, shape)
-    watcher = Watcher(node, _facts(folder, denoiser, model, conditions, plan), notes, preview)
-    with notes.with_warnings():
-        result = _watched(watcher, denoiser, conditions, plan, folder, shape, options)
-        sheets = load_sheets(folder / PREVIEWS_NAME)
-        watcher.finished(result)
-    return FinishedRun(result, config, folder, sheets)
 
 
-def _watched(
-    watcher: Watcher,
-    denoiser: ComfyDenoiser,
-    conditions: Conditions,
-    plan: MemoryPlan,
-    folder: Path,
-    shape: Sequence[int],
-    options: Any,
-) -> TrainResult:
-    """`train`; whatever ends it, the node says why and what is kept."""
+def _watched(watcher: Watcher, run: _PlannedRun) -> TrainResult:
+    """Trains; however it ends, the node shows why and what is saved."""
     try:
-        with denoiser.trainable(shape, plan.reserve):
-            return train(plan.config, denoiser, conditions.data, folder, watcher, **options)
+        result = _trained_unless_out_of_memory(watcher, run)
     except comfy.model_management.InterruptProcessingException:
         watcher.interrupted()
         raise
@@ -141,16 +194,40 @@ def _watched(
         watcher.failed(str(error))
         raise TrainingError(f"{error}; {watcher.kept()}") from error
     except Exception as error:
-        if not is_out_of_memory(error):
-            watcher.failed(str(error))
-            raise
-    # out of the handler: an exception holds on to the frames, and these to the activations
-    free_device_memory()
-    remedy = advice(plan, conditions, denoiser.device)
-    # not "out of memory": newer ComfyUIs add advice of their own to any error with these words
-    sentence = f"the GPU's memory ran out, with memory {plan.preset}: {watcher.kept()}; {remedy}"
-    watcher.failed(sentence)
-    raise OutOfMemory(sentence)
+        watcher.failed(str(error))
+        raise
+    if result is None:
+        free_device_memory()
+        remedy = advice(run.plan, run.conditions, run.denoiser.device)
+        # without the words "out of memory": newer ComfyUIs add their own advice to any error with them
+        sentence = f"the GPU's memory ran out, with memory {run.plan.preset}: {watcher.kept()}; {remedy}"
+        watcher.failed(sentence)
+        raise OutOfMemory(sentence)
+    return result
+
+
+def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainResult | None:
+    """The result of `train`; None if the GPU ran out of memory.
+
+    Not as an exception: that would keep the frames alive, and with them the activations that have to be freed.
+    """
+    try:
+        with run.denoiser.trainable(run.shape, run.plan.reserve):
+            return train(
+                run.plan.config,
+                run.denoiser,
+                run.conditions.data,
+                run.folder,
+                watcher,
+                facts=run.metadata,
+                initial=run.initial,
+                checkpoint_blocks=run.plan.checkpoint_blocks,
+                host_bytes=run.host_bytes,
+            )
+    except Exception as error:
+        if is_out_of_memory(error):
+            return None
+        raise
 
 
 def _model_notes(model: Any) -> tuple[str, ...]:
@@ -158,32 +235,31 @@ def _model_notes(model: Any) -> tuple[str, ...]:
     return (*((undistilled,) if undistilled else ()), *unused_patches(model))
 
 
-def _preview(
-    model: Any, denoiser: ComfyDenoiser, vae: Any, conditions: Conditions, plan: MemoryPlan, shape: Sequence[int]
-) -> TrainingPreview | None:
+def _preview(model: Any, vae: Any, run: _PlannedRun) -> TrainingPreview | None:
+    plan, denoiser = run.plan, run.denoiser
     if not plan.config.preview_every:
         return None
-    painter = Painter(denoiser, vae, default_steps(model), plan.config.seed)
-    during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are there by then
-    return TrainingPreview(painter, conditions.previews, lambda: denoiser.load(shape, during))
+    painter = PreviewPainter(denoiser, vae, default_steps(model), plan.config.seed)
+    during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are already allocated then
+    return TrainingPreview(painter, run.conditions.previews, lambda: denoiser.load(run.shape, during))
 
 
-def _facts(folder: Path, denoiser: ComfyDenoiser, model: Any, conditions: Conditions, plan: MemoryPlan) -> RunFacts:
-    modules, parameters = plan.config.adapter.size(denoiser.sites())
+def _facts(run: _PlannedRun, model: Any) -> RunFacts:
+    modules, parameters = run.plan.config.adapter.size(run.denoiser.sites())
     return RunFacts(
-        folder=folder,
-        config=plan.config,
+        folder=run.folder,
+        config=run.plan.config,
         modules=modules,
         parameters=parameters,
         base_model=base_name(model),
-        trigger=conditions.trigger,
-        teacher=conditions.teacher.name,
-        memory=plan.preset,
+        trigger=run.conditions.trigger,
+        teacher=run.conditions.teacher.name,
+        memory=run.plan.preset,
     )
 
 
 def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
-    """The LoRA in full precision, from the last checkpoint, with the header of the LoRA file."""
+    """The LoRA in full precision, from the last checkpoint, with the metadata of the LoRA file."""
     tensors = config.adapter.exported(read_checkpoint_lora(result.checkpoint_path))
     prefix = get_family(config.family).key_prefix
     with safe_open(result.lora_path, "pt") as file:
@@ -192,14 +268,14 @@ def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
 
 
 def losses(reports: Sequence[StepReport]) -> list[float]:
-    """The losses of the steps on training pictures; those of prior anchors have another target and stand in the log."""
-    told = [report.loss for report in reports if report.loss is not None and not report.anchors]
+    """The losses of the steps on training images; those of prior anchors have another target and are in the log."""
+    on_images = [report.loss for report in reports if report.loss is not None and not report.anchors]
     # a plot needs two points: a run of a few steps may have fewer without its anchors
-    return told if len(told) > 1 else [report.loss for report in reports if report.loss is not None]
+    return on_images if len(on_images) > 1 else [report.loss for report in reports if report.loss is not None]
 
 
 def _preview_bytes(config: TrainConfig, conditions: Conditions) -> int:
-    """What the preview sheets of the run take on the disk, at most."""
+    """The largest size on disk of all preview sheets of the run."""
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
     return sheets * len(conditions.previews) * _ROWS * 3 * TILE**2
 

@@ -1,4 +1,4 @@
-"""What the user gave to D-OPSD Train LoRA and the run does not use: one line each, for the node and the report."""
+"""Inputs of D-OPSD Train LoRA that the run does not use: one line each, for the node and the report."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from .sockets import Conditions
 def unused_settings(
     preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions, has_vae: bool
 ) -> tuple[str, ...]:
-    """Settings and inputs that decide nothing in this run, and those of the preset that others replace.
+    """One line for each setting or input that has no effect on this run, and one for changes from the preset.
 
-    chosen: as given to `make_config`. config: what became of it, the memory plan's trades included.
+    Args:
+        chosen: as for `make_config`.
+        config: the resulting configuration, with the memory plan's changes.
     """
     return (
         *_over_the_preset(preset, chosen, conditions),
@@ -35,8 +37,8 @@ def _over_the_preset(preset: str, chosen: Mapping[str, Any], conditions: Conditi
     usual, given = preset_settings(preset, conditions.family), given_settings(chosen)
     changed = [name for name in given if name in usual and given[name] != usual[name]]
     if changed:
-        told = (f"{name} {given[name]:g} instead of {usual[name]:g}" for name in changed)
-        yield f"changed from the preset {preset}: {', '.join(told)}"
+        changes = (f"{name} {given[name]:g} instead of {usual[name]:g}" for name in changed)
+        yield f"changed from the preset {preset}: {', '.join(changes)}"
 
 
 def _of_the_schedule(preset: str, chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
@@ -61,11 +63,11 @@ def _of_the_rollout(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[
     if chosen.get("grad_steps", 0) > config.rollout_steps:
         yield (
             f"grad_steps {chosen['grad_steps']} is not used: there are {config.rollout_steps} rollout_steps, and all "
-            "of them are learned from"
+            "of them get a loss"
         )
     if not isinstance(config.objective, DOPSD) and chosen.get("rollout_steps", config.rollout_steps) != 4:
         yield (
-            f"rollout_steps {config.rollout_steps} is used by probe and previews alone: the objective is "
+            f"rollout_steps {config.rollout_steps} is only used by the gap and the previews: the objective is "
             f"{config.objective.name}"
         )
 
@@ -76,7 +78,7 @@ def _of_the_teacher(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[
         if is_idle and chosen.get(option.name):
             yield f"{option.name} {chosen[option.name]:g} is not used: the teacher is {config.teacher.name}"
     if not isinstance(config.objective, DOPSD):
-        yield f"the teacher is used by probe and previews alone: the objective is {config.objective.name}"
+        yield f"the teacher is only used by the gap and the previews: the objective is {config.objective.name}"
 
 
 def _of_the_anchors(
@@ -101,7 +103,7 @@ def _of_previews_and_probe(config: TrainConfig, conditions: Conditions, has_vae:
     if has_vae and not config.preview_every:
         yield "vae is not used: preview_every is 0"
     if conditions.data.heldout is None and config.probe_every:
-        yield "the gap is measured on training captions alone: no preview prompt is unseen"
+        yield "the gap is only measured on training captions: every preview prompt is a training caption"
     if conditions.data.heldout is not None and not config.probe_every:
         yield "the unseen prompt is not measured: probe_every is 0"
 
@@ -113,6 +115,5 @@ def _of_the_data(config: TrainConfig, conditions: Conditions) -> Iterator[str]:
         trained = round(trained * (1 - config.objective.anchor_probability))
     if trained < epoch:
         yield (
-            f"not all of the dataset is trained on: {config.steps} steps make about {trained} visits, one epoch is "
-            f"{epoch}"
+            f"the run is shorter than one epoch: {config.steps} steps are about {trained} samples, one epoch is {epoch}"
         )

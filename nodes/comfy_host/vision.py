@@ -1,9 +1,9 @@
-"""The teacher's eyes: Qwen3-VL's vision tower beside the language model that the CLIP already holds.
+"""The teacher's vision tower: Qwen3-VL's, used with the language model of the CLIP.
 
-The text encoder of Z-Image and of FLUX.2-klein 4B is Qwen3-4B, the language model that Qwen3-VL-4B grew from: with the
-vision tower (0.8 GB) in front of it and Qwen3-VL's positions, it reads a picture together with its caption. No second
-language model is loaded. Template, hidden states and padding are those of the CLIP itself: the teacher's features
-differ from the student's by the picture alone.
+The text encoder of Z-Image and FLUX.2-klein 4B is Qwen3-4B, the language model that Qwen3-VL-4B was trained from. With
+the vision tower (0.8 GB) and Qwen3-VL's positions, it reads an image together with its caption. No second language
+model is loaded. Template, hidden states and padding are the CLIP's own: the teacher's features only differ from the
+student's by the image.
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ from torch import Tensor, nn
 
 from ...dopsd_core.demo.model_files import IMAGE_PAD, VISION_CELL, resize_for_vision, vision_size
 
-MAX_TOKENS = 1024  # of picture and caption together; the picture's come first
-_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+MAX_TOKENS = 1024  # of image and caption together; the image's come first
+_IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 _PAD = 151643
 
 
 @dataclass(frozen=True, eq=False)
 class VisionSpec:
-    """A kind of vision tower: its name, the config of its class, and how the teacher reads with it."""
+    """A kind of vision tower.
+
+    Attributes:
+        title: its name for users.
+        tower: arguments of its class.
+        lm_config: the language model's configuration while it reads an image.
+        min_pixels: smallest size at which an image is seen.
+        max_pixels: largest size at which an image is seen.
+    """
 
     title: str
     tower: Mapping[str, Any]
@@ -41,7 +49,7 @@ class VisionSpec:
 
 
 def qwen3vl_4b() -> VisionSpec:
-    """Qwen3-VL-4B, seeing at 512^2 to 768^2 pixels as D-OPSD's teacher of Z-Image-Turbo does."""
+    """Qwen3-VL-4B, which sees images at 512^2 to 768^2 pixels, like the paper's teacher for Z-Image-Turbo."""
     config = llama.Qwen3VL_4BConfig()
     sizes = {**qwen3vl.QWEN3VL_VISION_COMMON, **qwen3vl.QWEN3VL_VISION["qwen3vl_4b"]}
     return VisionSpec("Qwen3-VL-4B", {**sizes, "out_hidden_size": config.hidden_size}, config, 512 * 512, 768 * 768)
@@ -49,10 +57,14 @@ def qwen3vl_4b() -> VisionSpec:
 
 @dataclass(frozen=True, eq=False)
 class TeacherVision:
-    """A vision tower in ComfyUI's hands.
+    """A loaded vision tower.
 
-    lm_config: what the CLIP's language model runs with while it reads a picture. A picture is seen at min_pixels to
-    max_pixels; where the two are equal, at about as many.
+    Attributes:
+        model: the network.
+        patcher: ComfyUI's ModelPatcher of it.
+        lm_config: the configuration of the CLIP's language model while it reads an image.
+        min_pixels: smallest size at which an image is seen.
+        max_pixels: largest size at which an image is seen; if equal to `min_pixels`, every image has about this size.
     """
 
     model: nn.Module
@@ -63,7 +75,7 @@ class TeacherVision:
 
 
 def new_vision(state: Mapping[str, Tensor], spec: VisionSpec, ops: Any, dtype: torch.dtype) -> TeacherVision:
-    """The tower with the weights of `state`, whose names have no prefix.
+    """The tower with the weights of `state`: tensors by name without prefix, each [...] as in the tower's state_dict.
 
     Raises:
         RuntimeError: tensors are left over or have other shapes.
@@ -84,23 +96,23 @@ def new_vision(state: Mapping[str, Tensor], spec: VisionSpec, ops: Any, dtype: t
 def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor) -> Tensor:
     """The teacher's features [L, D] fp32 (CPU) of image [3, H, W] in [0, 1] and its caption; L <= `MAX_TOKENS`.
 
-    Of a caption that is too long for that the end is left out, never the template's. The language model runs with
-    Qwen3-VL's rotary positions meanwhile: with its own the features are 1 % off.
+    The end of a caption that is too long is cut off, never the end of the template. The language model runs with
+    Qwen3-VL's rotary positions meanwhile; with its own, the features would be off by 1 %.
 
     Raises:
-        ValueError: the CLIP is not the text encoder that belongs to the vision tower.
+        ValueError: the CLIP does not belong to the vision tower.
     """
     encoder = text_encoder(clip, vision)
     language_model, reader = encoder.transformer.model, _Reader(encoder.transformer, vision.model)
     size = seen_size(image.shape[1], image.shape[2], vision.min_pixels, vision.max_pixels)
-    picture = resize_for_vision(image.float(), size).movedim(0, -1)[None]
-    tokens = _tokens(clip, text, picture)
+    resized = resize_for_vision(image.float(), size).movedim(0, -1)[None]
+    tokens = _tokens(clip, text, resized)
     device = clip.patcher.load_device
     comfy.model_management.load_models_gpu([clip.patcher, vision.patcher])
     with comfy.model_management.cuda_device_context(device), _config(language_model, vision.lm_config):
         holder: Any = SimpleNamespace(special_tokens={"pad": _PAD}, transformer=reader)
         embeds, mask, _, info = SDClipModel.process_tokens(holder, tokens, device)
-        positions, is_picture, deepstack = reader.build_image_inputs(embeds, info)
+        positions, is_image, deepstack = reader.build_image_inputs(embeds, info)
         states = _hidden_states(clip, encoder)
         final, chosen = language_model(
             None,
@@ -110,7 +122,7 @@ def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor
             final_layer_norm_intermediate=encoder.layer_norm_hidden_state,
             dtype=torch.float32,
             position_ids=positions,
-            visual_pos_masks=is_picture,
+            visual_pos_masks=is_image,
             deepstack_embeds=deepstack,
         )[:2]
     hidden = final[0] if states is None else chosen[0]  # [L, D], or [states, L, D]
@@ -119,22 +131,22 @@ def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor
 
 
 def image_tokens(vision: TeacherVision, width: int, height: int) -> int:
-    """How many of the `MAX_TOKENS` an image of that size takes."""
+    """How many of the `MAX_TOKENS` an image of this size in pixels takes."""
     rows, columns = seen_size(height, width, vision.min_pixels, vision.max_pixels)
     return rows * columns // VISION_CELL**2
 
 
 def count_tokens(clip: Any, text: str, seen: int | None = None) -> int:
-    """Tokens of the text in the CLIP's own template, padding aside; seen: with an image of so many before it."""
+    """Tokens of the text in the CLIP's own template, without padding; seen: tokens of an image before it."""
     template = _template(clip) if seen is not None else clip.tokenizer.llama_template
     (ids,) = next(iter(clip.tokenize(text, llama_template=template, min_length=1).values()))
     return len(ids) if seen is None else len(ids) + seen - 1
 
 
 def seen_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width at which a picture is seen: multiples of 32 within the limits, aspect about kept.
+    """Height and width at which an image is seen: multiples of 32 within the limits, aspect ratio about kept.
 
-    The rule of Qwen3-VL's own image processor; for one number of pixels the demo's (`vision_size`).
+    The rule of Qwen3-VL's own image processor; if both limits are equal, the demo's (`vision_size`).
     """
     if min_pixels == max_pixels:
         return vision_size(height, width, min_pixels)
@@ -150,7 +162,7 @@ def seen_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tupl
 
 
 class _Reader:
-    """ComfyUI's Qwen3-VL put together from two models: what `process_tokens` asks of one."""
+    """ComfyUI's Qwen3-VL combined from two models: what `process_tokens` expects of one."""
 
     preprocess_embed = qwen3vl.Qwen3VL.preprocess_embed
     build_image_inputs = qwen3vl.Qwen3VL.build_image_inputs
@@ -163,17 +175,17 @@ def text_encoder(clip: Any, vision: TeacherVision) -> Any:
     """The CLIP's text encoder.
 
     Raises:
-        ValueError: it is not the one that belongs to the vision tower.
+        ValueError: it does not belong to the vision tower.
     """
     if hasattr(clip.cond_stage_model, "qwen3_8b"):
         raise ValueError(
-            "this CLIP is Qwen3-8B, the text encoder of FLUX.2-klein 9B, and the vision tower goes with Qwen3-4B: "
-            "use the edit teacher, which needs no vision"
+            "this CLIP is Qwen3-8B, the text encoder of FLUX.2-klein 9B, and the vision tower belongs to Qwen3-4B: "
+            "use the mode edit, which needs no vision tower"
         )
     encoder = getattr(clip.cond_stage_model, "qwen3_4b", None)
     if encoder is None:
         raise ValueError(
-            "this CLIP is not Qwen3-4B, which the vision tower goes with: load qwen_3_4b, with type lumina2 for "
+            "this CLIP is not Qwen3-4B, which the vision tower belongs to: load qwen_3_4b, with type lumina2 for "
             "Z-Image-Turbo or type flux2 for FLUX.2-klein 4B"
         )
     width, wanted = encoder.transformer.model.config.hidden_size, vision.lm_config.hidden_size
@@ -187,12 +199,12 @@ def text_encoder(clip: Any, vision: TeacherVision) -> Any:
 
 def _template(clip: Any) -> str:
     """The CLIP's own template with an image before the text."""
-    return clip.tokenizer.llama_template.replace("{}", _PICTURE + "{}")
+    return clip.tokenizer.llama_template.replace("{}", _IMAGE_TEXT + "{}")
 
 
-def _tokens(clip: Any, text: str, picture: Tensor) -> list[list[Any]]:
-    """Token ids of the CLIP's own template with the picture [1, H, W, 3] before the text, padded as its texts are."""
-    cells = picture.shape[1] * picture.shape[2] // VISION_CELL**2  # tokens that the picture's one mark becomes
+def _tokens(clip: Any, text: str, image: Tensor) -> list[list[Any]]:
+    """Token ids of the CLIP's own template with image [1, H, W, 3] before the text, padded like its texts."""
+    cells = image.shape[1] * image.shape[2] // VISION_CELL**2  # tokens that replace the one image token
     least = clip.tokenizer.qwen3_4b.min_length - (cells - 1)
     ids: list[Any] = [
         token[0] for token in clip.tokenize(text, llama_template=_template(clip), min_length=least)["qwen3_4b"][0]
@@ -202,19 +214,21 @@ def _tokens(clip: Any, text: str, picture: Tensor) -> list[list[Any]]:
         ending = len(clip.tokenizer.qwen3_4b.tokenizer(_template(clip).rpartition("{}")[2])["input_ids"])
         end = len(ids) - ending
         del ids[max(end - over, ids.index(IMAGE_PAD) + 2) : end]
-    ids[ids.index(IMAGE_PAD)] = {"type": "image", "data": picture, "original_type": "image"}
+    ids[ids.index(IMAGE_PAD)] = {"type": "image", "data": image, "original_type": "image"}
     return [ids]
 
 
 def _hidden_states(clip: Any, encoder: Any) -> list[int] | int | None:
-    """Which hidden states the CLIP's conditions are made of, CLIP Set Last Layer included; None for the final output.
+    """The hidden states that the CLIP's conditions consist of, with CLIP Set Last Layer; None for the final output.
 
-    Asked of the encoder as the CLIP's own encoding of a text does: what stands in it may be another clone's.
+    Set on the encoder as in the CLIP's own encoding of a text: it may still have the options of another clone.
     """
     encoder.reset_clip_options()
     if clip.layer_idx is not None:
         encoder.set_clip_options({"layer": clip.layer_idx})
-    encoder.set_clip_options({"execution_device": None})  # has another look at the layer: one too many is the default
+    encoder.set_clip_options(
+        {"execution_device": None}
+    )  # makes it check the layer: a too large number means the default
     layer, index = encoder.layer, encoder.layer_idx
     encoder.reset_clip_options()
     return None if layer == "last" else index if layer == "hidden" else layer

@@ -1,6 +1,6 @@
-"""The vision tower out of Qwen3-VL's files: one of ComfyUI's or of Hugging Face's, or several with their index.
+"""Loads the vision tower from Qwen3-VL's files: one file, or several with their index.
 
-Only the tower is read, a tenth of what such files hold.
+Only the tower is read, about a tenth of the data.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ONE_OF_SEVERAL = re.compile(r"(.+)-\d{5}-of-(?!00001\.)\d{5}\.safetensors")
 
 
 def load_teacher_vision(path: str | Path, spec: VisionSpec | None = None) -> TeacherVision:
-    """The vision tower of a safetensors file, plain or quantised, or of the several files that it is one of.
+    """The vision tower of a safetensors file, plain or quantised, or of all files of a split model.
 
     Raises:
-        ValueError: the files hold something else or less; the message says what was expected and what was found.
+        ValueError: the files contain another model or only a part; the message says what was expected and found.
     """
     spec, path, dtype = spec or qwen3vl_4b(), Path(path), torch.bfloat16
     try:
@@ -52,18 +52,18 @@ def load_teacher_vision(path: str | Path, spec: VisionSpec | None = None) -> Tea
 
 
 def tower_files(path: Path) -> list[Path]:
-    """The files that hold the tower: `path` itself, or where it is one of several, those that the index names.
+    """The files that contain the tower: `path`, or for a split model those that the index names.
 
     Raises:
-        ValueError: the index or one of the files is not there, or the index is none.
+        ValueError: the index or one of the files is missing, or the index is invalid.
     """
     if not (name := _ONE_OF_SEVERAL.fullmatch(path.name)):
         return [path]
     index = path.with_name(f"{name[1]}.safetensors.index.json")
     if not index.is_file():
         raise ValueError(
-            f"{path.name} is one of several files and {index.name}, which says what is in which, is not beside it: "
-            "put all files of the model into one folder below models/text_encoders"
+            f"{path.name} is one of several files, and their index {index.name} is not beside it: put all "
+            "files of the model into one folder below models/text_encoders"
         )
     try:
         places = json.loads(index.read_bytes())["weight_map"]
@@ -73,7 +73,7 @@ def tower_files(path: Path) -> list[Path]:
             f"{index.name} beside {path.name} is not an index of safetensors files: download it again"
         ) from e
     for part in parts:
-        # Windows knows all the ways out of a folder: /, \ and drives
+        # Windows paths cover every way out of a folder: /, \ and drives
         if PureWindowsPath(part).name != part or not part.endswith(".safetensors"):
             raise ValueError(f"{index.name} names {part[:200]!r}, which is no file of its own folder: download again")
         if not os.path.isfile(path.with_name(part)):  # Path.is_file raises for a name that is too long
@@ -91,7 +91,7 @@ def _open(path: Path) -> Any:
 
 
 def _short_name(name: str) -> str:
-    """The name inside the tower, or "" for what does not belong to it. `scaled_fp8` marks an older fp8 layout."""
+    """The name inside the tower, or "" for other tensors. `scaled_fp8` marks an older fp8 layout."""
     if name == "scaled_fp8":
         return name
     return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), "")
@@ -119,7 +119,7 @@ def _refuse_others(name: str, shapes: Mapping[str, Sequence[int]], spec: VisionS
     real = {key: list(value.shape) for key, value in meta.state_dict().items()}
     if missing := sorted(real.keys() - shapes.keys()):
         raise ValueError(
-            f"{name} holds only a part of the vision tower of {spec.title} ({len(missing)} tensors such as "
+            f"{name} has only a part of the vision tower of {spec.title} ({len(missing)} tensors such as "
             f"visual.{missing[0]} are missing): download all of its files again"
         )
     quantised = {key.rpartition(".")[0] for key in shapes.keys() - real.keys()}  # those may be packed
@@ -151,7 +151,7 @@ def _tower_metadata(name: str, headers: Iterable[Mapping[str, str]]) -> dict[str
 
 
 def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything in `dtype` but the quantised layers."""
+    """All tensors in `dtype`, except the quantised layers."""
     quantised = {name.removesuffix(".comfy_quant") for name in state if name.endswith(".comfy_quant")}
     return {
         name: value.to(dtype) if value.is_floating_point() and name.rpartition(".")[0] not in quantised else value

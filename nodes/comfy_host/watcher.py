@@ -1,4 +1,4 @@
-"""What the user sees of a run on its node, from the first step to the last word."""
+"""What the node shows during a run: progress, loss, gap, previews and the final summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .denoiser import send_text
 from .paths import shown
 from .previews import TrainingPreview
 from .report import Notes, RunReport, State, gap_line
-from .targets import told_size
+from .targets import size_text
 
 PREVIEWS_NAME = "previews"
 _TEXT_INTERVAL = 0.3  # seconds between two texts on the node
@@ -28,7 +28,18 @@ _TEXT_INTERVAL = 0.3  # seconds between two texts on the node
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What of a run is known before its first step; the fields as in `RunReport`. folder: where it lives."""
+    """What is known of a run before its first step.
+
+    Attributes:
+        folder: the run's folder.
+        config: the configuration, with the memory plan's changes.
+        modules: as in `RunReport`.
+        parameters: as in `RunReport`.
+        base_model: as in `RunReport`.
+        trigger: as in `RunReport`.
+        teacher: as in `RunReport`.
+        memory: as in `RunReport`.
+    """
 
     folder: Path
     config: TrainConfig
@@ -41,7 +52,7 @@ class RunFacts:
 
 
 class Watcher(NoCallbacks):
-    """Progress bar with preview, and text with loss, gap and time left, on the node that trains; then the report."""
+    """Progress bar with preview, text with loss, gap and time left on the training node, and the final report."""
 
     def __init__(self, node: Any, facts: RunFacts, notes: Notes, preview: TrainingPreview | None) -> None:
         self._node, self._facts, self._notes, self._preview = node, facts, notes, preview
@@ -54,7 +65,7 @@ class Watcher(NoCallbacks):
         self.step = 0
 
     def on_step(self, report: StepReport) -> None:
-        """Moves the bar and rewrites the text."""
+        """Updates the progress bar and the text."""
         self._note_resumed(report.step)
         self.step = report.step
         self._bar.update_absolute(report.step)
@@ -67,7 +78,7 @@ class Watcher(NoCallbacks):
             send_text(self._node, self._text(report, now))
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
-        """Draws the sheet, keeps it in the run folder and shows it on the node."""
+        """Draws the preview sheet, saves it in the run folder and shows it on the node."""
         if self._preview is None:
             return
         folder = self._facts.folder
@@ -83,10 +94,10 @@ class Watcher(NoCallbacks):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def finished(self, result: TrainResult) -> None:
-        """The summary on the node and the report in the folder."""
+        """Shows the summary on the node and writes the report."""
         if not self._has_begun:
             self._notes.add(
-                f"all {result.step} steps were done before: nothing was trained in this run, and its LoRA is used again"
+                f"all {result.step} steps were already done: nothing was trained, and the existing LoRA is used"
             )
         self.step = result.step
         if result.start_gaps and result.end_gaps:
@@ -94,25 +105,25 @@ class Watcher(NoCallbacks):
         self._close("finished", f"{result.step} steps done")
 
     def interrupted(self) -> None:
-        """Where the run is kept, and how to resume it."""
+        """Shows where the run is saved and how to resume it."""
         self._close("interrupted", f"stopped, {self.kept()}; run again with the same settings to resume")
 
     def failed(self, error: str) -> None:
-        """The error beside what is kept."""
+        """Shows the error and what is saved."""
         self._close("failed", f"failed, {self.kept()}: {error}", error)
 
     def kept(self) -> str:
-        """How many steps are saved, and where."""
+        """The number of saved steps and their folder, as text."""
         saved = [path.name for path in (self._facts.folder / "checkpoints").glob("step-*")]
         steps = [int(digits) for name in saved if (digits := name.removeprefix("step-")).isdigit()]
-        return f"{max(steps)} steps are kept in {shown(self._facts.folder)}" if steps else "no step was done"
+        return f"{max(steps)} steps are saved in {shown(self._facts.folder)}" if steps else "no steps are saved"
 
     def _close(self, state: State, headline: str, error: str = "") -> None:
         facts, (gap, heldout) = self._facts, self._gaps
-        if self._has_begun or state == "finished":  # else the folder may be another run's, or not there
+        if self._has_begun or state == "finished":  # otherwise the folder may belong to another run, or not exist
             self._report(state, error).write(facts.folder)
         lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
-        lines += [told_size(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
+        lines += [size_text(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
         send_text(self._node, "\n".join(lines))
 
     def _report(self, state: State, error: str) -> RunReport:
@@ -151,7 +162,7 @@ class Watcher(NoCallbacks):
             lines.append(f"loss {report.loss:.4g}")
         if self._gaps[0] is not None:
             lines.append(gap_line(self._gaps[0], self._gaps[1]))
-        lines += [told_size(self._facts.modules, self._facts.parameters), *self._notes.lines]
+        lines += [size_text(self._facts.modules, self._facts.parameters), *self._notes.lines]
         return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""A digest of the weights that a loader has put into a ModelPatcher's network: by content, whatever happens to them.
+"""A digest of the weights that a loader has loaded into a ModelPatcher's network: by content, wherever they are now.
 
-ComfyUI moves weights about, streams them, casts some and writes patched values over others. Read here are the values
-that were loaded: from ComfyUI's backups where others stand in their place, whichever clone has put them there, and in
-the dtype that ComfyUI gives them in the network where it keeps a file's wider one.
+ComfyUI moves weights, streams them, casts some and overwrites others with patched values. The values read here are
+those that were loaded: from ComfyUI's backups if a clone has overwritten them, and in the dtype of the network if
+ComfyUI keeps the file's wider one.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ log = logging.getLogger("dopsd")
 _FORMAT = "dopsd-weights-1"
 _MOST_REMEMBERED = 200
 _DECIDING = ("quant_format", "layout_type", "_full_precision_mm", "dequant_dtype", "patch_dtype")
-"""Attributes of layers that change what they compute of the same weights: ComfyUI's quantised ones, ComfyUI-GGUF's."""
+"""Attributes that change what a layer computes from its weights: ComfyUI's quantised layers, ComfyUI-GGUF's."""
 
 _OF_TEXT_ENCODERS = ("config", "options_default", "special_tokens", "layer_norm_hidden_state", "zero_out_masked")
 
 
 class LoadedWeights:
-    """The layers of a ModelPatcher's network in their order, with the weights that a loader put there.
+    """The layers of a ModelPatcher's network in order, with the weights that were loaded.
 
     Attributes:
-        names: of each layer by its id().
+        names: the name of each layer by its id().
     """
 
     def __init__(self, patcher: Any) -> None:
@@ -55,21 +55,22 @@ class LoadedWeights:
     def digest(self, digester: Digester) -> str:
         """64 hex digits of the layers and their weights, without patches.
 
-        digester: reads what is no tensor: quantisation, functions put over a layer's own.
+        Args:
+            digester: reads everything that is not a tensor: quantisation, replaced functions of layers.
         """
         facts = digester.digest(self._facts)
         key = _file_key(self._patcher, self._contents, facts)
-        if key is not None and (known := _Remembered.load().get(key)) is not None:
+        if key is not None and (known := _DigestCache.load().get(key)) is not None:
             return known
         whole = hashlib.sha256(facts.encode())
         for digest in digest_tensors(self._contents):
             whole.update(digest)
         if key is not None:
-            _Remembered.keep(key, whole.hexdigest())
+            _DigestCache.keep(key, whole.hexdigest())
         return whole.hexdigest()
 
     def _visit(self, module: nn.Module, path: str) -> None:
-        """The module and those in it; objects that a patch has put there are passed over, for what was there."""
+        """Visits the module and its children; for an object that a patch has replaced, the original."""
         if id(module) in self.names:
             return
         self.names[id(module)] = path
@@ -105,10 +106,10 @@ class LoadedWeights:
             plain = {name: field for name, field in fields.items() if not isinstance(field, Tensor)}
             self._facts.append((key, value._layout_cls, plain, list(inner)))
             self._contents += [Content(tensor.as_subclass(Tensor)) for tensor in inner.values()]
-        elif hasattr(value, "tensor_type"):  # ComfyUI-GGUF's: bytes, and how to read them
+        elif hasattr(value, "tensor_type"):  # ComfyUI-GGUF: bytes, and how to read them
             self._facts.append((key, str(value.tensor_type), tuple(value.shape)))
             self._contents.append(Content(value.as_subclass(Tensor)))
-        elif value.is_meta:  # lacking in the file: ComfyUI takes zeros
+        elif value.is_meta:  # missing in the file: ComfyUI uses zeros
             self._facts.append((key, "zeros", tuple(value.shape)))
         else:
             self._facts.append((key,))
@@ -120,7 +121,7 @@ class LoadedWeights:
                 yield name, value
 
     def _overrides(self, module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
-        """Functions that somebody has put over the module's own, but for those of patches, which are read there."""
+        """Functions that replace the module's own, without those of patches, which are read with the patches."""
         for name, value in vars(module).items():
             key = _joined(path, name)
             value = self._objects.get(key, value)
@@ -131,13 +132,13 @@ class LoadedWeights:
 
 
 READ_WHOLE = "model_sampling"
-"""What it computes with stands in its attributes; that is read with the network's."""
+"""Its attributes decide what it computes; they are read with the network's."""
 
 _FUNCTIONS = (types.FunctionType, types.MethodType)
 
 
 def _is_usual(module: nn.Module, name: str, value: Any) -> bool:
-    """The class's own method, as ComfyUI's unpatching leaves it in the instance, or a bypass LoRA's, read elsewhere."""
+    """Whether it is the class's own method, left in the instance by unpatching, or a bypass LoRA's, read elsewhere."""
     if isinstance(value, types.MethodType):
         own = value.__self__ is module and value.__func__ is getattr(type(module), name, None)
         return own or isinstance(value.__self__, comfy.weight_adapter.BypassForwardHook)
@@ -145,7 +146,7 @@ def _is_usual(module: nn.Module, name: str, value: Any) -> bool:
 
 
 def _dtype(module: nn.Module, name: str) -> torch.dtype | None:
-    """What ComfyUI computes with: a file's own dtype may be wider, and is kept until the weight is used."""
+    """The dtype that ComfyUI computes with: the file's dtype may be wider, and is kept until the weight is used."""
     return getattr(module, f"{name}_comfy_model_dtype", None)
 
 
@@ -153,13 +154,13 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-# -- remembered by file ------------------------------------------------------------------------------------------------
+# -- cached by file ----------------------------------------------------------------------------------------------------
 
 
 def _file_key(patcher: Any, contents: Sequence[Content], facts: str) -> str | None:
-    """What a digest may be remembered by: the files' sizes and times, and a glance at the weights.
+    """The key of a cached digest: the files' sizes and times, and a sample of the weights.
 
-    None where they could have been written to since: only a mapped file cannot be.
+    None if the weights could have been overwritten since: only those of a mapped file cannot.
     """
     stamps = [stamp_of(path) for path in loaded_from(patcher)]
     large = [c.tensor for c in contents if c.tensor.numel() * c.tensor.element_size() > WHOLE_BYTES]
@@ -170,7 +171,7 @@ def _file_key(patcher: Any, contents: Sequence[Content], facts: str) -> str | No
 
 
 def loaded_from(patcher: Any) -> list[Path]:
-    """The files that a loader node took the patcher's network from; none where the loader does not tell."""
+    """The files that a loader node loaded the patcher's network from; none if the loader does not record them."""
     made_by = getattr(patcher, "cached_patcher_init", None)
     return [Path(text) for text in _texts(made_by[1] if made_by else ()) if os.path.isfile(text)]
 
@@ -184,16 +185,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_mapped(tensor: Tensor) -> bool:
-    """Whether it is a file in memory, which nothing can write to; ComfyUI's loader marks those."""
+    """Whether it is a memory-mapped file, which nothing can write to; ComfyUI's loader marks those."""
     return tensor.device.type == "cpu" and hasattr(tensor.untyped_storage(), "_comfy_tensor_file_slice")
 
 
-class _Remembered:
-    """Digests by what they may be remembered by, over restarts too."""
+class _DigestCache:
+    """The cache of digests, which persists over restarts."""
 
     @staticmethod
     def load() -> dict[str, str]:
-        """All of them; none where the file cannot be read."""
+        """All cached digests; none if the file cannot be read."""
         try:
             known = json.loads(known_weights().read_bytes())
             return {str(key): str(value) for key, value in known.items()}
@@ -202,10 +203,10 @@ class _Remembered:
 
     @classmethod
     def keep(cls, key: str, digest: str) -> None:
-        """Adds one; the oldest are forgotten. A folder that cannot be written costs time, not the run."""
+        """Adds one and drops the oldest. A failure to write is only logged: it costs time, not the run."""
         known = [*cls.load().items(), (key, digest)][-_MOST_REMEMBERED:]
         try:
             known_weights().parent.mkdir(parents=True, exist_ok=True)
             write_atomic(known_weights(), json.dumps(dict(known), indent=1).encode())
         except OSError as error:
-            log.warning("%s cannot be written (%s); going on without", known_weights(), error)
+            log.warning("%s cannot be written (%s); weights will be read again next time", known_weights(), error)

@@ -1,9 +1,9 @@
-"""No node of ours is left out of a run without a word.
+"""Makes sure that no node of ours is silently left out of a run.
 
-ComfyUI validates each output node of a prompt for itself: it drops those that are invalid, runs the others and reports
-success. Load Dataset and Teacher Preview are output nodes, so an invalid D-OPSD Train LoRA would end as a success
-without a LoRA. Here such a prompt is refused as a whole, with HTTP 400 and ComfyUI's own list of errors. Where a prompt
-reaches ComfyUI's executor without its server, the first of our nodes that runs raises instead.
+ComfyUI validates each output node of a prompt separately: it drops the invalid ones, runs the others and reports
+success. Load Dataset and Teacher Preview are output nodes, so a run with an invalid D-OPSD Train LoRA would succeed
+without a LoRA. Here such a prompt is rejected as a whole, with HTTP 400 and ComfyUI's own list of errors. If a prompt
+reaches ComfyUI's executor without its server, the first of our nodes that runs raises an error instead.
 """
 
 from __future__ import annotations
@@ -24,22 +24,27 @@ Graph = Mapping[str, Mapping[str, Any]]
 
 _OURS = "DOPSD_"
 _CHECKED = "dopsd_checked"
-"""Key in a prompt's extra_data: it has come through `refuse_in_part`."""
+"""Key in a prompt's extra_data: it has been checked by `refuse_in_part`."""
 
 
 class LeftOutError(ValueError):
-    """Nodes of ours are invalid, and the rest of the graph would run without them."""
+    """Nodes of ours are invalid, and ComfyUI would run the rest of the graph without them."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """outputs: output nodes that ComfyUI would drop, and a node of ours with them. errors: ComfyUI's `node_errors`."""
+    """What ComfyUI would drop of a prompt.
+
+    Attributes:
+        outputs: ids of dropped output nodes that need a node of ours.
+        errors: ComfyUI's `node_errors`, by node id.
+    """
 
     outputs: tuple[str, ...]
     errors: Mapping[str, Mapping[str, Any]]
 
     def describe(self, graph: Graph) -> str:
-        """One line: which nodes are left out, and what is wrong where."""
+        """One line: which nodes are dropped, and which inputs are invalid."""
         return (
             f"{'; '.join(_sentences(graph, self.errors))}. ComfyUI would leave {_titles(graph, self.outputs)} out of "
             "this run without an error: correct the input, or remove the node"
@@ -47,10 +52,11 @@ class LeftOut:
 
 
 def find_left_out(graph: Graph, targets: Collection[str] | None = None) -> LeftOut | None:
-    """The output nodes that ComfyUI would drop and that a node of ours needs to be run; None if there are none, or if
-    it would refuse the whole graph anyway.
+    """The output nodes that ComfyUI would drop and that need a node of ours; None if there are none, or if ComfyUI
+    rejects the whole graph anyway.
 
-    targets: the only output nodes to run; None for all.
+    Args:
+        targets: the only output nodes to run; None for all.
     """
     if not any(_is_ours(graph, node) for node in graph):
         return None
@@ -65,8 +71,10 @@ def find_left_out(graph: Graph, targets: Collection[str] | None = None) -> LeftO
 
 
 def register() -> None:
-    """Has every prompt that ComfyUI's server receives go through `refuse_in_part`, after other packs' handlers: these
-    may change the graph. They are registered while packs load, so the first prompt is early enough to come last."""
+    """Checks every prompt that ComfyUI's server receives with `refuse_in_part`, after the handlers of other packs.
+
+    Those may change the graph. They are registered while packs load, so this one is registered with the first prompt.
+    """
     server, joined = PromptServer.instance, []
 
     def join(request: dict[str, Any]) -> dict[str, Any]:
@@ -79,8 +87,10 @@ def register() -> None:
 
 
 def refuse_in_part(request: dict[str, Any]) -> dict[str, Any]:
-    """The body of POST /prompt. If ComfyUI would drop output nodes and a node of ours with them, it is changed so that
-    ComfyUI validates these alone and answers with HTTP 400 and their errors."""
+    """The body of POST /prompt, changed if ComfyUI would drop output nodes that need a node of ours.
+
+    ComfyUI then only validates these nodes and answers with HTTP 400 and their errors.
+    """
     graph, extra = request.get("prompt"), request.setdefault("extra_data", {})
     if not isinstance(graph, dict) or not isinstance(extra, dict):
         return request
@@ -92,9 +102,13 @@ def refuse_in_part(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_whole_graph(node: Any) -> None:
-    """Raises LeftOutError if the graph that `node` runs in holds nodes of ours that ComfyUI has dropped as invalid.
+    """Checks the graph that is running.
 
-    node: a node class with the hidden input prompt; every output node has it.
+    Args:
+        node: a node class with the hidden input prompt; every output node has it.
+
+    Raises:
+        LeftOutError: ComfyUI has dropped nodes of ours as invalid.
     """
     graph = node.hidden.prompt if node.hidden is not None else None
     if not graph or _is_checked():
@@ -104,21 +118,21 @@ def require_whole_graph(node: Any) -> None:
 
 
 def _is_checked() -> bool:
-    """Whether the running prompt came through `refuse_in_part`; it may then leave nodes out that nobody asked for."""
+    """Whether `refuse_in_part` has checked the running prompt; nodes that nobody asked for may be left out then."""
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     return any(_CHECKED in item[3] for item in running)
 
 
 def _validate(graph: Graph, targets: Collection[str] | None) -> tuple[bool, Any, list[str], dict[str, Any]]:
-    """ComfyUI's own validation, which may write into the graph; in a thread that has no event loop yet."""
+    """ComfyUI's own validation, which may change the graph; in a thread without an event loop."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, execution.validate_prompt("dopsd", graph, targets)).result()  # type: ignore
 
 
 def _as_sent(graph: Graph) -> Graph:
-    """A graph that runs as its client sent it: validation has unwrapped lists, and would take them for links now.
+    """The running graph as its client sent it: validation has unwrapped lists, and would now read them as links.
 
-    Our own nodes have no input that is a list.
+    No input of our own nodes is a list.
     """
     return {
         id: node if _is_ours(graph, id) else {**node, "inputs": _wrapped(node.get("inputs", {}))}
@@ -143,7 +157,7 @@ def _is_output(graph: Graph, node: str) -> bool:
 
 
 def _needed(graph: Graph, wanted: Iterable[str]) -> set[str]:
-    """The nodes that `wanted` are computed from, themselves included."""
+    """The nodes that `wanted` are computed from, including `wanted`."""
     found: set[str] = set()
     rest = list(wanted)
     while rest:
@@ -155,7 +169,7 @@ def _needed(graph: Graph, wanted: Iterable[str]) -> set[str]:
 
 
 def _titles(graph: Graph, ids: Iterable[str]) -> str:
-    """Names of nodes as the page shows them, with their ids."""
+    """The titles of nodes as the page shows them, with their ids."""
     return ", ".join(f"{_title(graph, node)} (node {node})" for node in ids)
 
 
@@ -172,7 +186,7 @@ def _sentences(graph: Graph, errors: Mapping[str, Mapping[str, Any]]) -> list[st
 
 def _sentence(error: Mapping[str, Any]) -> str:
     name, details = error.get("extra_info", {}).get("input_name", ""), str(error["details"])
-    if error["type"] == "custom_validation_failed":  # the details are the node's own sentence
+    if error["type"] == "custom_validation_failed":  # the details are the message of the node
         return details.replace(f"{name} - ", f"{name}: ", 1)
     about = f" ({details})" if details not in ("", name) else ""
     return f"{name}: {error['message']}{about}" if name else f"{error['message']}{about}"

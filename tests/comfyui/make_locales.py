@@ -1,4 +1,5 @@
-"""Writes locales/en/nodeDefs.json from what the nodes' schemas say, and tells what locales/zh lacks or has too much.
+"""Writes locales/en/nodeDefs.json from the nodes' schemas, and the options table of Training Settings' help
+page from their declarations; lists what locales/zh lacks or has too much.
 
     python tests/comfyui/make_locales.py
 
@@ -11,13 +12,16 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 import inprocess
 
 LOCALES = inprocess.ROOT / "locales"
-CONTROL = "control_after_generate"  # the page puts this one under a seed by itself
+SETTINGS_HELP = inprocess.ROOT / "web" / "docs" / "DOPSD_TrainingSettings.md"
+TABLE_HEAD = "| input | values | what it does |\n|---|---|---|\n"
+CONTROL = "control_after_generate"  # a widget that the page adds under a seed
 
 
 def locale_file(language: str) -> Path:
@@ -46,6 +50,27 @@ def _node_texts(schema: Any) -> dict[str, Any]:
     return {**texts, **({"inputs": inputs} if inputs else {}), **({"outputs": outputs} if outputs else {})}
 
 
+def options_table(comfyui: inprocess.ComfyUI) -> str:
+    """The table of all options for the help page of Training Settings: id, choices or bounds and default, help."""
+    settings, options = comfyui.module("nodes.comfy_host.settings"), comfyui.core("options")
+    rows = (" | ".join(_escaped(cell) for cell in row) for row in options.help_rows(settings.shown_options()))
+    return TABLE_HEAD + "".join(f"| {row} |\n" for row in rows)
+
+
+def with_table(page: str, table: str) -> str:
+    """The help page with this table in the place of its table of options."""
+    before, head, rest = page.partition(TABLE_HEAD)
+    if not head:
+        raise ValueError(f"the help page has no table that starts with {TABLE_HEAD.splitlines()[0]!r}")
+    after = dropwhile(lambda line: line.startswith("|"), rest.splitlines(keepends=True))
+    return before + table + "".join(after)
+
+
+def _escaped(cell: str) -> str:
+    """As text of a Markdown table: no emphasis, no further column."""
+    return cell.replace("*", r"\*").replace("|", r"\|")
+
+
 def places(texts: Any, place: str = "") -> dict[str, Any]:
     """Each text under the place that it stands at: {"DOPSD_SaveLoRA.inputs.lora.name": "lora"}."""
     if not isinstance(texts, Mapping):
@@ -57,8 +82,9 @@ def main() -> int:
     inprocess.put_first_on_path()
     with tempfile.TemporaryDirectory() as folder:
         comfyui = inprocess.ComfyUI(inprocess.new_base(Path(folder)))
-        texts = schema_texts(comfyui.pack_nodes)
+        texts, table = schema_texts(comfyui.pack_nodes), options_table(comfyui)
         comfyui.close()
+    SETTINGS_HELP.write_text(with_table(SETTINGS_HELP.read_text(encoding="utf-8"), table), encoding="utf-8")
     before, after, chinese = places(read("en")), places(texts), places(read("zh"))
     file = locale_file("en")
     file.parent.mkdir(parents=True, exist_ok=True)

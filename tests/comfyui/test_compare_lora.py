@@ -144,8 +144,8 @@ def test_what_is_missing_is_one_sentence(comfyui, inputs: dict, sentence: str) -
 @pytest.mark.parametrize(
     ("strengths", "sentence"),
     [
-        ("", "strengths: give 1 to 8 numbers with commas between, there are 0"),
-        ("0.5, strong", "strengths: 'strong' is not a number; write numbers with commas between: 0.5, 1.0"),
+        ("", "strengths: give 1 to 8 numbers separated by commas, there are 0"),
+        ("0.5, strong", "strengths: 'strong' is not a number; write numbers separated by commas: 0.5, 1.0"),
         ("1 2", "strengths: '1 2' is not a number"),
         ("11", "strengths: 11 is not within -10..10"),
         ("nan", "strengths: nan is not within"),

@@ -105,7 +105,7 @@ def test_a_cancel_on_a_full_disk_says_what_is_kept(comfyui: ComfyUI, full: Calla
 
     run = comfyui.execute(graph("cancelled", checkpoint_every=2), on_event=on_event)
     assert run.status == "interrupted"
-    assert "stopped, 2 steps are kept in output/dopsd/cancelled-" in run.texts("train")[-1]
+    assert "stopped, 2 steps are saved in output/dopsd/cancelled-" in run.texts("train")[-1]
     full("")
     again = comfyui.execute(graph("cancelled", checkpoint_every=2))
     assert again.status == "success", again.error

@@ -58,8 +58,8 @@ WRONG = {
     ("klein", "sdxl's preview"): ("one of 4 channels at 1/8", "flux2-vae.safetensors"),
     ("klein", "flux's preview"): ("Z-Image-Turbo's", "flux2-vae.safetensors.*qwen_3_4b with type lumina2"),
     ("klein", "video"): ("one for video", "flux2-vae.safetensors"),
-    ("z_image", "flux's preview"): (r"a small one for previews \(TAESD\)", "ae.safetensors"),
-    ("klein", "klein's preview"): (r"a small one for previews \(TAESD\)", "flux2-vae.safetensors"),
+    ("z_image", "flux's preview"): (r"a small preview VAE \(TAESD\)", "ae.safetensors"),
+    ("klein", "klein's preview"): (r"a small preview VAE \(TAESD\)", "flux2-vae.safetensors"),
 }
 
 

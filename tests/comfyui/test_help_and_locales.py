@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from inprocess import PACK, ROOT
-from make_locales import CONTROL, places, read, schema_texts
+from make_locales import CONTROL, SETTINGS_HELP, options_table, places, read, schema_texts, with_table
 
 LANGUAGES = ("en", "zh")
 DOCS = ROOT / "web" / "docs"
@@ -32,8 +32,15 @@ def table_rows(text: str) -> set[str]:
 
 
 def test_english_is_the_schema(comfyui):
-    told = "run tests/comfyui/make_locales.py, and look at the Chinese of what it says has changed"
-    assert places(read("en")) == places(schema_texts(comfyui.pack_nodes)), told
+    remedy = "run tests/comfyui/make_locales.py, and check the Chinese of what it lists as changed"
+    assert places(read("en")) == places(schema_texts(comfyui.pack_nodes)), remedy
+
+
+def test_the_english_table_of_options_is_what_they_declare(comfyui):
+    page = SETTINGS_HELP.read_text(encoding="utf-8")
+    assert options_table(comfyui) in page, "run tests/comfyui/make_locales.py, and check the Chinese page"
+    assert with_table(page, options_table(comfyui)) == page
+    assert "| rank | within 1 and 1024; default 32 | adapter lora: " in page  # the preset's value, not the core's
 
 
 def test_every_text_is_there_and_in_chinese():
@@ -56,8 +63,9 @@ def test_help_names_every_input_and_output(comfyui, language):
     for name, node in comfyui.pack_nodes.items():
         schema = node.GET_SCHEMA()
         rows = table_rows(help_page(name, language).read_text(encoding="utf-8"))
-        told = {given.id for given in schema.inputs} | {given.display_name for given in schema.outputs}
-        assert told <= rows, f"{name}: {told - rows}"
+        shown = {given.id for given in schema.inputs if not (given.extra_dict or {}).get("hidden")}
+        named = shown | {output.display_name for output in schema.outputs}
+        assert named <= rows, f"{name}: {named - rows}"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -148,9 +156,10 @@ def show_help(page: Any, node: str) -> str:
 def test_help_in_english(open_page):
     page = open_page({"Comfy.VueNodes.Enabled": True, "Comfy.Locale": "en"})
     for node, texts in read("en").items():
-        told = show_help(page, node)
-        assert told.startswith(texts["display_name"]) and "What goes wrong" in told
-        assert all(name in told for name in texts.get("inputs", {}) if name != CONTROL)
+        text = show_help(page, node)
+        assert text.startswith(texts["display_name"]) and "What goes wrong" in text
+        rows = table_rows(help_page(node, "en").read_text(encoding="utf-8"))
+        assert all(name in text for name in texts.get("inputs", {}).keys() & rows)
     show_help(page, "DOPSD_TrainLoRA")
     page.screenshot("help_en")
 
@@ -202,10 +211,10 @@ def link_colours(page: Any) -> list[list[str]]:
     )
 
 
-def share_of(colour: tuple[int, int, int], picture: Path) -> float:
+def share_of(colour: tuple[int, int, int], screenshot: Path) -> float:
     """Share of pixels that are of this colour."""
     from PIL import Image
 
-    image = Image.open(picture).convert("RGB")
+    image = Image.open(screenshot).convert("RGB")
     counts = {value: count for count, value in image.getcolors(image.width * image.height) or []}
     return counts.get(colour, 0) / (image.width * image.height)

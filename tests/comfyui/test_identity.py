@@ -1,6 +1,6 @@
 """Identity by content: all that decides what a MODEL, CLIP, VAE or vision tower computes counts, and nothing else does.
 
-The tests walk the tables in nodes/comfy_host/identity.py: each row has a change here, and each attribute of ComfyUI's
+The tests walk the tables in nodes/comfy_host/identity_table.py: each row has a change here, each attribute of ComfyUI's
 objects a row. What weights, patches and options may be made of is in test_identity_contents.py.
 """
 
@@ -186,7 +186,7 @@ def rows_of(pack: str) -> list[tuple[str, str, bool]]:
     return found
 
 
-ROWS = rows_of("nodes/comfy_host/identity.py")
+ROWS = rows_of("nodes/comfy_host/identity_table.py")
 
 
 def test_the_rows_here_are_the_tables(identity: Any) -> None:

@@ -138,4 +138,4 @@ def test_the_oldest_are_forgotten(weights: Any, path: Path, who: Any, monkeypatc
         values["large"] *= factor
         save_file(values, path)
         who(model_of(path))
-    assert len(weights.module._Remembered.load()) == 2
+    assert len(weights.module._DigestCache.load()) == 2

@@ -147,18 +147,18 @@ def folder_run_by_others(server: Server) -> dict:
 BAD: dict[str, tuple[Any, str]] = {
     "no such folder": (
         lambda _: changed("data", folder="nowhere"),
-        "there is no data set 'nowhere'; put it into a folder of its own in ",
+        "there is no dataset 'nowhere'; put it into its own folder in ",
     ),
     "a folder outside": (
         lambda _: changed("data", folder="../../etc"),
-        "the data set '../../etc' lies outside of the folders that D-OPSD may read; put it into",
+        "the data set '../../etc' is outside of the folders that D-OPSD may read; put it into",
     ),
     "no captions": (without_captions, "one.png: no caption: write it to one.txt beside it"),
     "a broken picture": (broken_picture, "one.png: truncated or damaged"),
-    "no vision": (no_vision, "the teacher needs eyes: connect `vision` of Load Teacher Vision (Qwen3-VL-4B)"),
+    "no vision": (no_vision, "the teacher needs a vision tower: connect `vision` of Load Teacher Vision (Qwen3-VL-4B)"),
     "a run name that is a path": (
         lambda _: changed("train", run_name="../out"),
-        "the run name may not hold '/', '../out' does; use letters, digits, - and _",
+        "the run name '../out' may not contain '/'; use letters, digits, - and _",
     ),
     "an empty run name": (lambda _: changed("train", run_name=" "), "the run name is empty"),
     "fewer steps than were trained": (folder_run_by_others, "is at step 3 already; raise steps (2)"),

@@ -163,11 +163,11 @@ def test_all_errors_are_told_at_once(folder, run) -> None:
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
-        ("../../etc", "'../../etc' lies outside of the folders that D-OPSD may read"),
-        ("/etc", "'/etc' lies outside"),
-        ("C:\\Users", "lies outside"),
-        ("gone", "there is no data set 'gone'; put it into a folder of its own in "),
-        ("", "choose a data set folder"),
+        ("../../etc", "'../../etc' is outside of the folders that D-OPSD may read"),
+        ("/etc", "'/etc' is outside"),
+        ("C:\\Users", "is outside of"),
+        ("gone", "there is no dataset 'gone'; put it into its own folder in "),
+        ("", "choose a dataset folder"),
     ],
 )
 def test_a_bad_choice_is_refused_before_anything_runs(comfyui, choice: str, sentence: str) -> None:
@@ -342,7 +342,7 @@ def test_connected_images_stay_plain_pictures(comfyui, edits) -> None:
 
 
 def test_batches_and_transparency(comfyui) -> None:
-    store = comfyui.module("nodes.load_dataset").store_pictures
+    store = comfyui.module("nodes.load_dataset").store_images
     batch = torch.rand(2, 32, 48, 3)
     clear = torch.cat([torch.rand(1, 16, 16, 3), torch.zeros(1, 16, 16, 1)], -1)
     versions = batch._version, clear._version
@@ -359,21 +359,21 @@ def test_batches_and_transparency(comfyui) -> None:
     ("text", "told"), [("three \ud800", "half a character (U+D800)"), ("a\0 \0d", "NUL characters")]
 )
 def test_connected_texts_that_are_no_text(comfyui, text: str, told: str) -> None:
-    store = comfyui.module("nodes.load_dataset").store_pictures
+    store = comfyui.module("nodes.load_dataset").store_images
     with pytest.raises(ValueError, match="^text 2 of those connected to Load Dataset cannot be used: ") as caught:
         store([torch.rand(2, 16, 16, 3)], ["one", text])
     assert told in str(caught.value)
 
 
 def test_a_mark_that_another_node_left_on_a_text(comfyui) -> None:
-    source = comfyui.module("nodes.load_dataset").store_pictures([torch.rand(1, 16, 16, 3)], ["\ufeffa [V] dog"])
+    source = comfyui.module("nodes.load_dataset").store_images([torch.rand(1, 16, 16, 3)], ["\ufeffa [V] dog"])
     assert (source / "image_0001.txt").read_bytes() == b"a [V] dog"
 
 
 def test_a_connected_pair_comes_at_most_as_often_as_a_folder_may_ask(comfyui) -> None:
-    store = comfyui.module("nodes.load_dataset").store_pictures
+    store = comfyui.module("nodes.load_dataset").store_images
     pixels = torch.rand(1, 16, 16, 3).expand(1001, -1, -1, -1)
-    with pytest.raises(ValueError, match="image 1 comes 1001 times with the same text, and at most 1000 are allowed"):
+    with pytest.raises(ValueError, match="image 1 occurs 1001 times with the same text, and at most 1000 are allowed"):
         store([pixels], ["one"] * 1001)
 
 
@@ -417,7 +417,7 @@ def test_prompts_share_the_rule_of_captions(comfyui) -> None:
     assert [prompt.text for prompt in conditions.previews] == ["a ohwx badge, top", "a [ V ] badge, left"]
     assert done.texts("conditions")[-1].splitlines()[1:] == [
         "warning: preview prompt 2: '[ V ]' is not read as the concept: write [V]",
-        "warning: anchor prompt 2: it names the concept, which training would hold back: take the name out",
+        "warning: anchor prompt 2: it names the concept, so training would suppress it: remove the name",
     ]
     small["conditions"]["inputs"]["preview_prompts"] = "fine\n\ud83d"
     done = comfyui.execute(small)

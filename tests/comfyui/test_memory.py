@@ -119,7 +119,7 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize("count", [0, 2, 5], ids=["none recompute", "two", "all"])
+@pytest.mark.parametrize("count", [0, 2, 5], ids=["none checkpointed", "two", "all"])
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_estimate_is_what_is_counted(comfyui: ComfyUI, name: str, count: int) -> None:
     """A dry run at the real widths: tensors without contents, counted op by op."""
@@ -271,7 +271,7 @@ def test_recompute_before_streaming_and_only_as_much_as_needed(comfyui: ComfyUI)
     streaming = case.plan("24 GB", least - 10**6)
     assert streaming.checkpoint_blocks == 4
     assert streaming.streamed == 10**6
-    assert any("stay in RAM" in note for note in streaming.notes)
+    assert any("streamed from RAM" in note for note in streaming.notes)
     hopeless = case.plan("24 GB", 10**6)
     assert hopeless.streamed == hopeless.footprint.weights and any("even so" in note for note in hopeless.notes)
 
@@ -314,7 +314,7 @@ def test_what_the_user_chose_stands(comfyui: ComfyUI) -> None:
 
 def test_every_trade_is_said(comfyui: ComfyUI) -> None:
     notes = " / ".join(Case(comfyui).plan("12 GB", 100 * GB).notes)
-    assert "frozen" in notes and "2 of 4 steps" in notes
+    assert "frozen" in notes and "2 of the 4 steps" in notes
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_dynamic_vram_is_not_said_to_leave_so_much_in_ram(comfyui: ComfyUI, monk
     size = case.plan("24 GB", 10**6).streamed
     monkeypatch.setattr(type(case.denoiser), "is_dynamic", True)
     notes = " / ".join(case.plan("24 GB", 10**6).notes)
-    assert f"{size / GB:.1f} GB of the weights do not fit" in notes and "stay in RAM" not in notes
+    assert f"{size / GB:.1f} GB of the weights do not fit" in notes and "streamed from RAM" not in notes
 
 
 @pytest.mark.parametrize(("choice", "preset"), [("auto", "24 GB"), ("12 GB", "12 GB")])
@@ -421,9 +421,9 @@ def test_out_of_memory_says_what_to_do_and_keeps_the_run(
         run = comfyui.execute(training(name, **settings))
     assert run.status == "error" and run.error.count("\n") == 0
     (folder,) = (comfyui.output / "dopsd").glob(f"{name}-*")
-    assert run.error.startswith("the GPU's memory ran out, with memory 24 GB: 2 steps are kept in ")
-    assert folder.name in run.error and "choose memory 16 GB, which trades" in run.error
-    assert "that is a new run" in run.error and len(freed) == 1
+    assert run.error.startswith("the GPU's memory ran out, with memory 24 GB: 2 steps are saved in ")
+    assert folder.name in run.error and "choose memory 16 GB, which costs" in run.error
+    assert "starts a new run" in run.error and len(freed) == 1
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
     assert (folder / "lora.safetensors").exists()
     again = comfyui.execute(training(name, **settings))
@@ -435,7 +435,7 @@ def test_out_of_memory_says_what_to_do_and_keeps_the_run(
 def test_out_of_memory_in_a_batch_is_about_the_batch(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     out_of_memory_at(monkeypatch, comfyui, 1, torch.OutOfMemoryError("CUDA out of memory"))
     run = comfyui.execute(training("oom-batch", batch_size=3, preview_every=0))
-    assert "no step was done" in run.error
+    assert "no steps are saved" in run.error
     assert "set batch_size to 1 (it is 3) and grad_accumulation to 3" in run.error
 
 
@@ -490,13 +490,14 @@ def test_a_run_in_little_memory_is_the_same_run(comfyui: ComfyUI, monkeypatch: p
     def tight(choice: str, *args: Any) -> Any:
         plan = honest(choice, *args)
         counts.append(len(plan.footprint.blocks))
-        return dataclasses.replace(plan, checkpoint_blocks=counts[-1], notes=("6 of 6 blocks recompute",))
+        notes = ("gradient checkpointing on 6 of 6 blocks",)
+        return dataclasses.replace(plan, checkpoint_blocks=counts[-1], notes=notes)
 
     one = comfyui.execute(training("roomy", preview_every=0))
     monkeypatch.setattr(memory, "plan_memory", tight)
     other = comfyui.execute(training("tight", preview_every=0))
     assert one.status == other.status == "success", other.error
     assert counts == [6]
-    assert any("blocks recompute" in text for text in other.texts("train"))
+    assert any("gradient checkpointing on 6 of 6 blocks" in text for text in other.texts("train"))
     first, second = one.value("train"), other.value("train")
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

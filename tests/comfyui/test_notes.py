@@ -55,7 +55,7 @@ LINES = (
     "diffusion_model.x_embedder.diff_b",  # of initial_lora
     "initial_lora was trained with the trigger 'zwx', the dataset has none",
     "the MODEL's patched sampling (shift 7.5) is not used",
-    "the MODEL carries a guidance function, which training and previews do not use",
+    "the MODEL has a guidance function, which training and previews do not use",
     "changed from the preset demo model: steps 6 instead of 120, rank 4 instead of 16, warmup 50 instead of 10, "
     "ema_decay 0.9 instead of 0.999",
 )
@@ -82,7 +82,7 @@ def test_the_report_says_how_the_run_went(comfyui: ComfyUI, noted: Run) -> None:
 
 def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     train = comfyui.module("nodes.comfy_host.training")
-    honest, told = train.plan_memory, "3.1 GB of the weights stay in RAM"
+    honest, told = train.plan_memory, "3.1 GB of the weights are streamed from RAM"
 
     def traded(choice: str, denoiser: Any, conditions: Any, config: Any) -> Any:
         return dataclasses.replace(honest(choice, denoiser, conditions, config), notes=(told, told))
@@ -141,7 +141,7 @@ def test_a_run_that_is_resumed_or_was_complete_says_so(comfyui: ComfyUI) -> None
     more = comfyui.execute(training("again", steps=3, **settings))
     assert once("resumed at step 2", more.texts("train")[-1])
     same = comfyui.execute(training("again", steps=3, **settings))
-    assert once("all 3 steps were done before: nothing was trained in this run", same.texts("train")[-1])
+    assert once("all 3 steps were already done: nothing was trained", same.texts("train")[-1])
 
 
 def test_nothing_is_said_of_a_run_that_uses_everything(comfyui: ComfyUI) -> None:
@@ -167,7 +167,7 @@ def test_an_interrupt_keeps_the_notes_and_is_not_cached(comfyui: ComfyUI) -> Non
     run = comfyui.execute(graph, on_event=stop_at(comfyui, 3))
     assert run.status == "interrupted"
     text = run.texts("train")[-1]
-    assert text.startswith("stopped, 3 steps are kept in output/dopsd/halted-") and "run again" in text.splitlines()[0]
+    assert text.startswith("stopped, 3 steps are saved in output/dopsd/halted-") and "run again" in text.splitlines()[0]
     assert once(LINES[0], text) and report_of(comfyui, "halted")["state"] == "interrupted"
     again = comfyui.execute(graph, keep_cache=True)  # a shortened result would be given again
     assert again.status == "success" and report_of(comfyui, "halted")["step"] == 6
@@ -194,7 +194,7 @@ def test_an_error_says_what_is_kept_and_where(
     monkeypatch.setattr(objectives.DOPSD, "backward", failing)
     run = comfyui.execute(training(f"bad-{name}", preview_every=0, probe_every=0, ema_decay=0.9, teacher="frozen"))
     assert run.status == "error" and run.error.startswith(sentence)
-    kept = f"2 steps are kept in output/dopsd/bad-{name}-"
+    kept = f"2 steps are saved in output/dopsd/bad-{name}-"
     assert loss is None or kept in run.error
     text, report = run.texts("train")[-1], report_of(comfyui, f"bad-{name}")
     assert text.startswith(f"failed, {kept}") and sentence in text.splitlines()[0] and once(LINES[0], text)
@@ -206,7 +206,7 @@ def test_another_runs_folder_is_left_alone(comfyui: ComfyUI) -> None:
     assert comfyui.execute(training("longer", steps=3, **settings)).status == "success"
     before = report_of(comfyui, "longer")
     refused = comfyui.execute(training("longer", steps=2, **settings))
-    assert "is at step 3 already" in refused.error and "3 steps are kept in" in refused.texts("train")[-1]
+    assert "is at step 3 already" in refused.error and "3 steps are saved in" in refused.texts("train")[-1]
     assert report_of(comfyui, "longer") == before
 
 
@@ -241,21 +241,24 @@ def test_defaults_leave_nothing_unused(comfyui: ComfyUI) -> None:
     ("given", "line"),
     [
         ({"ema_decay": 0.5, "teacher": "same"}, "ema_decay 0.5 is not used: the teacher is same"),
-        ({"grad_steps": 5}, "grad_steps 5 is not used: there are 4 rollout_steps, and all of them are learned from"),
+        ({"grad_steps": 5}, "grad_steps 5 is not used: there are 4 rollout_steps, and all of them get a loss"),
         ({"steps": 20, "warmup": 30}, "warmup 30 is cut to 19: the run has 20 steps"),
         ({"has_vae": False}, "preview_every 50 is not used: no vae is connected"),
         ({"preview_every": 0}, "vae is not used: preview_every is 0"),
-        ({"heldout": False}, "the gap is measured on training captions alone: no preview prompt is unseen"),
+        (
+            {"heldout": False},
+            "the gap is only measured on training captions: every preview prompt is a training caption",
+        ),
         ({"probe_every": 0}, "the unseen prompt is not measured: probe_every is 0"),
         ({"anchor_probability": 0.0}, "the 2 prior anchors are not used: anchor_probability is 0"),
         ({"preset": "paper"}, "the 2 prior anchors are not used: anchor_probability is 0"),
         ({"anchors": 0}, "the preset's anchor_probability 0.5 is not used: there are no prior anchors"),
         ({"objective": "sft"}, "the 2 prior anchors are not used: the objective is sft"),
-        ({"objective": "sft"}, "the teacher is used by probe and previews alone: the objective is sft"),
-        ({"objective": "sft", "rollout_steps": 8}, "rollout_steps 8 is used by probe and previews alone"),
+        ({"objective": "sft"}, "the teacher is only used by the gap and the previews: the objective is sft"),
+        ({"objective": "sft", "rollout_steps": 8}, "rollout_steps 8 is only used by the gap and the previews"),
         (
             {"steps": 10, "images": 6},
-            "not all of the dataset is trained on: 10 steps make about 5 visits, one epoch is 6",
+            "the run is shorter than one epoch: 10 steps are about 5 samples, one epoch is 6",
         ),
         ({"learning_rate": 3e-4}, "changed from the preset standard: lr 0.0003 instead of 0.0001"),
     ],
@@ -283,7 +286,7 @@ def patched(comfyui: ComfyUI, kind: str, **inputs: Any) -> Any:
     return run.value("patched")
 
 
-GUIDANCE = "the MODEL carries a guidance function, which training and previews do not use"
+GUIDANCE = "the MODEL has a guidance function, which training and previews do not use"
 SCHEDULE = "is not used: Z-Image-Turbo is trained and sampled on its own noise schedule"
 
 
@@ -293,13 +296,13 @@ SCHEDULE = "is not used: Z-Image-Turbo is trained and sampled on its own noise s
         ("ModelSamplingAuraFlow", {"shift": 4.5}, f"the MODEL's patched sampling (shift 4.5) {SCHEDULE}"),
         ("RescaleCFG", {"multiplier": 0.7}, GUIDANCE),
         ("PerturbedAttentionGuidance", {"scale": 3.0}, GUIDANCE),
-        ("DifferentialDiffusion", {}, "the MODEL carries a denoising mask"),
+        ("DifferentialDiffusion", {}, "the MODEL has a denoising mask"),
         (
             "EasyCache",
             {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False},
-            "the MODEL carries the wrapper easycache",
+            "the MODEL has the wrapper easycache",
         ),
-        ("TorchCompileModel", {"backend": "inductor"}, "the MODEL carries the wrapper torch.compile"),
+        ("TorchCompileModel", {"backend": "inductor"}, "the MODEL has the wrapper torch.compile"),
         ("ModelSamplingAuraFlow", {"shift": 3.0}, None),  # ComfyUI's own templates set what the model has anyway
         ("TomePatchModel", {"ratio": 0.3}, None),
     ],
@@ -320,7 +323,7 @@ def test_what_nobody_knows_is_named_too(comfyui: ComfyUI) -> None:
     model.model_options["transformer_options"]["optimized_attention_override"] = lambda *args: None
     model.add_wrapper_with_key("sampler_sample", None, lambda *args: None)
     notes = " ".join(comfyui.module("nodes.comfy_host.model_patches").unused_patches(model))
-    for what in ("the option of_another_pack", "another attention than torch's own", "the wrapper without a name"):
+    for what in ("the option of_another_pack", "an attention other than torch's own", "the wrapper without a name"):
         assert what in notes
 
 
@@ -370,7 +373,7 @@ def test_teacher_preview_names_what_it_does_not_use(comfyui: ComfyUI) -> None:
         "inputs": {"model": ["models", 0], "conditions": ["conditions", 0], "vae": ["models", 2], "pictures": 1},
     }
     text = comfyui.execute(shifted("look", graph)).texts("look")[-1]
-    assert once(SCHEDULE, text) and "no better" in text
+    assert once(SCHEDULE, text) and "only become as good as the teacher row" in text
 
 
 def test_compare_lora_names_what_it_does_not_use(comfyui: ComfyUI) -> None:

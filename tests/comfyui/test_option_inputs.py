@@ -59,7 +59,7 @@ def widgets(inputs: Any, options: Sequence[Any], **more: Any) -> dict[str, tuple
         def execute(cls, **values: Any) -> io.NodeOutput:
             return io.NodeOutput()
 
-    return {name: (entry[0], entry[1]) for name, entry in Settings.INPUT_TYPES()["required"].items()}
+    return {name: (entry[0], entry[1]) for name, entry in Settings.INPUT_TYPES()["optional"].items()}
 
 
 def test_every_option_has_its_widget(comfyui: ComfyUI, inputs: Any) -> None:

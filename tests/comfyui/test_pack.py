@@ -31,9 +31,16 @@ FROZEN = {
         " learning_rate:FLOAT? rank:INT? alpha:FLOAT? batch_size:INT? grad_accumulation:INT? warmup:INT?"
         " rollout_steps:INT? grad_steps:INT? loss:COMBO? teacher:COMBO? ema_decay:FLOAT? anchor_probability:FLOAT?"
         " objective:COMBO? schedule:COMBO? optimizer:COMBO? checkpoint_every:INT? probe_every:INT? memory:COMBO?"
-        " vae:VAE? initial_lora:LORA_MODEL? targets:STRING?"
-        " deterministic:BOOLEAN?",
+        " vae:VAE? initial_lora:LORA_MODEL? targets:STRING? deterministic:BOOLEAN? settings:DOPSD_SETTINGS?",
         "lora:LORA_MODEL loss:LOSS_MAP run_folder:STRING previews:IMAGE",
+    ),
+    "DOPSD_TrainingSettings": (
+        "model_family:COMBO? preset:COMBO? objective:COMBO? grad_steps:INT? loss:COMBO? anchor_probability:FLOAT?"
+        " sft_sigmas:COMBO? sft_shift:FLOAT? adapter:COMBO? targets:STRING? rank:INT? alpha:FLOAT? optimizer:COMBO?"
+        " lr:FLOAT? weight_decay:FLOAT? schedule:COMBO? warmup:INT? teacher:COMBO? ema_decay:FLOAT? batch_size:INT?"
+        " grad_accumulation:INT? max_grad_norm:FLOAT? rollout_steps:INT? checkpoint_every:INT? keep_checkpoints:INT?"
+        " probe_every:INT? probe_pairs:INT? deterministic:BOOLEAN?",
+        "settings:DOPSD_SETTINGS",
     ),
     "DOPSD_FewStepSampler": (
         "model:MODEL positive:CONDITIONING seed:INT? steps:INT? width:INT? height:INT? batch_size:INT? sampler:COMBO?",

@@ -1,4 +1,4 @@
-"""Which run a graph takes up: each input of its nodes is changed alone, by the table of `comfy_host.identity`."""
+"""Which run a graph takes up: each input of its nodes is changed alone, by the table of `comfy_host.identity_table`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ ELSEWHERE = {
     "optimizer": "bitsandbytes needs a GPU; tests/test_config.py",
     "dataset": "a link to what is changed here",
     "conditions": "a link to what is changed here",
+    "settings": "test_training_settings.py",
 }
 
 

@@ -50,7 +50,7 @@ def test_none_given_by_a_graph_of_before_are_all(comfyui: ComfyUI) -> None:
         ("attention.to_q, atention.to_k", "LoRA target 'atention.to_k' matches none of the network's"),
         (
             "*",
-            "target '*' chooses x_embedder, which is in none of the model's blocks, and not every program would "
+            "target '*' matches x_embedder, which is outside the model's blocks, and not every program would "
             "load a LoRA of it: choose within noise_refiner.*, context_refiner.*, layers.*",
         ),
         ("re:layers(", "target 're:layers(' is not a regular expression"),
@@ -73,4 +73,4 @@ def test_sizes_at_the_real_size(comfyui: ComfyUI, targets: str, size: str) -> No
     chosen = {"rank": 64, "targets": targets}
     config = comfyui.module("nodes.comfy_host.presets").make_config("standard", denoiser.family, True, chosen)
     counts = config.adapter.size(denoiser.sites())
-    assert comfyui.module("nodes.comfy_host.targets").told_size(*counts) == size
+    assert comfyui.module("nodes.comfy_host.targets").size_text(*counts) == size
