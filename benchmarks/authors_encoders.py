@@ -54,7 +54,7 @@ class AuthorsEncoders(nn.Module):
 
     @torch.no_grad()
     def forward(self, student: int, teacher: int, vision: int, context: int) -> tuple[Tensor, Tensor]:
-        """Features [L, context] of so many tokens each, `vision` of the teacher's from the picture. A tower has 4
+        """Features [L, context] of so many tokens each, `vision` of the teacher's from the image. A tower has 4
         patches to a token; features wider than the model are those of several of its layers."""
         first = next(self.embed.parameters())
         seen = first.new_empty(0, self.width)

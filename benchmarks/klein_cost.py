@@ -6,7 +6,7 @@
     python -m benchmarks.klein_cost --device cpu --double 1 --single 2 --heads 2 --encoder-layers 1 --rollout-steps 2 \
 --resolutions 256 --steps 1                                                     reduced in size, a minute
 
-The teacher is the editing branch, which sees the picture as a reference, unless --teacher says otherwise; an edit has
+The teacher is the editing branch, which sees the image as a reference, unless --teacher says otherwise; an edit has
 one source. What is measured and how: benchmarks/real_size.py.
 """
 

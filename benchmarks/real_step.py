@@ -32,9 +32,9 @@ GB = 1e9
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """A model to measure. size: what of it is there, in words. comfyui: of `networks`. diffusers: makes a Denoiser of
-    `diffusers_hosts`. context: width of the text features. texts: side of the picture -> tokens of the student's and
+    `diffusers_hosts`. context: width of the text features. texts: side of the image -> tokens of the student's and
     the teacher's. vision: side -> how many of the teacher's are from a vision tower, if it has one. references: of
-    student and teacher, of the picture's size. encoder: width of the text encoder. targets: (variant, side) -> what is
+    student and teacher, of the image's size. encoder: width of the text encoder. targets: (variant, side) -> what is
     asked of it. presets: (name, side, rank, in fp8).
     """
 

@@ -191,7 +191,7 @@ def _use_report(report: DatasetReport, trigger: str) -> None:
     repeats = tuple(example.repeats for example in plan.examples)
     DataOrder(shapes, repeats, batch_size=2, seed=0).batch(0)
     for pair in report.pairs:
-        for path in (pair.image_path, *pair.sources):
+        for path in (pair.image_path, *pair.source_images):
             load_image(path, pair.bucket)
 
 

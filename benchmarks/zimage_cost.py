@@ -27,7 +27,7 @@ STUDENT_TOKENS = 64
 
 
 def vision_tokens(side: int) -> int:
-    """One per 32 x 32 pixels of the picture as the tower sees it."""
+    """One per 32 x 32 pixels of the image as the tower sees it."""
     return (min(max(side, 512), 768) // 32) ** 2
 
 

@@ -1,4 +1,4 @@
-"""D-OPSD: few-step diffusion models learn a concept from their own image-conditioned selves (arXiv 2605.05204).
+"""D-OPSD: on-policy self-distillation for few-step diffusion models (arXiv 2605.05204).
 
 Pure torch: nothing in this package imports ComfyUI, and only `standalone/` imports diffusers or transformers.
 """

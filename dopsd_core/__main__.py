@@ -17,16 +17,16 @@ STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matpl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit code: 0 done, 1 a mistake of the user (reported without traceback), 130 Ctrl-C.
+    """Runs a command and returns its exit code: 0 success, 1 user error (reported without traceback), 130 Ctrl-C.
 
-    What a console or a pipe cannot encode is written as escapes.
+    Characters that the console or pipe cannot encode are escaped.
     """
     escape_unencodable(sys.stdout, sys.stderr)
     args = parse_args(argv)
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        saved = "; the same command resumes from what is saved" if args.command == "train" else ""
+        saved = "; the same command resumes from the last checkpoint" if args.command == "train" else ""
         _complain(f"interrupted{saved}")
         return 130
     except ModuleNotFoundError as error:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f'{error.name} is missing: pip install "comfyui-dopsd[standalone]", or use `make demo`')
         return 1
     except Exception as error:
-        if not _is_told(error):
+        if not _is_users_mistake(error):
             raise
         log.debug("where the error came from", exc_info=True)
         _complain(str(error))
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inspect_dataset(args: argparse.Namespace) -> int:
-    """Prints the report of a data set; 1 when it has errors."""
+    """Prints the report of a dataset and returns the exit code: 1 if it has errors, else 0."""
     from .data.dataset import read_dataset
 
     report = read_dataset(
@@ -69,13 +69,13 @@ def _dispatch(args: argparse.Namespace) -> int:
     return commands[args.command](args) or 0
 
 
-def _is_told(error: Exception) -> bool:
-    """Whether the message alone is what the user needs: mistakes in what was given, files that are not there."""
+def _is_users_mistake(error: Exception) -> bool:
+    """Whether the message is all that the user needs: invalid input, missing files."""
     if isinstance(error, ValueError | OSError):
         return True
     from .files.lock import FolderInUse
     from .training.checkpoint import StateError
-    from .training.run import NonFiniteError
+    from .training.nonfinite import NonFiniteError
 
     return isinstance(error, StateError | NonFiniteError | FolderInUse)
 

@@ -1,6 +1,6 @@
-"""The command line's arguments, and how they become a configuration. Loads nothing heavy: --help must be quick.
+"""Command-line arguments and their conversion to a configuration. Imports nothing heavy, so that --help is fast.
 
-The options of training are made from what `TrainConfig` and the variants in its registries declare.
+The training options are generated from the declarations of `TrainConfig` and the variants in its registries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NONE = "none"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of `python -m dopsd_core`; ends the process with a message where they make no sense."""
+    """Parses the arguments of `python -m dopsd_core`; exits with a message if they are invalid."""
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -34,11 +34,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of `python -m dopsd_core`; `command` in its result is one of COMMANDS."""
+    """The parser of `python -m dopsd_core`; `command` of its result is one of COMMANDS."""
     parser = argparse.ArgumentParser(
         prog="python -m dopsd_core",
         allow_abbrev=False,
-        description="Teach a few-step image model a concept from a few pictures, and keep its few-step quality "
+        description="Teach a few-step image model a concept from a few images and keep its few-step quality "
         "(on-policy self-distillation, arXiv 2605.05204).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -50,10 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def config_from_args(args: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
-    """The configuration of `train`: the options given, over --config or else over `defaults`.
+    """The configuration of `train`: the given options on top of --config or `defaults`.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: values are invalid; the message lists every problem.
         ValueError: the file of --config is not UTF-8.
         OSError: it cannot be read.
     """
@@ -63,12 +63,12 @@ def config_from_args(args: argparse.Namespace, defaults: TrainConfig) -> TrainCo
 
 
 def _train_options() -> list[Option]:
-    """What the command line offers of the configuration, the model's defaults in it."""
+    """The options on the command line, with the model's defaults."""
     return [option for option in all_options(TrainConfig, demo_config()) if not option.hint.from_host]
 
 
 def _value(option: Option, given: Any) -> Any:
-    """What an option was given, in its type where that is possible: what is not is for the configuration to report."""
+    """Converts a given value to the option's type if possible; otherwise the configuration reports it."""
     if option.is_many:
         return tuple(given)
     if option.is_optional and given == _NONE:
@@ -80,7 +80,7 @@ def _value(option: Option, given: Any) -> Any:
 
 
 def _read_text(file: Path) -> str:
-    """Raises ValueError with the file's name when it is not UTF-8; Windows' own consoles write UTF-16."""
+    """Raises ValueError with the file's name if it is not UTF-8; Windows consoles write UTF-16."""
     from .data.captions import CaptionError, decode_utf8
 
     try:
@@ -93,42 +93,42 @@ def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         allow_abbrev=False,
-        help="teach the embedded demo model a concept that it has never seen, and report how well",
-        description="Renders four pictures with captions of a concept that the demo model has never seen, shows what "
-        "its teacher makes of them, trains (D-OPSD, and SFT for comparison), and writes the LoRA, a contact sheet, "
-        "curves and report.json. A few minutes on two CPU cores, no download.",
+        help="teach the embedded demo model a new concept and report how well it was learned",
+        description="Renders four images with captions of a concept that the demo model has never seen, draws samples "
+        "of its teacher, trains (D-OPSD, and SFT for comparison), and writes the LoRA, a contact sheet, curves and "
+        "report.json. Takes a few minutes on two CPU cores, without any download.",
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
-        "--concept-seed", type=int, default=0, metavar="N", help="another unseen concept of the same world"
+        "--concept-seed", type=int, default=0, metavar="N", help="selects the unseen concept (default 0)"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="training runs to average (default 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, the same for every method")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a CPU core each (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="parallel runs, one CPU core each (default 2)")
 
 
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         allow_abbrev=False,
-        help="train a LoRA on a data set",
-        description="Trains a LoRA on a folder of pictures with .txt captions beside them, or on a JSONL. Everything "
-        "of the run is kept in --output; the same command again resumes a run that was stopped or killed. Ctrl-C "
-        "saves and stops. Defaults in brackets are those of the demo model; --config takes another run's settings.",
+        help="train a LoRA on a dataset",
+        description="Trains a LoRA on a folder of images with .txt captions beside them, or on a JSONL file. All files "
+        "of the run are in --output; run the same command again to resume a run that was stopped or killed. Ctrl-C "
+        "saves and stops. Defaults in parentheses are for the demo model; --config loads another run's settings.",
     )
-    _add_dataset(parser, "side of a square with as many pixels as a training picture has; default: the model's")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run and of its LoRA")
-    parser.add_argument("--model", default="demo", choices=("demo",), help="what to train (default: %(default)s)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to take settings from")
+    _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
+    parser.add_argument("--model", default="demo", choices=("demo",), help="model to train (default: %(default)s)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     parser.add_argument(
         "--teacher-image", choices=("own", "other"), default="own",
-        help="show the teacher the picture that is trained, or up to three others of the data set in turn",
+        help="which image the teacher sees: the training image itself, or up to three others of the dataset in turn",
     )  # fmt: skip
     parser.add_argument(
-        "--heldout-caption", metavar="TEXT", help="a caption that is not trained, to measure the gap to the teacher on"
+        "--heldout-caption", metavar="TEXT", help="a caption that is not trained on, to measure the gap to the teacher"
     )
-    parser.add_argument("--fresh", action="store_true", help="refuse to continue a run that is in --output already")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: what torch chooses")
+    parser.add_argument("--fresh", action="store_true", help="fail if --output already contains a run")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads; default: torch's choice")
     groups: dict[str, Any] = {}
     for option in _train_options():
         title = _group(option)
@@ -138,7 +138,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _group(option: Option) -> str:
-    """The heading that an option stands under: the run, a choice, or what can be chosen."""
+    """The heading of an option's group: the run, a choice, or one of its variants."""
     if option.setting:
         return f"with --{option.setting} {' or '.join(option.variants)}"
     return option.name if option.choices else "run"
@@ -167,19 +167,19 @@ def _add_sample(commands: Any) -> None:
     parser = commands.add_parser(
         "sample",
         allow_abbrev=False,
-        help="make pictures with or without a LoRA",
-        description="Samples the model in its few steps. With --teacher-image it shows what the teacher makes of a "
-        "picture: look at that before training, for the student becomes as good as its teacher and no better.",
+        help="sample images with or without a LoRA",
+        description="Samples the model in its few steps. With --teacher-image it samples the teacher that sees this "
+        "image. Check the teacher before training: the student gets no better than its teacher.",
     )
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one picture or more for each")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="prompts; --count images each")
     parser.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--model", default="demo", choices=("demo",), help="default: %(default)s")
-    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to draw with")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="of the LoRA (default: %(default)s)")
-    parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="show this picture to the teacher")
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="pictures per prompt (default: %(default)s)")
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA file to apply")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="LoRA strength (default: %(default)s)")
+    parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="image for the teacher to see")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the model's")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of image 1 (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="pixels; default: the model's")
 
 
@@ -187,13 +187,13 @@ def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect-dataset",
         allow_abbrev=False,
-        help="list everything that is wrong with a data set, before training",
-        description="Opens every picture and caption of a data set and lists all problems with file and line. Exit "
-        "code 1 when there are errors, 0 when there are at most warnings.",
+        help="check a dataset before training",
+        description="Opens every image and caption of a dataset and lists all problems with file and line. The exit "
+        "code is 1 if there are errors, and 0 if there are only warnings or none.",
     )
-    _add_dataset(parser, "side of a square with as many pixels as a training picture has (default: %(default)s)", 1024)
+    _add_dataset(parser, "training resolution: an image has about N x N pixels (default: %(default)s)", 1024)
     parser.add_argument(
-        "--multiple", type=int, default=16, metavar="N", help="sides are multiples of N pixels (default: %(default)s)"
+        "--multiple", type=int, default=16, metavar="N", help="sizes are multiples of N pixels (default: %(default)s)"
     )
 
 
@@ -202,13 +202,13 @@ def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resoluti
         "dataset",
         type=Path,
         metavar="DATASET",
-        help="folder of pictures and .txt captions, of edits in source/ and target/, or a .jsonl",
+        help="folder of images and .txt captions, folder of edits in source/ and target/, or .jsonl file",
     )
-    parser.add_argument("--trigger", default="", metavar="WORD", help="word for the concept; replaces [V] in captions")
+    parser.add_argument("--trigger", default="", metavar="WORD", help="trigger word; replaces [V] in captions")
     parser.add_argument("--resolution", type=int, default=resolution, metavar="N", help=resolution_help)
     parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="visits per epoch of each image, up to 1000"
+        "--repeats", type=int, default=1, metavar="N", help="repeats of each image per epoch, up to 1000"
     )
     parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="pictures may not lie outside of it; default: DATASET's"
+        "--root", type=Path, metavar="DIR", help="folder that must contain all images; default: DATASET's"
     )

@@ -1,10 +1,10 @@
-"""The one configuration of a training run: checked as a whole, written as JSON beside the LoRA.
+"""The configuration of a training run: validated as a whole and saved as JSON next to the LoRA.
 
 config = TrainConfig(steps=300, adapter=Lora(rank=32), optimizer=AdamW(lr=2e-4), teacher=EmaTeacher(decay=0.999))
 config == TrainConfig.from_json(config.to_json())
 
-Everything that varies is a choice with options of its own, each in one module; this one knows none of them by name.
-Imports no torch: what is wrong with a configuration is said at once.
+Everything that varies is a choice with its own options, each in one module, and is looked up in a registry. The module
+does not import torch, so that an invalid configuration is reported at once.
 """
 
 from __future__ import annotations
@@ -28,61 +28,63 @@ _MAY_CHANGE = Hint(most=10_000, may_change=True)
 
 
 class TrainConfig(Options):
-    """Everything that decides a run besides the model and the data."""
+    """Everything that determines a run besides the model and the data."""
 
     model_config = ConfigDict(validate_default=True)
 
     family: Annotated[str, Hint(from_host=True)] = Field(
         default="z_image",
-        description="model family: grid of the rollout, targets, names in the LoRA file",
+        description="model family: sets the rollout grid, the LoRA targets and the key names of the LoRA file",
     )
     steps: Annotated[int, Hint(most=100_000, may_change=True)] = Field(
-        default=500, ge=1, description="optimizer steps; may be raised when a run is resumed"
+        default=500, ge=1, description="optimizer steps; may be increased when a run is resumed"
     )
     batch_size: Annotated[int, Hint(most=64)] = Field(
-        default=1, ge=1, description="images in one forward; they are of one size"
+        default=1, ge=1, description="images per forward; all have the same size"
     )
     grad_accumulation: Annotated[int, Hint(most=1024)] = Field(
-        default=1, ge=1, description="batches that make one optimizer step together"
+        default=1, ge=1, description="batches accumulated per optimizer step"
     )
     max_grad_norm: Annotated[float, Hint(step=0.1, most=1000.0)] = Field(
-        default=1.0, ge=0, description="largest norm of the gradient, which is clipped to it; 0 for no limit"
+        default=1.0, ge=0, description="maximum gradient norm for clipping; 0 disables clipping"
     )
     rollout_steps: Annotated[int, Hint(most=16)] = Field(
-        default=4, ge=1, description="K, the few steps that the student takes in training"
+        default=4, ge=1, description="K, the number of sampling steps of the student's rollout"
     )
     caption_dropout: Annotated[float, Hint(step=0.05)] = Field(
-        default=0.0, ge=0, le=1, description="share of visits to an image that use an empty caption"
+        default=0.0, ge=0, le=1, description="probability of replacing a caption by the empty one"
     )
     seed: Annotated[int, Hint(most=0xFFFFFFFFFFFFFFFF)] = Field(
-        default=0, ge=0, description="decides the start of the weights, the order of the data and all noise"
+        default=0, ge=0, description="seed of the initial weights, the data order and all noise"
     )
     checkpoint_every: Annotated[int, _MAY_CHANGE] = Field(default=100, ge=1, description="steps between checkpoints")
     keep_checkpoints: Annotated[int, Hint(most=1000, may_change=True)] = Field(
-        default=2, ge=1, description="how many of the last checkpoints are kept"
+        default=2, ge=1, description="number of latest checkpoints to keep"
     )
     probe_every: Annotated[int, _MAY_CHANGE] = Field(
         default=25,
         ge=0,
-        description="steps between measurements of the gap to the teacher on fixed noise; 0 for none. At the default "
-        "it costs about one forward in twenty",
+        description="steps between measurements of the gap to the teacher on fixed noise; 0 disables them. The default "
+        "adds about 5 % to the forwards",
     )
-    probe_pairs: Annotated[int, Hint(most=64)] = Field(default=2, ge=1, description="training pairs that are measured")
+    probe_pairs: Annotated[int, Hint(most=64)] = Field(
+        default=2, ge=1, description="number of training pairs to measure"
+    )
     preview_every: Annotated[int, _MAY_CHANGE] = Field(
         default=0,
         ge=0,
-        description="steps between preview images, besides one before the first step and after the last; 0 for none",
+        description="steps between preview images, drawn also before the first and after the last step; 0 for none",
     )
     deterministic: bool = Field(
         default=False,
-        description="use torch's deterministic algorithms, so that equal runs end bit-identical on a GPU too, where "
-        "the fastest backward of attention adds in any order; slower, and a CPU needs it not",
+        description="use torch's deterministic algorithms, so that equal runs are bit-identical on a GPU, where the "
+        "fastest attention backward sums in arbitrary order; slower, not needed on a CPU",
     )
-    objective: Annotated[Objective, OBJECTIVES] = Field(default=DOPSD(), description="what is learned")
+    objective: Annotated[Objective, OBJECTIVES] = Field(default=DOPSD(), description="the training objective")
     adapter: Annotated[Adapter, ADAPTERS] = Field(
-        default=Lora(), description="what is trained beside the frozen network"
+        default=Lora(), description="what is trained on top of the frozen network"
     )
-    optimizer: Annotated[Optimizer, OPTIMIZERS] = Field(default=AdamW(), description="how gradients become steps")
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = Field(default=AdamW(), description="the optimizer")
     schedule: Annotated[Schedule, SCHEDULES] = Field(default=Constant(), description="learning rate after warm-up")
     teacher: Annotated[Teacher, TEACHERS] = Field(default=EmaTeacher(), description="weights of the teacher")
 
@@ -118,10 +120,10 @@ class TrainConfig(Options):
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """The configuration that `to_json` wrote, also one of release 0.2. Missing options take their defaults.
+        """Parses what `to_json` wrote, also in release 0.2. Missing options get their defaults.
 
         Raises:
-            ConfigError: unknown options, wrong types or values; all of them are listed.
+            ConfigError: options are unknown or invalid; the message lists all of them.
         """
         try:
             fields = json.loads(text)
@@ -132,34 +134,36 @@ class TrainConfig(Options):
         return cls(**(upgraded(fields) if is_old(fields) else fields))
 
     def identity(self) -> dict[str, Any]:
-        """The options by flat name, JSON-able, that make two runs the same run; those that came after release 0.2 only
-        where they are not at their defaults."""
+        """The options that identify a run, by flat name and JSON-serializable.
+
+        Options added after release 0.2 are included only if they differ from their defaults.
+        """
         defaults = {option.name: option.default for option in all_options(TrainConfig) if option.name not in FORMER}
         counted = _counted(self)
         return {name: value for name, value in counted.items() if name not in defaults or value != defaults[name]}
 
     def learning_rate(self, step: int) -> float:
-        """The rate of the optimizer step with index `step` (from 0), a function of nothing else."""
+        """The learning rate of the optimizer step with index `step` (from 0), a function of the step only."""
         return self.schedule.rate(self.optimizer.lr, step, self.steps)
 
 
 def resumable_changes() -> frozenset[str]:
-    """The options that may differ when a run is resumed; any other would make it another run."""
+    """The options that may change when a run is resumed."""
     return frozenset(option.name for option in all_options(TrainConfig) if option.hint.may_change)
 
 
 def changes_that_forbid_resuming(old: TrainConfig, new: TrainConfig) -> tuple[str, ...]:
-    """The differences that make `new` another run than `old`, as "option: old -> new"."""
+    """The differences between `old` and `new` that forbid resuming, as "option: old -> new"."""
     before, after = _counted(old), _counted(new)
     changed = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
-    return tuple(f"{name}: {_told(before, name)} -> {_told(after, name)}" for name in changed)
+    return tuple(f"{name}: {_shown(before, name)} -> {_shown(after, name)}" for name in changed)
 
 
 def _counted(config: TrainConfig) -> dict[str, Any]:
-    """The options by flat name, JSON-able, without those that may differ when a run is resumed."""
+    """The options by flat name, JSON-serializable, without those that may change when a run is resumed."""
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flattened(config).items()}
     return {name: value for name, value in plain.items() if name not in resumable_changes()}
 
 
-def _told(values: dict[str, object], name: str) -> str:
+def _shown(values: dict[str, object], name: str) -> str:
     return repr(values[name]) if name in values else "not set"

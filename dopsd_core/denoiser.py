@@ -1,4 +1,4 @@
-"""What the core asks of a host: a denoiser, and the Linear layers of its network.
+"""Hooks that a host implements: the denoiser and the Linear layers of its network.
 
 Legend: B batch, C latent channels, h w latent height and width, L tokens, D features. `sigma` as in `sigmas.py`.
 """
@@ -22,9 +22,14 @@ else:
 
 @dataclass(frozen=True)
 class SitePart:
-    """One LoRA target: rows `start:stop` of a Linear's output, under the name that diffusers gives the module.
+    """One LoRA target: rows `start:stop` of a Linear's output, with diffusers' name of the module.
 
-    A plain Linear is one part with all its rows; a fused qkv projection is three.
+    A plain Linear has one part with all rows; a fused qkv projection has three.
+
+    Attributes:
+        name: diffusers' name.
+        start: first output row.
+        stop: end of the output rows, exclusive.
     """
 
     name: str
@@ -33,7 +38,7 @@ class SitePart:
 
     @property
     def rows(self) -> slice:
-        """The output rows that belong to this part."""
+        """The output rows of this part."""
         return slice(self.start, self.stop)
 
     @property
@@ -43,17 +48,22 @@ class SitePart:
 
 
 PartsOf = Callable[[str, int], tuple[SitePart, ...]]
-"""(module path, out_features) -> parts; a family's `native_parts` for networks whose projections are fused."""
+"""(module path, out_features) -> parts; a family's `native_parts` for networks with fused projections."""
 
 
 @dataclass(frozen=True, eq=False)
 class LinearSite:
     """A Linear of the frozen network, and how its host computes with it.
 
-    `forward` is the host's own forward, [..., in_features] -> [..., out_features], bias included; it is called without
-    gradients. `grad_input` is the product with the weight alone, g [..., out_features] -> g @ W [..., in_features]:
-    how the weight is had for it (resident, cast, dequantised, streamed) is the host's affair. Parts are in row order,
-    do not overlap.
+    Attributes:
+        name: module path.
+        module: the module.
+        in_features: size of the input.
+        out_features: size of the output.
+        parts: LoRA targets in row order, not overlapping.
+        forward: the host's forward with bias, [..., in_features] -> [..., out_features]; called without gradients.
+        grad_input: product with the weight, g [..., out_features] -> g @ W [..., in_features]; the host provides the
+            weight (resident, cast, dequantized or streamed).
     """
 
     name: str
@@ -77,8 +87,13 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What a transformer block works on. tokens: L of one sample. width: D, of a token between blocks. kept: elements
-    per token that the block's backward needs, LoRA aside."""
+    """The activations of a transformer block.
+
+    Attributes:
+        tokens: L, number of tokens of one sample.
+        width: D, size of a token between blocks.
+        kept: elements per token saved for the block's backward, without LoRA.
+    """
 
     tokens: int
     width: int
@@ -87,45 +102,51 @@ class BlockShape:
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A frozen network that predicts clean latents. The standalone host and ComfyUI's host both satisfy it."""
+    """A frozen network that predicts clean latents; implemented by each host."""
 
     @property
     def device(self) -> torch.device:
-        """Where latents live during training."""
+        """The device of latents during training."""
         ...
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the network's activations are in, whatever its weights are stored in; in fp16 losses are scaled."""
+        """The dtype of the network's activations, independent of its weights'; losses are scaled for fp16."""
         ...
 
     def sites(self) -> Sequence[LinearSite]:
-        """EVERY Linear of the network; adapters choose targets among their parts and keep the others frozen."""
+        """EVERY Linear of the network; adapters select targets among their parts and keep the others frozen."""
         ...
 
     def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks, each called once in a forward, in the order of the calls; for checkpointing."""
+        """The transformer blocks in calling order, each called once per forward; for gradient checkpointing."""
         ...
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         """x0_hat = x - sigma * v(x, sigma, conditions).
 
-        x: [B, C, h, w] fp32, model space. sigma: in (0, 1], one for the batch. conditions: B of them; lengths may
-        differ. Returns [B, C, h, w] fp32. Builds a graph whenever grad mode is on, and must not change the adapters'
-        mode.
+        Builds a graph if grad mode is on. Must not change the adapters' mode.
+
+        Args:
+            x: [B, C, h, w] fp32 in model space.
+            sigma: in (0, 1], one for the batch.
+            conditions: B conditions; their lengths may differ.
+
+        Returns:
+            [B, C, h, w] fp32.
         """
         ...
 
 
 def whole_site(name: str, out_features: int) -> tuple[SitePart, ...]:
-    """The `PartsOf` of a network that already uses diffusers' names: one part with all rows."""
+    """The `PartsOf` of a network with diffusers' names: one part with all rows."""
     return (SitePart(name, 0, out_features),)
 
 
 def plain_linear_sites(root: nn.Module, prefix: str = "", parts_of: PartsOf = whole_site) -> list[LinearSite]:
-    """Every `nn.Linear` below `root`, in module order, for hosts whose weights are ordinary resident tensors.
+    """Every `nn.Linear` in `root`, in module order, for hosts with ordinary resident weights.
 
-    `prefix` is put before each module path ("transformer_blocks."). A module used under two paths is listed once.
+    prefix: prepended to each module path ("transformer_blocks."). A module with two paths is listed once.
     """
     sites = []
     for path, module in root.named_modules():

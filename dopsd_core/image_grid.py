@@ -1,7 +1,7 @@
-"""Labelled grids of pictures: what was asked for, what came out, and the data set at a glance.
+"""Labelled grids of images: comparison sheets and dataset thumbnails.
 
-Small pictures are enlarged without smoothing, so that every pixel is the model's own; large ones are scaled down.
-Text is wrapped into its place and ends in an ellipsis where there is too much of it.
+Small images are upsampled without smoothing, so that every pixel is the model's own; large ones are downsampled. Text
+is wrapped, and ends in an ellipsis if it is too long.
 """
 
 from __future__ import annotations
@@ -23,34 +23,40 @@ _INK, _PAPER, _FAINT, _MAT = (20, 20, 24), (255, 255, 255), (110, 110, 118), (23
 _COLOURS = {"error": (176, 0, 32), "warning": (150, 90, 0)}
 _PROBLEM_LINES = 14
 _LONGEST = 2000
-"""Characters of a text that are looked at; nothing longer fits anywhere here."""
+"""Maximum number of characters of a text that are processed; longer texts do not fit."""
 
 _FALLBACK_FONTS = (
     "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "wqy-zenhei.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf",
     "arial.ttf",
 )  # fmt: skip
-"""Fonts of the usual systems that are tried for what Pillow's own, ASCII and little more, cannot draw."""
+"""Common system fonts for characters that Pillow's default font (little more than ASCII) lacks."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 Shown = Path | Image.Image | Sequence[Path | Image.Image]
-"""A picture, or the pictures of an edit: its sources, then its target."""
+"""An image, or the images of an edit: its sources, then its target."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the sheet: a label, a remark under it, pictures [n, 3, H, W] or each [3, H, W] in [0, 1], and a word
-    over each or none."""
+    """One row of a sheet.
+
+    Attributes:
+        label: text on the left.
+        remark: smaller text below the label.
+        images: [n, 3, H, W], or a sequence of [3, H, W], in [0, 1].
+        captions: texts above the images, or none.
+    """
 
     label: str
     remark: str
-    pictures: Tensor | Sequence[Tensor]
+    images: Tensor | Sequence[Tensor]
     captions: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Wrapped lines of one text with its font and colour; `width` and `step` are the room of a line."""
+    """Wrapped lines of a text with font and colour; `width` and `step` are the size of a line in pixels."""
 
     lines: tuple[str, ...]
     font: Font
@@ -64,45 +70,45 @@ class _Block:
 
     def draw(self, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
         for i, line in enumerate(self.lines):
-            room = Image.new("L", (self.width, self.step))  # stacked accents may not leave it
+            room = Image.new("L", (self.width, self.step))  # clips stacked accents
             ImageDraw.Draw(room).text((0, 0), line, fill=255, font=self.font)
             draw.bitmap((x, y + i * self.step), room, fill=self.colour)
 
 
 def contact_sheet(title: str, rows: Sequence[Row], tile: int = 112) -> Image.Image:
-    """All rows under a title, labels on the left; no picture is larger than tile x tile."""
-    pictures = [[fit_tile(picture, tile) for picture in to_images(row.pictures)] for row in rows]
+    """Draws all rows below a title, with labels on the left; images are at most tile x tile pixels."""
+    images = [[fit_tile(image, tile) for image in to_images(row.images)] for row in rows]
     zoom = min(2.0, max(1.0, tile / 160))
     label_width, head = round(_LABEL * zoom), round(44 * zoom)
-    cell = max((picture.width for line in pictures for picture in line), default=tile)
-    width = label_width + max(map(len, pictures), default=1) * (cell + _PAD) + _PAD
+    cell = max((image.width for line in images for image in line), default=tile)
+    width = label_width + max(map(len, images), default=1) * (cell + _PAD) + _PAD
     words = [[_wrap(text, round(10 * zoom), cell, 2, _FAINT) for text in row.captions] for row in rows]
     above = [max((block.height for block in line), default=-4) + 4 for line in words]
-    tall = [max((picture.height for picture in line), default=tile) for line in pictures]
+    tall = [max((image.height for image in line), default=tile) for line in images]
     sheet = Image.new("RGB", (width, head + sum(above) + sum(tall) + len(rows) * _PAD + _PAD), _PAPER)
     draw = ImageDraw.Draw(sheet)
     _wrap(title, round(17 * zoom), width - 2 * _PAD, 1, _INK).draw(draw, _PAD + 2, round(12 * zoom))
     top = head
-    for row, line, texts, over, height in zip(rows, pictures, words, above, tall, strict=True):
+    for row, line, texts, over, height in zip(rows, images, words, above, tall, strict=True):
         _draw_label(draw, row, label_width, top + over, height, zoom)
-        for i, picture in enumerate(line):
+        for i, image in enumerate(line):
             x = label_width + i * (cell + _PAD)
-            _paste(sheet, picture, (x, top + over, cell, height))
+            _paste(sheet, image, (x, top + over, cell, height))
             if i < len(texts):
                 texts[i].draw(draw, x, top)
         top += over + height + _PAD
     return sheet
 
 
-def _paste(sheet: Image.Image, picture: Image.Image, place: tuple[int, int, int, int]) -> None:
-    """The picture in the middle of its place (x, y, width, height), grey around it."""
+def _paste(sheet: Image.Image, image: Image.Image, place: tuple[int, int, int, int]) -> None:
+    """Centers the image in its place (x, y, width, height) on grey."""
     x, y, width, height = place
     sheet.paste(_MAT, (x, y, x + width, y + height))
-    sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+    sheet.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, row: Row, width: int, top: int, height: int, zoom: float) -> None:
-    """Label and remark, in the middle of the row's height."""
+    """Draws label and remark, vertically centered in the row."""
     room = width - 3 * _PAD
     remark = _wrap(row.remark, round(12 * zoom), room, max(0, round((height / zoom - 26) / 15)), _FAINT)
     size = round(15 * zoom)
@@ -114,29 +120,27 @@ def _draw_label(draw: ImageDraw.ImageDraw, row: Row, width: int, top: int, heigh
 
 
 def thumbnails(items: Sequence[tuple[Shown, str]], problems: str = "", tile: int = 160, limit: int = 24) -> Image.Image:
-    """Pictures with their captions under them, then the problem list, errors in red.
+    """Draws images with captions, then the list of problems, with errors in red.
 
-    A picture that cannot be read is an empty tile. Items beyond `limit` are counted, not shown.
+    An unreadable image gives an empty tile. Items beyond `limit` are only counted.
     """
     shown = [((what,) if isinstance(what, Path | Image.Image) else tuple(what), text) for what, text in items[:limit]]
-    across = min(3, max((len(pictures) for pictures, _ in shown), default=1))
+    across = min(3, max((len(images) for images, _ in shown), default=1))
     columns = max(3, min(6, round((across * len(shown)) ** 0.5 + 0.49)))
     columns, cell = -(-columns // across), across * tile + (across - 1) * _ARROW
     width = columns * (cell + _PAD) + _PAD
-    cells = [
-        (_strip(pictures, tile, cell), _wrap(text, max(11, tile // 12), cell, 3, _INK)) for pictures, text in shown
-    ]
+    cells = [(_strip(images, tile, cell), _wrap(text, max(11, tile // 12), cell, 3, _INK)) for images, text in shown]
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    tall = [max(picture.height for picture, _ in line) for line in lines]
+    tall = [max(image.height for image, _ in line) for line in lines]
     heights = [high + max(text.height for _, text in line) + 2 * _PAD for high, line in zip(tall, lines, strict=True)]
     notes = _notes(problems, len(items) - len(shown), width - 2 * _PAD)
     total = sum(heights) + sum(block.height for block in notes) + 2 * _PAD
     sheet = Image.new("RGB", (width, max(total, 2 * _PAD + 16)), _PAPER)
     draw, top = ImageDraw.Draw(sheet), _PAD
     for line, high, height in zip(lines, tall, heights, strict=True):
-        for i, (picture, text) in enumerate(line):
+        for i, (image, text) in enumerate(line):
             x = _PAD + i * (cell + _PAD)
-            _paste(sheet, picture, (x, top, cell, high))
+            _paste(sheet, image, (x, top, cell, high))
             text.draw(draw, x, top + high + 2)
         top += height
     for block in notes:
@@ -146,7 +150,7 @@ def thumbnails(items: Sequence[tuple[Shown, str]], problems: str = "", tile: int
 
 
 def _notes(problems: str, hidden: int, width: int) -> list[_Block]:
-    """The lines under the thumbnails, at most `_PROBLEM_LINES` problems."""
+    """The lines below the thumbnails, at most `_PROBLEM_LINES` problems."""
     found = [line for line in problems.splitlines() if line.strip()]
     texts = [f"and {hidden} more"] * (hidden > 0) + found[:_PROBLEM_LINES]
     if len(found) > _PROBLEM_LINES:
@@ -154,31 +158,31 @@ def _notes(problems: str, hidden: int, width: int) -> list[_Block]:
     return [_wrap(text, 13, width, 3, _COLOURS.get(text.split(":")[0], _FAINT)) for text in texts]
 
 
-def to_images(pictures: Tensor | Sequence[Tensor]) -> list[Image.Image]:
-    """Pictures, each [3, H, W] in [0, 1] -> PIL images; what is not a number becomes black."""
-    bytes_of = [(picture.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte() for picture in pictures]
+def to_images(images: Tensor | Sequence[Tensor]) -> list[Image.Image]:
+    """Images, each [3, H, W] in [0, 1] -> PIL images; NaN becomes black."""
+    bytes_of = [(image.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte() for image in images]
     return [Image.fromarray(rearrange(image, "c h w -> h w c").cpu().numpy()) for image in bytes_of]
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """A picture as ComfyUI's IMAGE: [1, H, W, 3] fp32 in [0, 1]."""
+    """An image as ComfyUI's IMAGE: [1, H, W, 3] fp32 in [0, 1]."""
     return rearrange(to_tensor(image.convert("RGB")), "c h w -> 1 h w c")
 
 
-def fit_tile(picture: Image.Image, tile: int) -> Image.Image:
-    """The whole picture with its longer side of `tile` pixels; unsmoothed where it grows."""
-    scale = tile / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+def fit_tile(image: Image.Image, tile: int) -> Image.Image:
+    """Resizes the image so that its longer side has `tile` pixels; upsamples without smoothing."""
+    scale = tile / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
-def _strip(pictures: Sequence[Path | Image.Image], tile: int, width: int) -> Image.Image:
-    """The pictures of an edit side by side, an arrow before the last; a single picture as it is."""
-    if len(pictures) == 1:
-        return _thumbnail(pictures[0], tile)
-    gaps = len(pictures) - 1
-    room = min(tile, (width - gaps * _ARROW) // len(pictures))
-    parts = [_thumbnail(picture, room) for picture in pictures]
+def _strip(images: Sequence[Path | Image.Image], tile: int, width: int) -> Image.Image:
+    """The images of an edit side by side with an arrow before the last; or a single image."""
+    if len(images) == 1:
+        return _thumbnail(images[0], tile)
+    gaps = len(images) - 1
+    room = min(tile, (width - gaps * _ARROW) // len(images))
+    parts = [_thumbnail(image, room) for image in images]
     height = max(part.height for part in parts)
     strip = Image.new("RGB", (sum(part.width for part in parts) + gaps * _ARROW, height), _MAT)
     x = 0
@@ -190,12 +194,12 @@ def _strip(pictures: Sequence[Path | Image.Image], tile: int, width: int) -> Ima
     return strip
 
 
-def _thumbnail(picture: Path | Image.Image, tile: int) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return fit_tile(to_rgb(picture), tile)
+def _thumbnail(image: Path | Image.Image, tile: int) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return fit_tile(to_rgb(image), tile)
     try:
-        return fit_tile(decode(picture, draft=2 * tile).image, tile)
-    except ImageError:  # the reader of the data set has told of it
+        return fit_tile(decode(image, draft=2 * tile).image, tile)
+    except ImageError:  # already reported by the dataset reader
         empty = Image.new("RGB", (tile, tile), _MAT)
         _wrap("cannot be read", 12, tile, 1, _FAINT).draw(ImageDraw.Draw(empty), _PAD, tile // 2 - 8)
         return empty
@@ -205,11 +209,11 @@ def _thumbnail(picture: Path | Image.Image, tile: int) -> Image.Image:
 
 
 def _wrap(text: str, size: int, width: int, max_lines: int, colour: tuple[int, int, int]) -> _Block:
-    """The text in lines of at most `width` pixels; broken at spaces where there are any."""
+    """Wraps the text into lines of at most `width` pixels, at spaces if possible."""
     text = "\n".join(" ".join(_printable(line).split()) for line in text[:_LONGEST].split("\n")).strip()
     font = _font_for(text, size)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        text = text.encode("latin-1", "replace").decode("latin-1")  # all that Pillow's bitmap font has
+        text = text.encode("latin-1", "replace").decode("latin-1")  # Pillow's bitmap font has no more
     lines = [line for paragraph in text.split("\n") for line in _break(paragraph, font, width)]
     if len(lines) > max_lines:
         lines = lines[:max_lines]
@@ -232,7 +236,7 @@ def _break(text: str, font: Font, width: int) -> Iterator[str]:
 
 
 def _fitting(text: str, font: Font, width: int) -> int:
-    """How many characters fit, at least one."""
+    """Number of characters that fit, at least one."""
     low, high = 1, min(len(text), width)  # no character is narrower than a pixel
     while low < high:
         middle = (low + high + 1) // 2
@@ -241,12 +245,12 @@ def _fitting(text: str, font: Font, width: int) -> int:
 
 
 def _printable(text: str) -> str:
-    """Without control characters and lone surrogates, which fonts choke on."""
+    """Replaces control characters and lone surrogates, which fonts cannot draw."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _font_for(text: str, size: int) -> Font:
-    """The first font that has all of the text's characters, else the one that lacks the fewest."""
+    """The first font with all characters of the text, or else the one that lacks the fewest."""
     characters = set(re.sub(r"\s", "", text))
     best, fewest = _default_font(size), len(characters) + 1
     for font in _fonts(size):
@@ -286,7 +290,7 @@ def _system_font(name: str, size: int) -> Font | None:
 def _has(font: Font, character: str) -> bool:
     if not isinstance(font, ImageFont.FreeTypeFont):
         return ord(character) < 256
-    return _drawn(font, character) != _drawn(font, "\uffff")  # what no font has is drawn as its box for the unknown
+    return _drawn(font, character) != _drawn(font, "\uffff")  # a missing character is drawn as the placeholder box
 
 
 def _drawn(font: Font, character: str) -> bytes:

@@ -1,16 +1,16 @@
-"""Modules that are imported at their first use.
+"""Modules that are imported on first use.
 
-One module holds everything about a thing that varies: an objective's options and its maths. The options are wanted
-where torch is not: `python -m dopsd_core train --help` and a mistyped option answer before torch could be imported.
-So the modules below `config.py` write
+A module of an objective contains both its options and its math. The options are also needed without torch: the output
+of `python -m dopsd_core train --help` and the error for a mistyped option must not wait for its import. So the modules
+that `config.py` imports write
 
     if TYPE_CHECKING:
         import torch
     else:
         torch = lazy("torch")
 
-which the type checker reads as the plain import. Nothing is put into `sys.modules` before the first use (as
-`importlib.util.LazyLoader` would do), so that "is torch loaded?" keeps its meaning for every other library.
+which the type checker treats as a plain import. Unlike `importlib.util.LazyLoader`, this does not add to `sys.modules`
+before the first use, because other libraries check there whether torch is loaded.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 
 class LazyModule(ModuleType):
-    """Stands for the module of its name, and imports that when one of its attributes is asked for."""
+    """A stand-in for a module, which is imported on the first access to an attribute."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what inspection asks of every module; never a reason to import it
+        if name.startswith("__"):  # introspection must not import the module
             raise AttributeError(f"module {self.__name__!r} has not been imported yet")
         return getattr(import_module(self.__name__), name)
 

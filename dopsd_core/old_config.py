@@ -1,6 +1,6 @@
-"""`config.json` of release 0.2, where every option stood at the top, in today's form.
+"""Converts `config.json` of release 0.2, where all options were at the top level, to the current form.
 
-The tables describe files that exist; they do not grow with the options.
+The tables describe existing files; they do not grow with new options.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHOICES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "schedule": dict.fromkeys(("constant", "cosine"), {"warmup": "warmup"}),
     "teacher": {"ema": {"ema_decay": "decay"}, "frozen": {}, "same": {}},
 }
-"""Setting -> its choices -> the options of each: name then -> name now. The settings' names are the same."""
+"""Setting -> its choices -> the options of each: old name -> new name. The names of the settings are unchanged."""
 
 _UNUSED: Mapping[str, Any] = {
     "grad_steps": None,
@@ -29,7 +29,7 @@ _UNUSED: Mapping[str, Any] = {
     "sft_sigmas": "logit-normal",
     "sft_shift": 3.0,
 }
-"""What release 0.2 also wrote of what was not chosen, and its default of it."""
+"""Options of variants that were not chosen, which release 0.2 also wrote, and their defaults."""
 
 _LORA = ("rank", "alpha", "targets")
 
@@ -38,21 +38,23 @@ FORMER = frozenset(
     | {"adapter", "objective", "optimizer", "schedule", "teacher", "family", "batch_size", "grad_accumulation"}
     | {"max_grad_norm", "rollout_steps", "caption_dropout", "seed", "probe_pairs"}
 )
-"""By flat name: the options of release 0.2 that make a run another run. One that came since is no part of a run's
-identity while it is at its default, so that the runs before it are still found."""
+"""The options of release 0.2 that identify a run, by flat name. Options added later are not part of a run's identity
+at their defaults, so that older runs are still found."""
 
 _DEFAULTS = {"objective": "dopsd", "optimizer": "adamw", "schedule": "constant", "teacher": "ema"}
 _LORA_DEFAULTS = {"rank": 16, "alpha": 16.0}
 
 
 def is_old(fields: Mapping[str, Any]) -> bool:
-    """Whether JSON is of release 0.2: only there is the adapter called "lora", and it is in every file."""
+    """Whether the JSON is from release 0.2, which always has the key "lora"."""
     return "lora" in fields
 
 
 def upgraded(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields in today's form. Options of what was not chosen, which changed nothing, are left out; what is unknown
-    stays, to be reported."""
+    """Converts the fields to the current form.
+
+    Options of variants that are not chosen had no effect and are dropped; unknown ones are kept, to be reported.
+    """
     new = {_RENAMED.get(name, name): value for name, value in fields.items()}
     lora = new.pop("lora")
     new["adapter"] = {"name": "lora", **_LORA_DEFAULTS, **lora} if isinstance(lora, Mapping) else lora
@@ -65,9 +67,9 @@ def upgraded(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def former_identity(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`TrainConfig.identity` in the form of release 0.2, by which the folders of a node's runs are named.
+    """`TrainConfig.identity` in the form of release 0.2, which determines the folder names of a node's runs.
 
-    settings: what was set, by flat name, also for what is not chosen; it counted then.
+    settings: all values that were set, by flat name, including those of variants that are not chosen.
     """
     unused = {name: settings.get(name, value) for name, value in _UNUSED.items()}
     fields = {**unused, **identity}

@@ -1,4 +1,4 @@
-"""A `forward` over modules of someone else's network, as instance attribute, for the time of a `with`."""
+"""Overrides the `forward` of modules temporarily, as an instance attribute."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def overridden(modules: Iterable[nn.Module], wrap: Callable[[nn.Module, Forward], Forward]) -> Iterator[None]:
-    """Inside the `with`, each module's forward is `wrap(module, forward)`; as it was after it, whatever happens.
+    """Inside the `with` block, each module's forward is `wrap(module, forward)`; it is always restored on exit.
 
-    Module paths, parameters and the state dict stay as they are. A module that is listed twice is wrapped once.
+    Module paths, parameters and the state dict do not change. A module that is listed twice is wrapped once.
     """
     previous: dict[nn.Module, Forward | None] = {}
     try:

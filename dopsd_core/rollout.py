@@ -1,4 +1,4 @@
-"""The student's own few-step trajectory (arXiv 2605.05204, section 3): Euler on the model's grid, every state detached.
+"""The student's few-step trajectory (arXiv 2605.05204, section 3): Euler steps on the model's grid, states detached.
 
 Legend: B batch, C latent channels, h w latent size, K steps; `sigma` as in `sigmas.py`.
 """
@@ -27,10 +27,14 @@ PredictX0 = Callable[["Tensor", float], "Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class RolloutStep:
-    """State x_k of the trajectory and the prediction made from it.
+    """State x_k of the trajectory and the prediction from it.
 
-    x: [B, C, h, w] fp32, detached. x0: [B, C, h, w], the prediction; carries a graph only on gradient steps.
-    index: k in 0..K-1. sigma: s_k in (0, 1]. sigma_next: s_{k+1} in [0, 1).
+    Attributes:
+        index: k in 0..K-1.
+        sigma: s_k in (0, 1].
+        sigma_next: s_{k+1} in [0, 1).
+        x: [B, C, h, w] fp32, detached.
+        x0: [B, C, h, w], the prediction; has a graph only on gradient steps.
     """
 
     index: int
@@ -40,7 +44,7 @@ class RolloutStep:
     x0: Tensor
 
     def next_state(self) -> Tensor:
-        """x_{k+1} [B, C, h, w], detached; for the last step of a grid (sigma_next = 0) it is x0 itself."""
+        """x_{k+1} [B, C, h, w], detached; x0 at the last step of a grid (sigma_next = 0)."""
         return euler_step(self.x, self.x0.detach(), self.sigma, self.sigma_next)
 
 
@@ -52,15 +56,14 @@ def euler_step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor
 def rollout(
     predict_x0: PredictX0, noise: Tensor, sigmas: Sequence[float], grad_steps: Container[int] = ()
 ) -> Iterator[RolloutStep]:
-    """Yields the K steps of the trajectory that starts at `noise` [B, C, h, w]; lazily, so that a caller may stop
-    early.
+    """Yields the K steps of the trajectory from `noise` [B, C, h, w] lazily, so that a caller may stop early.
 
-    The prediction of the steps in `grad_steps` is made in the caller's grad mode, that of the others without a graph.
-    Only its detached value moves the state, so the K graphs are independent: call backward on each step before asking
-    for the next and one step's activations are alive at a time. The state stays fp32.
+    Predictions at `grad_steps` use the caller's grad mode, all others have no graph. The state is updated with the
+    detached prediction, so the K graphs are independent: call backward on each step before requesting the next one to
+    keep only one step's activations in memory. The state is fp32.
 
     Raises:
-        ValueError: sigmas do not fall from above 0 to 0, or are fewer than two.
+        ValueError: sigmas do not decrease strictly to 0, or are fewer than two.
     """
     _check_grid(sigmas)
     x = noise.detach().float()
@@ -73,7 +76,7 @@ def rollout(
 
 
 def sample(denoiser: Denoiser, conditions: Sequence[Condition], noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """The plain few-step Euler sampler: noise [B, C, h, w] -> x0 latents [B, C, h, w]; no graph, adapters as set."""
+    """The few-step Euler sampler: noise [B, C, h, w] -> x0 latents [B, C, h, w], without a graph."""
     latents = noise
     with torch.no_grad():
         for step in rollout(lambda x, sigma: denoiser.predict_x0(x, sigma, conditions), noise, sigmas):
@@ -84,4 +87,4 @@ def sample(denoiser: Denoiser, conditions: Sequence[Condition], noise: Tensor, s
 def _check_grid(sigmas: Sequence[float]) -> None:
     falls = all(a > b for a, b in pairwise(sigmas))
     if len(sigmas) < 2 or not falls or sigmas[-1] != 0 or sigmas[0] > 1:
-        raise ValueError(f"sigmas must fall strictly from at most 1 to 0 and be at least two, got {tuple(sigmas)}")
+        raise ValueError(f"sigmas must be at least two and decrease strictly from at most 1 to 0, got {tuple(sigmas)}")

@@ -1,10 +1,10 @@
-"""Few-step noise schedules, and the time convention of the whole package.
+"""Few-step noise schedules, and the time convention of the package.
 
-`sigma` runs from 1 (pure noise) to 0 (clean): x = (1 - sigma) * x0 + sigma * noise. The velocity is v = dx/dsigma =
-noise - x0, so x0_hat = x - sigma * v. Networks that count time the other way (t = 1 - sigma) or predict -v are
-converted by their host.
+`sigma` goes from 1 (pure noise) to 0 (clean): x = (1 - sigma) * x0 + sigma * noise. The velocity is v = dx/dsigma =
+noise - x0, so x0_hat = x - sigma * v. For networks with reversed time (t = 1 - sigma) or that predict -v, the host
+converts.
 
-A grid of n steps is n + 1 floats, strictly falling from 1 to 0; a rollout evaluates the model at all but the last.
+A grid of n steps has n + 1 values, strictly decreasing from 1 to 0; a rollout evaluates the model at all but the last.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Z_IMAGE_SHIFT = 3.0
 
 
 def shift_sigma(u: float, shift: float) -> float:
-    """s = shift * u / (1 + (shift - 1) * u): moves u in [0, 1] towards noise for shift > 1; 0 and 1 stay."""
+    """s = shift * u / (1 + (shift - 1) * u): shifts u in [0, 1] towards noise for shift > 1; 0 and 1 are fixed."""
     # Written with 1 - u so that u = 1 gives exactly 1 at every shift.
     return shift * u / (shift * u + (1.0 - u))
 
 
 def shifted_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:
-    """num_steps + 1 values: linspace(1, 1/n, n) shifted, then 0.
+    """num_steps + 1 values: linspace(1, 1/n, n), shifted, followed by 0.
 
     Raises:
         ValueError: num_steps < 1 or shift <= 0.
@@ -38,23 +38,23 @@ def z_image_turbo_sigmas(num_steps: int) -> tuple[float, ...]:
 
 
 def flux2_klein_sigmas(num_steps: int, width: int, height: int) -> tuple[float, ...]:
-    """FLUX.2-klein's grid for a picture of width x height PIXELS (its shift grows with the number of tokens, W*H/256).
+    """FLUX.2-klein's grid for an image of width x height PIXELS (the shift grows with the number of tokens, W*H/256).
 
     4 steps at 1024x1024: 1, .967384, .908144, .767200, 0.
 
     Raises:
-        ValueError: num_steps < 1, or a picture smaller than one 16x16 token.
+        ValueError: num_steps < 1, or the image is smaller than one 16x16 token.
     """
     _check_steps(num_steps)
     if width < 16 or height < 16:
-        raise ValueError(f"picture must be at least 16x16 pixels, got {width}x{height}")
+        raise ValueError(f"the image must have at least 16x16 pixels, got {width}x{height}")
     mu = flux2_empirical_mu(width * height / 256, num_steps)
     # exp(mu) / (exp(mu) + 1/u - 1) is the shift above with shift = exp(mu).
     return shifted_sigmas(num_steps, math.exp(mu))
 
 
 def flux2_empirical_mu(num_tokens: float, num_steps: int) -> float:
-    """Logarithm of FLUX.2's shift: a line in num_steps through fits made at 10 and 200 steps, linear in tokens."""
+    """Logarithm of FLUX.2's shift: linear in num_steps between fits at 10 and 200 steps, which are linear in tokens."""
     mu_200 = 0.00016927 * num_tokens + 0.45666666
     if num_tokens > 4300:
         return mu_200

@@ -1,8 +1,8 @@
-"""Text that leaves the program. File names may hold bytes that are no text, and not every console can show all of it.
+"""Output of text with invalid characters. File names may contain invalid bytes, and consoles may lack characters.
 
-Python keeps such bytes as lone surrogates: `caf\\udce9.png` for the Latin-1 name `café.png`. Writing one out as UTF-8
-is an error, so every text that is sent, saved or shown goes through `printable`, every text that is hashed through
-`hashable`.
+Python represents such bytes as lone surrogates: `caf\\udce9.png` for the Latin-1 name `café.png`. Encoding them as
+UTF-8 is an error, so every text that is sent, saved or displayed must pass through `printable`, and every text that is
+hashed through `hashable`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""The text with every lone surrogate written out: `\xe9` for a byte of a file name, `\ud83d` for any other."""
+    r"""Escapes every lone surrogate in the text: `\xe9` for a byte of a file name, `\ud83d` for others."""
     return _LONE_SURROGATE.sub(_escape, text)
 
 
@@ -24,13 +24,13 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def hashable(text: str) -> bytes:
-    """UTF-8 for a digest, lone surrogates included: different texts give different bytes."""
+    """UTF-8 with lone surrogates, for a digest: different texts give different bytes."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def escape_unencodable(*streams: TextIO) -> None:
-    """Makes streams write what their encoding lacks as escapes, where a Windows console or a pipe would raise."""
+    """Makes streams escape characters that their encoding lacks, as a Windows console or a pipe may raise an error."""
     for stream in streams:
-        reconfigure = getattr(stream, "reconfigure", None)  # a stream that a caller put in its place may have none
+        reconfigure = getattr(stream, "reconfigure", None)  # a replaced stream may lack it
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")

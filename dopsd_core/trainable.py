@@ -1,4 +1,4 @@
-"""What a run asks of the weights that it trains: adapters over a frozen network today, its own weights one day."""
+"""The interface of trainable weights: adapters on a frozen network, or the network's own weights in the future."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Mode = Literal["student", "teacher", "off"]
-"""Whose weights a forward uses: the trained ones, the teacher's, or the untouched network's."""
+"""The weights that a forward uses: the student's, the teacher's, or those of the untouched network."""
 
 Role = Literal["student", "teacher"]
-"""Who has weights of its own."""
+"""Roles that have their own weights."""
 
 
 class Trainable(Protocol):
-    """A student that learns, its teacher, and the switch between them and the untouched network."""
+    """The weights of student and teacher, and the switch between them and the untouched network."""
 
     def parameters(self) -> Sequence[nn.Parameter]:
-        """What the optimizer gets, fp32, always the same objects in the same order."""
+        """The parameters for the optimizer, fp32, always the same objects in the same order."""
         ...
 
     def state(self, which: Role = "student") -> dict[str, Tensor]:
-        """Copies on the CPU, fp32, by name; empty for a teacher without weights of its own."""
+        """Copies on the CPU, fp32, by name, in the parameters' shapes; empty for a teacher without its own weights."""
         ...
 
     def load_state(self, which: Role, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`.
+        """Loads what `state` returned.
 
         Raises:
-            ValueError: the tensors are not those of `state`; nothing has been loaded then.
+            ValueError: names or shapes differ from those of `state`; nothing is loaded.
         """
         ...
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the teacher has weights of its own."""
+        """Whether the teacher has its own weights."""
         ...
 
     def use(self, mode: Mode) -> AbstractContextManager[Any]:
-        """The given mode inside the `with`, the previous one after it."""
+        """Uses the given mode inside the `with` block and restores the previous one on exit."""
         ...
 
     def update_teacher(self) -> None:
-        """Lets the teacher follow the student, after each optimizer step."""
+        """Updates the teacher after each optimizer step."""
         ...
 
     def attached(self) -> AbstractContextManager[Any]:
-        """Inside the `with`, the network runs through these weights; after it, as it was."""
+        """Attaches these weights to the network inside the `with` block and restores it on exit."""
         ...

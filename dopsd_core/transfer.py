@@ -1,4 +1,4 @@
-"""Tensors on their way to the device."""
+"""Transfers of tensors to the device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ else:
 
 
 def to_device(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` on the device; the same memory where nothing changes.
+    """Moves `tensor`, of any shape, to the device; shares memory if nothing changes.
 
-    An ordinary copy to a CUDA device makes the host wait until all queued work is done. This one does not: CUDA reads
-    ordinary memory of the host before the call returns. Other devices have no such promise, and copies from a device
-    must wait in any case.
+    An ordinary copy to a CUDA device synchronizes. This one does not: CUDA reads pageable host memory before the call
+    returns. Other devices do not guarantee this, and copies from a device must synchronize in any case.
     """
     uploads = tensor.device.type == "cpu" and not tensor.is_pinned() and torch.device(device).type == "cuda"
     return tensor.to(device, dtype, non_blocking=uploads)

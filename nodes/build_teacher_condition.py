@@ -10,7 +10,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..dopsd_core.conditioning.cache import ConditionCache
-from ..dopsd_core.conditioning.teachers import TEACHERS, Teacher
+from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, TeacherView
 from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
@@ -26,7 +26,7 @@ def build_conditions(
     dataset: Dataset,
     encoder: ComfyEncoder,
     cache: ConditionCache,
-    teacher: Teacher,
+    teacher: TeacherView,
     teacher_image: TeacherImage,
     previews: str,
     anchors: str,
@@ -92,7 +92,7 @@ def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> 
     return [f"warning: {message}" for message in found]
 
 
-def unused_encoders(teacher: Teacher, clip: Any, vision: Any | None) -> tuple[str, ...]:
+def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tuple[str, ...]:
     """One line for each input of Build Teacher Condition that is not used."""
     notes = []
     if vision is not None and teacher.sees != "features":
@@ -138,7 +138,7 @@ class BuildTeacherCondition(io.ComfyNode):
     ) -> io.NodeOutput:
         """Encodes the dataset and the prompts, and shows counts and notes on the node."""
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
-        edits = any(pair.sources for pair in dataset.report.pairs)
+        edits = any(pair.source_images for pair in dataset.report.pairs)
         encoder = ComfyEncoder(clip, vae, vision)
         sentence = put_trigger(teacher_sentence, dataset.trigger)
         teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
@@ -156,7 +156,7 @@ def _inputs() -> list[Any]:
         io.Vae.Input("vae", tooltip="The model's own VAE; it encodes each training image into a latent."),
         io.Combo.Input(
             "mode",
-            options=["auto", *TEACHERS],
+            options=["auto", *TEACHER_VIEWS],
             default="auto",
             optional=True,
             tooltip="How the teacher sees the image. vlm: through Qwen3-VL's vision tower and the model's own "

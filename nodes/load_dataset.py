@@ -221,7 +221,7 @@ def _write_pair(folder: Path, where: Sequence[int], image: Image.Image, text: st
 
 def draw_report(report: DatasetReport) -> Image.Image:
     """Thumbnails with captions, an edit's source images beside its target, and the problems below them."""
-    items = [((*pair.sources, pair.image_path), pair.captions[0]) for pair in report.pairs]
+    items = [((*pair.source_images, pair.image_path), pair.captions[0]) for pair in report.pairs]
     problems = "\n".join(str(problem) for problem in (*report.errors, *report.warnings))
     return thumbnails(items, without_folder(problems, report))
 

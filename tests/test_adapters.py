@@ -347,7 +347,7 @@ def test_bad_sites_and_settings_are_refused():
         AdapterSet([*sites, *ToyDenoiser().sites()], lora())
     with pytest.raises(ValueError, match="teacher is 'emma'; choose one of ema, frozen, same"):
         AdapterSet(sites, lora(), teacher="emma")
-    with pytest.raises(ValueError, match="ema_decay is 1.5; set it within 0 and 1"):
+    with pytest.raises(ValueError, match="ema_decay is 1.5; set it to a value from 0 to 1"):
         EmaTeacher(decay=1.5)
     with pytest.raises(ValueError, match="targets are empty"):
         AdapterSet(sites, Lora())

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dopsd_core.conditioning.cache import FORMAT, ConditionCache, cache_key, digest_bytes
-from dopsd_core.conditioning.encode import Condition, EncodeRequest, Picture, encode_dataset, encode_texts
-from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM
+from dopsd_core.conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset, encode_texts
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM
 
 
 class CountingEncoder:
@@ -41,7 +41,7 @@ class CountingEncoder:
 
 
 def picture(data=b"file", grey=0.25, **settings):
-    return Picture(digest_bytes(data), lambda: torch.full((3, 8, 8), grey), settings)
+    return ImageInput(digest_bytes(data), lambda: torch.full((3, 8, 8), grey), settings)
 
 
 def request(data=b"file", caption="a [V] emblem", sources=(), shown=None, **settings):
@@ -71,7 +71,7 @@ def test_a_hit_gives_the_same_pair_without_encoder_or_image(tmp_path, reference)
     def no_image():
         raise AssertionError("a hit must not open the image")
 
-    hit = EncodeRequest(Picture(digest_bytes(b"file"), no_image), "a [V] emblem")
+    hit = EncodeRequest(ImageInput(digest_bytes(b"file"), no_image), "a [V] emblem")
     seen = []
     (second,) = encode_dataset([hit], encoder, ConditionCache(tmp_path), lambda *report: seen.append(report))
     assert encoder.calls == []
@@ -301,7 +301,7 @@ def test_texts_are_cached_apart_from_pairs(tmp_path):
     [
         ("encode_text", Condition(torch.zeros(1, 3, 6)), r"features must be \[L, D\], got \(1, 3, 6\)"),
         ("encode_latent", torch.zeros(1, 4, 2, 2), r"must return \[C, h, w\], got \(1, 4, 2, 2\)"),
-        ("encode_latent", torch.full((4, 2, 2), torch.nan), "non-finite latent for a picture"),
+        ("encode_latent", torch.full((4, 2, 2), torch.nan), "non-finite latent for an image"),
     ],
 )
 def test_what_training_could_not_use_is_refused_and_not_cached(tmp_path, method, result, message):
@@ -390,27 +390,27 @@ def test_teacher_and_sentence_are_part_of_a_pair(changed):
 
 
 def test_a_sentence_follows_the_caption_and_may_be_left_out():
-    assert EDIT.told("a dog") == f"a dog {EDIT.sentence}"
-    assert EDIT.told("") == EDIT.sentence
-    assert EDIT.with_sentence("  ").told("a dog") == EDIT.told("a dog")
-    assert EDIT.with_sentence(" Copy it. ").told("a dog") == "a dog Copy it."
-    assert EDIT.with_sentence("-").told("a dog") == "a dog" == VLM.with_sentence("-").told("a dog")
+    assert EDIT.text("a dog") == f"a dog {EDIT.sentence}"
+    assert EDIT.text("") == EDIT.sentence
+    assert EDIT.with_sentence("  ").text("a dog") == EDIT.text("a dog")
+    assert EDIT.with_sentence(" Copy it. ").text("a dog") == "a dog Copy it."
+    assert EDIT.with_sentence("-").text("a dog") == "a dog" == VLM.with_sentence("-").text("a dog")
     with pytest.raises(ValueError, match="reads the caption alone"):
         VLM.with_sentence("Copy it.")
 
 
 def test_of_other_pictures_only_the_subject_is_asked_for():
-    assert "background" in EDIT.sentence and "background" not in EDIT.with_sentence("", others=True).told("a dog")
-    assert EDIT.with_sentence("", others=True).told("a dog") == f"a dog {EDIT.of_others}"
+    assert "background" in EDIT.sentence and "background" not in EDIT.with_sentence("", others=True).text("a dog")
+    assert EDIT.with_sentence("", others=True).text("a dog") == f"a dog {EDIT.of_others}"
     assert EDIT.with_sentence("Copy it.", others=True).sentence == "Copy it."
     assert EDIT.with_sentence("-", others=True).sentence == ""
     assert VLM.with_sentence("", others=True) == VLM
 
 
 def test_an_edit_without_a_source_is_refused():
-    with pytest.raises(ValueError, match="'edit_target' needs a source picture; 'a .V. emblem' has none"):
+    with pytest.raises(ValueError, match="'edit_target' needs a source image; 'a .V. emblem' has none"):
         encode_dataset([request()], CountingEncoder(), None, teacher=EDIT_TARGET)
 
 
 def test_teachers_go_by_their_names():
-    assert all(name == teacher.name for name, teacher in TEACHERS.items())
+    assert all(name == teacher.name for name, teacher in TEACHER_VIEWS.items())

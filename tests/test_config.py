@@ -61,7 +61,7 @@ def test_json_has_a_tag_for_each_choice() -> None:
         ({"optimizer": 3}, 'optimizer is 3; give a name and its options, as {"name": "adamw"}'),
         ({"schedule": "linear"}, "schedule is 'linear'; choose one of constant, cosine"),
         ({"teacher": "none"}, "teacher is 'none'; choose one of ema, frozen, same"),
-        ({"teacher": {"name": "ema", "decay": 1.1}}, "ema_decay is 1.1; set it within 0 and 1"),
+        ({"teacher": {"name": "ema", "decay": 1.1}}, "ema_decay is 1.1; set it to a value from 0 to 1"),
         ({"teacher": {"name": "frozen", "decay": 0.9}}, "there is no option decay; remove it"),
         ({"objective": "pso"}, "objective is 'pso'; choose one of dopsd, sft"),
         ({"objective": {"name": "dopsd", "los": "x0"}}, "there is no option los; did you mean loss?"),
@@ -72,11 +72,11 @@ def test_json_has_a_tag_for_each_choice() -> None:
         ),
         (
             {"objective": DOPSD(grad_steps=5)},
-            "grad_steps is 5; set it within 1 and rollout_steps (4), or null for all of the steps",
+            "grad_steps is 5; set it to a value from 1 to rollout_steps (4), or null for all of the steps",
         ),
         ({"family": "sdxl"}, "family is 'sdxl'; choose one of z_image, flux2_klein"),
         ({"family": None}, "family is None, it must be text"),
-        ({"caption_dropout": -0.1}, "caption_dropout is -0.1; set it within 0 and 1"),
+        ({"caption_dropout": -0.1}, "caption_dropout is -0.1; set it to a value from 0 to 1"),
         ({"max_grad_norm": -1}, "max_grad_norm is -1; set it to at least 0"),
         (
             {"steps": 10, "schedule": Constant(warmup=10)},

@@ -1,4 +1,4 @@
-"""Every problem of a data set is found on real files, all at once, and named by file and line."""
+"""Every problem of a dataset is found on real files, all at once, and named by file and line."""
 
 import os
 import struct
@@ -72,7 +72,7 @@ def test_a_truncated_picture(tmp_path: Path, suffix: str) -> None:
     assert read(tmp_path).pairs == ()
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"not a picture", b"GIF89a" + bytes(40)])
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"not an image", b"GIF89a" + bytes(40)])
 def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
     path = pair(tmp_path, "a.png")
     path.write_bytes(content)
@@ -130,12 +130,12 @@ def test_animated_and_unread_pictures_are_warnings(tmp_path: Path) -> None:
     (tmp_path / "a.txt").rename(tmp_path / "c.txt")
     (tmp_path / "d.heic").write_bytes(b"x")
     warnings = {problem.file.name: problem.message for problem in read(tmp_path).warnings}
-    assert "without a picture" in warnings["c.txt"] and "convert .heic" in warnings["d.heic"]
+    assert "without an image" in warnings["c.txt"] and "convert .heic" in warnings["d.heic"]
 
 
 def test_no_pictures(tmp_path: Path) -> None:
-    only(read(tmp_path).errors, tmp_path, None, "no pictures")
-    only(read(rows(tmp_path / "a.jsonl", "")).errors, tmp_path / "a.jsonl", None, "no pictures")
+    only(read(tmp_path).errors, tmp_path, None, "no images")
+    only(read(rows(tmp_path / "a.jsonl", "")).errors, tmp_path / "a.jsonl", None, "no images")
     only(read(tmp_path / "gone").errors, tmp_path / "gone", None, "not there")
     (tmp_path / "a.csv").write_text("x")
     only(read(tmp_path / "a.csv").errors, tmp_path / "a.csv", None, "jsonl")
@@ -216,7 +216,7 @@ def test_the_authors_rows(tmp_path: Path) -> None:
     )
     report = read(file, trigger="ohwx")
     assert set(report.pairs[0].captions) == {text.replace("[V]", "ohwx") for text in everything.values()}
-    assert report.pairs[1].captions == ("一只ohwx狗",) and report.pairs[1].line == 3
+    assert report.pairs[1].captions == ("一只ohwx狗",) and report.pairs[1].caption_line == 3
     assert report.pairs[2].repeats == 3 and report.errors == ()
     assert [(problem.line, problem.file) for problem in report.warnings] == [(4, file), (4, file)]
     assert "'medium_en' is an empty caption" in report.warnings[0].message
@@ -243,7 +243,7 @@ def test_every_bad_row_is_named_by_its_line(tmp_path: Path) -> None:
     said: dict[int | None, str] = {}
     for problem in report.errors:
         said[problem.line] = said.get(problem.line, "") + problem.message
-    expected = {1: "JSON", 2: "list", 3: "no picture", 4: "'path' is 7", 5: "no caption", 6: "no such file", 7: "null"}
+    expected = {1: "JSON", 2: "list", 3: "no image", 4: "'path' is 7", 5: "no caption", 6: "no such file", 7: "null"}
     expected |= {8: "'text' is int", 9: "'repeats' is 0", 10: "'path' is []", 11: "JSON"}
     assert set(said) == set(expected)
     for line, words in expected.items():

@@ -111,7 +111,7 @@ def test_a_text_beside_another_file_of_its_name_is_named(tmp_path: Path) -> None
     pair(tmp_path, "a.png")
     (tmp_path / "b.txt").write_text("a [V]")
     (tmp_path / "b.json").write_text("{}")
-    assert messages(read(tmp_path).warnings)["b.txt"] == "a caption without a picture of its name"
+    assert messages(read(tmp_path).warnings)["b.txt"] == "a caption without an image of its name"
 
 
 def test_instructions_have_near_misses_too(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_folder_of_any_files_is_used_or_named_and_left_as_it_is(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     report = read(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    used = {path for item in report.pairs for path in (item.image_path, *item.sources)}
+    used = {path for item in report.pairs for path in (item.image_path, *item.source_images)}
     named = {folded(problem.file.stem) for problem in report.problems}
     for path in before:
         if path.suffix in (".png", ".jpg") and path not in used:

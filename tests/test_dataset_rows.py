@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 def shape(report: DatasetReport) -> list[tuple[str, list[str], tuple[str, ...], int]]:
     return [
-        (item.image_path.name, [path.name for path in item.sources], item.captions, item.repeats)
+        (item.image_path.name, [path.name for path in item.source_images], item.captions, item.repeats)
         for item in report.pairs
     ]
 
@@ -178,7 +178,7 @@ def test_a_json_file_is_one_error(folder: Path) -> None:
             "a JSON file, not a JSONL: write one object per line",
         )
     (folder / "a.jsonl").write_text("\n \n")
-    only(read(folder / "a.jsonl").errors, folder / "a.jsonl", None, "no pictures; the file has no rows")
+    only(read(folder / "a.jsonl").errors, folder / "a.jsonl", None, "no images; the file has no rows")
 
 
 values = st.recursive(

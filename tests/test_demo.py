@@ -70,7 +70,7 @@ def test_train_then_sample_on_the_demos_data(output: Path, tmp_path: Path) -> No
 
 
 def test_train_on_a_bad_dataset_lists_everything_and_loads_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "a.txt").write_text("a dog")
     Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
     done = command("train", tmp_path, "--output", tmp_path / "run")

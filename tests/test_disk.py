@@ -16,7 +16,7 @@ import pytest
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.files import disk
 from dopsd_core.files.atomic import write_atomic
-from dopsd_core.files.disk import DiskError, Reserve, free_bytes, require_room, require_writable, told_bytes, writing
+from dopsd_core.files.disk import DiskError, Reserve, format_bytes, free_bytes, require_room, require_writable, writing
 from dopsd_core.memory.footprint import saved_bytes
 from dopsd_core.optimizers import AdamW
 from dopsd_core.teachers import TEACHERS, EmaTeacher
@@ -428,4 +428,4 @@ def test_on_a_real_read_only_file_system(tmpfs: Path) -> None:
     [(0, "0 bytes"), (4096, "4 kB"), (10**6, "1.0 MB"), (2_340_000, "2.3 MB"), (5 * 10**9, "5.0 GB")],
 )
 def test_sizes_are_told_in_units_that_show_them(size: int, words: str) -> None:
-    assert told_bytes(size) == words
+    assert format_bytes(size) == words

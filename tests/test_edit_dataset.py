@@ -1,4 +1,4 @@
-"""Edits, (source, instruction, target): both forms on disk, with every problem of either picture."""
+"""Edits, (source, instruction, target): both forms on disk, with every problem of either image."""
 
 import json
 import tempfile
@@ -30,7 +30,7 @@ def edit_row(target: str, sources: object, **more: object) -> dict[str, object]:
 
 
 def told(problems: tuple) -> dict[str, str]:
-    """The messages by the path below the data set."""
+    """The messages by the path below the dataset."""
     return {f"{problem.file.parent.name}/{problem.file.name}": problem.message for problem in problems}
 
 
@@ -43,7 +43,7 @@ def test_targets_meet_the_sources_of_their_names(tmp_path: Path) -> None:
     edit(tmp_path, "10_hats/c.webp", "put on a hat")
     report = read(tmp_path, repeats=2)
     assert report.problems == ()
-    assert [(item.image_path, item.sources, item.captions, item.repeats) for item in report.pairs] == [
+    assert [(item.image_path, item.source_images, item.captions, item.repeats) for item in report.pairs] == [
         (
             tmp_path / "target" / target,
             (tmp_path / "source" / source,),
@@ -56,16 +56,16 @@ def test_targets_meet_the_sources_of_their_names(tmp_path: Path) -> None:
             ("10_hats/c.webp", "10_hats/c.webp", "put on a hat", 20),
         )
     ]
-    assert "3 usable edit pairs\n" in report.describe() and "3 source pictures" in report.describe()
+    assert "3 usable edit pairs\n" in report.describe() and "3 source images" in report.describe()
 
 
 def test_both_sub_folders_make_edits_in_any_case_and_one_alone_does_not(tmp_path: Path) -> None:
     pair(tmp_path / "target", "a.png")
-    assert [item.sources for item in read(tmp_path).pairs] == [()]
-    assert "1 usable picture\n" in read(tmp_path).describe()
+    assert [item.source_images for item in read(tmp_path).pairs] == [()]
+    assert "1 usable image\n" in read(tmp_path).describe()
     source = picture(tmp_path / "Source" / "a.png", colour=(1, 2, 3))
     (tmp_path / "target").rename(tmp_path / "TARGET")
-    assert [item.sources for item in read(tmp_path).pairs] == [(source,)]
+    assert [item.source_images for item in read(tmp_path).pairs] == [(source,)]
 
 
 def test_what_lacks_its_other_half_is_named(tmp_path: Path) -> None:
@@ -90,11 +90,14 @@ def test_names_of_sources_in_another_case(tmp_path: Path) -> None:
     edit(tmp_path, "a.png", source="A.PNG")
     report = read(tmp_path)
     only(report.problems, tmp_path / "source/A.PNG", None, "taken as the source of a: the names differ in upper and")
-    assert [item.sources for item in report.pairs] == [(tmp_path / "source/A.PNG",)]
+    assert [item.source_images for item in report.pairs] == [(tmp_path / "source/A.PNG",)]
     edit(tmp_path, "A.png", source="a.jpg")  # now each has its own
     report = read(tmp_path)
     assert report.problems == ()
-    assert {item.image_path.name: item.sources[0].name for item in report.pairs} == {"a.png": "a.jpg", "A.png": "A.PNG"}
+    assert {item.image_path.name: item.source_images[0].name for item in report.pairs} == {
+        "a.png": "a.jpg",
+        "A.png": "A.PNG",
+    }
 
 
 def test_the_instruction_stands_beside_the_target(tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_every_file_is_used_or_named(given_files: Mapping[str, set[str]]) -> Non
                     picture(path, colour=(number, 0, part == "source"))
         report = read(folder)
         named = {problem.file for problem in report.problems}
-        used = {path for item in report.pairs for path in (item.image_path, *item.sources, item.source)}
+        used = {path for item in report.pairs for path in (item.image_path, *item.source_images, item.caption_file)}
         left_over = {path for path in folder.rglob("*.*") if path.is_file()} - named - used
         whole = sorted(stem for stem, parts in given_files.items() if len(parts) == 3)
         targets = [item.image_path.relative_to(folder / "target").with_suffix("") for item in report.pairs]
@@ -165,12 +168,12 @@ def test_the_authors_edit_rows(tmp_path: Path) -> None:
         edit_row("winter.png", "room.png", repeats=3, path=None, **{"w*h": "80*40"}),
     )
     report = read(file)
-    assert [(item.image_path.name, [path.name for path in item.sources]) for item in report.pairs] == [
+    assert [(item.image_path.name, [path.name for path in item.source_images]) for item in report.pairs] == [
         ("after.png", ["room.png", "chair.png"]),
         ("winter.png", ["room.png"]),
     ]
     assert set(report.pairs[0].captions) == {"make it winter", "放一把椅子"} and report.pairs[1].repeats == 3
-    assert "3 source" not in report.describe() and "2 source pictures" in report.describe()
+    assert "3 source" not in report.describe() and "2 source images" in report.describe()
     only(report.problems, file, 2, "winter.png: is 80x48, the row says 80x40")
 
 
@@ -203,7 +206,7 @@ def test_edits_and_plain_pictures_do_not_share_a_file(tmp_path: Path) -> None:
         picture(tmp_path / name)
     plain, edited = {"path": "c.png", "text": "x"}, edit_row("b.png", "a.png")
     file = rows(tmp_path / "rows.jsonl", edited, plain)
-    only(read(file).errors, file, 1, "row 1 is of edits, the other 1 of plain pictures", "a file of its own")
+    only(read(file).errors, file, 1, "row 1 is of edits, the other 1 of plain images", "a file of its own")
     file = rows(file, edited, *[plain] * 12, *[edited] * 11)
     mixture = [problem for problem in read(file).errors if "of its own" in problem.message]
     only(tuple(mixture), file, 1, "rows 1, 14, 15, 16, 17, 18, 19, 20 and 4 more are of edits, the other 12 of plain")
@@ -228,10 +231,10 @@ def test_a_row_of_any_values_is_used_or_named(source: object, target: object, si
         assert bool(report.pairs) != bool(report.errors)
         assert all((problem.file, problem.line) == (file, 1) for problem in report.problems)
         for item in report.pairs:
-            assert item.image_path not in item.sources and item.sources
+            assert item.image_path not in item.source_images and item.source_images
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_broken_sources_are_named_and_their_edits_not_used(tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_broken_sources_are_named_and_their_edits_not_used(tmp_path: Path) -> No
 
 def test_targets_are_checked_where_sources_are_broken(tmp_path: Path) -> None:
     for file in (edit(tmp_path, "a.png"), tmp_path / "source" / "a.png"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
     assert told(read(tmp_path).errors).keys() == {"source/a.png", "target/a.png"}
 
 
@@ -286,9 +289,9 @@ def test_repeated_edits_and_edits_that_change_nothing(tmp_path: Path) -> None:
     report = read(file)
     assert [problem.line for problem in report.errors] == [2, 4]
     assert "duplicate: the same edit as" in report.errors[0].message
-    assert "same picture as its source" in report.errors[1].message
+    assert "same image as its source" in report.errors[1].message
     only(report.warnings, file, 3, "the same target as", "b.png", "another source")
-    assert [len(item.sources) for item in report.pairs] == [1, 2]
+    assert [len(item.source_images) for item in report.pairs] == [1, 2]
 
 
 def test_the_target_decides_the_bucket_of_its_sources(tmp_path: Path) -> None:
@@ -300,7 +303,7 @@ def test_the_target_decides_the_bucket_of_its_sources(tmp_path: Path) -> None:
     by_name = {item.image_path.stem: item for item in report.pairs}
     assert by_name["near"].bucket == Bucket(80, 48) and by_name["far"].bucket == Bucket(64, 64)
     only(report.warnings, far, None, "800x100: 88% is cut away to fit its target's bucket 64x64")
-    (source,) = by_name["near"].sources
+    (source,) = by_name["near"].source_images
     assert load_image(source, by_name["near"].bucket).shape == (3, 48, 80)
     picture(far, size=(60, 60))
     only(read(tmp_path).warnings, far, None, "60x60, smaller than its target's bucket 64x64: it is enlarged")

@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the RGB picture that a viewer shows."""
+"""Every kind of image becomes the RGB image that a viewer shows."""
 
 from pathlib import Path
 

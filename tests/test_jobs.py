@@ -12,7 +12,7 @@ from dopsd_core.data.dataset import DatasetError, DatasetReport
 from dopsd_core.demo.settings import demo_config
 from dopsd_core.standalone.compare import SFT_RATES, plan
 from dopsd_core.standalone.jobs import Job, JobRunner
-from dopsd_core.training.run import NonFiniteError
+from dopsd_core.training.nonfinite import NonFiniteError
 
 
 def test_plan_gives_every_method_the_same_budget() -> None:
@@ -34,7 +34,7 @@ def test_errors_survive_the_way_out_of_a_process(error: Exception) -> None:
 
 
 def test_an_error_in_a_job_is_told_with_its_reason(tmp_path: Path) -> None:
-    with (  # nobody has written the concept's pictures there
+    with (  # nobody has written the concept's images there
         JobRunner(0, tmp_path / "empty", 1, lambda what, work: None) as runner,
         pytest.raises(ValueError, match="empty"),
     ):

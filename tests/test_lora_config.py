@@ -77,8 +77,8 @@ def test_the_size_is_that_of_what_is_made(targets, fused):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": 0}, "rank is 0; set it within 1 and 1024"),
-        ({"rank": 9999}, "rank is 9999; set it within 1 and 1024"),
+        ({"rank": 0}, "rank is 0; set it to a value from 1 to 1024"),
+        ({"rank": 9999}, "rank is 9999; set it to a value from 1 to 1024"),
         ({"alpha": -1.0}, "alpha is -1.0; set it above 0"),
         ({"targets": "to_q"}, "targets is 'to_q', it must be a list of texts"),
         ({"targets": (1,)}, "it must be a list of texts"),

@@ -17,7 +17,8 @@ from dopsd_core.training import loss_scale
 from dopsd_core.training.checkpoint import load_checkpoint
 from dopsd_core.training.log import StepReport, read_log
 from dopsd_core.training.loss_scale import LossScale
-from dopsd_core.training.run import NonFiniteError, Run
+from dopsd_core.training.nonfinite import NonFiniteError
+from dopsd_core.training.run import Run
 from dopsd_core.training.trainer import NoCallbacks, train
 from tests.tiny import TinyDenoiser, make_config, make_data, saved_bytes
 

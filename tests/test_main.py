@@ -93,7 +93,7 @@ def test_options_over_defaults_and_over_a_file(tmp_path: Path) -> None:
     assert other == config.replace(objective=DOPSD(grad_steps=2), adapter=adapter)
     (tmp_path / "config.json").write_text(other.to_json())
     assert config_of("--config", str(tmp_path / "config.json"), "--grad-steps", "none").objective == DOPSD()
-    with pytest.raises(ConfigError, match="rank is 9999; set it within 1 and 1024"):
+    with pytest.raises(ConfigError, match="rank is 9999; set it to a value from 1 to 1024"):
         config_of("--rank", "9999")
 
 

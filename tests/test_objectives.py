@@ -306,7 +306,7 @@ def test_what_cannot_be_done_is_refused_before_any_pass(world, options, message)
     ("make", "message"),
     [
         (lambda: DOPSD(grad_steps=0), "grad_steps is 0; set it to at least 1, or null for all of the steps"),
-        (lambda: DOPSD(anchor_probability=2), "anchor_probability is 2; set it within 0 and 1"),
+        (lambda: DOPSD(anchor_probability=2), "anchor_probability is 2; set it to a value from 0 to 1"),
         (lambda: DOPSD(loss="l1"), "loss is 'l1'; choose one of x0, velocity"),  # pyright: ignore[reportArgumentType]
         (lambda: SFT(shift=0), "sft_shift is 0; set it above 0"),
         (lambda: SFT(sigmas="beta"), "sft_sigmas is 'beta'"),  # pyright: ignore[reportArgumentType]

@@ -59,7 +59,7 @@ def test_options_are_listed_with_everything_declared() -> None:
     options = {option.name: option for option in all_options(Drawing)}
     assert list(options) == ["title", "colours", "weight", "shape", "size", "points", "kind"]
     size, points, kind = options["size"], options["points"], options["kind"]
-    assert (size.kind, size.default, str(size.bounds), size.variants) == (int, 3, "within 1 and 9", ("circle", "star"))
+    assert (size.kind, size.default, str(size.bounds), size.variants) == (int, 3, "from 1 to 9", ("circle", "star"))
     assert points.is_optional and points.facts() == "above 2; default none: five" and points.variants == ("star",)
     assert (kind.choices, kind.setting, kind.help) == (("thin", "fat"), "shape", "how it looks")
     assert options["colours"].is_many and options["weight"].facts() == "above 0 and below 2; default 0.5"
@@ -74,7 +74,7 @@ def test_defaults_may_be_those_of_an_instance() -> None:
 
 def test_rows_of_a_help_page() -> None:
     rows = {name: (facts, text) for name, facts, text in help_rows(all_options(Drawing))}
-    assert rows["size"] == ("within 1 and 9; default 3", "shape circle, star: how large")
+    assert rows["size"] == ("from 1 to 9; default 3", "shape circle, star: how large")
     assert rows["kind"] == ("thin, fat; default fat", "shape star: how it looks")
 
 

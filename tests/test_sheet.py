@@ -1,4 +1,4 @@
-"""Picture grids: sizes, pixels, and text of any kind that stays in its place."""
+"""Image grids: sizes, pixels, and text of any kind that stays in its place."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_text_of_any_kind_stays_in_its_place(text: str) -> None:
         contact_sheet(text, [Row(text, text, plain(red, 64, 64).expand(2, -1, -1, -1), (text, text))]),
         thumbnails([(to_images(plain(red, 64, 64))[0], text)], text, tile=112),
     ):
-        assert count(image, red) in (112 * 112, 2 * 112 * 112), "text over a picture"
+        assert count(image, red) in (112 * 112, 2 * 112 * 112), "text over an image"
     rows = [Row("", "", plain(red, 9, 9))]
     assert contact_sheet(text, rows).size == contact_sheet("", rows).size
 
@@ -94,7 +94,7 @@ def test_long_text_ends_in_an_ellipsis() -> None:
 def test_thumbnails_read_files_and_name_what_they_cannot_read(tmp_path: Path) -> None:
     Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "a.png")
     Image.new("CMYK", (900, 600)).save(tmp_path / "b.jpg")
-    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").write_bytes(b"no image")
     items = [(tmp_path / name, name) for name in ("a.png", "b.jpg", "c.png", "missing.png")]
     image = thumbnails(items, "error: c.png: damaged\nwarning: b.jpg: small", tile=150)
     assert count(image, (200, 10, 10)) == 150 * 100

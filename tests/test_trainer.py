@@ -223,7 +223,7 @@ def test_steps_may_be_added_and_nothing_else_changed(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"seed: 0 -> 3; lr: 0.01 -> 0.1") as caught:
         train(make_config(lr=0.1, seed=3), TinyDenoiser(), make_data(), tmp_path / "a")
     assert "steps:" not in str(caught.value)
-    with pytest.raises(StateError, match="the data set"):
+    with pytest.raises(StateError, match="the dataset"):
         train(longer, TinyDenoiser(), make_data(4), tmp_path / "a")
     with pytest.raises(StateError, match=r"step 12 already; raise steps \(6\)"):
         train(make_config(steps=6), TinyDenoiser(), make_data(), tmp_path / "a")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.conditioning.encode import Condition, encode_dataset
-from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHERS, VLM, Teacher, choose_teacher
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM, TeacherView, choose_teacher
 from dopsd_core.data.dataset import Example, Pair, read_dataset
 from dopsd_core.data.images import ImageError
 from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE
@@ -26,7 +26,7 @@ from tests.tiny import CHANNELS, FEATURES, TinyDenoiser, make_config, make_data,
 
 
 class TinyEncoder:
-    """Features that are functions of caption and picture; counts its calls."""
+    """Features that are functions of caption and image; counts its calls."""
 
     identity = "tiny-1"
 
@@ -77,7 +77,7 @@ def test_from_a_folder_to_a_run(tmp_path: Path) -> None:
     assert build(second).fingerprint() == data.fingerprint() and second.seen == []
     result = train(make_config(caption_dropout=0.5, anchor_probability=0.5), TinyDenoiser(), data, tmp_path / "run")
     assert result.step == 12 and result.end_gaps is not None and result.end_gaps.heldout is not None
-    with pytest.raises(ValueError, match="'a sks dog, a' is one of the data set"):
+    with pytest.raises(ValueError, match="'a sks dog, a' is one of the dataset"):
         build_training_set(report.pairs, first, trigger="sks", heldout_caption="a [V] dog, a")
 
 
@@ -135,8 +135,8 @@ def pictures(tmp_path: Path, count: int) -> tuple[Pair, ...]:
 
 
 def with_sources(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
-    """Every picture an edit of the one before it."""
-    return tuple(replace(pair, sources=(pairs[i - 1].image_path,)) for i, pair in enumerate(pairs))
+    """Every image an edit of the one before it."""
+    return tuple(replace(pair, source_images=(pairs[i - 1].image_path,)) for i, pair in enumerate(pairs))
 
 
 def reference(condition: Condition, index: int = -1) -> float:
@@ -175,12 +175,12 @@ def test_an_edit_starts_from_its_source(tmp_path: Path) -> None:
 def test_data_that_does_not_fit_the_teacher_is_refused_before_any_encoding(tmp_path: Path) -> None:
     pairs = pictures(tmp_path, 2)
     encoder = TinyEncoder()
-    cases: list[tuple[tuple[Pair, ...], Teacher, TeacherImage, str]] = [
-        (pairs, EDIT_TARGET, "own", "2 of 2 pictures have no source: give a folder with source/ and target/"),
-        ((*with_sources(pairs)[:1], pairs[1]), EDIT_TARGET, "own", "1 of 2 pictures have no source"),
+    cases: list[tuple[tuple[Pair, ...], TeacherView, TeacherImage, str]] = [
+        (pairs, EDIT_TARGET, "own", "2 of 2 images have no source: give a folder with source/ and target/"),
+        ((*with_sources(pairs)[:1], pairs[1]), EDIT_TARGET, "own", "1 of 2 images have no source"),
         (with_sources(pairs), EDIT, "own", "for which the teacher edit has no use: choose edit_target"),
         (with_sources(pairs), EDIT_TARGET, "other", "set teacher_image to own"),
-        (pairs[:1], EDIT, "other", "needs at least two pictures"),
+        (pairs[:1], EDIT, "other", "needs at least two images"),
     ]
     for data, teacher, teacher_image, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -198,9 +198,9 @@ def test_the_mode_names_the_teacher_and_auto_goes_by_model_and_data() -> None:
     assert choose_teacher(klein, "vlm", edits=False) is VLM
     with pytest.raises(ValueError, match="no teacher 'edit'; choose one of: auto, vlm"):
         choose_teacher(z_image, "edit", edits=False)
-    with pytest.raises(ValueError, match="no teacher 'auto' for pictures with sources"):
+    with pytest.raises(ValueError, match="no teacher 'auto' for images with sources"):
         choose_teacher(z_image, "auto", edits=True)
-    assert all(name in TEACHERS for family in FAMILIES.values() for name in family.teachers)
+    assert all(name in TEACHER_VIEWS for family in FAMILIES.values() for name in family.teachers)
 
 
 def test_every_given_text_shares_the_rule_of_captions(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo's world: what is held out stays out, and captions say what pictures show."""
+"""The demo's world: what is held out stays out, and captions say what images show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets written for a test: pictures, captions, rows."""
+"""Datasets written for a test: images, captions, rows."""
 
 import json
 import zlib
@@ -20,7 +20,7 @@ def require_case(folder: Path) -> None:
 def picture(
     path: Path, colour: object = None, size: tuple[int, int] = (64, 64), mode: str = "RGB", **save: object
 ) -> Path:
-    """A picture file whose pixels differ from those of other names."""
+    """An image file whose pixels differ from those of other names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shade = zlib.crc32(path.name.encode())
     default = (shade & 255, shade >> 8 & 255, shade >> 16 & 255)
@@ -29,7 +29,7 @@ def picture(
 
 
 def pair(folder: Path, name: str, caption: str = "a [V] emblem", **kwargs: object) -> Path:
-    """A picture with its caption."""
+    """An image with its caption."""
     path = picture(folder / name, **kwargs)  # type: ignore[arg-type]
     path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""What is trained beside the frozen network. A new kind is a module here and an entry in `ADAPTERS`."""
+"""Adapters: what is trained on top of the frozen network. A new one is a module here and an entry in `ADAPTERS`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""LoRA over a frozen network: a student and a teacher set of weights over ONE copy of the base.
+"""LoRA on a frozen network: student and teacher weights share ONE copy of the base.
 
-One mechanism for every host: each Linear gets a `forward` as instance attribute. Nothing is wrapped, renamed or
-copied, so module paths and the state dict stay as they are, and popping the attribute gives the untouched network
-back.
+The mechanism is the same for every host: each Linear gets a `forward` as an instance attribute. No module is wrapped,
+renamed or copied, so module paths and the state dict do not change; removing the attribute restores the network.
 
-y = W x + (alpha / rank) * B (A x), A [rank, in], B [rows, rank]. A fused projection has one A and B per part: the As
-are kept stacked, [parts * rank, in], for one GEMM. Master weights fp32, cast to the compute dtype in the forward.
+y = W x + (alpha / rank) * B (A x), A [rank, in], B [rows, rank]. A fused projection has one A and B per part; the As
+are stacked, [parts * rank, in], for a single GEMM. Master weights are fp32, cast to the compute dtype in the forward.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class _SiteAdapter:
 
 
 class AdapterSet:
-    """Trainable student LoRA, its teacher, and the switch between them, over the sites of one network.
+    """The trainable LoRA of the student, the teacher's weights, and the switch between them, on one network.
 
     Example::
 
@@ -84,11 +83,11 @@ class AdapterSet:
             with adapters.use("teacher"), torch.no_grad():
                 target = denoiser.predict_x0(x, sigma, conditions)
 
-    Initialisation: A ~ N(0, 1/rank^2) (peft's "gaussian"), B = 0, so that the student starts as the base, bit for
-    bit. Every part's A is a function of (seed, part name) alone: fused and split hosts start from the same weights.
+    Initialization: A ~ N(0, 1/rank^2) (peft's "gaussian") and B = 0, so the student starts bit-identical to the base.
+    Each part's A is a function of (seed, part name) only: fused and split hosts start from the same weights.
 
     Raises:
-        ValueError: a target that matches nothing, two sites with one module, two parts with one name.
+        ValueError: a target matches nothing, two sites share a module, or two parts share a name.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class AdapterSet:
         device: torch.device | str = "cpu",
         teacher: Teacher | str = "ema",
     ) -> None:
-        """teacher: whose weights teach; a name stands for that choice at its defaults."""
+        """teacher: whose weights teach; a name selects that choice with its defaults."""
         _check_distinct(sites)
         self.config = config
         self.teacher: Teacher = TEACHERS.validated(teacher)
@@ -136,14 +135,14 @@ class AdapterSet:
 
     @property
     def is_attached(self) -> bool:
-        """Whether the network runs through this set."""
+        """Whether the network currently runs through this set."""
         return bool(self._overrides)
 
     def attach(self) -> None:
-        """Routes every site through this set: targets with LoRA, the others frozen only.
+        """Routes every site through this set: targets with LoRA, all others frozen.
 
         Raises:
-            RuntimeError: this or another set is attached to one of the modules; nothing has been changed then.
+            RuntimeError: this or another set is already attached to one of the modules; nothing is changed.
         """
         for site in self._sites:
             owner = getattr(site.module.__dict__.get("forward"), _OWNER, None)
@@ -162,11 +161,11 @@ class AdapterSet:
             raise
 
     def detach(self) -> None:
-        """Gives every module the forward back that it had before `attach`; does nothing when not attached."""
+        """Restores every module's forward from before `attach`; does nothing if not attached."""
         for module, override in self._overrides.items():
             if module.__dict__.get("forward") is not override:
-                # Someone else wrapped ours after us. Theirs stays; ours, inside it, passes through from now on.
-                log.warning("a forward put over the adapters of a %s is left in place", type(module).__name__)
+                # Another override wraps ours. It stays; ours, inside it, passes through from now on.
+                log.warning("a %s has another forward on top of the adapter's; it is kept", type(module).__name__)
                 continue
             previous = self._previous[module]
             if previous is None:
@@ -178,7 +177,7 @@ class AdapterSet:
 
     @contextmanager
     def attached(self) -> Iterator[AdapterSet]:
-        """Attached inside the `with`, detached after it, also after an exception."""
+        """Attaches inside the `with` block and detaches on exit, also after an exception."""
         self.attach()
         try:
             yield self
@@ -202,18 +201,19 @@ class AdapterSet:
 
     @property
     def mode(self) -> Mode:
-        """Whose weights the next forward uses; one flag for all sites. Starts as "student"."""
+        """Whose weights the next forward uses, for all sites: "student" (the default), "teacher" or "off"."""
         return self._mode
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
+        """Raises ValueError if the mode is unknown."""
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
         self._mode = mode
 
     @contextmanager
     def use(self, mode: Mode) -> Iterator[None]:
-        """The given mode inside the `with`, the previous one after it. Switching copies nothing."""
+        """Uses the given mode inside the `with` block and restores the previous one on exit. Copies nothing."""
         previous = self._mode
         self.mode = mode
         try:
@@ -231,12 +231,12 @@ class AdapterSet:
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """The student's A and B, fp32, in site order; what the optimizer gets."""
+        """The student's A [parts * rank, in] and B [rows, rank], fp32, in site order, for the optimizer."""
         return [t for adapter in self._adapters for t in adapter.student.tensors() if isinstance(t, nn.Parameter)]
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Lets the teacher's weights follow the student's; does nothing for one that has none."""
+        """Updates the teacher's weights from the student's; does nothing if the teacher has no weights of its own."""
         if self.has_teacher:
             teacher = [t for a in self._adapters if a.teacher is not None for t in a.teacher.tensors()]
             self.teacher.update(teacher, [p.data for p in self.parameters()])
@@ -251,19 +251,18 @@ class AdapterSet:
         return [part.name for adapter in self._adapters for part in adapter.parts]
 
     def state(self, which: Role = "student") -> dict[str, Tensor]:
-        """Copies on the CPU, fp32: "<part>.lora_A.weight" [rank, in], "<part>.lora_B.weight" [rows, rank]; alpha NOT
-        folded in.
+        """Copies on the CPU, fp32: "<part>.lora_A.weight" [rank, in], "<part>.lora_B.weight" [rows, rank].
 
-        A teacher without weights of its own gives an empty dict.
+        alpha is NOT folded in. Empty for a teacher without weights of its own.
         """
         return {key: t.detach().cpu().clone() for key, t in self._views(which).items()}
 
     @torch.no_grad()
     def load_state(self, which: Role, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`; the optimizer's references stay valid.
+        """Loads what `state` returned, in place, so that the optimizer's references stay valid.
 
         Raises:
-            ValueError: keys are missing or unexpected, or a shape differs; nothing has been loaded then.
+            ValueError: keys are missing or unexpected, or a shape differs; nothing is loaded.
         """
         views = self._views(which)
         missing, unexpected = sorted(views.keys() - tensors.keys()), sorted(tensors.keys() - views.keys())
@@ -294,7 +293,7 @@ class AdapterSet:
 
 
 def part_seed(seed: int, name: str) -> int:
-    """A seed in 0..2^63-1 for one part, a function of (seed, name) alone."""
+    """A seed in 0..2^63-1 for one part, a function of (seed, name) only."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 

@@ -1,8 +1,8 @@
-"""The autograd Function that keeps a frozen Linear's weight out of the graph.
+"""An autograd Function that keeps a frozen Linear's weight out of the graph.
 
-Plain autograd saves the weight for the backward. Inside ComfyUI that weight may be an inference tensor, a recycled
-cast buffer or evicted by then. This Function saves nothing: forward is the host's own forward, backward asks the host
-for g @ W.
+Plain autograd saves the weight for the backward. In ComfyUI that weight may by then be an inference tensor, a reused
+cast buffer, or evicted. This Function saves nothing: the forward is the host's own, and the backward asks the host for
+g @ W.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..denoiser import LinearSite
 
 
 class FrozenLinear(torch.autograd.Function):
-    """y = site.forward(x), dL/dx = site.grad_input(dL/dy); no gradient of the weight, nothing saved."""
+    """y = site.forward(x), dL/dx = site.grad_input(dL/dy); no weight gradient, no saved tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, site: LinearSite) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -34,7 +34,7 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def frozen_linear(x: Tensor, site: LinearSite) -> Tensor:
-    """The site's output for x [..., in_features]; a graph node only where a gradient has to pass through to x."""
+    """The site's output [..., out_features] for x [..., in_features]; adds a graph node only if x needs a gradient."""
     if torch.is_grad_enabled() and x.requires_grad:
         return FrozenLinear.apply(x, site)
     with torch.no_grad():
@@ -43,6 +43,6 @@ def frozen_linear(x: Tensor, site: LinearSite) -> Tensor:
 
 
 def _owned(out: Tensor) -> Tensor:
-    """A clone of a view. Networks write into what a Linear gives them (`img += ...`), and autograd forbids that on a
-    view that was made without gradients, as a host's `reshape` of its output is."""
+    """Clones views. Networks write in place into the output of a Linear (`img += ...`), which autograd forbids on a
+    view created without gradients, such as a host's `reshape` of its output."""
     return out.clone() if out._is_view() else out

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update B A of each chosen Linear (arXiv 2106.09685). Its options, and what a run asks of it."""
+"""LoRA: a low-rank update B A of each targeted Linear (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _SCALE = 2.0  # alpha / rank where alpha is not given: the paper's, 128 / 64
 
 
 class Lora(Adapter):
-    """Size and targets of a LoRA; its output is scaled by alpha / rank."""
+    """Rank, alpha and targets of a LoRA; its output is scaled by alpha / rank."""
 
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "a low-rank update of each layer"
 
-    rank: int = Field(default=16, ge=1, le=1024, description="size of the LoRA")
+    rank: int = Field(default=16, ge=1, le=1024, description="rank of the LoRA")
     alpha: Annotated[float, Hint(step=0.5, most=4096.0)] = Field(
         default=_SCALE * 16,
         gt=0,
-        description="the LoRA is scaled by alpha / rank; a rank given alone keeps that scale, which is 2 in the paper",
+        description="the LoRA is scaled by alpha / rank; setting rank alone keeps that scale, which is 2 in the paper",
     )
 
     @model_validator(mode="before")
@@ -49,7 +49,7 @@ class Lora(Adapter):
         return self.alpha / self.rank
 
     def with_options(self, **changes: Any) -> Self:
-        """With a user's options: a rank without an alpha keeps alpha / rank."""
+        """Applies a user's options; a rank without an alpha keeps alpha / rank."""
         rank = changes.get("rank")
         if isinstance(rank, int) and "alpha" not in changes:
             changes["alpha"] = self.scale * rank
@@ -60,29 +60,32 @@ class Lora(Adapter):
         return self.rank * (in_features + out_features)
 
     def part_activations(self) -> int:
-        """A x."""
+        """A x has rank elements per token."""
         return self.rank
 
     def build(self, denoiser: Denoiser, teacher: Teacher, seed: int) -> AdapterSet:
-        """The adapters over all of the denoiser's sites."""
+        """The adapter set on all of the denoiser's sites."""
         from .adapter_set import AdapterSet
 
         return AdapterSet(denoiser.sites(), self, seed=seed, device=denoiser.device, teacher=teacher)
 
     def start_state(self, initial: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`initial` (folded, `lora_import.py`) in the place of the first components of `fresh`."""
+        """Replaces the first components of `fresh` by `initial` (folded, see `lora_import.py`).
+
+        Keys "<part>.lora_A.weight" [rank, in] and "<part>.lora_B.weight" [rows, rank] in both.
+        """
         from .lora_import import start_state
 
         return start_state(initial, fresh, self)
 
     def exported(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """With alpha / rank folded into B."""
+        """Folds alpha / rank into B [rows, rank]; A [rank, in] is unchanged."""
         from .lora_file import fold_alpha
 
         return fold_alpha(state, self)
 
     def save(self, path: Path, state: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str]) -> None:
-        """A file that ComfyUI and diffusers load at equal strength (`lora_file.py`)."""
+        """Writes A [rank, in] and B [rows, rank] so that ComfyUI and diffusers load them at equal strength."""
         from .lora_file import save_lora
 
         save_lora(path, state, self, prefix=prefix, metadata=metadata)

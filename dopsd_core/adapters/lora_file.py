@@ -1,10 +1,11 @@
-"""LoRA files: written so that ComfyUI and diffusers load them at equal strength, and read back.
+"""Reads and writes LoRA files that ComfyUI and diffusers load at equal strength.
 
 Keys are `<prefix><diffusers module>.lora_A.weight` [rank, in] and `.lora_B.weight` [rows, rank]. alpha / rank is
-multiplied into lora_B and there are no `.alpha` keys: loaders disagree about them, and a missing one means a scale of
-1 everywhere.
+multiplied into lora_B, and there are no `.alpha` keys: loaders disagree about them, while a missing one means a scale
+of 1 everywhere.
 
-In memory, "raw" tensors are those of `AdapterSet.state`, "folded" ones carry alpha / rank inside B, as in files.
+In memory, "raw" tensors are those of `AdapterSet.state`; "folded" tensors have alpha / rank multiplied into B, as in
+the files.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ _KEY = re.compile(r"(?P<part>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up)(\.(?
 
 _MAX_SHOWN = 120
 _MAX_PATTERN, _MAX_REPEATS = 500, 4
-_REPEATS = re.compile(r"[*+{]")  # each may multiply the time of a match by the length of the name
-_NESTED = re.compile(r"\)[*+{]")  # a repeated group may take time without end
+_REPEATS = re.compile(r"[*+{]")  # each may multiply the matching time by the length of the name
+_NESTED = re.compile(r"\)[*+{]")  # a repeated group may take exponential time
 
 
 def fold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
-    """Raw -> folded: every lora_B times alpha / rank; lora_A as it is."""
+    """Raw -> folded: multiplies every lora_B [rows, rank] by alpha / rank; lora_A [rank, in] is unchanged."""
     return {key: t * config.scale if ".lora_B." in key else t for key, t in tensors.items()}
 
 
 def unfold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
-    """Folded -> raw, for `AdapterSet.load_state` of a set with this config; fp32."""
+    """Folded -> raw, for `AdapterSet.load_state` of a set with this config; fp32, the same shapes."""
     return {key: t.float() / config.scale if ".lora_B." in key else t.float() for key, t in tensors.items()}
 
 
@@ -57,11 +58,13 @@ def save_lora(
 ) -> None:
     """Writes raw `tensors` (`AdapterSet.state()`) as one LoRA file, atomically.
 
-    metadata: run facts for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore them.
+    Args:
+        tensors: "<part>.lora_A.weight" [rank, in] and "<part>.lora_B.weight" [rows, rank].
+        metadata: extra metadata for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it.
 
     Raises:
-        ValueError: no tensors, a non-finite one, or metadata that would change the strength in diffusers.
-        OSError: the folder cannot be written; an older file is untouched.
+        ValueError: there are no tensors, one is not finite, or metadata would change the strength in diffusers.
+        OSError: the folder is not writable; an older file is untouched.
     """
     if not tensors:
         raise ValueError("there is no LoRA to save: the set of tensors is empty")
@@ -74,13 +77,13 @@ def save_lora(
 
 
 def load_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Folded tensors under bare part names ("<part>.lora_A.weight"), in the file's dtype, and the header's metadata.
+    """(folded tensors in the file's dtype, the header's metadata) of a LoRA file.
 
-    Reads what `save_lora` writes, the same keys under other prefixes, lora_down / lora_up, and `.alpha` (folded in
-    here).
+    Tensors are under bare part names: "<part>.lora_A.weight" [rank, in], "<part>.lora_B.weight" [rows, rank]. Reads
+    what `save_lora` writes, other prefixes, lora_down / lora_up, and `.alpha` keys, which are folded in here.
 
     Raises:
-        ValueError: not a safetensors file, or keys that are not a LoRA of diffusers' module names.
+        ValueError: it is not a safetensors file, or its keys are not a LoRA under diffusers' module names.
         FileNotFoundError: there is no such file.
     """
     tensors, metadata = read_safetensors(Path(path))
@@ -95,9 +98,10 @@ def save_peft(
     base_model: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Writes raw `tensors` as a peft folder; peft itself writes adapter_config.json. For `PeftModel.from_pretrained`.
+    """Writes raw `tensors` ([rank, in], [rows, rank]) as a peft folder for `PeftModel.from_pretrained`.
 
-    alpha is folded here too (lora_alpha = r in the config), so that the weights keep their strength without the config.
+    peft writes adapter_config.json. alpha is folded here too (lora_alpha = r in the config), so that the weights keep
+    their strength without the config.
 
     Raises:
         ImportError: peft is not installed.
@@ -113,7 +117,7 @@ def save_peft(
         format_safetensors(_file_tensors(tensors, config, _PEFT_PREFIX, dtype), {"format": "pt"}),
     )
     parts = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-    # A regular expression over whole names: peft reads a list as suffixes, and one name may be the tail of another.
+    # A regular expression over full names: peft reads a list as suffixes, and one name may be the suffix of another.
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.rank,
@@ -128,11 +132,12 @@ def save_peft(
 
 
 def load_peft(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Folded tensors under bare part names of a peft folder (the reference scripts' checkpoints too), and facts of
-    its config.
+    """(folded tensors under bare part names, facts of the config) of a peft folder or a reference script's checkpoint.
+
+    Tensors are [rank, in] for lora_A and [rows, rank] for lora_B.
 
     Raises:
-        ValueError: a file is missing or damaged, or the adapter is of a kind that plain LoRA weights cannot express.
+        ValueError: a file is missing or damaged, or the adapter cannot be expressed as plain LoRA weights.
     """
     folder = Path(folder)
     path = folder / "adapter_config.json"
@@ -152,15 +157,15 @@ def load_peft(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _folded(tensors, folder, scale), facts
 
 
-# -- what is read is checked -------------------------------------------------------------------------------------------
+# -- checks while reading ----------------------------------------------------------------------------------------------
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file.
+    """(tensors by name in their own shapes, metadata of the header) of a safetensors file.
 
     Raises:
-        ValueError: it is no safetensors file.
-        FileNotFoundError: it is not there.
+        ValueError: it is not a safetensors file.
+        FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -173,29 +178,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parse_json_object(text: str | bytes, source: Path | str) -> dict[str, Any]:
-    """The JSON object that stands beside a LoRA's weights.
+    """Parses the JSON object that accompanies a LoRA's weights.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a JSON object.
     """
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: what stands beside the LoRA's weights is no JSON: {error}") from error
+        raise ValueError(f"{source}: the configuration of the LoRA is not JSON: {error}") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f"{source}: what stands beside the LoRA's weights is no JSON object")
+        raise ValueError(f"{source}: the configuration of the LoRA is not a JSON object")
     return parsed
 
 
 def alpha_of(key: str, tensor: Tensor, source: Path | str) -> float:
-    """The number that a tensor `<module>.alpha` holds.
+    """The value of a scalar tensor `<module>.alpha`, of one element in any shape.
 
     Raises:
-        ValueError: it is not one finite number.
+        ValueError: it is not a single finite number.
     """
     if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
         kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
-        raise ValueError(f"{source}: {shown(key)} is {kind}, it must be one number")
+        raise ValueError(f"{source}: {shown(key)} is {kind}, it must be a single number")
     alpha = float(tensor.float().item())
     if not math.isfinite(alpha):
         raise ValueError(f"{source}: {shown(key)} is {alpha}, it must be a finite number")
@@ -206,20 +211,20 @@ def check_pair(module: str, a: Tensor, b: Tensor, source: Path | str) -> None:
     """Checks A [rank, in, ...] and B [rows, rank, ...] of one module.
 
     Raises:
-        ValueError: they are not finite floating-point matrices of one rank.
+        ValueError: they are not finite floating-point matrices of the same rank.
     """
     shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)} of {shown(module)}"
     if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise ValueError(f"{source} is damaged: {shapes}, which should be (rank, inputs) and (outputs, rank)")
     for tensor in (a, b):
         if not tensor.is_floating_point():
-            raise ValueError(f"{source}: {shown(module)} is {tensor.dtype}; a LoRA is of floating-point numbers")
+            raise ValueError(f"{source}: {shown(module)} is {tensor.dtype}; a LoRA needs floating-point numbers")
         if not torch.isfinite(tensor.float()).all():
             raise ValueError(f"{source} is not finite in {shown(module)}")
 
 
 def scaled(module: str, b: Tensor, factor: float, source: Path | str) -> Tensor:
-    """B [rows, rank] times `factor`, in fp32 unless that is 1.
+    """B [rows, rank] times `factor`, in fp32 unless the factor is 1.
 
     Raises:
         ValueError: the product is not finite.
@@ -231,24 +236,24 @@ def scaled(module: str, b: Tensor, factor: float, source: Path | str) -> Tensor:
 
 
 def peft_scale(config: Mapping[str, Any], part: str, rank: int, source: Path | str) -> float:
-    """What peft multiplies B A of a part with: alpha / rank, or alpha / sqrt(rank) with rslora.
+    """peft's scale of a part: alpha / rank, or alpha / sqrt(rank) with rslora.
 
     Raises:
-        ValueError: the configuration has no usable alpha.
+        ValueError: the configuration has no valid alpha.
     """
     patterns = config.get("alpha_pattern")
     alpha = by_pattern(patterns if isinstance(patterns, dict) else {}, part, config.get("lora_alpha"), source)
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if not is_number or not abs(alpha) < 1e30:
-        raise ValueError(f"{source}: lora_alpha or alpha_pattern is {shown(alpha)} for {shown(part)}, no usable number")
+        raise ValueError(f"{source}: lora_alpha or alpha_pattern of {shown(part)} is {shown(alpha)}, no valid number")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def by_pattern(patterns: Mapping[str, Any], part: str, default: Any, source: Path | str) -> Any:
-    """peft's rule: the first pattern that is the name or a dotted tail of it.
+    """The value of the first pattern that matches the name or a dotted suffix of it, as in peft.
 
     Raises:
-        ValueError: a pattern is no regular expression, or one that might never end.
+        ValueError: a pattern is not a regular expression, or one that may take too long to match.
     """
     for pattern, value in patterns.items():
         if len(pattern) > _MAX_PATTERN or len(_REPEATS.findall(pattern)) > _MAX_REPEATS or _NESTED.search(pattern):
@@ -258,13 +263,13 @@ def by_pattern(patterns: Mapping[str, Any], part: str, default: Any, source: Pat
                 return value
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"{source}: {shown(pattern)} of alpha_pattern is no regular expression: {error}"
+                f"{source}: {shown(pattern)} of alpha_pattern is not a regular expression: {error}"
             ) from error
     return default
 
 
 def shown(value: object) -> str:
-    """A key or a value of a file, quoted and short enough for a message."""
+    """A key or value of a file, quoted and shortened for a message."""
     text = repr(value if isinstance(value, int | float) else str(value)[: _MAX_SHOWN + 1])
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
@@ -281,7 +286,7 @@ def _file_tensors(tensors: Mapping[str, Tensor], config: Lora, prefix: str, dtyp
 
 
 def _folded(tensors: Mapping[str, Tensor], source: Path | str, scale: Any) -> dict[str, Tensor]:
-    """Bare names, lora_A / lora_B, scale and `.alpha` multiplied into B. scale: (part, rank) -> factor."""
+    """Bare names and lora_A / lora_B, with scale and `.alpha` multiplied into B. scale: (part, rank) -> factor."""
     alphas = {
         _bare(key.removesuffix(".alpha")): alpha_of(key, tensor, source)
         for key, tensor in tensors.items()
@@ -293,7 +298,7 @@ def _folded(tensors: Mapping[str, Tensor], source: Path | str, scale: Any) -> di
             continue
         match = _KEY.fullmatch(_bare(key))
         if match is None:
-            raise ValueError(f"{source}: key {shown(key)} is not of a LoRA under diffusers' module names")
+            raise ValueError(f"{source}: key {shown(key)} does not belong to a LoRA under diffusers' module names")
         pair = found.setdefault(match["part"], {})
         if pair.setdefault(_SUFFIXES[match["kind"]], tensor) is not tensor:
             raise ValueError(f"{source} holds several LoRAs: {shown(key)} is the second of its kind")
@@ -309,7 +314,7 @@ def _folded(tensors: Mapping[str, Tensor], source: Path | str, scale: Any) -> di
         result[f"{part}.lora_A.weight"] = pair["lora_A"]
         result[f"{part}.lora_B.weight"] = scaled(part, pair["lora_B"], factor, source)
     if not result:
-        raise ValueError(f"{source} holds no LoRA weights")
+        raise ValueError(f"{source} contains no LoRA weights")
     return result
 
 

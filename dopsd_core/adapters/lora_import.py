@@ -4,8 +4,9 @@
     train(config, denoiser, data, folder, initial=imported.tensors)
 
 Trainers disagree about names (dots or underscores, the original network's or diffusers'), about fused projections and
-about where alpha stands. Here every file becomes "folded" tensors (lora_file.py) under our part names: rows of a fused
-projection go to their parts with a copy of its A, and components that do nothing there are dropped.
+about where alpha is stored. Every file is converted to "folded" tensors (lora_file.py) under our part names: the rows
+of a fused projection are split among its parts, each with a copy of its A, and components that are zero there are
+dropped.
 
 Legend: A [rank, in], B [rows, rank].
 """
@@ -51,14 +52,19 @@ _ADAPTERS = ("student", "default")  # the one to take from a file of several; th
 
 @dataclass(frozen=True, eq=False)
 class ImportedLora:
-    """tensors: folded, fp32, under part names; only parts on which the LoRA does something, ranks may differ.
-    left_out: every key of the file that is not used, or not with all of its rows, in the file's order."""
+    """A LoRA file under our part names.
+
+    Attributes:
+        tensors: folded, fp32: "<part>.lora_A.weight" [rank, in], "<part>.lora_B.weight" [rows, rank]; only parts that
+            the LoRA changes; ranks may differ.
+        left_out: every key of the file that is not used, or not with all of its rows, in the file's order.
+    """
 
     tensors: Mapping[str, Tensor]
     left_out: tuple[str, ...]
 
     def describe_left_out(self) -> str:
-        """ "12 tensors of it are not used: ...", every kind of name once; "" if all are used."""
+        """Such as "12 tensors of it are not used: ...", each kind of name once; "" if all are used."""
         count = len(self.left_out)
         verb = "tensor of it is" if count == 1 else "tensors of it are"
         return f"{count} {verb} not used: {_kinds(self.left_out)}" if count else ""
@@ -91,9 +97,11 @@ class _Pair:
 
 
 def read_lora(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a LoRA file under its own names, or of a peft folder (the reference scripts' checkpoints).
+    """Reads the tensors of a LoRA file, or of a peft folder or reference script's checkpoint, under their own names.
 
-    Strength that stands beside the tensors is folded into them: peft's adapter_config.json, and diffusers'
+    A is [rank, in], B [rows, rank], in the file's dtype unless a scale is folded in.
+
+    The scale that is stored beside the tensors is folded into them: peft's adapter_config.json, and diffusers'
     `lora_adapter_metadata` in the header.
 
     Raises:
@@ -105,17 +113,19 @@ def read_lora(path: Path | str) -> dict[str, Tensor]:
     tensors, metadata = read_safetensors(path)
     beside = path.with_name("adapter_config.json")
     if path.name == PEFT_WEIGHTS and beside.is_file():
-        return _with_told_strength(tensors, parse_json_object(beside.read_bytes(), beside), beside)
-    if told := metadata.get("lora_adapter_metadata"):
-        return _with_told_strength(tensors, parse_json_object(told, path), path)
+        return _with_strength(tensors, parse_json_object(beside.read_bytes(), beside), beside)
+    if stated := metadata.get("lora_adapter_metadata"):
+        return _with_strength(tensors, parse_json_object(stated, path), path)
     return tensors
 
 
 def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targets: Sequence[str]) -> ImportedLora:
-    """`tensors` of any trainer, put on the parts of `sites` that `targets` choose.
+    """Maps the `tensors` of any trainer's LoRA to the parts of `sites` that `targets` select.
+
+    tensors: A [rank, in] and B [rows, rank] under the file's own names, from `read_lora`.
 
     Raises:
-        ValueError: not a plain LoRA, of another model, or of nothing that is trained.
+        ValueError: it is not a plain LoRA, belongs to another model, or changes nothing that is trained.
     """
     places, chosen = _places(sites), match_targets([part.name for site in sites for part in site.parts], targets)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -142,10 +152,12 @@ def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targ
 
 
 def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
-    """`start`, the raw state of a new adapter set, with the folded tensors of `initial` in it; raw, the same keys.
+    """Puts the folded tensors of `initial` into `start`, the raw state of a new adapter set; raw, with the same keys.
 
-    A smaller rank is filled up with components of `start`, whose B is zero: they add nothing, and can learn. Parts
-    that `initial` lacks stay as they are.
+    All tensors are A [rank, in] and B [rows, rank]; those of `start` have the configuration's rank.
+
+    A smaller rank is filled up with components of `start`: their B is zero, so they add nothing but can learn. Parts
+    that `initial` lacks keep the weights of `start`.
 
     Raises:
         ValueError: a part that is not trained, or a larger rank than the configuration's.
@@ -167,7 +179,7 @@ def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], conf
 
 
 def lora_digest(tensors: Mapping[str, Tensor]) -> str:
-    """64 hex digits: equal for the same tensors under the same names."""
+    """A digest of 64 hex digits, equal for the same tensors, of any shape, under the same names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().float().contiguous()
@@ -189,7 +201,7 @@ def _places(sites: Sequence[LinearSite]) -> dict[str, _Place]:
 
 
 def _flat(module: str) -> str:
-    """A file's name of a module as `_places` has it; half-converted names, of dots and underscores, too."""
+    """A file's module name in the form of `_places`; names that mix dots and underscores work too."""
     return _unprefixed(module).replace(".", "_")
 
 
@@ -207,20 +219,20 @@ def _why_nothing(
 ) -> str:
     """Why no part of the network is changed, and what to do."""
     if not pairs:
-        return f"none of its {len(tensors)} tensors is of a LoRA ({_kinds(tensors)}); take a LoRA file"
+        return f"none of its {len(tensors)} tensors belongs to a LoRA ({_kinds(tensors)}); use a LoRA file"
     known = {module: pair for module, pair in pairs.items() if _flat(module) in places}
     unknown = [module for module in pairs if module not in known]
     trained = [m for m in known if any(part.name in chosen for part in places[_flat(m)].parts)]
     if trained and all(known[module].alpha == 0 for module in trained):
-        return f"its alpha is 0 ({_kinds(trained)}), a strength of 0; take the file with the alpha of its training"
+        return f"its alpha is 0 ({_kinds(trained)}), a strength of 0; use the file with the alpha of its training"
     if trained:
-        return f"its B is zero ({_kinds(trained)}), as before the first step of a training; take one that was trained"
+        return f"its B is zero ({_kinds(trained)}), as before the first training step; use a LoRA that was trained"
     recognised = f"{len(known)} of its {len(pairs)} modules are recognised{_listed(known)}"
     if known:
         return (
             f"{recognised}, and none of them is among the targets; not recognised are {len(unknown)}{_listed(unknown)}"
         )
-    return f"{recognised}, not recognised are {_kinds(unknown)}; take one that was trained for this model"
+    return f"{recognised}, not recognised are {_kinds(unknown)}; use a LoRA that was trained for this model"
 
 
 def _listed(names: Collection[str]) -> str:
@@ -230,9 +242,9 @@ def _listed(names: Collection[str]) -> str:
 def _kinds(names: Iterable[str]) -> str:
     """The names, those that differ in their numbers as one: "layers.N.w1 (x34)"."""
     kinds = Counter(re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "N", name[:_LONG_NAME]) for name in names)
-    told = [shown(kind) + (f" (x{count})" if count > 1 else "") for kind, count in kinds.items()]
-    return ", ".join(told[:_MAX_KINDS]) + (
-        f" and {len(told) - _MAX_KINDS} more kinds" if len(told) > _MAX_KINDS else ""
+    shown_kinds = [shown(kind) + (f" (x{count})" if count > 1 else "") for kind, count in kinds.items()]
+    return ", ".join(shown_kinds[:_MAX_KINDS]) + (
+        f" and {len(shown_kinds) - _MAX_KINDS} more kinds" if len(shown_kinds) > _MAX_KINDS else ""
     )
 
 
@@ -240,12 +252,12 @@ def _kinds(names: Iterable[str]) -> str:
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
-    """A and B by the file's module names, and the keys that are in none of these."""
+    """A and B by the file's module names, and the keys that belong to no pair."""
     halves: dict[str, dict[bool, dict[str, str]]] = {}
     for key in tensors:
         if _OTHER_KINDS.search(key):
             raise ValueError(
-                f"{_IT} holds {shown(key)}, of DoRA, LoHa, LoKr or the like; only plain LoRA can be continued"
+                f"{_IT} holds {shown(key)}, of DoRA, LoHa, LoKr or the like; only a plain LoRA can be the start"
             )
         match = _KEY.fullmatch(key)
         if match is not None:
@@ -261,7 +273,7 @@ def _fold(module: str, kinds: Mapping[bool, Mapping[str, str]], tensors: Mapping
     adapter = adapters[0] if len(adapters) == 1 else next((name for name in _ADAPTERS if name in adapters), None)
     key_a, key_b = (kinds.get(is_a, {}).get(adapter or "") for is_a in (True, False))
     if key_a is None or key_b is None:
-        raise ValueError(f"{_IT} is not whole: {shown(module)} lacks its A or B, or has several")
+        raise ValueError(f"{_IT} is incomplete: {shown(module)} lacks its A or B, or has several")
     check_pair(module, tensors[key_a], tensors[key_b], _IT)
     a, b = (tensors[key].detach().cpu().float().flatten(1) for key in (key_a, key_b))
     key_alpha = f"{module}.alpha"
@@ -279,12 +291,12 @@ def _check_shapes(module: str, pair: _Pair, place: _Place) -> None:
         )
 
 
-def _with_told_strength(tensors: Mapping[str, Tensor], told: Mapping[str, object], source: Path) -> dict[str, Tensor]:
-    """B times the scale of peft's configuration, or of diffusers' header, which prefixes its fields."""
-    config = {key.removeprefix("transformer."): value for key, value in told.items()}
+def _with_strength(tensors: Mapping[str, Tensor], stated: Mapping[str, object], source: Path) -> dict[str, Tensor]:
+    """Multiplies B by the scale in peft's configuration, or in diffusers' header, which prefixes its fields."""
+    config = {key.removeprefix("transformer."): value for key, value in stated.items()}
     for option in ("use_dora", "lora_bias"):
         if config.get(option):
-            raise ValueError(f"{_IT} has {option} set; only plain LoRA can be continued")
+            raise ValueError(f"{_IT} has {option} set; only a plain LoRA can be the start")
     if config.get("lora_alpha") is None or any(key.endswith(".alpha") for key in tensors):
         return dict(tensors)
     result = {}
@@ -292,7 +304,7 @@ def _with_told_strength(tensors: Mapping[str, Tensor], told: Mapping[str, object
         match = _KEY.fullmatch(key)
         if match is not None and not _IS_A[match["kind"]]:
             if tensor.ndim < 2 or tensor.shape[1] == 0 or not tensor.is_floating_point():
-                raise ValueError(f"{source}: {shown(key)} is {tensor.dtype} {tuple(tensor.shape)}, no B of a LoRA")
+                raise ValueError(f"{source}: {shown(key)} is {tensor.dtype} {tuple(tensor.shape)}, not the B of a LoRA")
             scale = peft_scale(config, _unprefixed(match["module"]), tensor.shape[1], source)
             tensor = scaled(match["module"], tensor.float(), scale, source)
         result[key] = tensor

@@ -1,7 +1,7 @@
-"""Which Linears are trained.
+"""Selects the Linears to train.
 
-A target is one of: a name or the dotted tail of one ("attention.to_q", as peft reads it); a shell pattern over whole
-names ("layers.*.attention.*"); a regular expression over whole names after "re:" ("re:layers\\.[0-3]\\..*").
+A target is one of: a name or a dotted suffix of one ("attention.to_q", as in peft); a shell pattern over full names
+("layers.*.attention.*"); a regular expression over full names after "re:" ("re:layers\\.[0-3]\\..*").
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _BETWEEN_TARGETS = re.compile(r"[,\n](?![^{}\n]*\})")
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """The targets of a text: separated by commas or lines, () for none.
+    """Splits a text at commas and line breaks into targets; () for an empty text.
 
-    No name has a comma in it, so the only one that a regular expression needs is that of {m,n}: it separates nothing.
+    Names contain no commas. A comma inside {m,n} of a regular expression does not split.
     """
     return tuple(target for piece in _BETWEEN_TARGETS.split(text) if (target := piece.strip()))
 
 
 def match_targets(names: Sequence[str], targets: Sequence[str]) -> frozenset[str]:
-    """The names that at least one target selects.
+    """The names that at least one target matches.
 
     Raises:
-        ValueError: a target selects nothing; the message lists every kind of name there is, and the nearest ones.
+        ValueError: a target matches nothing; the message lists the available kinds of names and the closest ones.
     """
     chosen: set[str] = set()
     for target in targets:
@@ -56,4 +56,4 @@ def _unmatched_message(target: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(target, kinds, n=3, cutoff=0.5)
     hint = f" Nearest: {', '.join(near)}." if near else ""
     message = f"LoRA target {target!r} matches none of the network's {len(names)} Linears.{hint}"
-    return f"{message} There are: {listing or 'none'}"
+    return f"{message} Available: {listing or 'none'}"

@@ -1,4 +1,4 @@
-"""Encoded conditions on disk, one safetensors file per part, under everything that decides it."""
+"""A disk cache of encoded conditions: one safetensors file per part, keyed by everything that determines it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = logging.getLogger("dopsd")
 FORMAT = "dopsd-conditions-3"
 """Part of every key, so that entries of another format are never read. They may be deleted.
 
-Raised when an encoder's identity, or what is done to images before they are encoded, comes to mean something else: the
-entries of 2 were kept under identities that different text encoders had in common, and without colour profiles.
+Incremented when the meaning of an encoder's identity or the preprocessing of images changes: in format 2, different
+text encoders shared identities, and colour profiles were ignored.
 """
 
 
@@ -32,68 +32,68 @@ def digest_bytes(data: bytes) -> str:
 
 
 def cache_key(kind: str, image_digest: str, caption: str, identity: str, settings: Mapping[str, Any]) -> str:
-    """64 hex digits that change whenever an input does; fields are delimited, so none can run into the next.
+    """A key of 64 hex digits that changes whenever an input does; fields are delimited, so they cannot run together.
 
     Raises:
-        TypeError: settings are not JSON-able.
+        TypeError: settings are not JSON-serializable.
     """
     fields = [FORMAT, kind, image_digest, caption, identity, dict(settings)]
     return digest_bytes(json.dumps(fields, sort_keys=True, ensure_ascii=True).encode())
 
 
 class ConditionCache:
-    """Encoded tensors in `folder`, one safetensors file per key, each carrying its key and a checksum of its contents.
+    """Encoded tensors in `folder`, one safetensors file per key, each with its key and a checksum of its contents.
 
-    Several processes may use one folder: files appear whole, by rename.
+    Several processes may share a folder: files are written atomically.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
     def path(self, key: str) -> Path:
-        """Where the entry of `key` is kept."""
+        """The file of the entry for `key`."""
         return self.folder / f"{key}.safetensors"
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """The entry's tensors on the CPU, or None when there is none that can be trusted (a warning says why)."""
+        """The entry's tensors by name on the CPU, in the shapes stored; None if missing or damaged (with a warning)."""
         path = self.path(key)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.warning("cached condition %s cannot be read (%s); computing it anew", path, error)
+            log.warning("cached condition %s cannot be read (%s); computing it again", path, error)
             return None
         try:
-            with torch.inference_mode(False):  # the tensors are ordinary ones whoever asks
+            with torch.inference_mode(False):  # ordinary tensors, even if the caller is in inference mode
                 return _parse_entry(data, key)
         except Exception as error:  # a damaged file can fail in any way inside the parser
-            log.warning("cached condition %s is damaged or stale (%s); computing it anew", path, error)
+            log.warning("cached condition %s is damaged or stale (%s); computing it again", path, error)
             return None
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the entry atomically, in place of any older one."""
+        """Writes the entry (tensors of any shape, by name) atomically and replaces an older one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {"format": FORMAT, "key": key, "sha256": _checksum(key, whole)}
         write_atomic(self.path(key), format_safetensors(whole, metadata))
 
     def keep(self, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stores the entry and gives it back as ordinary tensors on the CPU.
+        """Stores the entry and returns it as ordinary tensors on the CPU, in the same shapes.
 
-        A folder that cannot be written costs the cache, with a warning, not the run.
+        If the folder is not writable, it logs a warning and continues without the cache.
         """
         plain = {name: plain_cpu(tensor) for name, tensor in tensors.items()}
         try:
             self.store(key, plain)
         except OSError as error:
-            log.warning("cached condition %s cannot be written (%s); going on without", self.path(key), error)
+            log.warning("cached condition %s cannot be written (%s); continuing without", self.path(key), error)
         return plain
 
 
 def plain_cpu(tensor: Tensor) -> Tensor:
-    """An ordinary tensor on the CPU, whatever mode and device it was made in."""
-    # Encoders may run in inference mode, whose tensors autograd cannot save; a clone outside it is an ordinary tensor.
+    """A copy as an ordinary, contiguous CPU tensor of the same shape, from any mode and device."""
+    # Encoders may run in inference mode, whose tensors autograd cannot save; a clone outside of it is ordinary.
     with torch.inference_mode(False):
         return tensor.detach().cpu().clone().contiguous()
 

@@ -1,10 +1,9 @@
-"""Dual conditioning (arXiv 2605.05204, section 3): what the student reads, what its teacher sees, computed once and
-kept on disk.
+"""Dual conditioning (arXiv 2605.05204, section 3): conditions of student and teacher, encoded once and cached on disk.
 
-The student's condition comes from the caption alone, the teacher's from the caption AND the target image. Both are
-put together from parts: a text's features, a picture's and text's features, a picture's latent. Each part is computed
-once, before training, so that the encoders can leave memory, and cached under everything that decides it. An entry
-that is damaged or does not belong to its key is computed anew, never trusted.
+The student's condition comes from the caption only, the teacher's from the caption AND the target image. Both are
+assembled from parts: features of a text, features of an image with a text, the latent of an image. Each part is
+encoded once before training, so that the encoders can be unloaded, and cached under everything that determines it. A
+damaged or mismatched entry is encoded again.
 
 Legend: L tokens, D features, C h w latent channels and size, H W pixels.
 """
@@ -20,31 +19,37 @@ from torch import Tensor
 
 from ..transfer import to_device
 from .cache import ConditionCache, cache_key, plain_cpu
-from .teachers import VLM, Teacher
+from .teachers import VLM, TeacherView
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What the denoiser is told about one sample, without a batch dimension.
+    """The denoiser's conditioning for one sample, without a batch dimension.
 
-    features: [L, D], the text encoder's hidden states. reference_latents: each [C, h, w], for families that edit.
+    Attributes:
+        features: [L, D], hidden states of the text encoder.
+        reference_latents: each [C, h, w], for families that edit.
     """
 
     features: Tensor
     reference_latents: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
-        """The same condition elsewhere; shares memory where nothing changes."""
+        """The condition on another device or in another dtype; shares memory where nothing changes."""
         latents = tuple(to_device(latent, device, dtype) for latent in self.reference_latents)
         return Condition(to_device(self.features, device, dtype), latents)
 
 
 @dataclass(frozen=True, eq=False)
 class DualCondition:
-    """One training pair after encoding: everything the training loop needs of it.
+    """One encoded training pair. Pairs with the same text or image share its tensors.
 
-    target_latent: [C, h, w] fp32, model space; its shape is that of the rollout. key: an identity of the pair. Pairs
-    with a text or a picture in common share its tensors.
+    Attributes:
+        student: condition of the student, from the caption only.
+        teacher: condition of the teacher, from caption and image.
+        target_latent: [C, h, w] fp32 in model space; the rollout has the same shape. None if there is no image.
+        caption: the caption.
+        key: identifies the pair.
     """
 
     student: Condition
@@ -55,19 +60,22 @@ class DualCondition:
 
 
 class Encoder(Protocol):
-    """A host's text encoder, vision tower and VAE. Called without gradients; images are [3, H, W] fp32 in [0, 1]."""
+    """Hooks that a host implements with its text encoder, vision tower and VAE; called without gradients.
+
+    Images are [3, H, W] fp32 in [0, 1].
+    """
 
     @property
     def identity(self) -> str:
-        """Names weights, template and settings: two encoders with one identity give the same tensors."""
+        """Identifies weights, template and settings: encoders with equal identities return equal tensors."""
         ...
 
     def encode_text(self, caption: str) -> Condition:
-        """What the caption alone says: the student's condition."""
+        """The student's condition, features [L, D] of the caption only."""
         ...
 
     def encode_image_text(self, image: Tensor, caption: str) -> Condition:
-        """Image [3, H, W] in [0, 1] and caption, read together; for teachers that see through a vision tower."""
+        """Features [L, D] of image [3, H, W] in [0, 1] and caption together, for teachers with a vision tower."""
         ...
 
     def encode_latent(self, image: Tensor) -> Tensor:
@@ -77,19 +85,21 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class ReadsFiles(Protocol):
-    """An encoder that reads files which captions name, such as embeddings."""
+    """An encoder that reads files named in captions, such as embeddings."""
 
     def identity_for(self, caption: str) -> str:
-        """`identity`, other for other contents of a file that the caption names."""
+        """`identity` for this caption; it changes with the contents of the files that the caption names."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """A picture that may have to be encoded.
+class ImageInput:
+    """An image to encode.
 
-    digest: `digest_bytes` of the image FILE. load: gives [3, H, W] in [0, 1], already cropped; called on a cache miss
-    only. settings: whatever else decides the pixels, JSON-able ({"bucket": [64, 64]}).
+    Attributes:
+        digest: `digest_bytes` of the image FILE.
+        load: returns [3, H, W] in [0, 1], already cropped; called only on a cache miss.
+        settings: everything else that determines the pixels, JSON-serializable ({"bucket": [64, 64]}).
     """
 
     digest: str
@@ -99,16 +109,23 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class EncodeRequest:
-    """One pair to encode. sources: what an edit starts from. shown: what the teacher sees; None for the target."""
+    """One pair to encode.
 
-    target: Picture
+    Attributes:
+        target: the image to learn.
+        caption: the student's text.
+        sources: the source images of an edit.
+        shown: the image that the teacher sees; None for the target.
+    """
+
+    target: ImageInput
     caption: str
-    sources: tuple[Picture, ...] = ()
-    shown: Picture | None = None
+    sources: tuple[ImageInput, ...] = ()
+    shown: ImageInput | None = None
 
 
 OnEncoded = Callable[[int, int, bool], None]
-"""(number done, total, whether nothing had to be computed for it)."""
+"""(number done, total, whether it came from the cache)."""
 
 
 def encode_dataset(
@@ -116,22 +133,23 @@ def encode_dataset(
     encoder: Encoder,
     cache: ConditionCache | None,
     on_encoded: OnEncoded | None = None,
-    teacher: Teacher = VLM,
+    teacher: TeacherView = VLM,
 ) -> list[DualCondition]:
-    """Both conditions and the target latent of every request, in order, on the CPU; from the cache where it has them.
+    """Encodes both conditions [L, D] and the target latent [C, h, w] of every request, in order, on the CPU.
 
-    Latents first, then conditions: where memory holds the VAE or the text encoder, each is brought in once.
+    Cached parts are loaded. Latents are encoded before conditions, so that the VAE and the text encoder are each
+    loaded once if memory holds only one of them.
 
     Raises:
-        ValueError: the encoder returns a shape or a non-finite value that training could not use, or the teacher edits
-            and a request has no source.
+        ValueError: the encoder returns a wrong shape or a non-finite value, or the teacher edits and a request has no
+            source image.
     """
     parts = _Parts(encoder, cache)
     fresh = []
     for request in requests:
         before = parts.computed
-        for picture in _pictures(request, teacher):
-            parts.latent(picture)
+        for image in _images(request, teacher):
+            parts.latent(image)
         fresh.append(parts.computed > before)
     pairs = []
     for done, request in enumerate(requests, 1):
@@ -145,7 +163,7 @@ def encode_dataset(
 def encode_texts(
     captions: Sequence[str], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None = None
 ) -> list[Condition]:
-    """Text-only conditions on the CPU: anchors (prompts without the trigger) and prompts of previews."""
+    """Encodes text-only conditions [L, D] on the CPU: anchors (prompts without the trigger) and preview prompts."""
     parts = _Parts(encoder, cache)
     conditions = []
     for done, caption in enumerate(captions, 1):
@@ -159,24 +177,24 @@ def encode_texts(
 # -- a pair from its parts --------------------------------------------------------------------------------------------
 
 
-def _pictures(request: EncodeRequest, teacher: Teacher) -> list[Picture]:
-    """The pictures whose latents the pair needs."""
+def _images(request: EncodeRequest, teacher: TeacherView) -> list[ImageInput]:
+    """The images of the pair whose latents are needed."""
     shown = [request.shown] if request.shown is not None and teacher.sees == "reference" else []
     return [request.target, *(request.sources if teacher.edits else ()), *shown]
 
 
-def _compose(request: EncodeRequest, teacher: Teacher, parts: _Parts) -> DualCondition:
+def _compose(request: EncodeRequest, teacher: TeacherView, parts: _Parts) -> DualCondition:
     if teacher.edits and not request.sources:
-        raise ValueError(f"the teacher {teacher.name!r} needs a source picture; {request.caption!r} has none")
+        raise ValueError(f"the teacher {teacher.name!r} needs a source image, and {request.caption!r} has none")
     shown = request.shown or request.target
-    sources = tuple(parts.latent(picture) for picture in request.sources) if teacher.edits else ()
+    sources = tuple(parts.latent(image) for image in request.sources) if teacher.edits else ()
     if teacher.sees == "features":
-        seeing = _with_references(parts.seen(shown, teacher.told(request.caption)), sources)
+        seeing = _with_references(parts.seen(shown, teacher.text(request.caption)), sources)
     else:
-        seeing = _with_references(parts.text(teacher.told(request.caption)), (*sources, parts.latent(shown)))
+        seeing = _with_references(parts.text(teacher.text(request.caption)), (*sources, parts.latent(shown)))
     student = _with_references(parts.text(request.caption), sources)
-    pictures = [request.target, shown, *request.sources]
-    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in pictures]}
+    images = [request.target, shown, *request.sources]
+    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}
     key = cache_key("pair", request.target.digest, request.caption, parts.identity_for(request.caption), facts)
     return DualCondition(student, seeing, parts.latent(request.target), request.caption, key)
 
@@ -186,7 +204,7 @@ def _with_references(condition: Condition, latents: tuple[Tensor, ...]) -> Condi
 
 
 class _Parts:
-    """What pairs are put together from: each part is encoded once, or taken from the cache. `computed` counts."""
+    """The parts of pairs: each is encoded once or loaded from the cache. `computed` counts the encoded ones."""
 
     def __init__(self, encoder: Encoder, cache: ConditionCache | None) -> None:
         self.encoder, self._cache = encoder, cache
@@ -194,30 +212,30 @@ class _Parts:
         self.computed = 0
 
     def identity_for(self, caption: str) -> str:
-        """The encoder's, as far as it decides what becomes of the caption."""
+        """The encoder's identity for this caption."""
         encoder = self.encoder
         return encoder.identity_for(caption) if isinstance(encoder, ReadsFiles) else encoder.identity
 
     def text(self, caption: str) -> Condition:
-        """The caption alone."""
+        """Features of the caption only."""
         key = cache_key("text", "", caption, self.identity_for(caption), {})
         return _unpack(self._get(key, f"the text {caption!r}", lambda: _pack(self.encoder.encode_text(caption))))
 
-    def seen(self, picture: Picture, caption: str) -> Condition:
-        """Picture and caption, read together."""
-        key = cache_key("seen", picture.digest, caption, self.identity_for(caption), picture.settings)
-        what = f"a picture and {caption!r}"
+    def seen(self, image: ImageInput, caption: str) -> Condition:
+        """Features of image and caption together."""
+        key = cache_key("seen", image.digest, caption, self.identity_for(caption), image.settings)
+        what = f"an image and {caption!r}"
         return _unpack(
-            self._get(key, what, lambda: _pack(self.encoder.encode_image_text(_pixels(picture, what), caption)))
+            self._get(key, what, lambda: _pack(self.encoder.encode_image_text(_pixels(image, what), caption)))
         )
 
-    def latent(self, picture: Picture) -> Tensor:
-        """[C, h, w] fp32 of the picture."""
-        key = cache_key("latent", picture.digest, "", self.encoder.identity, picture.settings)
-        return self._get(key, "a picture", lambda: self._encode_latent(picture))["latent"]
+    def latent(self, image: ImageInput) -> Tensor:
+        """[C, h, w] fp32 of the image."""
+        key = cache_key("latent", image.digest, "", self.encoder.identity, image.settings)
+        return self._get(key, "an image", lambda: self._encode_latent(image))["latent"]
 
-    def _encode_latent(self, picture: Picture) -> dict[str, Tensor]:
-        latent = self.encoder.encode_latent(_pixels(picture, "a picture")).float()
+    def _encode_latent(self, image: ImageInput) -> dict[str, Tensor]:
+        latent = self.encoder.encode_latent(_pixels(image, "an image")).float()
         if latent.ndim != 3:
             raise ValueError(f"encode_latent must return [C, h, w], got {tuple(latent.shape)}")
         return {"latent": latent}
@@ -234,17 +252,17 @@ class _Parts:
         tensors = compute()
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"the encoder gave non-finite {name} for {what}; load it in a wider dtype")
+                raise ValueError(f"the encoder returned non-finite {name} for {what}; load it in a wider dtype")
         if self._cache is not None:
             return self._cache.keep(key, tensors)
         return {name: plain_cpu(tensor) for name, tensor in tensors.items()}
 
 
-def _pixels(picture: Picture, what: str) -> Tensor:
-    image = picture.load()
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image for {what} must be [3, H, W], got {tuple(image.shape)}")
-    return image
+def _pixels(image: ImageInput, what: str) -> Tensor:
+    pixels = image.load()
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(f"image for {what} must be [3, H, W], got {tuple(pixels.shape)}")
+    return pixels
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""Teachers: how the same model is shown the target picture (arXiv 2605.05204, section 3).
+"""Teacher views: how the teacher, the same model, sees the target image (arXiv 2605.05204, section 3).
 
-    vlm          a vision tower sees the picture, the text encoder reads it together with the caption
-    edit         the model's own editing branch has the picture as reference, and is told to stay consistent with it
-    edit_target  for edit LoRAs: both have the source as reference, the teacher the wanted result besides
+    vlm          a vision tower encodes the image, and the text encoder reads it together with the caption
+    edit         the model's own editing branch gets the image as reference and the instruction to stay consistent
+    edit_target  for edit LoRAs: both get the source as reference, the teacher also the target
 
-Student and teacher differ in nothing but this and, where it is an average, in their weights.
+Student and teacher differ only in this view and, for an EMA teacher, in their weights.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ NO_SENTENCE = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """sees: the picture in the text features, or as a reference latent. sentence: follows the caption, in the teacher's
-    text only; of_others is its sentence for other pictures than the pair's own, which share the subject and no more.
-    edits: student and teacher have the pair's source pictures as references; needs data with sources."""
+class TeacherView:
+    """What the teacher sees in addition to the caption.
+
+    Attributes:
+        name: how it is chosen.
+        sees: the image in the text features, or as a reference latent.
+        sentence: appended to the caption in the teacher's text.
+        of_others: replaces `sentence` where the teacher sees other images than the pair's own, which share only the
+            subject.
+        edits: whether student and teacher get the pair's source images as references; needs data with sources.
+    """
 
     name: str
     sees: Literal["features", "reference"]
@@ -28,58 +35,60 @@ class Teacher:
     of_others: str = ""
     edits: bool = False
 
-    def told(self, caption: str) -> str:
-        """The teacher's text."""
+    def text(self, caption: str) -> str:
+        """The teacher's text for a caption."""
         return f"{caption} {self.sentence}".strip() if self.sentence else caption
 
-    def with_sentence(self, sentence: str, others: bool = False) -> Teacher:
-        """With the user's sentence; "" keeps the teacher's own, "-" takes it out.
+    def with_sentence(self, sentence: str, others: bool = False) -> TeacherView:
+        """Sets the user's sentence; "" keeps the default, "-" removes it.
 
-        others: it is shown other pictures than the pair's own.
+        others: whether the teacher sees other images than the pair's own.
 
         Raises:
-            ValueError: the teacher sees through a vision tower and reads the caption alone.
+            ValueError: the teacher uses a vision tower and reads only the caption.
         """
         sentence = sentence.strip()
         if not sentence:
             return replace(self, sentence=self.of_others) if others and self.of_others else self
         if self.sees == "features" and sentence != NO_SENTENCE:
-            raise ValueError(f"the teacher {self.name!r} reads the caption alone; leave its sentence empty")
+            raise ValueError(f"the teacher {self.name!r} reads only the caption; leave its sentence empty")
         return replace(self, sentence="" if sentence == NO_SENTENCE else sentence)
 
 
-VLM = Teacher(name="vlm", sees="features")
-EDIT = Teacher(
+VLM = TeacherView(name="vlm", sees="features")
+EDIT = TeacherView(
     name="edit",
     sees="reference",
     sentence="Keep the subject with its face and details, the background and the composition as in the reference "
     "image.",
     of_others="The subject is the one of the reference image, with its face and details.",
 )
-EDIT_TARGET = Teacher(
+EDIT_TARGET = TeacherView(
     name="edit_target",
     sees="reference",
     sentence="The last reference image is the wanted result: starting from the first one, follow the instruction and "
     "make the output match the last one as closely as possible.",
     edits=True,
 )
-"""The authors' sentences say as much in other words."""
+"""The authors' sentences have the same meaning."""
 
-TEACHERS: Mapping[str, Teacher] = {teacher.name: teacher for teacher in (VLM, EDIT, EDIT_TARGET)}
+TEACHER_VIEWS: Mapping[str, TeacherView] = {teacher.name: teacher for teacher in (VLM, EDIT, EDIT_TARGET)}
 
 
-def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> Teacher:
-    """The teacher that `mode` means, "auto" or a name, where a model can have those of `known`, its default first.
+def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> TeacherView:
+    """The teacher view for `mode`, which is "auto" or a name.
 
-    edits: whether the data has source pictures; "auto" goes by it.
+    Args:
+        known: the views that the model supports, the default first.
+        edits: whether the data has source images; decides for "auto".
 
     Raises:
-        ValueError: the model cannot have it; the message lists those that it can have.
+        ValueError: the model does not support it; the message lists those that it supports.
     """
-    fitting = [name for name in known if TEACHERS[name].edits == edits]
+    fitting = [name for name in known if TEACHER_VIEWS[name].edits == edits]
     if mode == "auto" and fitting:
-        return TEACHERS[fitting[0]]
+        return TEACHER_VIEWS[fitting[0]]
     if mode not in known:
-        why = " for pictures with sources" if mode == "auto" else ""
+        why = " for images with sources" if mode == "auto" else ""
         raise ValueError(f"this model has no teacher {mode!r}{why}; choose one of: {', '.join(('auto', *known))}")
-    return TEACHERS[mode]
+    return TEACHER_VIEWS[mode]

@@ -1,8 +1,8 @@
-"""Aspect buckets: the few picture sizes that a data set is trained in.
+"""Aspect ratio buckets: the few image sizes that a dataset is trained at.
 
-A batch needs pictures of one size, and a network needs sides that are multiples of its patch. A bucket is such a size;
-a picture goes to the bucket of the nearest aspect ratio, is resized to cover it and loses what hangs over, equally on
-both sides. Sizes are (width, height) in pixels throughout.
+All images of a batch must have the same size, and the sides must be multiples of the network's patch size. Each image
+is assigned to the bucket with the nearest aspect ratio, resized to cover it and center-cropped. Sizes are
+(width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_ASPECT = 7 / 3
-"""The longest picture: 1344x576, the authors' widest bucket. Beyond it the model has seen nothing."""
+"""The maximum aspect ratio: 1344x576, the authors' widest bucket and the widest that the model was trained on."""
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A training size in pixels."""
+    """A training size in pixels.
+
+    Attributes:
+        width: width in pixels.
+        height: height in pixels.
+    """
 
     width: int
     height: int
 
     @property
     def aspect(self) -> float:
-        """Width over height."""
+        """Aspect ratio, width / height."""
         return self.width / self.height
 
     @property
     def area(self) -> int:
-        """Pixels."""
+        """Number of pixels."""
         return self.width * self.height
 
     def __str__(self) -> str:
@@ -39,15 +44,15 @@ class Bucket:
 
 @lru_cache(maxsize=64)
 def make_buckets(pixel_budget: int, multiple: int, max_aspect: float = MAX_ASPECT) -> tuple[Bucket, ...]:
-    """Every size within the budget to which no row or column of `multiple` pixels can be added.
+    """All sizes within the budget that cannot grow by another row or column of `multiple` pixels.
 
     Args:
-        pixel_budget: the most pixels of a picture, e.g. 1024 * 1024.
+        pixel_budget: maximum number of pixels of an image, e.g. 1024 * 1024.
         multiple: both sides are multiples of it (16 for Z-Image and FLUX.2: 8 per latent, 2 latents per patch).
-        max_aspect: longest side over shortest side, at least 1.
+        max_aspect: maximum ratio of the longer to the shorter side, at least 1.
 
     Returns:
-        Buckets sorted by width; with each WxH there is HxW.
+        Buckets sorted by width; for each WxH there is HxW.
 
     Raises:
         ValueError: the budget is smaller than one square of `multiple`, or an argument is out of range.
@@ -56,7 +61,7 @@ def make_buckets(pixel_budget: int, multiple: int, max_aspect: float = MAX_ASPEC
         raise ValueError(f"multiple ({multiple}) and max_aspect ({max_aspect}) must be at least 1")
     if pixel_budget < multiple * multiple:
         raise ValueError(
-            f"a pixel budget of {pixel_budget} holds no picture with sides that are multiples of {multiple}; "
+            f"no image with sides that are multiples of {multiple} fits a pixel budget of {pixel_budget}; "
             f"give at least {multiple * multiple}"
         )
     units = pixel_budget // (multiple * multiple)
@@ -71,9 +76,9 @@ def make_buckets(pixel_budget: int, multiple: int, max_aspect: float = MAX_ASPEC
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest to width / height by |log ratio|; the larger one of two equal ones."""
+    """The bucket with the nearest aspect ratio to width / height by |log ratio|; the larger one on a tie."""
     if width < 1 or height < 1:
-        raise ValueError(f"a picture of {width}x{height} pixels has no aspect ratio")
+        raise ValueError(f"an image of {width}x{height} pixels has no aspect ratio")
     if not buckets:
         raise ValueError("there is no bucket to choose from")
     wanted = math.log(width / height)
@@ -81,10 +86,10 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
 
 
 def cover_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, float, float]:
-    """The largest centred part of a picture that has the bucket's aspect: (left, top, right, bottom) in source pixels.
+    """The largest center crop with the bucket's aspect ratio: (left, top, right, bottom) in source pixels.
 
-    Resizing this part to the bucket is the same as resizing the picture until it covers the bucket and cutting equally
-    on both sides, without the rounding of a size in between.
+    Resizing this crop to the bucket equals resizing the image to cover the bucket and center-cropping it, without the
+    rounding of an intermediate size.
     """
     scale = min(width / bucket.width, height / bucket.height)
     kept_width, kept_height = min(bucket.width * scale, width), min(bucket.height * scale, height)
@@ -93,5 +98,5 @@ def cover_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, fl
 
 
 def must_enlarge(width: int, height: int, bucket: Bucket) -> bool:
-    """True when a picture is smaller than its bucket on either side, so that its pixels are made up."""
+    """Whether an image is smaller than its bucket in width or height and would be upsampled."""
     return width < bucket.width or height < bucket.height

@@ -1,7 +1,7 @@
-"""Which caption file of a folder belongs to which image, by their names, and what was meant where none does.
+"""Matches the caption files of a folder to images by name, and finds near misses for images without caption.
 
-Names are equal where they are equal to a reader: in NFC, as Linux and Windows write an é, and in NFD, as macOS does;
-and, where nothing equals them exactly, in any case of letters.
+Names are compared in NFC, so that an é from macOS (NFD) equals one from Linux or Windows. Where no name matches
+exactly, upper and lower case are ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MASK = re.compile(r"(?i)[._ -](?:mask|masklabel|alpha|matte)s?$")
 Key = TypeVar("Key")
 
 Place = tuple[Path, str]
-"""The folder of a file, and its name as it is compared."""
+"""(folder of a file, its name in the form that is compared)."""
 
 
 def composed(name: str) -> str:
@@ -31,26 +31,26 @@ def composed(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """The name in NFC without differences of upper and lower case."""
+    """The name in NFC and case-folded."""
     return composed(composed(name).casefold())
 
 
 def place_of(file: Path) -> Place:
-    """Equal for files of one folder whose names, without their suffix, differ at most in case or composition."""
+    """Equal for files in the same folder whose stems differ at most in case or Unicode composition."""
     return file.parent, folded(file.stem)
 
 
 @dataclass(frozen=True)
 class CaptionFiles:
-    """The files of a data set's folder, by what they may be to an image.
+    """The files of a dataset folder, indexed to find the caption of an image.
 
     Attributes:
-        root: the folder, which names in messages are relative to.
-        captions: the .txt files.
-        near: other files that carry the name of an image, under any further suffix.
-        elsewhere: the .txt files by name alone.
-        images: the images, and those by place.
-        exact: the places of the images in the very case of their names.
+        root: the folder; names in messages are relative to it.
+        captions: the .txt files by place.
+        near: other files with the name of an image and any further suffix, by place.
+        elsewhere: the .txt files by name only.
+        images: the images by place.
+        exact: the places of the images, case-sensitive.
     """
 
     root: Path
@@ -62,7 +62,14 @@ class CaptionFiles:
 
     @classmethod
     def sort(cls, root: Path, files: Sequence[Path], images: Sequence[Path], suffixes: Sequence[str]) -> CaptionFiles:
-        """files: all of the folder. images: those that need a caption. suffixes: of images, in lower case."""
+        """Indexes a folder.
+
+        Args:
+            root: the folder.
+            files: all files of the folder.
+            images: the images that need a caption.
+            suffixes: suffixes of image files, in lower case.
+        """
         texts = [file for file in files if file.suffix.lower() == CAPTION_SUFFIX]
         others = [file for file in files if file.suffix.lower() not in suffixes]
         return cls(
@@ -75,19 +82,19 @@ class CaptionFiles:
         )
 
     def of(self, image: Path) -> list[Path]:
-        """The captions of an image: one, as a rule. In another case of letters only what no image has exactly."""
+        """The caption files of an image, normally one. A file with other case counts if no image matches exactly."""
         found = self.captions.get(place_of(image), [])
         return [file for file in found if self.names_exactly(file, image) or not self._belongs_exactly(file)]
 
     def names_exactly(self, file: Path, image: Path) -> bool:
-        """Whether the names are equal, suffixes aside, in case too."""
+        """Whether the stems are equal, including case."""
         return composed(file.stem) == composed(image.stem)
 
     def _belongs_exactly(self, file: Path) -> bool:
         return (file.parent, composed(file.stem)) in self.exact
 
     def near_misses(self, image: Path) -> tuple[list[Path], str]:
-        """The files that an image without caption may have meant, and a remark on the first of them."""
+        """(files that may be the caption of an image without one, a hint about the first of them)."""
         beside = [file for file in self.near.get(place_of(image), []) if file not in self.of(image)]
         wanted = image.with_suffix(CAPTION_SUFFIX).name
         if beside:

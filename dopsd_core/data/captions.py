@@ -1,6 +1,6 @@
-"""Captions: where they stand in the data, and the trigger word that names the concept in them.
+"""Captions: reading them from files and JSONL rows, and the trigger word that names the concept.
 
-In the authors' data the concept is written `[V]`; a user may choose a word to train instead, the trigger.
+In the authors' data the concept is written as `[V]`; users may choose another word, the trigger.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Literal
 
 PLACEHOLDER = "[V]"
-"""How the authors' captions write the concept; `[v]` means the same."""
+"""The placeholder for the concept in the authors' captions; `[v]` is equivalent."""
 
 AUTHORS_KEYS = tuple(
     f"{kind}_{language}" for language in ("en", "zh") for kind in ("short", "medium", "detailed", "user_prompt")
 )
-"""Caption keys of a row in the authors' JSONL; one is drawn at random at each visit."""
+"""Caption keys of a row in the authors' JSONL; one caption is sampled per visit."""
 
 INSTRUCTION_KEYS = ("instruction", "edit_instruction", "edit_prompt")
-"""Keys for what an edit changes, in other datasets; read where a row has no other caption."""
+"""Keys for edit instructions in other datasets; read if a row has no other caption."""
 
 CAPTION_KEYS = (*AUTHORS_KEYS, "caption", "prompt", "text")
-"""All keys that are read as captions, the authors' and the common ones."""
+"""All keys that are read as captions."""
 
 MAX_BYTES = 1 << 20
-"""The most bytes of a caption file; encoders read a few thousand."""
+"""Maximum size of a caption file in bytes; encoders read a few thousand."""
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NAMED = 4  # near misses in a sentence
@@ -41,7 +41,7 @@ _BYTE_ORDER_MARKS = (
 
 
 class CaptionError(ValueError):
-    """A caption that cannot be used; the message says why, without the file's name. `line` is set where known."""
+    """Raised for an invalid caption; the message gives the reason without the file name. `line` is set if known."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)
@@ -49,36 +49,36 @@ class CaptionError(ValueError):
 
 
 Kind = Literal["caption", "instruction"]
-"""Of a text: an instruction says what an edit changes."""
+"""Kind of a text; an instruction describes an edit."""
 
 
 # -- bytes and characters ----------------------------------------------------------------------------------------------
 
 
 def read_caption_file(path: Path, kind: Kind = "caption") -> str:
-    """The text of a caption file, as it stands there.
+    """Reads the text of a caption file, including surrounding whitespace.
 
     Raises:
-        CaptionError: the file is empty, too large, no ordinary file, not UTF-8, or holds characters that are no text.
+        CaptionError: the file is empty, too large, not a regular file, not UTF-8, or contains invalid characters.
     """
     if not path.is_file():
-        raise CaptionError("is no file")
+        raise CaptionError("is not a file")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise CaptionError(f"has {size / 2**20:.0f} MB: that is no {kind}")
+        raise CaptionError(f"has {size / 2**20:.0f} MB: that is not a {kind}")
     text = decode_utf8(path.read_bytes())
     check_text(text)
     if not text.strip():
-        wanted = "what the picture shows" if kind == "caption" else "what is to change"
+        wanted = "what the image shows" if kind == "caption" else "what is to change"
         raise CaptionError(f"the {kind} is empty; write {wanted}")
     return text
 
 
 def decode_utf8(data: bytes) -> str:
-    """UTF-8 with or without byte-order mark.
+    """Decodes UTF-8 with or without byte-order mark.
 
     Raises:
-        CaptionError: the bytes are in another encoding, with the line of the first one that is not UTF-8.
+        CaptionError: the bytes have another encoding; gives the line of the first invalid byte.
     """
     for mark, name in _BYTE_ORDER_MARKS:
         if data.startswith(mark):
@@ -94,7 +94,7 @@ def decode_utf8(data: bytes) -> str:
 
 
 def _wide_encoding(data: bytes) -> str | None:
-    """The encoding of more than a byte per character that bytes with NULs are in, where that is plain to see."""
+    """UTF-16 or UTF-32, if the bytes contain NULs and clearly have that encoding; else None."""
     if b"\0" not in data:
         return None
     for width, name in ((4, "UTF-32"), (2, "UTF-16")):
@@ -111,10 +111,10 @@ def _wide_encoding(data: bytes) -> str | None:
 
 
 def check_text(text: str) -> None:
-    """Refuses characters that are no text: NUL and other control characters, halves of characters, stray marks.
+    """Rejects invalid characters: NUL and other control characters, lone surrogates, stray byte-order marks.
 
     Raises:
-        CaptionError: with the line of the first one.
+        CaptionError: there is one; gives its line.
     """
     found = _NO_TEXT.search(text)
     if found is not None:
@@ -124,12 +124,12 @@ def check_text(text: str) -> None:
 def _what_it_is(character: str) -> str:
     code = f"U+{ord(character):04X}"
     if character == "\0":
-        return "the text holds NUL characters, as padding and text that is not UTF-8 do; save it as UTF-8"
+        return "the text contains NUL characters, as padding or text that is not UTF-8 does; save it as UTF-8"
     if "\ud800" <= character <= "\udfff":
-        return f"the text holds half a character ({code}): it was cut or converted wrongly; write it again"
+        return f"the text contains half a character ({code}): it was cut or converted wrongly; write it again"
     if character == "\ufeff":
-        return "the text holds a byte-order mark (U+FEFF) inside, as joined files do; remove it"
-    return f"the text holds the control character {code}; remove it and save the text as UTF-8"
+        return "the text contains a byte-order mark (U+FEFF) inside, as joined files do; remove it"
+    return f"the text contains the control character {code}; remove it and save the text as UTF-8"
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -141,8 +141,8 @@ class RowCaptions:
 
     Attributes:
         texts: captions by key; equal texts under two keys count twice.
-        errors: what is wrong with others and forbids training.
-        complaints: what is wrong with others and matters only where there is no caption besides.
+        errors: problems with other captions that prevent training.
+        complaints: problems with other captions that only matter if there is no valid caption.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class RowCaptions:
 
 
 def row_captions(row: Mapping[str, object]) -> RowCaptions:
-    """The captions of a row under `CAPTION_KEYS`, else under `INSTRUCTION_KEYS`."""
+    """The captions of a row under `CAPTION_KEYS`, or else under `INSTRUCTION_KEYS`."""
     found = RowCaptions()
     for key in caption_keys(row):
         value = row[key]
@@ -194,19 +194,19 @@ _NEAR_PLACEHOLDER = re.compile(
 
 
 def put_trigger(caption: str, trigger: str) -> str:
-    """`[V]`, in any case, replaced by the trigger; with no trigger it is written `[V]` throughout."""
+    """Replaces `[V]` and `[v]` by the trigger, or by `[V]` if there is no trigger."""
     return re.sub(_PLACEHOLDER, lambda _: trigger or PLACEHOLDER, caption, flags=re.IGNORECASE)
 
 
 def has_trigger(caption: str, trigger: str = "") -> bool:
-    """Whether the caption names the concept, by `[V]` or by the trigger as a word of its own (any case)."""
+    """Whether the caption contains `[V]` or the trigger as a separate word (case-insensitive)."""
     return bool(_concept(trigger).search(caption))
 
 
 def remove_trigger(caption: str, trigger: str = "") -> str:
-    """The caption without `[V]` and the trigger, spaces and commas tidied: "a sks dog, sks" becomes "a dog".
+    """Removes `[V]` and the trigger and tidies spaces and commas: "a sks dog, sks" becomes "a dog".
 
-    What the prior anchor trains on: the ordinary words of the data set without the name of the concept.
+    The prior anchor trains on the result: the ordinary words of the dataset without the name of the concept.
     """
     text = _concept(trigger).sub(" ", caption)
     text = re.sub(r"\s+", " ", text)
@@ -217,24 +217,29 @@ def remove_trigger(caption: str, trigger: str = "") -> str:
 
 @dataclass(frozen=True)
 class Doubt:
-    """A sentence on a caption that is used, for a warning, and the line of the caption that it is about."""
+    """A warning about a caption that is used.
+
+    Attributes:
+        message: the warning.
+        line: line of the caption that it refers to.
+    """
 
     message: str
     line: int
 
 
 def doubts_of(text: str, trigger: str = "") -> list[Doubt]:
-    """What may have been meant otherwise in a caption: near misses of `[V]`, and marks of lost characters."""
+    """Warnings about a caption: near misses of `[V]`, and replacement characters."""
     doubts = [near] if (near := near_placeholder(text, trigger)) else []
     lost = text.find("\ufffd")
     if lost >= 0:
-        message = "holds U+FFFD, the mark of a character that was lost in a conversion: write what belongs there"
+        message = "contains U+FFFD, which marks a character that was lost in a conversion: write the right character"
         doubts.append(Doubt(message, _line_of(text, lost)))
     return doubts
 
 
 def near_placeholder(text: str, trigger: str = "") -> Doubt | None:
-    """What looks like `[V]` and is not: `[ V ]`, `<V>`, `[trigger]`, `[V`. None where there is nothing of the kind."""
+    """A warning about text that resembles `[V]`, such as `[ V ]`, `<V>`, `[trigger]`, `[V`; None if there is none."""
     rest = _concept(trigger).sub(lambda match: "\0" * len(match.group()), text)
     found = list(_NEAR_PLACEHOLDER.finditer(rest))
     if not found:
@@ -246,10 +251,10 @@ def near_placeholder(text: str, trigger: str = "") -> Doubt | None:
 
 
 def check_prompts(prompts: Sequence[str], what: str, trigger: str = "") -> list[str]:
-    """Sentences on what is doubtful in prompts that a user typed; `what` names them, "preview prompt".
+    """Warnings about prompts that a user typed; `what` names them, e.g. "preview prompt".
 
     Raises:
-        ValueError: one holds characters that are no text.
+        ValueError: a prompt contains invalid characters.
     """
     found = []
     for number, prompt in enumerate(prompts, 1):
@@ -266,7 +271,7 @@ def _line_of(text: str, place: int) -> int:
 
 
 def _concept(trigger: str) -> re.Pattern[str]:
-    """Matches `[V]` and the trigger. Only ASCII letters join a word: Chinese is written without spaces."""
+    """Matches `[V]` and the trigger. Only ASCII letters extend a word: Chinese is written without spaces."""
     names = [_PLACEHOLDER]
     if trigger.strip():
         words = r"\s+".join(re.escape(word) for word in trigger.split())

@@ -1,4 +1,4 @@
-"""The pictures of a data set, opened: whether each can be read, lies where it may, is new, and fits its bucket."""
+"""Checks the images of a dataset: readable, inside the root folder, not a duplicate, and fitting their bucket."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from .images import ImageError, decode, pixel_digest
 from .problems import Problems
 
 MAX_LOSS = 0.2
-"""The share of a picture that may be cut away without a warning."""
+"""Share of an image that may be cropped without a warning."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The size of an entry's upright picture in pixels, and the bucket it is trained in."""
+    """The size of an entry's image after EXIF rotation, and its bucket.
+
+    Attributes:
+        width: width in pixels.
+        height: height in pixels.
+        bucket: the size that it is trained at.
+    """
 
     width: int
     height: int
@@ -28,31 +34,36 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Looked:
-    """What is kept of a picture after a look at it: (width, height) and its digest."""
+    """A decoded image's (width, height) and pixel digest."""
 
     size: tuple[int, int]
     digest: str
 
 
 @dataclass
-class PictureChecker:
-    """Decodes the pictures of entries and notes what is wrong with them.
+class ImageChecker:
+    """Decodes the images of entries and reports problems with them.
 
-    A picture may be the source of many edits: each file is decoded once, and its faults are reported for each entry.
+    An image may be the source of many edits: each file is decoded once, and its problems are reported for each entry.
+
+    Attributes:
+        root: the folder that must contain all images.
+        buckets: the training sizes.
+        problems: collects the problems.
+        looked: decoded files by real path; a text is the reason why the file is invalid.
+        seen: target files by their own digest and those of their sources.
     """
 
     root: Path
     buckets: Sequence[Bucket]
     problems: Problems
     looked: dict[Path, _Looked | str] = field(default_factory=dict)
-    """By real path; a text says why the file cannot be used."""
     seen: dict[str, dict[tuple[str, ...], Path]] = field(default_factory=dict)
-    """Target files by their own digest and those of their sources."""
 
     def check(self, entry: Entry) -> Fit | None:
-        """How an entry is trained, or None after noting why it cannot be."""
+        """The size and bucket of an entry, or None after reporting why it cannot be used."""
         target = self._look(entry, entry.image)
-        looks = [self._look(entry, path) for path in entry.sources]
+        looks = [self._look(entry, path) for path in entry.source_images]
         sources = [source for source in looks if source is not None]
         if target is None or len(sources) < len(looks):
             return None
@@ -61,14 +72,15 @@ class PictureChecker:
         width, height = target.size
         if entry.declared not in (None, target.size):
             declared = "x".join(map(str, entry.declared or ()))
-            self._note("warning", entry, entry.image, f"is {width}x{height}, the row says {declared}: the file counts")
+            message = f"is {width}x{height}, but the row says {declared}: using the file's size"
+            self._note("warning", entry, entry.image, message)
         bucket = nearest_bucket(width, height, self.buckets)
         enlarged = must_enlarge(width, height, bucket)
         if enlarged:
             self._warn_of_size(entry, entry.image, target.size, f"its bucket {bucket}")
         self._warn_of_loss(entry, entry.image, target.size, bucket, "its bucket")
-        for path, source in zip(entry.sources, sources, strict=True):
-            if not enlarged and must_enlarge(*source.size, bucket):  # as small as its target is no news
+        for path, source in zip(entry.source_images, sources, strict=True):
+            if not enlarged and must_enlarge(*source.size, bucket):  # the target's warning is enough
                 self._warn_of_size(entry, path, source.size, f"its target's bucket {bucket}")
             self._warn_of_loss(entry, path, source.size, bucket, "its target's bucket")
         return Fit(width, height, bucket)
@@ -95,14 +107,14 @@ class PictureChecker:
         return found
 
     def _is_repeated(self, entry: Entry, target: str, sources: tuple[str, ...]) -> bool:
-        """Whether the same picture or edit was there before, or the edit changes nothing. One target may be the result
-        of several sources, but hardly by intent."""
+        """Whether the image or edit is a duplicate, or the edit changes nothing. Several sources for one target are
+        possible but probably a mistake, so there is a warning."""
         if target in sources:
-            self._note("error", entry, entry.image, "the same picture as its source: an edit must change something")
+            self._note("error", entry, entry.image, "the same image as its source: an edit must change something")
             return True
         twins = self.seen.setdefault(target, {})
         if sources in twins:
-            what = "edit" if sources else "picture"
+            what = "edit" if sources else "image"
             message = f"duplicate: the same {what} as {twins[sources]}; remove one, or use repeats"
             self._note("error", entry, entry.image, message)
             return True
@@ -115,13 +127,13 @@ class PictureChecker:
     def _inside(self, entry: Entry, path: Path) -> Path | None:
         """The real path of an image if it exists inside the root.
 
-        Of what is spelled as if outside nobody learns whether it exists: a JSONL may come from anywhere.
+        The message does not reveal whether a path outside the root exists: a JSONL may come from anywhere.
         """
         roots = (Path(os.path.abspath(self.root)), self.root.resolve())
         spelled = Path(os.path.abspath(path))
-        leaves = f"leaves the folder {roots[1]}; move it there, or choose a wider root folder"
+        leaves = f"is outside of the folder {roots[1]}; move it there, or choose a wider root folder"
         is_inside = any(spelled.is_relative_to(root) for root in roots)
-        reason = leaves if is_inside else f"no such file that may be read: it {leaves}"
+        reason = leaves if is_inside else f"no such readable file: it {leaves}"
         try:
             resolved = path.resolve(strict=True) if shares_drive(spelled, roots) else None
         except (OSError, ValueError, RuntimeError) as error:
@@ -131,12 +143,12 @@ class PictureChecker:
         if resolved is not None and resolved.is_relative_to(roots[1]):
             if resolved.is_file():
                 return resolved
-            reason = "is no file"
+            reason = "is not a file"
         self._note("error", entry, path, reason)
         return None
 
     def _warn_of_size(self, entry: Entry, path: Path, size: tuple[int, int], where: str) -> None:
-        message = f"is {size[0]}x{size[1]}, smaller than {where}: it is enlarged"
+        message = f"is {size[0]}x{size[1]}, smaller than {where}: it would be upsampled"
         self._note("warning", entry, path, message)
 
     def _warn_of_loss(self, entry: Entry, path: Path, size: tuple[int, int], bucket: Bucket, where: str) -> None:
@@ -144,20 +156,20 @@ class PictureChecker:
         left, top, right, bottom = cover_box(width, height, bucket)
         loss = 1 - (right - left) * (bottom - top) / (width * height)
         if loss > MAX_LOSS:
-            message = f"is {width}x{height}: {loss:.0%} is cut away to fit {where} {bucket}"
+            message = f"is {width}x{height}: {loss:.0%} is cropped to fit {where} {bucket}"
             self._note("warning", entry, path, message)
 
     def _note(self, severity: Literal["error", "warning"], entry: Entry, path: Path, message: str) -> None:
-        """Names the row for a JSONL (with the picture in the message), the picture itself for a folder."""
-        if entry.line is None:
+        """Reports the row for a JSONL (with the image in the message), or the image for a folder."""
+        if entry.caption_line is None:
             self.problems.add(severity, path, None, message)
         else:
-            self.problems.add(severity, entry.source, entry.line, f"{path}: {message}")
+            self.problems.add(severity, entry.caption_file, entry.caption_line, f"{path}: {message}")
 
 
 def shares_drive(path: PurePath, roots: Sequence[PurePath]) -> bool:
     """Whether a path is on the drive or network share of one of the roots.
 
-    Only Windows has those, and there a mere look at a file on a share would sign in to its server.
+    Only Windows has those, and there accessing a file on a share would sign in to its server.
     """
     return path.drive.casefold() in {root.drive.casefold() for root in roots}

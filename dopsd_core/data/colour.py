@@ -1,7 +1,7 @@
-"""The colours of an image file as sRGB, which is what models are trained on and what viewers show.
+"""Converts the colours of image files to sRGB, which models are trained on and viewers show.
 
-An image says what its numbers mean by an embedded profile (ICC), by chunks of PNG, or by EXIF. Phones write Display P3
-and cameras Adobe RGB; taken for sRGB their colours are pale. What says nothing is sRGB.
+The colour space is given by an embedded ICC profile, by PNG chunks, or by EXIF. Phones write Display P3 and cameras
+Adobe RGB; interpreted as sRGB, their colours are pale. Files without any information are sRGB.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CODED_CURVES: dict[int, float | tuple[float, ...]] = {
     14: BT_709_CURVE,
     15: BT_709_CURVE,
 }
-"""Of PNG's cICP chunk (ITU-T H.273); the high dynamic ranges 16 and 18 are not among them."""
+"""Transfer curves of PNG's cICP chunk (ITU-T H.273), without the high dynamic ranges 16 and 18."""
 
 _GAMMA_OF_SRGB, _GAMMA_ROUNDING, _CHROMATICITY_ROUNDING = 0.45455, 0.01, 0.005
 _EXIF_IFD, _INTEROP_IFD, _COLOR_SPACE, _INTEROP_INDEX = 0x8769, 0xA005, 0xA001, 1
@@ -48,11 +48,11 @@ _EXIF_IFD, _INTEROP_IFD, _COLOR_SPACE, _INTEROP_INDEX = 0x8769, 0xA005, 0xA001, 
 
 @dataclass(frozen=True)
 class Colours:
-    """What an image says of its colours.
+    """The colour space of an image.
 
     Attributes:
-        profile: the ICC profile that its numbers are in; None for sRGB.
-        remark: a sentence where that was guessed or could not be read, else "".
+        profile: the ICC profile of its values; None for sRGB.
+        remark: a warning if the profile was guessed or could not be read, else "".
     """
 
     profile: bytes | None = None
@@ -60,14 +60,15 @@ class Colours:
 
 
 class ColourError(ValueError):
-    """A profile that cannot be used for an image; the message says why."""
+    """Raised if a profile cannot be applied to an image; the message gives the reason."""
 
 
 def colours_of(image: Image.Image, profile: bytes | None, coding: tuple[int, int, int, int] | None = None) -> Colours:
-    """What an opened image says, the most exact statement first.
+    """The colour space of an opened image, from the most precise information available.
 
     Args:
-        profile: its embedded profile; empty for one that cannot be read.
+        image: the image.
+        profile: its embedded profile; empty if it cannot be read.
         coding: the numbers of PNG's cICP chunk.
     """
     if coding is not None:
@@ -86,10 +87,10 @@ def colours_of(image: Image.Image, profile: bytes | None, coding: tuple[int, int
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """An L, RGB or CMYK image whose numbers are in `profile` as RGB in sRGB, with perceptual intent as viewers do it.
+    """Converts an L, RGB or CMYK image from `profile` to RGB in sRGB, with perceptual intent like viewers.
 
     Raises:
-        ColourError: the profile cannot be used.
+        ColourError: the profile cannot be applied.
     """
     try:
         space = _space(profile)
@@ -112,7 +113,7 @@ def _space(profile: bytes) -> str:
 
 @lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None where it is sRGB already: such images keep every bit."""
+    """The transform from a profile to sRGB; None if it is sRGB already, so that the pixels stay unchanged."""
     source: Any = ImageCms.ImageCmsProfile(BytesIO(profile))
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode == "CMYK":

@@ -1,10 +1,10 @@
-"""A data set on disk, of pictures or of edits, in a folder or in the authors' JSONL; all its problems at once.
+"""Reads a dataset of images or edits from a folder or a JSONL file and reports all problems at once.
 
     report = read_dataset("photos", pixel_budget=1024 * 1024, multiple=16, trigger="ohwx")
     report.raise_for_errors()
     for pair in report.pairs: ...
 
-Nothing is silently left out or replaced: what cannot be used is an error, what is used but doubtful a warning.
+Nothing is skipped or replaced silently: unusable items are errors, doubtful ones are warnings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from ..text import printable
 from .buckets import Bucket, make_buckets
 from .captions import CaptionError, check_text, doubts_of, has_trigger, near_placeholder, put_trigger, remove_trigger
-from .checks import Fit, PictureChecker
+from .checks import Fit, ImageChecker
 from .folder import ROW_SUFFIXES, Entry, read_folder
 from .jsonl import read_jsonl
 from .problems import Problem, Problems
@@ -27,17 +27,18 @@ from .repeats import MAX_REPEATS
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its captions, one of which is drawn at each visit; or an edit, its sources and its instructions.
+    """An image with its captions, or an edit with its source images and instructions. One caption is sampled per visit.
 
     Attributes:
-        image_path: the picture file; the result of an edit.
-        captions: at least one, none empty; `[V]` already replaced by the trigger.
-        width, height: size of the upright picture in pixels.
-        bucket: the size it is trained in.
+        image_path: the image file; the target of an edit.
+        captions: at least one, none empty; `[V]` is already replaced by the trigger.
+        width: width in pixels, after EXIF rotation.
+        height: height in pixels, after EXIF rotation.
+        bucket: the size that it is trained at.
         repeats: visits per epoch.
-        source, line: the file that the captions stand in, and the line of a JSONL.
-        sources: the pictures that an edit starts from, in order, cropped to the bucket of the result; none for a plain
-            picture.
+        caption_file: the file that contains the captions.
+        caption_line: the line of a JSONL file; None for a caption file.
+        source_images: the source images of an edit, in order, cropped to the bucket of the target; empty for an image.
     """
 
     image_path: Path
@@ -46,14 +47,20 @@ class Pair:
     height: int
     bucket: Bucket
     repeats: int
-    source: Path
-    line: int | None = None
-    sources: tuple[Path, ...] = ()
+    caption_file: Path
+    caption_line: int | None = None
+    source_images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What is in a data set and what is wrong with it. `pairs` holds the good ones only."""
+    """The contents of a dataset and its problems.
+
+    Attributes:
+        source: the folder or JSONL file.
+        pairs: the usable pairs only.
+        problems: errors and warnings, in the order of the data.
+    """
 
     source: Path
     pairs: tuple[Pair, ...]
@@ -61,23 +68,23 @@ class DatasetReport:
 
     @property
     def errors(self) -> tuple[Problem, ...]:
-        """The problems that forbid training."""
+        """The problems that prevent training."""
         return tuple(problem for problem in self.problems if problem.severity == "error")
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
-        """The problems that training lives with."""
+        """The problems that do not prevent training."""
         return tuple(problem for problem in self.problems if problem.severity == "warning")
 
     def raise_for_errors(self) -> None:
-        """Raises DatasetError with every error of the data set in its message, if there is one."""
+        """Raises DatasetError with all errors in its message, if there are any."""
         if self.errors:
             raise DatasetError(self)
 
     def describe(self) -> str:
-        """The report in words: counts, buckets, then every problem on a line of its own."""
-        sources = {source for pair in self.pairs for source in pair.sources}
-        what = "edit pair" if sources else "picture"
+        """The report as text: counts, buckets, then one line per problem."""
+        sources = {source for pair in self.pairs for source in pair.source_images}
+        what = "edit pair" if sources else "image"
         lines = [printable(f"{self.source}: {len(self.pairs)} usable {what}{'s' * (len(self.pairs) != 1)}")]
         counts = Counter(pair.bucket for pair in self.pairs)
         lines += [f"  {count:4d} in bucket {bucket}" for bucket, count in sorted(counts.items())]
@@ -85,7 +92,7 @@ class DatasetReport:
         if repeated:
             lines.append(f"  {repeated:4d} repeated, {sum(pair.repeats for pair in self.pairs)} visits per epoch")
         if sources:
-            lines.append(f"  {len(sources):4d} source pictures, cut to the buckets of their targets")
+            lines.append(f"  {len(sources):4d} source images, cropped to the buckets of their targets")
         varied = sum(len(pair.captions) > 1 for pair in self.pairs)
         if varied:
             lines.append(f"  {varied:4d} with several captions")
@@ -95,15 +102,15 @@ class DatasetReport:
 
 
 class DatasetError(ValueError):
-    """A data set cannot be trained on; the message lists every error, `report` has the rest."""
+    """Raised if a dataset has errors; the message lists all of them, `report` contains the rest."""
 
     def __init__(self, report: DatasetReport) -> None:
         lines = "\n".join(str(problem) for problem in report.errors)
-        super().__init__(printable(f"{len(report.errors)} errors in the data set {report.source}:\n{lines}"))
+        super().__init__(printable(f"{len(report.errors)} errors in the dataset {report.source}:\n{lines}"))
         self.report = report
 
     def __reduce__(self) -> tuple[type[DatasetError], tuple[DatasetReport]]:
-        return DatasetError, (self.report,)  # so that it survives the way out of a worker process
+        return DatasetError, (self.report,)  # so that it can be pickled by a worker process
 
 
 def read_dataset(
@@ -116,21 +123,21 @@ def read_dataset(
     root: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetReport:
-    """Reads and checks a whole data set; every file is decoded once.
+    """Reads and checks a dataset; every file is decoded once.
 
     Args:
-        source: a folder of pictures with same-named .txt captions (sub-folders too; one named `10_anything` repeats its
-            pictures 10 times, up to MAX_REPEATS); a folder of edits, target/ being such a folder and source/ holding
-            what each edit starts from at the same place; or a .jsonl file with a row per picture or per edit.
-        pixel_budget: the most pixels of a training picture.
-        multiple: the sides of a training picture are multiples of it.
-        trigger: replaces `[V]` in the captions; "" leaves `[V]` there.
-        repeats: visits per epoch of each picture, up to MAX_REPEATS, multiplied with its own.
-        root: the folder that no picture may lie outside of; by default the folder, or the folder of the JSONL.
-        progress: called with (pictures done, pictures in all).
+        source: a folder of images with .txt captions of the same name (subfolders too; one named `10_anything` repeats
+            its images 10 times, up to MAX_REPEATS); a folder of edits with such a folder target/ and the source images
+            at the same paths in source/; or a .jsonl file with one row per image or edit.
+        pixel_budget: maximum number of pixels of a training image.
+        multiple: the sides of a training image are multiples of it.
+        trigger: replaces `[V]` in the captions; "" keeps `[V]`.
+        repeats: visits per epoch of each image, up to MAX_REPEATS, multiplied by its own.
+        root: the folder that must contain all images; by default the folder, or the folder of the JSONL file.
+        progress: called with (images done, total images).
 
     Raises:
-        ValueError: an argument is out of range. Problems of the data never raise: they are in the report.
+        ValueError: an argument is out of range. Problems of the data do not raise: they are in the report.
     """
     if not 1 <= repeats <= MAX_REPEATS:
         raise ValueError(f"repeats ({repeats}) must be from 1 to {MAX_REPEATS}")
@@ -138,7 +145,7 @@ def read_dataset(
     source = Path(source)
     problems = Problems()
     entries = _read_entries(source, problems)
-    checker = PictureChecker(
+    checker = ImageChecker(
         root=Path(root) if root is not None else (source if source.is_dir() else source.parent),
         buckets=make_buckets(pixel_budget, multiple),
         problems=problems,
@@ -154,7 +161,7 @@ def read_dataset(
     _warn_without_trigger(pairs, trigger, problems)
     if not entries and not any(problem.severity == "error" for problem in problems.found):
         wanted = "put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"
-        problems.error(source, None, f"no pictures; {wanted if source.is_dir() else 'the file has no rows'}")
+        problems.error(source, None, f"no images; {wanted if source.is_dir() else 'the file has no rows'}")
     return DatasetReport(source, tuple(pairs), tuple(problems.found))
 
 
@@ -172,7 +179,7 @@ def _read_entries(source: Path, problems: Problems) -> list[Entry]:
     if source.suffix.lower() in ROW_SUFFIXES and source.is_file():
         return read_jsonl(source, problems)
     what = "a file, but not a .jsonl one" if source.is_file() else "not there"
-    problems.error(source, None, f"is {what}; give a folder of pictures and captions, or a .jsonl file")
+    problems.error(source, None, f"is {what}; give a folder of images and captions, or a .jsonl file")
     return []
 
 
@@ -184,48 +191,49 @@ def _make_pair(entry: Entry, fit: Fit, trigger: str, repeats: int) -> Pair:
         height=fit.height,
         bucket=fit.bucket,
         repeats=entry.repeats * repeats,
-        source=entry.source,
-        line=entry.line,
-        sources=entry.sources,
+        caption_file=entry.caption_file,
+        caption_line=entry.caption_line,
+        source_images=entry.source_images,
     )
 
 
 def _warn_of_doubts(entry: Entry, trigger: str, problems: Problems) -> None:
-    """Warns of what may have been meant otherwise in captions, equal sentences of a row once."""
+    """Adds the warnings about captions, equal ones of a row once."""
     doubts = dict.fromkeys(doubt for text in entry.captions for doubt in doubts_of(text, trigger))
-    if entry.line is None:
+    if entry.caption_line is None:
         for doubt in doubts:
-            problems.warning(entry.source, entry.text_line + doubt.line - 1, doubt.message)
+            problems.warning(entry.caption_file, entry.text_line + doubt.line - 1, doubt.message)
     else:
         for message in dict.fromkeys(doubt.message for doubt in doubts):
-            problems.warning(entry.source, entry.line, message)
+            problems.warning(entry.caption_file, entry.caption_line, message)
 
 
 def _warn_without_trigger(pairs: Sequence[Pair], trigger: str, problems: Problems) -> None:
-    """Warns of captions that do not name the concept, where there is a trigger or some captions say `[V]`; of
-    instructions only where there is a trigger, because an edit need not have a name. Near misses have a warning."""
+    """Warns of captions without the concept's name, if there is a trigger or some captions contain `[V]`; of
+    instructions only if there is a trigger, because an edit needs no name. Near misses have their own warning."""
 
     def lacks(text: str) -> bool:
         return not has_trigger(text, trigger) and near_placeholder(text, trigger) is None
 
     lacking = [(pair, sum(map(lacks, pair.captions))) for pair in pairs]
-    if not trigger and all(pair.sources or not any(map(has_trigger, pair.captions)) for pair in pairs):
+    if not trigger and all(pair.source_images or not any(map(has_trigger, pair.captions)) for pair in pairs):
         return
     name = f"the trigger {trigger!r}" if trigger else "[V]"
     for pair, count in lacking:
         if count:
-            kind = "instruction" if pair.sources else "caption"
+            kind = "instruction" if pair.source_images else "caption"
             which = f"the {kind} lacks" if len(pair.captions) == 1 else f"{count} {kind}s lack"
-            problems.warning(pair.source, pair.line or 1, f"{which} {name}: it teaches the words it has")
+            message = f"{which} {name}: the concept is learned for its ordinary words"
+            problems.warning(pair.caption_file, pair.caption_line or 1, message)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture as the trainer draws it: indices into the list of conditions.
+    """One image as the trainer samples it: indices into the list of conditions.
 
     Attributes:
-        variants: a condition per caption; one is drawn at each visit. Indices may repeat.
-        dropped: the condition with the empty caption, where caption dropout is wanted.
+        variants: one condition per caption; one is sampled per visit. Indices may repeat.
+        dropped: the condition with the empty caption, if caption dropout is used.
         repeats: visits per epoch.
     """
 
@@ -236,11 +244,14 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """What must be encoded before training: (pair, caption) requests, and how examples draw from them.
+    """What to encode before training, and how examples refer to it.
 
-    `anchors` are the captions without the concept's name, for the prior anchor; captions that do not name it have none:
-    held at the base and taught the concept, one text would pull both ways. Nor have edits: an instruction without its
-    picture is no prompt.
+    Attributes:
+        requests: (pair, caption) to encode.
+        examples: one per image, with indices into `requests`.
+        anchors: captions without the concept's name, for the prior anchor. Captions that do not name the concept give
+            none: the same text would be trained towards both the base and the concept. Edits give none either: an
+            instruction without its image is not a prompt.
     """
 
     requests: tuple[tuple[Pair, str], ...]
@@ -249,7 +260,7 @@ class EncodingPlan:
 
 
 def plan_encoding(pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: bool = False) -> EncodingPlan:
-    """Each picture with each of its different captions once, and with the empty one for dropout."""
+    """Plans one request for each image and distinct caption, plus the empty caption for dropout."""
     requests: list[tuple[Pair, str]] = []
     examples: list[Example] = []
     for pair in pairs:
@@ -257,7 +268,7 @@ def plan_encoding(pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: 
         index = {text: len(requests) + offset for offset, text in enumerate(texts)}
         requests += [(pair, text) for text in texts]
         examples.append(Example(tuple(index[text] for text in pair.captions), index.get(""), pair.repeats))
-    plain = [pair for pair in pairs if not pair.sources]
+    plain = [pair for pair in pairs if not pair.source_images]
     named = [caption for pair in plain for caption in pair.captions if has_trigger(caption, trigger)]
     anchors = dict.fromkeys(re.sub(r"\s+", " ", remove_trigger(caption, trigger)) for caption in named)
     return EncodingPlan(tuple(requests), tuple(examples), tuple(text for text in anchors if text))

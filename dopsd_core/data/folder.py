@@ -1,11 +1,13 @@
-"""A data set's folder as entries that no picture has been opened for yet.
+"""Reads a dataset folder as entries, without opening the images.
 
-photos/a.png            a picture
+photos/a.png            an image
 photos/a.txt            its caption
 
-edits/target/a.png      the result of an edit
+edits/target/a.png      the target of an edit
 edits/target/a.txt      its instruction
-edits/source/a.jpg      the picture that it starts from; other files of the folder are reported
+edits/source/a.jpg      its source image
+
+Other files are reported.
 """
 
 from __future__ import annotations
@@ -27,49 +29,55 @@ __all__ = ["Entry", "Problem", "Problems", "edit_folders", "read_folder"]
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 _NO_DATA = re.compile(r"(?i)(readme|licen[sc]e|classes|requirements)(\..*)?|(eh)?thumbs\.db|desktop\.ini|icon\r")
-"""Names of files that belong to no data set; nothing is said of them."""
+"""Names of files that are ignored without a warning."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture with captions, as the data set says; `captions` is empty where a problem was noted instead.
+    """An image or edit as the dataset describes it.
 
-    `line` is the line of a JSONL (None in a folder), `text_line` that of a caption file where its text begins,
-    `declared` the size that a row states, (width, height); `sources` are the pictures that an edit starts from, in
-    order.
+    Attributes:
+        image: the image file; the target of an edit.
+        captions: empty if a problem was reported instead.
+        caption_file: the file that contains the captions.
+        caption_line: the line of a JSONL file; None in a folder.
+        repeats: visits per epoch.
+        declared: (width, height) stated by a row.
+        source_images: the source images of an edit, in order.
+        text_line: the line of a caption file where its text begins.
     """
 
     image: Path
     captions: tuple[str, ...]
-    source: Path
-    line: int | None = None
+    caption_file: Path
+    caption_line: int | None = None
     repeats: int = 1
     declared: tuple[int, int] | None = None
-    sources: tuple[Path, ...] = ()
+    source_images: tuple[Path, ...] = ()
     text_line: int = 1
 
 
 def read_folder(folder: Path, problems: Problems) -> list[Entry]:
-    """The pictures of a folder and its sub-folders by name, hidden ones left out, with the captions beside them.
+    """The images of a folder and its subfolders, sorted by name, with their captions; hidden files are ignored.
 
-    A folder with the sub-folders source/ and target/ holds edits, of these two alone.
+    In a folder with the subfolders source/ and target/ only these two are read, as edits.
     """
     files = [file for file in _walk(folder, problems) if _NO_DATA.fullmatch(file.name) is None]
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
     halves = edit_folders(folder)
-    captioned = pictures if halves is None else [file for file in pictures if file.is_relative_to(halves[1])]
+    captioned = images if halves is None else [file for file in images if file.is_relative_to(halves[1])]
     reader = _FolderReader(folder, files, CaptionFiles.sort(folder, files, captioned, SUFFIXES), problems)
     if halves is None:
-        entries = [reader.entry(picture) for picture in pictures]
+        entries = [reader.entry(image) for image in images]
     else:
-        entries = _EditFolder(folder, *halves, reader, problems).entries(pictures)
+        entries = _EditFolder(folder, *halves, reader, problems).entries(images)
     reader.note_shared_captions()
     reader.note_unread()
     return entries
 
 
 def edit_folders(folder: Path) -> tuple[Path, Path] | None:
-    """The sub-folders source/ and target/ of a folder of edits, in any case of letters; None where one is missing."""
+    """The subfolders source/ and target/ of a folder of edits (case-insensitive); None if one is missing."""
     try:
         found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     except OSError:
@@ -79,9 +87,9 @@ def edit_folders(folder: Path) -> tuple[Path, Path] | None:
 
 @dataclass
 class _FolderReader:
-    """Finds the caption and the repeats of each picture, and names what is left.
+    """Finds the caption and the repeats of each image, and reports the remaining files.
 
-    named: files that a message has named already. used: the pictures of each caption file.
+    named: files that a message already mentions. used: the images of each caption file.
     """
 
     folder: Path
@@ -96,7 +104,7 @@ class _FolderReader:
         self._rows = next((file for file in self.files if file.suffix.lower() in ROW_SUFFIXES), None)
 
     def entry(self, image: Path, kind: Kind = "caption") -> Entry:
-        """The picture with its caption; a problem is noted where there is none that can be used."""
+        """The image with its caption; reports a problem if there is no valid one."""
         found = self.captions.of(image)
         for file in found:
             self.used.setdefault(file, []).append(image)
@@ -106,10 +114,10 @@ class _FolderReader:
             return Entry(image, (), image, None, repeats)
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
-            self.problems.error(image, None, f"{len(found)} {kind}s of its name: {names}; keep one")
+            self.problems.error(image, None, f"{len(found)} {kind}s with its name: {names}; keep one")
             return Entry(image, (), found[0], None, repeats)
         if not self.captions.names_exactly(found[0], image):
-            message = f"taken as the {kind} of {image.name}: the names differ in upper and lower case; make them equal"
+            message = f"used as the {kind} of {image.name}: the names differ in upper and lower case; make them equal"
             self.problems.warning(found[0], None, message)
         text = self._text(found[0], kind)
         before = text[: len(text) - len(text.lstrip())]
@@ -117,17 +125,17 @@ class _FolderReader:
         return Entry(image, texts, found[0], None, repeats, text_line=len(re.findall(r"\r\n|\r|\n", before)) + 1)
 
     def _text(self, file: Path, kind: Kind) -> str:
-        """The text of a caption file, "" after noting why it cannot be used."""
+        """The text of a caption file, or "" after reporting why it is invalid."""
         try:
             if not file.resolve().is_relative_to(self.folder.resolve()):
-                raise CaptionError(f"leaves the folder {self.folder}")
+                raise CaptionError(f"is outside of the folder {self.folder}")
             return read_caption_file(file, kind)
         except CaptionError as error:
             self.problems.error(file, error.line or 1, str(error))
         except OSError as error:
             self.problems.error(file, None, f"cannot be read: {error.strerror}")
-        except RuntimeError:  # Python up to 3.12 says it so
-            self.problems.error(file, None, "cannot be read: a link that turns in a circle")
+        except RuntimeError:  # raised by Python up to 3.12
+            self.problems.error(file, None, "cannot be read: a circular link")
         return ""
 
     def _note_lack(self, image: Path, kind: Kind) -> None:
@@ -135,20 +143,20 @@ class _FolderReader:
         self.named.update(meant)
         if not remark and self._rows is not None:
             self.named.add(self._rows)
-            remark = f"there is {self._rows.name}: to read that one, give its path"
+            remark = f"there is {self._rows.name}: to read that file, give its path"
         hint = f" ({remark})" if remark else ""
         self.problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
 
     def note_shared_captions(self) -> None:
-        """Warns of pictures of one name, which have one text between them."""
+        """Warns of images with the same name, which share one caption."""
         for file, images in self.used.items():
             if len(images) > 1:
                 names = " and ".join(image.name for image in images)
-                message = f"{names} share the caption {file.name}: give each a name of its own, or remove one"
+                message = f"{names} share the caption {file.name}: rename or remove one"
                 self.problems.warning(images[0], None, message)
 
     def note_unread(self) -> None:
-        """Names what was not read: captions without a picture, and other files, those of a kind once."""
+        """Reports what was not read: captions without an image, and other files, once per kind."""
         images = (*SUFFIXES, *UNREAD_SUFFIXES)
         places = {place_of(file) for file in self.files if file.suffix.lower() in images}
         rest: dict[str, list[Path]] = {}
@@ -159,7 +167,7 @@ class _FolderReader:
             if suffix != ".txt":
                 rest.setdefault(suffix, []).append(file)
             elif place_of(file) not in places:
-                self.problems.warning(file, None, "a caption without a picture of its name")
+                self.problems.warning(file, None, "a caption without an image of the same name")
         for suffix, files in rest.items():
             count = len(files) - 1
             more = f", like {count} more {f'{suffix} file'.strip()}{'s' * (count > 1)}" if count else ""
@@ -171,12 +179,12 @@ def _what_to_do(suffix: str) -> str:
         return f"convert {suffix} files to PNG, JPEG, WebP or BMP"
     if suffix in ROW_SUFFIXES:
         return "to read it, give its path instead of the folder's"
-    return "of a folder images and .txt captions are read"
+    return "only images and .txt captions are read from a folder"
 
 
 @dataclass(frozen=True)
 class _EditFolder:
-    """Pairs what lies in target/ with what lies at the same place in source/, whatever its suffix."""
+    """Pairs the files in target/ with those of the same path in source/, ignoring suffixes."""
 
     folder: Path
     source: Path
@@ -184,17 +192,17 @@ class _EditFolder:
     reader: _FolderReader
     problems: Problems
 
-    def entries(self, pictures: Sequence[Path]) -> list[Entry]:
-        """An entry for each picture in target/; pictures that belong to none are noted."""
+    def entries(self, images: Sequence[Path]) -> list[Entry]:
+        """An entry for each image in target/; other images are reported."""
         starts: dict[Place, list[Path]] = {}
         targets: dict[Path, Place] = {}
-        for picture in pictures:
-            if picture.is_relative_to(self.target):
-                targets[picture] = _place_below(self.target, picture)
-            elif picture.is_relative_to(self.source):
-                starts.setdefault(_place_below(self.source, picture), []).append(picture)
+        for image in images:
+            if image.is_relative_to(self.target):
+                targets[image] = _place_below(self.target, image)
+            elif image.is_relative_to(self.source):
+                starts.setdefault(_place_below(self.source, image), []).append(image)
             else:
-                self.problems.error(picture, None, "lies beside source/ and target/: move it into one of them")
+                self.problems.error(image, None, "is outside of source/ and target/: move it into one of them")
         wanted = set(targets.values())
         loose = {_folded_place(place): place for place in starts if place not in wanted}
         found = {target: self._start(place, starts, loose) for target, place in targets.items()}
@@ -203,11 +211,11 @@ class _EditFolder:
         return entries
 
     def _start(self, target: Place, starts: Mapping[Place, Sequence[Path]], loose: Mapping[Place, Place]) -> Place:
-        """The place in source/ that belongs to one in target/: the same, or else one that differs in case alone."""
+        """The place in source/ for one in target/: the same, or else one that differs only in case."""
         other = loose.get(_folded_place(target))
         if target in starts or other is None:
             return target
-        message = f"taken as the source of {target[1]}: the names differ in upper and lower case; make them equal"
+        message = f"used as the source of {target[1]}: the names differ in upper and lower case; make them equal"
         self.problems.warning(starts[other][0], None, message)
         return other
 
@@ -216,15 +224,15 @@ class _EditFolder:
         entry = self.reader.entry(target, "instruction")
         if not found:
             place = f"{start.relative_to(self.folder)}{target.suffix}"
-            self.problems.error(target, None, f"no source: put the picture that this edit starts from at {place}")
+            self.problems.error(target, None, f"no source: put the source image of this edit at {place}")
         self._note_strays(start, entry)
-        return replace(entry, sources=tuple(found), captions=entry.captions if len(found) == 1 else ())
+        return replace(entry, source_images=tuple(found), captions=entry.captions if len(found) == 1 else ())
 
     def _note_strays(self, start: Path, entry: Entry) -> None:
-        """Warns of a text beside the source where the target has its own."""
+        """Warns of a caption next to the source if the target has its own."""
         for stray in self.reader.captions.captions.get((start.parent, folded(start.name)), ()):
             if entry.captions:
-                message = f"not read: the instruction is the one in {entry.source.parent.name}/"
+                message = f"not read: the instruction is the one in {entry.caption_file.parent.name}/"
                 self.problems.warning(stray, None, message)
                 self.reader.named.add(stray)
 
@@ -232,16 +240,16 @@ class _EditFolder:
         for start, found in starts.items():
             if len(found) > 1:
                 names = ", ".join(path.name for path in found)
-                self.problems.error(found[0], None, f"{len(found)} sources of one name: {names}; keep one")
+                self.problems.error(found[0], None, f"{len(found)} sources with the same name: {names}; keep one")
             if start not in used:
                 place = self.target.relative_to(self.folder) / found[0].relative_to(self.source).with_suffix("")
-                message = f"a source without a target: its edit's result is missing at {place}.*"
+                message = f"a source without a target: the edited image is missing at {place}.*"
                 self.problems.warning(found[0], None, message)
 
 
-def _place_below(half: Path, picture: Path) -> Place:
-    """What a source and its target have in common: the folder below source/ or target/, and the name."""
-    inside = picture.relative_to(half)
+def _place_below(half: Path, image: Path) -> Place:
+    """The key that a source and its target share: the folder below source/ or target/, and the name."""
+    inside = image.relative_to(half)
     return Path(*map(composed, inside.parent.parts)), composed(inside.stem)
 
 
@@ -250,7 +258,7 @@ def _folded_place(place: Place) -> Place:
 
 
 def _walk(folder: Path, problems: Problems) -> list[Path]:
-    """All files below a folder, sorted; linked folders outside of it are errors (those inside are met anyway)."""
+    """All files below a folder, sorted; links to folders outside are errors (those inside are visited anyway)."""
     files: list[Path] = []
     root = folder.resolve()
 
@@ -264,5 +272,5 @@ def _walk(folder: Path, problems: Problems) -> list[Path]:
         for name in folders:
             link = here / name
             if link.is_symlink() and not link.resolve().is_relative_to(root):
-                problems.error(link, None, f"leaves the folder {root}: a link to {link.resolve()}; copy it there")
+                problems.error(link, None, f"links out of the folder {root}, to {link.resolve()}; copy it there")
     return files

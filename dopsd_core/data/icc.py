@@ -1,6 +1,6 @@
-"""Colour profiles (ICC) written from numbers: what an image says of its colours without embedding a profile.
+"""Writes ICC colour profiles from numbers, for images that specify their colours without embedding a profile.
 
-A profile here is the small kind: three primaries, a white point and one transfer curve for all channels.
+The profiles are minimal: three primaries, a white point and one transfer curve for all channels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ _BRADFORD = ((0.8951, 0.2664, -0.1614), (-0.7502, 1.7135, 0.0367), (0.0389, -0.0
 
 @dataclass(frozen=True)
 class Primaries:
-    """The chromaticities of red, green, blue and white."""
+    """The chromaticities of the primaries and the white point.
+
+    Attributes:
+        red: (x, y) of red.
+        green: (x, y) of green.
+        blue: (x, y) of blue.
+        white: (x, y) of white.
+    """
 
     red: Chromaticity
     green: Chromaticity
@@ -43,10 +50,10 @@ ADOBE_GAMMA = 563 / 256
 
 
 def make_profile(primaries: Primaries, curve: float | tuple[float, ...]) -> bytes:
-    """The bytes of an RGB profile. curve: a gamma, or five parameters as `SRGB_CURVE`.
+    """The bytes of an RGB profile. curve: a gamma, or five parameters as in `SRGB_CURVE`.
 
     Raises:
-        ValueError: the primaries are no triangle with the white inside the plane of numbers.
+        ValueError: the primaries do not form a triangle, or a chromaticity is invalid.
     """
     columns = _to_d50(primaries).T.tolist()
     trc = b"para\0\0\0\0" + struct.pack(">HH", 3 if isinstance(curve, tuple) else 0, 0)
@@ -81,7 +88,7 @@ def _to_d50(primaries: Primaries) -> Tensor:
 def _to_xyz(chromaticity: Chromaticity) -> tuple[float, float, float]:
     x, y = chromaticity
     if not 0 < y <= 1 or not 0 <= x <= 1:
-        raise ValueError(f"({x}, {y}) is no chromaticity")
+        raise ValueError(f"({x}, {y}) is not a chromaticity")
     return x / y, 1.0, (1 - x - y) / y
 
 

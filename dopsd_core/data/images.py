@@ -1,7 +1,7 @@
-"""Pixels of one image file: decoded whole, turned upright, converted to sRGB, fitted to a bucket.
+"""Decodes image files: EXIF rotation, conversion to sRGB, resizing and cropping to a bucket.
 
-Every image that is trained on, shown to a teacher or drawn as a thumbnail is opened here. Legend: H, W rows and columns
-of the bucket in pixels; 3 channels, red, green, blue.
+Every image for training, for a teacher or for a thumbnail is opened here. Legend: H, W height and width of the bucket
+in pixels; 3 channels, red, green, blue.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .buckets import Bucket, cover_box
 from .colour import ColourError, Colours, colours_of, to_srgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Image files that are read, by the end of their names in lower case."""
+"""Suffixes of the image files that are read, in lower case."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-"""Pillow's decoders for them; the content decides, not the name, and nothing else is ever tried."""
+"""The Pillow decoders in use. The content determines the format, not the name; no other decoder is tried."""
 
 MAX_PIXELS = 150_000_000
-"""The most pixels of a source image. A file that claims more is a decompression bomb or a mistake."""
+"""Maximum number of pixels of an image file. A file that claims more is a decompression bomb or a mistake."""
 
 MAX_BYTES = 2 << 30
-"""The most bytes of an image file, more than MAX_PIXELS take up in any format."""
+"""Maximum size of an image file in bytes, more than MAX_PIXELS need in any format."""
 
 _SIXTEEN_BIT = 65535 / 255
 _ORIENTATION = 0x0112
@@ -46,21 +46,21 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each orientation of EXIF."""
+"""The inverse of each EXIF orientation."""
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message says why, without the file's name."""
+    """Raised for an invalid image file; the message gives the reason without the file name."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file, opened.
+    """A decoded image file.
 
     Attributes:
-        image: upright, RGB, sRGB, 8 bits a channel; of several frames the first.
-        frames: how many the file has.
-        remarks: sentences on what could not be read as the file means it, for warnings.
+        image: the first frame, with EXIF rotation applied; RGB in sRGB, 8 bits per channel.
+        frames: number of frames in the file.
+        remarks: warnings about what could not be decoded exactly.
     """
 
     image: Image.Image
@@ -69,19 +69,19 @@ class Decoded:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file as an upright RGB image in sRGB: orientation applied, colour profile converted, alpha flattened on
-    white, 8 bits a channel.
+    """Reads an image file as RGB in sRGB, 8 bits per channel: EXIF rotation applied, colour profile converted, alpha
+    composited on white.
 
     Raises:
-        ImageError: the file is no image, is truncated or damaged, or claims more than MAX_PIXELS pixels.
+        ImageError: the file is not an image, is truncated or damaged, or claims more than MAX_PIXELS pixels.
     """
     return decode(path).image
 
 
 def decode(path: Path, draft: int | None = None) -> Decoded:
-    """As `read_image`, with what else is known of the file.
+    """Like `read_image`, with the number of frames and warnings.
 
-    draft: for thumbnails of so many pixels; a JPEG is then decoded at about that size.
+    draft: size of a thumbnail in pixels; a JPEG is decoded at about that size.
     """
     file = _read(path)
     try:
@@ -100,9 +100,9 @@ def decode(path: Path, draft: int | None = None) -> Decoded:
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"a decompression bomb, or make it smaller: {error}") from error
+        raise ImageError(f"possibly a decompression bomb; if not, make it smaller: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError("not a PNG, JPEG, WebP or BMP picture, or its beginning is damaged") from error
+        raise ImageError("not a PNG, JPEG, WebP or BMP image, or its header is damaged") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise ImageError(f"truncated or damaged: {error or type(error).__name__}") from error
 
@@ -112,7 +112,7 @@ def _read(path: Path) -> bytes:
         size = path.stat().st_size
         if size > MAX_BYTES:
             limit = f"more than an image of {MAX_PIXELS // 1_000_000} million pixels needs"
-            raise ImageError(f"it has {size / 2**30:.1f} GB, {limit}: a mistake, or make it smaller")
+            raise ImageError(f"has {size / 2**30:.1f} GB, {limit}; make it smaller")
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
@@ -123,9 +123,9 @@ _pillow = threading.Lock()
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Inside the `with`, Pillow refuses truncated files and is silent about large ones: MAX_PIXELS is the limit here.
+    """Inside the `with` block, Pillow rejects truncated files and does not warn of large ones (MAX_PIXELS is checked).
 
-    These are settings of the process: one thread at a time, and only where another part of it has changed them.
+    These settings are global: they are changed by one thread at a time, and only if other code has set them.
     """
     with _pillow, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -143,20 +143,20 @@ def _check_claim(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"it claims {width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million: "
-            "a decompression bomb, or make it smaller"
+            f"claims {width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million: "
+            "possibly a decompression bomb; if not, make it smaller"
         )
 
 
 def _embedded_profile(image: Image.Image, file: bytes) -> bytes | None:
-    """The colour profile of a file that is no PNG; empty where it has one that is incomplete."""
+    """The colour profile of a file that is not a PNG; empty if it is incomplete."""
     if image.format == "BMP":
         return _bmp_profile(file)
     return (image.info["icc_profile"] or b"") if "icc_profile" in image.info else None
 
 
 def _bmp_profile(file: bytes) -> bytes | None:
-    """The profile that the fifth version of BMP's header may have: at its offset 112, counted from the header."""
+    """The profile of a BMP with a version 5 header: at offset 112, counted from the header."""
     start = 14
     if len(file) < start + 124 or int.from_bytes(file[14:18], "little") < 124 or file[70:74] not in (b"DEBM", b"KNIL"):
         return None
@@ -166,7 +166,7 @@ def _bmp_profile(file: bytes) -> bytes | None:
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, str]:
-    """The image as its EXIF orientation means it, and a remark where that cannot be read."""
+    """(the image with EXIF rotation applied, a warning if EXIF cannot be read)."""
     try:
         method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF raises nearly anything
@@ -175,7 +175,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, str]:
 
 
 def _converted(image: Image.Image, colours: Colours) -> tuple[Image.Image, str]:
-    """RGB in sRGB, and a remark where its profile cannot be used."""
+    """(RGB in sRGB, a warning if its profile cannot be applied)."""
     if colours.profile is not None:
         try:
             return to_rgb(image, colours.profile), ""
@@ -185,12 +185,12 @@ def _converted(image: Image.Image, colours: Colours) -> tuple[Image.Image, str]:
 
 
 def to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
-    """An image of any Pillow mode as RGB: transparency on white, 16-bit grey scaled to 8 bits rather than cut.
+    """Converts an image of any Pillow mode to RGB: alpha composited on white, 16-bit grey scaled to 8 bits.
 
-    profile: what its numbers are in; None for sRGB.
+    profile: the ICC profile of its values; None for sRGB.
 
     Raises:
-        ColourError: the profile cannot be used for it.
+        ColourError: the profile cannot be applied.
     """
     if image.mode.startswith("I"):
         image = _scale_sixteen_bit(image)
@@ -209,16 +209,16 @@ def to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
 
 
 def load_image(path: Path, bucket: Bucket) -> Tensor:
-    """An image file fitted to its bucket, [3, H, W] fp32 in [0, 1].
+    """Reads an image file, resized and cropped to its bucket: [3, H, W] fp32 in [0, 1].
 
     Raises:
-        ImageError: as `read_image`.
+        ImageError: as in `read_image`.
     """
     return to_tensor(fit(read_image(path), bucket))
 
 
 def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """Cover-resize and centre crop to the bucket; an image of its very size keeps every pixel."""
+    """Resizes an image to cover the bucket and center-crops it; an image of the bucket's size is unchanged."""
     size = (bucket.width, bucket.height)
     if image.size == size:
         return image
@@ -226,13 +226,13 @@ def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as [3, H, W] fp32 in [0, 1]."""
+    """Converts an RGB image to [3, H, W] fp32 in [0, 1]."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float().div(255)
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """Equal for images of the same size and the same pixels, whatever file they came from."""
+    """A digest that is equal for images of the same size and pixels, from any file."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The rows of a JSONL as entries, a picture in each or an edit in each, under the authors' keys or other trainers'.
+"""Reads a JSONL file with one image or edit per row, under the authors' keys or those of other trainers.
 
 {"local_path_list": ["a.png"], "h*w": "832*1264", "short_en": "a [V] dog", "detailed_zh": "..."}
 {"ref_img": ["before.png"], "target_img": "after.png", "user_prompt_en": "make it winter"}
@@ -30,10 +30,10 @@ PATH_KEYS = (
     "file_name",
     "image",
 )
-"""Keys of a row for its picture, the first present one counts; the first path of a list is used."""
+"""Keys for the image of a row. The first key that is present is used, and the first path of a list."""
 
 SOURCE_KEY, TARGET_KEY = "ref_img", "target_img"
-"""The authors' keys of an edit: the picture or pictures that it starts from, all used and in order, and its result."""
+"""The authors' keys of an edit: its source image or images, all used in order, and its target."""
 
 _IMAGE, _FILE = r"_?(?:img|image)s?(?:_?(?:path|file|file_?name)s?)?(?:_?list)?", r"_file_?names?"
 
@@ -42,13 +42,13 @@ _SOURCE = re.compile(
     rf"|control_paths?|(?:input|source|control|reference){_FILE}|source|source_path|input|input_path|control|before)"
     r"(?:_?([0-9]{1,9}))?"
 )
-"""Keys for what an edit starts from, in the datasets of other trainers, with the number of several: control_path_0."""
+"""Keys for source images in the datasets of other trainers, optionally numbered: control_path_0."""
 
 _TARGET = re.compile(
     rf"(?:target|output|edited|after|result){_IMAGE}|(?:target|output|edited){_FILE}"
     r"|target|target_path|output|output_path|after"
 )
-"""Keys for its result."""
+"""Keys for the target image."""
 
 _WORDS = frozenset(
     (
@@ -56,12 +56,12 @@ _WORDS = frozenset(
         "target", "target_path", "output", "output_path", "after",
     )
 )  # fmt: skip
-"""Of those, the ones that may as well say where an image is from: read where the value is a path of an image."""
+"""Ambiguous ones of these keys, such as the origin of an image: read only if the value is the path of an image."""
 
 _REPEATS_KEYS = ("repeats", "num_repeats")
 _SIZE_KEYS = ("h*w", "w*h")
 _SILENT_KEYS = frozenset((*_SIZE_KEYS, "class_name"))
-"""Keys of the authors that need no reading."""
+"""Keys of the authors that are ignored without a warning."""
 
 _URL = re.compile(r"(?i)(?:[a-z][a-z0-9+.-]+://|data:)")
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -71,7 +71,7 @@ _LONGEST_VALUE = 80
 
 
 def read_jsonl(file: Path, problems: Problems) -> list[Entry]:
-    """The rows of a JSONL; paths are relative to its folder. Empty lines are skipped."""
+    """The rows of a JSONL file; paths are relative to its folder. Empty lines are skipped."""
     try:
         text = decode_utf8(file.read_bytes())
     except (OSError, CaptionError) as error:
@@ -144,7 +144,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _name_unread(file: Path, keys: Sequence[str], problems: Problems) -> None:
-    """Names the keys of a file that say something and are not read, once."""
+    """Warns once of the non-empty keys that are not read."""
     if keys:
         rest = len(keys) - _NAMED_KEYS
         names = ", ".join(_shown(key) for key in keys[:_NAMED_KEYS]) + f" and {rest} more" * (rest > 0)
@@ -154,22 +154,22 @@ def _name_unread(file: Path, keys: Sequence[str], problems: Problems) -> None:
 
 
 def _refuse_mixture(file: Path, entries: Sequence[Entry], problems: Problems) -> None:
-    """Edits and plain pictures are trained under different teachers."""
-    kinds = {"edits": [entry.line for entry in entries if entry.sources]}
-    kinds["plain pictures"] = [entry.line for entry in entries if not entry.sources]
+    """Reports a mixture of edits and plain images, which need different teachers."""
+    kinds = {"edits": [entry.caption_line for entry in entries if entry.source_images]}
+    kinds["plain images"] = [entry.caption_line for entry in entries if not entry.source_images]
     (kind, few), (other, many) = sorted(kinds.items(), key=lambda item: len(item[1]))
     if few:
         rest = len(few) - _NAMED_ROWS
         rows = ", ".join(map(str, few[:_NAMED_ROWS])) + f" and {rest} more" * (rest > 0)
         message = f"rows {rows} are" if len(few) > 1 else f"row {rows} is"
         problems.error(
-            file, few[0], f"{message} of {kind}, the other {len(many)} of {other}: put each kind into a file of its own"
+            file, few[0], f"{message} {kind}, the other {len(many)} are {other}: use a separate file for each kind"
         )
 
 
 @dataclass
 class _Row:
-    """A row that is being read; `read` are the keys that have been."""
+    """A row being read; `read` contains the keys read so far."""
 
     file: Path
     number: int
@@ -178,18 +178,18 @@ class _Row:
     read: set[str] = field(default_factory=set)
 
     def entry(self) -> Entry | None:
-        """What the row trains, or None after noting why there is nothing."""
+        """The entry of the row, or None after reporting why there is none."""
         captions = self._captions()
-        pictures = self._pictures()
+        images = self._images()
         repeats = self._repeats()
-        if pictures is None:
+        if images is None:
             return None
-        image, sources = pictures
+        image, sources = images
         declared = self._size(-1 if sources else 0)
         return Entry(image, captions, self.file, self.number, repeats, declared, sources)
 
     def unread(self) -> list[str]:
-        """The keys that say something and were not read, those that need no reading left out."""
+        """The non-empty keys that were not read, without the ignored ones."""
         given = [key for key in self.values if key not in self.read and key not in _SILENT_KEYS]
         return [key for key in given if self.values[key] not in (None, "", [], {})]
 
@@ -210,34 +210,34 @@ class _Row:
             self._error(f"no caption: give at least one of {', '.join(CAPTION_KEYS)}")
         return tuple(found.texts.values())
 
-    # -- pictures ------------------------------------------------------------------------------------------------------
+    # -- images ------------------------------------------------------------------------------------------------------
 
-    def _pictures(self) -> tuple[Path, tuple[Path, ...]] | None:
-        """The picture that the row trains, and the sources of an edit."""
+    def _images(self) -> tuple[Path, tuple[Path, ...]] | None:
+        """(the image or target, the source images of an edit)."""
         source_keys, target_keys = self._source_keys(), self._keys_like(_TARGET)
         plain = next((key for key in PATH_KEYS if self.values.get(key) is not None), None)
         if not source_keys and not target_keys:
-            return self._plain_picture(plain)
+            return self._plain_image(plain)
         target = target_keys[0] if target_keys else plain
         self.read.update((*source_keys, *target_keys))
         if not source_keys or target is None:
             given, lacking = (target_keys, SOURCE_KEY) if target_keys else (source_keys, TARGET_KEY)
-            self._error(f"has {given[0]!r} and no {lacking!r}: an edit needs both")
+            self._error(f"has {given[0]!r} but no {lacking!r}: an edit needs both")
             return None
         if len(target_keys) > 1:
-            self._error(f"has {' and '.join(map(repr, target_keys))}: an edit has one result")
+            self._error(f"has {' and '.join(map(repr, target_keys))}: an edit has one target")
         self.read.add(target)
         groups = [self._paths(key) for key in source_keys]
         targets = self._paths(target)
         if len(targets) > 1:
-            self._error(f"{target!r} has {len(targets)} paths: an edit has one result")
+            self._error(f"{target!r} has {len(targets)} paths: an edit has one target")
         if not all(groups) or len(targets) != 1:
             return None
         return targets[0], tuple(path for group in groups for path in group)
 
-    def _plain_picture(self, key: str | None) -> tuple[Path, tuple[Path, ...]] | None:
+    def _plain_image(self, key: str | None) -> tuple[Path, tuple[Path, ...]] | None:
         if key is None:
-            self._error(f"no picture: give one of {', '.join(PATH_KEYS)}; or {SOURCE_KEY} and {TARGET_KEY} of an edit")
+            self._error(f"no image: give one of {', '.join(PATH_KEYS)}; or {SOURCE_KEY} and {TARGET_KEY} of an edit")
             return None
         self.read.add(key)
         paths = self._paths(key)
@@ -248,7 +248,7 @@ class _Row:
         return (paths[0], ()) if paths else None
 
     def _source_keys(self) -> list[str]:
-        """The keys for sources in the order of their numbers, one without number first; of one name only."""
+        """The keys for source images in the order of their numbers, an unnumbered one first; all of one name."""
         numbered: dict[str, list[tuple[int, str]]] = {}
         for key in self._keys_like(_SOURCE):
             match = _SOURCE.fullmatch(key)
@@ -256,7 +256,7 @@ class _Row:
                 numbered.setdefault(match[1], []).append((int(match[2]) if match[2] else -1, key))
         if len(numbered) > 1:
             names = ", ".join(repr(keys[0][1]) for keys in numbered.values())
-            self._error(f"names what its edit starts from under several keys: {names}; keep one")
+            self._error(f"has source images under several keys: {names}; keep one")
         return [key for keys in numbered.values() for _, key in sorted(keys)]
 
     def _keys_like(self, pattern: re.Pattern[str]) -> list[str]:
@@ -264,7 +264,7 @@ class _Row:
         return [key for key in given if key.rstrip("_0123456789") not in _WORDS or _is_image_path(self.values[key])]
 
     def _paths(self, key: str) -> tuple[Path, ...]:
-        """The path or paths under a key; none where they are no such thing."""
+        """The path or paths under a key; empty after reporting an invalid value."""
         value = self.values[key]
         given = value if isinstance(value, list) else [value]
         paths = [path for path in given if isinstance(path, str) and path.strip()]
@@ -273,7 +273,7 @@ class _Row:
             return ()
         urls = [path for path in paths if _URL.match(path)]
         if urls:
-            self._error(f"{key!r} is the address {_shown(urls[0])}: download it and give the path of the file")
+            self._error(f"{key!r} is the URL {_shown(urls[0])}: download it and give the path of the file")
             return ()
         return tuple(self.file.parent / path for path in paths)
 
@@ -292,8 +292,8 @@ class _Row:
         return counts[0] if counts else 1
 
     def _size(self, place: int) -> tuple[int, int] | None:
-        """The (width, height) that the row states as "h*w" or "w*h", for comparison with the file's own; in a list of
-        sizes the one at `place`: the first of plain pictures, the last of an edit, whose target follows its sources."""
+        """The (width, height) that the row states as "h*w" or "w*h", to compare with the file's own; `place` is the
+        index in a list of sizes: the first of a plain image, the last of an edit, whose target follows its sources."""
         for key in _SIZE_KEYS:
             value = self.values.get(key)
             if isinstance(value, list) and value:
@@ -304,7 +304,7 @@ class _Row:
                 re.fullmatch(r"\s*([0-9]{1,9})\s*[*x]\s*([0-9]{1,9})\s*", value) if isinstance(value, str) else None
             )
             if numbers is None:
-                self._warning(f"{key!r} is {_shown(value)}, not like '832*1264': the file's own size counts")
+                self._warning(f"{key!r} is {_shown(value)}, not like '832*1264': using the file's size")
                 continue
             first, second = int(numbers[1]), int(numbers[2])
             return (second, first) if key == "h*w" else (first, second)
@@ -318,7 +318,7 @@ def _is_image_path(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value as it is written in messages, cut where it is long."""
+    """A value for messages, shortened if it is long."""
     try:
         text = repr(value)
     except RecursionError:  # nested about as deep as a row can be

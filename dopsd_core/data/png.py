@@ -1,8 +1,8 @@
-"""The chunks of a PNG file: those that decide its pixels are kept for Pillow, the others are left out.
+"""Filters the chunks of a PNG file: those that affect its pixels are kept for Pillow, the others are dropped.
 
-Pillow refuses a file for text that inflates to more than 1 MB, and for a colour profile that does: the workflow that
-ComfyUI writes, the history that an editor writes. Its limits are settings of the whole process, which other code may
-rely on. So the text is taken out before Pillow sees the file, and the profile is read here.
+Pillow rejects files whose text or colour profile inflates to more than 1 MB, such as the workflow that ComfyUI writes
+or the history of an editor. Its limits are global settings that other code may rely on, so the text is removed before
+Pillow reads the file, and the profile is read here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 MAX_PROFILE = 16 << 20
-"""The most bytes of a colour profile; printers' are a few MB."""
+"""Maximum size of a colour profile in bytes; those of printers have a few MB."""
 
 _MAX_TEXT = 1 << 20
 _PIXELS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"))
@@ -28,12 +28,12 @@ _ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)[0-9]')
 
 @dataclass(frozen=True)
 class Png:
-    """A PNG file taken apart.
+    """The parts of a PNG file.
 
     Attributes:
-        data: the file without the chunks that do not decide its pixels and its orientation.
-        profile: the colour profile; None without one, empty where it is damaged or larger than MAX_PROFILE.
-        coding: the four numbers of cICP: primaries, transfer, matrix, whether the range is full; None without.
+        data: the file without the chunks that affect neither its pixels nor its orientation.
+        profile: the colour profile; None if there is none, empty if it is damaged or larger than MAX_PROFILE.
+        coding: the four numbers of cICP: primaries, transfer, matrix, full range; None if there is none.
     """
 
     data: bytes
@@ -42,7 +42,7 @@ class Png:
 
 
 def take_apart(file: bytes) -> Png:
-    """The parts of a file that begins with SIGNATURE. What is truncated or broken stays, for Pillow to find."""
+    """The parts of a file that begins with SIGNATURE. Truncated or broken chunks are kept, for Pillow to report."""
     kept: list[bytes | memoryview] = [SIGNATURE]
     profile, coding = None, None
     for name, body, whole in _chunks(file):
@@ -58,7 +58,7 @@ def take_apart(file: bytes) -> Png:
 
 
 def _chunks(file: bytes) -> Iterator[tuple[bytes, memoryview, memoryview]]:
-    """(name, body, whole chunk) of each chunk; what follows a broken one under an empty name."""
+    """(name, body, whole chunk) of each chunk; the rest after a broken one has an empty name."""
     view, place = memoryview(file), len(SIGNATURE)
     while place < len(view):
         head = bytes(view[place : place + 8])
@@ -72,13 +72,13 @@ def _chunks(file: bytes) -> Iterator[tuple[bytes, memoryview, memoryview]]:
 
 
 def _profile(body: memoryview) -> bytes:
-    """The inflated profile of iCCP (name, NUL, method 0, deflated data); empty where it cannot be had."""
+    """The inflated profile of iCCP (name, NUL, method 0, deflated data); empty if it is invalid."""
     head, _, rest = bytes(body[:81]).partition(b"\0")
     return _inflate(body[len(head) + 2 :], MAX_PROFILE) if rest[:1] == b"\0" else b""
 
 
 def _inflate(data: bytes | memoryview, limit: int) -> bytes:
-    """Inflated data, empty where it is damaged or longer than `limit` bytes: never more than that is inflated."""
+    """Inflated data; empty if it is damaged or longer than `limit` bytes. Never inflates more than that."""
     inflater = zlib.decompressobj()
     try:
         found = inflater.decompress(data, limit)
@@ -89,7 +89,7 @@ def _inflate(data: bytes | memoryview, limit: int) -> bytes:
 
 
 def _orientation(name: bytes, body: memoryview) -> bytes:
-    """A chunk for Pillow with what a text says of the image's orientation; empty where it says nothing of it."""
+    """A chunk for Pillow with the orientation that a text chunk contains; empty if it contains none."""
     key, _, rest = bytes(body[:80]).partition(b"\0")
     start = len(key) + 1
     if key == _RAW_EXIF and name != b"iTXt":

@@ -1,4 +1,4 @@
-"""What is wrong with a data set, by file and line."""
+"""Problems of a dataset, by file and line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong at a place of the data set; an error forbids training, a warning does not."""
+    """A problem in the dataset.
+
+    Attributes:
+        severity: an error prevents training, a warning does not.
+        file: the file with the problem.
+        line: the line in it, if any.
+        message: the problem and what to do.
+    """
 
     severity: Severity
     file: Path
@@ -27,18 +34,22 @@ class Problem:
 
 @dataclass
 class Problems:
-    """The problems found so far, in the order of the data."""
+    """Collects problems.
+
+    Attributes:
+        found: the problems so far, in the order of the data.
+    """
 
     found: list[Problem] = field(default_factory=list)
 
     def add(self, severity: Severity, file: Path, line: int | None, message: str) -> None:
-        """Notes a problem."""
+        """Adds a problem."""
         self.found.append(Problem(severity, file, line, message))
 
     def error(self, file: Path, line: int | None, message: str) -> None:
-        """Notes a problem that forbids training."""
+        """Adds a problem that prevents training."""
         self.add("error", file, line, message)
 
     def warning(self, file: Path, line: int | None, message: str) -> None:
-        """Notes a problem that training lives with."""
+        """Adds a problem that does not prevent training."""
         self.add("warning", file, line, message)

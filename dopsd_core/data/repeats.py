@@ -1,4 +1,4 @@
-"""How often an image comes in an epoch: the bound, and the count in a folder's name."""
+"""Repeats of an image per epoch: the maximum, and the count in a folder name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from .problems import Problems
 
 MAX_REPEATS = 1000
-"""The most visits per epoch that a folder's name, a row or the user may each ask for."""
+"""Maximum number of repeats that a folder name, a row or the user may each request."""
 
 _COUNT = re.compile(r"([0-9]+)_")
 _DATE = re.compile(
@@ -20,19 +20,25 @@ _DATE = re.compile(
 )
 
 _NUMBERING = re.compile(r"0|[0-9]{1,2}_[0-9]{1,4}(?:_|$)")
-"""A count that may as well number a list, or be the month of a year: 01_front, 3_4_view, 12_2024."""
+"""An ambiguous count that may also be an index or a month: 01_front, 3_4_view, 12_2024."""
 
 
 @dataclass
 class NamedRepeats:
-    """The counts in the names of a data set's sub-folders, each looked at once."""
+    """Reads the repeat counts in the names of a dataset's subfolders, each once.
+
+    Attributes:
+        root: the folder of the dataset.
+        problems: collects the problems.
+        known: counts read so far, by folder.
+    """
 
     root: Path
     problems: Problems
     known: dict[Path, int] = field(default_factory=dict)
 
     def of(self, image: Path) -> int:
-        """The count of the nearest folder above an image, below the root, whose name begins with one; else 1."""
+        """The count of the nearest parent folder below the root whose name begins with one; else 1."""
         for folder in image.parents:
             if folder == self.root:
                 break
@@ -46,15 +52,15 @@ class NamedRepeats:
     def _read(self, folder: Path, digits: str) -> int:
         rename = f"rename the folder, to 1_{folder.name} for 1 repeat"
         if _DATE.match(folder.name):
-            message = f"its name begins with {digits} like a year or a date, which would be {digits} repeats"
+            message = f"its name begins with {digits}, which looks like a date but would mean {digits} repeats"
             self.problems.error(folder, None, f"{message}: {rename}")
         elif not 1 <= int(digits) <= MAX_REPEATS:
-            message = f"its name asks for {digits} repeats, and 1 to {MAX_REPEATS} are allowed"
+            message = f"its name requests {digits} repeats; 1 to {MAX_REPEATS} are allowed"
             self.problems.error(folder, None, f"{message}: {rename}")
         else:
             if _NUMBERING.match(folder.name) and int(digits) > 1:
                 self.problems.warning(
-                    folder, None, f"its name is read as {int(digits)} repeats: {rename} if it is none"
+                    folder, None, f"its name is read as {int(digits)} repeats: {rename} if that is not meant"
                 )
             return int(digits)
         return 1

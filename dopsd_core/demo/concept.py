@@ -1,4 +1,4 @@
-"""One unseen concept of the demo's world: its training pictures as ordinary files, and the prompts that test it."""
+"""An unseen concept of the demo world: its training images as ordinary files, and the prompts to evaluate it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ NUM_TARGETS = 4
 
 @dataclass(frozen=True)
 class Prompts:
-    """n prompts and the n scenes that a perfect answer to them shows (any appearance where the prompt names none)."""
+    """n prompts with n matching scenes (with any appearance if the prompt names none).
+
+    Attributes:
+        texts: the prompts.
+        scenes: the scenes that they describe.
+    """
 
     texts: tuple[str, ...]
     scenes: Scenes
@@ -25,11 +30,15 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Concept:
-    """A held-out appearance under the trigger word.
+    """A held-out appearance that is named by the trigger word.
 
-    targets: the training scenes. unseen: trigger prompts on backgrounds that no target has. described, generic: prompts
-    without the trigger, with all words of some other, ordinary appearance and with none. anchors: other ordinary
-    prompts.
+    Attributes:
+        seed: selects the concept.
+        targets: the training scenes.
+        unseen: prompts with the trigger, on backgrounds that no target has.
+        described: prompts without the trigger that describe some other, ordinary appearance in full.
+        generic: prompts without the trigger and without any word for the appearance.
+        anchors: other ordinary prompts.
     """
 
     seed: int
@@ -41,12 +50,12 @@ class Concept:
 
     @property
     def words(self) -> str:
-        """What the concept looks like, in words that no training caption has."""
+        """The concept's appearance, in words that do not occur in the training captions."""
         return caption(self.targets, 0, attributes=APPEARANCE, layout=False)
 
 
 def make_concept(seed: int, *, num_unseen: int = 60, num_prior: int = 64, num_anchors: int = 8) -> Concept:
-    """The concept of that seed; equal on every machine."""
+    """The concept of a seed, equal on every machine."""
     generator = make_generator(seed, "demo concept")
     appearance = sample_scenes(1, generator, held_out=True)
     layout = sample_scenes(NUM_TARGETS, generator)
@@ -68,10 +77,10 @@ def make_concept(seed: int, *, num_unseen: int = 60, num_prior: int = 64, num_an
 
 
 def write_dataset(concept: Concept, folder: Path) -> None:
-    """The targets as PNG files with captions of the same name, as a user would have them."""
+    """Writes the targets as PNG files with captions of the same name, like a user's dataset."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(to_images(render(concept.targets))):
-        picture.save(folder / f"target_{i + 1}.png")
+    for i, image in enumerate(to_images(render(concept.targets))):
+        image.save(folder / f"target_{i + 1}.png")
         (folder / f"target_{i + 1}.txt").write_text(caption(concept.targets, i, name=TRIGGER) + "\n", encoding="utf-8")
 
 

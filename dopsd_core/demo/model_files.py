@@ -1,4 +1,4 @@
-"""The demo model's files, sizes and templates: what both of its hosts need, in torch alone.
+"""The demo model's files, sizes and templates, shared by both hosts, in pure torch.
 
 The layouts are those of ComfyUI's single files (docs/demo-model.md).
 """
@@ -23,7 +23,7 @@ TOKEN_IDS = "dopsd.token_ids"  # in the text encoder's file: the real token id o
 TEXT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 TEACHER_TEMPLATE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 IMAGE_PAD = 151655
-VISION_PIXELS = 96 * 96  # the teacher sees the picture at this many pixels; Z-Image-Turbo's own teacher at 512^2..768^2
+VISION_PIXELS = 96 * 96  # the teacher sees images at this size; that of Z-Image-Turbo at 512^2..768^2
 VISION_CELL = 32  # pixels of one image token: patch 16, merged two by two
 SAMPLE_STEPS = 4
 
@@ -45,7 +45,7 @@ TRANSFORMER_SIZES = dict(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The file's tensors, floating ones upcast to fp32.
+    """The file's tensors by name in their own shapes, floating-point ones upcast to fp32.
 
     Raises:
         FileNotFoundError: the file is missing; the message names it.
@@ -58,20 +58,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_vae(path: Path, conv: type[nn.Conv2d] = nn.Conv2d) -> DemoAutoencoder:
-    """The autoencoder with the file's weights; conv: the class of its convolutions."""
+    """Loads the autoencoder with the file's weights; conv: the class of its convolutions."""
     model = DemoAutoencoder(conv=conv)
     model.load_state_dict(read_weights(path))
     return model
 
 
 def vision_size(height: int, width: int, pixels: int = VISION_PIXELS) -> tuple[int, int]:
-    """Height and width in multiples of 32 with about `pixels` pixels and the picture's aspect."""
+    """(height, width) in multiples of 32 with about `pixels` pixels and the image's aspect ratio."""
     scale = (pixels / (height * width)) ** 0.5
     rows, columns = (max(1, round(side * scale / VISION_CELL)) for side in (height, width))
     return rows * VISION_CELL, columns * VISION_CELL
 
 
 def resize_for_vision(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """image [3, H, W] -> [3, *size], as Qwen3-VL's own image processor does it: bicubic, antialiased, not clamped."""
+    """image [3, H, W] -> [3, *size], like Qwen3-VL's image processor: bicubic, antialiased, not clamped."""
     resize = torch.nn.functional.interpolate
     return resize(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]

@@ -1,4 +1,4 @@
-"""The settings of the demo's training."""
+"""Training settings of the demo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..teachers import EmaTeacher
 
 
 def demo_config(steps: int = 120, seed: int = 0) -> TrainConfig:
-    """The settings of the demo's D-OPSD run; also what `train --model demo` starts from."""
+    """The settings of the demo's D-OPSD run, also the defaults of `train --model demo`."""
     return TrainConfig(
         family="z_image",
         steps=steps,

@@ -1,8 +1,8 @@
-"""The demo's world: 64x64 pictures of one badge on a plain background, and what can be said of them.
+"""The demo world: 64x64 images of one badge on a plain background, and captions for them.
 
-A badge has four discrete appearance attributes (shape, colour, center, texture); a picture adds the badge's
-position and the background. Some combinations of appearance are HELD OUT: no picture of them is ever shown to
-the demo model in its making, so one of them, under the trigger word, is a concept it has never seen.
+A badge has four discrete appearance attributes (shape, colour, center, texture); an image adds the badge's position
+and the background. Some combinations of appearance are HELD OUT: the demo model was never trained on images of them,
+so one of them, named by the trigger word, is an unseen concept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,17 @@ _JITTER = 1.5  # pixels
 
 @dataclass(frozen=True)
 class Scenes:
-    """n pictures to be drawn. All class tensors are int64 [n]; `jitter` is float [n, 2] in pixels."""
+    """n images to render, as class indices int64 [n] per attribute.
+
+    Attributes:
+        shape: index into SHAPES [n].
+        colour: index into COLOURS [n].
+        center: index into COLOURS [n].
+        texture: index into TEXTURES [n].
+        position: index into POSITIONS [n].
+        background: index into BACKGROUNDS [n].
+        jitter: float [n, 2], offset of the badge in pixels.
+    """
 
     shape: Tensor
     colour: Tensor
@@ -66,12 +76,13 @@ class Scenes:
         return {name: getattr(self, name) for name in NUM_CLASSES}
 
     def with_layout_of(self, other: Scenes) -> Scenes:
-        """The same badges where and on what `other` has them."""
+        """The same badges at the positions and on the backgrounds of `other`."""
         return Scenes(
             self.shape, self.colour, self.center, self.texture, other.position, other.background, other.jitter
         )
 
     def repeat(self, n: int) -> Scenes:
+        """Each scene n times."""
         return Scenes(**{name: value.repeat_interleave(n, 0) for name, value in vars(self).items()})
 
 
@@ -85,7 +96,7 @@ HELD_OUT = _held_out_table()
 
 
 def sample_scenes(n: int, generator: torch.Generator, *, held_out: bool | None = False) -> Scenes:
-    """n random scenes; `held_out` False: appearances seen in the making, True: only unseen ones, None: any."""
+    """n random scenes; held_out: False for appearances seen in training, True for unseen ones, None for any."""
     chosen: list[Tensor] = []
     while sum(map(len, chosen)) < n:
         draw = torch.stack([torch.randint(0, k, (4 * n + 64,), generator=generator) for k in (6, 8, 8, 3)], 1)
@@ -118,7 +129,7 @@ def _outline(shape: int, x: Tensor, y: Tensor) -> Tensor:
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Pictures of the scenes: float [n, 3, 64, 64] in [0, 1]."""
+    """Renders the scenes: float [n, 3, 64, 64] in [0, 1]."""
     n, size = len(scenes), IMAGE_SIZE
     axis = torch.arange(size) - (size - 1) / 2
     centre = torch.tensor(list(POSITIONS.values()))[scenes.position] * _OFFSET + scenes.jitter
@@ -139,12 +150,12 @@ def render(scenes: Scenes) -> Tensor:
     stripes = torch.sigmoid(4 * torch.sin(y * (2 * math.pi / 9.5)))
     dots = torch.sigmoid(9 * (torch.cos(x * math.pi / 5.5) * torch.cos(y * math.pi / 5.5) - 0.25))
     texture = torch.stack([torch.zeros_like(stripes), stripes, dots], 1)[torch.arange(n), scenes.texture][:, None]
-    picture = body * (1 - 0.8 * texture)
+    image = body * (1 - 0.8 * texture)
     radius = torch.sqrt(x * x + y * y + 1e-6)
-    picture = torch.lerp(picture, center, inside(radius - 5.6))
-    picture = picture * (1 - inside((radius - 6.2).abs() - 0.8))  # ring around the center
-    picture = torch.lerp(background, picture, inside(distance))
-    return (picture * (1 - inside((distance + 1.0).abs() - 1.1))).clamp(0, 1)
+    image = torch.lerp(image, center, inside(radius - 5.6))
+    image = image * (1 - inside((radius - 6.2).abs() - 0.8))  # ring around the center
+    image = torch.lerp(background, image, inside(distance))
+    return (image * (1 - inside((distance + 1.0).abs() - 1.1))).clamp(0, 1)
 
 
 def _name(table: Sequence[str] | dict, index: Tensor) -> str:
@@ -152,7 +163,7 @@ def _name(table: Sequence[str] | dict, index: Tensor) -> str:
 
 
 def caption(scenes: Scenes, i: int, *, name: str = "", attributes: Sequence[str] = (), layout: bool = True) -> str:
-    """Words for scene i: an optional name, the appearance attributes asked for, and the layout.
+    """A caption of scene i: an optional name, the requested appearance attributes, and the layout.
 
     `caption(s, 0, name="[V]")` -> "a [V] badge, top, on a sand background".
     """

@@ -1,4 +1,4 @@
-"""Model families: data, and a few pure functions each. A new family is one file here and an entry in `FAMILIES`."""
+"""Model families: data and a few pure functions each. A new family is one module here and an entry in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FAMILIES: Mapping[str, Family] = {family.name: family for family in (Z_IMAGE, FL
 
 
 def get_family(name: str) -> Family:
-    """The family of that name.
+    """The family with this name.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: the name is unknown; the message lists the known ones.
     """
     if name not in FAMILIES:
         raise ValueError(f"unknown model family {name!r}; known families: {', '.join(sorted(FAMILIES))}")

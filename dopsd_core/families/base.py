@@ -1,4 +1,4 @@
-"""What a model family is."""
+"""The description of a model family."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Grid, geometry, targets, names and defaults of one kind of model.
+    """Grid, geometry, targets, names and defaults of a model family.
 
     Attributes:
-        name: what it is chosen by.
-        title: what people call it.
+        name: identifier in configurations.
+        title: display name.
         sigmas: (num_steps, width, height in pixels) -> the model's own few-step grid, num_steps + 1 values.
         latent_channels: C of a latent.
-        downscale: pixels of an image on a side of a latent pixel.
+        downscale: image pixels per latent pixel, on each side.
         pixel_multiple: both sides of a training image are multiples of it.
         lora_targets: patterns over part names, for `Adapter.targets`.
-        native_parts: (module path, rows) of a Linear in the original, fused network -> its parts as diffusers has them.
+        native_parts: (module path, rows) of a Linear in the original, fused network -> its parts as in diffusers.
         block_shape: (name of a Linear in a block, input width of each of the block's parts, image tokens of latent and
-            references, text tokens) -> what that block works on.
-        teachers: names in `conditioning.teachers.TEACHERS` that the model can have, its default first.
-        patch: latent pixels on a side of an image token.
-        key_prefix: stands before part names in LoRA files.
-        rollout_steps: K of training.
-        sample_steps: of inference.
-        lora_rank: the paper's.
-        lora_alpha: the paper's.
-        learning_rate: the paper's.
+            references, text tokens) -> the block's activations.
+        teachers: names in `conditioning.teachers.TEACHER_VIEWS` that the model supports, its default first.
+        patch: latent pixels per image token, on each side.
+        key_prefix: prefix of part names in LoRA files.
+        rollout_steps: K in training.
+        sample_steps: steps at inference.
+        lora_rank: rank in the paper.
+        lora_alpha: alpha in the paper.
+        learning_rate: learning rate in the paper.
         paper_steps: optimizer steps in the paper.
-        pixel_budget: pixels of a training image unless asked for otherwise.
+        pixel_budget: default number of pixels of a training image.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Family:
     pixel_budget: int = 1024 * 1024
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of width x height pixels.
+        """(C, h, w) of an image of width x height pixels.
 
         Raises:
             ValueError: a side is not a positive multiple of `pixel_multiple`.
@@ -82,19 +82,19 @@ class Family:
         return self.sigmas(num_steps, width * self.downscale, height * self.downscale)
 
     def tokens(self, latent: Sequence[int], condition: Condition) -> tuple[int, int]:
-        """(image, text) tokens of a forward on a latent [C, h, w]; references join the image's."""
+        """(image, text) tokens of a forward on a latent [C, h, w]; references count as image tokens."""
         shapes = [latent, *(reference.shape for reference in condition.reference_latents)]
         return sum(self.image_tokens(*shape[-2:]) for shape in shapes), len(condition.features)
 
     def lora_config(self, rank: int | None = None, alpha: float | None = None) -> Lora:
-        """The family's targets; rank as in the paper unless given, alpha at the paper's alpha / rank unless given."""
+        """A LoRA of the family's targets; rank defaults to the paper's, alpha to the paper's alpha / rank."""
         rank = self.lora_rank if rank is None else rank
         scale = self.lora_alpha / self.lora_rank
         return Lora(rank=rank, alpha=rank * scale if alpha is None else alpha, targets=self.lora_targets)
 
 
 def split_rows(names: tuple[str, ...], out_features: int) -> tuple[SitePart, ...]:
-    """Equal row slices of a fused projection, one per name.
+    """Splits the rows of a fused projection into equal parts, one per name.
 
     Raises:
         ValueError: the rows do not divide evenly.

@@ -25,7 +25,7 @@ _QKV = {
 
 
 def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
-    """Parts of a Linear of the original network under diffusers' names; outside the blocks names stay."""
+    """Parts of a Linear of the original network with diffusers' names; names outside the blocks do not change."""
     block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", name)
     if block is None:
         return (SitePart(name, 0, out_features),)
@@ -37,8 +37,8 @@ def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
 
 
 def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_tokens: int) -> BlockShape:
-    """Per token a double-stream block keeps 12 D + 4 F elements and a single-stream block 9 D + 4 F, D its width and
-    F its MLP's.
+    """A double-stream block saves 12 D + 4 F elements per token and a single-stream block 9 D + 4 F, with width D and
+    MLP width F.
 
     D, double: inputs of the norms 2, of qkv, proj and MLP 3, qkv 3, q, k after RoPE and v 3, attention 1. Single: input
     of the norm 1, of its first Linear 1, qkv 3 (v among them), q, k after RoPE 2, attention 1 and its copy in the input

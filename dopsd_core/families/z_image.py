@@ -1,4 +1,4 @@
-"""Z-Image-Turbo, and the demo model, which is its architecture in small."""
+"""Z-Image-Turbo, and the demo model, a scaled-down version of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
 
 
 def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_tokens: int) -> BlockShape:
-    """A block keeps 13 D + 4 F elements per token, D its width and F its MLP's.
+    """A block saves 13 D + 4 F elements per token, with width D and MLP width F.
 
     D: inputs of the four norms 4, of qkv, out, w1 and w3 (one) 3, qkv before its norms 3, q, k, v after RoPE 3.
     F: w1, w3, silu(w1) and the input of w2. Both kinds of tokens are padded to multiples of 32.

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .lock import try_lock
 
 @explained
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes `data` so that `path` holds the old contents or the new at any moment, a power cut included.
+    """Writes `data` so that `path` has either the old or the new contents at any time, even after a power failure.
 
-    What a killed process left of an earlier attempt at the same file is removed.
+    Leftovers of a killed process that wrote the same file are removed.
 
     Raises:
-        DiskError: the folder cannot be written; the old file, if any, is untouched and nothing else is left behind.
+        DiskError: the folder is not writable; an old file is untouched and no other file is left behind.
     """
     _remove_leftovers(path)
     file, temporary = _open_temporary(path)
@@ -38,7 +38,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename inside `folder` durable; where the system has no such thing (Windows), does nothing."""
+    """Makes a rename inside `folder` durable; does nothing if the system does not support it (Windows)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -48,24 +48,24 @@ def sync_folder(folder: Path) -> None:
 
 
 def _open_temporary(path: Path) -> tuple[IO[bytes], Path]:
-    """A new file beside `path`, locked as long as it is open, so that nobody takes it for a leftover."""
+    """A new file next to `path`, locked while it is open, so that it is not treated as a leftover."""
     while True:
-        # Not tempfile: its files are readable by their owner alone, and stay so after the rename.
+        # Not tempfile: its files are readable by their owner only, also after the rename.
         temporary = path.parent / f"{_stem(path)}{secrets.token_hex(8)}.tmp"
         file = temporary.open("xb")
         if try_lock(file) is not False and temporary.exists():
             return file, temporary
-        file.close()  # another process took it for a leftover before it was locked
+        file.close()  # another process removed it as a leftover before it was locked
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes temporary files for `path` whose writer is dead; where there are no locks to tell by, none."""
+    """Removes temporary files for `path` whose writer is dead; none if the file system has no locks."""
     for leftover in path.parent.glob(f"{glob.escape(_stem(path))}{'[0-9a-f]' * 16}.tmp"):
         with contextlib.suppress(OSError):
             with leftover.open("ab") as file:
                 is_dead = try_lock(file)
                 if is_dead and os.name != "nt":
-                    leftover.unlink()  # while it is locked: its writer could lock it the moment after
+                    leftover.unlink()  # while it is locked: its writer could lock it right after
             if is_dead and os.name == "nt":
                 leftover.unlink()  # an open file cannot be removed here, so not one that is being written either
 

@@ -1,6 +1,4 @@
-"""What a run does about the disk: room is checked before the first step, held for the last save, and errors say what
-to do.
-"""
+"""Disk space of a run: checked before the first step and reserved for the last save; errors say what to do."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ _MB = 10**6
 
 
 class DiskError(OSError):
-    """A file or folder could not be written; one sentence names it, the reason, and what to do.
+    """Raised if a file or folder could not be written; the message names it, the reason, and what to do.
 
     Attributes:
-        is_full: the disk, or the quota on it, has no room.
+        is_full: whether the disk or the quota is full.
     """
 
     def __init__(self, message: str, is_full: bool = False) -> None:
@@ -34,12 +32,12 @@ class DiskError(OSError):
         self.is_full = is_full
 
     def __reduce__(self) -> tuple[type[DiskError], tuple[str, bool]]:
-        return DiskError, (str(self), self.is_full)  # so that it survives the way out of a worker process
+        return DiskError, (str(self), self.is_full)  # so that it can be pickled by a worker process
 
 
 @contextmanager
 def writing(path: Path, size: int = 0) -> Iterator[None]:
-    """Inside the `with`, what the system says about writing `size` bytes to `path` becomes a `DiskError`."""
+    """Inside the `with` block, converts errors of the system while writing `size` bytes to `path` to `DiskError`."""
     try:
         yield
     except DiskError:
@@ -49,7 +47,7 @@ def writing(path: Path, size: int = 0) -> Iterator[None]:
 
 
 def explained(write: Callable[[Path, bytes], None]) -> Callable[[Path, bytes], None]:
-    """The function, its calls inside `writing`."""
+    """Decorates a function so that its errors are converted by `writing`."""
 
     @functools.wraps(write)
     def explaining(path: Path, data: bytes) -> None:
@@ -60,7 +58,7 @@ def explained(write: Callable[[Path, bytes], None]) -> Callable[[Path, bytes], N
 
 
 def free_bytes(path: Path) -> int | None:
-    """Room for this user on the file system that `path` is, or would be, on; None where the system cannot tell."""
+    """Free bytes for this user on the file system of `path`, which need not exist; None if unknown."""
     try:
         return shutil.disk_usage(_existing(path)).free
     except OSError:
@@ -71,23 +69,23 @@ def require_room(folder: Path, size: int) -> None:
     """Checks that `size` more bytes fit on the file system of `folder`.
 
     Raises:
-        DiskError: they do not.
+        DiskError: there is not enough space.
     """
     free = free_bytes(folder)
     if free is not None and free < size:
         raise DiskError(
-            f"{folder} needs {told_bytes(size)} for checkpoints, previews and the LoRA, and {told_bytes(free)} are "
-            f"free there: free {told_bytes(size - free)}, or choose another output folder, a lower rank, or fewer "
+            f"{folder} needs {format_bytes(size)} for checkpoints, previews and the LoRA, and {format_bytes(free)} are "
+            f"free there: free up {format_bytes(size - free)}, or choose another output folder, a lower rank, or fewer "
             "checkpoints and previews",
             is_full=True,
         )
 
 
 def require_writable(folder: Path) -> None:
-    """Checks that files can be made in `folder`, or folders where it will be; leaves nothing behind.
+    """Checks that `folder` is writable or can be created; leaves nothing behind.
 
     Raises:
-        DiskError: they cannot.
+        DiskError: it is not.
     """
     place = _existing(folder)
     with writing(folder), tempfile.TemporaryDirectory(dir=place) as trial, tempfile.TemporaryFile(dir=trial):
@@ -95,9 +93,9 @@ def require_writable(folder: Path) -> None:
 
 
 class Reserve:
-    """Room that is taken now, so that the last save finds it even on a disk that others have filled.
+    """Reserved disk space, so that the last save succeeds even if other programs fill the disk.
 
-    A file without a name: nothing is left behind by a kill. On file systems that promise no room it holds nothing.
+    It is an unnamed file, so a kill leaves nothing behind. It has no effect on file systems without preallocation.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,10 +103,10 @@ class Reserve:
         self._file: IO[bytes] | None = None
 
     def hold(self, size: int) -> None:
-        """Takes `size` bytes, in place of what was held before.
+        """Reserves `size` bytes, replacing the previous reservation.
 
         Raises:
-            DiskError: the disk, or the quota on it, has not so many left.
+            DiskError: the disk or the quota has not enough space.
         """
         self.release()
         try:
@@ -120,16 +118,16 @@ class Reserve:
         except OSError as error:
             if error.errno in _FULL:
                 raise _disk_error(error, self._folder, size) from error
-            log.debug("no room is held in %s: %s", self._folder, error)
+            log.debug("no space is reserved in %s: %s", self._folder, error)
 
     def release(self) -> None:
-        """Gives the room back; does nothing when none is held."""
+        """Releases the reservation; does nothing if there is none."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-def told_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A size for messages: "850 kB", "12.3 MB", "4.5 GB"."""
     if size < _MB:
         return f"{size / 1000:.0f} kB" if size >= 1000 else f"{size} bytes"
@@ -137,7 +135,7 @@ def told_bytes(size: int) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
+    """`path`, or its nearest parent folder that exists."""
     return next((place for place in (path, *path.absolute().parents) if place.exists()), path)
 
 
@@ -145,7 +143,7 @@ def _allocate(file: IO[bytes], size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
     else:
-        file.truncate(size)  # Windows allocates here; elsewhere it is a wish
+        file.truncate(size)  # Windows allocates here; other systems may not
 
 
 def _disk_error(error: OSError, path: Path, size: int) -> DiskError:
@@ -153,9 +151,9 @@ def _disk_error(error: OSError, path: Path, size: int) -> DiskError:
     remedy = "check the disk and the folder"
     if error.errno in _FULL:
         free = free_bytes(path)
-        needed = f"{told_bytes(size)} needed, " if size else ""
-        reason += f" ({needed}{'an unknown amount' if free is None else told_bytes(free)} free)"
-        remedy = "free some space there"
+        needed = f"{format_bytes(size)} needed, " if size else ""
+        reason += f" ({needed}{'an unknown amount' if free is None else format_bytes(free)} free)"
+        remedy = "free up some space there"
     elif error.errno in _NOT_WRITABLE:
         remedy = "allow writing there, or choose another output folder"
     return DiskError(f"{path} could not be written: {reason}; {remedy}", error.errno in _FULL)

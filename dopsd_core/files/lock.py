@@ -1,4 +1,4 @@
-"""One process at a time in a folder: two trainers would remove each other's checkpoints."""
+"""A lock on a folder: two trainers in the same folder would remove each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import IO
 
 
 class FolderInUse(RuntimeError):
-    """Another process, or another run of this one, is working in the folder."""
+    """Raised if another process, or another run in this process, uses the folder."""
 
 
 class FolderLock:
-    """Held from `acquire` to `release` or to the end of the process, a kill included; there is nothing to clean up.
+    """A lock from `acquire` until `release` or the end of the process, even by a kill; there is nothing to clean up.
 
-    Where the file system knows no locks (some network drives) it holds nothing back.
+    It has no effect on file systems without locks (some network drives).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -22,28 +22,28 @@ class FolderLock:
         self._file: IO[bytes] | None = None
 
     def acquire(self) -> None:
-        """Takes the lock.
+        """Acquires the lock.
 
         Raises:
-            FolderInUse: somebody else holds it.
+            FolderInUse: another run holds it.
         """
         file = self._path.open("ab")
         if try_lock(file) is False:
             file.close()
             raise FolderInUse(
-                f"another run is working in {self._path.parent}; wait for it, stop it, or choose another folder"
+                f"another run is using {self._path.parent}; wait for it, stop it, or choose another folder"
             )
         self._file = file
 
     def release(self) -> None:
-        """Gives the lock back; does nothing when it is not held."""
+        """Releases the lock; does nothing if it is not held."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def try_lock(file: IO[bytes]) -> bool | None:
-    """Locks an open file until it is closed: False where another holder has it, None where there are no locks."""
+    """Locks an open file until it is closed; False if it is locked already, None if locks are not supported."""
     try:
         _lock(file)
     except (BlockingIOError, PermissionError):

@@ -1,12 +1,10 @@
-"""A digest of any Python value by its contents: equal in another process, another for whatever could act otherwise.
+"""A digest of any Python value by its contents: equal across processes, and different if the value may act differently.
 
-What an option of a model holds is known to nobody: numbers, tensors, functions of some node with what they have closed
-over, objects of its classes. All of that is read. What cannot be read (a lock, an open file, an object of an extension)
-gets a digest that never comes again, so that nothing is taken for the same without being it, and is named in
-`Digester.unknown`.
+The options of a model can contain anything: numbers, tensors, functions of custom nodes with their closures, objects of
+their classes. All of these are read. A value that cannot be read (a lock, an open file, an object of an extension) gets
+a unique digest, so that it never equals another, and its type is listed in `Digester.unknown`.
 
-No address, no hash() and no order of a set goes in. Where a thing lies (its device) and what tag it was given (a UUID)
-does not count.
+Addresses, hash() and the order of sets have no influence. Devices and UUIDs are ignored.
 """
 
 from __future__ import annotations
@@ -46,16 +44,15 @@ _POINTER = struct.calcsize("P")
 _CACHED_FUNCTION = type(functools.lru_cache(lambda: None))
 
 Substitute = Callable[[Any], Any]
-"""Gives what counts in place of an object, or the object itself."""
+"""Returns what to digest in place of an object, or the object itself."""
 
 
 class Digester:
     """Digests values, each object once.
 
     Args:
-        substitute: what a host knows of its own objects: asked for every object before it is read.
-        is_state: tells by its name whether an attribute of a network's module says where the module stands (loaded,
-            patched) and not what it is.
+        substitute: replaces the host's own objects; called for every object before it is read.
+        is_state: whether an attribute of a module, by its name, is transient state (loaded, patched), to be ignored.
 
     Attributes:
         unknown: names of the types that could not be read.
@@ -70,14 +67,14 @@ class Digester:
         self.unknown: dict[str, None] = {}
 
     def digest(self, value: Any) -> str:
-        """64 hex digits."""
+        """The digest as 64 hex digits."""
         return self.of(value).hex()
 
     def of(self, value: Any) -> bytes:
-        """32 bytes."""
+        """The digest as 32 bytes."""
         if (known := self._known.get(id(value))) is not None:
             return known[1]
-        if id(value) in self._inside:  # a cycle: by how many levels it goes back
+        if id(value) in self._inside:  # a cycle: digest how many levels it refers back
             return _hash(f"cycle {len(self._inside) - self._inside[id(value)]}".encode())
         self._inside[id(value)] = len(self._inside)
         try:
@@ -121,7 +118,7 @@ class Digester:
         return self._joined(f"{kind} {len(value)}", [*map(self.of, value), *self._rest(value)])
 
     def _number(self, value: Any) -> bytes:
-        """Of a class that is made of a number's or a text's."""
+        """Instances of subclasses of str, int, float and bytes."""
         bases: tuple[Any, ...] = (str, int, float, bytes)
         base = next(kind for kind in bases if isinstance(value, kind))
         return self._joined(name_of(type(value)), [self.of(base(value)), *self._rest(value)])
@@ -130,7 +127,7 @@ class Digester:
         return self._joined(_kind(value, set, frozenset), sorted(map(self.of, value)))
 
     def _rest(self, value: Any) -> Iterator[bytes]:
-        """Attributes of an object whose class is made of a collection's."""
+        """Attributes of an instance of a subclass of a collection."""
         return self._named(vars(value).items()) if hasattr(value, "__dict__") else iter(())
 
     # -- tensors and networks -----------------------------------------------------------------------------------------
@@ -141,7 +138,7 @@ class Digester:
         return next(digest_tensors([Content(value)]))
 
     def _tensor_of_a_kind(self, value: Any) -> bytes:
-        """A subclass: its raw storage and its attributes, or the tensors that it says it is made of."""
+        """A subclass of Tensor: its raw storage and its attributes, or its inner tensors."""
         if hasattr(value, "__tensor_flatten__"):
             names, context = value.__tensor_flatten__()
             inner = {name: getattr(value, name) for name in names}
@@ -181,7 +178,7 @@ class Digester:
         return self._joined("partial", [self.of(value.func), self.of(value.args), self.of(value.keywords)])
 
     def _class(self, value: type) -> bytes:
-        """By its name; one that was made inside a function by what it is made of."""
+        """A class by its name; one defined inside a function by its contents."""
         if "<locals>" not in value.__qualname__:
             return _hash(f"class {name_of(value)}".encode())
         own = [(name, item) for name, item in vars(value).items() if name not in _OF_CLASSES]
@@ -241,7 +238,7 @@ class Digester:
 
 
 def name_of(value: Any) -> str:
-    """Module and name of a class or function; of a module that was loaded from a folder without the way to it."""
+    """Module and name of a class or function, without the folder if the module was loaded from a path."""
     module = str(getattr(value, "__module__", "")).replace("\\", "/").rpartition("/")[2]
     for now, then in _MOVED.items():
         if module == now or module.endswith(f".{now}"):
@@ -253,14 +250,14 @@ _MOVED: Mapping[str, str] = {
     "nodes.comfy_host.demo_models": "nodes.demo_models",
     "dopsd_core.demo.autoencoder": "dopsd_core.standalone.autoencoder",
 }
-"""Modules whose classes stand in the digests of saved runs, and where they were then: those runs are still resumed."""
+"""Modules whose classes occur in the digests of saved runs, and their former names, so that these runs still resume."""
 
 
 # -- what needs no reading ---------------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> bytes | None:
-    """Bytes that say all of a simple value; None for others."""
+    """The bytes of a simple value; None for others."""
     kind = type(value)
     if value is None or value is ... or kind is bool or kind is int or kind is complex:
         return f"{kind.__name__} {value!r}".encode()
@@ -304,9 +301,9 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _is_readable(value: Any) -> bool:
-    """Whether all that an object is stands in its attributes.
+    """Whether the attributes of an object are its entire state.
 
-    Not so of an extension's objects: their classes are not made by a class statement, or have room for more.
+    False for objects of extensions: their classes are not created by a class statement, or have additional storage.
     """
     kinds = [kind for kind in type(value).__mro__ if kind is not object]
     if any(not kind.__flags__ & _HEAP_TYPE or kind.__flags__ & _IMMUTABLE_TYPE for kind in kinds):

@@ -1,10 +1,10 @@
-"""Digests of tensors by their contents: small ones whole, large ones by a sample.
+"""Digests of tensors by their contents: small ones are read completely, large ones are sampled.
 
-12 GB of weights have to be told apart in less than a second, and where they are a mapped file, every 64 KB that are
-touched cost a page fault. What is to be told apart decides where the sample lies: another checkpoint, a merged LoRA or
-an ablation changes whole matrices, but an edit may change one row (a token's embedding) or one column. So there is a
-word of `WORD` neighbouring elements in every row and in every block of `WORD` columns, as long as all tensors together
-have at most `COVERED_BYTES`; of more, it is every second, third, ... stretch of `STRETCH_BYTES` that is sampled so.
+12 GB of weights must be distinguished in less than a second, and in a memory-mapped file every 64 KB read cost a page
+fault. Another checkpoint, a merged LoRA or an ablation changes whole matrices, but an edit may change a single row (a
+token's embedding) or column. So the sample contains a word of `WORD` adjacent elements in every row and in every block
+of `WORD` columns, as long as all tensors together have at most `COVERED_BYTES`; beyond that, only every second,
+third, ... stretch of `STRETCH_BYTES` is sampled.
 """
 
 from __future__ import annotations
@@ -18,38 +18,43 @@ import torch
 from torch import Tensor
 
 WORD = 4
-"""Neighbouring elements that are read together."""
+"""Number of adjacent elements that are read together."""
 
 WHOLE_BYTES = 2**20
-"""A tensor of at most so many bytes is read whole: norms, biases, small models, most LoRAs."""
+"""Tensors up to this size in bytes are read completely: norms, biases, small models, most LoRAs."""
 
 STRETCH_BYTES = 2**19
-"""Length of what is sampled or passed over as a whole: page faults are saved by whole stretches only."""
+"""Size in bytes of the stretches that are sampled or skipped; only whole stretches save page faults."""
 
 COVERED_BYTES = 2**33
-"""Tensors of so many bytes together are sampled in each of their rows."""
+"""Up to this total size in bytes, every row is sampled."""
 
 _GLANCE_POINTS = 8
-_BATCH_BYTES = 2**25  # what is gathered before it is brought to the CPU and hashed
+_BATCH_BYTES = 2**25  # gathered before it is copied to the CPU and hashed
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NoContentError(ValueError):
-    """A tensor whose values cannot be read: without storage, or of a layout that is not known here."""
+    """Raised for a tensor whose values cannot be read: without storage, or with an unsupported layout."""
 
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """A plain tensor of any device, and the dtype that its values count in; None for its own."""
+    """A tensor to digest.
+
+    Attributes:
+        tensor: a plain tensor of any shape and device.
+        dtype: cast floating-point values to this dtype first; None for the tensor's own.
+    """
 
     tensor: Tensor
     dtype: torch.dtype | None = None
 
 
 def digest_tensors(contents: Sequence[Content], glance: bool = False) -> Iterator[bytes]:
-    """32 bytes for each tensor, of its shape, its dtype and its sampled values; equal on every device.
+    """Yields 32 bytes for each tensor, from its shape, dtype and sampled values; equal on every device.
 
-    glance: of large tensors take a few words only, so that next to nothing is read. It does not notice every change.
+    glance: sample only a few words of large tensors, which is fast but does not detect every change.
 
     Raises:
         NoContentError: a tensor cannot be read.
@@ -73,7 +78,7 @@ def digest_tensors(contents: Sequence[Content], glance: bool = False) -> Iterato
 
 
 def _sample(content: Content, step: int | None) -> Tensor:
-    """uint8 [k] on the tensor's device. step: which of the stretches to sample; None for a glance."""
+    """uint8 [k] on the tensor's device. step: sample every `step`th stretch; None for a glance."""
     tensor = _readable(content.tensor)
     if tensor.numel() * tensor.element_size() <= WHOLE_BYTES:
         return _as_bytes(tensor, content.dtype)
@@ -91,15 +96,15 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 def _few_places(tensor: Tensor) -> tuple[Tensor, int]:
-    """The first and the last word, and some between."""
+    """Indices of the first word, the last word and some between, and the word length."""
     last = tensor.numel() // WORD - 1
     return torch.tensor([last * point // (_GLANCE_POINTS - 1) for point in range(_GLANCE_POINTS)]), WORD
 
 
 def _places(tensor: Tensor, step: int) -> tuple[Tensor, int]:
-    """Numbers of words, so that each row and each block of columns in every `step`th stretch is met; and their length.
+    """Indices of words that cover each row and each block of columns in every `step`th stretch, and the word length.
 
-    The blocks are taken in an order in which neighbouring rows have distant ones.
+    Adjacent rows sample distant blocks.
     """
     rows, columns = _as_matrix(tensor)
     word = WORD if columns % WORD == 0 else 1
@@ -114,7 +119,7 @@ def _places(tensor: Tensor, step: int) -> tuple[Tensor, int]:
 
 
 def _as_matrix(tensor: Tensor) -> tuple[int, int]:
-    """(rows, columns): the split of the shape that needs the fewest words; a long vector in rows of 1024."""
+    """(rows, columns): the split of the shape with the fewest words; a vector is split into rows of 1024."""
     if tensor.ndim == 1:
         return tensor.numel() // 1024, 1024
     splits = [(math.prod(tensor.shape[:k]), math.prod(tensor.shape[k:])) for k in range(1, tensor.ndim)]
@@ -122,7 +127,7 @@ def _as_matrix(tensor: Tensor) -> tuple[int, int]:
 
 
 def _stride(blocks: int) -> int:
-    """About the golden part of `blocks` and without a common factor: so many steps meet every block once."""
+    """A stride near the golden section of `blocks` and coprime to it, which visits every block once."""
     stride = max(1, round(blocks * 0.618))
     while math.gcd(stride, blocks) != 1:
         stride += 1
@@ -145,7 +150,7 @@ def _head(content: Content) -> str:
 
 
 def _hashed(heads: Sequence[str], samples: Sequence[Tensor]) -> Iterator[bytes]:
-    """With one copy to the CPU for each device."""
+    """Hashes the samples with one copy to the CPU per device."""
     devices = dict.fromkeys(sample.device for sample in samples)
     here = {device: torch.cat([s for s in samples if s.device == device]).cpu().numpy() for device in devices}
     begins = dict.fromkeys(devices, 0)

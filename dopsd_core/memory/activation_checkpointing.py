@@ -1,8 +1,8 @@
-"""Gradient checkpointing per block: how many blocks of a network recompute in the backward, and how they do it.
+"""Gradient checkpointing per block.
 
-A block that recomputes keeps its entry instead of everything that its backward needs, and costs another forward. Only
-as many do as memory asks for, and always the FIRST ones: the backward comes to them last, when what the others kept is
-gone, so that the recomputed block needs no room of its own.
+A checkpointed block saves only its input instead of all activations, and its forward is repeated in the backward. Only
+as many blocks as needed are checkpointed, and always the FIRST ones: the backward reaches them last, when the
+activations of the others are freed, so the recomputed activations need no additional memory.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..overrides import Forward, overridden
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Activation memory of a block, in bytes.
+    """Activation memory of a block in bytes.
 
     Attributes:
-        kept: for its backward.
-        entry: if it recomputes.
+        kept: saved for its backward.
+        entry: saved if it is checkpointed.
     """
 
     kept: int
@@ -38,10 +38,10 @@ class BlockBytes:
 
 
 def checkpointed(blocks: Sequence[nn.Module], count: int) -> AbstractContextManager[None]:
-    """Inside the `with`, the first `count` blocks recompute in the backward; without gradients they run as ever.
+    """Inside the `with` block, applies gradient checkpointing to the first `count` blocks when gradients are on.
 
-    The adapters' mode must be the forward's when the backward runs. Blocks work on clones of their tensors, because
-    some networks write into a block's inputs (`img += ...`), which the recomputation needs as they were.
+    The adapters' mode must be the same in forward and backward. The blocks run on clones of their inputs, because some
+    networks modify them in place (`img += ...`), and the recomputation needs the original values.
     """
     return overridden(blocks[: max(count, 0)], _recomputing)
 
@@ -66,7 +66,7 @@ def _clone(value: Any) -> Any:
 
 
 def _attention_backends() -> list[SDPBackend]:
-    """Those that torch's attention may use here; a host may have chosen them around its forward."""
+    """The enabled attention backends; a host may restrict them around its forward."""
     cuda = torch.backends.cuda
     enabled = {
         SDPBackend.MATH: cuda.math_sdp_enabled(),
@@ -85,11 +85,11 @@ def _attention_as(backends: list[SDPBackend]) -> AbstractContextManager[Any]:
 
 
 def peak_bytes(blocks: Sequence[BlockBytes], count: int, forward: int = 0, backward: int = 0) -> int:
-    """The most that the blocks take at a time when the first `count` recompute.
+    """Peak activation memory of the blocks with gradient checkpointing on the first `count`.
 
-    Either between forward and backward, while the teacher looks at the same state: the entries of the first `count` and
-    all of the others. Or while block i < `count` is recomputed and run back: the entries up to its own, and all of it.
-    forward, backward: bytes that live for a moment inside a block's forward and backward.
+    The peak is either between forward and backward, during the teacher's forward: the inputs of the first `count`
+    blocks and all activations of the others. Or during the recomputation and backward of block i < `count`: the inputs
+    up to its own, and its activations. forward, backward: transient workspace per block in bytes.
     """
     entries = list(accumulate((block.entry for block in blocks[:count]), initial=0))
     between = entries[-1] + sum(block.kept for block in blocks[count:]) + max(forward, backward)
@@ -97,7 +97,7 @@ def peak_bytes(blocks: Sequence[BlockBytes], count: int, forward: int = 0, backw
 
 
 def blocks_to_checkpoint(blocks: Sequence[BlockBytes], budget: int, forward: int = 0, backward: int = 0) -> int:
-    """The fewest leading blocks to recompute for `peak_bytes` to be within the budget; all where none will do."""
+    """The smallest number of checkpointed blocks with `peak_bytes` within the budget; all if even that is too much."""
     counts = range(len(blocks) + 1)
     return next((n for n in counts if peak_bytes(blocks, n, forward, backward) <= budget), len(blocks))
 
@@ -112,20 +112,20 @@ def block_bytes(
     batch: int = 1,
     itemsize: int = 2,
 ) -> list[BlockBytes]:
-    """Activation memory of every block, from the widths of its Linears alone.
+    """Activation memory of every block, computed from the widths of its Linears.
 
     kept = batch * L * (W + r * P) * itemsize + r * (I + O) * c,  entry = batch * L * D * itemsize
 
-    with L tokens and W elements per token kept by the block without LoRA (`Family.block_shape`), D the network's
-    width, r the rank, P the adapted parts of the block and I, O the sums of their inputs and outputs. A part keeps A x.
-    c is the itemsize of a compute dtype narrower than fp32, for which the LoRA is cast in each forward, else 0.
-    Attention is torch's fused one, which keeps no L x L matrix, and norms are fused (on a CPU only in fp32).
+    with L tokens, W elements per token saved by the block without LoRA (`Family.block_shape`), width D of the network,
+    rank r, P adapted parts of the block, and I, O the sums of their inputs and outputs. A part saves A x. c is the
+    itemsize of a compute dtype narrower than fp32, to which the LoRA is cast in each forward, else 0. Assumes torch's
+    fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32).
     """
     names = adapter.chosen(sites)
     out = []
     for shape, inside in block_shapes(blocks, sites, family, image_tokens, text_tokens):
         adapted = [(part, site) for site in inside for part in site.parts if part.name in names]
-        # the As of one Linear are stacked and cast as one; the sums are the same
+        # the As of a Linear are stacked and cast together; the sums are the same
         parameters = sum(adapter.part_parameters(site.in_features, part.out_features) for part, site in adapted)
         kept = batch * shape.tokens * (shape.kept + adapter.part_activations() * len(adapted)) * itemsize
         cast = parameters * itemsize if itemsize < 4 else 0
@@ -136,7 +136,7 @@ def block_bytes(
 def block_shapes(
     blocks: Sequence[nn.Module], sites: Sequence[LinearSite], family: Family, image_tokens: int, text_tokens: int
 ) -> list[tuple[BlockShape, list[LinearSite]]]:
-    """What each block works on, and its Linears."""
+    """(activations, Linears) of each block."""
     by_module = {site.module: site for site in sites}
     out = []
     for block in blocks:
@@ -147,7 +147,7 @@ def block_shapes(
 
 
 def _tail(name: str) -> str:
-    """A part's name inside its block: "layers.3.attention.to_q" -> "attention.to_q"."""
+    """A part's name within its block: "layers.3.attention.to_q" -> "attention.to_q"."""
     head, _, rest = name.partition(".")
     index, _, tail = rest.partition(".")
     return tail if index.isdigit() else name

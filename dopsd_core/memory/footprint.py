@@ -1,4 +1,4 @@
-"""How much memory a training step needs, and how much disk a run, before either is used."""
+"""Estimates the memory of a training step and the disk space of a run."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ..teachers import EmaTeacher, Teacher
 from .activation_checkpointing import BlockBytes, block_bytes, block_shapes, blocks_to_checkpoint, peak_bytes
 
 _FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
-"""Elements per token. For a moment in a block, in units of its widest input: in a forward without a graph (counted:
-Z-Image 4.8, klein 5.2), and in a backward beyond what was kept (2.2, 2.9). Kept outside the blocks, in units of the
-width: 3 to 4 were counted."""
+"""Elements per token. Transient workspace per block in units of its widest input: in a forward without a graph
+(counted: Z-Image 4.8, klein 5.2), and in a backward in addition to the saved activations (2.2, 2.9). Saved outside the
+blocks, in units of the width: 3 to 4 were counted."""
 
 _HEADER, _HEADERS = 512, 2**16
-"""Bytes on the disk: of names and shapes per tensor, of configuration and metadata."""
+"""Bytes on disk: names and shapes per tensor; configuration and metadata."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the device while an optimizer step is made.
+    """Device memory of an optimizer step in bytes.
 
-    With P the adapter's parameters (of a LoRA r * sum over the adapted parts of (inputs + outputs), r the rank);
-    L tokens, D the network's width, I a block's widest input.
+    P: number of adapter parameters (for LoRA, r * sum over the adapted parts of (inputs + outputs), with rank r);
+    L: tokens; D: width of the network; I: widest input in a block.
 
     Attributes:
-        weights: of the base, in whatever form they were loaded.
-        lora: 4 P, master weights in fp32.
-        training: gradients 4 P, the optimizer's state (8 P for Adam's moments, 2 P in 8 bits), an ema teacher 4 P.
-        working: what embedders and the output layer keep, 4 * batch * L * D * itemsize, and the largest weight in the
-            compute dtype twice, where weights are cast or streamed.
-        forward: 5.5 * batch * L * I * itemsize, for a moment; of the teacher, whose sequence may be the longer one.
-        backward: 3 * batch * L * I * itemsize, for a moment.
-        blocks: what each block keeps for its backward, `activation_checkpointing.block_bytes`.
+        weights: the base, as loaded.
+        lora: 4 P, fp32 master weights.
+        training: gradients 4 P, optimizer state (8 P for Adam's moments, 2 P in 8 bits), EMA teacher 4 P.
+        working: activations of embedders and output layer, 4 * batch * L * D * itemsize, plus twice the largest weight
+            in the compute dtype for weights that are cast or streamed.
+        forward: transient workspace per block, 5.5 * batch * L * I * itemsize, for the longer of the two sequences.
+        backward: transient workspace per block, 3 * batch * L * I * itemsize.
+        blocks: saved activations of each block, `activation_checkpointing.block_bytes`.
     """
 
     weights: int
@@ -47,12 +47,12 @@ class Footprint:
     blocks: tuple[BlockBytes, ...]
 
     def total(self, checkpoint_blocks: int) -> int:
-        """The peak with so many blocks recomputing."""
+        """Peak memory with gradient checkpointing on this many blocks."""
         activations = peak_bytes(self.blocks, checkpoint_blocks, self.forward, self.backward)
         return self.weights + self.lora + self.training + self.working + activations
 
     def blocks_to_checkpoint(self, budget: int) -> int:
-        """The fewest blocks to recompute for the peak to be within the budget; all where none will do."""
+        """The smallest number of checkpointed blocks with a peak within the budget; all if even that is too much."""
         activations = budget - (self.weights + self.lora + self.training + self.working)
         return blocks_to_checkpoint(self.blocks, activations, self.forward, self.backward)
 
@@ -70,10 +70,19 @@ def estimate(
     weights_of_teacher: Teacher | None = None,
     optimizer: Optimizer | None = None,
 ) -> Footprint:
-    """The footprint of training on samples of at most so many (image, text) tokens, `Family.tokens`.
+    """Estimates the memory of training. Memory of the framework and of other programs is not included.
 
-    weights: bytes of the base as loaded. itemsize: of the compute dtype. weights_of_teacher, optimizer: by default the
-    moving average and AdamW. Memory of the framework and of other programs is not in it.
+    Args:
+        denoiser: the network.
+        family: its family.
+        adapter: what is trained.
+        student: maximum (image, text) tokens of the student's samples, `Family.tokens`.
+        teacher: the same for the teacher.
+        weights: bytes of the base as loaded.
+        batch: batch size.
+        itemsize: bytes per element of the compute dtype.
+        weights_of_teacher: EMA by default.
+        optimizer: AdamW by default.
     """
     sites, blocks = denoiser.sites(), denoiser.blocks()
     _, elements = adapter.size(sites)
@@ -95,10 +104,11 @@ def estimate(
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """Bytes on the disk, at most. With P the LoRA's elements:
+    """Maximum size of the saved files in bytes, for a LoRA with P parameters.
 
-    checkpoint: student 4 P, an ema teacher 4 P, Adam's two moments 8 P (2 P and their tables in 8 bits), and headers.
-    lora: the LoRA file in bf16, 2 P.
+    Attributes:
+        checkpoint: student 4 P, EMA teacher 4 P, Adam's two moments 8 P (2 P and their tables in 8 bits), headers.
+        lora: the LoRA file in bf16, 2 P.
     """
 
     checkpoint: int
@@ -106,7 +116,7 @@ class SavedBytes:
 
 
 def saved_bytes(elements: int, tensors: int, teacher: Teacher, optimizer: Optimizer) -> SavedBytes:
-    """What a run with a LoRA of so many elements in so many tensors writes."""
+    """Size of the files of a run whose LoRA has this many elements and tensors."""
     header = _HEADER * tensors + _HEADERS
     student, average = 4 * elements, 4 * elements if teacher.weights == "copy" else 0
     state = optimizer.saved_bytes(elements, tensors)
@@ -114,6 +124,6 @@ def saved_bytes(elements: int, tensors: int, teacher: Teacher, optimizer: Optimi
 
 
 def _widest(denoiser: Denoiser, family: Family, tokens: tuple[int, int]) -> int:
-    """Elements of the widest input of a Linear in a block, for one sample."""
+    """Elements of the widest input of a Linear in any block, for one sample."""
     shapes = block_shapes(denoiser.blocks(), denoiser.sites(), family, *tokens)
     return max(shape.tokens * max(site.in_features for site in inside) for shape, inside in shapes)

@@ -1,4 +1,4 @@
-"""Training objectives, one module each. A new one is a module here and an entry in `OBJECTIVES`."""
+"""Training objectives, one per module. A new one is a module here and an entry in `OBJECTIVES`."""
 
 from __future__ import annotations
 

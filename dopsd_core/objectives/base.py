@@ -1,4 +1,4 @@
-"""What an objective is given and gives back: it turns a micro batch into accumulated gradients.
+"""The interface of objectives: they turn a micro batch into accumulated gradients.
 
 Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as in `sigmas.py`.
 """
@@ -29,18 +29,18 @@ else:
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveInputs:
-    """One micro batch. All randomness of an objective comes from `generator`, `noise` aside.
+    """A micro batch. All randomness of an objective comes from `generator` and `noise`.
 
     Attributes:
-        denoiser: the frozen network, which the adapters are attached to.
-        adapters: whose gradients are made.
-        pairs: B, of one latent shape.
+        denoiser: the frozen network with the adapters attached.
+        adapters: the trainable weights.
+        pairs: B pairs with the same latent shape.
         noise: [B, C, h, w] fp32 on the denoiser's device.
         sigmas: the grid, K + 1 values.
-        generator: on the CPU.
-        anchors: conditions without the trigger to draw from.
-        loss_scale: what losses are multiplied by before their backward: 1 / gradient accumulation, and in fp16 the
-            factor of `training/loss_scale.py`.
+        generator: a CPU generator.
+        anchors: conditions without the trigger to sample from.
+        loss_scale: factor of the losses before the backward: 1 / gradient accumulation, times the factor of
+            `training/loss_scale.py` for fp16.
     """
 
     denoiser: Denoiser
@@ -55,17 +55,17 @@ class ObjectiveInputs:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Student against target on one state, means over the batch.
+    """Student compared with target at one state, averaged over the batch.
 
     Attributes:
-        index: which state, from 0.
+        index: index of the state, from 0.
         sigma: its noise level, in (0, 1].
-        loss: of this state, unscaled.
-        gap: rms distance of the velocities.
-        cosine: of the velocities.
-        norm_ratio: the student's velocity over the target's.
-        student_norm: of the student's velocity.
-        target_norm: of the target's velocity.
+        loss: unscaled loss at this state.
+        gap: RMS distance of the velocities.
+        cosine: cosine similarity of the velocities.
+        norm_ratio: norm of the student's velocity over the target's.
+        student_norm: norm of the student's velocity.
+        target_norm: norm of the target's velocity.
     """
 
     index: int
@@ -80,14 +80,14 @@ class StepStats:
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """What a micro batch gave.
+    """The result of a micro batch.
 
     Attributes:
-        loss: mean over the batch, unscaled.
-        metrics: further figures for the log by name, means over the batch, all of them numbers.
-        steps: student against target on each state, of objectives that compare velocities.
-        target: what the student was compared with, for messages.
-        is_anchor: the batch was a prior anchor: its metrics say nothing of the concept.
+        loss: unscaled mean over the batch.
+        metrics: further metrics for the log by name, averaged over the batch.
+        steps: student compared with target at each state, for objectives that compare velocities.
+        target: name of the target in messages.
+        is_anchor: whether the batch was a prior anchor, whose metrics do not describe the concept.
     """
 
     loss: float
@@ -98,7 +98,7 @@ class ObjectiveOutput:
 
     @classmethod
     def of(cls, stats: Sequence[tuple[int, float, Tensor]], target: str, is_anchor: bool = False) -> ObjectiveOutput:
-        """From (index, sigma, `compare`'s figures) of each state; reads the figures back from the device."""
+        """Builds the output from (index, sigma, `compare`'s result [6]) of each state; copies from the device once."""
         rows = torch.stack([values for _, _, values in stats]).tolist()
         steps = tuple(StepStats(index, sigma, *row) for (index, sigma, _), row in zip(stats, rows, strict=True))
         metrics = {name: _mean([getattr(s, name) for s in steps]) for name in ("gap", "cosine", "norm_ratio")}
@@ -106,7 +106,7 @@ class ObjectiveOutput:
 
     @property
     def not_finite(self) -> str:
-        """Which prediction was the first to be infinite or NaN, and where; "" if none was."""
+        """The first prediction that is infinite or NaN, and its sigma; "" if there is none."""
         for s in self.steps:
             norms = (("the student's prediction", s.student_norm), (self.target, s.target_norm))
             if names := [name for name, norm in norms if not math.isfinite(norm)]:
@@ -115,38 +115,38 @@ class ObjectiveOutput:
 
 
 class Objective(Variant):
-    """What is learned. Owns the maths of a step; the trainer owns its order (clip, optimizer, teacher update)."""
+    """Computes loss and gradients of a step; the trainer does the rest (clipping, optimizer, teacher update)."""
 
     relative_cost: ClassVar[float] = 1.0
-    """About what an optimizer step costs, in steps of D-OPSD."""
+    """Approximate cost of an optimizer step relative to D-OPSD."""
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        """Adds loss_scale * dL/dtheta to the gradients of `inputs.adapters.parameters()`; the mode stays as it was."""
+        """Adds loss_scale * dL/dtheta to the gradients of `inputs.adapters.parameters()`; does not change the mode."""
         raise NotImplementedError
 
     def problems(self, rollout_steps: int) -> Sequence[str]:
-        """What does not fit a rollout of K steps, a sentence each."""
+        """Problems with a rollout of K steps, one sentence each."""
         return ()
 
     @property
     def wants_anchors(self) -> bool:
-        """Whether it draws from the prior anchors, so that there have to be some."""
+        """Whether the objective needs prior anchors."""
         return False
 
     def without_anchors(self) -> Self:
-        """The same for data that has no prior anchors."""
+        """The same objective for data without prior anchors."""
         return self
 
     def on_fewer_steps(self, count: int, rollout_steps: int) -> Self:
-        """The same with gradients on `count` of the K steps alone, where that saves something and was left open."""
+        """The same objective with gradients on only `count` of the K steps, if that saves time and is not set."""
         return self
 
 
-# -- for objectives ---------------------------------------------------------------------------------------------------
+# -- helpers of objectives --------------------------------------------------------------------------------------------
 
 
 def predictor(inputs: ObjectiveInputs, mode: Mode, conditions: Sequence[Condition]) -> PredictX0:
-    """(x [B, C, h, w], sigma) -> x0_hat by the weights of `mode` under B conditions, in the caller's grad mode."""
+    """(x [B, C, h, w], sigma) -> x0_hat [B, C, h, w] with the weights of `mode` and B conditions."""
 
     def predict(x: Tensor, sigma: float) -> Tensor:
         with inputs.adapters.use(mode):
@@ -156,13 +156,16 @@ def predictor(inputs: ObjectiveInputs, mode: Mode, conditions: Sequence[Conditio
 
 
 def predict(inputs: ObjectiveInputs, mode: Mode, conditions: Sequence[Condition], x: Tensor, sigma: float) -> Tensor:
-    """x0_hat [B, C, h, w] fp32 of x at sigma, without a graph."""
+    """x0_hat [B, C, h, w] fp32 of x [B, C, h, w] at sigma, without a graph."""
     with torch.no_grad():
         return predictor(inputs, mode, conditions)(x, sigma).float()
 
 
 def compare(step: RolloutStep, x0_target: Tensor, loss: Tensor) -> Tensor:
-    """The figures of `StepStats` from loss on, on the device: read back once per batch, not once per step."""
+    """The metrics of `StepStats` from loss on, [6], on the device, so that they are copied once per batch.
+
+    x0_target: [B, C, h, w]; loss: scalar.
+    """
     with torch.no_grad():
         v_student = ((step.x - step.x0.detach()) / step.sigma).flatten(1)
         v_target = ((step.x - x0_target) / step.sigma).flatten(1)

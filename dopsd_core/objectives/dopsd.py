@@ -1,8 +1,8 @@
-"""D-OPSD (arXiv 2605.05204, Eq. 7): the student regresses its teacher on its own few-step trajectory.
+"""D-OPSD (arXiv 2605.05204, Eq. 7): on-policy self-distillation along the student's few-step trajectory.
 
-On the student's own states x_k, the student under the caption regresses its teacher under caption and image,
-L = mean_k mean((v_student - sg(v_teacher))^2). States are detached, so L is a sum of independent graphs: backward after
-each step gives the gradient of one backward over all K and holds the activations of one.
+At the student's own states x_k, the student with the caption regresses the teacher with caption and image,
+L = mean_k mean((v_student - sg(v_teacher))^2). States are detached, so L is a sum of independent graphs: a backward
+after each step gives the same gradient as one backward over all K, with the activations of a single step in memory.
 
 Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as in `sigmas.py`.
 """
@@ -36,9 +36,15 @@ _TEACHER = "the teacher's prediction"
 
 
 def self_distillation_loss(x0_student: Tensor, x0_teacher: Tensor, sigma: float, form: LossForm = "x0") -> Tensor:
-    """Eq. 7 on one state: mean squared difference of x0 (default) or velocities; scalar. velocity = x0 form / sigma^2.
+    """Eq. 7 at one state: mean squared difference of x0 (default) or velocities, a scalar.
 
-    x0_student [B, C, h, w] carries the graph, x0_teacher [B, C, h, w] is taken as a constant. sigma in (0, 1].
+    The velocity form is the x0 form / sigma^2.
+
+    Args:
+        x0_student: [B, C, h, w], with graph.
+        x0_teacher: [B, C, h, w], detached here.
+        sigma: noise level in (0, 1].
+        form: "x0" or "velocity".
     """
     if form not in get_args(LossForm):
         raise ValueError(f"loss form must be one of {', '.join(get_args(LossForm))}; got {form!r}")
@@ -47,34 +53,34 @@ def self_distillation_loss(x0_student: Tensor, x0_teacher: Tensor, sigma: float,
 
 
 class DOPSD(Objective):
-    """Self-distillation on the student's rollout."""
+    """On-policy self-distillation along the student's rollout (arXiv 2605.05204, Eq. 7)."""
 
     name: ClassVar[str] = "dopsd"
-    summary: ClassVar[str] = "the student learns from itself seeing the image"
+    summary: ClassVar[str] = "self-distillation from a teacher that sees the image"
 
     grad_steps: Annotated[int | None, Hint(most=16, none="all of the steps")] = Field(
         default=None,
         ge=1,
-        description="so many of the K steps get a loss, drawn at random, scaled K / m: unbiased, cheaper, noisier",
+        description="m: backpropagate through m of the K steps, sampled at random: unbiased, cheaper, noisier",
     )
     loss: LossForm = Field(
         default="x0",
-        description="what student and teacher are compared in: x0 converges faster, velocity is the paper's",
+        description="space of the loss: x0 converges faster, velocity is the paper's",
     )
     anchor_probability: Annotated[float, Hint(step=0.05)] = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="share of batches that are prior anchors: ordinary prompts, with the untouched network under the "
-        "same text as teacher, so that the concept stays out of them",
+        description="share of batches that are prior anchors: ordinary prompts with the untouched network as teacher, "
+        "which prevents leakage of the concept into them",
     )
 
     def problems(self, rollout_steps: int) -> Sequence[str]:
-        """More gradient steps than there are steps."""
+        """Reports more gradient steps than rollout steps."""
         if self.grad_steps is None or self.grad_steps <= rollout_steps:
             return ()
         return (
-            f"grad_steps is {self.grad_steps}; set it within 1 and rollout_steps ({rollout_steps}), "
+            f"grad_steps is {self.grad_steps}; set it to a value from 1 to rollout_steps ({rollout_steps}), "
             "or null for all of the steps",
         )
 
@@ -84,20 +90,20 @@ class DOPSD(Objective):
         return self.anchor_probability > 0
 
     def without_anchors(self) -> Self:
-        """The same without prior anchors."""
+        """The same objective without prior anchors."""
         return self.replace(anchor_probability=0.0)
 
     def on_fewer_steps(self, count: int, rollout_steps: int) -> Self:
-        """With `grad_steps`, unless that is set."""
+        """Sets `grad_steps` if it is not set."""
         return self if self.grad_steps is not None or count >= rollout_steps else self.replace(grad_steps=count)
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        """One rollout from `inputs.noise`; backward after each gradient step.
+        """One rollout from `inputs.noise`, with a backward after each gradient step.
 
         Raises:
-            ValueError: grad_steps exceeds K, or anchors are asked for and there are none.
+            ValueError: grad_steps exceeds K, or there are no anchors although anchor_probability is above 0.
         """
-        # Steps before anchor: a run with anchors takes its gradient on the same steps as one without.
+        # Steps are sampled before the anchor, so that runs with and without anchors use the same gradient steps.
         selected = self._draw_steps(inputs)
         is_anchor = self._draw_anchor(inputs)
         if is_anchor:
@@ -112,7 +118,7 @@ class DOPSD(Objective):
             if step.index in selected:
                 x0_teacher = predict(inputs, teacher_mode, teacher, step.x, step.sigma)
                 loss = self_distillation_loss(step.x0, x0_teacher, step.sigma, self.loss)
-                # A checkpointed block recomputes its forward here: with the student's weights.
+                # Checkpointed blocks run their forward again here, with the student's weights.
                 with inputs.adapters.use("student"):
                     (loss * (inputs.loss_scale / len(selected))).backward()
                 stats.append((step.index, step.sigma, compare(step, x0_teacher, loss)))
@@ -138,7 +144,7 @@ class DOPSD(Objective):
 def measure_gap(
     inputs: ObjectiveInputs, form: LossForm = "x0", student_mode: Mode = "student", teacher_mode: Mode = "teacher"
 ) -> ObjectiveOutput:
-    """Distance to the teacher along the student's rollout, no gradients: for held-out pairs, and before training."""
+    """Measures the distance to the teacher along the student's rollout, without gradients."""
     student, teacher = [p.student for p in inputs.pairs], [p.teacher for p in inputs.pairs]
     stats = []
     for step in rollout(predictor(inputs, student_mode, student), inputs.noise, inputs.sigmas):

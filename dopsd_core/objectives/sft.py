@@ -1,4 +1,4 @@
-"""Supervised flow matching on the target images: the baseline that D-OPSD is compared with.
+"""Supervised fine-tuning by flow matching on the target images: the baseline for D-OPSD.
 
 Legend: B batch, C latent channels, h w latent size; `sigma` as in `sigmas.py`.
 """
@@ -29,24 +29,24 @@ _MIN_SIGMA = 1e-3
 
 
 class SFT(Objective):
-    """Supervised flow matching on the target: noise its latent at a random sigma per sample, regress noise - x0."""
+    """Flow matching on the target latent: x = (1 - sigma) x0 + sigma noise at a random sigma, regress noise - x0."""
 
     name: ClassVar[str] = "sft"
-    summary: ClassVar[str] = "ordinary fine-tuning on the images, to compare with"
+    summary: ClassVar[str] = "ordinary fine-tuning on the images, as a baseline"
     prefix: ClassVar[str] = "sft_"
     relative_cost: ClassVar[float] = 0.35
 
     sigmas: SigmaDistribution = Field(
         default="logit-normal",
-        description="how noise levels are drawn: the sigmoid of a unit normal, uniformly, or from the model's own "
-        "few-step grid",
+        description="distribution of the noise levels: sigmoid of a unit normal, uniform, or the model's own few-step "
+        "grid",
     )
     shift: Annotated[float, Hint(step=0.1, most=100.0)] = Field(
-        default=3.0, gt=0, description="moves noise levels that are not of the grid towards noise; 1 for none"
+        default=3.0, gt=0, description="shifts the noise levels towards noise (not for grid); 1 for no shift"
     )
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        """Backward per sample, each at its own sigma; `inputs.noise` is the noise that is added.
+        """One backward per sample, each at its own sigma; adds `inputs.noise` to the latents.
 
         Raises:
             ValueError: a pair has no target latent.
@@ -67,7 +67,7 @@ class SFT(Objective):
         return ObjectiveOutput.of(stats, "the target latent")
 
     def draw_sigma(self, grid: Sequence[float], generator: torch.Generator) -> float:
-        """One sigma in (0, 1]; `grid` is used by "grid" only, without its final 0."""
+        """Samples a sigma in (0, 1]. Only "grid" uses `grid`, without its final 0."""
         if self.sigmas == "grid":
             return grid[int(torch.randint(len(grid) - 1, (), generator=generator).item())]
         if self.sigmas == "uniform":

@@ -1,4 +1,4 @@
-"""Optimizers, one module each. A new one is a module here and an entry in `OPTIMIZERS`."""
+"""Optimizers, one per module. A new one is a module here and an entry in `OPTIMIZERS`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101), torch's own."""
+"""torch's AdamW (arXiv 1711.05101)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ else:
 
 
 class AdamW(Optimizer):
-    """AdamW."""
+    """torch's AdamW."""
 
     name: ClassVar[str] = "adamw"
     summary: ClassVar[str] = "torch's AdamW"
@@ -29,11 +29,11 @@ class AdamW(Optimizer):
     )
 
     def build(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """torch's AdamW."""
+        """torch's AdamW on the parameters, of any shape."""
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def leaner(self) -> Optimizer | None:
-        """The same with its moments in 8 bits."""
+        """AdamW with 8-bit moments."""
         from .adamw8bit import AdamW8bit
 
         return AdamW8bit(lr=self.lr, weight_decay=self.weight_decay)

@@ -1,4 +1,4 @@
-"""AdamW with its moments in 8 bits (arXiv 2110.02861), of bitsandbytes."""
+"""AdamW with 8-bit moments (arXiv 2110.02861), from bitsandbytes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _TABLES = 2**16  # bytes per tensor
 
 
 class AdamW8bit(AdamW):
-    """AdamW with its moments in 8 bits; needs the package bitsandbytes and an NVIDIA GPU."""
+    """AdamW with 8-bit moments; requires the package bitsandbytes and an NVIDIA GPU."""
 
     name: ClassVar[str] = "adamw8bit"
-    summary: ClassVar[str] = "the same with its moments in 8 bits, needs the package bitsandbytes and an NVIDIA GPU"
+    summary: ClassVar[str] = "AdamW with 8-bit moments; requires the package bitsandbytes and an NVIDIA GPU"
     bytes_per_parameter: ClassVar[int] = 2
 
     def build(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """bitsandbytes' AdamW8bit.
+        """bitsandbytes' AdamW8bit on the parameters, of any shape.
 
         Raises:
             ConfigError: bitsandbytes cannot be imported.
@@ -39,9 +39,9 @@ class AdamW8bit(AdamW):
         return Optimizer8bit(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def saved_bytes(self, parameters: int, tensors: int) -> int:
-        """Small tensors stay in 32 bits, and each of the others has tables."""
+        """Small tensors stay in 32 bits; each of the others has additional tables."""
         return 3 * parameters + _TABLES * tensors
 
     def leaner(self) -> Optimizer | None:
-        """There is none."""
+        """None."""
         return None

@@ -1,4 +1,4 @@
-"""What an optimizer is."""
+"""The interface of optimizers."""
 
 from __future__ import annotations
 
@@ -15,35 +15,39 @@ if TYPE_CHECKING:
 
 
 class Optimizer(Variant):
-    """How gradients become steps."""
+    """Options of an optimizer, from which it is built."""
 
     bytes_per_parameter: ClassVar[int]
-    """What it keeps for each parameter, for the estimate of memory."""
+    """Size of its state per parameter in bytes, for the memory estimate."""
 
     lr: Annotated[float, Hint(step=1e-6)] = Field(
-        default=1e-4, gt=0, le=0.1, description="learning rate after warm-up; the paper: 1e-4, for FLUX.2-klein 2e-5"
+        default=1e-4,
+        gt=0,
+        le=0.1,
+        description="learning rate after warm-up; the paper uses 1e-4, and 2e-5 for FLUX.2-klein",
     )
 
     def build(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer over the parameters; its `state_dict` is all of its state. One that averages its weights
-        (schedule-free) has `train` and `eval`, see `evaluating`.
+        """Builds the torch optimizer on the parameters, of any shape.
+
+        `state_dict` must contain its entire state. A schedule-free optimizer has `train` and `eval`, see `evaluating`.
 
         Raises:
-            ConfigError: what it needs is not installed.
+            ConfigError: a required package is not installed.
         """
         raise NotImplementedError
 
     def saved_bytes(self, parameters: int, tensors: int) -> int:
-        """What its state takes in a checkpoint at most, of so many parameters in so many tensors."""
+        """Maximum size in bytes of the state in a checkpoint, for this many parameters in this many tensors."""
         return self.bytes_per_parameter * parameters
 
     def leaner(self) -> Optimizer | None:
-        """The one that does the same with less memory, if there is one."""
+        """An equivalent optimizer that needs less memory, if there is one."""
         return None
 
 
 def start_training(optimizer: torch.optim.Optimizer) -> None:
-    """Tells a schedule-free optimizer, once, that training begins; every other one has no such switch."""
+    """Switches a schedule-free optimizer to training mode; does nothing for others."""
     switch: Any = optimizer
     if callable(getattr(switch, "train", None)):
         switch.train()
@@ -51,10 +55,10 @@ def start_training(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside the `with`, the parameters are those to sample with; after it, those to train on.
+    """Inside the `with` block, the parameters are those for evaluation; on exit, those for training.
 
-    A schedule-free optimizer trains on other weights than it is judged by and switches between them with `eval()` and
-    `train()`; with every other one nothing happens.
+    A schedule-free optimizer has different weights for training and evaluation and switches between them with `eval()`
+    and `train()`. Does nothing for others.
     """
     switch: Any = optimizer
     if not callable(getattr(switch, "eval", None)):

@@ -1,17 +1,17 @@
-"""Options that are declared once: name, help, default, bounds and choices, and everything that is made from them.
+"""Options that are declared once, with name, help, default, bounds and choices, and everything generated from them.
 
     class SFT(Objective):
         name: ClassVar[str] = "sft"
         prefix: ClassVar[str] = "sft_"
 
-        shift: float = Field(default=3.0, gt=0, description="moves the noise levels towards noise; 1 for none")
+        shift: float = Field(default=3.0, gt=0, description="shifts the noise levels towards noise; 1 for no shift")
 
-From the last line come the validation with its messages, the JSON, `--sft-shift` on the command line with its help,
-the node's input with its tooltip and bounds, and the row of a help page. A thing that can be chosen (objective,
-adapter, optimizer, schedule, teacher) is a `Variant` in a `Registry`, which is all that knows it by name.
+The last line defines the validation with its messages, the JSON, `--sft-shift` on the command line with its help, the
+node's input with its tooltip and bounds, and the row of a help page. Each choice (objective, adapter, optimizer,
+schedule, teacher) is a `Variant` in a `Registry`; no other code refers to it by name.
 
-By *flat name* an option is known where there is no nesting: the command line, a node's inputs, a preset. It is the
-variant's prefix and the field's name: `sft_shift`, `lr`.
+The *flat name* of an option is used where there is no nesting: on the command line, in a node's inputs, in a preset. It
+consists of the variant's prefix and the field's name: `sft_shift`, `lr`.
 """
 
 from __future__ import annotations

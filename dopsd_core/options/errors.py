@@ -1,4 +1,4 @@
-"""The error that lists everything wrong with a configuration."""
+"""The error for invalid configurations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message lists everything wrong with it.
+    """Raised if values of a configuration are invalid; the message lists all problems.
 
     Attributes:
-        problems: one sentence each, naming the option and the remedy.
+        problems: one sentence each, with the option and what to do.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -18,4 +18,4 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
-        return ConfigError, (self.problems,)  # so that it survives the way out of a worker process
+        return ConfigError, (self.problems,)  # so that it can be pickled by a worker process

@@ -1,4 +1,4 @@
-"""Options by flat name: how a command line, a node and a preset give them."""
+"""Options by flat name, as on a command line, in a node or in a preset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T", bound=Options)
 
 
 def flattened(options: Options) -> dict[str, Any]:
-    """Every option in force by flat name: the class's own, each choice's name, and the options of what is chosen."""
+    """All active options by flat name: the class's own, the name of each choice, and the options of chosen variants."""
     flat: dict[str, Any] = {}
     for name, declared in type(options).model_fields.items():
         value = getattr(options, name)
@@ -28,14 +28,14 @@ def flattened(options: Options) -> dict[str, Any]:
 
 
 def changed(options: T, changes: Mapping[str, Any]) -> T:
-    """The options with `changes` by flat name put over them.
+    """Applies `changes` by flat name.
 
-    Where another variant is chosen, it keeps what both have under one flat name (the learning rate of an optimizer)
-    and takes its defaults for the rest.
+    If another variant is chosen, it keeps the options that both have (the learning rate of an optimizer) and uses its
+    defaults for the rest.
 
     Raises:
-        ConfigError: impossible values, names that there are not, options of variants that are not chosen; all of them
-            are listed.
+        ConfigError: values are invalid, names are unknown, or options belong to variants that are not chosen; the
+            message lists all of them.
     """
     left = dict(changes)
     fields: dict[str, Any] = {}
@@ -61,9 +61,9 @@ def changed(options: T, changes: Mapping[str, Any]) -> T:
 
 
 def split_unused(cls: type[Options], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(values without the options of variants that are not chosen, the names of those that were set nonetheless).
+    """(values without the options of variants that are not chosen, the names of those among them that were set).
 
-    For hosts that show every option at once and give all of them: what is at its default was not set.
+    For hosts that show all options at once: an option with its default value counts as not set.
     """
     options = {option.name: option for option in all_options(cls)}
     used, unused = {}, []
@@ -81,10 +81,10 @@ def _choice(setting: str, values: Mapping[str, Any], options: Mapping[str, Any])
 
 
 def _chosen(current: Variant, registry: Registry[Any], left: dict[str, Any]) -> Variant:
-    """The variant after the changes; takes out of `left` what belongs to it."""
+    """The variant after the changes; removes its options from `left`."""
     name = left.pop(registry.setting, current.name)
     if not isinstance(name, str) or name not in registry:
-        for variant in registry.values():  # of whichever was meant
+        for variant in registry.values():  # the intended variant is unknown
             _take(variant, left)
         return registry.validated(name)
     wanted = registry[name]
@@ -96,7 +96,7 @@ def _chosen(current: Variant, registry: Registry[Any], left: dict[str, Any]) -> 
 
 
 def _take(variant: type[Variant], flat: dict[str, Any]) -> dict[str, Any]:
-    """The variant's fields among flat names, taken out of these."""
+    """Removes the variant's fields from the flat names and returns them."""
     names = {variant.prefix + field: field for field in variant.model_fields}
     return {names[name]: flat.pop(name) for name in list(flat) if name in names}
 

@@ -1,4 +1,4 @@
-"""What is declared about each option, as a list: for a command line, a node or a help page to be made from."""
+"""Lists the declarations of options, to generate a command line, a node or a help page from."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hint:
-    """What there is to say of an option besides pydantic's own; written beside its type.
+    """Metadata of an option in addition to pydantic's, as an annotation of its type.
 
     Attributes:
-        step: by how much the arrows of a widget change it.
-        most: the largest value that a widget offers, where the option itself has no upper bound.
-        none: what no value stands for, of an option that may have none ("all of the steps").
+        step: increment of a widget.
+        most: maximum of a widget, if the option has no upper bound.
+        none: meaning of None for an optional option ("all of the steps").
         may_change: whether a run may be resumed with another value.
-        from_host: whether the host sets it and no user does.
+        from_host: whether the host sets it instead of the user.
     """
 
     step: float | None = None
@@ -39,13 +39,13 @@ class Hint:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a number may have; None where it is not bounded.
+    """Bounds of a number; None for no bound.
 
     Attributes:
-        low: the smallest value.
-        high: the largest value.
-        above: the number that it has to be larger than.
-        below: the number that it has to be smaller than.
+        low: minimum.
+        high: maximum.
+        above: exclusive minimum.
+        below: exclusive maximum.
     """
 
     low: float | None = None
@@ -54,30 +54,30 @@ class Bounds:
     below: float | None = None
 
     def __str__(self) -> str:
-        """Such as "at least 1", "above 0 and at most 0.1", "within 0 and 1"; empty without bounds."""
+        """Such as "at least 1", "above 0 and at most 0.1", "from 0 to 1"; empty without bounds."""
         if self.low is not None and self.high is not None:
-            return f"within {self.low:g} and {self.high:g}"
+            return f"from {self.low:g} to {self.high:g}"
         words = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
         return " and ".join(f"{word} {number:g}" for word, number in words if number is not None)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option.
+    """An option.
 
     Attributes:
-        name: its flat name.
-        field: its name in the class that declares it.
-        kind: the type of a value; of one element, if there are many.
-        default: the value if none is given.
-        help: what it does, without a full stop.
-        bounds: of a number.
-        choices: the values to choose from; empty where any of the kind will do.
+        name: flat name.
+        field: name in the class that declares it.
+        kind: type of the value, or of an element of a tuple.
+        default: default value.
+        help: description, without a full stop.
+        bounds: bounds of a number.
+        choices: allowed values; empty if there is no restriction.
         is_optional: whether it may be None.
         is_many: whether it is a tuple.
-        setting: the setting whose variants have this option; empty if it is the run's own.
-        variants: the names of those variants.
-        hint: how to show it.
+        setting: the setting whose variants have this option; empty for an option of the run.
+        variants: names of these variants.
+        hint: further metadata.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Option:
 
 
 def own_options(cls: type[BaseModel], prefix: str = "", values: BaseModel | None = None) -> list[Option]:
-    """The options that a class declares itself, in order; a choice is one of them, its variants' options are not.
+    """The options that a class declares, in order; includes choices, but not the options of their variants.
 
     values: an instance whose values are shown as the defaults.
     """
@@ -119,12 +119,12 @@ def own_options(cls: type[BaseModel], prefix: str = "", values: BaseModel | None
 
 
 def all_options(cls: type[BaseModel], values: BaseModel | None = None) -> list[Option]:
-    """Every option that can be given for a class: its own, and behind each choice those of all its variants.
+    """All options of a class: its own, and after each choice those of all its variants.
 
     values: an instance whose values are shown as the defaults.
 
     Raises:
-        TypeError: two options that are declared differently have one flat name.
+        TypeError: two options with different declarations have the same flat name.
     """
     options: dict[str, Option] = {}
     for option in own_options(cls, values=values):
@@ -141,7 +141,7 @@ def all_options(cls: type[BaseModel], values: BaseModel | None = None) -> list[O
 
 
 def help_rows(options: Sequence[Option]) -> Iterator[tuple[str, str, str]]:
-    """(flat name, choices or bounds and default, what it does) of each option: the rows of a help page's table."""
+    """(flat name, choices or bounds and default, description) of each option, as rows of a help page's table."""
     for option in options:
         owner = f"{option.setting} {', '.join(option.variants)}: " if option.setting else ""
         yield option.name, "; ".join([*filter(None, [", ".join(option.choices)]), option.facts()]), owner + option.help
@@ -153,7 +153,7 @@ def registry_of(declared: FieldInfo) -> Registry[Any] | None:
 
 
 def _values(variant: Variant) -> dict[str, Any]:
-    """By flat name; another variant keeps those that it has too."""
+    """The variant's values by flat name."""
     return {variant.prefix + name: getattr(variant, name) for name in type(variant).model_fields}
 
 
@@ -188,7 +188,7 @@ def _option(name: str, field_name: str, declared: FieldInfo, default: Any) -> Op
 
 
 def _kind(annotation: Any) -> tuple[type, tuple[str, ...], bool, bool]:
-    """(type of a value, its choices, whether None is one, whether there are many) of a field's annotation."""
+    """(type, choices, whether it is optional, whether it is a tuple) from a field's annotation."""
     is_optional = False
     if get_origin(annotation) in (Union, types.UnionType):
         is_optional = type(None) in get_args(annotation)

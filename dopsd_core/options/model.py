@@ -1,4 +1,4 @@
-"""The base classes of all options."""
+"""Base classes of options."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ __all__ = ["Hint", "Options", "Variant"]
 
 
 class Options(BaseModel):
-    """A frozen set of options, each a field with its help, default, bounds and choices. Raises ConfigError when made
-    wrong, with a sentence for everything that is."""
+    """A frozen set of options, each a field with help, default, bounds and choices.
+
+    Raises:
+        ConfigError: values are invalid; one sentence for each problem.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     prefix: ClassVar[str] = ""
-    """Stands before the flat names of the fields, where these alone would not tell whose they are."""
+    """Prefix of the flat names of the fields, if their own names would be ambiguous."""
 
     def __init__(self, **values: Any) -> None:
         as_frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -34,23 +37,23 @@ class Options(BaseModel):
             raise ConfigError(sentences(error, type(self), self.prefix)) from error
 
     def replace(self, **changes: Any) -> Self:
-        """The same with some fields changed, checked again."""
+        """A copy with some fields changed, validated."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
     def to_json(self) -> str:
-        """Indented JSON with every option; a choice is an object with its name and its own options."""
+        """Indented JSON with all options; a choice is an object with its name and its own options."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
 class Variant(Options):
-    """Options of one thing to choose, under its name in a `Registry`."""
+    """Options of one choice, with a name in a `Registry`."""
 
     name: ClassVar[str]
-    """What it is chosen by: in JSON, on the command line, in a node."""
+    """Its name in JSON, on the command line and in nodes."""
 
     summary: ClassVar[str] = ""
-    """What it is, in a few words without a full stop, for those who choose."""
+    """A short description without a full stop."""
 
     def with_options(self, **changes: Any) -> Self:
-        """`replace` for options that a user gives; where some follow from others, they follow."""
+        """`replace` for options that a user sets; dependent options are updated."""
         return self.replace(**changes)

@@ -1,4 +1,4 @@
-"""What a setting can be chosen from, by name."""
+"""Registries of the variants of a setting, by name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ V = TypeVar("V", bound="Variant")
 
 
 class Registry(Mapping[str, type[V]], Generic[V]):
-    """The variants of one setting: name -> class of options.
+    """The variants of a setting: name -> class of options.
 
-    Written beside a field's type, it validates the field: `optimizer: Annotated[Optimizer, OPTIMIZERS]` takes an
-    instance of a registered class, or what JSON has of one: {"name": "adamw", "lr": 1e-4}, or the name alone.
+    As an annotation of a field, it validates the field: `optimizer: Annotated[Optimizer, OPTIMIZERS]` accepts an
+    instance of a registered class, its JSON form {"name": "adamw", "lr": 1e-4}, or just the name.
     """
 
     def __init__(self, setting: str, *variants: type[V]) -> None:
-        """setting: what is chosen, the name of its field and option."""
+        """setting: name of the field and option."""
         self.setting = setting
         self._variants: dict[str, type[V]] = {variant.name: variant for variant in variants}
 
@@ -39,7 +39,7 @@ class Registry(Mapping[str, type[V]], Generic[V]):
 
     @contextmanager
     def registered(self, *variants: type[V]) -> Iterator[None]:
-        """Further variants inside the `with`; for tests, and for code that brings its own."""
+        """Adds variants inside the `with` block, for tests and for code with its own variants."""
         before = dict(self._variants)
         self._variants |= {variant.name: variant for variant in variants}
         try:
@@ -48,16 +48,16 @@ class Registry(Mapping[str, type[V]], Generic[V]):
             self._variants = before
 
     def validated(self, value: Any) -> V:
-        """The variant that `value` is or describes.
+        """Converts `value` to a variant.
 
         Raises:
-            ConfigError: it is no variant of this setting, or one with impossible options.
+            ConfigError: it is not a variant of this setting, or has invalid options.
         """
         if isinstance(value, tuple(self.values())):
             return value
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping):
-            raise ConfigError((f"{self.setting} is {value!r}; give a name and its options, as {self._example()}",))
+            raise ConfigError((f"{self.setting} is {value!r}; give a name and options, such as {self._example()}",))
         fields = dict(given)
         name = fields.pop("name", None)
         if not isinstance(name, str) or name not in self:

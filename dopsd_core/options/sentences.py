@@ -1,4 +1,4 @@
-"""pydantic's findings as sentences that name the option and the remedy."""
+"""Converts pydantic's errors to sentences with the option and what to do."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 
 
 def sentences(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
-    """One sentence for each finding, in pydantic's order; those of nested options are their own."""
+    """One sentence for each error, in pydantic's order; nested options contribute their own sentences."""
     options = {option.field: option for option in own_options(cls, prefix)}
-    told: list[str] = []
+    messages: list[str] = []
     for finding in error.errors(include_url=False):
         cause = finding.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
-            told += cause.problems
+            messages += cause.problems
         else:
-            told.append(_sentence(finding, options, cls, prefix))
-    return tuple(dict.fromkeys(told))
+            messages.append(_sentence(finding, options, cls, prefix))
+    return tuple(dict.fromkeys(messages))
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
-    """What to say of an option that there is not."""
+    """The message for an unknown option."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"there is no option {name}; " + (f"did you mean {near[0]}?" if near else "remove it")
 
@@ -52,7 +52,8 @@ def _sentence(finding: Mapping[str, Any], options: Mapping[str, Option], cls: ty
         return f"{option.name} is missing; give it"
     if kind in _BOUNDS:
         bounds = str(option.bounds)
-        return f"{value}; set it {'to ' if bounds.startswith('at ') else ''}{bounds}{otherwise}"
+        to = "to " if bounds.startswith("at ") else "to a value " if bounds.startswith("from ") else ""
+        return f"{value}; set it {to}{bounds}{otherwise}"
     if kind == "literal_error":
         return f"{value}; choose one of {', '.join(option.choices)}"
     if kind == "finite_number":

@@ -1,4 +1,4 @@
-"""The commands of `python -m dopsd_core` that need a model: demo, train, sample."""
+"""The commands of `python -m dopsd_core` that load a model: demo, train, sample."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ _BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Teaches one unseen concept, compares with SFT, writes everything into `args.output`."""
+    """Trains on an unseen concept, compares with SFT, and writes the results to `args.output`."""
     began = time.perf_counter()
     concept, judge = make_concept(args.concept_seed), load_judge(WEIGHTS / JUDGE_FILE)
     config = demo_config() if args.steps is None else demo_config(steps=args.steps)
-    _say(f"Concept {concept.seed}: {concept.words}. The model knows the words, but has never seen this combination;")
-    _say(f"it will learn it as [V] from four pictures in {args.output / 'dataset'}, without those words.")
+    _say(f"Concept {concept.seed}: {concept.words}. The model knows the words, but has never seen this combination.")
+    _say(f"It will learn it as [V] from four images in {args.output / 'dataset'}, without those words.")
     write_dataset(concept, args.output / "dataset")
     jobs = plan(config, args.seeds)
     work = sum(job.work for part in jobs for job in part) + (args.seeds - 1) * jobs[-1][0].work
 
     def show_teacher(base: Samples, teacher: Samples) -> None:
         draw_teacher_sheet(concept, base, teacher).save(args.output / "teacher.png")
-        tqdm.write(printable(f"Look at the teacher before the training: {args.output / 'teacher.png'}"))
+        tqdm.write(printable(f"Check the teacher before training: {args.output / 'teacher.png'}"))
 
     with tqdm(total=math.ceil(work), unit="", bar_format=_BAR) as bar:
 
-        def told(what: str, done: float) -> None:
+        def show_progress(what: str, done: float) -> None:
             bar.set_postfix_str(what, refresh=False)
             bar.update(done)
 
-        with JobRunner(concept.seed, args.output, args.jobs, told) as runner:
+        with JobRunner(concept.seed, args.output, args.jobs, show_progress) as runner:
             result = compare(runner, config, args.seeds, show_teacher)
     peak = peak_rss_mb() + result.peak_rss_mb
     report = write_results(args.output, concept, judge, result, time.perf_counter() - began, peak)
@@ -72,9 +72,9 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Trains the demo model on any data set; the same command again continues the run.
+    """Trains the demo model on a dataset, or resumes the run.
 
-    args.train_config: the configuration that `arguments.config_from_args` made of the options.
+    args.train_config: the configuration from `arguments.config_from_args`.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -85,16 +85,16 @@ def run_train(args: argparse.Namespace) -> int:
         repeats=args.repeats, root=args.root,
     )  # fmt: skip
     report.raise_for_errors()
-    if any(pair.sources for pair in report.pairs):
-        raise ValueError(f"{args.dataset} holds edits, and the demo model does not edit: give pictures with captions")
+    if any(pair.source_images for pair in report.pairs):
+        raise ValueError(f"{args.dataset} contains edits, but the demo model cannot edit: use images with captions")
     _say(report.describe())
     if args.heldout_caption is not None:
         _warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
     model = load_demo_model()
     unknown = model.encoder.unknown_words([caption for pair in report.pairs for caption in pair.captions])
     if unknown:
-        _say(f"warning: the demo model was never taught these words: {', '.join(unknown)}")
-    # SFT has no use for anchors, but saved runs know their data by them
+        _say(f"warning: the demo model was not trained on these words: {', '.join(unknown)}")
+    # SFT does not use anchors, but they are part of the fingerprint of saved runs
     anchors = config.objective.wants_anchors or isinstance(config.objective, SFT)
     data = build_training_set(
         report.pairs, model.encoder, ConditionCache(args.output / "cache"), trigger=args.trigger,
@@ -102,7 +102,7 @@ def run_train(args: argparse.Namespace) -> int:
         anchors=anchors, heldout_caption=args.heldout_caption,
     )  # fmt: skip
     if config.objective.wants_anchors and not data.anchors and "anchor_probability" not in args:
-        _say("warning: no caption names the trigger, so there is no prior to anchor; anchor_probability is set to 0")
+        _say("warning: no caption contains the trigger, so there are no anchors; anchor_probability is set to 0")
         config = config.replace(objective=config.objective.without_anchors())
     with tqdm(total=config.steps, unit="step") as bar:
         facts = {"dopsd_base_fingerprint": model.fingerprint}
@@ -112,7 +112,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    """Samples the demo model in its few steps, with a LoRA or under its teacher's condition."""
+    """Samples the demo model in its few steps, optionally with a LoRA or with the teacher's condition."""
     model = load_demo_model()
     width, height = args.size or (IMAGE_SIZE, IMAGE_SIZE)
     shape = Z_IMAGE.latent_shape(width, height)
@@ -124,7 +124,7 @@ def run_sample(args: argparse.Namespace) -> int:
         image = to_tensor(decoded.image)
         _warn(f"{args.teacher_image}: {remark}" for remark in decoded.remarks)
     if args.lora and not args.lora.exists():
-        raise FileNotFoundError(f"{args.lora} is not there; give the LoRA file that training wrote")
+        raise FileNotFoundError(f"{args.lora} does not exist; give a LoRA file that training wrote")
     args.output.mkdir(parents=True, exist_ok=True)
     sigmas = Z_IMAGE.sigmas(args.steps or 4, width, height)
     for number, prompt in enumerate(prompts, 1):
@@ -134,9 +134,9 @@ def run_sample(args: argparse.Namespace) -> int:
         noise = torch.stack([torch.randn(shape, generator=make_generator(seed, "sample")) for seed in seeds])
         with _maybe_lora(model.denoiser, args.lora, args.strength):
             latents = sample(model.denoiser, [condition] * args.count, noise, sigmas)
-        for seed, picture in zip(seeds, to_images(encoder.decode(latents)), strict=True):
+        for seed, drawn in zip(seeds, to_images(encoder.decode(latents)), strict=True):
             path = args.output / f"{number:02d}_seed{seed}.png"
-            picture.save(path)
+            drawn.save(path)
             _say(f"{path}  {prompt}")
     return 0
 

@@ -1,5 +1,4 @@
-"""D-OPSD against SFT on one concept: equal steps, several seeds, SFT at the best of several rates; report and
-pictures."""
+"""Compares D-OPSD and SFT on one concept: equal steps, several seeds, SFT with the best of several learning rates."""
 
 from __future__ import annotations
 
@@ -31,9 +30,16 @@ _SHOWN = 8
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Scores of every run, and the first run's pictures of each method. sft_rates: scores of seed 0 at each rate tried.
+    """The results of all runs.
 
-    lora: the file of D-OPSD's first run. peak_rss_mb: of all processes of the runs together.
+    Attributes:
+        runs: scores of every run by method.
+        shown: images of the first run by method.
+        sft_rates: scores of SFT with seed 0 by learning rate.
+        sft_rate: the best of these rates.
+        config: the configuration of D-OPSD.
+        lora: the file of D-OPSD's first run.
+        peak_rss_mb: peak memory of all processes together.
     """
 
     runs: Mapping[str, Sequence[Scores]]
@@ -45,12 +51,12 @@ class Comparison:
     peak_rss_mb: float
 
     def methods(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Mean and standard deviation of every figure of every method."""
+        """Mean and standard deviation of every score by method."""
         return {name: summarise(runs) for name, runs in self.runs.items()}
 
 
 def plan(config: TrainConfig, num_seeds: int) -> tuple[list[Job], list[Job], list[Job]]:
-    """The jobs of the untouched model and of D-OPSD on every seed, and of SFT at every rate on the first one."""
+    """(jobs of the untouched model, of D-OPSD for every seed, of SFT with every learning rate for the first seed)."""
     seeds = range(num_seeds)
     untouched = [Job(seed) for seed in seeds]
     dopsd = [Job(seed, config.replace(seed=seed), "dopsd") for seed in seeds]
@@ -58,7 +64,7 @@ def plan(config: TrainConfig, num_seeds: int) -> tuple[list[Job], list[Job], lis
 
 
 def sft_job(config: TrainConfig, rate: float, seed: int) -> Job:
-    """The same run as plain supervised fine-tuning: equal steps, batch, LoRA and seed."""
+    """The same run with supervised fine-tuning: equal steps, batch size, LoRA and seed."""
     optimizer = config.optimizer.replace(lr=rate)
     return Job(seed, config.replace(objective=SFT(), optimizer=optimizer, seed=seed), f"sft-lr{rate:g}")
 
@@ -66,10 +72,10 @@ def sft_job(config: TrainConfig, rate: float, seed: int) -> Job:
 def compare(
     runner: JobRunner, config: TrainConfig, num_seeds: int, on_teacher: Callable[[Samples, Samples], None]
 ) -> Comparison:
-    """Trains and scores everything. Every method is sampled with the same noise.
+    """Trains and scores all methods. Every method is sampled with the same noise.
 
-    `on_teacher` is called before any training with the pictures of the untouched model and of its teacher: if the
-    teacher is wrong, no training will help.
+    `on_teacher` is called before training with the images of the untouched model and of its teacher: the teacher
+    limits what can be learned.
     """
     untouched, own, tries = plan(config, num_seeds)
     base = runner.run(untouched)
@@ -85,7 +91,7 @@ def compare(
     found["teacher"] = teacher
     lora = dopsd[0].lora
     if lora is None:
-        raise RuntimeError("a training job came back without its LoRA")
+        raise RuntimeError("a training job returned no LoRA")
     return Comparison(
         runs={name: [scores for scores, _ in found[name]] for name in METHODS},
         shown={name: found[name][0][1] for name in METHODS},
@@ -98,8 +104,8 @@ def compare(
 
 
 def best_rate(tried: Mapping[float, Scores], dopsd: Scores) -> float:
-    """SFT's best rate: of those that learn the concept as well as D-OPSD did (within 0.05), the one that keeps the
-    prior best; if none does, the one that learns it best."""
+    """SFT's best learning rate: the least forgetting among those that learn the concept as well as D-OPSD (within
+    0.05); if there is none, the one that learns it best."""
     good = [rate for rate, scores in tried.items() if scores.concept_error <= dopsd.concept_error + 0.05]
     if good:
         return min(good, key=lambda rate: tried[rate].frechet_prior)
@@ -109,7 +115,7 @@ def best_rate(tried: Mapping[float, Scores], dopsd: Scores) -> float:
 def write_results(
     output: Path, concept: Concept, judge: Judge, result: Comparison, wall_seconds: float, peak_rss_mb: float
 ) -> dict[str, Any]:
-    """lora.safetensors, contact_sheet.png, curves.png and report.json into the output folder; returns the report."""
+    """Writes lora.safetensors, contact_sheet.png, curves.png and report.json; returns the report."""
     shutil.copyfile(result.lora, output / "lora.safetensors")
     draw_sheet(concept, result).save(output / "contact_sheet.png")
     logs = {"D-OPSD": "dopsd-seed0", f"SFT, lr {result.sft_rate:g}": f"sft-lr{result.sft_rate:g}-seed0"}
@@ -130,14 +136,14 @@ def write_results(
 
 
 def draw_teacher_sheet(concept: Concept, base: Samples, teacher: Samples) -> Image.Image:
-    """What can be known before training: the targets, and what the teacher makes of them on unseen prompts."""
+    """Draws the targets, the untouched student and its teacher on unseen prompts, before training."""
     pick, words = _shown_prompts(concept)
     return contact_sheet(
         f"Before training: {concept.words} = [V]",
         [
-            Row("targets", "the training pictures", render(concept.targets)),
-            Row("student", "text alone", base.trigger[pick], words),
-            Row("teacher", "shown a target", teacher.trigger[pick]),
+            Row("targets", "the training images", render(concept.targets)),
+            Row("student", "text only", base.trigger[pick], words),
+            Row("teacher", "sees a target", teacher.trigger[pick]),
         ],
     )
 
@@ -150,21 +156,21 @@ def _shown_prompts(concept: Concept) -> tuple[list[int], list[str]]:
 
 
 def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
-    """Targets; before, teacher, after on unseen prompts; prior prompts before and after."""
+    """Draws the targets; base, teacher and trained models on unseen prompts; prior prompts before and after."""
     n = _SHOWN
     pick, words = _shown_prompts(concept)
     prior = [text.removeprefix("a ").split(" badge")[0] for text in concept.described.texts[:n]]
-    rows = [Row("targets", "the four training pictures;\nnever seen in the making", render(concept.targets))]
+    rows = [Row("targets", "the four training images;\nunseen by the base model", render(concept.targets))]
     remarks = {
-        "base": ("before", "4 steps, text alone"),
-        "teacher": ("teacher", "before training, shown a\ntarget: what can be reached"),
-        "dopsd": ("D-OPSD", "4 steps, text alone"),
-        "sft": ("SFT", f"4 steps, text alone;\nbest of {len(SFT_RATES)} rates"),
+        "base": ("before", "4 steps, text only"),
+        "teacher": ("teacher", "before training, sees a\ntarget: the upper bound"),
+        "dopsd": ("D-OPSD", "4 steps, text only"),
+        "sft": ("SFT", f"4 steps, text only;\nbest of {len(SFT_RATES)} rates"),
     }
     for name, (label, remark) in remarks.items():
         rows.append(Row(label, remark, result.shown[name].trigger[pick], words if name == "base" else ()))
     rows.append(
-        Row("asked for", "other prompts, no [V]:\nrenders of the prompts", render(concept.described.scenes[:n]), prior)
+        Row("expected", "other prompts, no [V]:\nrenders of the prompts", render(concept.described.scenes[:n]), prior)
     )
     for name, label in (("base", "prior before"), ("dopsd", "prior, D-OPSD"), ("sft", "prior, SFT")):
         rows.append(Row(label, "", result.shown[name].described[:n]))
@@ -174,7 +180,7 @@ def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report's figures for a terminal."""
+    """The report as a table for the terminal."""
     columns = {
         "concept_error": "concept error", "prompt_following": "prompt following", "sharpness": "sharpness",
         "frechet_trigger": "Frechet [V]", "frechet_prior": "Frechet prior", "prior_error": "prior error",
@@ -192,5 +198,5 @@ def table(report: Mapping[str, Any]) -> str:
         f"Frechet distance of prior prompts against the base's: D-OPSD x{prior['dopsd'] / prior['base']:.2f}, "
         f"SFT x{prior['sft'] / prior['base']:.2f} (lr {report['sft']['rate']:g}, the best of those tried)."
     )
-    lines.append(f"{report['wall_seconds']:.0f} s, {report['peak_rss_mb']:.0f} MB at most.")
+    lines.append(f"{report['wall_seconds']:.0f} s, peak memory {report['peak_rss_mb']:.0f} MB.")
     return "\n".join(lines)

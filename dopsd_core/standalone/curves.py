@@ -1,4 +1,4 @@
-"""The curves of the demo's runs."""
+"""Plots the curves of the demo's runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..training.log import StepReport, curve
 
 
 def save_curves(path: Path, runs: dict[str, Sequence[StepReport]]) -> None:
-    """Loss, gap to the teacher relative to the start (training and held-out caption), and cosine, against the step.
+    """Plots loss, relative gap to the teacher (training and held-out captions) and cosine over the steps.
 
-    Steps that were prior anchors are left out of loss and cosine: their target is another one.
+    Loss and cosine exclude steps with prior anchors, which have a different target.
     """
     import matplotlib
 

@@ -1,7 +1,6 @@
-"""The demo: teach the embedded model a concept that it has never seen, next to SFT, and measure what became of it.
+"""The demo: trains the embedded model on an unseen concept and evaluates it.
 
-Everything goes the product's own way: files on disk, the data set's reader, cached conditions, the trainer, a LoRA
-file.
+It uses the same code as real training: files on disk, the dataset reader, cached conditions, the trainer, a LoRA file.
 """
 
 from __future__ import annotations
@@ -34,9 +33,15 @@ _BATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Conditions:
-    """Conditions of the evaluation's prompts, of the text alone; `taught` are the trigger prompts as the teacher sees
-    them."""
+class PromptConditions:
+    """Conditions of the evaluation prompts.
+
+    Attributes:
+        trigger: prompts with the trigger, text only.
+        described: prompts without the trigger that describe an appearance, text only.
+        generic: prompts without the trigger or any appearance, text only.
+        taught: the prompts with the trigger, with the teacher's view of a target.
+    """
 
     trigger: Sequence[Condition]
     described: Sequence[Condition]
@@ -45,13 +50,13 @@ class Conditions:
 
 
 class Demo:
-    """One concept, one output folder, in which `write_dataset` has put the training pictures."""
+    """The demo for one concept, in an output folder where `write_dataset` has written the training images."""
 
     def __init__(self, model: DemoModel, judge: Judge, concept: Concept, output: Path) -> None:
         self.model, self.judge, self.concept, self.output = model, judge, concept, output
         self.conditions, self.data = self._prepare()
 
-    def _prepare(self) -> tuple[Conditions, TrainingSet]:
+    def _prepare(self) -> tuple[PromptConditions, TrainingSet]:
         concept, encoder = self.concept, self.model.encoder
         folder = self.output / "dataset"
         report = read_dataset(folder, pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
@@ -60,9 +65,9 @@ class Demo:
             report.pairs, encoder, ConditionCache(self.output / "cache"), trigger=TRIGGER, anchors=True,
             anchor_prompts=concept.anchors, heldout_caption=concept.unseen.texts[0],
         )  # fmt: skip
-        pictures = [load_image(pair.image_path, pair.bucket) for pair in report.pairs]
+        images = [load_image(pair.image_path, pair.bucket) for pair in report.pairs]
         taught = [
-            encoder.encode_image_text(pictures[i % len(pictures)], text) for i, text in enumerate(concept.unseen.texts)
+            encoder.encode_image_text(images[i % len(images)], text) for i, text in enumerate(concept.unseen.texts)
         ]
         text = {
             t: encoder.encode_text(t) for t in {*concept.unseen.texts, *concept.described.texts, *concept.generic.texts}
@@ -70,11 +75,10 @@ class Demo:
         trigger, described, generic = (
             [text[t] for t in prompts.texts] for prompts in (concept.unseen, concept.described, concept.generic)
         )
-        return Conditions(trigger, described, generic, taught), data
+        return PromptConditions(trigger, described, generic, taught), data
 
     def draw(self, conditions: Sequence[Condition], seed: int) -> Tensor:
-        """Four-step samples, one per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds share their noise between
-        models."""
+        """Draws one four-step sample per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds have equal noise."""
         shape = Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
         noise = torch.randn(len(conditions), *shape, generator=make_generator(seed, "demo samples"))
         sigmas = Z_IMAGE.sigmas(4, IMAGE_SIZE, IMAGE_SIZE)
@@ -85,21 +89,22 @@ class Demo:
         return self.model.encoder.decode(torch.cat(latents))
 
     def samples(self, seed: int, lora: Path | None = None) -> Samples:
-        """Of the model with a LoRA, or as it is."""
+        """Samples of the model, with a LoRA if one is given."""
         parts = self.conditions
         with with_lora(self.model.denoiser, lora) if lora else nullcontext():
             trigger, described = self.draw(parts.trigger, seed), self.draw(parts.described, seed + 1000)
             return Samples(trigger, described, self.draw(parts.generic, seed + 2000))
 
     def taught(self, seed: int, base: Samples) -> Samples:
-        """Of the untouched model under its teacher's conditions; without the trigger there is no target to be shown."""
+        """Samples of the untouched model with the teacher's conditions; prompts without the trigger have no target."""
         return replace(base, trigger=self.draw(self.conditions.taught, seed))
 
     def score(self, samples: Samples) -> Scores:
+        """The judge's scores of the samples."""
         return score(samples, self.concept, self.judge)
 
     def train(self, name: str, config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
-        """Trains into `runs/<name>` and gives the LoRA's path. A run that is there already is continued or kept."""
+        """Trains in `runs/<name>`, or resumes the run there, and returns the LoRA's path."""
         facts = {"dopsd_base_fingerprint": self.model.fingerprint}
         folder = self.output / "runs" / name
         return train(config, self.model.denoiser, self.data, folder, callbacks, facts=facts).lora_path

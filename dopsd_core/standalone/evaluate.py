@@ -1,7 +1,7 @@
-"""What the demo measures, on prompts that were not trained, in the model's own four steps.
+"""Scores of the demo, on prompts that were not trained on, in the model's own four steps.
 
-Quoted together or not at all: a blurred picture of the right colours has a good concept error, a sharp picture of
-the wrong thing has a good sharpness.
+Always report them together: a blurred image with the right colours has a good concept error, a sharp image of the
+wrong object has a good sharpness.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from .judge import Judge, frechet_distance, judge_features, judged_right, laplac
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on one concept with one noise seed. Lower is better for errors, distances and leak.
+    """Scores of one model on one concept with one noise seed. Lower is better for errors, distances and leakage.
 
-    concept_error: 1 - accuracy of the concept's four appearance attributes, trigger prompts. prompt_following:
-    accuracy of position and background, trigger prompts. sharpness: Laplacian energy over that of real renders (1 is
-    real). frechet_trigger: to real renders of the same prompts; frechet_prior: the same for prompts without the
-    trigger. prior_error: 1 - accuracy of the appearance that a prompt without the trigger describes. leak: share of
-    the concept's attributes in pictures of prompts that name no appearance (chance is about 0.19).
+    Attributes:
+        concept_error: 1 - accuracy of the concept's four appearance attributes, on trigger prompts.
+        prompt_following: accuracy of position and background, on trigger prompts.
+        sharpness: Laplacian energy relative to real renders (1 for real ones).
+        frechet_trigger: Frechet distance to real renders of the same trigger prompts.
+        frechet_prior: the same for prompts without the trigger (forgetting).
+        prior_error: 1 - accuracy of the appearance that a prompt without the trigger describes.
+        leak: share of the concept's attributes in images of prompts that name no appearance (chance is about 0.19).
     """
 
     concept_error: float
@@ -40,7 +43,13 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Pictures of one model: trigger [n, 3, 64, 64]; described and generic [m, 3, 64, 64]; in [0, 1]."""
+    """Images of one model, in [0, 1].
+
+    Attributes:
+        trigger: [n, 3, 64, 64], of prompts with the trigger.
+        described: [m, 3, 64, 64], of prompts that describe another appearance.
+        generic: [m, 3, 64, 64], of prompts that name no appearance.
+    """
 
     trigger: Tensor
     described: Tensor
@@ -48,6 +57,7 @@ class Samples:
 
 
 def score(samples: Samples, concept: Concept, judge: Judge) -> Scores:
+    """Scores samples of the concept's prompts with the judge."""
     wanted = concept.unseen.scenes
     right = judged_right(judge, samples.trigger, wanted.labels())
     real = render(wanted)
@@ -71,21 +81,21 @@ def score(samples: Samples, concept: Concept, judge: Judge) -> Scores:
 
 
 def summarise(runs: Sequence[Scores]) -> dict[str, dict[str, float]]:
-    """{"concept_error": {"mean", "std"}, ...} over runs."""
+    """Mean and standard deviation over runs: {"concept_error": {"mean", "std"}, ...}."""
     rows = [asdict(run) for run in runs]
     return {name: {"mean": mean(r[name] for r in rows), "std": pstdev([r[name] for r in rows])} for name in rows[0]}
 
 
 def gap_closed(methods: Mapping[str, Mapping[str, Mapping[str, float]]], method: str = "dopsd") -> float:
-    """Share of the concept error between base and its own teacher that the method closed; 1 is the teacher reached."""
+    """Share of the gap in concept error between base and teacher that the method closed; 1 if it equals the teacher."""
     error = {name: values["concept_error"]["mean"] for name, values in methods.items()}
     return (error["base"] - error[method]) / max(error["base"] - error["teacher"], 1e-9)
 
 
 def frechet_floor(judge: Judge, size: int) -> float:
-    """What `frechet_distance` gives for two sets of `size` REAL renders: the bias of a finite sample."""
+    """The Frechet distance of two sets of `size` REAL renders: the bias of a finite sample."""
     draws = [render(sample_scenes(size, torch.Generator().manual_seed(seed))) for seed in (1, 2)]
-    return frechet_distance(*(judge_features(judge, pictures) for pictures in draws))
+    return frechet_distance(*(judge_features(judge, images) for images in draws))
 
 
 def _accuracy(right: Mapping[str, Tensor], names: Sequence[str]) -> float:

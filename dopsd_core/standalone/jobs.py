@@ -1,6 +1,6 @@
-"""The demo's runs, several at a time: each in a process of its own with one thread.
+"""Runs the demo's jobs in parallel, each in its own process with one thread.
 
-On networks this small two threads are hardly faster than one, two processes are twice as fast.
+For networks this small, two threads are hardly faster than one, but two processes are twice as fast.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .judge import load_judge
 from .memory import peak_rss_mb
 
 Progress = Callable[[str, float], None]
-"""(what is being done, work done since the last call)."""
+"""(description, work done since the last call)."""
 
-_SAMPLES = 16.0  # cost of a set of pictures, in steps of D-OPSD
+_SAMPLES = 16.0  # cost of a set of images, in D-OPSD steps
 
 
 @dataclass(frozen=True)
 class Job:
-    """Images of a model trained by `config`; without one, of the untouched model and of its teacher.
+    """Samples a model trained with `config`, or without one the untouched model and its teacher.
 
     Attributes:
-        seed: of the training and of the images.
-        config: of the training.
-        method: what the job is called, together with its seed.
+        seed: seed of the images.
+        config: configuration of the training.
+        method: name of the job, together with the seed.
     """
 
     seed: int
@@ -49,25 +49,25 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The run's folder and what the progress bar calls it."""
+        """Name of the run's folder, shown in the progress bar."""
         return f"{self.method}-seed{self.seed}"
 
     @property
     def work(self) -> float:
-        """About how long it takes, in steps of D-OPSD."""
+        """Approximate duration in D-OPSD steps."""
         steps = 0.0 if self.config is None else self.config.steps * self.config.objective.relative_cost
         return steps + _SAMPLES
 
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """What a job found.
+    """The result of a job.
 
     Attributes:
-        scores: of its images.
+        scores: scores of the images.
         samples: the images.
-        taught: the same of the teacher, of an untouched job.
-        lora: the file, of a training job.
+        taught: scores and images of the teacher, for a job without training.
+        lora: the LoRA file, for a job with training.
     """
 
     scores: Scores
@@ -77,9 +77,9 @@ class Done:
 
 
 class JobRunner:
-    """Runs jobs on one concept in `jobs` processes; a context manager.
+    """Runs jobs for one concept in `jobs` processes; a context manager.
 
-    The samples that come back are rounded to 8 bits, as pictures in a file would be.
+    The returned samples are rounded to 8 bits, like images in a file.
     """
 
     def __init__(self, concept_seed: int, output: Path, jobs: int, progress: Progress) -> None:
@@ -101,10 +101,10 @@ class JobRunner:
         self._manager.shutdown()
 
     def run(self, jobs: Sequence[Job]) -> list[Done]:
-        """Every job's result, in order. The first error of any of them is raised here."""
+        """The result of every job, in order. Raises the first error of any job."""
         results = []
         for found, lora, process, peak in self._pool.map(_run, jobs):
-            (scores, samples), *taught = [(scores, _from_bytes(pictures)) for scores, pictures in found]
+            (scores, samples), *taught = [(scores, _from_bytes(images)) for scores, images in found]
             self.peaks[process] = max(peak, self.peaks.get(process, 0.0))
             results.append(Done(scores, samples, taught[0] if taught else None, lora))
         return results
@@ -114,7 +114,7 @@ class JobRunner:
             progress(*message)
 
 
-class _Told(NoCallbacks):
+class _ProgressCallbacks(NoCallbacks):
     def __init__(self, job: Job, queue: Any) -> None:
         self._job, self._queue = job, queue
 
@@ -137,12 +137,12 @@ def _start(concept_seed: int, output: Path, queue: Any) -> None:
 
 @cache
 def _demo(concept_seed: int, output: Path) -> Demo:
-    """Made by the first job, not at the process's start, where an error would only be told as a broken pool."""
+    """Created by the first job, not at process start, where an error would only be reported as a broken pool."""
     return Demo(load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE), make_concept(concept_seed), output)
 
 
 def _to_bytes(samples: Samples) -> list[Any]:
-    """Arrays of 8 bits: tensors would travel as shared memory that dies with its process."""
+    """8-bit arrays: tensors would be sent as shared memory, which ends with the process."""
     return [part.mul(255).round().byte().numpy() for part in vars(samples).values()]
 
 
@@ -157,7 +157,7 @@ def _run(job: Job) -> tuple[list[tuple[Scores, list[Any]]], Path | None, int, fl
     demo = _demo(concept_seed, output)
     lora = None
     if job.config is not None:
-        lora = demo.train(job.name, job.config, _Told(job, queue))
+        lora = demo.train(job.name, job.config, _ProgressCallbacks(job, queue))
     made = [demo.samples(job.seed, lora)]
     if job.config is None:
         made.append(demo.taught(job.seed, made[0]))

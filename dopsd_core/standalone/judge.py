@@ -1,7 +1,7 @@
-"""An independent judge of the demo's pictures: a small classifier trained on real renders only.
+"""An independent judge of the demo's images: a small classifier trained only on real renders.
 
-It has never seen a picture made by any model. Its accuracy per attribute measures concept and prompt following; the
-distribution of its features against that of real renders gives the Frechet distance (the FID of this small world).
+It was not trained on generated images. Its accuracy per attribute measures concept and prompt following; the
+distribution of its features, compared with real renders, gives the Frechet distance (the FID of this small world).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _conv(inside: int, outside: int, stride: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in [0, 1] -> features [B, 128] -> logits per attribute."""
+    """Images [B, 3, 64, 64] in [0, 1] -> features [B, 128] -> logits per attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,15 +33,18 @@ class Judge(nn.Module):
         )  # fmt: skip
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, n) for name, n in NUM_CLASSES.items()})
 
-    def features(self, pictures: Tensor) -> Tensor:
-        return self.body(pictures * 2 - 1)
+    def features(self, images: Tensor) -> Tensor:
+        """images [B, 3, 64, 64] in [0, 1] -> features [B, 128]."""
+        return self.body(images * 2 - 1)
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.features(pictures)
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """images [B, 3, 64, 64] in [0, 1] -> logits [B, classes] per attribute."""
+        features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
 
 def load_judge(path: Path) -> Judge:
+    """The frozen judge with the file's weights, fp32."""
     judge = Judge()
     judge.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
@@ -50,16 +53,16 @@ def load_judge(path: Path) -> Judge:
 
 
 @torch.no_grad()
-def judged_right(judge: Judge, pictures: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bool [n] per attribute: does the judge read from the picture what `labels` (int64 [n] each) ask for?"""
-    logits = [judge(part.clamp(0, 1)) for part in pictures.split(256)]
+def judged_right(judge: Judge, images: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bool [n] per attribute: whether the judge's class of images [n, 3, 64, 64] equals `labels` (int64 [n] each)."""
+    logits = [judge(part.clamp(0, 1)) for part in images.split(256)]
     return {name: torch.cat([part[name] for part in logits]).argmax(1) == want for name, want in labels.items()}
 
 
 @torch.no_grad()
-def judge_features(judge: Judge, pictures: Tensor) -> Tensor:
-    """[n, 128], float64."""
-    return torch.cat([judge.features(part.clamp(0, 1)) for part in pictures.split(256)]).double()
+def judge_features(judge: Judge, images: Tensor) -> Tensor:
+    """Features [n, 128] fp64 of images [n, 3, 64, 64]."""
+    return torch.cat([judge.features(part.clamp(0, 1)) for part in images.split(256)]).double()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -73,7 +76,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(mean + cov_a.trace() + cov_b.trace() - 2 * root)
 
 
-def laplacian_energy(pictures: Tensor) -> Tensor:
-    """Mean absolute Laplacian per picture, [n]: high for sharp edges, also for speckle; never quote it alone."""
+def laplacian_energy(images: Tensor) -> Tensor:
+    """Mean absolute Laplacian [n] of images [n, 3, H, W]: high for sharp edges, but also for noise."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None].expand(3, 1, 3, 3)
-    return F.conv2d(pictures.clamp(0, 1), kernel, groups=3).abs().mean((1, 2, 3))
+    return F.conv2d(images.clamp(0, 1), kernel, groups=3).abs().mean((1, 2, 3))

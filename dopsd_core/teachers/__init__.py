@@ -1,6 +1,6 @@
-"""Whose weights teach, one module each. A new one is a module here and an entry in `TEACHERS`.
+"""The teacher's weights, one choice per module. A new one is a module here and an entry in `TEACHERS`.
 
-What the teacher is SHOWN, a view of the target, stands in `conditioning/teachers.py`.
+What the teacher SEES, its view of the target, is defined in `conditioning/teachers.py`.
 """
 
 from __future__ import annotations

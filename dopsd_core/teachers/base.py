@@ -1,4 +1,4 @@
-"""What a teacher's weights are."""
+"""The interface of the choices for the teacher's weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Teacher(Variant):
-    """Whose weights predict what the student learns."""
+    """Which weights the teacher uses."""
 
     weights: ClassVar[Literal["copy", "base", "student"]]
-    """A second set of trained weights, those of the untouched network, or the student's own."""
+    """A second set of weights, those of the untouched network, or the student's own."""
 
     def update(self, teacher: list[Tensor], student: list[Tensor]) -> None:
-        """Changes the second set in place after an optimizer step; called where `weights` is "copy".
+        """Updates the second set in place after an optimizer step; called if `weights` is "copy".
 
-        teacher, student: fp32 tensors of equal shapes, in the same order; no graph.
+        teacher, student: fp32 tensors with equal shapes in the same order, without graph.
         """

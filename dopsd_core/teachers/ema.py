@@ -1,4 +1,4 @@
-"""The moving average of the student (theta-bar of arXiv 2605.05204)."""
+"""An exponential moving average of the student's weights (theta-bar in arXiv 2605.05204)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ else:
 
 
 class EmaTeacher(Teacher):
-    """A moving average of the student's weights."""
+    """An exponential moving average (EMA) of the student's weights."""
 
     name: ClassVar[str] = "ema"
     summary: ClassVar[str] = "a moving average of the student's"
@@ -26,9 +26,9 @@ class EmaTeacher(Teacher):
     weights: ClassVar[Literal["copy", "base", "student"]] = "copy"
 
     decay: Annotated[float, Hint(step=1e-4)] = Field(
-        default=0.9999, ge=0, le=1, description="share of the moving average that stays at an optimizer step"
+        default=0.9999, ge=0, le=1, description="decay of the moving average per optimizer step"
     )
 
     def update(self, teacher: list[Tensor], student: list[Tensor]) -> None:
-        """theta_bar <- decay * theta_bar + (1 - decay) * theta, in fp32."""
+        """theta_bar <- decay * theta_bar + (1 - decay) * theta, in fp32, for tensors of any shape."""
         torch._foreach_lerp_(teacher, student, 1.0 - self.decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -8,7 +8,7 @@ from .base import Teacher
 
 
 class FrozenTeacher(Teacher):
-    """The untouched network: no second set of weights, and a target that does not move."""
+    """The untouched network: needs no second set of weights, and the target does not change."""
 
     name: ClassVar[str] = "frozen"
     summary: ClassVar[str] = "the untouched network, which saves memory"

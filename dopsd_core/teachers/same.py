@@ -1,4 +1,4 @@
-"""The student itself."""
+"""The student's own weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Teacher
 
 
 class SameTeacher(Teacher):
-    """The student's own weights, without gradient."""
+    """The student's own weights, without gradients."""
 
     name: ClassVar[str] = "same"
     summary: ClassVar[str] = "the student's own"

@@ -1,9 +1,9 @@
-"""Checkpoints that survive a kill at any moment.
+"""Checkpoints that survive a kill at any time.
 
 A checkpoint is a folder `step-000123` with `lora.safetensors`, `teacher.safetensors`, `optimizer.safetensors` and
-`state.json`, which holds the checksums of the others. It is written under another name and renamed when all of it is
-on the disk, so a folder of that name is whole; older ones are removed only after that. What was damaged later is told
-by the checksums, and the one before is used.
+`state.json`, which contains the checksums of the others. It is written under a temporary name and renamed when it is
+complete; older ones are removed only afterwards. Later damage is detected by the checksums, and the previous checkpoint
+is used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PARTS = ("lora", "teacher", "optimizer")
 
 
 class StateError(RuntimeError):
-    """A run's saved state cannot be used; the message says what to do."""
+    """Raised if a run's saved state cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,10 @@ class Checkpoint:
 
     Attributes:
         step: optimizer steps done.
-        lora, teacher: raw tensors of the adapters (`AdapterSet.state`); the teacher's may be empty.
-        optimizer: tensors of the optimizer's state, by path (`flatten_state`).
-        facts: JSON-able rest: configuration, dataset, gaps at the start, what else the optimizer's state holds.
+        lora: raw tensors of the student (`AdapterSet.state`), for LoRA [rank, in] and [rows, rank].
+        teacher: the same of the teacher; may be empty.
+        optimizer: tensors of the optimizer's state, of any shape, by path (`flatten_state`).
+        facts: everything else, JSON-serializable: configuration, dataset, initial gaps, rest of the optimizer's state.
     """
 
     step: int
@@ -60,13 +61,13 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """Writes `checkpoint` below `folder` and removes all but the `keep` newest; gives its folder.
+    """Writes `checkpoint` in `folder`, removes all but the `keep` newest, and returns its folder.
 
-    A whole checkpoint of the same step is left as it is, a damaged one is replaced. Folders of later steps are
-    removed: a run that saves step n and has seen n + 1 before has been set back, and those were damaged.
+    An intact checkpoint of the same step is kept, a damaged one is replaced. Folders of later steps are removed: they
+    are damaged if the run was resumed from an earlier step.
 
     Raises:
-        DiskError: the disk is full or cannot be written; the older checkpoints are untouched then.
+        DiskError: the disk is full or not writable; older checkpoints are untouched.
     """
     size = sum(t.numel() * t.element_size() for part in _PARTS for t in getattr(checkpoint, part).values())
     with writing(folder / f"step-{checkpoint.step:06d}", size):
@@ -74,7 +75,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint below `folder`, whole or not, newest first."""
+    """The steps that have a checkpoint in `folder`, intact or not, newest first."""
     return _steps(folder) if folder.is_dir() else []
 
 
@@ -100,12 +101,12 @@ def _save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below `folder`, or None where there has never been one.
+    """The newest intact checkpoint in `folder`, or None if there are no checkpoints.
 
-    Damaged ones are passed over with a warning. What an earlier kill left half written is removed.
+    Skips damaged ones with a warning. Removes partially written ones of a killed process.
 
     Raises:
-        StateError: there are checkpoints, and every one is damaged.
+        StateError: every checkpoint is damaged.
     """
     if not folder.is_dir():
         return None
@@ -117,32 +118,32 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             return _read(path)
         except Exception as error:  # a damaged file can fail in any way inside the parsers
-            log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, error)
+            log.warning("checkpoint %s is damaged (%s); using the previous one", path, error)
     if steps:
-        raise StateError(f"every checkpoint in {folder} is damaged; delete that folder to start the run anew")
+        raise StateError(f"every checkpoint in {folder} is damaged; delete that folder to restart the run")
     return None
 
 
 def flatten_state(state: Mapping[Any, Any]) -> tuple[dict[str, Tensor], str]:
-    """An optimizer's `state_dict()` as tensors by path ("state/3/exp_avg"), and JSON of everything else in it.
+    """Splits an optimizer's `state_dict()` into tensors of any shape by path ("state/3/exp_avg") and JSON of the rest.
 
-    Kinds of containers and of keys, and the order, are kept. Tensors that share memory, as the tables of 8-bit
-    optimizers do, become copies.
+    Types of containers and keys and their order are preserved. Tensors that share memory, such as the tables of 8-bit
+    optimizers, become copies.
 
     Raises:
-        TypeError: the state holds something that is neither a tensor nor a container nor a plain value.
+        TypeError: the state contains something other than tensors, containers and plain values.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, json.dumps(_flatten(state, "", tensors))
 
 
 def unflatten_state(tensors: Mapping[str, Tensor], rest: str) -> dict[Any, Any]:
-    """The inverse of `flatten_state`."""
+    """The inverse of `flatten_state`, with tensors in the same shapes."""
     return _unflatten(json.loads(rest), tensors)
 
 
 def unflatten_paths(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[Any, Any]:
-    """An optimizer's "state" as release 0.2 kept it: tensors and plain values by path, digits for numbers."""
+    """An optimizer's "state" from release 0.2: tensors of any shape and plain values by path, with digits for ints."""
     state: dict[Any, Any] = {}
     for path, value in {**tensors, **values}.items():
         *parents, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
@@ -166,12 +167,12 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [_flatten(inner, _below(path, i), tensors) for i, inner in enumerate(value)]}
-    raise TypeError(f"the optimizer's state holds a {type(value).__name__} at {path}, which a checkpoint cannot keep")
+    raise TypeError(f"the optimizer's state contains a {type(value).__name__} at {path}, which cannot be saved")
 
 
 def _below(path: str, key: Any) -> str:
     if isinstance(key, bool) or not isinstance(key, int | str):
-        raise TypeError(f"the optimizer's state has the key {key!r} at {path or 'its top'}; only text and numbers do")
+        raise TypeError(f"the optimizer's state has the key {key!r} at {path or 'its top'}; use a str or an int")
     name = str(key).replace("~", "~0").replace("/", "~1")
     return f"{path}/{name}" if path else name
 
@@ -217,21 +218,21 @@ def _read(folder: Path) -> Checkpoint:
 
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     state = json.loads((folder / "state.json").read_bytes())
-    told = state.pop("self")
-    if state["format"] not in _READABLE or told != _digest(state):
-        raise ValueError(f"state.json is not what was written, or of another format than {' or '.join(_READABLE)}")
+    stated = state.pop("self")
+    if state["format"] not in _READABLE or stated != _digest(state):
+        raise ValueError(f"state.json was changed, or its format is not {' or '.join(_READABLE)}")
     if folder.name != f"step-{state['step']:06d}":
         raise ValueError(f"state.json is of step {state['step']}")
     contents = {}
     for name in (f"{part}.safetensors" for part in _PARTS):
         contents[name] = (folder / name).read_bytes()
         if hashlib.sha256(contents[name]).hexdigest() != state["sha256"][name]:
-            raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"{name} was changed")
     return state, contents
 
 
 def read_checkpoint_lora(folder: Path) -> dict[str, Tensor]:
-    """The student's raw tensors, fp32, of one checkpoint's folder."""
+    """The student's raw tensors, fp32, from a checkpoint's folder; for LoRA [rank, in] and [rows, rank]."""
     return parse_safetensors((folder / "lora.safetensors").read_bytes())
 
 
@@ -254,7 +255,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _remove(folder: Path) -> None:
-    """Takes a checkpoint away at once: a kill in the middle leaves no half one under its name."""
+    """Removes a checkpoint atomically: a kill leaves no partial one under its name."""
     if folder.exists():
         away = folder.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
         os.replace(folder, away)

@@ -1,8 +1,8 @@
-"""What the user watches: a report per step, a real distance to the teacher, and a log that survives a kill.
+"""Step reports, the gap to the teacher, and a log that survives a kill.
 
-The loss of supervised training says nothing about quality. Self-distillation has a distance that does: how far the
-student's velocities are from its teacher's along the student's own rollout, on noise that never changes, relative to
-the distance before training. 1 is untrained, 0 is the teacher reached.
+The loss of supervised training says little about quality. Self-distillation has a meaningful metric: the distance of
+the student's velocities from its teacher's along the student's own rollout, on fixed noise, relative to the distance
+before training. It is 1 before training, and 0 if the student equals its teacher.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ LOG_NAME = "train.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One optimizer step, or with `step` 0 the state before training (then without loss).
+    """An optimizer step, or for `step` 0 the state before training (without loss).
 
     Attributes:
         step: optimizer steps done.
-        loss: the objective's, mean over the training batches. Batches of the prior anchor count only when there were
-            no others.
-        metrics: the objective's further figures by name, of the same batches. Of those that compare velocities: "gap",
-            the rms distance of the student's to the target's, "cosine", and "norm_ratio", the student's norm over the
-            target's.
-        relative_gap: gap to the teacher on fixed noise over the one before training; None where not measured.
-        heldout_relative_gap: the same on the held-out caption.
-        lr, grad_norm: learning rate of this step, and norm of its gradient before clipping.
-        anchors: batches of this step that were prior anchors.
-        loss_scale, overflows: where the network computes in fp16: what the losses were multiplied by, and how often the
-            step was repeated with half of it because a gradient overflowed. None elsewhere.
-        seconds: wall time of this step, probe and checkpoint not counted.
+        loss: mean loss of the training batches. Prior anchor batches count only if there are no others.
+        metrics: further metrics of the objective by name, for the same batches. Objectives that compare velocities
+            have "gap", the RMS distance of student and target, "cosine", and "norm_ratio", student over target.
+        relative_gap: gap to the teacher on fixed noise, relative to before training; None if not measured.
+        heldout_relative_gap: the same for the held-out caption.
+        lr: learning rate of this step.
+        grad_norm: gradient norm before clipping.
+        anchors: number of prior anchor batches in this step.
+        loss_scale: factor of the losses for networks in fp16; None for others.
+        overflows: how often the step was repeated with half the scale because a gradient overflowed; None for others.
+        seconds: wall time of this step, without probe and checkpoint.
     """
 
     step: int
@@ -56,17 +55,17 @@ class StepReport:
 
     def __post_init__(self) -> None:
         if taken := sorted(self.metrics.keys() & _FIELDS):
-            raise ValueError(f"an objective's metric may not be called {taken[0]}, which the log has a meaning for")
+            raise ValueError(f"an objective's metric may not be named {taken[0]}, which is reserved in the log")
 
     def to_row(self) -> str:
-        """A line of JSON without what was not measured; the metrics stand in it under their own names."""
+        """A line of JSON with all measured values; metrics are included under their own names."""
         values: dict[str, object] = {name: getattr(self, name) for name in _FIELDS}
         row = {"step": self.step, "loss": self.loss, **self.metrics, **values}
-        return json.dumps({name: value for name, value in row.items() if _is_told(value)}) + "\n"
+        return json.dumps({name: value for name, value in row.items() if _is_logged(value)}) + "\n"
 
     @classmethod
     def from_row(cls, row: Mapping[str, object]) -> StepReport:
-        """The report of a line. Numbers of other names are metrics; what else is unknown is ignored.
+        """Parses a line. Numbers with unknown names are metrics; other unknown values are ignored.
 
         Raises:
             TypeError: there is no step.
@@ -81,35 +80,40 @@ _FIELDS = tuple(name for name in StepReport.__dataclass_fields__ if name != "met
 
 @dataclass(frozen=True)
 class Gaps:
-    """Gaps to the teacher on the fixed noise: rms distance of velocities, on training pairs and the held-out one."""
+    """Gaps to the teacher on fixed noise: RMS distances of velocities.
+
+    Attributes:
+        train: mean over training pairs.
+        heldout: gap of the held-out pair; None if there is none.
+    """
 
     train: float
     heldout: float | None
 
     def relative_to(self, start: Gaps) -> tuple[float | None, float | None]:
-        """Both gaps over those at the start; None where there is none to compare with."""
+        """Both gaps relative to those at the start; None if there is nothing to compare."""
         return _ratio(self.train, start.train), _ratio(self.heldout, start.heldout)
 
 
 class RunLog:
-    """A JSONL of step reports that holds exactly the steps up to the state of the run.
+    """A JSONL file of step reports that contains exactly the steps up to the state of the run.
 
-    Opened at the step of a checkpoint, it drops the lines beyond it, and a line that a kill cut in two.
+    Opened at the step of a checkpoint, it drops later lines and a line that was truncated by a kill.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        """Opens the log of a run that stands at `step`; -1 empties it."""
+        """Opens the log of a run at `step`; -1 clears it."""
         self.path = path
         kept = [report for report in read_log(path) if report.step <= step]
         write_atomic(path, "".join(report.to_row() for report in kept).encode())
         with writing(path):
-            self._file = path.open("ab", buffering=0)  # a buffer would try again to write when it is closed
+            self._file = path.open("ab", buffering=0)  # a buffer would retry the write on close
 
     def append(self, report: StepReport) -> None:
-        """Adds a line; it is out of this process when the call returns.
+        """Appends a line and passes it to the operating system.
 
         Raises:
-            DiskError: it could not be written, or not whole.
+            DiskError: it could not be written completely.
         """
         row = report.to_row().encode()
         with writing(self.path, len(row)):
@@ -117,7 +121,7 @@ class RunLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """Makes the lines so far survive a power cut; called before a checkpoint that counts on them."""
+        """Flushes all lines to disk; called before a checkpoint is written."""
         with writing(self.path):
             os.fsync(self._file.fileno())
 
@@ -127,9 +131,9 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[StepReport]:
-    """The reports of a log in order of their steps, as far as they are whole; an absent file has none.
+    """The reports of a log in order of their steps; empty if there is no file.
 
-    A line that cannot be read ends the log there.
+    Stops at the first line that cannot be parsed.
     """
     if not path.exists():
         return []
@@ -146,13 +150,13 @@ def read_log(path: Path) -> list[StepReport]:
 
 
 def curve(reports: Sequence[StepReport], value: Callable[[StepReport], float | None]) -> tuple[list[int], list[float]]:
-    """(steps, values) of one figure where it was measured: `curve(read_log(path), lambda r: r.relative_gap)`."""
+    """(steps, values) of a metric where it was measured: `curve(read_log(path), lambda r: r.relative_gap)`."""
     points = [(report.step, number) for report in reports if (number := value(report)) is not None]
     return [step for step, _ in points], [number for _, number in points]
 
 
 def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the batches that have it."""
+    """Mean of each metric over the batches that have it."""
     names = dict.fromkeys(name for batch in metrics for name in batch)
     known = {name: [batch[name] for batch in metrics if name in batch] for name in names}
     return {name: sum(values) / len(values) for name, values in known.items()}
@@ -166,5 +170,5 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_told(value: object) -> bool:
+def _is_logged(value: object) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))

@@ -1,4 +1,4 @@
-"""The distance to the teacher, measured on noise that never changes."""
+"""Measures the gap to the teacher on fixed noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .training_set import TrainingSet, latent_shape, pair_to
 
 
 class Probe:
-    """Measures the gap between student and teacher on pairs and noise that stay the same for the whole run."""
+    """Measures the gap between student and teacher on pairs and noise that are fixed for the whole run."""
 
     def __init__(self, config: TrainConfig, denoiser: Denoiser, adapters: Trainable, data: TrainingSet) -> None:
         self._config, self._denoiser, self._adapters = config, denoiser, adapters
@@ -26,12 +26,12 @@ class Probe:
         self._heldout = (data.heldout, self._noise(-1, data.heldout)) if data.heldout is not None else None
 
     def measure(self) -> Gaps:
-        """The gaps now: mean over the pairs, and of the held-out pair."""
+        """The current gaps: mean over the training pairs, and of the held-out pair."""
         gaps = [self._gap(pair, noise) for pair, noise in self._pairs]
         return Gaps(sum(gaps) / len(gaps), self.measure_heldout())
 
     def measure_heldout(self, untrained: bool = False) -> float | None:
-        """The gap of the held-out pair, now or without any adapter; None where there is no such pair."""
+        """The current gap of the held-out pair, or without adapters if `untrained`; None if there is no such pair."""
         return self._gap(*self._heldout, untrained) if self._heldout else None
 
     def _gap(self, pair: DualCondition, noise: Tensor, untrained: bool = False) -> float:

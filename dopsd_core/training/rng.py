@@ -1,6 +1,6 @@
-"""All chance of a run, as functions of (seed, step, micro): what is killed and resumed draws the same again.
+"""All randomness of a run is a function of (seed, step, micro), so that a resumed run samples the same values.
 
-Nothing here has state, and nothing in training reads a global random generator. `step` counts optimizer steps from 0,
+Nothing here has state, and training never uses a global random generator. `step` counts optimizer steps from 0,
 `micro` the batches accumulated in one.
 """
 
@@ -20,7 +20,7 @@ from ..data.dataset import Example
 
 
 def derive_seed(seed: int, *parts: object) -> int:
-    """A seed in 0..2^63-1 for one purpose, from the run's seed and what names the purpose."""
+    """A seed in 0..2^63-1 for one purpose, from the run's seed and the parts that name the purpose."""
     return _to_seed(_digest(seed, *parts).digest())
 
 
@@ -33,14 +33,14 @@ def _to_seed(digest: bytes) -> int:
 
 
 def make_generator(seed: int, *parts: object) -> torch.Generator:
-    """A CPU generator for one purpose; the CPU's numbers are the same on every machine."""
+    """A CPU generator for one purpose; CPU generators are the same on every machine."""
     return torch.Generator().manual_seed(derive_seed(seed, *parts))
 
 
 def draw_noise(seed: int, step: int, first: int, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-    """Unit normal noise [B, C, h, w] fp32 on the CPU for the samples `first`, `first` + 1, ... of a step.
+    """Standard normal noise [B, C, h, w] fp32 on the CPU for the samples `first`, `first` + 1, ... of a step.
 
-    By sample, not by batch: four accumulated batches of one get the noise of one batch of four.
+    Noise is seeded per sample: four accumulated batches of one get the same noise as one batch of four.
     """
     samples = [
         torch.randn(shape, generator=make_generator(seed, "noise", step, first + offset))
@@ -50,7 +50,7 @@ def draw_noise(seed: int, step: int, first: int, shapes: Sequence[tuple[int, ...
 
 
 def draw_variant(example: Example, dropout: float, seed: int, step: int, sample: int) -> int:
-    """Which condition of an example a visit uses: the empty caption with chance `dropout`, else any of its variants."""
+    """Samples the condition of an example: the empty caption with probability `dropout`, else one of its variants."""
     if example.dropped is not None and derive_seed(seed, "dropout", step, sample) < dropout * 2**63:
         return example.dropped
     return example.variants[derive_seed(seed, "caption", step, sample) % len(example.variants)]
@@ -58,14 +58,16 @@ def draw_variant(example: Example, dropout: float, seed: int, step: int, sample:
 
 @dataclass(frozen=True)
 class DataOrder:
-    """Batches without end: each epoch visits every example `repeats` times, batches hold one shape.
+    """An endless sequence of batches: each epoch visits every example `repeats` times; a batch has a single shape.
 
-    Where a shape's examples do not fill its last batch of an epoch, the batch is filled from the beginning of the
-    same order, so that no example is left out.
+    If a shape's examples do not fill its last batch of an epoch, the batch is filled from the beginning of the same
+    order, so that no example is skipped.
 
     Attributes:
-        shapes: what tells apart the examples that may not share a batch.
-        repeats: visits per epoch of each example, in the same order.
+        shapes: the shape of each example; examples of different shapes never share a batch.
+        repeats: visits per epoch of each example.
+        batch_size: examples per batch.
+        seed: the run's seed.
     """
 
     shapes: tuple[Hashable, ...]
@@ -74,7 +76,7 @@ class DataOrder:
     seed: int
 
     def batch(self, number: int) -> tuple[int, ...]:
-        """The `batch_size` example indices of the run's batch `number` (from 0)."""
+        """The `batch_size` example indices of batch `number` (from 0) of the run."""
         groups = _groups(self)
         epoch, position = divmod(number, groups[-1].end)
         visits = sum(group.visits for group in groups)
@@ -83,14 +85,15 @@ class DataOrder:
 
 
 SORTED_VISITS = 1 << 19
-"""Up to so many visits an epoch's order is sorted, in a second or two; beyond it each place is computed alone."""
+"""Up to this many visits, an epoch's order is sorted, in a second or two; beyond that, each position is computed
+separately."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The examples of one shape, whose batches are first..end of an epoch's before these are mixed.
+    """The examples of one shape; before shuffling, its batches are first..end of an epoch's.
 
-    ends: the visits up to and with each example; visits of an example follow each other.
+    ends: cumulative number of visits; the visits of an example are adjacent.
     """
 
     number: int
@@ -108,7 +111,7 @@ class _Group:
         return self.first + -(-self.visits // self.batch_size)
 
     def places(self, turn: int) -> list[int]:
-        """The places in the group's order that its batch `turn` takes; after the last the first ones again."""
+        """The positions of batch `turn` in the group's order, modulo its length."""
         return [(turn * self.batch_size + offset) % self.visits for offset in range(self.batch_size)]
 
     def example(self, visit: int) -> int:
@@ -117,7 +120,7 @@ class _Group:
 
 @lru_cache(maxsize=4)
 def _groups(order: DataOrder) -> tuple[_Group, ...]:
-    """The groups in the order in which their shapes come; counted, never listed visit by visit."""
+    """The groups in the order in which their shapes occur, without listing the visits."""
     members: dict[Hashable, list[int]] = {}
     for index, shape in enumerate(order.shapes):
         members.setdefault(shape, []).append(index)
@@ -128,11 +131,11 @@ def _groups(order: DataOrder) -> tuple[_Group, ...]:
     return tuple(groups)
 
 
-# -- epochs that are sorted --------------------------------------------------------------------------------------------
+# -- sorted epochs -----------------------------------------------------------------------------------------------------
 
 
 def _sorted_place(order: DataOrder, groups: Sequence[_Group], epoch: int, position: int) -> tuple[int, ...]:
-    """Each group is shuffled and cut into batches, then the groups are mixed, each in its own order."""
+    """Shuffles each group, splits it into batches and interleaves the groups at random."""
     shuffled, numbers, turns = _sorted_epoch(order, epoch)
     group = groups[int(numbers[position])]
     return tuple(int(shuffled[group.number][place]) for place in group.places(int(turns[position])))
@@ -140,7 +143,7 @@ def _sorted_place(order: DataOrder, groups: Sequence[_Group], epoch: int, positi
 
 @lru_cache(maxsize=4)
 def _sorted_epoch(order: DataOrder, epoch: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """The examples of each group, [visits] each, and of each batch its group and its turn there, [batches] both."""
+    """(examples of each group [visits], group of each batch [batches], its index in the group [batches])."""
     groups = _groups(order)
     shuffled = []
     for group in groups:
@@ -159,8 +162,8 @@ def _sorted_epoch(order: DataOrder, epoch: int) -> tuple[tuple[Tensor, ...], Ten
 
 
 def _sorting(items: Iterable[tuple[int, int]], seed: int, *parts: object) -> Tensor:
-    """Indices that put ascending items in the order of their hashes (`derive_seed` of parts and item), equal ones in
-    their own: the same on every machine, in every release of every library."""
+    """Indices that sort items by their hashes (`derive_seed` of parts and item), stably: the same on every machine and
+    with every version of every library."""
     stem = _digest(seed, *parts)
     stem.update(b"/")
     keys = []
@@ -175,7 +178,7 @@ def _sorting(items: Iterable[tuple[int, int]], seed: int, *parts: object) -> Ten
 
 
 def _scattered_place(order: DataOrder, groups: Sequence[_Group], epoch: int, position: int) -> tuple[int, ...]:
-    """The same, every place computed alone: of the batches of all groups, and of the visits of one."""
+    """Computes a position separately: permutes the batches of all groups, and the visits of each group."""
     batch = _scattered(position, groups[-1].end, order.seed, "batch", epoch)
     group = next(group for group in groups if batch < group.end)
     return tuple(
@@ -185,7 +188,7 @@ def _scattered_place(order: DataOrder, groups: Sequence[_Group], epoch: int, pos
 
 
 def _scattered(place: int, size: int, seed: int, *parts: object) -> int:
-    """Where a shuffling of 0..size-1 puts `place`: a Feistel cipher, gone through until it stays within."""
+    """The image of `place` under a pseudorandom permutation of 0..size-1: a Feistel cipher with cycle walking."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:

@@ -1,4 +1,4 @@
-"""One run: its parts, and its state between two steps."""
+"""A run: its components and its state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +15,18 @@ from torch import Tensor
 from .. import __version__
 from ..adapters.lora_import import lora_digest
 from ..conditioning.encode import DualCondition
-from ..config import TrainConfig, changes_that_forbid_resuming
+from ..config import TrainConfig
 from ..denoiser import Denoiser
 from ..families import get_family
 from ..objectives import ObjectiveInputs, ObjectiveOutput
 from ..optimizers import evaluating, start_training
 from ..transfer import to_device
-from .checkpoint import Checkpoint, StateError, flatten_state, unflatten_paths, unflatten_state
+from .checkpoint import Checkpoint, StateError, flatten_state
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
+from .nonfinite import NonFiniteError, remedy
 from .probe import Probe
+from .resume import RunIdentity, optimizer_state, require_same_run
 from .rng import DataOrder, draw_noise, draw_variant, make_generator
 from .run_folder import RunFolder
 from .training_set import TrainingSet, latent_shape, pair_to
@@ -33,27 +34,17 @@ from .training_set import TrainingSet, latent_shape, pair_to
 log = logging.getLogger("dopsd")
 
 
-_WIDER = "load the model in bf16 or fp32 (in ComfyUI the node ModelComputeDtype sets it)"
-_CALMER = "lower lr, or raise warmup; on half precision load the model in a wider dtype"
-
-
-class NonFiniteError(RuntimeError):
-    """Loss, gradient or gap is not finite; `step` is the optimizer step that was being made, from 1.
-
-    cause: which prediction was the first, as far as known. remedy: what to do, without an end.
-    """
-
-    def __init__(self, step: int, what: str, value: float, cause: str = "", remedy: str = _CALMER) -> None:
-        because = f" (not finite: {cause})" if cause else ""
-        super().__init__(f"the {what} of step {step} is {value}{because}; the state before it is kept: {remedy}")
-        self.step, self._facts = step, (step, what, value, cause, remedy)
-
-    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[int, str, float, str, str]]:
-        return NonFiniteError, self._facts  # so that it survives the way out of a worker process
-
-
 class Run:
-    """The parts of a run and their state between two steps."""
+    """The components of a run and their state.
+
+    Args:
+        config: the configuration.
+        denoiser: the frozen network.
+        data: the training set.
+        folder: folder of the run.
+        facts: extra metadata for the LoRA's header.
+        initial: folded tensors of the LoRA to start from, [rank, in] and [rows, rank].
+    """
 
     def __init__(
         self,
@@ -71,15 +62,15 @@ class Run:
         self.start: Gaps | None = None
         self.last: Gaps | None = None
         self.is_between_steps = True
-        self._fingerprint = data.fingerprint()
-        self._model = self._facts.get("dopsd_base_fingerprint", "")
+        self._identity = RunIdentity(
+            data.fingerprint(), self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
+        )
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
         wants_anchors = config.objective.wants_anchors
         self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
         self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
         self.loss_scale = LossScale(denoiser.compute_dtype)
-        self._initial = lora_digest(initial) if initial else ""
         self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
         self.optimizer = config.optimizer.build(self.adapters.parameters())
         start_training(self.optimizer)
@@ -88,25 +79,26 @@ class Run:
         self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
 
     def open(self, resume: bool) -> None:
-        """Takes the folder, loads its newest checkpoint, if there is one, and writes the configuration down.
+        """Locks the folder, loads its newest checkpoint, if there is one, and writes the configuration.
 
         Raises:
-            DiskError: the folder cannot be written, or there is no room for the next save.
-            FolderInUse, StateError: the folder is taken, or what is in it cannot be continued.
+            DiskError: the folder is not writable, or there is not enough space for the next save.
+            FolderInUse: another run is using the folder.
+            StateError: the run in the folder cannot be resumed.
         """
         checkpoint = self.folder.open()
         if checkpoint is not None:
             if not resume:
-                raise StateError(f"{self.folder.path} holds a run already; resume it, or choose another folder")
+                raise StateError(f"{self.folder.path} already contains a run; resume it, or choose another folder")
             self._load(checkpoint)
         elif self._start_state is not None:
             self._set_weights(self._start_state, self._start_state)
         self.folder.begin(self.step, is_new=checkpoint is None)
         if self.loss_scale.is_on:
-            log.info("the network computes in fp16: losses are scaled, by %g now", self.loss_scale.value)
+            log.info("the network computes in fp16: loss scale %g", self.loss_scale.value)
 
     def close(self) -> None:
-        """Gives the folder back."""
+        """Closes the folder."""
         self.folder.close()
 
     def measure_start(self) -> StepReport:
@@ -117,7 +109,7 @@ class Run:
         """
         self.start = self.last = self._measure()
         if self.start.train < 1e-6:
-            log.warning("teacher and student agree before training: the teacher sees nothing to teach")
+            log.warning("teacher and student agree before training: there is nothing to learn")
         relative, heldout = self.start.relative_to(self.start)
         metrics = {"gap": self.start.train}
         report = StepReport(step=0, metrics=metrics, relative_gap=relative, heldout_relative_gap=heldout)
@@ -125,10 +117,9 @@ class Run:
         return report
 
     def meet_heldout(self) -> bool:
-        """Whether the held-out pair is another than the saved run's; then its gap is measured, and what that was
-        before training.
+        """Whether the held-out pair differs from the saved run's; if so, measures its gaps now and before training.
 
-        The pair trains nothing, so a run goes on with another; but gaps of two pairs cannot be compared.
+        The pair is not trained on, so a run can resume with another one; but gaps of different pairs do not compare.
         """
         is_other, self._is_other_heldout = self._is_other_heldout, False
         if not is_other or self.start is None or self.last is None:
@@ -139,7 +130,7 @@ class Run:
         return True
 
     def _heldout_at_the_start(self) -> float | None:
-        if self._start_state is None:  # student and teacher began as the untouched model
+        if self._start_state is None:  # student and teacher started as the untouched model
             return self.probe.measure_heldout(untrained=True)
         student, teacher = self.adapters.state("student"), self.adapters.state("teacher")
         self._set_weights(self._start_state, self._start_state)
@@ -152,8 +143,8 @@ class Run:
         """One optimizer step: accumulate, check, clip, step, teacher, probe, log.
 
         Raises:
-            NonFiniteError: loss or gradient is not finite; the state is that before the step.
-            DiskError: the log could not be written; the step is made.
+            NonFiniteError: loss or gradient is not finite; the state before the step is kept.
+            DiskError: the log could not be written, after the step.
         """
         began = time.perf_counter()
         rate = self.config.learning_rate(self.step)
@@ -174,10 +165,10 @@ class Run:
         return report
 
     def save(self) -> Path:
-        """Writes a checkpoint of the state between two steps.
+        """Writes a checkpoint.
 
         Raises:
-            NonFiniteError: the weights are not finite; nothing is written then.
+            NonFiniteError: the weights are not finite; nothing is written.
             DiskError: it could not be written; older ones are untouched.
         """
         self._require_finite()
@@ -187,35 +178,35 @@ class Run:
         """Writes the student as a LoRA file.
 
         Raises:
-            NonFiniteError: the weights are not finite; nothing is written then.
+            NonFiniteError: the weights are not finite; nothing is written.
             DiskError: it could not be written; an older file is untouched.
         """
         self._require_finite()
         metadata = self._facts | {
             "dopsd_version": __version__,
-            "dopsd_dataset": self._fingerprint,
+            "dopsd_dataset": self._identity.data,
             "dopsd_config": self.config.to_json(),
             "dopsd_step": str(self.step),
             "dopsd_objective": self.config.objective.name,
             "dopsd_family": self.config.family,
         }
-        if self._initial:
-            metadata["dopsd_initial"] = self._initial
+        if self._identity.initial:
+            metadata["dopsd_initial"] = self._identity.initial
         with evaluating(self.optimizer):
             return self.folder.save_lora(self.step, self.adapters.state(), metadata)
 
     def save_all(self) -> tuple[Path, Path]:
-        """Writes the LoRA file and a checkpoint, whichever is not of this step yet, and gives their paths.
+        """Writes the LoRA file and a checkpoint, unless they exist for this step, and returns their paths.
 
-        The LoRA comes first: it is small, and on a full disk it may be all that fits.
+        The LoRA is written first: it is small, and may be all that fits on a full disk.
 
         Raises:
-            NonFiniteError, DiskError: as `save` and `save_lora` do.
+            NonFiniteError, DiskError: as in `save` and `save_lora`.
         """
         return self.save_lora(), self.save()
 
     def save_before_leaving(self) -> None:
-        """After an exception: saves the state if it is a good one, and never hides the exception."""
+        """After an exception, saves the state if it is valid; never hides the exception."""
         if self.step == 0 or not self.is_between_steps or not self._is_finite():
             return
         for write in (self.save_lora, self.save):
@@ -262,8 +253,8 @@ class Run:
         return self.data.pairs[draw_variant(example, config.caption_dropout, config.seed, self.step, sample)]
 
     def _accumulate(self) -> tuple[list[ObjectiveOutput], float, int]:
-        """The gradient of one optimizer step, clipped: what its batches gave, its norm before, and how often it was
-        computed again, on the same data and noise, with a smaller loss scale."""
+        """Computes the clipped gradient of an optimizer step: (outputs of its batches, norm before clipping, number of
+        repetitions on the same data and noise with a smaller loss scale)."""
         overflows = 0
         while True:
             self.optimizer.zero_grad(set_to_none=True)
@@ -274,7 +265,7 @@ class Run:
             if not self.loss_scale.after_overflow():
                 raise NonFiniteError(self.step + 1, "gradient", grad_norm, remedy=self._remedy())
             overflows += 1
-            log.info("step %d: a gradient overflowed; again with loss scale %g", self.step + 1, self.loss_scale.value)
+            log.info("step %d: gradient overflow; repeating with loss scale %g", self.step + 1, self.loss_scale.value)
 
     def _check_and_clip(self, outputs: Sequence[ObjectiveOutput]) -> float:
         for output in outputs:
@@ -285,9 +276,7 @@ class Run:
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
 
     def _remedy(self) -> str:
-        if self.loss_scale.is_on:
-            return f"the network overflows in fp16; {_WIDER}"
-        return _CALMER if self.step else f"nothing is trained yet, so it is the model itself or its dtype; {_WIDER}"
+        return remedy(self.step, self.loss_scale.is_on)
 
     def _measure(self) -> Gaps:
         with evaluating(self.optimizer):
@@ -301,10 +290,10 @@ class Run:
         tensors, rest = flatten_state(self.optimizer.state_dict())
         facts = {
             "config": self.config.to_json(),
-            "data": self._fingerprint,
-            "model": self._model,
+            "data": self._identity.data,
+            "model": self._identity.model,
             "heldout": self._heldout,
-            "initial": self._initial,
+            "initial": self._identity.initial,
             "optimizer_state": rest,
             "loss_scale": self.loss_scale.state(),
             "start": None if self.start is None else dataclasses.astuple(self.start),
@@ -319,11 +308,11 @@ class Run:
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
-        told = [output for output in outputs if not output.is_anchor] or list(outputs)
+        counted = [output for output in outputs if not output.is_anchor] or list(outputs)
         return StepReport(
             step=self.step,
-            loss=_mean([output.loss for output in told]),
-            metrics=mean_metrics([output.metrics for output in told]),
+            loss=_mean([output.loss for output in counted]),
+            metrics=mean_metrics([output.metrics for output in counted]),
             relative_gap=relative,
             heldout_relative_gap=heldout,
             lr=rate,
@@ -334,36 +323,15 @@ class Run:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         facts, folder = checkpoint.facts, self.folder.path
-        changed = changes_that_forbid_resuming(TrainConfig.from_json(facts["config"]), self.config)
-        if facts["data"] != self._fingerprint:
-            changed = (*changed, "the data set: its pictures, captions, encoder or their order")
-        if facts.get("model", self._model) != self._model:
-            changed = (*changed, "the model: its weights, or what is put on it")
-        if facts.get("initial", "") != self._initial:
-            changed = (*changed, "the LoRA that it started from")
-        if changed:
-            raise StateError(
-                f"{folder} holds another run; choose another folder, or undo what changed: {'; '.join(changed)}"
-            )
-        if checkpoint.step > self.config.steps:
-            raise StateError(f"{folder} is at step {checkpoint.step} already; raise steps ({self.config.steps})")
+        require_same_run(checkpoint, self.config, self._identity, folder)
         self._set_weights(checkpoint.lora, checkpoint.teacher)
-        self.optimizer.load_state_dict(self._optimizer_state(checkpoint))
+        self.optimizer.load_state_dict(optimizer_state(checkpoint, self.optimizer.state_dict()))
         self.loss_scale.load(facts.get("loss_scale"))
         self.step = checkpoint.step
         self.start = Gaps(*facts["start"]) if facts["start"] else None
         self.last = Gaps(*facts["last"]) if facts["last"] else None
         self._is_other_heldout = facts.get("heldout", "") != self._heldout
         log.info("resuming %s at step %d", folder, self.step)
-
-    def _optimizer_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """The whole `state_dict()`. Of the groups' options those that this torch does not know of keep its defaults."""
-        fresh, facts = self.optimizer.state_dict(), checkpoint.facts
-        if "optimizer_state" not in facts:  # release 0.2 kept the state alone
-            return {**fresh, "state": unflatten_paths(checkpoint.optimizer, facts["optimizer"])}
-        saved = unflatten_state(checkpoint.optimizer, facts["optimizer_state"])
-        groups = [{**new, **old} for new, old in zip(fresh["param_groups"], saved["param_groups"], strict=True)]
-        return {**saved, "param_groups": groups}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
-"""The folder of a run: its lock, log, checkpoints and LoRA file, and the room on the disk that the next save needs.
+"""The folder of a run: lock, log, checkpoints, LoRA file, and the disk space reserved for the next save.
 
-It holds `config.json`, `train.jsonl`, `checkpoints/` and `lora.safetensors`.
+It contains `config.json`, `train.jsonl`, `checkpoints/` and `lora.safetensors`.
 """
 
 from __future__ import annotations
@@ -25,54 +25,54 @@ LORA_NAME = "lora.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
 
 _SLACK = 4096
-"""Bytes by which two checkpoints of a run may differ: numbers in their JSON."""
+"""Maximum difference in bytes between two checkpoints of a run: numbers in their JSON."""
 
 _LOG_BYTES = 10**6
-"""Held besides where there is room, for the lines of the log between two saves."""
+"""Also reserved if possible, for the lines of the log between two saves."""
 
 
 def check_run_folder(config: TrainConfig, denoiser: Denoiser, folder: Path, host_bytes: int = 0) -> None:
     """Checks before any work on the device that the run can be written to `folder`; leaves nothing behind.
 
-    host_bytes: what the host itself will write there, such as previews.
+    host_bytes: bytes that the host will write there, such as previews.
 
     Raises:
-        DiskError: the folder cannot be written, or there is no room for what the run will write.
+        DiskError: the folder is not writable, or there is not enough space for the run.
         ValueError: a target of the LoRA matches nothing.
     """
     require_writable(folder)
     size, steps = _sizes(config, denoiser), saved_steps(folder / CHECKPOINTS_NAME)
-    if steps and steps[0] >= config.steps:  # nothing is left to do but to write the LoRA again
+    if steps and steps[0] >= config.steps:  # only the LoRA is written again
         require_room(folder, size.lora)
         return
     saves = -(-(config.steps - max(steps, default=0)) // config.checkpoint_every)
-    further = max(min(config.keep_checkpoints + 1 - len(steps), saves), 1)  # the oldest goes after the newest has come
+    further = max(min(config.keep_checkpoints + 1 - len(steps), saves), 1)  # the oldest is removed after the newest
     require_room(folder, further * size.checkpoint + 2 * size.lora + host_bytes)
 
 
 class RunFolder:
-    """What a run writes, and what of it is on the disk.
+    """Writes the files of a run.
 
-    The room of one checkpoint and one LoRA file is held from `open` on and given up only to write them, so that a disk
-    that others fill up meanwhile costs no step.
+    The space of one checkpoint and one LoRA file is reserved from `open` on and released only to write them, so that no
+    step is lost if other programs fill the disk.
     """
 
     def __init__(self, path: Path, config: TrainConfig, denoiser: Denoiser) -> None:
         self.path, self._config = path, config
         self._lora_bytes = (size := _sizes(config, denoiser)).lora
-        self._checkpoint_bytes = size.checkpoint  # of what was written, once there is one
+        self._checkpoint_bytes = size.checkpoint  # replaced by the actual size after the first one
         self._lock = FolderLock(path)
         self._reserve = Reserve(path)
         self._log: RunLog | None = None
         self._checkpoint_step = self._lora_step = -1
 
     def open(self) -> Checkpoint | None:
-        """Takes the folder and reads its newest checkpoint, if there is one.
+        """Locks the folder and reads its newest checkpoint, if there is one.
 
         Raises:
-            DiskError: the folder cannot be written.
-            FolderInUse: another run is working in it.
-            StateError: there are checkpoints, and every one is damaged.
+            DiskError: the folder is not writable.
+            FolderInUse: another run is using it.
+            StateError: every checkpoint is damaged.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -80,10 +80,10 @@ class RunFolder:
         return load_checkpoint(self.path / CHECKPOINTS_NAME)
 
     def begin(self, step: int, is_new: bool) -> None:
-        """Writes the configuration down and opens the log of a run that stands at `step`.
+        """Writes the configuration and opens the log of a run at `step`.
 
         Raises:
-            DiskError: they cannot be written, or there is no room for the next save.
+            DiskError: they cannot be written, or there is not enough space for the next save.
         """
         self._checkpoint_step = -1 if is_new else step
         write_atomic(self.path / CONFIG_NAME, self._config.to_json().encode())
@@ -92,23 +92,23 @@ class RunFolder:
             self.hold_room()
 
     def close(self) -> None:
-        """Closes the log and gives room and folder back."""
+        """Closes the log and releases reserved space and lock."""
         self._reserve.release()
         if self._log is not None:
             self._log.close()
         self._lock.release()
 
     def append(self, report: StepReport) -> None:
-        """Adds a line to the log."""
+        """Appends a line to the log."""
         if self._log is None:
             raise RuntimeError("the run is not open")
         self._log.append(report)
 
     def hold_room(self) -> None:
-        """Takes the room of the next save.
+        """Reserves the space of the next save.
 
         Raises:
-            DiskError: there is not so much left.
+            DiskError: there is not enough space.
         """
         size = self._checkpoint_bytes + self._lora_bytes
         try:
@@ -117,7 +117,7 @@ class RunFolder:
             self._reserve.hold(size)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
-        """Writes a checkpoint, unless there is one of its step, and gives its folder.
+        """Writes a checkpoint, unless there is one of the same step, and returns its folder.
 
         Raises:
             DiskError: it could not be written; older ones are untouched.
@@ -131,7 +131,7 @@ class RunFolder:
         return path
 
     def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-        """Writes the student's raw tensors as a LoRA file, unless this was done for that step.
+        """Writes the student's raw tensors ([rank, in], [rows, rank]) as a LoRA file, once per step.
 
         Raises:
             DiskError: it could not be written; an older file is untouched.
@@ -145,8 +145,8 @@ class RunFolder:
         return path
 
     def kept(self) -> str:
-        """What of the run is on the disk, as the end of a sentence."""
-        kept = f"the run resumes at step {self._checkpoint_step}" if self._checkpoint_step >= 0 else "no step is kept"
+        """What is saved of the run, as the end of a sentence."""
+        kept = f"the run resumes at step {self._checkpoint_step}" if self._checkpoint_step >= 0 else "no step is saved"
         if self._lora_step > self._checkpoint_step:
             kept += f", and the LoRA of step {self._lora_step} is in {self.path / LORA_NAME}"
         return kept

@@ -1,11 +1,11 @@
-"""The training loop: it orders the steps and owns no maths.
+"""The training loop. It schedules the steps and contains no math.
 
     result = train(config, denoiser, TrainingSet(pairs), "runs/dog", callbacks)
 
-A run lives in one folder: `config.json`, `train.jsonl`, `checkpoints/`, and the LoRA so far or in the end,
-`lora.safetensors`. Called again for the same folder it resumes where it stopped. On a CPU it then ends bit-identical
-to a run that was never stopped; on a GPU it does so with `TrainConfig.deterministic`, and else within rounding, because
-the fastest backward of attention adds in any order there.
+All files of a run are in one folder: `config.json`, `train.jsonl`, `checkpoints/`, and the current or final LoRA,
+`lora.safetensors`. Calling `train` again with the same folder resumes the run. On a CPU the result is bit-identical to
+an uninterrupted run; on a GPU only with `TrainConfig.deterministic`, and otherwise up to rounding, because the fastest
+attention backward sums in arbitrary order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from ..optimizers import evaluating
 from ..trainable import Trainable
 from .determinism import deterministic_algorithms, obstacle
 from .log import Gaps, StepReport
-from .run import NonFiniteError, Run
+from .nonfinite import NonFiniteError
+from .run import Run
 from .run_folder import check_run_folder
 from .training_set import TrainingSet
 
@@ -34,46 +35,47 @@ __all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "Trainin
 
 
 class Callbacks(Protocol):
-    """What a host is told and asked. An exception from any of them ends the run after saving its state."""
+    """Hooks that a host implements. An exception in any of them ends the run after saving its state."""
 
     def on_step(self, report: StepReport) -> None:
-        """After each optimizer step; once with step 0 before training when the gap is measured."""
+        """Called after each optimizer step, and with step 0 before training if the gap is measured."""
         ...
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
-        """At step 0, every `preview_every` steps, after the last, and where a run is resumed with another held-out
-        pair; `adapters.use(...)` chooses who samples."""
+        """Called at step 0, every `preview_every` steps, after the last, and if a run is resumed with another held-out
+        pair; `adapters.use(...)` selects the weights to sample with."""
         ...
 
     def should_stop(self) -> bool:
-        """Asked before each step; True saves checkpoint and LoRA and ends the run."""
+        """Called before each step; True saves checkpoint and LoRA and ends the run."""
         ...
 
 
 class NoCallbacks:
-    """Callbacks that do nothing; a base class for those that do one thing."""
+    """Callbacks that do nothing; a base class."""
 
     def on_step(self, report: StepReport) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def should_stop(self) -> bool:
-        """Never."""
+        """Never stops."""
         return False
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         step: optimizer steps done.
-        stopped: the host asked to stop before the last step.
+        stopped: whether the host stopped the run before the last step.
         lora_path: the LoRA file for ComfyUI and diffusers.
         checkpoint_path: the checkpoint to resume from.
-        start_gaps, end_gaps: gaps to the teacher on the fixed noise, before training and last measured; None without.
+        start_gaps: gaps to the teacher on fixed noise before training; None if not measured.
+        end_gaps: the last measured gaps; None if not measured.
     """
 
     step: int
@@ -97,28 +99,32 @@ def train(
     checkpoint_blocks: int = 0,
     host_bytes: int = 0,
 ) -> TrainResult:
-    """Trains a LoRA, or resumes the run in `run_dir`, and leaves the denoiser as it was.
+    """Trains a LoRA, or resumes the run in `run_dir`, and restores the denoiser on exit.
 
     Args:
-        resume: whether a run that is in `run_dir` may be continued; if not, finding one is an error.
-        facts: what else the LoRA's header shall tell: base model, trigger, ... A run goes on only with a model of the
-            same `dopsd_base_fingerprint`, where that is given.
-        initial: the LoRA that a new run starts from, for student and teacher: folded tensors under part names, of the
-            configuration's rank or less (`lora_import`). A "frozen" teacher stays the base. A run goes on only with
-            the one that it started from.
-        checkpoint_blocks: how many blocks recompute in the backward, for less memory (`activation_checkpointing.py`);
-            the result is the same.
-        host_bytes: what the callbacks will write to the disk of `run_dir`, which is counted before training.
+        config: the configuration.
+        denoiser: the frozen network.
+        data: the encoded training pairs.
+        run_dir: folder of the run.
+        callbacks: hooks of the host.
+        resume: whether to resume a run in `run_dir`; if False, it is an error if there is one.
+        facts: extra metadata for the LoRA's header: base model, trigger, ... A run resumes only with the same
+            `dopsd_base_fingerprint`, if that is given.
+        initial: LoRA that a new run starts from, for student and teacher: folded tensors "<part>.lora_A.weight"
+            [rank, in] and "<part>.lora_B.weight" [rows, rank], with at most the rank of the configuration
+            (`lora_import`). A "frozen" teacher remains the base. A run resumes only with the same initial LoRA.
+        checkpoint_blocks: number of blocks with gradient checkpointing, which saves memory and does not change the
+            result (`activation_checkpointing.py`).
+        host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
 
     Raises:
         ConfigError: the configuration does not fit the data or this machine.
-        DiskError: `run_dir` cannot be written or has no room, before training or, if something else filled the disk,
-            later; the message says what is kept. Room for one more save is held during the run, so that no step is
-            lost to others.
+        DiskError: `run_dir` is not writable or has not enough space, before training or, if other programs fill the
+            disk, later; the message says what is saved. The space of the next save is reserved during the run.
         ValueError: `initial` does not fit the configuration.
-        StateError: the run in `run_dir` is another one (the message names what differs), or all of it is damaged.
-        FolderInUse: another run is working in `run_dir`.
-        NonFiniteError: with its step; checkpoint and LoRA of the step before are saved.
+        StateError: `run_dir` contains a different run (the message lists the differences), or is damaged.
+        FolderInUse: another run is using `run_dir`.
+        NonFiniteError: a loss, gradient or gap is not finite; checkpoint and LoRA of the previous step are saved.
     """
     callbacks = callbacks or NoCallbacks()
     check_run(config, denoiser, data, run_dir, host_bytes)
@@ -143,10 +149,10 @@ def train(
 def check_run(
     config: TrainConfig, denoiser: Denoiser, data: TrainingSet, run_dir: str | Path, host_bytes: int = 0
 ) -> None:
-    """Checks all that can be checked before any work on the device; `train` begins with it. Leaves nothing behind.
+    """Runs all checks that are possible before any work on the device, as `train` does first. Leaves nothing behind.
 
     Raises:
-        ConfigError, DiskError, ValueError: as `train` does.
+        ConfigError, DiskError, ValueError: as in `train`.
     """
     _check_data(config, data)
     if config.deterministic and (problem := obstacle(denoiser.device)):
@@ -155,7 +161,7 @@ def check_run(
 
 
 def _loop(run: Run, callbacks: Callbacks) -> bool:
-    """Steps until the last one or a stop; True when stopped."""
+    """Runs the steps until the last one or a stop; returns True if stopped."""
     config = run.config
     is_other_heldout = run.meet_heldout()
     if run.step == 0 and run.start is None and config.probe_every:
@@ -186,7 +192,7 @@ def _preview(run: Run, callbacks: Callbacks) -> None:
 def _check_data(config: TrainConfig, data: TrainingSet) -> None:
     problems = []
     if config.objective.wants_anchors and not data.anchors:
-        problems.append("anchor_probability is above 0, but there are no anchor captions; give some, or set it to 0")
+        problems.append("anchor_probability is above 0, but there are no anchor captions; add some, or set it to 0")
     if config.caption_dropout > 0 and any(example.dropped is None for example in data.examples):
         problems.append("caption_dropout is above 0, but no empty caption was encoded; encode one, or set it to 0")
     if problems:

@@ -1,4 +1,4 @@
-"""What a run trains on, after encoding."""
+"""The encoded training data of a run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..conditioning.encode import (
     DualCondition,
     Encoder,
     EncodeRequest,
+    ImageInput,
     OnEncoded,
-    Picture,
     encode_dataset,
     encode_texts,
 )
-from ..conditioning.teachers import VLM, Teacher
+from ..conditioning.teachers import VLM, TeacherView
 from ..data.buckets import Bucket
 from ..data.captions import put_trigger
 from ..data.dataset import Example, Pair, plan_encoding
@@ -30,27 +30,27 @@ from ..data.images import ImageError, load_image
 from ..text import printable
 
 TeacherImage = Literal["own", "other"]
-"""Which picture the teacher is shown: the pair's own, or others of the concept, which cannot be copied."""
+"""Which image the teacher sees: the pair's own, or other images of the concept, which cannot be copied."""
 
 MAX_OTHERS = 3
-"""Of so many other pictures one is drawn at each visit."""
+"""Number of other images from which one is sampled per visit."""
 
 STRIPPED_SHARE = 0.75
-"""Share of the captions without the concept's name among the prior anchors, where other prompts are given too."""
+"""Share of captions without the concept's name among the prior anchors, if there are other prompts too."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
-    """Encoded pairs and how they are drawn.
+    """Encoded pairs and how they are sampled.
 
     Attributes:
-        pairs: every (picture, caption) in its two conditions, all with a target latent.
-        anchors: conditions of captions without the concept, for the prior anchor.
-        heldout: a training picture under a caption that is not trained, for the probe.
-        examples: which pairs are captions of one picture (`plan_encoding`); by default each pair is its own.
+        pairs: every (image, caption) with both conditions and a target latent [C, h, w].
+        anchors: conditions [L, D] of captions without the concept, for the prior anchor.
+        heldout: a training image with a caption that is not trained on, for the probe.
+        examples: which pairs belong to the same image (`plan_encoding`); by default each pair is an example.
 
     Raises:
-        ValueError: there is no pair, one has no target latent, or an example does not fit.
+        ValueError: there are no pairs, a pair has no target latent, or an example does not fit.
     """
 
     pairs: Sequence[DualCondition]
@@ -60,7 +60,7 @@ class TrainingSet:
 
     def __post_init__(self) -> None:
         if not self.pairs:
-            raise ValueError("the training set has no pairs; give at least one picture with a caption")
+            raise ValueError("the training set has no pairs; give at least one image with a caption")
         for pair in (*self.pairs, *((self.heldout,) if self.heldout else ())):
             if pair.target_latent is None:
                 raise ValueError(f"the pair {pair.caption!r} has no target latent, which gives the noise its shape")
@@ -74,15 +74,14 @@ class TrainingSet:
         if not example.variants or not all(0 <= index < len(self.pairs) for index in used) or example.repeats < 1:
             raise ValueError(f"example {number} ({example}) does not fit the {len(self.pairs)} pairs")
         if len({latent_shape(self.pairs[index]) for index in used}) > 1:
-            raise ValueError(f"the captions of example {number} belong to pictures of different sizes")
+            raise ValueError(f"the captions of example {number} belong to images of different sizes")
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The latent shape of each example."""
         return tuple(latent_shape(self.pairs[example.variants[0]]) for example in self.examples)
 
     def fingerprint(self) -> str:
-        """Equal for the same pairs, anchors and examples in the same order. The held-out pair, which trains nothing,
-        does not count."""
+        """A digest of pairs, anchors and examples in order; without the held-out pair, which is not trained on."""
         digest = hashlib.sha256()
         for pair in self.pairs:
             digest.update(f"{pair.key}|{pair.caption}|{latent_shape(pair)}\n".encode())
@@ -98,7 +97,7 @@ def build_training_set(
     encoder: Encoder,
     cache: ConditionCache | None = None,
     *,
-    teacher: Teacher = VLM,
+    teacher: TeacherView = VLM,
     teacher_image: TeacherImage = "own",
     trigger: str = "",
     caption_dropout: bool = False,
@@ -107,22 +106,25 @@ def build_training_set(
     heldout_caption: str | None = None,
     on_encoded: OnEncoded | None = None,
 ) -> TrainingSet:
-    """Everything that a run needs of a data set, encoded or from the cache; the encoder may leave memory after it.
+    """Encodes a dataset, or loads it from the cache; the encoder can be unloaded afterwards.
 
     Args:
-        pairs: of a `DatasetReport` without errors.
-        teacher: how the target is shown to the teacher; one that edits needs pairs with sources, others pairs without.
-        teacher_image: whether it is shown the pair's own target or up to `MAX_OTHERS` others.
-        trigger: as given to `read_dataset`; taken out of the captions for the anchors.
-        caption_dropout: encode the empty caption too.
-        anchors: encode the captions without the concept, for the prior anchor. anchor_prompts: further ordinary prompts
-            for it; `[V]` stands for the trigger.
-        heldout_caption: a caption not in the data, held against the first picture; `[V]` stands for the trigger.
+        pairs: the pairs of a `DatasetReport` without errors.
+        encoder: the host's encoder.
+        cache: cache of encoded parts.
+        teacher: the teacher's view of the target; one that edits needs pairs with source images, others without.
+        teacher_image: whether it sees the pair's own target or up to `MAX_OTHERS` others.
+        trigger: as in `read_dataset`; removed from the captions for the anchors.
+        caption_dropout: whether to encode the empty caption too.
+        anchors: whether to encode captions without the concept, for the prior anchor.
+        anchor_prompts: further ordinary prompts for the prior anchor; `[V]` stands for the trigger.
+        heldout_caption: a caption that is not in the data, for the first image; `[V]` stands for the trigger.
+        on_encoded: called after each request.
 
     Raises:
-        ValueError: the pairs do not fit the teacher, `heldout_caption` is trained, or the encoder returns what cannot
-            be used.
-        ImageError: a picture has gone bad since it was checked.
+        ValueError: the pairs do not fit the teacher, `heldout_caption` is trained on, or the encoder returns invalid
+            values.
+        ImageError: an image was changed or damaged after it was checked.
     """
     _require_fit(pairs, teacher, teacher_image)
     plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
@@ -134,7 +136,7 @@ def build_training_set(
     if heldout_caption is not None:
         text = put_trigger(heldout_caption, trigger)
         if any(text == caption for _, caption in plan.requests):
-            raise ValueError(f"the held-out caption {text!r} is one of the data set; give one that is not trained")
+            raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
         requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
     prompts = [put_trigger(prompt, trigger) for prompt in anchor_prompts]
@@ -146,33 +148,33 @@ def build_training_set(
     )
 
 
-def _require_fit(pairs: Sequence[Pair], teacher: Teacher, teacher_image: TeacherImage) -> None:
-    lacking = sum(not pair.sources for pair in pairs)
+def _require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage) -> None:
+    lacking = sum(not pair.source_images for pair in pairs)
     if teacher.edits and lacking:
         raise ValueError(
-            f"the teacher {teacher.name} trains edits, and {lacking} of {len(pairs)} pictures have no source: give a "
+            f"the teacher {teacher.name} is for edits, but {lacking} of {len(pairs)} images have no source: use a "
             "folder with source/ and target/, or a .jsonl with ref_img and target_img"
         )
     if not teacher.edits and lacking < len(pairs):
         raise ValueError(
-            f"the data set has source pictures, for which the teacher {teacher.name} has no use: choose "
-            "edit_target, or load the folder of the targets alone"
+            f"the dataset has source images, which the teacher {teacher.name} does not use: choose edit_target, or "
+            "load only the folder of the targets"
         )
     if teacher_image == "other" and teacher.edits:
-        raise ValueError("an edit has one wanted result: set teacher_image to own for the teacher edit_target")
+        raise ValueError("an edit has only one target: set teacher_image to own for the teacher edit_target")
     if teacher_image == "other" and len(pairs) < 2:
-        raise ValueError("teacher_image other needs at least two pictures; add some, or set it to own")
+        raise ValueError("teacher_image other needs at least two images; add some, or set it to own")
 
 
 def shown_to_teacher(pairs: Sequence[Pair], index: int, teacher_image: TeacherImage) -> list[Pair]:
-    """The pairs whose pictures the teacher may be shown for pair `index`: itself, or those after it, round the end."""
+    """The pairs whose images the teacher may see for pair `index`: itself, or those after it, cyclically."""
     if teacher_image == "own":
         return [pairs[index]]
     return [pairs[(index + step) % len(pairs)] for step in range(1, min(len(pairs), MAX_OTHERS + 1))]
 
 
 def _drawing_copies(example: Example, copies: Sequence[Sequence[int]]) -> Example:
-    """The example with each of its pairs replaced by its copies, which differ in what the teacher is shown."""
+    """Replaces each pair of the example by its copies, which differ in the image that the teacher sees."""
     variants = tuple(copy for index in example.variants for copy in copies[index])
     return replace(example, variants=variants, dropped=None if example.dropped is None else copies[example.dropped][0])
 
@@ -180,7 +182,7 @@ def _drawing_copies(example: Example, copies: Sequence[Sequence[int]]) -> Exampl
 def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[str]:
     """Captions without the concept's name, repeated to about `STRIPPED_SHARE` of all, and other ordinary prompts.
 
-    They differ from what is trained by the name alone, so that is where the concept leaks first.
+    These captions differ from the training captions only by the name, so leakage is strongest there.
     """
     if not stripped or not prompts:
         return [*stripped, *prompts]
@@ -189,16 +191,16 @@ def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[s
 
 
 def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> EncodeRequest:
-    """The pair under a caption, all pictures cropped; its sources as it is itself (the authors' way).
+    """A request for the pair with a caption; source images are cropped like the target, as by the authors.
 
-    shown: the pair whose picture the teacher sees; None for the same.
+    shown: the pair whose image the teacher sees; None for the same pair.
     """
-    sources = tuple(_picture(path, pair.bucket) for path in pair.sources)
-    other = None if shown is None or shown is pair else _picture(shown.image_path, shown.bucket)
-    return EncodeRequest(_picture(pair.image_path, pair.bucket), caption, sources, other)
+    sources = tuple(_image_input(path, pair.bucket) for path in pair.source_images)
+    other = None if shown is None or shown is pair else _image_input(shown.image_path, shown.bucket)
+    return EncodeRequest(_image_input(pair.image_path, pair.bucket), caption, sources, other)
 
 
-def _picture(path: Path, bucket: Bucket) -> Picture:
+def _image_input(path: Path, bucket: Bucket) -> ImageInput:
     digest = digest_bytes(path.read_bytes())
 
     def load() -> Tensor:
@@ -206,20 +208,20 @@ def _picture(path: Path, bucket: Bucket) -> Picture:
             image = load_image(path, bucket)
         except ImageError as error:
             raise ImageError(printable(f"{path}: {error}")) from error
-        if digest_bytes(path.read_bytes()) != digest:  # what is encoded now would be kept as the image of before
-            raise ImageError(printable(f"{path} was written to while the dataset was being encoded: run again"))
+        if digest_bytes(path.read_bytes()) != digest:  # it would be cached under the old digest
+            raise ImageError(printable(f"{path} was changed while the dataset was being encoded: run again"))
         return image
 
-    return Picture(digest, load, {"bucket": [bucket.width, bucket.height]})
+    return ImageInput(digest, load, {"bucket": [bucket.width, bucket.height]})
 
 
 def latent_shape(pair: DualCondition) -> tuple[int, ...]:
-    """(C, h, w) of the pair's target."""
+    """(C, h, w) of the pair's target latent."""
     if pair.target_latent is None:
         raise ValueError(f"the pair {pair.caption!r} has no target latent")
     return tuple(pair.target_latent.shape)
 
 
 def pair_to(pair: DualCondition, device: torch.device) -> DualCondition:
-    """The pair with its conditions on a device; shares memory where nothing moves."""
+    """The pair with its conditions [L, D] on a device; shares memory if nothing moves."""
     return DualCondition(pair.student.to(device), pair.teacher.to(device), pair.target_latent, pair.caption, pair.key)

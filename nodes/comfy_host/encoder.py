@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...dopsd_core.conditioning.cache import plain_cpu
 from ...dopsd_core.conditioning.encode import Condition
-from ...dopsd_core.conditioning.teachers import Teacher, choose_teacher
+from ...dopsd_core.conditioning.teachers import TeacherView, choose_teacher
 from .families import family_of_clip, in_comfyui
 from .fits import require_training_vae
 from .identity import identity_of
@@ -19,7 +19,7 @@ from .vision import TeacherVision, count_tokens, encode_image_text, image_tokens
 _EMBEDDING = "embedding:"
 
 
-def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> Teacher:
+def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> TeacherView:
     """The teacher that `mode` selects for the encoder's family, with the user's sentence.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...dopsd_core.conditioning.teachers import Teacher
+from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.dataset import Pair
 from ...dopsd_core.training.training_set import TeacherImage, shown_to_teacher
 from .encoder import ComfyEncoder
@@ -22,7 +22,7 @@ _TEMPLATE = 32
 
 def length_notes(
     encoder: ComfyEncoder,
-    teacher: Teacher,
+    teacher: TeacherView,
     pairs: Sequence[Pair],
     teacher_image: TeacherImage,
     previews: Sequence[str],
@@ -45,8 +45,8 @@ def length_notes(
     return tuple(notes if more <= 0 else [*notes[:MOST_NOTES], f"{more} more texts are too long"])
 
 
-def _notes(encoder: ComfyEncoder, teacher: Teacher, place: str, text: str, shown: Sequence[Pair]) -> Iterator[str]:
-    seen_text = teacher.told(text)
+def _notes(encoder: ComfyEncoder, teacher: TeacherView, place: str, text: str, shown: Sequence[Pair]) -> Iterator[str]:
+    seen_text = teacher.text(text)
     longest = len(seen_text.encode("utf-8", "surrogatepass")) + _TEMPLATE
     if teacher.sees == "features":
         seen = max(encoder.count_image(pair.bucket.width, pair.bucket.height) for pair in shown)
@@ -67,7 +67,7 @@ def _notes(encoder: ComfyEncoder, teacher: Teacher, place: str, text: str, shown
 
 def _place(pair: Pair, text: str, root: Path) -> str:
     folder = root if root.is_dir() else root.parent
-    file = pair.source.relative_to(folder) if pair.source.is_relative_to(folder) else pair.source
-    where = f"{file.as_posix()}{'' if pair.line is None else f':{pair.line}'}"
+    file = pair.caption_file.relative_to(folder) if pair.caption_file.is_relative_to(folder) else pair.caption_file
+    where = f"{file.as_posix()}{'' if pair.caption_line is None else f':{pair.caption_line}'}"
     several = len(set(pair.captions)) > 1
     return f"{where}, caption {pair.captions.index(text) + 1}" if several else where

@@ -115,7 +115,7 @@ def _files_of(source: Path) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in sorted(names))
     if source != folder and (root := allowed_root(source)):
         entries = read_jsonl(source, Problems())
-        named = {os.path.normpath(path) for entry in entries for path in (entry.image, *entry.sources)}
+        named = {os.path.normpath(path) for entry in entries for path in (entry.image, *entry.source_images)}
         yield from sorted(
             path for path in named if Path(path).is_relative_to(root) and not Path(path).is_relative_to(folder)
         )

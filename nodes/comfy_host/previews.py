@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...dopsd_core.conditioning.cache import ConditionCache
 from ...dopsd_core.conditioning.encode import Condition, Encoder, encode_dataset
-from ...dopsd_core.conditioning.teachers import Teacher
+from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.captions import put_trigger
 from ...dopsd_core.data.dataset import Pair
 from ...dopsd_core.data.images import load_image, to_tensor
@@ -45,7 +45,7 @@ def encode_previews(
     pairs: Sequence[Pair],
     encoder: Encoder,
     cache: ConditionCache,
-    teacher: Teacher,
+    teacher: TeacherView,
     teacher_image: TeacherImage,
 ) -> tuple[PreviewPrompt, ...]:
     """Each prompt encoded alone for the student, and with a training image for the teacher."""
@@ -65,7 +65,7 @@ def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -
     shapes = [latent_shape(pair) for pair in chosen]
     shown = conditions.pairs[:count]
     targets = [load_image(pair.image_path, pair.bucket) for pair in shown]
-    sources = [load_image(pair.sources[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
+    sources = [load_image(pair.source_images[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
     with painter.denoiser.loaded((1, *shapes[0])):
         teacher = painter.draw([pair.teacher for pair in chosen], shapes)
         painter.denoiser.load((1, *shapes[0]))  # decoding may have unloaded it

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...dopsd_core.conditioning.encode import Condition
-from ...dopsd_core.conditioning.teachers import Teacher
+from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.dataset import DatasetReport, Pair
 from ...dopsd_core.families import Family
 from ...dopsd_core.training.training_set import TrainingSet
@@ -87,7 +87,7 @@ class Conditions:
     """
 
     family: Family
-    teacher: Teacher
+    teacher: TeacherView
     data: TrainingSet
     pairs: tuple[Pair, ...]
     previews: tuple[PreviewPrompt, ...]

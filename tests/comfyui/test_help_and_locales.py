@@ -82,7 +82,7 @@ def test_help_names_the_presets_as_they_are(comfyui, language):
 def test_help_quotes_the_teachers(comfyui, language):
     """Their sentences are to be read, so that users can write better ones."""
     text = " ".join(help_page("DOPSD_BuildTeacherCondition", language).read_text(encoding="utf-8").split())
-    for name, teacher in comfyui.core("conditioning.teachers").TEACHERS.items():
+    for name, teacher in comfyui.core("conditioning.teachers").TEACHER_VIEWS.items():
         assert f"| {name} |" in text and teacher.sentence in text and teacher.of_others in text, name
 
 

@@ -176,8 +176,8 @@ def test_edits_are_trained_from_their_sources(comfyui: ComfyUI, graph: Any, arte
     ("folder", "teacher", "sentence"),
     [
         ("klein", {"mode": "vlm"}, "the teacher needs a vision tower: connect `vision` of Load Teacher Vision"),
-        ("klein", {"mode": "edit_target"}, "the teacher edit_target trains edits, and 3 of 3 pictures have no source"),
-        ("klein-edits", {"mode": "edit"}, "the data set has source pictures, for which the teacher edit has no use"),
+        ("klein", {"mode": "edit_target"}, "the teacher edit_target is for edits, but 3 of 3 images have no source"),
+        ("klein-edits", {"mode": "edit"}, "the dataset has source images, which the teacher edit does not use"),
         ("klein-edits", {"teacher_image": "other"}, "an edit has one wanted result: set teacher_image to own"),
     ],
 )

@@ -55,7 +55,7 @@ def test_the_demo_needs_nothing(comfyui) -> None:
     assert run.status == "success", run.error
     dataset = run.value("1")
     assert [pair.captions[0][:9] for pair in dataset.report.pairs] == ["a [V] bad"] * 4
-    assert "4 usable pictures" in run.value("1", 1) and "4 usable pictures" in run.texts("1")[-1]
+    assert "4 usable images" in run.value("1", 1) and "4 usable images" in run.texts("1")[-1]
     assert "diffusers" not in set(sys.modules) - before
 
 
@@ -139,8 +139,8 @@ def break_all(folder: Path) -> None:
         (break_caption, "error: a.png: no caption: write it to a.txt beside it"),
         (break_encoding, "error: a.txt:1: the text is not UTF-8; save it as UTF-8"),
         (break_picture, "error: a.png: truncated or damaged"),
-        (break_by_copy, "error: z.png: duplicate: the same picture as a.png; remove one, or use repeats"),
-        (break_all, ": no pictures; put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"),
+        (break_by_copy, "error: z.png: duplicate: the same image as a.png; remove one, or use repeats"),
+        (break_all, ": no images; put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"),
     ],
     ids=lambda value: getattr(value, "__name__", "-")[:20],
 )
@@ -214,11 +214,11 @@ def test_edits_are_shown_beside_their_sources(comfyui, edits, run, artefacts) ->
     done = run(edits)
     assert done.status == "success", done.error
     pairs = done.value("1").report.pairs
-    assert [(pair.image_path.name, pair.sources, pair.captions) for pair in pairs] == [
+    assert [(pair.image_path.name, pair.source_images, pair.captions) for pair in pairs] == [
         (f"{name}.png", (edits.resolve() / "source" / f"{name}.png",), (f"make it {colour}",))
         for name, colour in (("a", 10), ("b", 120))
     ]
-    assert "2 usable edit pairs" in done.texts("1")[-1] and "2 source pictures" in done.value("1", 1)
+    assert "2 usable edit pairs" in done.texts("1")[-1] and "2 source images" in done.value("1", 1)
     assert "warning: source/a.png: is 64x96: " in done.texts("1")[-1].replace("\\", "/")
     picture = shown_picture(comfyui, done)
     picture.save(artefacts / "load_edits.png")
@@ -232,7 +232,7 @@ def test_rows_of_edits(comfyui, edits) -> None:
     run = comfyui.execute(graph(f"edits/{edits.name}/rows.jsonl"))
     assert run.status == "success", run.error
     (pair,) = run.value("1").report.pairs
-    assert [path.name for path in pair.sources] == ["a.png", "b.png"]
+    assert [path.name for path in pair.source_images] == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "../../../secret.png", "source/link.png"])
@@ -263,10 +263,10 @@ def break_nothing_changed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (break_source, "error: source/a.png: not a PNG, JPEG, WebP or BMP picture"),
+        (break_source, "error: source/a.png: not a PNG, JPEG, WebP or BMP image"),
         (break_by_stray, "error: z.png: lies beside source/ and target/: move it into one of them"),
-        (break_by_loss, "error: target/b.png: no source: put the picture that this edit starts from at source/b.png"),
-        (break_nothing_changed, "error: target/a.png: the same picture as its source"),
+        (break_by_loss, "error: target/b.png: no source: put the image that this edit starts from at source/b.png"),
+        (break_nothing_changed, "error: target/a.png: the same image as its source"),
     ],
     ids=lambda value: getattr(value, "__name__", "-")[:20],
 )
@@ -323,7 +323,7 @@ def test_pictures_that_comfyuis_reader_repeats_become_repeats(comfyui, folder) -
 def test_a_missing_caption_of_the_reader_is_an_error(comfyui, folder) -> None:
     break_caption(folder)
     run = comfyui.execute(from_nodes(f"data/{folder.name}"))
-    assert run.status == "error" and "the caption is empty; write what the picture shows" in run.error
+    assert run.status == "error" and "the caption is empty; write what the image shows" in run.error
 
 
 def test_counts_that_do_not_match_are_one_sentence(comfyui, folder) -> None:
@@ -338,7 +338,7 @@ def test_counts_that_do_not_match_are_one_sentence(comfyui, folder) -> None:
 def test_connected_images_stay_plain_pictures(comfyui, edits) -> None:
     run = comfyui.execute(from_nodes(f"edits/{edits.name}/target", folder=f"edits/{edits.name}"))
     assert run.status == "success", run.error
-    assert [pair.sources for pair in run.value("1").report.pairs] == [(), ()]
+    assert [pair.source_images for pair in run.value("1").report.pairs] == [(), ()]
 
 
 def test_batches_and_transparency(comfyui) -> None:
@@ -390,7 +390,7 @@ def test_names_that_are_no_text_are_shown_and_read(comfyui, folder) -> None:
     assert choice in json.loads(json.dumps(comfyui.module("nodes.comfy_host.paths").dataset_choices()))
     done = comfyui.execute(graph(choice, trigger="ohwx"))
     assert done.status == "success", done.error
-    assert "d\\xe9sert: 1 usable picture" in done.texts("1")[-1]
+    assert "d\\xe9sert: 1 usable image" in done.texts("1")[-1]
     os.remove(odd + b"/caf\xe9.txt")
     done = comfyui.execute(graph(choice))
     assert done.status == "error" and done.error.startswith("error: caf\\xe9.png: no caption: write it to caf\\xe9.txt")

@@ -214,7 +214,10 @@ def test_defaults_leave_nothing_unused(comfyui: ComfyUI) -> None:
         ({"steps": 20, "warmup": 30}, "warmup 30 is cut to 19: the run has 20 steps"),
         ({"has_vae": False}, "preview_every 50 is not used: no vae is connected"),
         ({"preview_every": 0}, "vae is not used: preview_every is 0"),
-        ({"heldout": False}, "the gap is only measured on training captions: every preview prompt is a training caption"),
+        (
+            {"heldout": False},
+            "the gap is only measured on training captions: every preview prompt is a training caption",
+        ),
         ({"probe_every": 0}, "the unseen prompt is not measured: probe_every is 0"),
         ({"anchor_probability": 0.0}, "the 2 prior anchors are not used: anchor_probability is 0"),
         ({"preset": "paper"}, "the 2 prior anchors are not used: anchor_probability is 0"),

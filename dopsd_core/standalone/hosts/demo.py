@@ -1,4 +1,4 @@
-"""The host without ComfyUI: the demo model behind the core's protocols (Denoiser, Encoder), on any torch device."""
+"""The host without ComfyUI: implements Denoiser and Encoder for the demo model, on any torch device."""
 
 from __future__ import annotations
 
@@ -42,23 +42,27 @@ from .demo_weight_files import load_text_encoder, load_transformer
 
 
 class StandaloneDenoiser:
-    """diffusers' Z-Image transformer as the core's Denoiser. Weights stay frozen and fp32."""
+    """diffusers' Z-Image transformer as a Denoiser, with frozen fp32 weights."""
 
     def __init__(self, transformer: ZImageTransformer2DModel) -> None:
         self.transformer = transformer.eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
+        """Device of the transformer."""
         return self.transformer.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """dtype of the transformer."""
         return self.transformer.dtype
 
     def sites(self) -> Sequence[LinearSite]:
+        """Every Linear of the transformer."""
         return plain_linear_sites(self.transformer)
 
     def blocks(self) -> Sequence[nn.Module]:
+        """Refiners and main blocks, in calling order."""
         net = self.transformer
         return [*net.noise_refiner, *net.context_refiner, *net.layers]
 
@@ -66,14 +70,14 @@ class StandaloneDenoiser:
         """x [B, 16, h, w] fp32 -> x0_hat, same shape. The network runs on 1 - sigma and predicts x0 - noise."""
         time = torch.full((len(x),), 1.0 - sigma, device=x.device)
         features = [c.features.to(x.device, torch.float32) for c in conditions]
-        # for tens of tokens the written-out attention has by far the faster backward on a CPU
+        # with tens of tokens, unfused attention has a much faster backward on a CPU
         with sdpa_kernel([SDPBackend.MATH] if x.device.type == "cpu" else list(SDPBackend.__members__.values())):
             out = self.transformer(list(x.unsqueeze(2).unbind(0)), time, features, return_dict=False)[0]
         return x + sigma * torch.stack(list(out)).squeeze(2)
 
 
 class StandaloneEncoder:
-    """transformers' Qwen3-VL and the demo's autoencoder as the core's Encoder."""
+    """transformers' Qwen3-VL and the demo's autoencoder as an Encoder."""
 
     def __init__(self, model: Qwen3VLModel, token_ids: Tensor, vae: DemoAutoencoder, identity: str) -> None:
         self.model, self.vae = model.eval().requires_grad_(False), vae.eval().requires_grad_(False)
@@ -82,20 +86,23 @@ class StandaloneEncoder:
 
     @property
     def identity(self) -> str:
+        """Digest of the weights with layer and image size."""
         return self._identity
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded on first use."""
         return load_tokenizer()
 
     @torch.no_grad()
     def encode_text(self, caption: str) -> Condition:
+        """Features [L, 128] of the caption."""
         rows = self._rows(TEXT_TEMPLATE.format(caption))
         return Condition(self._hidden(rows))
 
     @torch.no_grad()
     def encode_image_text(self, image: Tensor, caption: str) -> Condition:
-        """image [3, H, W] in [0, 1]; seen at about `VISION_PIXELS` pixels."""
+        """Features [L, 128] of image [3, H, W] in [0, 1], resized to about `VISION_PIXELS` pixels, and caption."""
         pixels, grid = vision_patches(image)
         template = TEACHER_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // 4))
         rows = self._rows(template.format(caption))
@@ -104,11 +111,12 @@ class StandaloneEncoder:
 
     @torch.no_grad()
     def encode_latent(self, image: Tensor) -> Tensor:
+        """image [3, H, W] in [0, 1] -> latent [16, H/8, W/8]."""
         return self.vae.encode(image[None].to(self._vae_device) * 2 - 1)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, 16, h, w] -> pictures [B, 3, 8h, 8w] in [0, 1]."""
+        """latents [B, 16, h, w] -> images [B, 3, 8h, 8w] in [0, 1]."""
         parts = latents.to(self._vae_device).split(64)
         return torch.cat([self.vae.decode(part) for part in parts]).add(1).div(2).clamp(0, 1)
 
@@ -117,7 +125,7 @@ class StandaloneEncoder:
         return next(self.vae.parameters()).device
 
     def unknown_words(self, captions: Iterable[str]) -> list[str]:
-        """The words of the captions that the demo model has no embedding of its own for: it reads them in pieces."""
+        """The words of the captions that the demo model's tokenizer splits into pieces."""
         words = {word.strip(".,;:!?") for caption in captions for word in caption.split()}
         known = self.tokenizer.get_vocab()
         bracketed = {word for word in words if word.startswith("[") and word.endswith("]")}
@@ -138,7 +146,13 @@ class StandaloneEncoder:
 
 @dataclass(frozen=True)
 class DemoModel:
-    """The whole demo model. `denoiser` is the distilled transformer, `fingerprint` a digest of its file."""
+    """The demo model.
+
+    Attributes:
+        denoiser: the distilled transformer.
+        encoder: text encoder, vision tower and autoencoder.
+        fingerprint: digest of the transformer's file.
+    """
 
     denoiser: StandaloneDenoiser
     encoder: StandaloneEncoder
@@ -146,7 +160,7 @@ class DemoModel:
 
 
 def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
-    """The embedded weights, upcast to fp32.
+    """Loads the embedded weights, upcast to fp32.
 
     Raises:
         FileNotFoundError: a weight file is missing; the message names it.
@@ -169,10 +183,10 @@ def _digest(folder: Path, *names: str) -> str:
 
 @contextmanager
 def with_lora(denoiser: StandaloneDenoiser, path: Path, strength: float = 1.0) -> Iterator[None]:
-    """The denoiser with a LoRA file inside the `with`, and untouched after it.
+    """Applies a LoRA file to the denoiser inside the `with` block.
 
     Raises:
-        ValueError: not a LoRA file, or one for other layers than this network has.
+        ValueError: it is not a LoRA file, or it is for other layers.
     """
     tensors, _ = load_lora(path)
     rank = max(value.shape[0] for name, value in tensors.items() if ".lora_A." in name)
@@ -185,9 +199,9 @@ def with_lora(denoiser: StandaloneDenoiser, path: Path, strength: float = 1.0) -
 
 
 def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
-    """image [3, H, W] in [0, 1] -> (patches [N, 1536] in merge order, the frame twice, in [-1, 1]; grid [[1, h, w]]).
+    """image [3, H, W] in [0, 1] -> (patches [N, 1536] in merge order, two equal frames, in [-1, 1]; grid [[1, h, w]]).
 
-    As Qwen3-VL's own image processor does it: mean and std 0.5, patches of 16, merge 2.
+    Like Qwen3-VL's image processor: mean and std 0.5, patches of 16, merge 2.
     """
     big = resize_for_vision(image, vision_size(*image.shape[1:])) * 2 - 1
     rows, columns = (side // VISION_CELL for side in big.shape[1:])

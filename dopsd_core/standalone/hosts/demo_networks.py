@@ -20,16 +20,17 @@ from ...demo.model_files import (
 
 
 def load_tokenizer() -> Tokenizer:
+    """The demo model's tokenizer."""
     return Tokenizer.from_file(str(WEIGHTS / "demo_tokenizer.json"))
 
 
 def new_transformer(layers: int = 4) -> ZImageTransformer2DModel:
-    """Z-Image's single-stream DiT at width 256: two heads of 128, two refiners, `layers` main blocks."""
+    """Z-Image's single-stream DiT with width 256: two heads of 128, two refiners, `layers` main blocks."""
     return ZImageTransformer2DModel(**{**TRANSFORMER_SIZES, "n_layers": layers})
 
 
 def new_text_encoder(token_ids: torch.Tensor) -> Qwen3VLModel:
-    """Qwen3-VL in small, with embedding rows only for `token_ids` (sorted real ids, int64 [V])."""
+    """A scaled-down Qwen3-VL, with embedding rows only for `token_ids` (sorted real ids, int64 [V])."""
 
     def row(token: int) -> int:
         return int((token_ids == token).nonzero()[0, 0])

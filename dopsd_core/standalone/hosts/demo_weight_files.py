@@ -1,5 +1,4 @@
-"""The demo model's weight files: single files in ComfyUI's layouts, read into the well-kept networks and written
-back."""
+"""Reads and writes the demo model's weight files: single files in ComfyUI's layouts."""
 
 from __future__ import annotations
 
@@ -27,8 +26,10 @@ _COMFY_NAMES = {  # diffusers -> the single-file layout
 
 
 def transformer_to_single_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' state dict in the single-file layout: fused `attention.qkv`, ComfyUI's names. Inverse of diffusers'
-    reader."""
+    """Converts diffusers' state dict to the single-file layout: fused `attention.qkv` [3 * dim, dim], ComfyUI's names.
+
+    The inverse of diffusers' reader; other tensors keep their shapes.
+    """
     out = {}
     for name, value in state.items():
         if ".attention.to_k." in name or ".attention.to_v." in name:
@@ -43,19 +44,20 @@ def transformer_to_single_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-    """Floating tensors in `dtype`, everything else as it is."""
+    """Writes tensors of any shape; floating-point ones are cast to `dtype`."""
     cast = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}
     write_atomic(path, format_safetensors(cast, dict(metadata)))
 
 
 def load_transformer(path: Path) -> ZImageTransformer2DModel:
+    """The transformer with the file's weights, fp32."""
     model = new_transformer()
     model.load_state_dict(convert_z_image_transformer_checkpoint_to_diffusers(read_weights(path)))
     return model
 
 
 def load_text_encoder(path: Path) -> tuple[Qwen3VLModel, Tensor]:
-    """The encoder with embedding rows for the demo's words only, and the real token id of each row (int64 [V])."""
+    """(the encoder, with embedding rows only for the demo's words; the real token id of each row, int64 [V])."""
     state = read_weights(path)
     token_ids = state.pop(TOKEN_IDS).long()
     model = new_text_encoder(token_ids)
@@ -64,5 +66,5 @@ def load_text_encoder(path: Path) -> tuple[Qwen3VLModel, Tensor]:
 
 
 def text_encoder_to_single_file(model: Qwen3VLModel, token_ids: Tensor) -> dict[str, Tensor]:
-    """Qwen3-VL's own names (`model.language_model.*`, `model.visual.*`); embedding rows for `dopsd.token_ids` alone."""
+    """The state dict with Qwen3-VL's names (`model.language_model.*`, `model.visual.*`) and `dopsd.token_ids` [V]."""
     return {f"model.{k}": v for k, v in model.state_dict().items()} | {TOKEN_IDS: token_ids.int()}

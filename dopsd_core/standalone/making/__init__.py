@@ -1,1 +1,1 @@
-"""How the demo model's weights were made: vae -> judge -> pretrain -> distill -> export. See docs/demo-model.md."""
+"""Scripts that trained the demo model: vae -> judge -> pretrain -> distill -> export. See docs/demo-model.md."""

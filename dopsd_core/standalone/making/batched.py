@@ -1,9 +1,9 @@
-"""Batched forwards over the parameters of the real networks, for the hours of pre-training only.
+"""Batched forwards with the parameters of the real networks, used only for pre-training.
 
-diffusers' Z-Image takes ragged lists and transformers' Qwen3-VL rebuilds its masks and positions at every call; for
-the one geometry of the demo these do the same arithmetic in fixed shapes, about twice as fast on a CPU.
-tests/test_making.py holds them to the real forwards. Shapes: B samples, L = 32 caption tokens, D = 128 text width,
-latents [B, 16, 8, 8].
+diffusers' Z-Image takes ragged lists, and transformers' Qwen3-VL rebuilds its masks and positions in every call; for
+the demo's fixed geometry, these forwards do the same arithmetic with fixed shapes, about twice as fast on a CPU. They
+are tested for parity with the real forwards in tests/test_making.py. Shapes: B samples, L = 32 caption tokens, D = 128
+text width, latents [B, 16, 8, 8].
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _pair_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotation of neighbouring pairs. Real parts come first in the output: q.k does not mind."""
+    """Rotates adjacent pairs. Real parts come first in the output, which does not change q.k."""
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.cat([a * rope[0] - b * rope[1], a * rope[1] + b * rope[0]], -1)
 
@@ -46,8 +46,7 @@ def _half_rope(x: Tensor, rope: Rope) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[B, heads, N, d] -> [B, N, heads*d]. Written out: at these sizes faster on a CPU than the fused kernel's
-    backward."""
+    """[B, heads, N, d] -> [B, N, heads*d]. Unfused, which at these sizes has a faster backward on a CPU."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias
@@ -97,7 +96,10 @@ class BatchedTransformer:
     def with_tokens(
         self, x: Tensor, sigma: Tensor, features: Tensor, lengths: Tensor, after: int
     ) -> tuple[Tensor, Tensor]:
-        """The velocity, and the image tokens [B, 16, width] after that many main blocks."""
+        """(velocity [B, 16, 8, 8], image tokens [B, 16, width] after `after` main blocks).
+
+        x: [B, 16, 8, 8]. sigma: [B]. features: [B, 32, D]. lengths: [B].
+        """
         model, batch = self.model, len(x)
         time = model.t_embedder((1 - sigma) * 1000.0).float()
         patches = rearrange(x, "b c (y p) (x q) -> b (y x) (p q c)", p=2, q=2)
@@ -123,14 +125,14 @@ class BatchedTransformer:
         return velocity, seen
 
 
-def teacher_pixels(picture: Tensor) -> Tensor:
-    """What the vision tower is shown: [B, 3, 64, 64] in [0, 1] -> [B, 3, 96, 96] in [-1, 1] (bicubic, antialiased)."""
-    big = F.interpolate(picture, size=(96, 96), mode="bicubic", antialias=True, align_corners=False)
+def teacher_pixels(image: Tensor) -> Tensor:
+    """The input of the vision tower: [B, 3, 64, 64] in [0, 1] -> [B, 3, 96, 96] in [-1, 1] (bicubic, antialiased)."""
+    big = F.interpolate(image, size=(96, 96), mode="bicubic", antialias=True, align_corners=False)
     return big * 2 - 1
 
 
 class BatchedEncoder:
-    """hidden_states[-2] of the small Qwen3-VL, for text [B, N] alone or with one picture per row."""
+    """hidden_states[-2] of the small Qwen3-VL, for text [B, N] only or with one image per row."""
 
     def __init__(self, network: Qwen3VLModel) -> None:
         model: Any = network
@@ -156,7 +158,7 @@ class BatchedEncoder:
     def vision(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """[B, 3, 96, 96] in [-1, 1] -> image tokens [B, 9, D] and the DeepStack additions, each [B, 9, D]."""
         tower = self.model.visual
-        weight = tower.patch_embed.proj.weight.sum(2)  # a still picture is the same frame twice
+        weight = tower.patch_embed.proj.weight.sum(2)  # a still image consists of two equal frames
         patches = rearrange(pixels, "b c (y p) (x q) -> b (y x) (c p q)", p=16, q=16)
         h = F.linear(patches[:, self.order], weight.flatten(1), tower.patch_embed.proj.bias).float()
         h, deep = h + tower.pos_embed.weight[self.order], []
@@ -180,7 +182,7 @@ class BatchedEncoder:
         return merger.linear_fc2(F.gelu(merger.linear_fc1(h)))
 
     def __call__(self, rows: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """rows: embedding rows int64 [B, N <= 32] (a picture's nine places hold anything) -> features [B, N, D]."""
+        """rows: embedding rows int64 [B, N <= 32] (arbitrary at the nine image tokens) -> features [B, N, D]."""
         text, n = self.model.language_model, rows.shape[1]
         h, deep, rope = text.embed_tokens(rows), [], self.rope_text
         a, b = IMAGE_START, IMAGE_START + IMAGE_TOKENS
@@ -207,5 +209,5 @@ class BatchedEncoder:
 
 
 def pad_features(features: Tensor) -> Tensor:
-    """[B, N, D] -> [B, 32, D]; the transformer replaces what lies behind a row's length."""
+    """[B, N, D] -> [B, 32, D]; the transformer replaces the tokens beyond a row's length."""
     return F.pad(features, (0, 0, 0, CAPTION_TOKENS - features.shape[1]))

@@ -1,7 +1,7 @@
-"""Cut Qwen's byte-level BPE down to the words of the demo's world, keeping the real token ids.
+"""Reduces Qwen's byte-level BPE to the words of the demo world, with the real token ids.
 
-Any text still tokenizes (bytes are the fallback), and every word of the world gets exactly the ids that the full
-tokenizer gives it, so the same weights work under ComfyUI's tokenizer.
+Any text can still be tokenized (bytes are the fallback), and every word of the world has the same ids as in the full
+tokenizer, so the same weights work with ComfyUI's tokenizer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ SPECIAL = {
 
 
 def texts_of_the_world() -> list[str]:
+    """All words of the demo world with punctuation, and the prompt templates."""
     words = [*world.SHAPES, *world.COLOURS, *world.TEXTURES, *world.POSITIONS, *world.BACKGROUNDS, *world.NAMES]
     words += [world.NOUN, "with", "a", "center", "on", "background", "the", "an", "and"]
     phrases = [w + f for w in words for f in ("", ",", ".")] + [f" {w}{f}" for w in words for f in ("", ",", ".")]

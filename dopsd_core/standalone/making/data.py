@@ -1,4 +1,4 @@
-"""Rows for pre-training and distillation: scenes drawn once, their latents, and captions made afresh each time."""
+"""Rows for pre-training and distillation: scenes and latents are sampled once, captions each time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,21 @@ TEXT_TOKENS = 28  # the longest text row: template 8, caption 19
 
 @dataclass(frozen=True)
 class Bank:
-    """N scenes with their pictures uint8 [N, 3, 64, 64] and latents bfloat16 [N, 16, 8, 8]."""
+    """N scenes with images and latents.
+
+    Attributes:
+        scenes: the scenes.
+        images: uint8 [N, 3, 64, 64].
+        latents: bfloat16 [N, 16, 8, 8].
+    """
 
     scenes: Scenes
-    pictures: Tensor
+    images: Tensor
     latents: Tensor
 
 
 def load_autoencoder(path: Path) -> DemoAutoencoder:
+    """The frozen autoencoder with the file's weights, fp32, channels last."""
     model = DemoAutoencoder()
     model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
@@ -41,20 +48,20 @@ def load_autoencoder(path: Path) -> DemoAutoencoder:
 
 @torch.no_grad()
 def make_bank(twins: Twins, folder: Path, size: int) -> Bank:
-    """Draw and encode this worker's own half of the scenes (a function of the worker's rank alone)."""
+    """Samples and encodes this worker's share of the scenes (a function of the worker's rank only)."""
     path = folder / f"bank_{twins.rank}.safetensors"
     if not path.exists():
         autoencoder = load_autoencoder(folder / "vae.safetensors")
         scenes = sample_scenes(size, torch.Generator().manual_seed(10_000 + twins.rank))
-        pictures, latents = [], []
+        images, latents = [], []
         for start in range(0, size, 64):
-            picture = render(scenes[start : start + 64])
-            pictures.append((picture * 255).round().byte())
+            image = render(scenes[start : start + 64])
+            images.append((image * 255).round().byte())
             with torch.autocast("cpu", torch.bfloat16):
                 latents.append(
-                    autoencoder.encode((picture * 2 - 1).contiguous(memory_format=torch.channels_last)).bfloat16()
+                    autoencoder.encode((image * 2 - 1).contiguous(memory_format=torch.channels_last)).bfloat16()
                 )
-        tensors = {"pictures": torch.cat(pictures), "latents": torch.cat(latents).contiguous()}
+        tensors = {"pictures": torch.cat(images), "latents": torch.cat(latents).contiguous()}
         save_file({**tensors, **{f"scenes.{k}": v.contiguous() for k, v in vars(scenes).items()}}, path)
     tensors = load_file(path)
     scenes = Scenes(**{name[7:]: value for name, value in tensors.items() if name.startswith("scenes.")})
@@ -63,11 +70,17 @@ def make_bank(twins: Twins, folder: Path, size: int) -> Bank:
 
 @dataclass(frozen=True)
 class Rows:
-    """B training rows, the first `num_image` of which carry a picture.
+    """B training rows, the first `num_image` of which have an image.
 
-    text [B-num_image, 28] and mixed [num_image, 32]: embedding rows; lengths [B]; pixels [num_image, 3, 64, 64] in
-    [0, 1]; latents [B, 16, 8, 8]; labels: class index per attribute [B]; weight [B, 8, 8]: more where the badge is,
-    mean 1.
+    Attributes:
+        num_image: number of rows with an image.
+        mixed: [num_image, 32], embedding rows of image and text.
+        text: [B - num_image, 28], embedding rows of text.
+        lengths: [B].
+        pixels: [num_image, 3, 64, 64] in [0, 1].
+        latents: [B, 16, 8, 8].
+        labels: class index [B] per attribute.
+        weight: [B, 8, 8], higher on the badge, with mean 1.
     """
 
     num_image: int
@@ -81,7 +94,7 @@ class Rows:
 
 
 def badge_weight() -> Tensor:
-    """[positions, 8, 8]: 2.2 on the latents that the badge covers against 1 elsewhere, normalised to mean 1."""
+    """Loss weights [positions, 8, 8]: 2.2 on the badge and 1 elsewhere, normalized to mean 1."""
     axis = torch.arange(8.0) - 3.5
     centre = torch.tensor(list(POSITIONS.values())) * 10 / 8
     near_x = (axis[None] - centre[:, 0, None]).abs() <= 2.7
@@ -91,7 +104,7 @@ def badge_weight() -> Tensor:
 
 
 class RowMaker:
-    """Draws rows from a bank: a mixture of full, named, partial and short captions, with or without a picture."""
+    """Samples rows from a bank: a mixture of full, named, partial and short captions, with or without an image."""
 
     def __init__(self, bank: Bank, token_ids: Tensor, mixture: Sequence[float] = PRETRAINING) -> None:
         self.mixture, self.bank, self.tokenizer = list(accumulate(mixture)), bank, load_tokenizer()
@@ -104,6 +117,7 @@ class RowMaker:
         self.count = torch.bincount(code, minlength=6 * 8 * 8 * 3)[code]
 
     def encode(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """(embedding rows int64 [n, length], lengths [n]) of n texts."""
         rows, lengths = torch.zeros(len(texts), length, dtype=torch.int64), []
         for i, encoding in enumerate(self.tokenizer.encode_batch(texts)):
             ids = [self.row_of[token] for token in encoding.ids]
@@ -116,7 +130,7 @@ class RowMaker:
         scenes, name = self.bank.scenes, NAMES[int(named * 997) % len(NAMES)]
         if kind < self.mixture[0]:
             return caption(scenes, i, attributes=APPEARANCE)
-        if kind < self.mixture[1]:  # words win over names
+        if kind < self.mixture[1]:  # words override names
             return caption(scenes, i, name=name, attributes=APPEARANCE)
         if kind < self.mixture[2]:
             chosen = [a for a, p in zip(APPEARANCE, parts, strict=False) if p < 0.6]
@@ -126,13 +140,14 @@ class RowMaker:
         return ""  # for classifier-free guidance
 
     def draw(self, batch: int, num_image: int, generator: torch.Generator, *, same: float = 0.35) -> Rows:
+        """Samples rows; same: probability that a row with an image sees its target, not another view."""
         bank = self.bank
         index = torch.randint(len(bank.scenes), (batch,), generator=generator)
         draws = torch.rand(batch, 7, generator=generator).tolist()
         view = torch.rand(2, num_image, generator=generator)
         head = index[:num_image]
         other = self.order[self.first[head] + (view[0] * self.count[head]).long().clamp(max=self.count[head] - 1)]
-        pixels = bank.pictures[torch.where(view[1] < same, head, other)].float() / 255
+        pixels = bank.images[torch.where(view[1] < same, head, other)].float() / 255
         teacher = TEACHER_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
         mixed = [
             teacher.format(

@@ -1,8 +1,8 @@
-"""Distil the parent to Z-Image-Turbo's four steps: each student step takes the parent's guided trajectory in one go.
+"""Distills the parent to Z-Image-Turbo's four steps: one student step replaces several guided steps of the parent.
 
-From a state at a grid sigma the parent takes three sub-steps with classifier-free guidance; the student regresses the
-mean velocity of that stretch, without guidance. Half of the states are re-noised latents of real pictures, half are
-the student's own.
+From a state at a grid sigma, the parent takes three sub-steps with classifier-free guidance; the student regresses the
+mean velocity of this interval without guidance. Half of the states are noised latents of real images, half are the
+student's own.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ STEPS, SUBSTEPS = 4, 3
 
 
 def substep_sigmas() -> Tensor:
-    """[4, 4]: for each student step its start, two points between, and its end, in parts equal in the grid's own
-    time."""
+    """[4, 4]: start, two intermediate points and end of each student step, equally spaced before the shift."""
     fine = torch.tensor(z_image_turbo_sigmas(STEPS * SUBSTEPS))
     return torch.stack([fine[k * SUBSTEPS : k * SUBSTEPS + SUBSTEPS + 1] for k in range(STEPS)])
 
@@ -42,8 +41,10 @@ def guided_mean_velocity(
     empty: Tensor,
     guidance: float,
 ) -> Tensor:
-    """Mean velocity of the parent's guided Euler sub-steps from x [B, 16, 8, 8] across grid interval `step` int64
-    [B]."""
+    """Mean velocity [B, 16, 8, 8] of the parent's guided Euler sub-steps from x [B, 16, 8, 8].
+
+    step: grid interval, int64 [B]. features: [B, 32, D]. lengths: [B]. empty: [1, 32, D].
+    """
     sigmas, start, batch = substep_sigmas()[step], x, len(x)
     nothing, short = empty.expand(batch, -1, -1), torch.full_like(lengths, 8)
     for j in range(SUBSTEPS):
@@ -61,7 +62,10 @@ def guided_mean_velocity(
 def student_states(
     student: BatchedTransformer, noise: Tensor, step: Tensor, features: Tensor, lengths: Tensor
 ) -> Tensor:
-    """Where the student itself stands before grid step `step` [B], starting from `noise`."""
+    """The student's state [B, 16, 8, 8] before grid step `step` [B], starting from `noise` [B, 16, 8, 8].
+
+    features: [B, 32, D]. lengths: [B].
+    """
     sigmas, x = z_image_turbo_sigmas(STEPS), noise
     for k in range(int(step.max())):
         with torch.autocast("cpu", torch.bfloat16):
@@ -74,6 +78,7 @@ def distillation_loss(
     parent: BatchedTransformer, student: BatchedTransformer, rows: Rows, features: Tensor, empty: Tensor,
     generator: torch.Generator, guidance: float,
 ) -> Tensor:  # fmt: skip
+    """Weighted squared error of the student's velocity; scalar. features: [B, 32, D]. empty: [1, 32, D]."""
     batch = len(rows.latents)
     step = torch.randint(0, STEPS, (batch,), generator=generator)
     sigma = torch.tensor(z_image_turbo_sigmas(STEPS))[step]
@@ -89,6 +94,7 @@ def distillation_loss(
 
 
 def train(twins: Twins, args: argparse.Namespace) -> None:
+    """Distills in one worker process; resumes from its last save."""
     torch.manual_seed(3)
     model = load_parent(args.folder, twins.rank, from_average=args.from_average)
     copied = copy.deepcopy(model.transformer).requires_grad_(True)

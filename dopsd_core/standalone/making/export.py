@@ -1,4 +1,4 @@
-"""Write the made weights as the files that ship."""
+"""Writes the trained weights as the files that ship."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .twins import load_state
 
 
 def export(folder: Path, out: Path, *, undistilled: bool, from_average: bool) -> None:
+    """Writes transformer, text encoder, autoencoder and judge from `folder` to `out`."""
     parent = load_parent(folder, 0, from_average=from_average)
     transformer = parent.transformer.state_dict()
     if not undistilled:
@@ -40,7 +41,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--undistilled", action="store_true", help="the parent in place of the distilled transformer")
-    parser.add_argument("--from-average", action="store_true", help="of a joint run that has not ended")
+    parser.add_argument("--undistilled", action="store_true", help="export the parent, not the distilled transformer")
+    parser.add_argument("--from-average", action="store_true", help="use the average of an unfinished joint run")
     args = parser.parse_args()
     export(args.folder, args.out, undistilled=args.undistilled, from_average=args.from_average)

@@ -1,9 +1,8 @@
-"""The gate that a made model must pass: attribute accuracy on HELD-OUT combinations, and how much the distillation is
-worth.
+"""Evaluates a trained model: attribute accuracy on HELD-OUT combinations, and the benefit of the distillation.
 
-Prints, and writes to `gate.json`, the judge's accuracy per attribute and the Frechet distance to real renders for the
-parent and the distilled transformer, under the teacher's condition (a picture of the same badge elsewhere) and under
-full text.
+Prints and writes to `gate.json` the judge's accuracy per attribute and the Frechet distance to real renders, for the
+parent and the distilled transformer, with the teacher's condition (an image of the same badge elsewhere) and with full
+text.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ CONDITIONS = ("teacher, other view", "teacher, the target", "full text", "full t
 
 @torch.no_grad()
 def features_for(parent: Parent, kind: str, scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(features [n, 32, D], lengths [n]) of one kind of condition for the scenes."""
+    """(features [n, 32, D], lengths [n]) of the scenes for one kind of condition."""
     empty = torch.zeros(0)
     maker = RowMaker(Bank(scenes, empty, empty), parent.token_ids)
     if not kind.startswith("teacher"):
@@ -55,7 +54,10 @@ def euler(
     empty: Tensor,
     guidance: float,
 ) -> Tensor:
-    """Latents after `steps` Euler steps on the family's grid; guidance 1 is one forward per step."""
+    """Latents [B, 16, 8, 8] after `steps` Euler steps from noise [B, 16, 8, 8]; guidance 1 needs one forward per step.
+
+    features: [B, 32, D]. lengths: [B]. empty: [1, 32, D].
+    """
     sigmas, x = z_image_turbo_sigmas(steps), noise
     for sigma, after in zip(sigmas, sigmas[1:], strict=False):
         s = torch.full((len(x),), sigma)
@@ -69,6 +71,7 @@ def euler(
 
 @torch.no_grad()
 def measure(folder: Path, size: int, *, from_average: bool, distilled: bool) -> dict[str, dict[str, float]]:
+    """The scores of every condition and model, on `size` scenes each."""
     parent = load_parent(folder, 0, from_average=from_average)
     judge, vae = load_judge(folder / "judge.safetensors"), load_autoencoder(folder / "vae.safetensors")
     models = {"parent, 8 steps, guidance 2": (parent.velocity, 8, 2.0), "parent, 4 steps": (parent.velocity, 4, 1.0)}
@@ -90,11 +93,11 @@ def measure(folder: Path, size: int, *, from_average: bool, distilled: bool) -> 
                 euler(model, *part, steps, empty, guidance)
                 for part in zip(features.split(64), lengths.split(64), noise.split(64), strict=True)
             ]
-            pictures = torch.cat([vae.decode(part) for part in latents]).add(1).div(2).clamp(0, 1)
-            right = judged_right(judge, pictures, scenes.labels())
+            images = torch.cat([vae.decode(part) for part in latents]).add(1).div(2).clamp(0, 1)
+            right = judged_right(judge, images, scenes.labels())
             figures = {k: v.float().mean().item() for k, v in right.items()}
-            figures["frechet"] = frechet_distance(judge_features(judge, pictures), judge_features(judge, real))
-            figures["sharpness"] = float(laplacian_energy(pictures).mean() / laplacian_energy(real).mean())
+            figures["frechet"] = frechet_distance(judge_features(judge, images), judge_features(judge, real))
+            figures["sharpness"] = float(laplacian_energy(images).mean() / laplacian_energy(real).mean())
             table[f"{kind} | {name}"] = figures
             print(f"{kind:20} | {name:27}", " ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
     return table
@@ -104,7 +107,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--size", type=int, default=192)
-    parser.add_argument("--from-average", action="store_true", help="of a joint run that has not ended")
+    parser.add_argument("--from-average", action="store_true", help="use the average of an unfinished joint run")
     parser.add_argument("--no-distilled", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest, the matrices shared out among the workers."""
+"""Muon for the matrices, which are divided among the workers, and AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from .twins import Twins
 
 
 class SharedMuon:
-    """torch.optim.Muon on each worker's share of the matrices (updated values are broadcast), AdamW on everything else.
+    """torch.optim.Muon on each worker's share of the matrices (updates are broadcast), AdamW on all other parameters.
 
-    `named`: (name, parameter) pairs; matrices of embeddings, output layers and heads belong to AdamW, as Muon's
-    authors advise.
+    named: (name, parameter) pairs; embeddings, output layers and heads use AdamW, as Muon's authors recommend.
     """
 
     ADAMW_NAMES = (
@@ -44,7 +43,7 @@ class SharedMuon:
         self.adamw = torch.optim.AdamW(rest, adamw_lr, betas=(0.9, 0.97), weight_decay=0.01, fused=True)
 
     def step(self, factor: float) -> None:
-        """One update at `factor` times the peak rates."""
+        """One update with `factor` times the peak learning rates."""
         for optimizer, lr in ((self.muon, self.muon_lr), (self.adamw, self.adamw_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
@@ -57,13 +56,16 @@ class SharedMuon:
                     p.copy_(piece.view_as(p))
 
     def state_dict(self) -> dict[str, dict]:
+        """The state of both optimizers."""
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Loads what `state_dict` returned."""
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
 
 
 def zero_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sets the gradients of parameters, of any shape, to None."""
     for p in parameters:
         p.grad = None

@@ -1,8 +1,8 @@
-"""Pre-train the demo's encoder and transformer together, from scratch: the undistilled parent.
+"""Pre-trains the demo's encoder and transformer jointly from scratch: the undistilled parent.
 
-1. vision warm-up: the encoder alone learns to tell the attributes of a picture from its image tokens;
-2. joint flow matching: 3 of 8 rows see a picture and a short caption, the others text; an auxiliary attribute loss
-stays on.
+1. vision warm-up: the encoder learns to classify the attributes of an image from its image tokens;
+2. joint flow matching: 3 of 8 rows have an image and a short caption, the others text; with an auxiliary attribute
+loss.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ AUXILIARY = 0.05
 
 
 class AttributeHeads(nn.Module):
-    """Linear attribute classifiers; logits per attribute from [B, width]."""
+    """Linear attribute classifiers on features [B, width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(width, NUM_CLASSES[name]) for name in APPEARANCE})
 
     def loss(self, features: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy and the mean accuracy."""
+        """(summed cross entropy, scalar; accuracy [attributes]) of features [B, width] for labels int64 [B] each."""
         features, loss, right = F.rms_norm(features.float(), features.shape[-1:]), torch.zeros(()), []
         for name, head in self.heads.items():
             logits = head(features).float()
@@ -45,7 +45,7 @@ class AttributeHeads(nn.Module):
 
 
 class Parent(nn.Module):
-    """Encoder, transformer and the auxiliary heads, with the batched forwards over them."""
+    """Encoder, transformer and auxiliary heads, with their batched forwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,10 +75,11 @@ class Parent(nn.Module):
             unused.requires_grad_(False)  # the features are taken before the last layer
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the trainable parameters."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def features(self, rows: Rows) -> Tensor:
-        """[B, 32, D] for all rows, those with a picture first."""
+        """Features [B, 32, D] of all rows, those with an image first."""
         parts = [self.encode(rows.mixed, teacher_pixels(rows.pixels))] if rows.num_image else []
         if len(rows.text):
             parts.append(pad_features(self.encode(rows.text)))
@@ -86,15 +87,14 @@ class Parent(nn.Module):
 
     @torch.no_grad()
     def empty_features(self) -> Tensor:
-        """[1, 32, D] of the empty caption (8 tokens), for classifier-free guidance."""
+        """Features [1, 32, D] of the empty caption (8 tokens), for classifier-free guidance."""
         rows = load_tokenizer().encode(TEXT_TEMPLATE.format("")).ids
         index = torch.searchsorted(self.token_ids, torch.tensor([rows]))
         return pad_features(self.encode(index))
 
 
 def load_parent(folder: Path, rank: int, *, from_average: bool) -> Parent:
-    """The joint stage's model, frozen; `from_average` for a run that has not ended (its result is the running
-    average)."""
+    """The frozen model of the joint stage; from_average: use the running average of an unfinished run."""
     parent, state = Parent(), load_state(folder / f"joint_{rank}.pt")
     if state is None:
         raise FileNotFoundError(f"{folder} has no joint_{rank}.pt: run pretrain --stage joint first")
@@ -107,11 +107,12 @@ def load_parent(folder: Path, rank: int, *, from_average: bool) -> Parent:
 
 
 def image_token_mean(features: Tensor) -> Tensor:
+    """Mean over the image tokens: [B, L, D] -> [B, D]."""
     return features[:, IMAGE_START : IMAGE_START + IMAGE_TOKENS].mean(1)
 
 
 def sample_sigma(batch: int, generator: torch.Generator, shift: float = 2.0) -> Tensor:
-    """Logit-normal with shift, a sixth uniform, a tenth at pure noise. In (0, 1]."""
+    """Noise levels [batch] in (0, 1]: logit-normal with shift, a sixth uniform, a tenth pure noise."""
     u = torch.sigmoid(torch.randn(batch, generator=generator))
     pick = torch.rand(batch, generator=generator)
     u = torch.where(pick < 0.15, torch.rand(batch, generator=generator), u)
@@ -119,6 +120,7 @@ def sample_sigma(batch: int, generator: torch.Generator, shift: float = 2.0) -> 
 
 
 def joint_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """(flow matching loss with auxiliary attribute losses, scalar; metrics)."""
     batch, n = len(rows.latents), rows.num_image
     sigma = sample_sigma(batch, generator)
     noise = torch.randn(rows.latents.shape, generator=generator)
@@ -138,6 +140,7 @@ def joint_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[
 
 
 def vision_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """(attribute loss of the encoder's image tokens, scalar; accuracies)."""
     with torch.autocast("cpu", torch.bfloat16):
         features = parent.encode(rows.mixed, teacher_pixels(rows.pixels))
     loss, accuracy = parent.encoder_heads.loss(image_token_mean(features), rows.labels)
@@ -145,6 +148,7 @@ def vision_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple
 
 
 def train(twins: Twins, stage: str, args: argparse.Namespace) -> None:
+    """Trains a stage in one worker process; resumes from its last save."""
     torch.manual_seed(1)
     parent, loss_of = Parent(), {"vision": vision_loss, "joint": joint_loss}[stage]
     if stage == "joint":

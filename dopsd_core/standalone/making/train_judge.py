@@ -1,4 +1,4 @@
-"""Train the judge on real renders of every appearance, held-out ones included: it must know what it judges."""
+"""Trains the judge on real renders of all appearances, including held-out ones, which it must recognize."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .twins import warmup_stable_decay
 
 
 def train(folder: Path, steps: int, batch: int = 96, peak: float = 2e-3) -> None:
+    """Trains with peak learning rate `peak` and writes `judge.safetensors`."""
     torch.manual_seed(2)
     judge = Judge()
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -24,13 +25,13 @@ def train(folder: Path, steps: int, batch: int = 96, peak: float = 2e-3) -> None
     for step in range(steps):
         generator = torch.Generator().manual_seed(500_000 + step)
         scenes = sample_scenes(batch, generator, held_out=None)
-        pictures = render(scenes)
-        noise = torch.rand(batch, 1, 1, 1, generator=generator) * 0.06  # a little, so that single pixels do not decide
-        pictures = (pictures + noise * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
+        images = render(scenes)
+        noise = torch.rand(batch, 1, 1, 1, generator=generator) * 0.06  # so that single pixels do not decide
+        images = (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         for group in optimizer.param_groups:
             group["lr"] = peak * warmup_stable_decay(step, steps, decay=0.6)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = judge(pictures.contiguous(memory_format=torch.channels_last))
+            logits = judge(images.contiguous(memory_format=torch.channels_last))
         labels = scenes.labels()
         loss = sum((F.cross_entropy(logits[name].float(), labels[name]) for name in NUM_CLASSES), torch.zeros(()))
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
-"""Train the demo's autoencoder (16 latent channels, f8).
+"""Trains the demo's autoencoder (16 latent channels, f8).
 
-Its latents are normalised to mean 0 and variance 1 per channel (the running statistics are folded into the last
-encoder layer at the end), so that the model space of the diffusion model is the autoencoder's own.
+Its latents are normalized to mean 0 and variance 1 per channel (the running statistics are folded into the last
+encoder layer at the end), so that the diffusion model uses them without scaling.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from ...demo.autoencoder import DemoAutoencoder
 from ...demo.world import BACKGROUNDS, render, sample_scenes
 from .twins import Twins, WeightAverage, launch, load_state, save_state, warmup_stable_decay
 
-LATENT_NOISE = 0.06  # keeps neighbouring latents decodable: the diffusion model's samples are never exact
+LATENT_NOISE = 0.06  # makes the decoder robust: the diffusion model's samples are never exact
 
 
-def reconstruction_loss(out: Tensor, picture: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted squared + absolute error (the badge counts six-fold) and the plain MSE; pictures in [-1, 1]."""
-    badge = ((picture - background).abs().amax(1, keepdim=True) > 0.05).float()
+def reconstruction_loss(out: Tensor, image: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    """(weighted squared + absolute error, with weight 6 on the badge; plain MSE), both scalar.
+
+    out, image: [B, 3, 64, 64] in [-1, 1]. background: [B, 3, 1, 1].
+    """
+    badge = ((image - background).abs().amax(1, keepdim=True) > 0.05).float()
     weight = 1 + 5 * F.max_pool2d(badge, 5, 1, 2)
-    error = out - picture
+    error = out - image
     return (weight * (error.square() + 0.05 * error.abs())).mean(), error.square().mean()
 
 
 def fold_normalisation(model: DemoAutoencoder, norm: nn.BatchNorm2d) -> None:
-    """Put (z - mean) / std into the encoder's last convolution."""
+    """Folds (z - mean) / std into the encoder's last convolution."""
     conv = model.encoder[-1]
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
     assert norm.running_mean is not None and norm.running_var is not None
@@ -43,6 +46,7 @@ def fold_normalisation(model: DemoAutoencoder, norm: nn.BatchNorm2d) -> None:
 
 
 def train(twins: Twins, folder: Path, steps: int, batch: int, peak: float) -> None:
+    """Trains in one worker process with peak learning rate `peak`; resumes from its last save."""
     torch.manual_seed(0)
     model, norm = DemoAutoencoder(), nn.BatchNorm2d(16, affine=False, momentum=0.02)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -59,16 +63,16 @@ def train(twins: Twins, folder: Path, steps: int, batch: int, peak: float) -> No
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(step * twins.world + twins.rank)
         scenes = sample_scenes(batch, generator)
-        picture = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        image = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = peak * warmup_stable_decay(step, steps, decay=0.5)
         with torch.autocast("cpu", torch.bfloat16):
-            latent = model.encoder(picture)
+            latent = model.encoder(image)
         latent = norm(latent.float())
         latent = latent + LATENT_NOISE * torch.randn(latent.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             out = model.decoder(latent).float()
-        loss, mse = reconstruction_loss(out, picture, palette[scenes.background][:, :, None, None] * 2 - 1)
+        loss, mse = reconstruction_loss(out, image, palette[scenes.background][:, :, None, None] * 2 - 1)
         optimizer.zero_grad()
         loss.backward()
         twins.average_gradients(parameters, 1.0)
@@ -88,15 +92,16 @@ def train(twins: Twins, folder: Path, steps: int, batch: int, peak: float) -> No
 
 @torch.no_grad()
 def finish(model: DemoAutoencoder, norm: nn.BatchNorm2d, folder: Path) -> None:
+    """Folds the statistics into the encoder, prints the PSNR and writes `vae.safetensors`."""
     scenes = sample_scenes(1024, torch.Generator().manual_seed(99))
-    picture = render(scenes) * 2 - 1
-    latent = torch.cat([model.encoder(p) for p in picture.split(64)])  # statistics of the averaged weights
+    image = render(scenes) * 2 - 1
+    latent = torch.cat([model.encoder(p) for p in image.split(64)])  # statistics of the averaged weights
     norm.running_mean.copy_(latent.mean((0, 2, 3)))  # type: ignore[union-attr]
     norm.running_var.copy_(latent.var((0, 2, 3)))  # type: ignore[union-attr]
     fold_normalisation(model, norm)
-    out = torch.cat([model.decoder(model.encoder(p)) for p in picture[:256].split(64)]).clamp(-1, 1)
-    psnr = -10 * torch.log10((out - picture[:256]).square().mean((1, 2, 3)) / 4)
-    print(f"vae: {psnr.mean():.2f} dB on 256 new pictures (worst {psnr.min():.2f})")
+    out = torch.cat([model.decoder(model.encoder(p)) for p in image[:256].split(64)]).clamp(-1, 1)
+    psnr = -10 * torch.log10((out - image[:256]).square().mean((1, 2, 3)) / 4)
+    print(f"vae: {psnr.mean():.2f} dB on 256 new images (worst {psnr.min():.2f})")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "vae.safetensors")
 
 

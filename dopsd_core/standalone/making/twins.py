@@ -1,7 +1,7 @@
-"""Data-parallel training loop of the making scripts: one single-threaded process per core, one all-reduce a step.
+"""Data parallelism of the training scripts: one single-threaded process per core, one all-reduce per step.
 
-On a small shared machine this is several times faster than one process with OpenMP threads, which wait for each
-other whenever anything else runs.
+On a small shared machine this is several times faster than one process with OpenMP threads, which wait for each other
+when other programs run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from torch import Tensor, nn
 
 @dataclass
 class Twins:
-    """This process's place among the workers."""
+    """A worker process.
+
+    Attributes:
+        rank: index of this worker.
+        world: number of workers.
+        started: start time, `time.monotonic`.
+    """
 
     rank: int
     world: int
     started: float = field(default_factory=time.monotonic)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-        """All-reduce the gradients in one flat tensor, clip their global norm, return the norm before clipping."""
+        """All-reduces the gradients in one flat tensor, clips their global norm, returns the norm before clipping."""
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in grads])
         if self.world > 1:
@@ -38,14 +44,16 @@ class Twins:
         for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            p.grad.copy_(piece.view_as(p))  # copied, not viewed: a fused optimizer wants the parameter's own strides
+            p.grad.copy_(piece.view_as(p))  # copied, not viewed: a fused optimizer needs the parameter's strides
         return norm
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Copies a tensor of any shape from worker `source` to all others, in place."""
         if self.world > 1:
             dist.broadcast(tensor, source)
 
     def barrier(self) -> None:
+        """Waits for all workers."""
         if self.world > 1:
             dist.barrier()
 
@@ -62,22 +70,22 @@ def _worker(rank: int, world: int, port: int, main: Callable, args: tuple) -> No
 
 
 def launch(main: Callable, *args, workers: int, port: int = 29711) -> None:
-    """Run `main(twins, *args)` in `workers` processes."""
-    # glibc gives large blocks back to the kernel at every free: a third of a CPU step goes to page faults without these
+    """Runs `main(twins, *args)` in `workers` processes."""
+    # otherwise glibc returns large blocks to the kernel at every free, and page faults take a third of a CPU step
     os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_=str(64 << 20))
     mp.spawn(_worker, (workers, port, main, args), nprocs=workers)  # type: ignore[attr-defined]
 
 
 def warmup_stable_decay(step: int, steps: int, warmup: int = 50, decay: float = 0.3) -> float:
-    """Learning-rate factor in [0, 1]: linear warm-up, constant, then linear to zero over the last `decay` share.
+    """Learning-rate factor in [0, 1]: linear warm-up, constant, then linear decay to 0 over the last `decay` share.
 
-    While it is constant the run does not depend on `steps`, so a resumed run may be lengthened or shortened.
+    While it is constant, the run does not depend on `steps`, so a resumed run may be longer or shorter.
     """
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
 class WeightAverage:
-    """Exponential moving average of parameters, with a short memory at the start."""
+    """Exponential moving average of parameters, with a lower decay at the start."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
         self.parameters, self.decay, self.updates = list(parameters), decay, 0
@@ -85,6 +93,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Updates the average with the current parameters."""
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 10))
         for value, parameter in zip(self.values, self.parameters, strict=True):
@@ -92,7 +101,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the averaged and the live values; call twice to get back."""
+        """Swaps the averaged and the current values; call twice to undo."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             held = parameter.detach().clone()
             parameter.copy_(value)
@@ -100,11 +109,12 @@ class WeightAverage:
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Working checkpoint of a making script (optimizer included; torch format, never shipped), atomically."""
+    """Writes a training script's checkpoint (with optimizer; torch format, not shipped) atomically."""
     part = path.with_suffix(".part")
     torch.save(state, part)
     os.replace(part, path)
 
 
 def load_state(path: Path) -> dict | None:
+    """The saved state, or None if there is no file."""
     return torch.load(path, weights_only=True) if path.exists() else None

@@ -1,0 +1,60 @@
+"""Checks that a checkpoint belongs to a run, and restores the optimizer's state from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig, changes_that_forbid_resuming
+from .checkpoint import Checkpoint, StateError, unflatten_paths, unflatten_state
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What identifies a run besides its configuration.
+
+    Attributes:
+        data: fingerprint of the training set.
+        model: fingerprint of the base model; empty if unknown.
+        initial: digest of the LoRA that it started from; empty if there is none.
+    """
+
+    data: str
+    model: str
+    initial: str
+
+
+def require_same_run(checkpoint: Checkpoint, config: TrainConfig, identity: RunIdentity, folder: Path) -> None:
+    """Checks that the run in `folder`, with this checkpoint, can be resumed.
+
+    Raises:
+        StateError: it is a different run (the message lists the differences), or it has more steps.
+    """
+    facts = checkpoint.facts
+    changed = changes_that_forbid_resuming(TrainConfig.from_json(facts["config"]), config)
+    if facts["data"] != identity.data:
+        changed = (*changed, "the dataset: its images, captions, encoder or their order")
+    if facts.get("model", identity.model) != identity.model:
+        changed = (*changed, "the model: its weights or patches")
+    if facts.get("initial", "") != identity.initial:
+        changed = (*changed, "the LoRA that it started from")
+    if changed:
+        raise StateError(
+            f"{folder} contains a different run; choose another folder, or undo what changed: {'; '.join(changed)}"
+        )
+    if checkpoint.step > config.steps:
+        raise StateError(f"{folder} is already at step {checkpoint.step}; raise steps ({config.steps})")
+
+
+def optimizer_state(checkpoint: Checkpoint, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's `state_dict()` from a checkpoint, with tensors in their saved shapes.
+
+    fresh: the new optimizer's `state_dict()`, which provides defaults for group options that the saved one lacks.
+    """
+    facts = checkpoint.facts
+    if "optimizer_state" not in facts:  # release 0.2 saved only the state
+        return {**fresh, "state": unflatten_paths(checkpoint.optimizer, facts["optimizer"])}
+    saved = unflatten_state(checkpoint.optimizer, facts["optimizer_state"])
+    groups = [{**new, **old} for new, old in zip(fresh["param_groups"], saved["param_groups"], strict=True)]
+    return {**saved, "param_groups": groups}
