@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent.parent
-ROOTS = ("dopsd_core",)
+ROOTS = ("dopsd_core", "nodes")
 
 MAX_FILE, MAX_FUNCTION, MAX_P90 = 350, 60, 30
 
@@ -74,9 +74,7 @@ def takes_tensors(node: Definition) -> bool:
     else:
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         annotations = [argument.annotation for argument in arguments] + [node.returns]
-    return any(
-        annotation is not None and re.search(r"\bTensor\b", ast.unparse(annotation)) for annotation in annotations
-    )
+    return any(annotation is not None and re.search(r"\bTensor\b", ast.unparse(annotation)) for annotation in annotations)
 
 
 def fields_of(node: ast.ClassDef) -> list[str]:
@@ -151,8 +149,6 @@ def test_banned_words_are_found_in_prose_alone(source: str, words: list[str]):
 
 
 def test_what_is_missing_is_found():
-    source = (
-        "class A:\n    def b(self, x: Tensor): ...\n    def _c(self): ...\n    @b.setter\n    def b(self, x): ...\n"
-    )
+    source = "class A:\n    def b(self, x: Tensor): ...\n    def _c(self): ...\n    @b.setter\n    def b(self, x): ...\n"
     nodes = list(public(ast.parse(source)))
     assert [node.name for node in nodes] == ["A", "b"] and [takes_tensors(node) for node in nodes] == [False, True]
