@@ -208,7 +208,7 @@ def unused_inputs(
 
 
 def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
-    """How many tensors ComfyUI's loader will apply, and the name of one that it will not.
+    """How many tensors (as in `chosen_lora`, of any shape) ComfyUI's loader will apply, and one that it will not.
 
     Raises:
         ValueError: it will apply none.
@@ -220,7 +220,7 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
-    """How many tensors ComfyUI's loader will apply to the model.
+    """How many tensors, of any shape, ComfyUI's loader will apply to the model.
 
     Raises:
         ValueError: none.
@@ -229,7 +229,7 @@ def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
 
 
 def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The names of the tensors that ComfyUI's loader will apply to the model.
+    """The names of the tensors, of any shape, that ComfyUI's loader will apply to the model.
 
     Raises:
         ValueError: none.
@@ -262,7 +262,7 @@ def _fits(model: Any, target: Any, patch: Any) -> bool:
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:
-    """The model with the LoRA, as ComfyUI's own loaders return it; `tensors` as in `chosen_lora`."""
+    """The model with the LoRA, as ComfyUI's own loaders return it; tensors by name, of any shape."""
     return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
 
 

@@ -102,7 +102,7 @@ def write_lora(path: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> No
 
 
 def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Writes the same weights as a peft folder.
+    """Writes a LoRA with lora_A [rank, in] and lora_B [out, rank] as a peft folder.
 
     Raises:
         ValueError: the LoRA does not have diffusers names, or its layers have different ranks.

@@ -71,7 +71,7 @@ class TeacherPreview(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model, conditions, vae, seed, steps, pictures) -> io.NodeOutput:
-        """Draws the sheet; `pictures` is the number of images, under the id of earlier releases."""
+        """Draws the sheet for the first images of the dataset."""
         require_trainable(model, conditions, vae)
         require_own_sampling(model)
         painter = PreviewPainter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)

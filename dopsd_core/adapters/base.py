@@ -75,6 +75,8 @@ class Adapter(Variant):
         """Writes a raw state as the final file, atomically.
 
         Args:
+            path: the file.
+            state: tensors in the shapes of `Trainable.state`.
             prefix: prepended to the part names.
             metadata: facts for the header.
 

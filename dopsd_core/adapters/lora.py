@@ -85,7 +85,7 @@ class Lora(Adapter):
         return fold_alpha(state, self)
 
     def save(self, path: Path, state: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str]) -> None:
-        """Writes a file that ComfyUI and diffusers load at equal strength (`lora_file.py`)."""
+        """Writes A [rank, in] and B [rows, rank] so that ComfyUI and diffusers load them at equal strength."""
         from .lora_file import save_lora
 
         save_lora(path, state, self, prefix=prefix, metadata=metadata)

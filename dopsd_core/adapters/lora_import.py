@@ -97,7 +97,9 @@ class _Pair:
 
 
 def read_lora(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a LoRA file under its own names, or of a peft folder (the reference scripts' checkpoints).
+    """Reads the tensors of a LoRA file, or of a peft folder or reference script's checkpoint, under their own names.
+
+    A is [rank, in], B [rows, rank], in the file's dtype unless a scale is folded in.
 
     The scale that is stored beside the tensors is folded into them: peft's adapter_config.json, and diffusers'
     `lora_adapter_metadata` in the header.
@@ -119,6 +121,8 @@ def read_lora(path: Path | str) -> dict[str, Tensor]:
 
 def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targets: Sequence[str]) -> ImportedLora:
     """Maps the `tensors` of any trainer's LoRA to the parts of `sites` that `targets` select.
+
+    tensors: A [rank, in] and B [rows, rank] under the file's own names, from `read_lora`.
 
     Raises:
         ValueError: it is not a plain LoRA, belongs to another model, or changes nothing that is trained.
@@ -150,6 +154,8 @@ def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targ
 def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
     """Puts the folded tensors of `initial` into `start`, the raw state of a new adapter set; raw, with the same keys.
 
+    All tensors are A [rank, in] and B [rows, rank]; those of `start` have the configuration's rank.
+
     A smaller rank is filled up with components of `start`: their B is zero, so they add nothing but can learn. Parts
     that `initial` lacks keep the weights of `start`.
 
@@ -173,7 +179,7 @@ def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], conf
 
 
 def lora_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of 64 hex digits, equal for the same tensors under the same names."""
+    """A digest of 64 hex digits, equal for the same tensors, of any shape, under the same names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().float().contiguous()

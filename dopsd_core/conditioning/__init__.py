@@ -1,0 +1,1 @@
+"""Conditions of student and teacher: teacher views, encoding, cache."""

@@ -1,0 +1,1 @@
+"""Datasets: reading, checking and decoding images and captions."""

@@ -1,0 +1,1 @@
+"""Digests of contents, to recognize equal models and objects."""

@@ -1,0 +1,1 @@
+"""Memory: gradient checkpointing and estimates of memory and disk space."""

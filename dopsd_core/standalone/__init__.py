@@ -1,0 +1,1 @@
+"""The host without ComfyUI: the demo, its evaluation, and the commands."""

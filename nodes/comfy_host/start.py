@@ -18,7 +18,7 @@ class Start:
     """The initial weights of a run.
 
     Attributes:
-        tensors: for `train(initial=...)`, by name; None without a LoRA.
+        tensors: for `train(initial=...)`, by name: A [rank, in] and B [out, rank]; None without a LoRA.
         identity: digests that count towards the run's identity.
         notes: for the user, one line each.
     """

@@ -1,4 +1,4 @@
-"""MODEL, CLIP, VAE and conditions of different models are told apart by a sentence, before anything is computed."""
+"""MODEL, CLIP, VAE and conditions of different models are reported by a sentence, before anything is computed."""
 
 from __future__ import annotations
 

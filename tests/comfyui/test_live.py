@@ -123,7 +123,7 @@ def without_captions(server: Server) -> dict:
     return changed("data", folder="no_captions")
 
 
-def broken_picture(server: Server) -> dict:
+def broken_image(server: Server) -> dict:
     folder = server.input / "broken"
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (64, 64), "red").save(folder / "one.png")
@@ -151,10 +151,10 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a folder outside": (
         lambda _: changed("data", folder="../../etc"),
-        "the data set '../../etc' is outside of the folders that D-OPSD may read; put it into",
+        "the dataset '../../etc' is outside of the folders that D-OPSD may read; put it into",
     ),
     "no captions": (without_captions, "one.png: no caption: write it to one.txt beside it"),
-    "a broken picture": (broken_picture, "one.png: truncated or damaged"),
+    "a broken image": (broken_image, "one.png: truncated or damaged"),
     "no vision": (no_vision, "the teacher needs a vision tower: connect `vision` of Load Teacher Vision (Qwen3-VL-4B)"),
     "a run name that is a path": (
         lambda _: changed("train", run_name="../out"),
@@ -166,7 +166,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_in_words(server: Server, case: str) -> None:
+def test_bad_input_is_reported_in_words(server: Server, case: str) -> None:
     make, sentence = BAD[case]
     run: Run = server.run(make(server))
     assert run.status in ("refused", "error") or run.refusal

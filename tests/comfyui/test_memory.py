@@ -490,8 +490,9 @@ def test_a_run_in_little_memory_is_the_same_run(comfyui: ComfyUI, monkeypatch: p
     def tight(choice: str, *args: Any) -> Any:
         plan = honest(choice, *args)
         counts.append(len(plan.footprint.blocks))
-        notes = ("gradient checkpointing on 6 of 6 blocks",)
-        return dataclasses.replace(plan, checkpoint_blocks=counts[-1], notes=notes)
+        return dataclasses.replace(
+            plan, checkpoint_blocks=counts[-1], notes=("gradient checkpointing on 6 of 6 blocks",)
+        )
 
     one = comfyui.execute(training("roomy", preview_every=0))
     monkeypatch.setattr(memory, "plan_memory", tight)

@@ -82,10 +82,10 @@ def test_the_report_says_how_the_run_went(comfyui: ComfyUI, noted: Run) -> None:
 
 def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     train = comfyui.module("nodes.comfy_host.training")
-    honest, told = train.plan_memory, "3.1 GB of the weights are streamed from RAM"
+    honest, note = train.plan_memory, "3.1 GB of the weights are streamed from RAM"
 
     def traded(choice: str, denoiser: Any, conditions: Any, config: Any) -> Any:
-        return dataclasses.replace(honest(choice, denoiser, conditions, config), notes=(told, told))
+        return dataclasses.replace(honest(choice, denoiser, conditions, config), notes=(note, note))
 
     def warned(config: Any, denoiser: Any, data: Any, folder: Path, watcher: Any, **options: Any) -> Any:
         comfyui.core("training.run").log.warning("checkpoint %s is damaged", "step-000004")
@@ -101,7 +101,7 @@ def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, mon
     again = training("traded-2", steps=1, warmup=0, preview_every=0, probe_every=0)
     again["conditions"] = give_values(comfyui, ("DOPSD_CONDITIONS",), [conditions])
     text = comfyui.execute(again).texts("train")[-1]
-    for line in (told, "checkpoint step-000004 is damaged", "undistilled checkpoint", "01.txt: 9 tokens are cut off"):
+    for line in (note, "checkpoint step-000004 is damaged", "undistilled checkpoint", "01.txt: 9 tokens are cut off"):
         assert once(line, text) and once(line, "\n".join(report_of(comfyui, "traded-2")["notes"]))
 
 

@@ -1,0 +1,1 @@
+"""Hosts without ComfyUI, one per model."""

@@ -1,0 +1,158 @@
+"""The code standards that can be checked by reading the source: docstrings, sizes, words.
+
+`ROOTS` are the folders that are held to all of them.
+"""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+ROOTS = ("dopsd_core", "nodes")
+
+MAX_FILE, MAX_FUNCTION, MAX_P90 = 350, 60, 30
+
+BANNED = {
+    r"pictures?": "image",
+    r"told": "message, reports, says",
+    r"data sets?": "dataset",
+    r"by heart": "overfitting",
+    r"eyes?": "vision tower, vision encoder",
+    r"dearer": "costs more",
+    r"by itself": "on its own, automatically",
+    r"for the time of": "during",
+    r"(?:goes|going) on": "resumes, continues",
+    r"in small": "scaled-down version of",
+    r"recomput(?:e|es) in": "gradient checkpointing",
+}
+"""Pattern of a word that the field does not use -> what it says instead."""
+
+_BANNED = re.compile(rf"\b(?:{'|'.join(BANNED)})\b", re.IGNORECASE)
+_SHAPE = re.compile(r"\[[^\]]+\]|\bshapes?\b|\bscalar\b", re.IGNORECASE)
+
+FILES = sorted(path for root in ROOTS for path in (HERE / root).rglob("*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = Function | ast.ClassDef
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(HERE).as_posix()
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def public(parent: ast.Module | ast.ClassDef) -> Iterator[Definition]:
+    """The public definitions of a module or class, those of its classes too; no setters of properties."""
+    for node in parent.body:
+        if isinstance(node, ast.If):  # definitions under TYPE_CHECKING and the like
+            yield from public(ast.Module(body=[*node.body, *node.orelse], type_ignores=[]))
+        if not isinstance(node, Definition) or node.name.startswith("_"):
+            continue
+        if any(isinstance(d, ast.Attribute) and d.attr == "setter" for d in node.decorator_list):
+            continue
+        yield node
+        if isinstance(node, ast.ClassDef):
+            yield from public(node)
+
+
+def is_dataclass(node: Definition) -> bool:
+    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list)
+
+
+def takes_tensors(node: Definition) -> bool:
+    """Whether a tensor goes in or out of a function, or is a field of a dataclass."""
+    if isinstance(node, ast.ClassDef):
+        fields = [field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]
+        annotations = fields if is_dataclass(node) else []
+    else:
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        annotations = [argument.annotation for argument in arguments] + [node.returns]
+    return any(
+        annotation is not None and re.search(r"\bTensor\b", ast.unparse(annotation)) for annotation in annotations
+    )
+
+
+def fields_of(node: ast.ClassDef) -> list[str]:
+    targets = [field.target for field in node.body if isinstance(field, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name) and not target.id.startswith("_")]
+
+
+def prose(source: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of every comment, docstring and string of several words."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_everything_public_has_a_docstring(path: Path):
+    tree = parsed(path)
+    missing = [] if ast.get_docstring(tree) else ["the module"]
+    missing += [f"{node.name}, line {node.lineno}" for node in public(tree) if not ast.get_docstring(node)]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_docstrings_of_dataclasses_list_every_attribute(path: Path):
+    for node in public(parsed(path)):
+        if isinstance(node, ast.ClassDef) and is_dataclass(node):
+            _, heading, listing = (ast.get_docstring(node) or "").partition("Attributes:\n")
+            listed = re.findall(r"^    (\w+): ", listing, flags=re.MULTILINE)
+            assert heading and set(fields_of(node)) <= set(listed), f"{node.name}, line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_docstrings_state_the_shapes_of_tensors(path: Path):
+    nodes = [node for node in public(parsed(path)) if takes_tensors(node)]
+    assert not [f"{n.name}, line {n.lineno}" for n in nodes if not _SHAPE.search(ast.get_docstring(n) or "")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_words_are_the_fields(path: Path):
+    source = path.read_text(encoding="utf-8")
+    found = [(line, match.group()) for line, text in prose(source) for match in _BANNED.finditer(text)]
+    assert not found
+
+
+def test_files_are_short():
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {name: length for name, length in lengths.items() if length > MAX_FILE}
+
+
+def test_functions_are_short():
+    functions = [(path, n) for path in FILES for n in ast.walk(parsed(path)) if isinstance(n, Function)]
+    lengths = {f"{name_of(path)}:{n.name}": (n.end_lineno or n.lineno) - n.lineno + 1 for path, n in functions}
+    assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION}
+    assert sorted(lengths.values())[len(lengths) * 9 // 10] <= MAX_P90
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("# a picture", ["picture"]),
+        ('"""The data set."""', ["data set"]),
+        ('raise ValueError(f"{name} was told")', ["told"]),
+        ('facts["pictures"] = told', []),
+        ("x = 'an image and its dataset'  # eyewitness", []),
+    ],
+)
+def test_banned_words_are_found_in_prose_alone(source: str, words: list[str]):
+    assert [match.group() for _, text in prose(source) for match in _BANNED.finditer(text)] == words
+
+
+def test_what_is_missing_is_found():
+    source = (
+        "class A:\n    def b(self, x: Tensor): ...\n    def _c(self): ...\n    @b.setter\n    def b(self, x): ...\n"
+    )
+    nodes = list(public(ast.parse(source)))
+    assert [node.name for node in nodes] == ["A", "b"] and [takes_tensors(node) for node in nodes] == [False, True]
