@@ -45,8 +45,8 @@ def fails_with(number: int) -> Any:
 @pytest.mark.parametrize(
     ("number", "remedy", "is_full"),
     [
-        (errno.ENOSPC, r"No space left on device \(2\.0 MB needed, [\d.]+ [MG]B free\); free some space there", True),
-        (errno.EDQUOT, r"uota exceeded \(2\.0 MB needed, [\d.]+ [MG]B free\); free some space there", True),
+        (errno.ENOSPC, r"No space left on device \(2\.0 MB needed, [\d.]+ [MG]B free\); free up some space there", True),
+        (errno.EDQUOT, r"uota exceeded \(2\.0 MB needed, [\d.]+ [MG]B free\); free up some space there", True),
         (errno.EROFS, "Read-only file system; allow writing there, or choose another output folder", False),
         (errno.EACCES, "Permission denied; allow writing there, or choose another output folder", False),
         (errno.EIO, "Input/output error; check the disk and the folder", False),
@@ -321,7 +321,7 @@ def test_where_nothing_fits_what_was_there_stays(small: SmallDisk) -> None:
 
 def test_without_any_save_it_is_said_that_nothing_is_kept(small: SmallDisk) -> None:
     small.can_hold = False
-    with pytest.raises(DiskError, match="; no step is kept$"):
+    with pytest.raises(DiskError, match="; no step is saved$"):
         train(large_config(), TinyDenoiser(), make_data(), small.root / "run", Full(small, 1))
 
 
@@ -400,7 +400,7 @@ def test_on_a_real_full_file_system(tmpfs: Path) -> None:
                         pass
 
     with pytest.raises(
-        DiskError, match="No space left on device .* free some space there; the run resumes at step [56]$"
+        DiskError, match="No space left on device .* free up some space there; the run resumes at step [56]$"
     ):
         train(config, TinyDenoiser(), make_data(), folder, Fill())
     (tmpfs / "others").unlink()

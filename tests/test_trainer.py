@@ -227,7 +227,7 @@ def test_steps_may_be_added_and_nothing_else_changed(tmp_path: Path) -> None:
         train(longer, TinyDenoiser(), make_data(4), tmp_path / "a")
     with pytest.raises(StateError, match=r"step 12 already; raise steps \(6\)"):
         train(make_config(steps=6), TinyDenoiser(), make_data(), tmp_path / "a")
-    with pytest.raises(StateError, match="holds a run already"):
+    with pytest.raises(StateError, match="already contains a run"):
         train(longer, TinyDenoiser(), make_data(), tmp_path / "a", resume=False)
 
 
@@ -446,7 +446,7 @@ def test_ctrl_c_inside_a_save_loses_no_step(
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     class Second(NoCallbacks):
         def on_step(self, report: StepReport) -> None:
-            with pytest.raises(FolderInUse, match="another run is working in"):
+            with pytest.raises(FolderInUse, match="another run is using"):
                 train(make_config(), TinyDenoiser(), make_data(), tmp_path)
 
     assert train(make_config(steps=2), TinyDenoiser(), make_data(), tmp_path, Second()).step == 2

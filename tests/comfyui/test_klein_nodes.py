@@ -176,9 +176,9 @@ def test_edits_are_trained_from_their_sources(comfyui: ComfyUI, graph: Any, arte
     ("folder", "teacher", "sentence"),
     [
         ("klein", {"mode": "vlm"}, "the teacher needs eyes: connect `vision` of Load Teacher Vision"),
-        ("klein", {"mode": "edit_target"}, "the teacher edit_target trains edits, and 3 of 3 images have no source"),
-        ("klein-edits", {"mode": "edit"}, "the dataset has source images, for which the teacher edit has no use"),
-        ("klein-edits", {"teacher_image": "other"}, "an edit has one wanted result: set teacher_image to own"),
+        ("klein", {"mode": "edit_target"}, "the teacher edit_target is for edits, but 3 of 3 images have no source"),
+        ("klein-edits", {"mode": "edit"}, "the dataset has source images, which the teacher edit does not use"),
+        ("klein-edits", {"teacher_image": "other"}, "an edit has only one target: set teacher_image to own"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence_before_anything_is_encoded(

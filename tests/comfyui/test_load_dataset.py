@@ -98,7 +98,7 @@ def test_jsonl_rows_that_leave_the_input_folder_are_refused(comfyui, folder, pla
     (folder / "link.png").symlink_to(comfyui.base / "secret.png")
     (folder / "rows.jsonl").write_text(json.dumps({"path": place, "text": "a [V] dog"}))
     run = comfyui.execute(graph(f"data/{folder.name}/rows.jsonl"))
-    assert run.status == "error" and "leaves the folder" in run.error and str(comfyui.input) in run.error
+    assert run.status == "error" and "is outside of the folder" in run.error and str(comfyui.input) in run.error
 
 
 def test_a_caption_linked_from_outside_is_not_shown(comfyui, folder, run) -> None:
@@ -106,7 +106,7 @@ def test_a_caption_linked_from_outside_is_not_shown(comfyui, folder, run) -> Non
     (folder / "b.txt").unlink()
     (folder / "b.txt").symlink_to(comfyui.base / "secret.txt")
     done = run(folder)
-    assert done.status == "error" and "leaves the folder" in done.error
+    assert done.status == "error" and "is outside of the folder" in done.error
     assert "top secret" not in json.dumps([done.error, done.texts()])
 
 
@@ -241,7 +241,7 @@ def test_sources_that_leave_the_input_folder_are_refused(comfyui, edits, place: 
     (edits / "source" / "link.png").symlink_to(comfyui.base / "secret.png")
     (edits / "rows.jsonl").write_text(json.dumps({"ref_img": place, "target_img": "target/a.png", "text": "change"}))
     run = comfyui.execute(graph(f"edits/{edits.name}/rows.jsonl"))
-    assert run.status == "error" and "leaves the folder" in run.error and str(comfyui.input) in run.error
+    assert run.status == "error" and "is outside of the folder" in run.error and str(comfyui.input) in run.error
 
 
 def break_source(folder: Path) -> None:
@@ -264,8 +264,8 @@ def break_nothing_changed(folder: Path) -> None:
     ("spoil", "sentence"),
     [
         (break_source, "error: source/a.png: not a PNG, JPEG, WebP or BMP image"),
-        (break_by_stray, "error: z.png: lies beside source/ and target/: move it into one of them"),
-        (break_by_loss, "error: target/b.png: no source: put the image that this edit starts from at source/b.png"),
+        (break_by_stray, "error: z.png: is outside of source/ and target/: move it into one of them"),
+        (break_by_loss, "error: target/b.png: no source: put the source image of this edit at source/b.png"),
         (break_nothing_changed, "error: target/a.png: the same image as its source"),
     ],
     ids=lambda value: getattr(value, "__name__", "-")[:20],
@@ -421,7 +421,7 @@ def test_prompts_share_the_rule_of_captions(comfyui) -> None:
     ]
     small["conditions"]["inputs"]["preview_prompts"] = "fine\n\ud83d"
     done = comfyui.execute(small)
-    assert done.status == "error" and "preview prompt 2: the text holds half a character" in done.error
+    assert done.status == "error" and "preview prompt 2: the text contains half a character" in done.error
 
 
 def test_cancelling_stops_at_the_next_picture(comfyui, folder, monkeypatch) -> None:
