@@ -1,4 +1,4 @@
-"""The demo on several unseen concepts, and the median and the worst of its figures.
+"""Runs the demo on several unseen concepts and reports median and worst scores.
 
     python -m benchmarks.demo_concepts --output /tmp/concepts --seeds 10 --jobs 2
 

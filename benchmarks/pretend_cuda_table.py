@@ -1,4 +1,4 @@
-"""All tests inside ComfyUI on the pretend CUDA device, in every mode on every card: tables for docs/reliability.md.
+"""Runs all tests inside ComfyUI on the pretend CUDA device, in every mode and for every card, for docs/reliability.md.
 
     python -m benchmarks.pretend_cuda_table                                   an hour; needs ComfyUI and a C++ compiler
     python -m benchmarks.pretend_cuda_table --modes novram --capabilities 8.9 --tests tests/comfyui/on_cuda

@@ -1,4 +1,4 @@
-"""Where the reliability measurements leave what they found: one JSON file, and the page that is written from it.
+"""Stores the reliability measurements in a JSON file, and writes the page from it.
 
     record(Section(key="kills", title="...", ...), Path("docs/reliability.json"))
 

@@ -45,7 +45,11 @@ def fails_with(number: int) -> Any:
 @pytest.mark.parametrize(
     ("number", "remedy", "is_full"),
     [
-        (errno.ENOSPC, r"No space left on device \(2\.0 MB needed, [\d.]+ [MG]B free\); free up some space there", True),
+        (
+            errno.ENOSPC,
+            r"No space left on device \(2\.0 MB needed, [\d.]+ [MG]B free\); free up some space there",
+            True,
+        ),
         (errno.EDQUOT, r"uota exceeded \(2\.0 MB needed, [\d.]+ [MG]B free\); free up some space there", True),
         (errno.EROFS, "Read-only file system; allow writing there, or choose another output folder", False),
         (errno.EACCES, "Permission denied; allow writing there, or choose another output folder", False),

@@ -1,6 +1,6 @@
-"""The code standards that can be checked by reading the source: docstrings, sizes, words.
+"""Code standards that can be checked by reading the source: docstrings, sizes, words.
 
-`ROOTS` are the folders that are held to all of them.
+They are checked in the folders of `ROOTS`.
 """
 
 import ast
@@ -74,7 +74,9 @@ def takes_tensors(node: Definition) -> bool:
     else:
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         annotations = [argument.annotation for argument in arguments] + [node.returns]
-    return any(annotation is not None and re.search(r"\bTensor\b", ast.unparse(annotation)) for annotation in annotations)
+    return any(
+        annotation is not None and re.search(r"\bTensor\b", ast.unparse(annotation)) for annotation in annotations
+    )
 
 
 def fields_of(node: ast.ClassDef) -> list[str]:
@@ -149,6 +151,8 @@ def test_banned_words_are_found_in_prose_alone(source: str, words: list[str]):
 
 
 def test_what_is_missing_is_found():
-    source = "class A:\n    def b(self, x: Tensor): ...\n    def _c(self): ...\n    @b.setter\n    def b(self, x): ...\n"
+    source = (
+        "class A:\n    def b(self, x: Tensor): ...\n    def _c(self): ...\n    @b.setter\n    def b(self, x): ...\n"
+    )
     nodes = list(public(ast.parse(source)))
     assert [node.name for node in nodes] == ["A", "b"] and [takes_tensors(node) for node in nodes] == [False, True]

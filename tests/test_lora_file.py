@@ -114,7 +114,10 @@ A, B = torch.ones(2, 5), torch.ones(7, 2)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"transformer.q.alpha": torch.ones(2)}, r"'transformer\.q\.alpha' is float32 of shape \(2,\), it must be a single"),
+        (
+            {"transformer.q.alpha": torch.ones(2)},
+            r"'transformer\.q\.alpha' is float32 of shape \(2,\), it must be a single",
+        ),
         ({"transformer.q.alpha": torch.zeros(0)}, r"of shape \(0,\), it must be a single number"),
         ({"transformer.q.alpha": torch.tensor(True)}, "is bool of shape"),
         ({"transformer.q.alpha": torch.tensor(torch.nan)}, "is nan, it must be a finite number"),
