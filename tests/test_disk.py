@@ -92,7 +92,7 @@ def test_room_is_checked_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * MB))
     require_room(tmp_path, 3 * MB)
     with pytest.raises(
-        DiskError, match=r"new/run needs 5\.0 MB .*, and 3\.0 MB are free there: free 2\.0 MB, or choose"
+        DiskError, match=r"new/run needs 5\.0 MB .*, and 3\.0 MB are free there: free up 2\.0 MB, or choose"
     ):
         require_room(tmp_path / "new" / "run", 5 * MB)
     assert not (tmp_path / "new").exists()
@@ -265,7 +265,7 @@ def test_filled_between_two_saves_no_step_is_lost(small: SmallDisk, whole: dict[
     """The next save goes where room was held; then the run ends, for there is none for the one after."""
     folder = small.root / "run"
     with pytest.raises(
-        DiskError, match=r"run could not be written: No space .* needed, .* free\); free some "
+        DiskError, match=r"run could not be written: No space .* needed, .* free\); free up "
     ) as caught:
         train(large_config(), TinyDenoiser(), make_data(), folder, Full(small, 4))
     assert str(caught.value).endswith("; the run resumes at step 6") and caught.value.is_full

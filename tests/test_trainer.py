@@ -225,7 +225,7 @@ def test_steps_may_be_added_and_nothing_else_changed(tmp_path: Path) -> None:
     assert "steps:" not in str(caught.value)
     with pytest.raises(StateError, match="the dataset"):
         train(longer, TinyDenoiser(), make_data(4), tmp_path / "a")
-    with pytest.raises(StateError, match=r"step 12 already; raise steps \(6\)"):
+    with pytest.raises(StateError, match=r"already at step 12; raise steps \(6\)"):
         train(make_config(steps=6), TinyDenoiser(), make_data(), tmp_path / "a")
     with pytest.raises(StateError, match="already contains a run"):
         train(longer, TinyDenoiser(), make_data(), tmp_path / "a", resume=False)
