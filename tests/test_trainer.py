@@ -470,4 +470,4 @@ def test_what_does_not_fit_is_said_before_training(tmp_path: Path, caplog: pytes
     object.__setattr__(same, "teacher", same.student)
     with caplog.at_level(logging.WARNING, "dopsd"):
         train(make_config(steps=1, objective="sft"), TinyDenoiser(), TrainingSet([same]), tmp_path)
-    assert "nothing to teach" in caplog.text
+    assert "nothing to learn" in caplog.text
