@@ -1,0 +1,1 @@
+"""Benchmarks: the scripts behind the figures in the docs."""

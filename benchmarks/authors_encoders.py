@@ -1,4 +1,4 @@
-"""What the authors keep on the GPU beside the network and run in every step, by shape: their VAE is left out."""
+"""The encoders that the authors keep on the GPU and run in every step, by shape, without their VAE."""
 
 from __future__ import annotations
 

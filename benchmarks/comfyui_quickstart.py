@@ -1,4 +1,4 @@
-"""The quickstart workflow in a real ComfyUI server, and what the node costs over the bare core loop.
+"""Runs the quickstart workflow in a real ComfyUI server and measures the node's overhead over the core loop.
 
     python -m benchmarks.comfyui_quickstart        needs what the tests inside ComfyUI need (make comfyui)
 

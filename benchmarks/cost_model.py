@@ -1,4 +1,4 @@
-"""FLOPs of an optimizer step by formula; docs/cost.md tells it in words, tests/test_cost_model.py counts it."""
+"""Formulas for the FLOPs of an optimizer step; explained in docs/cost.md, verified by tests/test_cost_model.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WRITTEN_OUT_ATTENTION_BACKWARD = 2.0
 @dataclass(frozen=True)
 class PassCost:
     """FLOPs (a multiply-add is two) of one pass over one sample. linears: the frozen Linears. attention: scores and
-    values. lora: A and B. blocks: all three of each block, for recomputing."""
+    values. lora: A and B. blocks: all three of each block, for gradient checkpointing."""
 
     linears: float
     attention: float
@@ -77,9 +77,9 @@ def _tokens(site: LinearSite, image: int, text: int, whole: int) -> int:
 
 @dataclass(frozen=True)
 class StepCost:
-    """An optimizer step: K rollout steps of which `grad_steps` are learned from, one sample.
+    """An optimizer step: K rollout steps of which `grad_steps` are backpropagated through, one sample.
 
-    teacher_has_lora: the ema teacher; a frozen one is the base alone. recompute: FLOPs of the blocks that do.
+    teacher_has_lora: the ema teacher; a frozen one is the base only. recompute: FLOPs of the checkpointed blocks.
     """
 
     student: PassCost
@@ -92,9 +92,9 @@ class StepCost:
 
     @property
     def model_flops(self) -> float:
-        """What the step needs at least: recomputing left out."""
+        """FLOPs of the step without gradient checkpointing."""
         m, k = self.grad_steps, self.rollout_steps
-        forwards = m * (k + 1) / (m + 1)  # on average: the rollout ends with the last step that is learned from
+        forwards = m * (k + 1) / (m + 1)  # on average: the rollout ends with the last gradient step
         teacher = self.teacher.forward(self.teacher_has_lora)
         return forwards * self.student.forward() + m * (teacher + self.student.backward(self.attention_factor))
 

@@ -1,4 +1,4 @@
-"""The tables of docs/cost.md, by formula: what a step costs, and what the training node plans.
+"""Generates the tables of docs/cost.md: the cost of a step and the memory plans of the training node.
 
 python -m benchmarks.cost_tables            from the root of the checkout; needs ComfyUI, a minute
 """
@@ -40,7 +40,7 @@ def costs(name: str, subject: Subject) -> None:
 
 
 def plans(name: str, subject: Subject, base: str) -> None:
-    """What each preset does at each resolution: peak, blocks that recompute, weights that stay in RAM."""
+    """What each preset does at each resolution: peak, blocks with gradient checkpointing, weights that stay in RAM."""
     weights = BASES[base]
     network = networks.comfyui(subject.comfyui, META, torch.bfloat16, None if weights == torch.bfloat16 else weights)
     config = TrainConfig(adapter=subject.family.lora_config(), objective=DOPSD(anchor_probability=0))
@@ -56,7 +56,7 @@ def plans(name: str, subject: Subject, base: str) -> None:
 def main() -> None:
     klein = {f"klein {size}, {teacher}": klein_cost.subject(size, teacher) for size, teacher in klein_rows()}
     say(
-        "| model, teacher | side | S, TFLOP | T | B | step | all blocks recompute | m = 2 of 4 | m = 1 |\n"
+        "| model, teacher | side | S, TFLOP | T | B | step | checkpointing on all blocks | m = 2 of 4 | m = 1 |\n"
         + "|---" * 9
         + "|\n"
     )

@@ -1,4 +1,4 @@
-"""Bytes that are alive and FLOPs, counted op by op, also of steps that no machine here could hold.
+"""Counts allocated bytes and FLOPs op by op, also for steps that do not fit in the memory of this machine.
 
 In a dry run the network lies on torch's "meta" device: tensors have shapes and no contents, so that a step at the real
 size takes seconds and no memory. Every op goes through autograd and the counters as it would on a GPU, with the kernels

@@ -1,4 +1,4 @@
-"""diffusers' networks as Denoisers, random and of any size, for where there is no ComfyUI."""
+"""diffusers' networks as Denoisers, with random weights and any size, for use without ComfyUI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it costs to tell who a model of 12 GB is, from a file of zeros and noise as ComfyUI maps it into memory.
+"""Measures the cost of the digest of a 12 GB model, with a file of zeros and noise, memory-mapped as in ComfyUI.
 
     python -m benchmarks.identity_cost                # the digest alone, on mapped tensors
     python -m benchmarks.identity_cost --comfyui      # a MODEL in ComfyUI ($COMFYUI_PATH), its weights the mapped ones

@@ -1,4 +1,4 @@
-"""The real architectures as ComfyUI's own classes (it must be importable), of any size, with random weights or none."""
+"""The real architectures, built by ComfyUI's own classes, with any size, and with random weights or none."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""What the benchmarks at real size share: a network with a LoRA, our step and a plain re-statement of the authors',
-counters, the table. The scripts: zimage_cost, klein_cost.
+"""Shared code of the benchmarks at real size, zimage_cost and klein_cost: our step, a plain restatement of the authors'
+step, counters and the table.
 
     --device cuda   measures: seconds, peak memory, utilisation
     --device cpu    the same, reduced in size; the peak is that of tensors and FLOPs are counted, both op by op
     --device meta   a dry run at full size: no seconds, but peak and FLOPs counted as on a GPU (ComfyUI only)
 
-Variants: ours with no block recomputing, with all of them, and (ComfyUI only) under each memory preset; and the
-authors' loop: the graphs of all K steps alive until one backward, all blocks recomputing, text encoders of the real
-shapes resident and run in every step. Their VAE is left out, which is in their favour. Network: ComfyUI's own class
-behind our node's denoiser where $COMFYUI_PATH (or ~/comfy/ComfyUI) is a checkout, else diffusers'.
+Variants: ours with gradient checkpointing on no block, on all blocks, and (ComfyUI only) with each memory preset; and
+the authors' loop: the graphs of all K steps in memory until one backward, checkpointing on all blocks, resident text
+encoders of the real shapes, run in every step. Their VAE is omitted, in their favour. Network: ComfyUI's own class with
+our node's denoiser if $COMFYUI_PATH (or ~/comfy/ComfyUI) is a checkout, else diffusers'.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def compare(rows: Sequence[Row]) -> None:
         for name in ("none", "all"):
             ours = known.get((name, side))
             if variant == "authors" and ours is not None:
-                say(f"{side}, {name} recomputing: {ours.peak_gb / theirs.peak_gb:.2f} of the authors' peak memory")
+                say(f"{side}, {name} checkpointed: {ours.peak_gb / theirs.peak_gb:.2f} of the authors' peak memory")
                 say(
                     f", {theirs.seconds / ours.seconds:.2f} x their steps/s\n"
                     if theirs.seconds and ours.seconds

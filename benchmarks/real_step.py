@@ -1,4 +1,4 @@
-"""A network with a LoRA on it, our step and a plain re-statement of the authors', timed and counted."""
+"""Times and counts our step and a plain restatement of the authors' step, on a network with a LoRA."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Subject:
 
 @dataclass
 class Row:
-    """One line of the table. peak_gb: weights included. utilisation: model FLOPs (no recomputing) per second over the
-    rate of a large bf16 (on a CPU: fp32) matrix product measured in this run. counted: FLOPs by torch's counter over
-    those of the cost model."""
+    """One line of the table. peak_gb: includes weights. utilisation: model FLOPs (without checkpointing) per second,
+    relative to a large bf16 (on a CPU: fp32) matrix product measured in this run. counted: FLOPs by torch's counter
+    relative to the cost model."""
 
     variant: str
     side: int

@@ -1,4 +1,4 @@
-"""What the pack survives: kills, bad input, load, cancels, full disks, hostile paths.
+"""Reliability measurements: kills, bad input, load, cancellation, full disks, hostile paths.
 
     python -m benchmarks.reliability kills                  200 SIGKILLs, each resumed
     python -m benchmarks.reliability fuzz                   50,000 damaged inputs

@@ -1,4 +1,4 @@
-"""A hundred ways to have a node read or write where it may not: names, links, rows, prefixes, calls of the API.
+"""A hundred attempts to make a node read or write outside of its folders: names, links, rows, prefixes, API calls.
 
 `Field.attempts()` lays out the folders and files that they need and lists them. What they aim at is `Field.secret`, a
 good dataset with a LoRA outside of everything that a node may read, whose texts hold `CANARY`.

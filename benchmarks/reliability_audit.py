@@ -1,4 +1,4 @@
-"""Writes down every file that the measured server's process opens, lists, makes, renames or removes.
+"""Records every file that the measured server opens, lists, creates, renames or removes.
 
 Copied into the probe's custom node as prestartup_script.py, so that it is there before torch and the pack; does nothing
 unless $DOPSD_AUDIT names the file to write to.

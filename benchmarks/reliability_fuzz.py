@@ -1,4 +1,4 @@
-"""Tens of thousands of damaged inputs: no undocumented error, no hang, not a byte of the user's data changed.
+"""Fuzzing with tens of thousands of damaged inputs: no undocumented errors, no hangs, no changes of the user's data.
 
     python -m benchmarks.reliability fuzz                          all of them, in processes of their own
     python -m benchmarks.reliability fuzz --only "images:1234"     one of them again, with its traceback

@@ -1,4 +1,4 @@
-"""Trainings killed at random moments and inside their saves: resumed, each ends with the bits of the uncut run.
+"""Kills training at random times and during saves; each resumed run must be bit-identical to an uninterrupted one.
 
     python -m benchmarks.reliability kills --count 200
 

@@ -1,4 +1,4 @@
-"""Two hundred trainings in one ComfyUI server: memory flat, nothing left on the model, every LoRA the right one.
+"""Two hundred training runs in one ComfyUI server: constant memory, an unchanged model, and correct LoRAs.
 
     python -m benchmarks.reliability trainings --count 200
 

@@ -1,4 +1,4 @@
-"""What the user sees when something happens at a bad moment, and what is left of the training then.
+"""What the user sees after an interruption at a bad time, and what remains of the training.
 
     python -m benchmarks.reliability moments
 

@@ -1,4 +1,4 @@
-"""What a fuzzer does to a good file: bytes, text, JSON, safetensors headers, PNG chunks, names and trees of files.
+"""Mutations of valid files: bytes, text, JSON, safetensors headers, PNG chunks, names and folders.
 
 Every function is a function of its arguments and of `chance` alone, so that an input is made again from its numbers.
 """

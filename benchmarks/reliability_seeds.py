@@ -1,4 +1,4 @@
-"""Good inputs of every kind that is fuzzed, small and made here: captions, images, datasets, LoRA files, runs."""
+"""Small valid inputs of every fuzzed kind: captions, images, datasets, LoRA files, runs."""
 
 from __future__ import annotations
 

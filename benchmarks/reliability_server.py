@@ -1,4 +1,4 @@
-"""The measured ComfyUI server: a real one with the pack and a probe in it, and what is read of its runs."""
+"""The measured ComfyUI server: a real one with the pack and a probe, and the readings of its runs."""
 
 from __future__ import annotations
 

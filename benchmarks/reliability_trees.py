@@ -1,4 +1,4 @@
-"""A user's folder in memory: files, links and what else may lie there; written out, looked at, and mutated."""
+"""A user's folder in memory, with files, links and other entries: written, inspected and mutated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker process of the fuzzer: reads the inputs that its one argument names, a JSON object."""
+"""A worker process of the fuzzer: reads the inputs given by its argument, a JSON object."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Cost of one D-OPSD optimizer step on the demo model: ours against a plain re-statement of the reference step.
+"""Cost of one D-OPSD optimizer step on the demo model: ours compared with a plain restatement of the reference step.
 
     python -m benchmarks.step_cost            # from the root of the checkout, in the environment of `make demo`
 
-The reference step recomputes both conditions and the target latent of every pair at each step and calls backward
-once, with the graphs of all K rollout steps alive. Ours has the conditions computed beforehand and calls backward
-after each rollout step. The same model, adapters, pairs, noise and optimizer; every measurement in a process of its
-own, so that peak memory is its own.
+The reference step encodes both conditions and the target latent of every pair in each step and calls backward once,
+with the graphs of all K rollout steps in memory. Ours encodes the conditions beforehand and calls backward after each
+rollout step. Model, adapters, pairs, noise and optimizer are the same; every measurement has its own process, so that
+peak memory is separate.
 """
 
 from __future__ import annotations

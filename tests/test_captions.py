@@ -70,11 +70,11 @@ def test_characters_that_are_no_text(tmp_path: Path, character: str, told: str) 
     file = pair(tmp_path, "a.png").with_suffix(".txt")
     for place, line in ((f"a dog\rx\r\n\nrunning{character}", 4), (f"a{character}dog\n", 1)):
         file.write_bytes(place.encode())
-        only(read(tmp_path).errors, file, line, f"the text holds {told}")
+        only(read(tmp_path).errors, file, line, f"the text contains {told}")
         assert read(tmp_path).pairs == ()
     jsonl = rows(tmp_path / "a.jsonl", {"path": "a.png", "text": "fine", "short_en": f"a{character}dog"})
     jsonl.write_text(json.dumps(json.loads(jsonl.read_text("utf-8"))))  # every character as an escape
-    only(read(jsonl).errors, jsonl, 1, f"'short_en': the text holds {told}")
+    only(read(jsonl).errors, jsonl, 1, f"'short_en': the text contains {told}")
 
 
 def test_a_mark_at_the_beginning_is_no_part_of_the_text(tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_a_mark_at_the_beginning_is_no_part_of_the_text(tmp_path: Path) -> None:
 def test_half_a_character(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     file = rows(tmp_path / "a.jsonl", r'{"path": "a.png", "text": "a dog \ud83d"}')
-    only(read(file).errors, file, 1, "'text': the text holds half a character (U+D83D)")
+    only(read(file).errors, file, 1, "'text': the text contains half a character (U+D83D)")
     rows(file, r'{"path": "a.png", "text": "a dog \ud83d\ude00"}')
     assert read(file).pairs[0].captions == ("a dog 😀",)
-    with pytest.raises(ValueError, match=r"the trigger '\\ud83d' cannot be used: the text holds half a character"):
+    with pytest.raises(ValueError, match=r"the trigger '\\ud83d' cannot be used: the text contains half a character"):
         read(file, trigger="\ud83d")
 
 
@@ -103,7 +103,7 @@ def test_a_lost_character_is_a_warning(tmp_path: Path) -> None:
 
 def test_a_caption_of_many_megabytes(tmp_path: Path) -> None:
     file = pair(tmp_path, "a.png", "a dog " * 400_000).with_suffix(".txt")
-    only(read(tmp_path).errors, file, 1, "has 2 MB: that is no caption")
+    only(read(tmp_path).errors, file, 1, "has 2 MB, too large for one caption")
 
 
 def test_a_configuration_in_another_encoding(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_prompts_that_a_user_typed() -> None:
     assert check_prompts(["a [V] dog", "a dog"], "preview prompt") == []
     said = check_prompts(["a [v] dog", "a [ V ] dog"], "preview prompt", "ohwx")
     assert said == ["preview prompt 2: '[ V ]' is not read as the concept: write [V]"]
-    with pytest.raises(ValueError, match="^anchor prompt 1: the text holds half a character"):
+    with pytest.raises(ValueError, match="^anchor prompt 1: the text contains half a character"):
         check_prompts(["\udc00"], "anchor prompt")
 
 

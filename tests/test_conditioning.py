@@ -403,7 +403,7 @@ def test_a_sentence_follows_the_caption_and_may_be_left_out():
     assert EDIT.with_sentence("  ").text("a dog") == EDIT.text("a dog")
     assert EDIT.with_sentence(" Copy it. ").text("a dog") == "a dog Copy it."
     assert EDIT.with_sentence("-").text("a dog") == "a dog" == VLM.with_sentence("-").text("a dog")
-    with pytest.raises(ValueError, match="reads the caption alone"):
+    with pytest.raises(ValueError, match="reads only the caption"):
         VLM.with_sentence("Copy it.")
 
 
@@ -416,7 +416,7 @@ def test_of_other_pictures_only_the_subject_is_asked_for():
 
 
 def test_an_edit_without_a_source_is_refused():
-    with pytest.raises(ValueError, match="'edit_target' needs a source image; 'a .V. emblem' has none"):
+    with pytest.raises(ValueError, match="'edit_target' needs a source image, and 'a .V. emblem' has none"):
         encode_dataset([request()], CountingEncoder(), None, teacher=EDIT_TARGET)
 
 

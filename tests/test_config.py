@@ -58,7 +58,7 @@ def test_json_has_a_tag_for_each_choice() -> None:
         ({"optimizer": {"name": "adamw", "lr": math.nan}}, "lr is nan, it must be a finite number"),
         ({"optimizer": {"name": "adamw", "lr": "1e-4"}}, "lr is '1e-4', it must be a number"),
         ({"optimizer": {"lr": 1e-4}}, "optimizer is None; choose one of adamw, adamw8bit"),
-        ({"optimizer": 3}, 'optimizer is 3; give a name and its options, as {"name": "adamw"}'),
+        ({"optimizer": 3}, 'optimizer is 3; give a name and options, such as {"name": "adamw"}'),
         ({"schedule": "linear"}, "schedule is 'linear'; choose one of constant, cosine"),
         ({"teacher": "none"}, "teacher is 'none'; choose one of ema, frozen, same"),
         ({"teacher": {"name": "ema", "decay": 1.1}}, "ema_decay is 1.1; set it to a value from 0 to 1"),
@@ -113,7 +113,7 @@ def test_mistakes_in_json() -> None:
     with pytest.raises(ConfigError) as caught:
         TrainConfig.from_json(json.dumps(bad))
     message = str(caught.value)
-    for words in ("did you mean steps?", "did you mean alpha?", "rank is 0; set it within", "batch_size is 0"):
+    for words in ("did you mean steps?", "did you mean alpha?", "rank is 0; set it to a value from", "batch_size is 0"):
         assert words in message
     deep = "[" * 100_000
     for text, words in (("[]", "JSON object"), ("{", "not JSON"), (deep, "not JSON")):

@@ -113,11 +113,11 @@ def test_duplicates_are_found_by_their_pixels(tmp_path: Path) -> None:
 def test_small_pictures_and_lossy_crops_are_warnings(tmp_path: Path) -> None:
     small = pair(tmp_path, "a.png", size=(63, 64))
     report = read(tmp_path)
-    only(report.warnings, small, None, "63x64", "64x64", "enlarged")
+    only(report.warnings, small, None, "63x64", "64x64", "upsampled")
     assert len(report.pairs) == 1 and report.errors == ()
     small.unlink()
     panorama = pair(tmp_path, "a.png", size=(800, 100))
-    only(read(tmp_path).warnings, panorama, None, "79% is cut away")
+    only(read(tmp_path).warnings, panorama, None, "79% is cropped")
 
 
 def test_animated_and_unread_pictures_are_warnings(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
     (folder / "loop.png").symlink_to(folder / "loop.png")
     (folder / "loop.txt").write_text("a [V]")
     errors = {problem.file.name: problem.message for problem in read(folder).errors}
-    assert "leaves the folder" in errors["a.png"] and "leaves the folder" in errors["more"]
+    assert "is outside of the folder" in errors["a.png"] and "links out of the folder" in errors["more"]
     assert "loop.png" in errors and len(errors) == 3
     assert [item.image_path.name for item in read(folder).pairs] == ["z.png"]
 
@@ -171,7 +171,7 @@ def test_a_jsonl_does_not_tell_what_exists_outside(tmp_path: Path) -> None:
     spellings = [f"../{name}" for name in names] + [str(tmp_path / name) for name in names]
     file = rows(tmp_path / "data" / "rows.jsonl", *({"path": path, "text": "[V]"} for path in spellings))
     said = {problem.message.rpartition(": it ")[2] for problem in read(file).errors}
-    assert len(said) == 1 and said.pop().startswith("leaves the folder")
+    assert len(said) == 1 and said.pop().startswith("is outside of the folder")
     assert len(read(file).errors) == len(spellings)
 
 
@@ -196,7 +196,7 @@ def test_paths_out_of_the_folder_in_a_jsonl(tmp_path: Path) -> None:
     )
     report = read(file)
     assert [problem.line for problem in report.errors] == [1, 2]
-    assert all("leaves the folder" in problem.message for problem in report.errors)
+    assert all("is outside of the folder" in problem.message for problem in report.errors)
     assert len(report.pairs) == 1
     wider = read(file, root=tmp_path).errors
     only(wider, file, 2, "duplicate")
@@ -220,7 +220,7 @@ def test_the_authors_rows(tmp_path: Path) -> None:
     assert report.pairs[2].repeats == 3 and report.errors == ()
     assert [(problem.line, problem.file) for problem in report.warnings] == [(4, file), (4, file)]
     assert "'medium_en' is an empty caption" in report.warnings[0].message
-    assert "is 80x48, the row says 40x80" in report.warnings[1].message
+    assert "is 80x48, but the row says 40x80" in report.warnings[1].message
 
 
 def test_every_bad_row_is_named_by_its_line(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_odd_files_do_not_stop_the_reader(tmp_path: Path) -> None:
     path = pair(tmp_path, "a.png")
     path.with_suffix(".txt").unlink()
     os.mkfifo(path.with_suffix(".txt"))
-    only(read(tmp_path).errors, path.with_suffix(".txt"), 1, "is no file")
+    only(read(tmp_path).errors, path.with_suffix(".txt"), 1, "is not a file")
 
 
 def test_the_plan_encodes_each_different_caption_once(tmp_path: Path) -> None:

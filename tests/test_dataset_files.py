@@ -36,7 +36,7 @@ def test_composed_and_decomposed_names_are_equal(tmp_path: Path, image: str, tex
 def test_another_case_of_letters_is_used_and_named(tmp_path: Path) -> None:
     pair(tmp_path, "Photo.PNG").with_suffix(".txt").rename(tmp_path / "photo.TXT")
     report = read(tmp_path)
-    only(report.problems, tmp_path / "photo.TXT", None, "taken as the caption of Photo.PNG", "make them equal")
+    only(report.problems, tmp_path / "photo.TXT", None, "used as the caption of Photo.PNG", "make them equal")
     assert report.errors == () and report.pairs[0].captions == ("a [V] emblem",)
 
 
@@ -58,7 +58,7 @@ def test_two_captions_of_one_image(tmp_path: Path, second: str) -> None:
     require_case(tmp_path)
     path = pair(tmp_path, "a.png")
     (tmp_path / second).write_text("another [V]")
-    only(read(tmp_path).problems, path, None, "2 captions of its name", second, "a.txt", "keep one")
+    only(read(tmp_path).problems, path, None, "2 captions with its name", second, "a.txt", "keep one")
     assert read(tmp_path).pairs == ()
 
 
@@ -111,7 +111,7 @@ def test_a_text_beside_another_file_of_its_name_is_named(tmp_path: Path) -> None
     pair(tmp_path, "a.png")
     (tmp_path / "b.txt").write_text("a [V]")
     (tmp_path / "b.json").write_text("{}")
-    assert messages(read(tmp_path).warnings)["b.txt"] == "a caption without an image of its name"
+    assert messages(read(tmp_path).warnings)["b.txt"] == "a caption without an image of the same name"
 
 
 def test_instructions_have_near_misses_too(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_instructions_have_near_misses_too(tmp_path: Path) -> None:
 def test_years_and_dates_are_asked_about(tmp_path: Path, name: str) -> None:
     pair(tmp_path / name, "a.png")
     pair(tmp_path / name, "b.png")
-    only(read(tmp_path).problems, tmp_path / name, None, "like a year or a date", f"rename the folder, to 1_{name}")
+    only(read(tmp_path).problems, tmp_path / name, None, "looks like a date", f"rename the folder, to 1_{name}")
     (tmp_path / name).rename(tmp_path / f"1_{name}")
     report = read(tmp_path)
     assert report.problems == () and {item.repeats for item in report.pairs} == {1}
@@ -141,7 +141,7 @@ def test_years_and_dates_are_asked_about(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["1001_dogs", "5000_dogs", "0_dogs", "240512_walk", "9" * 200 + "_x"])
 def test_counts_out_of_bounds(tmp_path: Path, name: str) -> None:
     pair(tmp_path / name, "a.png")
-    only(read(tmp_path).problems, tmp_path / name, None, f"asks for {name.split('_')[0]} repeats, and 1 to 1000 are")
+    only(read(tmp_path).problems, tmp_path / name, None, f"requests {name.split('_')[0]} repeats; 1 to 1000 are")
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_unread_files_of_a_kind_are_one_warning(tmp_path: Path) -> None:
     report = read(tmp_path)
     assert len(report.pairs) == 3 and report.errors == ()
     assert messages(report.warnings) == {
-        "a.json": "not read, like 2 more .json files: of a folder images and .txt captions are read",
-        "a.npz": "not read: of a folder images and .txt captions are read",
-        "a.caption": "not read: of a folder images and .txt captions are read",
-        "notes": "not read: of a folder images and .txt captions are read",
+        "a.json": "not read, like 2 more .json files: only images and .txt captions are read from a folder",
+        "a.npz": "not read: only images and .txt captions are read from a folder",
+        "a.caption": "not read: only images and .txt captions are read from a folder",
+        "notes": "not read: only images and .txt captions are read from a folder",
         "rows.jsonl": "not read: to read it, give its path instead of the folder's",
         "a.heic": "not read, like 1 more .heic file: convert .heic files to PNG, JPEG, WebP or BMP",
     }

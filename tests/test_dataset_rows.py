@@ -56,7 +56,7 @@ def test_sources_under_two_names_are_an_error(folder: Path) -> None:
     file = rows(
         folder / "a.jsonl", {"target_img": "0.png", "output_image": "3.png", "source_image": "2.png", "text": "x"}
     )
-    only(read(file).errors, file, 1, "'target_img' and 'output_image': an edit has one result")
+    only(read(file).errors, file, 1, "'target_img' and 'output_image': an edit has one target")
 
 
 @pytest.mark.parametrize("value", ["flickr", "https", 7, ["a", "b"], {"name": "x.png"}])
@@ -126,7 +126,7 @@ def test_an_instruction_is_read_where_there_is_no_caption(folder: Path) -> None:
 def test_addresses_are_no_paths(folder: Path) -> None:
     for address in ("https://example.com/a.png", "file:///a.png", "S3://bucket/a.png", "data:image/png;base64,AAAA"):
         file = rows(folder / "a.jsonl", {"path": address, "text": "x"})
-        only(read(file).errors, file, 1, "'path' is the address", "download it")
+        only(read(file).errors, file, 1, "'path' is the URL", "download it")
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_an_operation_without_a_deterministic_form_is_named(tmp_path: Path) -> N
             torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
             return super().predict_x0(x, sigma, conditions)
 
-    with pytest.raises(ConfigError, match="deterministic is on, and put_.* of this model has no .*; switch it off"):
+    with pytest.raises(ConfigError, match="deterministic is on, but put_.* of this model has no .*; turn it off"):
         train(make_config(deterministic=True, probe_every=0), Puts(), make_data(), tmp_path)
     assert train(make_config(steps=1), Puts(), make_data(), tmp_path / "off").step == 1 and not enabled()
 
@@ -107,7 +107,7 @@ def test_what_cuda_needs_is_said_before_training(monkeypatch: pytest.MonkeyPatch
         device = property(lambda self: CUDA)  # type: ignore[assignment]
 
     denoiser = OnCuda()
-    with pytest.raises(ConfigError, match="deterministic needs .* or switch deterministic off"):
+    with pytest.raises(ConfigError, match="deterministic needs .* or turn deterministic off"):
         train(make_config(deterministic=True), denoiser, make_data(), tmp_path / "run")
     assert denoiser.calls == 0 and not (tmp_path / "run").exists()
     for value in (":4096:8", ":16:8"):

@@ -45,8 +45,12 @@ def fails_with(number: int) -> Any:
 @pytest.mark.parametrize(
     ("number", "remedy", "is_full"),
     [
-        (errno.ENOSPC, r"No space left on device \(2\.0 MB needed, [\d.]+ [MG]B free\); free some space there", True),
-        (errno.EDQUOT, r"uota exceeded \(2\.0 MB needed, [\d.]+ [MG]B free\); free some space there", True),
+        (
+            errno.ENOSPC,
+            r"No space left on device \(2\.0 MB needed, [\d.]+ [MG]B free\); free up some space there",
+            True,
+        ),
+        (errno.EDQUOT, r"uota exceeded \(2\.0 MB needed, [\d.]+ [MG]B free\); free up some space there", True),
         (errno.EROFS, "Read-only file system; allow writing there, or choose another output folder", False),
         (errno.EACCES, "Permission denied; allow writing there, or choose another output folder", False),
         (errno.EIO, "Input/output error; check the disk and the folder", False),
@@ -88,7 +92,7 @@ def test_room_is_checked_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * MB))
     require_room(tmp_path, 3 * MB)
     with pytest.raises(
-        DiskError, match=r"new/run needs 5\.0 MB .*, and 3\.0 MB are free there: free 2\.0 MB, or choose"
+        DiskError, match=r"new/run needs 5\.0 MB .*, and 3\.0 MB are free there: free up 2\.0 MB, or choose"
     ):
         require_room(tmp_path / "new" / "run", 5 * MB)
     assert not (tmp_path / "new").exists()
@@ -261,7 +265,7 @@ def test_filled_between_two_saves_no_step_is_lost(small: SmallDisk, whole: dict[
     """The next save goes where room was held; then the run ends, for there is none for the one after."""
     folder = small.root / "run"
     with pytest.raises(
-        DiskError, match=r"run could not be written: No space .* needed, .* free\); free some "
+        DiskError, match=r"run could not be written: No space .* needed, .* free\); free up "
     ) as caught:
         train(large_config(), TinyDenoiser(), make_data(), folder, Full(small, 4))
     assert str(caught.value).endswith("; the run resumes at step 6") and caught.value.is_full
@@ -321,7 +325,7 @@ def test_where_nothing_fits_what_was_there_stays(small: SmallDisk) -> None:
 
 def test_without_any_save_it_is_said_that_nothing_is_kept(small: SmallDisk) -> None:
     small.can_hold = False
-    with pytest.raises(DiskError, match="; no step is kept$"):
+    with pytest.raises(DiskError, match="; no step is saved$"):
         train(large_config(), TinyDenoiser(), make_data(), small.root / "run", Full(small, 1))
 
 
@@ -400,7 +404,7 @@ def test_on_a_real_full_file_system(tmpfs: Path) -> None:
                         pass
 
     with pytest.raises(
-        DiskError, match="No space left on device .* free some space there; the run resumes at step [56]$"
+        DiskError, match="No space left on device .* free up some space there; the run resumes at step [56]$"
     ):
         train(config, TinyDenoiser(), make_data(), folder, Fill())
     (tmpfs / "others").unlink()

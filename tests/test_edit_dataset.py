@@ -81,7 +81,7 @@ def test_what_lacks_its_other_half_is_named(tmp_path: Path) -> None:
 def test_two_sources_of_one_name(tmp_path: Path) -> None:
     edit(tmp_path, "a.png")
     picture(tmp_path / "source" / "a.jpg", colour=(5, 5, 5))
-    only(read(tmp_path).errors, tmp_path / "source/a.jpg", None, "2 sources of one name: a.jpg, a.png")
+    only(read(tmp_path).errors, tmp_path / "source/a.jpg", None, "2 sources with the same name: a.jpg, a.png")
     assert read(tmp_path).pairs == ()
 
 
@@ -89,7 +89,7 @@ def test_names_of_sources_in_another_case(tmp_path: Path) -> None:
     require_case(tmp_path)
     edit(tmp_path, "a.png", source="A.PNG")
     report = read(tmp_path)
-    only(report.problems, tmp_path / "source/A.PNG", None, "taken as the source of a: the names differ in upper and")
+    only(report.problems, tmp_path / "source/A.PNG", None, "used as the source of a: the names differ in upper and")
     assert [item.source_images for item in report.pairs] == [(tmp_path / "source/A.PNG",)]
     edit(tmp_path, "A.png", source="a.jpg")  # now each has its own
     report = read(tmp_path)
@@ -111,7 +111,7 @@ def test_the_instruction_stands_beside_the_target(tmp_path: Path) -> None:
     assert read(tmp_path).pairs == ()
     (tmp_path / "source" / "a.txt").unlink()
     rows(tmp_path / "rows.jsonl", edit_row("target/a.png", "source/a.png"))
-    only(read(tmp_path).errors, target, None, "rows.jsonl: to read that one")
+    only(read(tmp_path).errors, target, None, "rows.jsonl: to read that file")
     target.with_suffix(".txt").write_text("  ")
     only(read(tmp_path).errors, target.with_suffix(".txt"), 1, "instruction is empty; write what is to change")
 
@@ -121,7 +121,7 @@ def test_pictures_beside_the_two_folders_are_errors(tmp_path: Path) -> None:
     strays = [pair(tmp_path, "b.png"), pair(tmp_path / "others", "c.png")]
     report = read(tmp_path)
     assert [problem.file for problem in report.errors] == strays and len(report.pairs) == 1
-    assert all("beside source/ and target/" in problem.message for problem in report.errors)
+    assert all("outside of source/ and target/" in problem.message for problem in report.errors)
 
 
 @settings(max_examples=25, deadline=None)
@@ -174,7 +174,7 @@ def test_the_authors_edit_rows(tmp_path: Path) -> None:
     ]
     assert set(report.pairs[0].captions) == {"make it winter", "放一把椅子"} and report.pairs[1].repeats == 3
     assert "3 source" not in report.describe() and "2 source images" in report.describe()
-    only(report.problems, file, 2, "winter.png: is 80x48, the row says 80x40")
+    only(report.problems, file, 2, "winter.png: is 80x48, but the row says 80x40")
 
 
 def test_bad_edit_rows_are_named_by_their_lines(tmp_path: Path) -> None:
@@ -182,13 +182,13 @@ def test_bad_edit_rows_are_named_by_their_lines(tmp_path: Path) -> None:
         picture(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     expected = {
-        json.dumps({"ref_img": "a.png", "text": "x"}): "has 'ref_img' and no 'target_img'",
-        json.dumps({"target_img": "a.png", "path": "a.png", "text": "x"}): "has 'target_img' and no 'ref_img'",
+        json.dumps({"ref_img": "a.png", "text": "x"}): "has 'ref_img' but no 'target_img'",
+        json.dumps({"target_img": "a.png", "path": "a.png", "text": "x"}): "has 'target_img' but no 'ref_img'",
         json.dumps(edit_row("b.png", [])): "'ref_img' is []",
         json.dumps(edit_row("b.png", ["a.png", 3])): "'ref_img' is ['a.png', 3]",
         json.dumps(edit_row("b.png", ["a.png", "gone.png"])): "gone.png: no such file",
         json.dumps(edit_row("b.png", "broken.png")): "broken.png: ",
-        json.dumps({**edit_row("b.png", "a.png"), "target_img": ["a.png", "b.png"]}): "2 paths: an edit has one result",
+        json.dumps({**edit_row("b.png", "a.png"), "target_img": ["a.png", "b.png"]}): "2 paths: an edit has one target",
         json.dumps({"ref_img": "a.png", "target_img": "b.png"}): "no caption",
         json.dumps(edit_row("b.png", "../a.png")): "a.png: no such file",
     }
@@ -206,9 +206,9 @@ def test_edits_and_plain_pictures_do_not_share_a_file(tmp_path: Path) -> None:
         picture(tmp_path / name)
     plain, edited = {"path": "c.png", "text": "x"}, edit_row("b.png", "a.png")
     file = rows(tmp_path / "rows.jsonl", edited, plain)
-    only(read(file).errors, file, 1, "row 1 is of edits, the other 1 of plain images", "a file of its own")
+    only(read(file).errors, file, 1, "row 1 is of edits, the other 1 of plain images", "a separate file")
     file = rows(file, edited, *[plain] * 12, *[edited] * 11)
-    mixture = [problem for problem in read(file).errors if "of its own" in problem.message]
+    mixture = [problem for problem in read(file).errors if "a separate file" in problem.message]
     only(tuple(mixture), file, 1, "rows 1, 14, 15, 16, 17, 18, 19, 20 and 4 more are of edits, the other 12 of plain")
     only(read(rows(file, {**edited, "path": "c.png"})).problems, file, None, "the key 'path' is not read")
 
@@ -250,7 +250,7 @@ def test_broken_sources_are_named_and_their_edits_not_used(tmp_path: Path) -> No
     frames[0].save(moving, save_all=True, append_images=frames[1:])
     report = read(folder)
     assert "truncated" in told(report.errors)["source/damaged.png"]
-    assert "leaves the folder" in told(report.errors)["source/link.png"] and len(report.errors) == 2
+    assert "is outside of the folder" in told(report.errors)["source/link.png"] and len(report.errors) == 2
     only(report.warnings, moving, None, "first of 2 frames")
     assert [item.image_path.name for item in report.pairs] == ["good.png", "moving.webp"]
 
@@ -302,11 +302,11 @@ def test_the_target_decides_the_bucket_of_its_sources(tmp_path: Path) -> None:
     report = read(tmp_path)
     by_name = {item.image_path.stem: item for item in report.pairs}
     assert by_name["near"].bucket == Bucket(80, 48) and by_name["far"].bucket == Bucket(64, 64)
-    only(report.warnings, far, None, "800x100: 88% is cut away to fit its target's bucket 64x64")
+    only(report.warnings, far, None, "800x100: 88% is cropped to fit its target's bucket 64x64")
     (source,) = by_name["near"].source_images
     assert load_image(source, by_name["near"].bucket).shape == (3, 48, 80)
     picture(far, size=(60, 60))
-    only(read(tmp_path).warnings, far, None, "60x60, smaller than its target's bucket 64x64: it is enlarged")
+    only(read(tmp_path).warnings, far, None, "60x60, smaller than its target's bucket 64x64: it would be upsampled")
     target = picture(tmp_path / "target" / "far.png", size=(62, 62))
     only(read(tmp_path).warnings, target, None, "62x62, smaller than its bucket")  # and so is its source, of course
 

@@ -1,6 +1,6 @@
-"""The code standards that can be checked by reading the source: docstrings, sizes, words.
+"""Code standards that can be checked by reading the source: docstrings, sizes, words.
 
-`ROOTS` are the folders that are held to all of them.
+They are checked in the folders of `ROOTS`.
 """
 
 import ast

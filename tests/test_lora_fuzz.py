@@ -188,7 +188,7 @@ def test_configurations_that_are_none(tmp_path: Path, config: bytes) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(save(file))
     (tmp_path / "adapter_config.json").write_bytes(config)
     for read in (load_peft, read_lora):
-        with pytest.raises(ValueError, match=r"adapter_config\.json.* no JSON"):
+        with pytest.raises(ValueError, match=r"adapter_config\.json.* is not (a )?JSON"):
             read(tmp_path)
 
 

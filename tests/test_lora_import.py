@@ -161,14 +161,14 @@ ALPHA_KEY = f"transformer.{BLOCK}.attention.to_q.alpha"
         ({A_KEY: torch.ones(RANK, 5)}, "of another model.*from 5 to 16.*from 16 to 16"),
         ({A_KEY: torch.ones(2, WIDTH)}, "damaged"),
         ({A_KEY: torch.full((RANK, WIDTH), torch.nan)}, "not finite"),
-        ({A_KEY: None}, "not whole.*to_q"),
+        ({A_KEY: None}, "incomplete.*to_q"),
         ({A_KEY: torch.ones(RANK)}, r"damaged: A \(3,\)"),
         ({A_KEY: torch.ones(0, WIDTH), B_KEY: torch.ones(WIDTH, 0)}, r"damaged: A \(0, 16\)"),
-        ({B_KEY: Q[1].to(torch.int8)}, "int8; a LoRA is of floating-point numbers"),
-        ({ALPHA_KEY: torch.ones(2)}, r"to_q\.alpha' is float32 of shape \(2,\), it must be one number"),
+        ({B_KEY: Q[1].to(torch.int8)}, "int8; a LoRA needs floating-point numbers"),
+        ({ALPHA_KEY: torch.ones(2)}, r"to_q\.alpha' is float32 of shape \(2,\), it must be a single number"),
         ({ALPHA_KEY: torch.tensor(torch.inf)}, "is inf, it must be a finite number"),
         ({A_KEY.replace("lora_A", "lora_down"): Q[0]}, "several LoRAs"),
-        ({B_KEY.replace("lora_B", "lora_B.one"): Q[1], B_KEY: None}, "not whole"),
+        ({B_KEY.replace("lora_B", "lora_B.one"): Q[1], B_KEY: None}, "incomplete"),
     ],
 )
 def test_what_cannot_be_continued_is_one_sentence(sites, change, found):
@@ -185,22 +185,22 @@ ELSEWHERE = {f"double_blocks.{number}.img_mlp.0": Q for number in range(3)}
 @pytest.mark.parametrize(
     ("file", "why"),
     [
-        ({}, "none of its 0 tensors is of a LoRA"),
+        ({}, "none of its 0 tensors belongs to a LoRA"),
         (
             {"a.0.diff": Q[0], "a.1.diff": Q[0]},
-            r"none of its 2 tensors is of a LoRA \('a\.N\.diff' \(x2\)\); take a LoRA",
+            r"none of its 2 tensors belongs to a LoRA \('a\.N\.diff' \(x2\)\); use a LoRA",
         ),
         (
             dotted("transformer.", *AB, alpha=0.0),
-            "its alpha is 0 .*to_q.*, a strength of 0; take the file with the alpha",
+            "its alpha is 0 .*to_q.*, a strength of 0; use the file with the alpha",
         ),
         (
             dotted("transformer.", *AB, {f"{BLOCK}.attention.to_q": (Q[0], 0 * Q[1])}),
-            "its B is zero .*to_q.*; take one that was trained",
+            "its B is zero .*to_q.*; use a LoRA that was trained",
         ),
         (
             dotted("transformer.", *AB, ELSEWHERE),
-            r"0 of its 3 modules are recognised, not recognised are .*double_blocks\.N\.img_mlp\.N' \(x3\); take",
+            r"0 of its 3 modules are recognised, not recognised are .*double_blocks\.N\.img_mlp\.N' \(x3\); use",
         ),
         (
             dotted("lora_unet_", *DOWN_UP, {f"{BLOCK}_adaLN_modulation_0": Q, "layers_0_attn_q": Q}),
@@ -286,7 +286,7 @@ def test_a_peft_folder_with_alpha_in_its_configuration(sites, tmp_path, rslora):
     with pytest.raises(ValueError, match="use_dora"):
         read_lora(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         read_lora(tmp_path)
 
 

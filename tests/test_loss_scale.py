@@ -214,4 +214,4 @@ def test_target_and_student_are_told_apart_in_sft(tmp_path: Path) -> None:
 def test_that_losses_are_scaled_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dopsd"):
         train(half_config(steps=1), FaintDenoiser(True), make_data(), tmp_path)
-    assert "computes in fp16: losses are scaled, by 65536" in caplog.text
+    assert "computes in fp16: loss scale 65536" in caplog.text

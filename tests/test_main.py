@@ -113,11 +113,11 @@ def test_edits_are_not_for_the_demo_model(tmp_path: Path, capsys: pytest.Capture
         Image.new("RGB", (64, 64), (shade, 2, 3)).save(tmp_path / "edits" / place / "a.png")
     (tmp_path / "edits" / "target" / "a.txt").write_text("make it red")
     assert main(["train", str(tmp_path / "edits"), "--output", str(tmp_path / "run")]) == 1
-    assert "holds edits, and the demo model does not edit" in capsys.readouterr().err
+    assert "contains edits, but the demo model cannot edit" in capsys.readouterr().err
 
 
 def test_mistakes_are_told_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect-dataset", str(tmp_path), "--resolution", "3"]) == 1
-    assert "error: a pixel budget of 9" in capsys.readouterr().err
+    assert "error: no image with sides" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_text(json.dumps({"path": "a.png"}))
     assert main(["inspect-dataset", str(tmp_path / "a.jsonl")]) == 1

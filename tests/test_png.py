@@ -163,5 +163,5 @@ def test_what_other_formats_say_at_length(tmp_path: Path) -> None:
 def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(50 << 30)  # takes no room on the disk
-    with pytest.raises(ImageError, match="it has 50.0 GB"):
+    with pytest.raises(ImageError, match="has 50.0 GB"):
         read_image(tmp_path / "a.png")

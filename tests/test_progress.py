@@ -81,7 +81,7 @@ def test_an_objectives_metrics_stand_in_the_row_under_their_own_names(tmp_path: 
     log.append(report)
     log.close()
     assert read_log(tmp_path / "log.jsonl") == [report]
-    with pytest.raises(ValueError, match="metric may not be called lr"):
+    with pytest.raises(ValueError, match="metric may not be named lr"):
         StepReport(step=1, metrics={"lr": 1.0})
 
 

@@ -88,5 +88,5 @@ def test_sample_is_the_rollouts_end_without_a_graph():
 
 @pytest.mark.parametrize("sigmas", [(1.0,), (1.0, 0.5), (1.0, 0.5, 0.5, 0.0), (0.5, 1.0, 0.0), (1.5, 0.0)])
 def test_grids_that_do_not_fall_to_zero_are_refused(sigmas):
-    with pytest.raises(ValueError, match="fall strictly"):
+    with pytest.raises(ValueError, match="decrease strictly"):
         next(rollout(lambda x, sigma: x, torch.zeros(1, 1, 1, 1), sigmas))

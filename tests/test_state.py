@@ -109,7 +109,7 @@ def test_a_full_disk_costs_nothing_that_was_there(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("dopsd_core.training.checkpoint.os.fsync", full)
     with pytest.raises(
-        DiskError, match=r"step-000002 could not be written: No space .*needed, .* free\); free some space"
+        DiskError, match=r"step-000002 could not be written: No space .*needed, .* free\); free up some space"
     ):
         save_checkpoint(tmp_path, make(2), keep=1)
     assert names(tmp_path) == ["step-000001"] and loaded_step(tmp_path) == 1
@@ -193,8 +193,8 @@ def test_tensors_that_share_memory_become_copies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"state": {0: {"hook": object()}}}, "holds a object at state/0/hook, which a checkpoint cannot keep"),
-        ({"state": {(1, 2): 3}}, r"has the key \(1, 2\) at state; only text and numbers"),
+        ({"state": {0: {"hook": object()}}}, "contains a object at state/0/hook, which cannot be saved"),
+        ({"state": {(1, 2): 3}}, r"has the key \(1, 2\) at state; use a str or an int"),
         ({None: 1}, "has the key None at its top"),
         ({True: 1}, "has the key True"),
     ],

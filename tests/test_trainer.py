@@ -225,9 +225,9 @@ def test_steps_may_be_added_and_nothing_else_changed(tmp_path: Path) -> None:
     assert "steps:" not in str(caught.value)
     with pytest.raises(StateError, match="the dataset"):
         train(longer, TinyDenoiser(), make_data(4), tmp_path / "a")
-    with pytest.raises(StateError, match=r"step 12 already; raise steps \(6\)"):
+    with pytest.raises(StateError, match=r"already at step 12; raise steps \(6\)"):
         train(make_config(steps=6), TinyDenoiser(), make_data(), tmp_path / "a")
-    with pytest.raises(StateError, match="holds a run already"):
+    with pytest.raises(StateError, match="already contains a run"):
         train(longer, TinyDenoiser(), make_data(), tmp_path / "a", resume=False)
 
 
@@ -446,7 +446,7 @@ def test_ctrl_c_inside_a_save_loses_no_step(
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     class Second(NoCallbacks):
         def on_step(self, report: StepReport) -> None:
-            with pytest.raises(FolderInUse, match="another run is working in"):
+            with pytest.raises(FolderInUse, match="another run is using"):
                 train(make_config(), TinyDenoiser(), make_data(), tmp_path)
 
     assert train(make_config(steps=2), TinyDenoiser(), make_data(), tmp_path, Second()).step == 2
@@ -470,4 +470,4 @@ def test_what_does_not_fit_is_said_before_training(tmp_path: Path, caplog: pytes
     object.__setattr__(same, "teacher", same.student)
     with caplog.at_level(logging.WARNING, "dopsd"):
         train(make_config(steps=1, objective="sft"), TinyDenoiser(), TrainingSet([same]), tmp_path)
-    assert "nothing to teach" in caplog.text
+    assert "nothing to learn" in caplog.text

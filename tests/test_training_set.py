@@ -77,7 +77,7 @@ def test_from_a_folder_to_a_run(tmp_path: Path) -> None:
     assert build(second).fingerprint() == data.fingerprint() and second.seen == []
     result = train(make_config(caption_dropout=0.5, anchor_probability=0.5), TinyDenoiser(), data, tmp_path / "run")
     assert result.step == 12 and result.end_gaps is not None and result.end_gaps.heldout is not None
-    with pytest.raises(ValueError, match="'a sks dog, a' is one of the dataset"):
+    with pytest.raises(ValueError, match="'a sks dog, a' is in the dataset"):
         build_training_set(report.pairs, first, trigger="sks", heldout_caption="a [V] dog, a")
 
 
@@ -106,7 +106,7 @@ def test_an_image_that_changes_while_it_is_encoded_is_not_kept(tmp_path: Path) -
     (pair, *_) = read_dataset(folder(tmp_path), pixel_budget=4096, multiple=16).pairs
     request = encode_request(pair, "a dog")
     Image.new("RGB", (64, 64), (0, 99, 0)).save(pair.image_path)
-    with pytest.raises(ImageError, match=r"a\.png was written to while the dataset was being encoded: run again"):
+    with pytest.raises(ImageError, match=r"a\.png was changed while the dataset was being encoded: run again"):
         encode_dataset([request], TinyEncoder(), None)
 
 
@@ -176,9 +176,9 @@ def test_data_that_does_not_fit_the_teacher_is_refused_before_any_encoding(tmp_p
     pairs = pictures(tmp_path, 2)
     encoder = TinyEncoder()
     cases: list[tuple[tuple[Pair, ...], TeacherView, TeacherImage, str]] = [
-        (pairs, EDIT_TARGET, "own", "2 of 2 images have no source: give a folder with source/ and target/"),
+        (pairs, EDIT_TARGET, "own", "2 of 2 images have no source: use a folder with source/ and target/"),
         ((*with_sources(pairs)[:1], pairs[1]), EDIT_TARGET, "own", "1 of 2 images have no source"),
-        (with_sources(pairs), EDIT, "own", "for which the teacher edit has no use: choose edit_target"),
+        (with_sources(pairs), EDIT, "own", "which the teacher edit does not use: choose edit_target"),
         (with_sources(pairs), EDIT_TARGET, "other", "set teacher_image to own"),
         (pairs[:1], EDIT, "other", "needs at least two images"),
     ]

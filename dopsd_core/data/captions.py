@@ -65,7 +65,7 @@ def read_caption_file(path: Path, kind: Kind = "caption") -> str:
         raise CaptionError("is not a file")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise CaptionError(f"has {size / 2**20:.0f} MB: that is not a {kind}")
+        raise CaptionError(f"has {size / 2**20:.0f} MB, too large for one {kind}")
     text = decode_utf8(path.read_bytes())
     check_text(text)
     if not text.strip():

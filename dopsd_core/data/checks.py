@@ -133,7 +133,7 @@ class ImageChecker:
         spelled = Path(os.path.abspath(path))
         leaves = f"is outside of the folder {roots[1]}; move it there, or choose a wider root folder"
         is_inside = any(spelled.is_relative_to(root) for root in roots)
-        reason = leaves if is_inside else f"no such readable file: it {leaves}"
+        reason = leaves if is_inside else f"no such file, or it may not be read: it {leaves}"
         try:
             resolved = path.resolve(strict=True) if shares_drive(spelled, roots) else None
         except (OSError, ValueError, RuntimeError) as error:

@@ -163,7 +163,7 @@ def _refuse_mixture(file: Path, entries: Sequence[Entry], problems: Problems) ->
         rows = ", ".join(map(str, few[:_NAMED_ROWS])) + f" and {rest} more" * (rest > 0)
         message = f"rows {rows} are" if len(few) > 1 else f"row {rows} is"
         problems.error(
-            file, few[0], f"{message} {kind}, the other {len(many)} are {other}: use a separate file for each kind"
+            file, few[0], f"{message} of {kind}, the other {len(many)} of {other}: use a separate file for each kind"
         )
 
 
