@@ -161,7 +161,7 @@ BAD: dict[str, tuple[Any, str]] = {
         "the run name '../out' may not contain '/'; use letters, digits, - and _",
     ),
     "an empty run name": (lambda _: changed("train", run_name=" "), "the run name is empty"),
-    "fewer steps than were trained": (folder_run_by_others, "is at step 3 already; raise steps (2)"),
+    "fewer steps than were trained": (folder_run_by_others, "is already at step 3; raise steps (2)"),
 }
 
 
