@@ -73,7 +73,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_lora(comfyui: ComfyUI, full: 
     run = comfyui.execute(graph("lora_alone", checkpoint_every=2, steps=3))
     assert run.status == "error" and "\n" not in run.error
     assert "checkpoints/step-000002 could not be written: No space left on device" in run.error
-    assert "free some space there; no step is saved, and the LoRA of step 2 is in " in run.error
+    assert "free up some space there; no step is saved, and the LoRA of step 2 is in " in run.error
     path = Path(run.error.rpartition(" is in ")[2])
     with safe_open(path, "pt") as file:
         assert file.metadata()["dopsd_step"] == "2"
