@@ -48,7 +48,7 @@ def test_a_run_without_room_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     run = comfyui.execute(graph("no_room"))
     assert run.status == "error" and "\n" not in run.error
-    assert "dopsd/no_room-" in run.error and " are free there: free " in run.error
+    assert "dopsd/no_room-" in run.error and " free there: free up " in run.error
     assert not list((comfyui.output / "dopsd").glob("no_room-*"))
 
 

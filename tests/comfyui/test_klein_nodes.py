@@ -226,7 +226,7 @@ def test_the_vision_tower_does_not_go_with_the_text_encoder_of_9b(comfyui: Comfy
     nodes = graph("klein", {"mode": "vlm", "vision": ["eyes", 0], "clip": ["eyes", 1]})
     nodes["eyes"] = give_values(comfyui, ("DOPSD_VISION", "CLIP"), [vision, comfyui.call(towers.clip, "klein_9b")])
     run = comfyui.execute(nodes)
-    assert run.status == "error" and "use the edit teacher, which needs no vision" in run.error, run.error
+    assert run.status == "error" and "use the mode edit, which needs no vision tower" in run.error, run.error
 
 
 def test_compare_draws_edits_of_a_reference(comfyui: ComfyUI, models: dict[str, Any]) -> None:

@@ -258,7 +258,7 @@ def test_the_largest_picture_and_the_longest_text_of_all(comfyui: ComfyUI) -> No
     assert tokens == [256 + 64, 256 + 224, 384 + 224]
 
 
-def test_recompute_before_streaming_and_only_as_much_as_needed(comfyui: ComfyUI) -> None:
+def test_checkpointing_before_streaming_and_only_as_much_as_needed(comfyui: ComfyUI) -> None:
     case = Case(comfyui)
     ample = case.plan("24 GB", 100 * GB)
     assert ample.checkpoint_blocks == 0 and ample.streamed == 0 and not ample.notes
@@ -273,7 +273,7 @@ def test_recompute_before_streaming_and_only_as_much_as_needed(comfyui: ComfyUI)
     assert streaming.streamed == 10**6
     assert any("streamed from RAM" in note for note in streaming.notes)
     hopeless = case.plan("24 GB", 10**6)
-    assert hopeless.streamed == hopeless.footprint.weights and any("even so" in note for note in hopeless.notes)
+    assert hopeless.streamed == hopeless.footprint.weights and any("still needs" in note for note in hopeless.notes)
 
 
 def test_comfyui_is_told_to_leave_everything_but_the_budget(comfyui: ComfyUI) -> None:

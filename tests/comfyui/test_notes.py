@@ -206,7 +206,7 @@ def test_another_runs_folder_is_left_alone(comfyui: ComfyUI) -> None:
     assert comfyui.execute(training("longer", steps=3, **settings)).status == "success"
     before = report_of(comfyui, "longer")
     refused = comfyui.execute(training("longer", steps=2, **settings))
-    assert "is at step 3 already" in refused.error and "3 steps are saved in" in refused.texts("train")[-1]
+    assert "is already at step 3" in refused.error and "3 steps are saved in" in refused.texts("train")[-1]
     assert report_of(comfyui, "longer") == before
 
 

@@ -50,8 +50,8 @@ def test_none_given_by_a_graph_of_before_are_all(comfyui: ComfyUI) -> None:
         ("attention.to_q, atention.to_k", "LoRA target 'atention.to_k' matches none of the network's"),
         (
             "*",
-            "target '*' matches x_embedder, which is outside the model's blocks, and not every program would "
-            "load a LoRA of it: choose within noise_refiner.*, context_refiner.*, layers.*",
+            "target '*' matches x_embedder, which is outside the model's blocks, and not every program "
+            "loads a LoRA of it: choose within noise_refiner.*, context_refiner.*, layers.*",
         ),
         ("re:layers(", "target 're:layers(' is not a regular expression"),
     ],
