@@ -61,7 +61,7 @@ class DOPSD(Objective):
     grad_steps: Annotated[int | None, Hint(most=16, none="all of the steps")] = Field(
         default=None,
         ge=1,
-        description="m: backpropagate through m of the K steps, sampled at random: unbiased, cheaper, noisier",
+        description="number of the K steps to backpropagate through, sampled at random: unbiased, cheaper, noisier",
     )
     loss: LossForm = Field(
         default="x0",

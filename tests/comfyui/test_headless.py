@@ -178,8 +178,8 @@ def test_the_first_of_our_nodes_raises(comfyui: ComfyUI, case: str) -> None:
     [
         ("steps", "PrimitiveInt", -4, "steps is -4; it must be within 0 and 100000"),
         ("seed", "PrimitiveInt", -1, "seed is -1; it must be within 0 and 18446744073709551615"),
-        ("learning_rate", "PrimitiveFloat", 3.0, "learning_rate is 3.0; it must be within 0.0 and 0.1"),
-        ("run_name", "PrimitiveString", "nul", "the run name may not be 'nul': Windows keeps that name for itself"),
+        ("learning_rate", "PrimitiveFloat", 3.0, "learning_rate is 3.0; it must be within 0 and 0.1"),
+        ("run_name", "PrimitiveString", "nul", "the run name may not be 'nul': Windows reserves that name"),
     ],
 )
 def test_what_comes_over_a_link_is_checked_when_it_comes(
