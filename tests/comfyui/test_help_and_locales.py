@@ -32,13 +32,13 @@ def table_rows(text: str) -> set[str]:
 
 
 def test_english_is_the_schema(comfyui):
-    remedy = "run tests/comfyui/make_locales.py, and check the Chinese of what it lists as changed"
+    remedy = "run tools/make_locales.py, and check the Chinese of what it lists as changed"
     assert places(read("en")) == places(schema_texts(comfyui.pack_nodes)), remedy
 
 
 def test_the_english_table_of_options_is_what_they_declare(comfyui):
     page = SETTINGS_HELP.read_text(encoding="utf-8")
-    assert options_table(comfyui) in page, "run tests/comfyui/make_locales.py, and check the Chinese page"
+    assert options_table(comfyui) in page, "run tools/make_locales.py, and check the Chinese page"
     assert with_table(page, options_table(comfyui)) == page
     (facts,) = re.findall(r"^\| rank \| (.+?) \|", page, re.MULTILINE)
     assert facts.endswith("; default 32")  # the preset's value, not the core's

@@ -1,6 +1,6 @@
 """Makes the images of the docs and the template browser from a real run of the quickstart.
 
-    python tests/comfyui/make_pictures.py
+    python tools/make_images.py
 
 docs/graph.png        the graph in ComfyUI's page after the run
 docs/training.gif     the previews of the run, one after another
@@ -8,6 +8,10 @@ workflows/*.jpg       thumbnails: what comes out of each template, drawn by the 
 """
 
 from __future__ import annotations
+
+import _paths  # noqa: F401  first: it is what finds the others
+
+# isort: split
 
 import io
 import json

@@ -1,10 +1,14 @@
-"""Makes workflows/*.json and their API forms in ComfyUI's own page: python tests/comfyui/make_workflows.py
+"""Makes workflows/*.json and their API forms in ComfyUI's own page: python tools/make_workflows.py
 
 Run it after a node's inputs have changed. What is written is what the page itself would save.
-Thumbnails: make_pictures.py.
+Thumbnails: make_images.py.
 """
 
 from __future__ import annotations
+
+import _paths  # noqa: F401  first: it is what finds the others
+
+# isort: split
 
 import argparse
 import json

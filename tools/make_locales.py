@@ -1,12 +1,16 @@
 """Writes locales/en/nodeDefs.json from the nodes' schemas, and the options table of Training Settings' help
 page from their declarations; lists what locales/zh lacks or has too much.
 
-    python tests/comfyui/make_locales.py
+    python tools/make_locales.py
 
 The Python is one that ComfyUI runs in. The Chinese is written by hand.
 """
 
 from __future__ import annotations
+
+import _paths  # noqa: F401  first: it is what finds the others
+
+# isort: split
 
 import json
 import sys
