@@ -232,7 +232,7 @@ def test_a_folder_in_the_place_of_an_entry_costs_the_cache_and_not_the_run(tmp_p
     (path / "x").mkdir(parents=True)
     (again,) = encode_dataset([request()], CountingEncoder(), cache)
     assert_same(again, pair)
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -241,7 +241,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning(tmp_path, caplog):
     cache = ConditionCache(tmp_path / "cache")
     encode_dataset([request(), request(caption="another")], CountingEncoder(), cache)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert sum("conditions cannot be kept" in line and str(tmp_path / "cache") in line for line in warnings) == 1
+    assert sum("conditions cannot be cached" in line and str(tmp_path / "cache") in line for line in warnings) == 1
 
 
 def test_writers_at_the_same_time_leave_a_whole_entry(tmp_path):

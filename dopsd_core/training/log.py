@@ -65,13 +65,14 @@ class StepReport:
 
     @classmethod
     def from_row(cls, row: Mapping[str, object]) -> StepReport:
-        """The report of a line. Numbers of other names are metrics.
+        """Parses a line. Numbers with unknown names are metrics; unknown texts and flags are ignored.
 
         Raises:
-            TypeError: there is no step, or something that is neither a number nor null.
+            TypeError: there is no step, a known value is not a number, or any value is a list or an object.
         """
-        if wrong := [name for name, value in row.items() if not (value is None or _is_number(value))]:
-            raise TypeError(f"{wrong[0]} is not a number")
+        for name, value in row.items():
+            if isinstance(value, list | dict) or (name in _FIELDS and not (value is None or _is_number(value))):
+                raise TypeError(f"{name} is not a number")
         known: dict[str, Any] = {name: value for name, value in row.items() if name in _FIELDS}
         others = {name: float(value) for name, value in row.items() if name not in _FIELDS and _is_number(value)}
         return cls(**known, metrics=others)

@@ -66,7 +66,7 @@ class FinishedRun:
         result: of the core's `train`.
         config: the configuration, with the memory plan's changes.
         folder: the run's folder.
-        sheets: the preview sheets, see `load_sheets`.
+        sheets: the preview sheets, [n, H, W, 3]; see `load_sheets`.
     """
 
     result: TrainResult
