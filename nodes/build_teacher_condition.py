@@ -140,17 +140,14 @@ class BuildTeacherCondition(io.ComfyNode):
         """Encodes the dataset and the prompts, and shows counts and notes on the node."""
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
         edits = any(pair.source_images for pair in dataset.report.pairs)
-        warnings = Notes()
+        sentence, warnings = put_trigger(teacher_sentence, dataset.trigger), Notes()
         with warnings.with_warnings():
             encoder = ComfyEncoder(clip, vae, vision)
-            sentence = put_trigger(teacher_sentence, dataset.trigger)
             teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
-            cache = ConditionCache(condition_cache())
-            conditions = build_conditions(
-                dataset, encoder, cache, teacher, teacher_image, preview_prompts, anchor_prompts
-            )
-        notes = Notes((*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes))
-        notes.add(*warnings.lines)
+            prompts = (teacher_image, preview_prompts, anchor_prompts)
+            conditions = build_conditions(dataset, encoder, ConditionCache(condition_cache()), teacher, *prompts)
+        found = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
+        notes = Notes((*found, *warnings.lines))
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
         return io.NodeOutput(replace(conditions, notes=notes.lines))
 

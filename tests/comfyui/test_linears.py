@@ -97,7 +97,7 @@ REFUSED = {
         "OtherLinear",
         "its weight cannot be read",
     ),
-    "no Linear": (lambda comfyui: Kernel, "Kernel", "it is no Linear"),
+    "no Linear": (lambda comfyui: Kernel, "Kernel", "it is not a Linear"),
     "wrapped": (lambda comfyui: Wrapped, "Wrapped", "it wraps the Linear feed_forward.w2.base_layer"),
 }
 """Seen by looking at the layers alone."""
@@ -149,7 +149,7 @@ def test_a_forward_that_the_weight_does_not_explain_is_found_before_step_0(comfy
     model = exchange(toy.z_image(), WHERE, derived(comfyui, forward=doubled))
     linears.require_known_layers(model.model.diffusion_model, BLOCKS)
     denoiser = host.ComfyDenoiser(model)
-    named = pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} .*OtherLinear.*another function")
+    named = pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} .*OtherLinear.*its forward is not x @ W.T")
     with named, denoiser.trainable((1, 16, 8, 8)):
         pass
     assert "forward" not in at(model, "layers.1.attention_norm1").__dict__, "everything is taken off again"

@@ -219,7 +219,7 @@ def test_other_models_are_refused(comfyui: ComfyUI):
     other = SimpleNamespace(model=SimpleNamespace(model_config=SimpleNamespace()))
     node = comfyui.module("nodes.few_step_sampler").FewStepSampler
     with pytest.raises(ValueError, match="Z-Image-Turbo and FLUX.2-klein"):
-        node.execute(other, [], 0, 0, 64, 64, 1, "euler")
+        node.execute(other, [[torch.zeros(1, 1, 1), {}]], 0, 0, 64, 64, 1, "euler")
 
 
 def test_it_can_be_interrupted(comfyui: ComfyUI):

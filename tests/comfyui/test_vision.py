@@ -179,7 +179,7 @@ def test_a_layer_that_another_clip_has_set_is_not_used(vision, models):
 def test_clips_without_qwen3_4b_are_refused(vision, models):
     """FLUX.2-klein 9B has a teacher, another one."""
     tower, image = models("klein").vision, seeded(3, 64, 64)
-    with pytest.raises(ValueError, match="Qwen3-8B.*klein 9B.*use the edit teacher"):
+    with pytest.raises(ValueError, match="Qwen3-8B.*klein 9B.*use the mode edit"):
         vision.encode_image_text(towers.clip("klein_9b"), tower, TEXT, image)
     other: Any = SimpleNamespace(cond_stage_model=SimpleNamespace())
     with pytest.raises(
