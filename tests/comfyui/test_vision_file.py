@@ -262,7 +262,8 @@ def test_an_index_that_is_missing_or_broken_is_named(vision_file, tiny, referenc
     with pytest.raises(ValueError, match="no vision tower at all"):
         vision_file.load_teacher_vision(paths[2], tiny)
     index.unlink()
-    with pytest.raises(ValueError, match=f"{paths[2].name} is one of several files, and .*{index.name} is not beside it"):
+    wanted = f"{paths[2].name} is one of several files, and .*{index.name} is not beside it"
+    with pytest.raises(ValueError, match=wanted):
         vision_file.load_teacher_vision(paths[2], tiny)
 
 
