@@ -358,7 +358,7 @@ def summary(journal: Journal) -> Section:
         passed=all(row["right"] for row in journal.rows) and len(journal.rows) >= len(SCENARIOS),
         table=Table(("what happens", "what the user sees", "the same graph again", "right"), tuple(rows)),
         notes=(
-            "A run of 6 steps of the demo model with previews and checkpoints every 2, in a real server. BASE is ComfyUI's "
-            "base folder.",
+            "A run of 6 steps of the demo model with previews and checkpoints every 2, in a real server. BASE is "
+            "ComfyUI's base folder.",
         ),
     )

@@ -264,9 +264,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_filled_between_two_saves_no_step_is_lost(small: SmallDisk, whole: dict[str, bytes]) -> None:
     """The next save goes where room was held; then the run ends, for there is none for the one after."""
     folder = small.root / "run"
-    with pytest.raises(
-        DiskError, match=r"run could not be written: No space .* needed, .* free\); free up "
-    ) as caught:
+    with pytest.raises(DiskError, match=r"run could not be written: No space .* needed, .* free\); free up ") as caught:
         train(large_config(), TinyDenoiser(), make_data(), folder, Full(small, 4))
     assert str(caught.value).endswith("; the run resumes at step 6") and caught.value.is_full
     assert saved_steps(folder / "checkpoints") == [6, 3]
