@@ -63,6 +63,7 @@ def test_the_registry_is_told_what_it_asks_for():
 
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+OUR_FOLDERS = ("dopsd_core", "nodes", "tests", "tools", "benchmarks")
 NOT_OURS = {"comfy/supported_models.py", "comfy/utils.py", "dopsd_core/families/my_model.py"}
 
 
@@ -71,6 +72,6 @@ def test_every_module_that_a_document_names_is_there(name):
     """By its path from the root, from the core, from the nodes or, alone, by its name."""
     text = (ROOT / name).read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:[\w.]+/)*\w+\.py)`", text)) - NOT_OURS
-    ours = [path for folder in ("dopsd_core", "nodes", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    ours = [path for folder in OUR_FOLDERS for path in (ROOT / folder).rglob("*.py")]
     there = ["/" + path.relative_to(ROOT).as_posix() for path in ours]
     assert [path for path in sorted(named) if not any(known.endswith("/" + path) for known in there)] == []
