@@ -19,7 +19,13 @@ from dopsd_core.standalone.making.batched import (
     teacher_pixels,
 )
 from dopsd_core.standalone.making.build_tokenizer import merges_used
-from dopsd_core.standalone.making.distill import STEPS, SUBSTEPS, guided_mean_velocity, substep_sigmas
+from dopsd_core.standalone.making.distill import (
+    STEPS,
+    SUBSTEPS,
+    Guidance,
+    guided_mean_velocity,
+    substep_sigmas,
+)
 from dopsd_core.standalone.making.twins import WeightAverage, warmup_stable_decay
 
 
@@ -79,10 +85,39 @@ def test_distillation_target_of_a_constant_velocity_is_that_velocity() -> None:
     def parent(x, sigma, features, lengths):
         return velocity.expand(len(x), -1, -1, -1)
 
-    x, step = torch.zeros(4, 16, 8, 8), torch.arange(4)
-    features, lengths = torch.zeros(4, 32, 128), torch.full((4,), 8)
-    got = guided_mean_velocity(parent, x, step, features, lengths, torch.zeros(1, 32, 128), 2.0)  # type: ignore[arg-type]
-    assert torch.allclose(got, velocity.expand(4, -1, -1, -1), atol=1e-4)
+    x, step = torch.zeros(2, 16, 8, 8), torch.arange(2)
+    features, lengths, is_open = torch.zeros(2, 32, 128), torch.full((2,), 8), torch.tensor([True, False])
+    empty, guidance = torch.zeros(1, 32, 128), Guidance(2.0, 3.0, rescale=0.0)
+    got = guided_mean_velocity(parent, x, step, features, lengths, empty, is_open, guidance)  # type: ignore[arg-type]
+    assert torch.allclose(got, velocity.expand(2, -1, -1, -1), atol=1e-4)
+
+
+def guided(guidance: Guidance, is_open: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x0 of the guided velocity, x0 of the conditional one, of the unconditional one, x)."""
+    g = torch.Generator().manual_seed(3)
+    x, conditional, unconditional = torch.randn(3, 2, 16, 8, 8, generator=g).unbind(0)
+    sigma, scale = torch.tensor([1.0, 0.75]), guidance.scale(torch.tensor([is_open] * 2))
+    s = sigma[:, None, None, None]
+    velocity = guidance.velocity(x, sigma, conditional, unconditional, scale)
+    return x - s * velocity, x - s * conditional, x - s * unconditional, x
+
+
+def test_guidance_of_one_is_the_conditional_velocity() -> None:
+    got, conditional, _, _ = guided(Guidance(1.0, 4.0, rescale=0.7))
+    assert torch.allclose(got, conditional, atol=1e-5)
+
+
+def test_guidance_without_rescaling_extrapolates_and_open_prompts_have_their_own_scale() -> None:
+    for is_open, scale in ((False, 2.0), (True, 3.0)):
+        got, conditional, unconditional, _ = guided(Guidance(2.0, 3.0, rescale=0.0), is_open)
+        assert torch.allclose(got, unconditional + scale * (conditional - unconditional), atol=1e-5)
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_prediction() -> None:
+    got, conditional, _, _ = guided(Guidance(3.0, 3.0, rescale=1.0))
+    assert torch.allclose(got.std((1, 2, 3)), conditional.std((1, 2, 3)), rtol=1e-4)
+    plain, *_ = guided(Guidance(3.0, 3.0, rescale=0.0))
+    assert bool((plain.std((1, 2, 3)) > 1.5 * got.std((1, 2, 3))).all())
 
 
 def test_rates_of_a_shortened_run_agree_while_constant() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 
 from ...demo.autoencoder import DemoAutoencoder
 from ...demo.world import BACKGROUNDS, render, sample_scenes
-from .twins import Twins, WeightAverage, launch, load_state, save_state, warmup_stable_decay
+from .optim import SharedMuon
+from .stage import Stage, StageRun
+from .twins import Twins, launch
 
 LATENT_NOISE = 0.06  # makes the decoder robust: the diffusion model's samples are never exact
 
@@ -45,49 +46,38 @@ def fold_normalisation(model: DemoAutoencoder, norm: nn.BatchNorm2d) -> None:
         conv.bias.copy_((conv.bias - mean) / std)
 
 
-def train(twins: Twins, folder: Path, steps: int, batch: int, peak: float) -> None:
-    """Trains in one worker process with peak learning rate `peak`; resumes from its last save."""
-    torch.manual_seed(0)
-    model, norm = DemoAutoencoder(), nn.BatchNorm2d(16, affine=False, momentum=0.02)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.95), weight_decay=1e-3, fused=True)
-    average, palette = WeightAverage(parameters, 0.99), torch.tensor(list(BACKGROUNDS.values()))
-    path, first = folder / f"vae_{twins.rank}.pt", 0
-    if state := load_state(path):
-        model.load_state_dict(state["model"])
-        norm.load_state_dict(state["norm"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values, average.updates, first = state["average"], state["step"], state["step"]
-    psnr = 0.0
-    for step in range(first, steps):
-        generator = torch.Generator().manual_seed(step * twins.world + twins.rank)
+class Autoencoding(nn.Module):
+    """The autoencoder with the running statistics of its latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.norm = DemoAutoencoder(), nn.BatchNorm2d(16, affine=False, momentum=0.02)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.palette = torch.tensor(list(BACKGROUNDS.values()))
+
+    def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """(loss on `batch` new renders, scalar; PSNR in dB)."""
         scenes = sample_scenes(batch, generator)
         image = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * warmup_stable_decay(step, steps, decay=0.5)
         with torch.autocast("cpu", torch.bfloat16):
-            latent = model.encoder(image)
-        latent = norm(latent.float())
+            latent = self.model.encoder(image)
+        latent = self.norm(latent.float())
         latent = latent + LATENT_NOISE * torch.randn(latent.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            out = model.decoder(latent).float()
-        loss, mse = reconstruction_loss(out, image, palette[scenes.background][:, :, None, None] * 2 - 1)
-        optimizer.zero_grad()
-        loss.backward()
-        twins.average_gradients(parameters, 1.0)
-        optimizer.step()
-        average.update()
-        psnr = 0.95 * psnr + 0.05 * -10 * math.log10(mse.item() / 4)
-        if twins.rank == 0 and (step + 1) % 50 == 0:
-            seconds = time.monotonic() - twins.started
-            print(f"vae {step + 1}/{steps} psnr {psnr:.2f} dB, {seconds:.0f} s", flush=True)
-        if (step + 1) % 200 == 0:
-            save_state(path, {"model": model.state_dict(), "norm": norm.state_dict(), "average": average.values,
-                              "optimizer": optimizer.state_dict(), "step": step + 1})  # fmt: skip
-    if twins.rank == 0:
-        average.swap()
-        finish(model, norm, folder)
+            out = self.model.decoder(latent).float()
+        background = self.palette[scenes.background][:, :, None, None] * 2 - 1
+        loss, mse = reconstruction_loss(out, image, background)
+        return loss, {"psnr": -10 * math.log10(mse.item() / 4)}
+
+
+def train(twins: Twins, args: argparse.Namespace) -> None:
+    """Trains in one worker process; resumes from its newest checkpoint."""
+    torch.manual_seed(0)
+    both = Autoencoding()
+    stage = Stage("autoencoder", args.folder, args.steps, args.batch, 0, decay=0.5, average=0.99, minutes=args.minutes)
+    optimizer = SharedMuon(twins, both.named_parameters(), None, args.peak, weight_decay=1e-3)
+    if StageRun(twins, stage, both, optimizer).run(both.loss) and twins.rank == 0:
+        finish(both.model, both.norm, args.folder)
 
 
 @torch.no_grad()
@@ -111,7 +101,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=8, help="per worker")
     parser.add_argument("--peak", type=float, default=1.5e-3)
+    parser.add_argument("--minutes", type=float, default=0.0, help="checkpoint and stop after this long")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    launch(train, args.folder, args.steps, args.batch, args.peak, workers=args.workers)
+    launch(train, args, workers=args.workers)
