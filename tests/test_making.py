@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dopsd_core.demo.model_files import WEIGHTS
+from dopsd_core.demo.model_files import VAE_FILE, WEIGHTS
 from dopsd_core.demo.world import render, sample_scenes
 from dopsd_core.sigmas import z_image_turbo_sigmas
 from dopsd_core.standalone.hosts.demo import load_demo_model, vision_patches
@@ -26,6 +26,7 @@ from dopsd_core.standalone.making.distill import (
     guided_mean_velocity,
     substep_sigmas,
 )
+from dopsd_core.standalone.making.train_vae import Autoencoding, edge_loss
 from dopsd_core.standalone.making.twins import WeightAverage, warmup_stable_decay
 
 
@@ -149,3 +150,22 @@ def test_tokenizer_keeps_real_ids_and_spells_the_rest() -> None:
 def test_merges_used_are_those_that_bpe_applies() -> None:
     rank = {("a", "b"): 0, ("ab", "c"): 1, ("b", "c"): 2}
     assert merges_used("abc", rank) == {("a", "b"), ("ab", "c")}
+
+
+def test_edge_loss_sees_speckle_that_squared_error_hardly_sees() -> None:
+    flat = torch.zeros(1, 3, 64, 64)
+    speckled = 0.02 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
+    shifted = flat + 0.02
+    assert float(edge_loss(flat, flat)) == 0 and float(edge_loss(shifted, flat)) < 1e-6
+    assert float(edge_loss(speckled, flat)) > 0.05
+
+
+def test_a_decoder_trained_further_keeps_its_latents() -> None:
+    file = WEIGHTS / VAE_FILE
+    both = Autoencoding(file)
+    trained = {name for name, p in both.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("model.decoder.") for name in trained)
+    loss, figures = both.loss(2, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert figures["psnr"] > 25 and all(p.grad is None for p in both.model.encoder.parameters())
+    assert any(p.requires_grad for p in Autoencoding().model.encoder.parameters())

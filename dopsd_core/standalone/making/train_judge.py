@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...demo.world import NUM_CLASSES, render, sample_scenes
-from ..judge import Judge, judged_right
+from ..judge import Judge, judged_right, load_judge
 from .optim import SharedMuon
 from .stage import Stage, StageRun
 from .twins import Twins, launch
@@ -33,6 +33,8 @@ def train(twins: Twins, args: argparse.Namespace) -> None:
     """Trains the judge and writes `judge.safetensors`; resumes from its newest checkpoint."""
     torch.manual_seed(2)
     judge = Judge()
+    if args.start is not None:
+        judge.load_state_dict(load_judge(args.start).state_dict())
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     stage = Stage("judge", args.folder, args.steps, 96, 500_000, decay=0.6, average=0.0, minutes=args.minutes)
     optimizer = SharedMuon(twins, judge.named_parameters(), None, args.peak)
@@ -47,6 +49,7 @@ def train(twins: Twins, args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="file of a judge that is trained further")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--peak", type=float, default=2e-3)
     parser.add_argument("--minutes", type=float, default=0.0, help="checkpoint and stop after this long")
