@@ -78,10 +78,5 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 def laplacian_energy(images: Tensor) -> Tensor:
     """Mean absolute Laplacian [n] of images [n, 3, H, W]: high for sharp edges, but also for noise."""
-    return laplacian(images.clamp(0, 1)).abs().mean((1, 2, 3))
-
-
-def laplacian(images: Tensor) -> Tensor:
-    """The Laplacian [n, 3, H - 2, W - 2] of images [n, 3, H, W], per channel."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None].expand(3, 1, 3, 3)
-    return F.conv2d(images, kernel, groups=3)
+    return F.conv2d(images.clamp(0, 1), kernel, groups=3).abs().mean((1, 2, 3))
