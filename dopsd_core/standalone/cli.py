@@ -18,7 +18,7 @@ from ..data.captions import check_prompts, put_trigger
 from ..data.dataset import read_dataset
 from ..data.images import decode, to_tensor
 from ..demo.concept import make_concept, write_dataset
-from ..demo.model_files import JUDGE_FILE, WEIGHTS
+from ..demo.model_files import JUDGE_FILE, SAMPLE_STEPS, WEIGHTS
 from ..demo.settings import demo_config
 from ..demo.world import IMAGE_SIZE
 from ..families import Z_IMAGE
@@ -126,7 +126,7 @@ def run_sample(args: argparse.Namespace) -> int:
     if args.lora and not args.lora.exists():
         raise FileNotFoundError(f"{args.lora} does not exist; give a LoRA file that training wrote")
     args.output.mkdir(parents=True, exist_ok=True)
-    sigmas = Z_IMAGE.sigmas(args.steps or 4, width, height)
+    sigmas = Z_IMAGE.sigmas(args.steps or SAMPLE_STEPS, width, height)
     for number, prompt in enumerate(prompts, 1):
         encoder = model.encoder
         condition = encoder.encode_text(prompt) if image is None else encoder.encode_image_text(image, prompt)
