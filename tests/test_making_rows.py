@@ -23,6 +23,7 @@ from dopsd_core.standalone.making.captions import (
     Mixture,
 )
 from dopsd_core.standalone.making.data import RowMaker
+from dopsd_core.standalone.making.pretrain import Parent, joint_loss, vision_loss
 
 TABLES = {"shape": SHAPES, "colour": list(COLOURS), "texture": TEXTURES}
 NAMES = dict(BOUND)
@@ -124,3 +125,21 @@ def test_every_row_fits_the_tokens_of_the_fast_forward(maker) -> None:
 def test_shares_of_the_mixtures_leave_some_empty_captions(mixture: Mixture) -> None:
     kinds, shares = mixture.kinds()
     assert kinds[-1] == "empty" and sum(shares) == pytest.approx(1) and 0.01 < shares[-1] < 0.15
+
+
+@pytest.mark.parametrize("loss_of", [joint_loss, vision_loss])
+def test_the_vision_tower_learns_what_its_image_shows_where_words_say_otherwise(maker, monkeypatch, loss_of) -> None:
+    torch.manual_seed(0)
+    parent, asked = Parent(), []
+
+    def recorded(features, labels):
+        asked.append((features.shape[1], labels))
+        return torch.zeros(()), torch.zeros(4)
+
+    monkeypatch.setattr(parent.encoder_heads, "loss", recorded)
+    rows = maker.draw(24, 24 if loss_of is vision_loss else 16, torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        loss_of(parent, rows, torch.Generator().manual_seed(0))
+    ((width, labels),) = asked
+    assert width == 128 and all(torch.equal(labels[a], getattr(rows.seen, a)) for a in APPEARANCE)
+    assert any(not torch.equal(labels[a], rows.labels[a][: rows.num_image]) for a in APPEARANCE)

@@ -26,7 +26,7 @@ from .pretrain import load_parent
 from .stage import Stage, StageRun
 from .twins import Twins, launch
 
-STEPS, SUBSTEPS = 2, 6
+STEPS, SUBSTEPS = 2, 5
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Guidance:
 
 
 def substep_sigmas() -> Tensor:
-    """[2, 7]: start, intermediate points and end of each student step, equally spaced before the shift."""
+    """[2, 6]: start, intermediate points and end of each student step, equally spaced before the shift."""
     fine = torch.tensor(z_image_turbo_sigmas(STEPS * SUBSTEPS))
     return torch.stack([fine[k * SUBSTEPS : k * SUBSTEPS + SUBSTEPS + 1] for k in range(STEPS)])
 

@@ -156,9 +156,7 @@ def joint_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[
         state = (1 - s) * rows.latents + s * noise
         velocity, tokens = parent.velocity.with_tokens(state, sigma, features, rows.lengths, after=2)
     error = ((velocity - (noise - rows.latents)).square().mean(1) * rows.weight).mean((1, 2))
-    seen, accuracy = parent.encoder_heads.loss(
-        image_token_mean(features[:n]), {k: v[:n] for k, v in rows.labels.items()}
-    )
+    seen, accuracy = parent.encoder_heads.loss(image_token_mean(features[:n]), rows.seen.labels())
     drawn, _ = parent.image_heads.loss(tokens.mean(1), rows.labels)
     figures = {"image": error[:n].mean().item(), "text": error[n:].mean().item(), "drawn": drawn.item()}
     figures |= dict(zip(APPEARANCE, accuracy.tolist(), strict=True))
@@ -169,7 +167,7 @@ def vision_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple
     """(attribute loss of the encoder's image tokens, scalar; accuracies)."""
     with torch.autocast("cpu", torch.bfloat16):
         features = parent.encode(rows.mixed, teacher_pixels(rows.pixels))
-    loss, accuracy = parent.encoder_heads.loss(image_token_mean(features), rows.labels)
+    loss, accuracy = parent.encoder_heads.loss(image_token_mean(features), rows.seen.labels())
     return loss, dict(zip(APPEARANCE, accuracy.tolist(), strict=True))
 
 
