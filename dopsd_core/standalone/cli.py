@@ -18,7 +18,7 @@ from ..data.captions import check_prompts, put_trigger
 from ..data.dataset import read_dataset
 from ..data.images import decode, to_tensor
 from ..demo.concept import make_concept, write_dataset
-from ..demo.model_files import JUDGE_FILE, WEIGHTS
+from ..demo.model_files import JUDGE_FILE, SAMPLE_STEPS, WEIGHTS
 from ..demo.settings import demo_config
 from ..demo.world import IMAGE_SIZE
 from ..families import Z_IMAGE
@@ -96,17 +96,22 @@ def run_train(args: argparse.Namespace) -> int:
         _say(f"warning: the demo model was not trained on these words: {', '.join(unknown)}")
     # SFT does not use anchors, but they are part of the fingerprint of saved runs
     anchors = config.objective.wants_anchors or isinstance(config.objective, SFT)
+    cache = ConditionCache(args.output / "cache")
     data = build_training_set(
-        report.pairs, model.encoder, ConditionCache(args.output / "cache"), trigger=args.trigger,
+        report.pairs, model.encoder, cache, trigger=args.trigger,
         teacher_image=args.teacher_image, caption_dropout=config.caption_dropout > 0,
         anchors=anchors, heldout_caption=args.heldout_caption,
     )  # fmt: skip
-    if config.objective.wants_anchors and not data.anchors and "anchor_probability" not in args:
+    asked_for = any(name.endswith("anchor_probability") for name in vars(args))
+    if config.objective.anchor_share and not data.anchors and not asked_for:
         _say("warning: no caption contains the trigger, so there are no anchors; anchor_probability is set to 0")
         config = config.replace(objective=config.objective.without_anchors())
     with tqdm(total=config.steps, unit="step") as bar:
         facts = {"dopsd_base_fingerprint": model.fingerprint}
-        result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts)
+        result = train(
+            config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts,
+            sample_steps=SAMPLE_STEPS, cache=cache,
+        )  # fmt: skip
     _say(f"{result.step} steps; LoRA: {result.lora_path}")
     return 0
 
@@ -160,6 +165,9 @@ def _warn(messages: Iterable[str]) -> None:
 class _TrainBar(NoCallbacks):
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
+
+    def on_class_image(self, done: int, total: int) -> None:
+        self._bar.set_postfix_str(f"class image {done} of {total}" if done < total else "")
 
     def on_step(self, report: StepReport) -> None:
         self._bar.update(report.step - self._bar.n)
