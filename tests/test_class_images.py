@@ -1,4 +1,4 @@
-"""Class images: drawn by the untouched model before training, cached under all that decides them, resumed bit-exactly."""
+"""Class images: drawn by the untouched model first, cached under all that decides them, resumed bit-exactly."""
 
 from __future__ import annotations
 
