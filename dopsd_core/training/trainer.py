@@ -26,7 +26,7 @@ from ..files.disk import DiskError
 from ..memory.activation_checkpointing import checkpointed
 from ..optimizers import evaluating
 from ..trainable import Trainable
-from .class_images import ClassImages
+from .class_images import ClassImages, plan_class_images
 from .determinism import deterministic_algorithms, obstacle
 from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
@@ -146,7 +146,7 @@ def train(
     check_run(config, denoiser, data, run_dir, host_bytes)
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
-        run = Run(config, denoiser, data, Path(run_dir), images, facts, initial)
+        run = Run(config, denoiser, data, Path(run_dir), facts, initial, images)
         try:
             run.open(resume)
             with run.adapters.attached(), checkpointed(denoiser.blocks(), checkpoint_blocks):
@@ -214,7 +214,8 @@ def _class_images(
     model = facts.get("dopsd_base_fingerprint", "")
     if cache is None or not model:  # images of an unknown model belong to this run only
         cache = ConditionCache(run_dir / CLASS_IMAGES_NAME)
-    return ClassImages(config, data, model, steps or get_family(config.family).sample_steps, cache)
+    planned = plan_class_images(config, data, model, steps or get_family(config.family).sample_steps)
+    return ClassImages(planned, config.seed, cache)
 
 
 def _draw_class_images(run: Run, callbacks: Callbacks) -> bool:
