@@ -14,8 +14,9 @@ from typing import Any
 from .config import TrainConfig
 from .demo.settings import demo_config
 from .options import Option, all_options, changed
+from .standalone.comparison.arguments import add_compare
 
-COMMANDS = ("demo", "train", "sample", "inspect-dataset")
+COMMANDS = ("demo", "train", "sample", "compare", "inspect-dataset")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NONE = "none"
@@ -45,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_sample(commands)
+    add_compare(commands)
     _add_inspect(commands)
     return parser
 

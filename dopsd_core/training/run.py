@@ -67,7 +67,7 @@ class Run:
         self.is_between_steps = True
         self._class_images = class_images or ClassImages()
         base, start = self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
-        self._identity = RunIdentity(data.fingerprint(), base, start, class_images.digest)
+        self._identity = RunIdentity(data.fingerprint(), base, start, self._class_images.digest)
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
         wants_anchors = config.objective.wants_anchors
