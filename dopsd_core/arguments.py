@@ -17,6 +17,8 @@ from .options import Option, all_options, changed
 from .standalone.comparison.arguments import add_compare
 
 COMMANDS = ("demo", "train", "sample", "compare", "inspect-dataset")
+UNDISTILLED = "demo-undistilled"
+MODELS = ("demo", UNDISTILLED)
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NONE = "none"
@@ -120,7 +122,11 @@ def _add_train(commands: Any) -> None:
     )
     _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
-    parser.add_argument("--model", default="demo", choices=("demo",), help="model to train (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="demo", choices=MODELS,
+        help="model to train: the demo model, or the same before its distillation, for the objective sft; the LoRA of "
+        "either is used on the distilled one (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     parser.add_argument(
         "--teacher-image", choices=("own", "other"), default="own",

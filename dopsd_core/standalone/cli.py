@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..arguments import UNDISTILLED
 from ..conditioning.cache import ConditionCache
 from ..config import TrainConfig
 from ..data.captions import check_prompts, put_trigger
@@ -32,10 +33,13 @@ from ..training.trainer import NoCallbacks, train
 from ..training.training_set import build_training_set
 from .compare import compare, draw_teacher_sheet, plan, table, write_results
 from .evaluate import Samples
-from .hosts.demo import load_demo_model, with_lora
+from .hosts.demo import load_demo_model, load_undistilled, with_lora
 from .jobs import JobRunner
 from .judge import load_judge
 from .memory import peak_rss_mb
+
+_UNDISTILLED_STEPS = 32
+"""Steps in which the model before its distillation draws class images."""
 
 _BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"
 
@@ -79,6 +83,12 @@ def run_train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     config: TrainConfig = args.train_config
+    undistilled = args.model == UNDISTILLED
+    if undistilled and config.objective.needs_few_steps:
+        raise ValueError(
+            f"objective {config.objective.name} trains the few steps of the distilled model; choose --objective sft "
+            f"for --model {UNDISTILLED}, or --model demo"
+        )
     resolution = args.resolution or IMAGE_SIZE
     report = read_dataset(
         args.dataset, pixel_budget=resolution**2, multiple=Z_IMAGE.pixel_multiple, trigger=args.trigger,
@@ -91,6 +101,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.heldout_caption is not None:
         _warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
     model = load_demo_model()
+    denoiser, fingerprint = load_undistilled() if undistilled else (model.denoiser, model.fingerprint)
     unknown = model.encoder.unknown_words([caption for pair in report.pairs for caption in pair.captions])
     if unknown:
         _say(f"warning: the demo model was not trained on these words: {', '.join(unknown)}")
@@ -106,13 +117,15 @@ def run_train(args: argparse.Namespace) -> int:
     if config.objective.anchor_share and not data.anchors and not asked_for:
         _say("warning: no caption contains the trigger, so there are no anchors; anchor_probability is set to 0")
         config = config.replace(objective=config.objective.without_anchors())
+    facts = {"dopsd_base_fingerprint": fingerprint} | ({"dopsd_undistilled": args.model} if undistilled else {})
     with tqdm(total=config.steps, unit="step") as bar:
-        facts = {"dopsd_base_fingerprint": model.fingerprint}
         result = train(
-            config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts,
-            sample_steps=SAMPLE_STEPS, cache=cache,
+            config, denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts,
+            sample_steps=_UNDISTILLED_STEPS if undistilled else SAMPLE_STEPS, cache=cache,
         )  # fmt: skip
     _say(f"{result.step} steps; LoRA: {result.lora_path}")
+    if undistilled:
+        _say(f"It was trained on {args.model}; use it on the distilled model, as sample --lora does.")
     return 0
 
 
