@@ -119,7 +119,10 @@ def run_plan(plan: Plan, runner: TrialRunner) -> dict[str, Outcomes]:
     by_steps = _by_method(first, runner, "steps", dict.fromkeys((m.name for m in first.methods), plan.steps))
     found = {"steps": by_steps}
     if "time" in plan.regimes:
-        found["time"] = _by_method(plan, runner, "time", steps_in_equal_time(plan, by_steps))
+        steps = steps_in_equal_time(plan, by_steps)
+        others = tuple(method for method in plan.methods if steps[method.name] != plan.steps)
+        trained = _by_method(replace(plan, methods=others), runner, "time", steps)
+        found["time"] = {m.name: trained.get(m.name, by_steps[m.name]) for m in plan.methods}
     if "error" in plan.regimes:
         found["error"] = _by_method(
             plan, runner, "error", dict.fromkeys((m.name for m in plan.methods), plan.max_steps)
