@@ -99,8 +99,8 @@ def _add_demo(commands: Any) -> None:
         allow_abbrev=False,
         help="teach the embedded demo model a new concept and report how well it was learned",
         description="Renders four images with captions of a concept that the demo model has never seen, draws samples "
-        "of its teacher, trains (D-OPSD, and SFT for comparison), and writes the LoRA, a contact sheet, curves and "
-        "report.json. Takes a few minutes on two CPU cores, without any download.",
+        "of its teacher, trains (D-OPSD, and SFT and DreamBooth for comparison), and writes the LoRA, a contact sheet, "
+        "curves and report.json. Takes a few minutes on two CPU cores, without any download.",
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(

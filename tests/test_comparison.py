@@ -95,7 +95,8 @@ def test_presets_are_valid_and_have_the_same_budget(preset: str) -> None:
 
 def replace_choices(config: Any, own: Any) -> Any:
     """The configuration with the objective, teacher and rollout of another one: what a method may differ in."""
-    return config.replace(objective=own.objective, teacher=own.teacher, rollout_steps=own.rollout_steps)
+    kept = {name: getattr(own, name) for name in ("objective", "teacher", "rollout_steps", "optimizer")}
+    return config.replace(**kept)
 
 
 def test_a_method_from_the_command_line() -> None:

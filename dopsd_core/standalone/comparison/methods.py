@@ -1,7 +1,7 @@
 """The methods that are compared: a name and training options, and the tables that are made of them.
 
-All start from the demo's settings (`demo_config`). Learning rates are found on development concepts with `--tune`,
-from the same grid for every method.
+All start from the demo's settings (`demo_config`), the baselines at learning rates that were best for them in trials on
+other concepts; `--tune` finds every method's on development concepts, from the same grid.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ DOPSD = Method(REFERENCE, "D-OPSD")
 METHODS = (
     DOPSD,
     Method("dopsd_paper", "D-OPSD without anchor", {"anchor_probability": 0.0}),
-    Method("sft", "SFT", {"objective": "sft"}),
-    Method("sft_on_base", "SFT on the undistilled", {"objective": "sft"}, undistilled=True),
+    Method("sft", "SFT", {"objective": "sft", "lr": 3e-4}),
+    Method("sft_on_base", "SFT on the undistilled", {"objective": "sft", "lr": 3e-4}, undistilled=True),
     Method("sft_anchor", "SFT with our anchor", {"objective": "sft", "sft_anchor_probability": 0.5}),
-    Method("dreambooth", "DreamBooth", {"objective": "dreambooth"}),
-    Method("pso", "PSO", {"objective": "pso"}),
-    Method("pso_dpo", "PSO, DPO form", {"objective": "pso", "pso_form": "dpo"}),
+    Method("dreambooth", "DreamBooth", {"objective": "dreambooth", "lr": 1e-3}),
+    Method("pso", "PSO", {"objective": "pso", "lr": 1e-3}),
+    Method("pso_dpo", "PSO, DPO form", {"objective": "pso", "pso_form": "dpo", "lr": 1e-3}),
 )
 """The paper's baselines, and our anchor on SFT."""
 
