@@ -121,17 +121,14 @@ def train(
         run_dir: folder of the run.
         callbacks: hooks of the host.
         resume: whether to resume a run in `run_dir`; if False, it is an error if there is one.
-        facts: extra metadata for the LoRA's header: base model, trigger, ... A run resumes only with the same
-            `dopsd_base_fingerprint`, if that is given.
+        facts: metadata for the LoRA's header. A run resumes only with the same `dopsd_base_fingerprint`, if given.
         initial: LoRA that a new run starts from, for student and teacher: folded tensors "<part>.lora_A.weight"
             [rank, in] and "<part>.lora_B.weight" [rows, rank], with at most the rank of the configuration
             (`lora_import`). A "frozen" teacher remains the base. A run resumes only with the same initial LoRA.
-        checkpoint_blocks: number of blocks with gradient checkpointing, which saves memory and does not change the
-            result (`activation_checkpointing.py`).
+        checkpoint_blocks: number of blocks with gradient checkpointing (`activation_checkpointing.py`).
         host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
-        sample_steps: number of steps that the model was distilled for, in which it draws the class images of
-            objectives that need them; default: the family's.
-        cache: where class images are kept for other runs on the same model; default: a folder in `run_dir`.
+        sample_steps: steps in which the model draws class images (`class_images.py`); default: the family's.
+        cache: keeps class images for other runs on the same model; default: a folder in `run_dir`.
 
     Raises:
         ConfigError: the configuration does not fit the data or this machine.
