@@ -132,8 +132,7 @@ def train(
 
     Raises:
         ConfigError: the configuration does not fit the data or this machine.
-        DiskError: `run_dir` is not writable or has not enough space, before training or, if other programs fill the
-            disk, later; the message says what is saved. The space of the next save is reserved during the run.
+        DiskError: `run_dir` cannot be written or the disk is too full, before or in training; says what is saved.
         ValueError: `initial` does not fit the configuration.
         StateError: `run_dir` contains a different run (the message lists the differences), or is damaged.
         FolderInUse: another run is using `run_dir`.
