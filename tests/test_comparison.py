@@ -51,6 +51,7 @@ def test_intervals_by_hand() -> None:
     constant = interval(torch.full((3, 2), 0.25))
     assert (constant.mean, constant.low, constant.high, constant.excludes_zero) == (0.25, 0.25, 0.25, True)
     assert not interval(two).excludes_zero and interval(-1 - two).excludes_zero
+    assert not interval(torch.full((2, 2), -3.7e-9)).excludes_zero
 
 
 def test_intervals_have_the_width_of_the_concepts_spread() -> None:

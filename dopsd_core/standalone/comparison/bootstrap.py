@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference with this interval counts as one."""
-        return self.low > 0 or self.high < 0
+        """Whether a difference with this interval counts as one; rounding does not."""
+        return self.low > _ROUNDING or self.high < -_ROUNDING
 
 
 def interval(values: Tensor, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:

@@ -22,7 +22,7 @@ from ...demo.model_files import JUDGE_FILE, MODEL_FILE, PARENT_FILE, TEXT_ENCODE
 from ..demo import Demo
 from ..hosts.demo import load_demo_model
 from ..judge import load_judge
-from .methods import RATES, TEACHER, UNTOUCHED, Method
+from .methods import RATES, REFERENCES, Method
 from .trials import Outcome, Regime, Trial, run_trial, saved_outcome
 
 DEVELOPMENT = 1000
@@ -114,8 +114,7 @@ def run_plan(plan: Plan, runner: TrialRunner) -> dict[str, Outcomes]:
 
     The untouched model and its teacher are in the first regime.
     """
-    references = [Method(UNTOUCHED, "untouched"), Method(TEACHER, "its teacher")]
-    first = replace(plan, methods=(*references, *plan.methods))
+    first = replace(plan, methods=(*REFERENCES, *plan.methods))
     by_steps = _by_method(first, runner, "steps", dict.fromkeys((m.name for m in first.methods), plan.steps))
     found = {"steps": by_steps}
     if "time" in plan.regimes:

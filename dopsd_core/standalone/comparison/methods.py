@@ -54,6 +54,7 @@ class Method:
         return replace(self, options={**self.options, "lr": rate})
 
 
+REFERENCES = (Method(UNTOUCHED, "untouched"), Method(TEACHER, "its teacher"))
 DOPSD = Method(REFERENCE, "D-OPSD")
 
 METHODS = (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .bootstrap import Interval, interval
 from .experiment import Outcomes, Plan
+from .methods import REFERENCES
 from .trials import outcome_values
 
 TITLES = {
@@ -63,14 +64,14 @@ _HEADINGS = {
 def grids(name: str, plan: Plan, found: dict[str, Outcomes]) -> list[Grid]:
     """Two tables per regime: means, and paired differences from the first method. name: of the preset."""
     made = []
-    titles = {method.name: method.title for method in plan.methods}
+    titles = {method.name: method.title for method in (*REFERENCES, *plan.methods)}
     for regime, outcomes in found.items():
         if regime not in plan.regimes:
             continue
         heading = f"{name.capitalize()}, {_HEADINGS[regime]}"
         figures = figures_of(outcomes)
         columns = ("", *(TITLES.get(figure, figure) for figure in figures))
-        rows = [(titles.get(m, m), *(_mean(values(outcomes[m], figure)) for figure in figures)) for m in outcomes]
+        rows = [(titles[m], *(_mean(values(outcomes[m], figure)) for figure in figures)) for m in outcomes]
         notes = _notes(plan, regime, outcomes)
         made.append(Grid(f"compare-{name}-{regime}", heading, columns, tuple(rows), notes))
         reference, *others = [method.name for method in plan.methods]
@@ -127,8 +128,8 @@ def _difference(differences: Tensor) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) > 1e-6 else "0"
 
 
 def _signed(value: float) -> str:
-    return f"+{_number(value)}" if value > 0 else _number(value)
+    return f"+{_number(value)}" if value > 1e-6 else _number(value)

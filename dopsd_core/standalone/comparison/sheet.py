@@ -13,7 +13,7 @@ from ...demo.world import render
 from ...image_grid import Row, contact_sheet
 from ..evaluate import Samples
 from .experiment import Outcomes, Plan
-from .methods import TEACHER, UNTOUCHED, Method
+from .methods import REFERENCES
 from .trials import Trial, saved_images
 
 _SHOWN = {"unseen": 4, "described": 2, "generic": 2}
@@ -25,7 +25,7 @@ def draw_comparison(plan: Plan, outcomes: Outcomes, output: Path) -> Image.Image
     concept = make_concept(plan.concepts[0])
     real = Samples(*(render(prompts.scenes) for prompts in _prompts(concept)))
     rows = [Row("renders", "what the prompts say", _picked(concept, real), _captions(concept))]
-    for method in (Method(UNTOUCHED, "untouched"), Method(TEACHER, "its teacher"), *plan.methods):
+    for method in (*REFERENCES, *plan.methods):
         trial = Trial(method, plan.concepts[0], plan.seeds[0], "steps", plan.steps, plan.level, plan.check_every)
         scores = outcomes[method.name][0][0].scores
         remark = f"concept error {scores['concept_error']:.2f}, leakage {scores['leak']:.2f}"
