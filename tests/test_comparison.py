@@ -230,7 +230,7 @@ def test_runs_that_did_not_reach_the_level_are_counted() -> None:
 
 def compare(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     words = [
-        "--only", "sft", "--method", "db: objective=dreambooth, dreambooth_class_images=2", "--concepts", "1",
+        "--only", "dopsd", "--method", "db: objective=dreambooth, dreambooth_class_images=2", "--concepts", "1",
         "--seeds", "2", "--steps", "2", "--max-steps", "4", "--check-every", "2", "--level", "0.99", *more,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -252,17 +252,17 @@ def test_a_small_comparison_of_the_demo(output: Path) -> None:
     assert [table.key.removeprefix("compare-methods-") for table in tables] == [
         "steps", "steps-differences", "time", "time-differences", "error", "error-differences",
     ]  # fmt: skip
-    assert [row[0] for row in tables[0].rows] == ["untouched", "its teacher", "D-OPSD", "SFT", "db"]
+    assert [row[0] for row in tables[0].rows] == ["untouched", "its teacher", "D-OPSD", "db"]
     outcomes: Any = result["outcomes"]
-    assert len(outcomes["steps"]) == 10 and len(outcomes["time"]) == len(outcomes["error"]) == 6
+    assert len(outcomes["steps"]) == 8 and len(outcomes["time"]) == len(outcomes["error"]) == 4
     by_name = {(o["method"], o["seed"]): o for o in outcomes["steps"]}
     assert by_name["teacher", 0]["scores"]["concept_error"] < by_name["untouched", 0]["scores"]["concept_error"]
     assert by_name["dopsd", 0]["steps"] == 2 and by_name["untouched", 0]["steps"] == 0
-    assert by_name["db", 1]["drawing_seconds"] > 0 == by_name["sft", 1]["drawing_seconds"]
+    assert by_name["db", 1]["drawing_seconds"] > 0 == by_name["dopsd", 1]["drawing_seconds"]
     stopped = [o for o in outcomes["error"] if o["method"] == "dopsd"]
     assert all(o["steps"] == 0 and o["reached"] for o in stopped)  # the level is above the untouched model's error
     sheet = Image.open(output / "comparison.png")
-    assert sheet.height > 6 * 112 and sheet.width > 8 * 112
+    assert sheet.height > 5 * 112 and sheet.width > 8 * 112
     assert not list(output.glob("concept-0/runs/*/checkpoints"))
     assert not list((output / "outcomes").glob("dopsd-time-*"))  # it is the same run as at equal steps
 
@@ -289,7 +289,7 @@ def test_the_error_in_training_is_that_of_the_distilled_model_with_the_weights(o
 def test_it_is_resumed_and_only_what_changed_is_run_again(output: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (output / "outcomes").iterdir()}
     tables = (output / "comparison.md").read_bytes()
-    (lost,) = (output / "outcomes").glob("sft-steps-concept0-seed1.json")
+    (lost,) = (output / "outcomes").glob("db-steps-concept0-seed1.json")
     lost.unlink()
     done = compare(output)
     assert done.returncode == 0, done.stderr
