@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent.parent
-ROOTS = ("dopsd_core", "nodes")
+ROOTS = ("benchmarks", "dopsd_core", "nodes", "tools")
 
 MAX_FILE, MAX_FUNCTION, MAX_P90 = 350, 60, 30
 
