@@ -1,4 +1,4 @@
-"""Training goes on from LoRAs of any trainer with exactly the effect that ComfyUI's own loader gives them."""
+"""Training continues from LoRAs of any trainer with exactly the effect that ComfyUI's own loader gives them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ draws = itertools.count()
 
 
 def drawn_pixels(server: Server) -> bytes:
-    """A picture of the untouched MODEL that the server holds, computed anew: no cached result fits this shift, which
+    """An image of the untouched MODEL that the server holds, computed anew: no cached result fits this shift, which
     is Z-Image's own to the last bit of the noise levels."""
     graph = {"models": training()["models"], **drawing(PROMPT, model=("shifted", 0))}
     inputs = {"model": ["models", 0], "shift": 3.0 + next(draws) * 1e-12}
