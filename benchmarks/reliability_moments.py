@@ -164,7 +164,7 @@ def two_servers(stage: Stage) -> Outcome:
         finished(one, first)
         return Outcome(
             f"in the second server: {seen(second)}",
-            "the first went on until it was cancelled",
+            "the first continued until it was cancelled",
             second.status == "error" and "another run is working" in second.error,
         )
 

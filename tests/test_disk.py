@@ -184,7 +184,7 @@ def test_room_is_held_without_a_name_and_given_back(tmp_path: Path, monkeypatch:
     assert files[1].closed
 
 
-def test_where_no_room_can_be_held_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_room_can_be_held_the_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "_allocate", fails_with(errno.EOPNOTSUPP))
     assert train(make_config(), TinyDenoiser(), make_data(), tmp_path).step == 12
     monkeypatch.setattr(disk, "_allocate", fails_with(errno.ENOSPC))

@@ -359,7 +359,7 @@ def test_a_run_starts_from_a_lora(tmp_path, trained, teacher, monkeypatch):
             torch.testing.assert_close(exported[key], value)
 
 
-def test_a_run_goes_on_only_with_the_lora_that_it_started_from(tmp_path, trained):
+def test_a_run_resumes_only_with_the_lora_that_it_started_from(tmp_path, trained):
     config, folder = make_config(steps=6), tmp_path / "cut"
     train(make_config(steps=3), TinyDenoiser(), make_data(), folder, initial=trained)
     changed = {key: value * 1.5 for key, value in trained.items()}
