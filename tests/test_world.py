@@ -78,6 +78,12 @@ def test_concept_is_unseen_and_its_test_backgrounds_are_new() -> None:
             assert text.split(",")[0] == "a [V] badge"
 
 
+def test_a_concept_is_described_in_english_and_its_prompts_in_the_models_words() -> None:
+    concept = make_concept(0, num_unseen=1, num_prior=1, num_anchors=1)
+    assert concept.words == "a dotted pink star badge with an orange center"
+    assert caption(concept.targets, 0, attributes=APPEARANCE, layout=False) == concept.words.replace("an ", "a ")
+
+
 def test_dataset_on_disk_is_that_of_the_concept(tmp_path) -> None:
     from dopsd_core.data.dataset import read_dataset
 
