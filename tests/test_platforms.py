@@ -109,6 +109,15 @@ def test_a_folder_has_one_holder(windows: WindowsLocks, tmp_path: Path) -> None:
     second.release()
 
 
+def test_a_second_training_in_the_same_folder_is_refused(windows: WindowsLocks, tmp_path: Path) -> None:
+    first = FolderLock(tmp_path)
+    first.acquire()
+    with pytest.raises(FolderInUse):
+        train(make_config(steps=1), TinyDenoiser(), make_data(), tmp_path)
+    first.release()
+    assert train(make_config(steps=1), TinyDenoiser(), make_data(), tmp_path).step == 1
+
+
 def test_files_are_replaced_and_leftovers_removed(windows: WindowsLocks, tmp_path: Path) -> None:
     leftover = tmp_path / ".x.0123456789abcdef.tmp"
     leftover.write_bytes(b"half")
