@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -177,3 +179,26 @@ for arguments in (["inspect-dataset", "data"], ["train", "data", "--output", "ru
     assert done.returncode == 0, done.stderr[-2000:]
     warned = [line for line in done.stderr.splitlines() if "EncodingWarning" in line and "dopsd_core" in line]
     assert warned == []
+
+
+def without_encoding(source: str) -> list[int]:
+    """Lines of calls that read or write text in the system's encoding."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        modes = [value.value for value in node.args if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+        is_text = isinstance(node.func, ast.Name) or any(re.fullmatch("[rwax+t]{1,3}", mode) for mode in modes)
+        if name in ("read_text", "write_text") or name == "open" and is_text and not any("b" in mode for mode in modes):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_no_source_leaves_the_encoding_to_the_system() -> None:
+    """The files that the run above does not read or write too."""
+    files = [path for folder in ("dopsd_core", "nodes") for path in (ROOT / folder).rglob("*.py")]
+    found = {path.name: lines for path in files if (lines := without_encoding(path.read_text(encoding="utf-8")))}
+    assert found == {}
+    calls = "p.read_text()\np.open('w')\nopen(p)\np.open('rb')\np.write_text(x, encoding='utf-8')\nrun.open(True)\n"
+    assert without_encoding(calls) == [1, 2, 3]
