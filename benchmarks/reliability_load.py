@@ -162,7 +162,8 @@ def summary(journal: Journal) -> Section:
     cut = all(row["cut"] in ("", "interrupted", "error") for row in rows)
     notes = [
         f"Flat means at most {MOST_GROWTH:.0%} more, of resident memory, objects and tensors. Looked at: "
-        f"{', '.join((*MUST_STAY, *MUST_SETTLE))}.",
+        f"{', '.join((*MUST_STAY, *MUST_SETTLE))}; of threads, "
+        "all but those of asyncio's pool, which starts them when two requests meet.",
         *([f"CHANGED: {', '.join(changed)}"] if changed else []),
     ]
     return Section(
