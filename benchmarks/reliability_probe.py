@@ -176,7 +176,7 @@ def modules_of(model: Any, clip: Any, vae: Any) -> Iterator[nn.Module]:
 
 
 def thread_names() -> list[str]:
-    """The threads of the process, without asyncio's own pool: the event loop starts those of it when two requests meet."""
+    """The process's threads without asyncio's pool, whose threads are started when two requests meet."""
     return sorted(one.name for one in threading.enumerate() if not one.name.startswith("asyncio_"))
 
 
