@@ -25,7 +25,7 @@ from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
 from .comfy_host.model_patches import unused_schedule
-from .comfy_host.paths import stamp_of
+from .comfy_host.paths import never_the_same, stamp_of
 from .comfy_host.sampling import few_step_sample
 from .comfy_host.sockets import CATEGORY
 
@@ -65,9 +65,13 @@ class CompareLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+    def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
         """Changes when the file is replaced, so that ComfyUI runs the node again."""
-        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+        if lora_name == NONE or "lora" in others:
+            return NONE
+        if lora_name is None:  # it comes over a link
+            return never_the_same()
+        return stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
     @checked

@@ -132,6 +132,14 @@ def stamp_of(path: Path | str) -> tuple[str, int, int, int]:
     return str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
+def never_the_same() -> float:
+    """For `fingerprint_inputs`: equals no other value, so that ComfyUI runs the node again.
+
+    ComfyUI does not say which file is meant if its name comes over a link, so whether it has changed is not known.
+    """
+    return float("nan")
+
+
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
     """The folder `name` in ComfyUI's temp folder, written atomically by `write` if it does not exist.
 

@@ -67,6 +67,7 @@ def test_untouched_it_is_the_preset(
         ({"anchor_probability": 0.0}, {"anchor_probability": 0.0}),
         ({"grad_steps": 2}, {"grad_steps": 2}),
         ({"rollout_steps": 2}, {"rollout_steps": 2, "grad_steps": None}),
+        ({"grad_steps": 0}, {"grad_steps": None}),
         ({"targets": "layers.*.attention.*"}, {"targets": ("layers.*.attention.*",)}),
         ({"objective": "sft", "sft_shift": 1.5}, {"objective": "sft", "sft_shift": 1.5}),
     ],
