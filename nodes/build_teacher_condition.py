@@ -149,7 +149,7 @@ class BuildTeacherCondition(io.ComfyNode):
         found = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
         notes = Notes((*found, *warnings.lines))
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
-        return io.NodeOutput(replace(conditions, notes=notes.lines))
+        return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *notes.lines)))
 
 
 def _inputs() -> list[Any]:

@@ -35,7 +35,7 @@ from .comfy_host.paths import (
 from .comfy_host.sockets import CATEGORY, Dataset, DatasetSocket
 
 MULTIPLE = 16
-_SHOWN_LINES = 12
+_SHOWN_LINES, _NOTED = 12, 20
 _OVERSHOOT = 0.5
 """How far values of connected images may leave 0..1, as sharp resizing does; they are clamped."""
 
@@ -91,7 +91,7 @@ class LoadDataset(io.ComfyNode):
         report = _read(source, **single)
         send_text(cls, note + shortened(without_folder(report.describe(), report)))
         refuse_errors(report)
-        dataset = Dataset(report, single["trigger"].strip(), dropout)
+        dataset = Dataset(report, single["trigger"].strip(), dropout, (*note.splitlines(), *noted(report)))
         pixels = to_pixels(draw_report(report))
         return io.NodeOutput(dataset, note + report.describe(), ui=ui.PreviewImage(pixels, cls=cls))
 
@@ -276,6 +276,13 @@ def without_folder(text: str, report: DatasetReport) -> str:
     folder = report.source if report.source.is_dir() else report.source.parent
     whole, name = printable(str(folder)), printable(folder.name)
     return text.replace(f"{whole}{os.sep}", "").replace(f"{whole}:", f"{name}:")
+
+
+def noted(report: DatasetReport) -> tuple[str, ...]:
+    """The warnings for the report of a run, the first ones if there are many."""
+    lines = [without_folder(str(problem), report) for problem in report.warnings]
+    more = len(lines) - _NOTED
+    return (*lines[:_NOTED], *([f"{more} more warnings of the dataset: see Load Dataset"] if more > 0 else []))
 
 
 def shortened(text: str) -> str:

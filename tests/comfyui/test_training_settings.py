@@ -109,6 +109,13 @@ def test_a_training_takes_them(comfyui: ComfyUI) -> None:
     )
 
 
+def test_all_of_the_steps_may_be_asked_for(comfyui: ComfyUI) -> None:
+    """0 on the widget, which is no number of steps."""
+    run = comfyui.execute(with_settings(comfyui, "all_steps", grad_steps=0), keep_cache=True)
+    assert run.status == "success", run.error
+    assert "grad_steps" not in run.texts("train")[-1]
+
+
 def test_what_they_replace_is_named(comfyui: ComfyUI) -> None:
     graph = with_settings(comfyui, "both")
     graph["train"]["inputs"] |= {"preset": "paper", "rank": 8}
