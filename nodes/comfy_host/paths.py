@@ -245,10 +245,12 @@ def lora_file_path(prefix: str) -> Path:
 
     Raises:
         ValueError: the prefix is empty, absolute, leads outside or is not a valid name on every system.
+        DiskError: its folder cannot be created.
     """
     parts = require_lora_name(prefix)
     output = folder_paths.get_output_directory()
-    folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), output)
+    with writing(Path(output, *parts)):
+        folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), output)
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 

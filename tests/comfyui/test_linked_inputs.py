@@ -106,3 +106,17 @@ def test_connected_images_may_overshoot_a_little(comfyui: ComfyUI) -> None:
     image = torch.linspace(-0.1, 1.1, 64 * 64 * 3).view(1, 64, 64, 3)
     stored = comfyui.module("nodes.load_dataset").store_images([image], ["a [V] cat"])
     assert [path.suffix for path in sorted(stored.iterdir())] == [".png", ".txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "slot", "kind"), [("clip", 0, "ModelPatcher"), ("vae", 1, "CLIP"), ("dataset", 2, "VAE"), ("vision", 1, "CLIP")]
+)
+def test_a_link_of_another_kind_is_named(comfyui: ComfyUI, name: str, slot: int, kind: str) -> None:
+    """A node whose output fits every input, such as a reroute or a switch, gives what it is given."""
+    node = comfyui.pack_nodes["DOPSD_BuildTeacherCondition"]
+    models = comfyui.call(comfyui.pack_nodes["DOPSD_LoadDemoModels"].execute).result
+    checks = comfyui.module("nodes.comfy_host.checked_inputs")
+    with pytest.raises(checks.InputError, match=f"{name} is connected to a {kind}"):
+        checks.completed(node, {name: models[slot]})
+    right = {"clip": models[1], "vae": models[2], "vision": models[3]}
+    assert right.items() <= checks.completed(node, right).items()
