@@ -114,7 +114,8 @@ def _files_of(source: Path) -> Iterator[str]:
     for parent, folders, names in os.walk(folder):
         folders.sort()
         yield from (os.path.join(parent, name) for name in sorted(names))
-    if source != folder and (root := allowed_root(source)):
+    is_rows = source.suffix.lower() in ROW_SUFFIXES and source.is_file()  # no pipe, and no large file of another kind
+    if is_rows and (root := allowed_root(source)):
         entries = read_jsonl(source, Problems())
         named = {os.path.normpath(path) for entry in entries for path in (entry.image, *entry.source_images)}
         yield from sorted(

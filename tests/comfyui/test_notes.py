@@ -441,6 +441,14 @@ def test_many_warnings_of_a_dataset_are_counted(comfyui: ComfyUI, tmp_path: Path
     assert lines[-1] == "10 more warnings of the dataset: see Load Dataset"
 
 
+def test_more_preview_prompts_than_a_sheet_has_room_for(comfyui: ComfyUI) -> None:
+    """A JPEG has at most 65,535 columns, and a preview that cannot be written ends ComfyUI's server."""
+    texts = comfyui.module("nodes.comfy_host.previews").preview_texts
+    assert len(texts("\n".join(map(str, range(32))), [], "")) == 32
+    with pytest.raises(ValueError, match="preview_prompts: at most 32 prompts, one per line, there are 33"):
+        texts("\n".join(map(str, range(33))), [], "")
+
+
 class WithEmbeddings:
     """A CLIP of width 8 for which the embeddings `known` are there, by width."""
 

@@ -294,3 +294,12 @@ def test_results_lie_in_the_output_folder(comfyui, paths) -> None:
     assert paths.lora_file_path("deep/%year%").name.startswith("2")
     assert paths.shown(first) == "output/deep/er/name_00001_.safetensors"
     assert paths.condition_cache().is_relative_to(comfyui.base / "user")
+
+
+def test_the_fingerprint_reads_no_file_but_rows(comfyui, paths, monkeypatch) -> None:
+    """Before a run, ComfyUI asks for it with any choice; a large file or a pipe would stop the server."""
+    monkeypatch.setattr(paths, "read_jsonl", lambda *_: pytest.fail("it was read"))
+    (comfyui.input / "large.bin").write_bytes(bytes(9))
+    before = paths.dataset_fingerprint("large.bin")
+    (comfyui.input / "large.bin").write_bytes(bytes(10))
+    assert paths.dataset_fingerprint("large.bin") != before
