@@ -228,9 +228,11 @@ def store_images(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
 def _check_batch(number: int, batch: Tensor) -> None:
     where = f"images {number} of those connected to Load Dataset"
     if batch.ndim != 4 or batch.shape[-1] not in (3, 4):
-        raise ValueError(f"{where} have the shape {list(batch.shape)}, it must be [n, H, W, 3 or 4]: connect RGB images")
+        raise ValueError(
+            f"{where} have the shape {list(batch.shape)}, it must be [n, H, W, 3 or 4]: connect RGB images"
+        )
     low, high = (float(value) for value in batch.aminmax()) if batch.numel() else (0.0, 0.0)
-    if not (-_OVERSHOOT <= low and high <= 1 + _OVERSHOOT):
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
         raise ValueError(
             f"{where} have values from {low:g} to {high:g}, they must be within 0 and 1: correct the node that makes "
             "them, such as a VAE Decode in too narrow a dtype"

@@ -17,7 +17,16 @@ from pathlib import Path
 
 from ..text import printable
 from .buckets import Bucket, make_buckets
-from .captions import CaptionError, check_text, doubts_of, has_trigger, is_blank, near_placeholder, put_trigger, remove_trigger
+from .captions import (
+    CaptionError,
+    check_text,
+    doubts_of,
+    has_trigger,
+    is_blank,
+    near_placeholder,
+    put_trigger,
+    remove_trigger,
+)
 from .checks import Fit, ImageChecker
 from .folder import ROW_SUFFIXES, Entry, read_folder
 from .jsonl import read_jsonl

@@ -17,6 +17,7 @@ from .fits import require_training_vae
 from .identity import identity_of
 from .vision import TeacherVision, count_tokens, encode_image_text, image_tokens, text_encoder
 
+
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> TeacherView:
     """The teacher that `mode` selects for the encoder's family, with the user's sentence.
 

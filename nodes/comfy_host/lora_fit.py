@@ -1,7 +1,7 @@
 """Which tensors of a LoRA ComfyUI's own loader applies to a MODEL.
 
-ComfyUI loads what it finds by name, and only logs a tensor of the wrong shape and continues: the demo model has the same
-names as the real one. Where two entries are for one weight, it applies the last.
+ComfyUI loads what it finds by name, and only logs a tensor of the wrong shape and continues: the demo model has the
+same names as the real one. Where two entries are for one weight, it applies the last.
 """
 
 from __future__ import annotations

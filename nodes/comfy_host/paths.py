@@ -38,6 +38,8 @@ EXTRA = "dopsd_datasets"
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
 _FORBIDDEN = re.compile(r'[<>:"|?*\\/\x00-\x1f\x7f\ud800-\udfff]')
 _LONGEST_NAME = 100
+DIGEST_DIGITS = 8
+"""Hex digits of a run's digest in the name of its folder."""
 
 folder_paths.folder_names_and_paths.setdefault(EXTRA, ([], set()))
 
@@ -231,6 +233,16 @@ def run_folder(name: str) -> Path:
     return Path(folder_paths.get_output_directory()).resolve() / "dopsd" / _checked(name.strip(), "run name")
 
 
+def require_run_name(name: str) -> None:
+    """Checks the start of a run folder's name, to which the run's digest is added; writes nothing.
+
+    Raises:
+        ValueError: it is empty, too long, or not a valid folder name on every system.
+    """
+    run_folder(name)
+    _checked(name.strip(), "run name", _LONGEST_NAME - len("-") - DIGEST_DIGITS)
+
+
 def shown(path: Path) -> str:
     """A path as shown to users: output/... inside ComfyUI's output folder."""
     output = Path(folder_paths.get_output_directory())
@@ -275,7 +287,7 @@ def known_weights() -> Path:
     return Path(folder_paths.get_user_directory()) / "dopsd" / "weights.json"
 
 
-def _checked(name: str, what: str) -> str:
+def _checked(name: str, what: str, longest: int = _LONGEST_NAME) -> str:
     """The name, if it is a valid file or folder name, on Windows too."""
     if not name:
         raise ValueError(f"the {what} is empty or has an empty part; write a name such as my_concept")
@@ -286,6 +298,6 @@ def _checked(name: str, what: str) -> str:
         raise ValueError(f"the {what} {name!r} may not start or end with a dot or a space")
     if _RESERVED.fullmatch(name):
         raise ValueError(f"the {what} may not be {name!r}: Windows reserves that name")
-    if len(name.encode(errors="replace")) > _LONGEST_NAME:
-        raise ValueError(f"the {what} is longer than {_LONGEST_NAME} bytes; shorten {name[:20]!r}...")
+    if len(name.encode(errors="replace")) > longest:
+        raise ValueError(f"the {what} is longer than {longest} bytes; shorten {name[:20]!r}...")
     return name

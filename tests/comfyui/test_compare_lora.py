@@ -131,12 +131,19 @@ NORM, OUT = "diffusion_model.noise_refiner.0.attention.q_norm", "diffusion_model
 """Of the demo model: a norm of 128 and a Linear of 256 to 256."""
 
 
+def loha(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    sizes = {"a": (rows, 2), "b": (2, columns)}
+    return {f"{OUT}.hada_w{number}_{half}": torch.ones(sizes[half]) for number in "12" for half in "ab"}
+
+
 def test_each_tensor_that_does_not_fit_is_counted(comfyui, tensors) -> None:
     """ComfyUI applies what fits and logs the rest, also where one file has both."""
     first = next(key for key in tensors if ".lora_A." in key).removesuffix(".lora_A.weight")
     mixed = {**tensors, f"{first}.lora_B.weight": torch.ones(99, 4)}
     run = comfyui.execute(with_lora(comfyui, mixed, strengths="1", prompts="a badge"))
-    assert f"{len(mixed) - 2} of {len(mixed)} tensors fit and are used, 2 are not, such as {first}." in run.texts("2")[0]
+    assert (
+        f"{len(mixed) - 2} of {len(mixed)} tensors fit and are used, 2 are not, such as {first}." in run.texts("2")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,8 +153,8 @@ def test_each_tensor_that_does_not_fit_is_counted(comfyui, tensors) -> None:
         ({f"{NORM}.diff": torch.ones(5)}, 0),
         ({f"{OUT}.lokr_w1": torch.ones(2, 2), f"{OUT}.lokr_w2": torch.ones(128, 128)}, 2),
         ({f"{OUT}.lokr_w1": torch.ones(2, 2), f"{OUT}.lokr_w2": torch.ones(256, 256)}, 0),
-        ({f"{OUT}.hada_w{i}_{a}": torch.ones(256, 2) if a == "a" else torch.ones(2, 256) for i in "12" for a in "ab"}, 4),
-        ({f"{OUT}.hada_w{i}_{a}": torch.ones(7, 2) if a == "a" else torch.ones(2, 9) for i in "12" for a in "ab"}, 0),
+        (loha(256, 256), 4),
+        (loha(7, 9), 0),
         ({f"{OUT}.lora_up.weight": torch.ones(256, 2), f"{OUT}.lora_down.weight": torch.ones(2, 256)}, 2),
         ({f"{OUT}.lora_up.weight": torch.ones(256, 2), f"{OUT}.lora_down.weight": torch.ones(2, 256),
           f"{OUT}.alpha": torch.tensor(2.0), f"{OUT}.diff": torch.ones(256, 256)}, 1),

@@ -1,4 +1,4 @@
-"""Inputs of our nodes that come over links, of which ComfyUI neither checks the value nor says what it is beforehand."""
+"""Inputs of our nodes that come over links: ComfyUI neither checks such a value nor says beforehand what it is."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def test_connected_images_may_overshoot_a_little(comfyui: ComfyUI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "slot", "kind"), [("clip", 0, "ModelPatcher"), ("vae", 1, "CLIP"), ("dataset", 2, "VAE"), ("vision", 1, "CLIP")]
+    ("name", "slot", "kind"),
+    [("clip", 0, "ModelPatcher"), ("vae", 1, "CLIP"), ("dataset", 2, "VAE"), ("vision", 1, "CLIP")],
 )
 def test_a_link_of_another_kind_is_named(comfyui: ComfyUI, name: str, slot: int, kind: str) -> None:
     """A node whose output fits every input, such as a reroute or a switch, gives what it is given."""

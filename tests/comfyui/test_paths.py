@@ -303,3 +303,11 @@ def test_the_fingerprint_reads_no_file_but_rows(comfyui, paths, monkeypatch) -> 
     before = paths.dataset_fingerprint("large.bin")
     (comfyui.input / "large.bin").write_bytes(bytes(10))
     assert paths.dataset_fingerprint("large.bin") != before
+
+
+def test_a_run_name_leaves_room_for_the_digest(comfyui, paths) -> None:
+    """Otherwise the name is refused only after everything is encoded."""
+    validate = comfyui.pack_nodes["DOPSD_TrainLoRA"].validate_inputs
+    assert validate(run_name="x" * 91) is True
+    assert paths.run_folder("x" * 91 + "-01234567").name.endswith("-01234567")
+    assert validate(run_name="x" * 92) == f"the run name is longer than 91 bytes; shorten {'x' * 20!r}..."
