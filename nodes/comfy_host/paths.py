@@ -12,6 +12,7 @@ The owner allows folders in extra_model_paths.yaml:
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -38,6 +39,9 @@ EXTRA = "dopsd_datasets"
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
 _FORBIDDEN = re.compile(r'[<>:"|?*\\/\x00-\x1f\x7f\ud800-\udfff]')
 _LONGEST_NAME = 100
+_WRITTEN = ".written.json"
+"""File with the sizes of the files of a stored dataset; hidden, so that it is not read as one of them."""
+
 DIGEST_DIGITS = 8
 """Hex digits of a run's digest in the name of its folder."""
 
@@ -144,23 +148,40 @@ def never_the_same() -> float:
 
 
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` in ComfyUI's temp folder, written atomically by `write` if it does not exist.
+    """The folder `name` in ComfyUI's temp folder, written atomically by `write` if it is not there as it was written.
+
+    Systems remove files from temporary folders, which would silently leave fewer images.
 
     Raises:
         DiskError: it cannot be written.
     """
     folder = Path(folder_paths.get_temp_directory()) / name
-    if not folder.is_dir():
+    if not _is_whole(folder):
         draft = folder.with_name(f".{name}.{secrets.token_hex(4)}")
         try:
             with writing(folder):
                 draft.mkdir(parents=True)
                 write(draft)
+                (draft / _WRITTEN).write_text(json.dumps(_sizes(draft)))
+                shutil.rmtree(folder, ignore_errors=True)
                 draft.rename(folder)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
     return folder.resolve()
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return json.loads((folder / _WRITTEN).read_bytes()) == _sizes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The size in bytes of each file by its path in the folder."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _WRITTEN]
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
 def _roots() -> list[tuple[str, Path]]:
