@@ -149,16 +149,15 @@ class BuildTeacherCondition(io.ComfyNode):
     ) -> io.NodeOutput:
         """Encodes the dataset and the prompts, and shows counts and notes on the node."""
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
-        edits = any(pair.source_images for pair in dataset.report.pairs)
         sentence, warnings = put_trigger(teacher_sentence, dataset.trigger), Notes()
         with warnings.with_warnings():
             encoder = ComfyEncoder(clip, vae, vision)
-            teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
+            teacher = teacher_for(encoder, mode, dataset.is_edits, sentence, teacher_image == "other")
             prompts = (teacher_image, preview_prompts, anchor_prompts)
             conditions = build_conditions(dataset, encoder, ConditionCache(condition_cache()), teacher, *prompts)
         lost = embedding_notes(clip, named_texts(dataset, sentence, preview_prompts, anchor_prompts))
-        found = (*conditions.notes, *remarks, *lost, *unused_encoders(teacher, clip, vision), *encoder.notes)
-        notes = Notes((*found, *warnings.lines))
+        unused = unused_encoders(teacher, clip, vision)
+        notes = Notes((*conditions.notes, *remarks, *lost, *unused, *encoder.notes, *warnings.lines))
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
         return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *notes.lines)))
 

@@ -55,6 +55,11 @@ class Dataset:
     caption_dropout: float
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_edits(self) -> bool:
+        """Whether the images have source images."""
+        return any(pair.source_images for pair in self.report.pairs)
+
 
 @dataclass(frozen=True, eq=False)
 class PreviewPrompt:
