@@ -29,6 +29,7 @@ def sections(preset: str, grids: Sequence[Grid], arguments: Sequence[str]) -> li
 
 
 def main() -> None:
+    """Runs the comparison and writes its sections and its contact sheet."""
     arguments = sys.argv[1:]
     args = parse_args(["compare", *arguments])
     subprocess.run([sys.executable, "-m", "dopsd_core", "compare", *arguments], check=True)
