@@ -1,4 +1,4 @@
-"""`python -m dopsd_core`: demo, train, sample, inspect-dataset."""
+"""`python -m dopsd_core`: demo, train, sample, compare, inspect-dataset."""
 
 from __future__ import annotations
 
@@ -63,6 +63,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         return inspect_dataset(args)
     if args.command == "train":  # before torch is loaded
         args.train_config = config_from_args(args, demo_config())
+    if args.command == "compare":
+        from .standalone.comparison.command import run_compare
+
+        return run_compare(args)
     from .standalone import cli
 
     commands = {"demo": cli.run_demo, "train": cli.run_train, "sample": cli.run_sample}

@@ -14,8 +14,11 @@ from typing import Any
 from .config import TrainConfig
 from .demo.settings import demo_config
 from .options import Option, all_options, changed
+from .standalone.comparison.arguments import add_compare
 
-COMMANDS = ("demo", "train", "sample", "inspect-dataset")
+COMMANDS = ("demo", "train", "sample", "compare", "inspect-dataset")
+UNDISTILLED = "demo-undistilled"
+MODELS = ("demo", UNDISTILLED)
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NONE = "none"
@@ -45,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_sample(commands)
+    add_compare(commands)
     _add_inspect(commands)
     return parser
 
@@ -95,8 +99,8 @@ def _add_demo(commands: Any) -> None:
         allow_abbrev=False,
         help="teach the embedded demo model a new concept and report how well it was learned",
         description="Renders four images with captions of a concept that the demo model has never seen, draws samples "
-        "of its teacher, trains (D-OPSD, and SFT for comparison), and writes the LoRA, a contact sheet, curves and "
-        "report.json. Takes a few minutes on two CPU cores, without any download.",
+        "of its teacher, trains (D-OPSD, and SFT and DreamBooth for comparison), and writes the LoRA, a contact sheet, "
+        "curves and report.json. Takes a few minutes on two CPU cores, without any download.",
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
@@ -118,7 +122,11 @@ def _add_train(commands: Any) -> None:
     )
     _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
-    parser.add_argument("--model", default="demo", choices=("demo",), help="model to train (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="demo", choices=MODELS,
+        help="model to train: the demo model, or the same before its distillation, for the objective sft; the LoRA of "
+        "either is used on the distilled one (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     parser.add_argument(
         "--teacher-image", choices=("own", "other"), default="own",

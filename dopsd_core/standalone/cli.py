@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..arguments import UNDISTILLED
 from ..conditioning.cache import ConditionCache
 from ..config import TrainConfig
 from ..data.captions import check_prompts, put_trigger
 from ..data.dataset import read_dataset
 from ..data.images import decode, to_tensor
 from ..demo.concept import make_concept, write_dataset
-from ..demo.model_files import JUDGE_FILE, WEIGHTS
+from ..demo.model_files import JUDGE_FILE, SAMPLE_STEPS, WEIGHTS
 from ..demo.settings import demo_config
 from ..demo.world import IMAGE_SIZE
 from ..families import Z_IMAGE
@@ -30,18 +31,21 @@ from ..training.log import StepReport
 from ..training.rng import make_generator
 from ..training.trainer import NoCallbacks, train
 from ..training.training_set import build_training_set
-from .compare import compare, draw_teacher_sheet, plan, table, write_results
+from .compare import compare, draw_teacher_sheet, dreambooth_job, plan, table, write_results
 from .evaluate import Samples
-from .hosts.demo import load_demo_model, with_lora
+from .hosts.demo import load_demo_model, load_undistilled, with_lora
 from .jobs import JobRunner
 from .judge import load_judge
 from .memory import peak_rss_mb
+
+_UNDISTILLED_STEPS = 32
+"""Steps in which the model before its distillation draws class images."""
 
 _BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Trains on an unseen concept, compares with SFT, and writes the results to `args.output`."""
+    """Trains on an unseen concept, compares with SFT and DreamBooth, and writes the results to `args.output`."""
     began = time.perf_counter()
     concept, judge = make_concept(args.concept_seed), load_judge(WEIGHTS / JUDGE_FILE)
     config = demo_config() if args.steps is None else demo_config(steps=args.steps)
@@ -50,6 +54,7 @@ def run_demo(args: argparse.Namespace) -> int:
     write_dataset(concept, args.output / "dataset")
     jobs = plan(config, args.seeds)
     work = sum(job.work for part in jobs for job in part) + (args.seeds - 1) * jobs[-1][0].work
+    work += args.seeds * dreambooth_job(config, 0).work
 
     def show_teacher(base: Samples, teacher: Samples) -> None:
         draw_teacher_sheet(concept, base, teacher).save(args.output / "teacher.png")
@@ -79,6 +84,12 @@ def run_train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     config: TrainConfig = args.train_config
+    undistilled = args.model == UNDISTILLED
+    if undistilled and config.objective.needs_few_steps:
+        raise ValueError(
+            f"objective {config.objective.name} trains the few steps of the distilled model; choose --objective sft "
+            f"for --model {UNDISTILLED}, or --model demo"
+        )
     resolution = args.resolution or IMAGE_SIZE
     report = read_dataset(
         args.dataset, pixel_budget=resolution**2, multiple=Z_IMAGE.pixel_multiple, trigger=args.trigger,
@@ -91,23 +102,31 @@ def run_train(args: argparse.Namespace) -> int:
     if args.heldout_caption is not None:
         _warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
     model = load_demo_model()
+    denoiser, fingerprint = load_undistilled() if undistilled else (model.denoiser, model.fingerprint)
     unknown = model.encoder.unknown_words([caption for pair in report.pairs for caption in pair.captions])
     if unknown:
         _say(f"warning: the demo model was not trained on these words: {', '.join(unknown)}")
     # SFT does not use anchors, but they are part of the fingerprint of saved runs
     anchors = config.objective.wants_anchors or isinstance(config.objective, SFT)
+    cache = ConditionCache(args.output / "cache")
     data = build_training_set(
-        report.pairs, model.encoder, ConditionCache(args.output / "cache"), trigger=args.trigger,
+        report.pairs, model.encoder, cache, trigger=args.trigger,
         teacher_image=args.teacher_image, caption_dropout=config.caption_dropout > 0,
         anchors=anchors, heldout_caption=args.heldout_caption,
     )  # fmt: skip
-    if config.objective.wants_anchors and not data.anchors and "anchor_probability" not in args:
+    asked_for = any(name.endswith("anchor_probability") for name in vars(args))
+    if config.objective.anchor_share and not data.anchors and not asked_for:
         _say("warning: no caption contains the trigger, so there are no anchors; anchor_probability is set to 0")
         config = config.replace(objective=config.objective.without_anchors())
+    facts = {"dopsd_base_fingerprint": fingerprint} | ({"dopsd_undistilled": args.model} if undistilled else {})
     with tqdm(total=config.steps, unit="step") as bar:
-        facts = {"dopsd_base_fingerprint": model.fingerprint}
-        result = train(config, model.denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts)
+        result = train(
+            config, denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts,
+            sample_steps=_UNDISTILLED_STEPS if undistilled else SAMPLE_STEPS, cache=cache,
+        )  # fmt: skip
     _say(f"{result.step} steps; LoRA: {result.lora_path}")
+    if undistilled:
+        _say(f"It was trained on {args.model}; use it on the distilled model, as sample --lora does.")
     return 0
 
 
@@ -160,6 +179,9 @@ def _warn(messages: Iterable[str]) -> None:
 class _TrainBar(NoCallbacks):
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
+
+    def on_class_image(self, done: int, total: int) -> None:
+        self._bar.set_postfix_str(f"class image {done} of {total}" if done < total else "")
 
     def on_step(self, report: StepReport) -> None:
         self._bar.update(report.step - self._bar.n)

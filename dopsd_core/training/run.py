@@ -22,6 +22,7 @@ from ..objectives import ObjectiveInputs, ObjectiveOutput
 from ..optimizers import evaluating, start_training
 from ..transfer import to_device
 from .checkpoint import Checkpoint, StateError, flatten_state
+from .class_images import ClassImages, OnDrawn
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
 from .nonfinite import NonFiniteError, remedy
@@ -44,6 +45,7 @@ class Run:
         folder: folder of the run.
         facts: extra metadata for the LoRA's header.
         initial: folded tensors of the LoRA to start from, [rank, in] and [rows, rank].
+        class_images: the images that the untouched model draws first; None for an objective without.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Run:
         folder: Path,
         facts: Mapping[str, str] | None = None,
         initial: Mapping[str, Tensor] | None = None,
+        class_images: ClassImages | None = None,
     ) -> None:
         self.config, self.denoiser, self.data = config, denoiser, data
         self.folder = RunFolder(folder, config, denoiser)
@@ -62,9 +65,9 @@ class Run:
         self.start: Gaps | None = None
         self.last: Gaps | None = None
         self.is_between_steps = True
-        self._identity = RunIdentity(
-            data.fingerprint(), self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
-        )
+        self._class_images = class_images or ClassImages()
+        base, start = self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
+        self._identity = RunIdentity(data.fingerprint(), base, start, self._class_images.digest)
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
         wants_anchors = config.objective.wants_anchors
@@ -100,6 +103,11 @@ class Run:
     def close(self) -> None:
         """Closes the folder."""
         self.folder.close()
+
+    def draw_class_images(self, on_drawn: OnDrawn) -> bool:
+        """Lets the untouched model draw the images that the objective needs; returns False if `on_drawn` stopped it."""
+        with self.adapters.use("off"):
+            return self._class_images.draw(self._anchors, self.denoiser, on_drawn)
 
     def measure_start(self) -> StepReport:
         """Measures the gap before training.
@@ -243,6 +251,7 @@ class Run:
                 sigmas=get_family(config.family).grid(config.rollout_steps, shapes[0]),
                 generator=make_generator(config.seed, "objective", self.step, micro),
                 anchors=self._anchors,
+                class_images=self._class_images.images,
                 loss_scale=self.loss_scale.value / config.grad_accumulation,
             )
         )
@@ -294,6 +303,7 @@ class Run:
             "model": self._identity.model,
             "heldout": self._heldout,
             "initial": self._identity.initial,
+            "class_images": self._identity.class_images,
             "optimizer_state": rest,
             "loss_scale": self.loss_scale.state(),
             "start": None if self.start is None else dataclasses.astuple(self.start),

@@ -1,6 +1,6 @@
 """The folder of a run: lock, log, checkpoints, LoRA file, and the disk space reserved for the next save.
 
-It contains `config.json`, `train.jsonl`, `checkpoints/` and `lora.safetensors`.
+It contains `config.json`, `train.jsonl`, `checkpoints/`, `lora.safetensors`, and for some objectives `class_images/`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .log import LOG_NAME, RunLog, StepReport
 CONFIG_NAME = "config.json"
 LORA_NAME = "lora.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
+CLASS_IMAGES_NAME = "class_images"
 
 _SLACK = 4096
 """Maximum difference in bytes between two checkpoints of a run: numbers in their JSON."""

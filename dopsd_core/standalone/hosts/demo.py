@@ -24,6 +24,7 @@ from ...demo.autoencoder import DemoAutoencoder
 from ...demo.model_files import (
     IMAGE_PAD,
     MODEL_FILE,
+    PARENT_FILE,
     TEACHER_TEMPLATE,
     TEXT_ENCODER_FILE,
     TEXT_TEMPLATE,
@@ -131,6 +132,16 @@ class DemoModel:
     denoiser: StandaloneDenoiser
     encoder: StandaloneEncoder
     fingerprint: str
+
+
+def load_undistilled(folder: Path = WEIGHTS) -> tuple[StandaloneDenoiser, str]:
+    """The demo model's transformer before its distillation, on the CPU, and the digest of its file.
+
+    Raises:
+        FileNotFoundError: the file is missing; the message names it.
+    """
+    denoiser = StandaloneDenoiser(load_transformer(folder / PARENT_FILE))
+    return denoiser, _digest(folder, PARENT_FILE)
 
 
 def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
