@@ -1,4 +1,4 @@
-"""`python -m dopsd_core`: demo, train, sample, inspect-dataset."""
+"""`python -m dopsd_core`: demo, train, sample, evaluate, inspect-dataset."""
 
 from __future__ import annotations
 
@@ -63,6 +63,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         return inspect_dataset(args)
     if args.command == "train":  # before torch is loaded
         args.train_config = config_from_args(args, demo_config())
+    if args.command == "evaluate":
+        from .standalone.evaluate_lora import run_evaluate
+
+        return run_evaluate(args)
     from .standalone import cli
 
     commands = {"demo": cli.run_demo, "train": cli.run_train, "sample": cli.run_sample}

@@ -13,9 +13,10 @@ from typing import Any
 
 from .config import TrainConfig
 from .demo.settings import demo_config
+from .metrics.arguments import add_evaluate
 from .options import Option, all_options, changed
 
-COMMANDS = ("demo", "train", "sample", "inspect-dataset")
+COMMANDS = ("demo", "train", "sample", "evaluate", "inspect-dataset")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NONE = "none"
@@ -45,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_sample(commands)
+    add_evaluate(commands)
     _add_inspect(commands)
     return parser
 

@@ -89,7 +89,7 @@ def write_layout(
     draw: Draw,
     output: Path,
     seed: int = 0,
-    on_prompt: Callable[[int, int], None] = lambda done, total: None,
+    on_prompt: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
     """Draws `IMAGES_PER_PROMPT` images per prompt and writes them as the benchmark's scorer reads them.
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..data.captions import PLACEHOLDER, put_trigger, remove_trigger
+from ..data.captions import PLACEHOLDER, has_trigger, put_trigger, remove_trigger
+from ..data.dataset import Pair
 from ..training.rng import derive_seed
 
 AREA = 1024**2
@@ -88,6 +89,21 @@ def with_class_name(prompt: str, class_name: str, trigger: str = "") -> str:
     return re.sub(pattern, lambda _: name, prompt, flags=re.IGNORECASE)
 
 
+def split_prompts(prompts: Sequence[str], trigger: str = "") -> tuple[list[str], list[str]]:
+    """(prompts of the concept, ordinary prompts): those that contain `[V]` or the trigger, and those that do not."""
+    tests = [prompt for prompt in prompts if has_trigger(prompt, trigger)]
+    return tests, [prompt for prompt in prompts if prompt not in tests]
+
+
+def rows_of(pairs: Sequence[Pair], tests: Sequence[str]) -> list[Row]:
+    """The first `ROWS_PER_CONCEPT` images of a dataset, each with its first caption; the test prompts in turn."""
+    chosen = pairs[:ROWS_PER_CONCEPT]
+    return [
+        Row(pair.width, pair.height, pair.captions[0], tuple(tests[number :: len(chosen)]))
+        for number, pair in enumerate(chosen)
+    ]
+
+
 def concept_shots(
     rows: Sequence[Row], trigger: str, class_name: str, seed: int = 0, area: int = AREA, multiple: int = MULTIPLE
 ) -> list[Shot]:
@@ -96,23 +112,46 @@ def concept_shots(
     for number, row in enumerate(rows[:ROWS_PER_CONCEPT]):
         width, height = generation_size(row.width, row.height, area, multiple)
         for index, prompt in enumerate((row.rewrite, *row.tests)):
-            shots.append(
-                Shot(
-                    kind="test" if index else "rewrite",
-                    prompt=put_trigger(prompt, trigger),
-                    scored=with_class_name(prompt, class_name, trigger),
-                    seed=seed_of(seed, number, index),
-                    width=width,
-                    height=height,
-                    row=number,
-                )
-            )
+            kind: ShotKind = "test" if index else "rewrite"
+            read, scored = put_trigger(prompt, trigger), with_class_name(prompt, class_name, trigger)
+            shots.append(Shot(kind, read, scored, seed_of(seed, number, index), width, height, number))
     return shots
 
 
 def ordinary_shots(prompts: Sequence[str], width: int, height: int, seed: int = 0) -> list[Shot]:
-    """One image per ordinary prompt, for retention."""
+    """One image of width x height pixels per ordinary prompt, for retention."""
     return [
         Shot("ordinary", prompt, prompt, seed_of(seed, -1, index), width, height)
         for index, prompt in enumerate(prompts)
     ]
+
+
+def all_shots(
+    pairs: Sequence[Pair],
+    prompts: Sequence[str],
+    trigger: str,
+    class_name: str = "",
+    *,
+    seed: int = 0,
+    num_seeds: int = 1,
+    area: int = AREA,
+    multiple: int = MULTIPLE,
+) -> list[Shot]:
+    """Everything that an evaluation draws.
+
+    Args:
+        pairs: the dataset; edits are not evaluated.
+        prompts: with `[V]` or the trigger for test prompts, without it for ordinary ones.
+        trigger: the concept's name; "" for `[V]` itself.
+        class_name: what the concept is, such as "dog".
+        num_seeds: images per prompt.
+        area: number of pixels of an image.
+        multiple: width and height are multiples of it.
+    """
+    tests, ordinary = split_prompts(prompts, trigger)
+    rows, (width, height) = rows_of(pairs, tests), generation_size(1, 1, area, multiple)
+    shots = []
+    for each in range(seed, seed + num_seeds):
+        shots += concept_shots(rows, trigger, class_name, each, area, multiple)
+        shots += ordinary_shots([put_trigger(text, "") for text in ordinary], width, height, each)
+    return shots
