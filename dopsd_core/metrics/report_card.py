@@ -108,6 +108,7 @@ def _finite(value: Any) -> Any:
 
 
 def _draw_table(evaluation: Evaluation) -> Image.Image:
+    groups: list[tuple[Group, list[Measured]]]
     groups = [(group, [m for m in evaluation.measured if m.group == group]) for group in GROUPS]
     groups = [(group, measured) for group, measured in groups if measured]
     width = _TITLE_WIDTH + (1 + len(evaluation.strengths)) * _COLUMN + 2 * _PAD

@@ -158,7 +158,7 @@ def test_bad_strengths_are_refused_before_anything_runs(comfyui, strengths: str,
 
 
 def test_strengths_are_read_generously(comfyui) -> None:
-    parse = comfyui.module("nodes.compare_lora").parse_strengths
+    parse = comfyui.module("nodes.comfy_host.lora_use").parse_strengths
     assert parse("1; .5,\n 0,1.0,") == [1.0, 0.5, 0.0]
 
 
@@ -195,7 +195,7 @@ def test_kleins_names_are_counted_too(comfyui, tensors) -> None:
     cpu = torch.device("cpu")
     model = comfy.model_patcher.ModelPatcher(toy.network(config), load_device=cpu, offload_device=cpu)
     lora = random_lora(comfyui, model, 0.3, 4, 0)
-    lora_module = comfyui.module("nodes.compare_lora")
+    lora_module = comfyui.module("nodes.comfy_host.lora_use")
     assert lora_module.count_used(model, lora) == len(lora) > 20
     demo = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
     for other, foreign in ((model, tensors), (demo, lora)):
