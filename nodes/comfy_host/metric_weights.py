@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.model_management
 import folder_paths
+import torch
 from torch import Tensor
 
 from ...dopsd_core.metrics.measures import Metrics
@@ -69,23 +70,23 @@ def ask_with(clip: Any) -> Ask:
     Raises:
         MetricUnavailable: it cannot.
     """
-    if not hasattr(clip.cond_stage_model, "generate"):
+    blank = [torch.zeros(3, 32, 32)] * 2
+    if not hasattr(clip.cond_stage_model, "generate") or _count_images(_tokens(clip, blank, "")) != len(blank):
         raise MetricUnavailable(
-            "the CLIP connected to judge cannot generate text: load qwen3vl_4b or qwen3vl_8b with Load CLIP, or "
-            "disconnect judge"
+            "the CLIP connected to judge cannot answer questions about two images: load qwen3vl_4b or qwen3vl_8b with "
+            "Load CLIP, or disconnect judge"
         )
 
     def ask(images: Sequence[Tensor], question: str) -> str:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        tokens = clip.tokenize(question, images=[image.movedim(0, -1)[None] for image in images])
-        if _count_images(tokens) != len(images):
-            raise MetricUnavailable(
-                "the CLIP connected to judge does not read images: load qwen3vl_4b or qwen3vl_8b with Load CLIP, or "
-                "disconnect judge"
-            )
+        tokens = _tokens(clip, images, question)
         return clip.decode(clip.generate(tokens, do_sample=False, max_length=MAX_NEW_TOKENS))
 
     return ask
+
+
+def _tokens(clip: Any, images: Sequence[Tensor], text: str) -> Any:
+    return clip.tokenize(text, images=[image.movedim(0, -1)[None] for image in images])
 
 
 def _count_images(tokens: Any) -> int:
