@@ -82,7 +82,7 @@ class LoRAReportCard(io.ComfyNode):
         notes += check_prompts(prompts, "prompt", dataset.trigger)
         evaluation = make_evaluation(
             LoraOnModel(name, tensors, model, clip, vae), dataset, conditions,
-            lambda: load_chosen(*(settings[key] for key in WEIGHTS), judge, settings["judge_kind"]),
+            lambda: load_chosen(chosen_weights(settings), judge, settings["judge_kind"]),
             wanted_of(settings, prompts), notes,
         )  # fmt: skip
         send_text(cls, "\n".join(summary_lines(evaluation)))
@@ -118,6 +118,11 @@ def wanted_of(settings: dict[str, Any], prompts: tuple[str, ...]) -> Wanted:
         resolution=settings["resolution"],
         class_name=settings["class_name"],
     )
+
+
+def chosen_weights(settings: dict[str, Any]) -> dict[str, str]:
+    """The choice of weights by metric, as the core names them."""
+    return {"dino": settings["dino"], "lpips": settings["lpips"], "clip": settings["clip_score"]}
 
 
 def notes_on(settings: dict[str, Any], conditions: Any | None, judge: Any | None) -> list[str]:

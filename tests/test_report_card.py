@@ -161,6 +161,12 @@ def test_sharpness_is_judged_by_one(value, word) -> None:
     assert measured("near 1", [1.0, 1.0], [], [value, value]).verdict(1.0).word == word
 
 
+def test_what_is_not_known_is_not_claimed() -> None:
+    assert measured("near 1", [1.0] * 4, [], [0.3, 1.4, 0.2, 1.3]).verdict(1.0).word == "no clear change"
+    assert measured("unchanged", [0, 0], [], [0.5, 0.5]).verdict(1.0).word == "no clear change"  # without a floor
+    assert measured("unchanged", [0, 0], [0, 0], [0, 0]).verdict(1.0).word == "kept"
+
+
 def test_a_blurred_lora_is_called_blurry() -> None:
     def blurring(strength, shots):
         flat = torch.nn.functional.avg_pool2d

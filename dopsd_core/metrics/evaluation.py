@@ -126,7 +126,7 @@ class Measured:
         change = paired_difference(self.strengths[strength], self.untouched, self.prompts)
         if self.better == "unchanged":
             share = mean.mean / self.floor if self.floor else None
-            return Verdict(mean, change, share, _retention_word(share))
+            return Verdict(mean, change, share, "kept" if mean.mean == 0 else _retention_word(share))
         if self.better == "near 1":
             return Verdict(mean, change, None, _sharpness_word(mean))
         clear = change.leaves_zero and abs(change.mean) > (self.floor or 0)
@@ -255,12 +255,14 @@ def with_other_noise(shots: Sequence[Shot]) -> list[Shot]:
 
 
 def _retention_word(share: float | None) -> Word:
-    if share is None or share >= CHANGED:
-        return "changed"
-    return "kept" if share <= KEPT else "partly kept"
+    if share is None:
+        return "no clear change"
+    return "kept" if share <= KEPT else "partly kept" if share < CHANGED else "changed"
 
 
 def _sharpness_word(mean: Interval) -> Word:
-    if abs(mean.mean - 1) <= SHARP or mean.low <= 1 <= mean.high:
+    if abs(mean.mean - 1) <= SHARP:
         return "sharp"
+    if mean.low <= 1 <= mean.high:
+        return "no clear change"
     return "blurry" if mean.mean < 1 else "over-sharp"

@@ -24,6 +24,9 @@ from .lora_use import apply_lora
 from .sampling import few_step_sample
 from .sockets import Conditions, Dataset, PreviewPrompt
 
+MAX_IMAGES = 1000
+"""Limit of a report, whose images are kept in memory: 6 GB at 1024 x 1024."""
+
 _GAP_UNITS = 2  # of the progress bar, per prompt and variant
 
 
@@ -77,15 +80,21 @@ def shots_of(dataset: Dataset, model: Any, wanted: Wanted) -> list[Shot]:
     """The images to draw of a dataset's concept.
 
     Raises:
-        ValueError: the dataset contains edits.
+        ValueError: the dataset contains edits, or there are too many images.
     """
     pairs = dataset.report.pairs
     if any(pair.source_images for pair in pairs):
         raise ValueError("LoRA Report Card evaluates images with captions, and this dataset contains edits")
-    return all_shots(
+    shots = all_shots(
         pairs, wanted.prompts, dataset.trigger, wanted.class_name, seed=wanted.seed, num_seeds=wanted.num_seeds,
         area=wanted.resolution**2, multiple=family_of(model).pixel_multiple,
     )  # fmt: skip
+    if (count := len(shots) * (len(wanted.strengths) + 2)) > MAX_IMAGES:
+        raise ValueError(
+            f"the report card would draw {count} images, and {MAX_IMAGES} is the limit: give fewer prompts, strengths "
+            "or images_per_prompt"
+        )
+    return shots
 
 
 def make_evaluation(
@@ -143,8 +152,7 @@ class _Painter:
             self._encode(shot.prompt)
         model = self._lora.at(strength)
         latents = [self._sample(model, shot) for shot in shots]
-        images = [self._lora.vae.decode(latent)[0] for latent in latents]
-        return [image.movedim(-1, 0).float().cpu().clamp(0, 1) for image in images]
+        return [self._decode(latent) for latent in latents]
 
     def _sample(self, model: Any, shot: Shot) -> Tensor:
         family, device = family_of(model), comfy.model_management.intermediate_device()
@@ -153,6 +161,11 @@ class _Painter:
         latent = few_step_sample(model, self._texts[shot.prompt], blank, shot.seed, sigmas)
         self._tick()
         return latent
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        """Half precision, finer than 8 bits: a report keeps all of its images."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self._lora.vae.decode(latent)[0].movedim(-1, 0).float().cpu().clamp(0, 1).half()
 
     def _encode(self, text: str) -> None:
         if text not in self._texts:

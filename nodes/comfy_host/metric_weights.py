@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ def _is_weights(entry: os.DirEntry[str]) -> bool:
     return not entry.name.startswith(".") and (entry.is_dir() or entry.name.lower().endswith(_SUFFIXES))
 
 
-def load_chosen(dino: str, lpips: str, clip: str, judge: Any | None, kind: str) -> Metrics:
+def load_chosen(chosen: Mapping[str, str], judge: Any | None, kind: str) -> Metrics:
     """The metrics whose weights were chosen, on ComfyUI's device.
 
     Args:
-        dino: a choice of `weight_choices`, as are lpips and clip.
+        chosen: a choice of `weight_choices` by metric: dino, lpips, clip.
         judge: a CLIP that answers questions about images; None for no VLM-J.
         kind: "instance" or "style".
 
@@ -54,7 +54,7 @@ def load_chosen(dino: str, lpips: str, clip: str, judge: Any | None, kind: str) 
     """
     from ...dopsd_core.metrics.loading import load_metrics
 
-    weights = {name: _path(choice) for name, choice in (("dino", dino), ("lpips", lpips), ("clip", clip))}
+    weights = {name: _path(choice) for name, choice in chosen.items()}
     device = comfy.model_management.get_torch_device()
     needed = sum(_size(Path(path)) for path in weights.values() if path is not None)
     if needed:

@@ -149,6 +149,13 @@ def test_another_models_lora_is_refused(comfyui) -> None:
     assert run.error.startswith("none of the LoRA's 2 tensors fit this model")
 
 
+def test_more_images_than_memory_holds_are_refused(comfyui, tensors) -> None:
+    prompts = "\n".join(f"a badge {i}" for i in range(60))
+    run = comfyui.execute(graph(comfyui, tensors, prompts=prompts, images_per_prompt=16))
+    assert "would draw 4096 images, and 1000 is the limit: give fewer prompts" in run.error  # 4 captions, 4 variants
+    assert not run.of("progress", "card")
+
+
 def test_edits_are_refused(comfyui, tensors) -> None:
     folder = comfyui.input / "card_edits"
     for part in ("source", "target"):
@@ -168,7 +175,12 @@ def tiny_dino(folder: Path) -> None:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     DINOv3ViTModel(DINOv3ViTConfig(**sizes, patch_size=16, image_size=64)).save_pretrained(folder)
 
 
@@ -199,7 +211,7 @@ def test_weights_are_only_read_from_their_folder(comfyui) -> None:
     weights = comfyui.module("nodes.comfy_host.metric_weights")
     unavailable = comfyui.core("metrics.needs").MetricUnavailable
     with pytest.raises(unavailable, match="there is no ../loras in models/dopsd_metrics"):
-        weights.load_chosen("../loras", "none", "none", None, "instance")
+        weights.load_chosen({"dino": "../loras"}, None, "instance")
 
 
 def test_a_clip_that_cannot_answer_is_refused(comfyui, tensors) -> None:
