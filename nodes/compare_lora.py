@@ -19,10 +19,10 @@ from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
-from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, used_line
+from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, stamp_of_choice, used_line
 from .comfy_host.model_patches import unused_schedule
-from .comfy_host.paths import stamp_of
 from .comfy_host.sampling import few_step_sample
+from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
 
 MAX_PROMPTS = 32
@@ -60,9 +60,9 @@ class CompareLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+    def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
         """Changes when the file is replaced, so that ComfyUI runs the node again."""
-        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+        return stamp_of_choice(lora_name, "lora" in others)
 
     @classmethod
     @checked
@@ -78,7 +78,7 @@ class CompareLoRA(io.ComfyNode):
         send_text(cls, "\n".join((used_line(name, model, tensors), *unused_inputs(model, lora_name, lora, reference))))
         variants = {"base": model}
         for strength in wanted:
-            variants[f"strength {strength:g}"] = apply_lora(model, tensors, strength)
+            variants[f"strength {strength}".removesuffix(".0")] = apply_lora(model, tensors, strength)
         images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(variants), reference)
         columns = [images.draw(variant, texts, seed) for variant in variants.values()]
         image = to_pixels(draw_grid(f"{name}, seed {seed}", texts, list(variants), columns))
@@ -86,7 +86,6 @@ class CompareLoRA(io.ComfyNode):
 
 
 def _inputs() -> list[Any]:
-    pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16, "optional": True}
     return [
         io.Model.Input("model", tooltip="The model that the LoRA was trained for, without the LoRA."),
         io.Clip.Input("clip", tooltip="The model's text encoder."),
@@ -105,25 +104,9 @@ def _inputs() -> list[Any]:
             optional=True,
             tooltip="Strengths of the LoRA, separated by commas: 0.5, 1.0, 1.5.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=False,  # two runs, two files, one noise
-            optional=True,
-            tooltip="Noise of the first prompt; each further prompt uses the next seed. All images of a row share it.",
-        ),
-        io.Int.Input(
-            "steps",
-            default=0,
-            min=0,
-            max=64,
-            optional=True,
-            tooltip="Sampling steps; 0: the number that the model was distilled for.",
-        ),
-        io.Int.Input("width", tooltip="Width of each image in pixels; 64 for the demo model.", **pixels),
-        io.Int.Input("height", tooltip="Height of each image in pixels; 64 for the demo model.", **pixels),
+        seed_input("Noise of the first prompt; each further prompt uses the next seed. All images of a row share it."),
+        sampling_steps_input(),
+        *size_inputs(64, 4096, "{side} of each image in pixels; 64 for the demo model."),
         io.Combo.Input(
             "lora_name",
             options=[NONE, *folder_paths.get_filename_list("loras")],

@@ -15,11 +15,11 @@ from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_trainable, require_vae
-from .comfy_host.lora_use import NONE, chosen_lora, parse_strengths, used_line
+from .comfy_host.lora_use import NONE, chosen_lora, parse_strengths, stamp_of_choice, used_line
 from .comfy_host.metric_weights import FOLDER, load_chosen, weight_choices
 from .comfy_host.model_patches import require_own_sampling, unused_schedule
-from .comfy_host.paths import stamp_of
 from .comfy_host.previews import split_lines
+from .comfy_host.shared_inputs import sampling_steps_input, seed_input
 from .comfy_host.sockets import CATEGORY, ConditionsSocket, DatasetSocket
 
 MAX_PROMPTS = 64
@@ -65,9 +65,9 @@ class LoRAReportCard(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+    def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
         """Changes when the file is replaced, so that ComfyUI runs the node again."""
-        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+        return stamp_of_choice(lora_name, "lora" in others)
 
     @classmethod
     @checked
@@ -186,14 +186,8 @@ def _settings() -> list[Any]:
             "images_per_prompt", default=2, min=1, max=16, optional=True,
             tooltip="Images of each prompt, from different noise; more make the intervals narrower.",
         ),
-        io.Int.Input(
-            "seed", default=0, min=0, max=2**62, control_after_generate=False, optional=True,
-            tooltip="Seed of the noise, from which each prompt gets its own.",
-        ),
-        io.Int.Input(
-            "steps", default=0, min=0, max=64, optional=True,
-            tooltip="Sampling steps; 0: the number that the model was distilled for.",
-        ),
+        seed_input("Seed of the noise, from which each prompt gets its own."),
+        sampling_steps_input(),
         io.Int.Input(
             "resolution", default=1024, min=64, max=4096, step=16, optional=True,
             tooltip="Images have about resolution x resolution pixels, in the shape of their source; 64 for the demo "

@@ -63,13 +63,13 @@ def test_metrics_and_comfyui_share_their_versions():
     assert all(line in comfyui.get(line.partition("==")[0], [line]) for line in metrics)
 
 
-def test_the_registry_is_told_what_it_asks_for():
+def test_the_registry_gets_what_it_asks_for():
     comfy, urls = PYPROJECT["tool"]["comfy"], PYPROJECT["project"]["urls"]
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"]), "comfy-cli drops a version of two numbers"
     assert all(url.startswith(urls["Repository"]) for url in urls.values())
-    _, picture = comfy["Icon"].rsplit("/main/", 1)
-    assert (ROOT / picture).exists()
+    _, image = comfy["Icon"].rsplit("/main/", 1)
+    assert (ROOT / image).exists()
 
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))

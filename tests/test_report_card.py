@@ -252,6 +252,11 @@ def test_a_measure_without_any_answer_is_left_out_and_named() -> None:
     assert summary_lines(found)[-1] == found.notes[0]
 
 
+def test_strengths_that_differ_in_the_last_digit_are_two() -> None:
+    found = evaluated(strengths=(0.1, 0.10000001))
+    assert list(json.loads(to_json(found))["measures"]["sharpness"]["strengths"]) == ["0.1", "0.10000001"]
+
+
 def test_the_card_shows_images_and_a_line_per_measure() -> None:
     few, many = evaluated(), evaluated(strengths=(0.5, 1.0, 1.5))
     card = draw_report_card(few)

@@ -11,6 +11,7 @@ PROMPTS = (
 
 
 def report_card() -> Workflow:
+    """LoRA Report Card on the LoRA of z_image_turbo_train."""
     nodes = {
         **z_image_loaders(),
         "vision": z_image_vision(),

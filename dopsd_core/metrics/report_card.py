@@ -64,7 +64,7 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
         before = _number(bootstrap(measured.untouched).mean)
         for strength in evaluation.strengths:
             verdict = measured.verdict(strength)
-            what = f"{measured.group}: {measured.title}, strength {strength:g}"
+            what = f"{measured.group}: {measured.title}, strength {_text(strength)}"
             start = "" if measured.better == "unchanged" else f"{before} -> "
             lines.append(f"{what}: {start}{_cell(measured, verdict)} ({verdict.word})")
     return [*lines, *evaluation.notes]
@@ -80,7 +80,7 @@ def _measured_json(measured: Measured) -> dict[str, Any]:
         "untouched": {"mean": vars(bootstrap(measured.untouched)), "values": list(measured.untouched)},
         "other_noise": list(measured.other_noise),
         "strengths": {
-            f"{strength:g}": {**_verdict_json(measured.verdict(strength)), "values": list(values)}
+            _text(strength): {**_verdict_json(measured.verdict(strength)), "values": list(values)}
             for strength, values in measured.strengths.items()
         },
     }
@@ -117,7 +117,7 @@ def _draw_table(evaluation: Evaluation) -> Image.Image:
     draw, y = ImageDraw.Draw(table), float(_PAD)
     _write(draw, (_TITLE_WIDTH, y), "untouched", _FAINT, 13)
     for column, strength in enumerate(evaluation.strengths, 1):
-        _write(draw, (_TITLE_WIDTH + column * _COLUMN, y), f"strength {strength:g}", _FAINT, 13)
+        _write(draw, (_TITLE_WIDTH + column * _COLUMN, y), f"strength {_text(strength)}", _FAINT, 13)
     y += 1.3 * _STEP
     for group, measured in groups:
         draw.line((_PAD, y, width - _PAD, y), fill=_LINE)
@@ -163,6 +163,11 @@ def _with_interval(interval: Interval) -> str:
     return f"{_number(interval.mean)} ± {_number((interval.high - interval.low) / 2)}"
 
 
+def _text(strength: float) -> str:
+    """A strength with all of its digits: two may differ in the last."""
+    return str(strength).removesuffix(".0")
+
+
 def _number(value: float) -> str:
     """Three significant digits, never as 1e-05."""
     if not math.isfinite(value):
@@ -201,7 +206,7 @@ def _draw_images(evaluation: Evaluation, tile: int) -> Image.Image:
         images += [evaluation.images[0.0][index], evaluation.other_noise[index]]
         images += [evaluation.images[strength][index] for strength in evaluation.strengths]
         names = [] if shot.row is None else ["source"]
-        names += ["untouched", "untouched, other noise", *(f"strength {s:g}" for s in evaluation.strengths)]
+        names += ["untouched", "untouched, other noise", *(f"strength {_text(s)}" for s in evaluation.strengths)]
         remark = {"rewrite": "describes the source", "test": "another scene", "ordinary": "no trigger"}[shot.kind]
         rows.append(Row(shot.prompt, remark, images, names))
     return contact_sheet(f"Report card: {evaluation.title}", rows, tile)

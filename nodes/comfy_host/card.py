@@ -177,12 +177,14 @@ def _measure_gap(
     lora: LoraOnModel, prompts: Sequence[PreviewPrompt], wanted: Wanted, tick: Callable[[], None]
 ) -> Measured:
     """The gap to the teacher on prompts, for the untouched model, for it with other noise, and for every strength."""
-    seeds = {"untouched": wanted.seed, "other noise": wanted.seed + 1}
-    runs = {name: _visited_by(lora.model, prompts, seed, tick) for name, seed in seeds.items()}
+    runs: dict[float | str, list[list[RolloutStep]]] = {
+        name: _visited_by(lora.model, prompts, seed, tick)
+        for name, seed in (("untouched", wanted.seed), ("other noise", wanted.seed + 1))
+    }
     for strength in wanted.strengths:
-        runs[f"{strength:g}"] = _visited_by(lora.at(strength), prompts, wanted.seed, tick)
+        runs[strength] = _visited_by(lora.at(strength), prompts, wanted.seed, tick)
     denoiser = ComfyDenoiser(lora.model)
-    gaps: dict[str, list[float]] = {name: [] for name in runs}
+    gaps: dict[float | str, list[float]] = {name: [] for name in runs}
     with denoiser.loaded((1, *prompts[0].latent_shape)), torch.no_grad():
         for name, visits in runs.items():
             for prompt, steps in zip(prompts, visits, strict=True):
@@ -193,7 +195,7 @@ def _measure_gap(
                 tick()
     return gap_measured(
         [prompt.text for prompt in prompts], gaps["untouched"], gaps["other noise"],
-        {strength: gaps[f"{strength:g}"] for strength in wanted.strengths}, "gap to the teacher, unseen prompts",
+        {strength: gaps[strength] for strength in wanted.strengths}, "gap to the teacher, unseen prompts",
     )  # fmt: skip
 
 

@@ -1,23 +1,35 @@
-"""A LoRA on a MODEL for drawing, as ComfyUI's own loaders apply it: which one, which part of it fits, how strong."""
+"""A LoRA on a MODEL for drawing, as ComfyUI's own loaders apply it: which one, which part of it is used, how strong."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.lora
-import comfy.lora_convert
 import comfy.sd
 import comfy.utils
-import comfy.weight_adapter
 import folder_paths
 from torch import Tensor
+
+from .lora_fit import used_keys
+from .paths import never_the_same, stamp_of
 
 NONE = "none"
 """The choice of no file."""
 
 MAX_STRENGTHS, MAX_STRENGTH = 8, 10.0
+
+
+def stamp_of_choice(lora_name: str | None, connected: bool) -> Any:
+    """For `fingerprint_inputs`: changes when the file of `lora_name` is replaced, so that ComfyUI runs the node again.
+
+    Args:
+        connected: whether a LoRA is connected, and the file not read.
+    """
+    if lora_name == NONE or connected:
+        return NONE
+    if lora_name is None:  # it comes over a link
+        return never_the_same()
+    return stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
 
 def parse_strengths(text: str) -> list[float]:
@@ -50,14 +62,17 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None, verb: str) ->
         verb: what the node does with it, for the error.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is neither, or the file cannot be read.
     """
     if lora is not None:
         return "the connected LoRA", dict(lora)
     if lora_name == NONE:
         raise ValueError(f"there is no LoRA to {verb}: choose a file in lora_name, or connect lora")
     path = folder_paths.get_full_path_or_raise("loras", lora_name)
-    return lora_name, comfy.utils.load_torch_file(path, safe_load=True)
+    try:
+        return lora_name, dict(comfy.utils.load_torch_file(path, safe_load=True))
+    except Exception as error:  # its readers raise nearly anything on damaged files
+        raise ValueError(f"{lora_name} cannot be read, it is damaged or not a LoRA file: {error}") from error
 
 
 def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
@@ -70,48 +85,6 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
     rest = [key for key in tensors if key not in used]
     line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
     return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
-
-
-def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
-    """How many tensors, of any shape, ComfyUI's loader will apply to the model.
-
-    Raises:
-        ValueError: none.
-    """
-    return len(used_keys(model, tensors))
-
-
-def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The names of the tensors, of any shape, that ComfyUI's loader will apply to the model.
-
-    Raises:
-        ValueError: none.
-    """
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names, log_missing=False)
-    fitting = [patch for target, patch in loaded.items() if _fits(model, target, patch)]
-    if not fitting:
-        first = next(iter(tensors), "no key at all")
-        raise ValueError(
-            f"none of the LoRA's {len(tensors)} tensors fit this model (the first is {first}): "
-            "it was trained for another model; load that one"
-        )
-    return frozenset().union(*(getattr(patch, "loaded_keys", ()) for patch in fitting))
-
-
-def _fits(model: Any, target: Any, patch: Any) -> bool:
-    """Whether a LoRA has the shape of its weight, or of its slice of it.
-
-    ComfyUI only logs a mismatch and continues. The demo model has the same names as the real one.
-    """
-    if not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
-        return True
-    key, part = (target, None) if isinstance(target, str) else target[:2]
-    shape = list(comfy.utils.get_attr(model.model, key).shape)
-    if part is not None:
-        shape[part[0]] = part[2]
-    up, down = patch.weights[:2]
-    return up.shape[0] == shape[0] and down[0].numel() == math.prod(shape[1:])
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:
