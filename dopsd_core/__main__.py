@@ -1,4 +1,4 @@
-"""`python -m dopsd_core`: demo, train, sample, compare, inspect-dataset."""
+"""`python -m dopsd_core`: demo, train, sample, compare, evaluate, inspect-dataset."""
 
 from __future__ import annotations
 
@@ -67,6 +67,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from .standalone.comparison.command import run_compare
 
         return run_compare(args)
+    if args.command == "evaluate":
+        from .standalone.evaluate_lora import run_evaluate
+
+        return run_evaluate(args)
     from .standalone import cli
 
     commands = {"demo": cli.run_demo, "train": cli.run_train, "sample": cli.run_sample}

@@ -13,10 +13,11 @@ from typing import Any
 
 from .config import TrainConfig
 from .demo.settings import demo_config
+from .metrics.arguments import add_evaluate
 from .options import Option, all_options, changed
 from .standalone.comparison.arguments import add_compare
 
-COMMANDS = ("demo", "train", "sample", "compare", "inspect-dataset")
+COMMANDS = ("demo", "train", "sample", "compare", "evaluate", "inspect-dataset")
 UNDISTILLED = "demo-undistilled"
 MODELS = ("demo", UNDISTILLED)
 
@@ -49,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sample(commands)
     add_compare(commands)
+    add_evaluate(commands)
     _add_inspect(commands)
     return parser
 
