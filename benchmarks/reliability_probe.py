@@ -154,14 +154,17 @@ class At:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Moment, number and action."""
         moments, number = [*MOMENTS, *FILES], ("INT", {"default": 1, "min": 1, "max": 10**6})
         return {"required": {"moment": (moments,), "number": number, "action": (list(ACTIONS),)}}
 
     @classmethod
     def IS_CHANGED(cls, **_: Any) -> float:
+        """Always: it runs every time."""
         return float("nan")
 
     def run(self, moment: str, number: int, action: str) -> dict[str, Any]:
+        """Arms the moment."""
         arm(moment, number, action)
         return {"ui": {"text": ["armed"]}}
 
@@ -219,13 +222,16 @@ class State:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The three models."""
         return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",)}}
 
     @classmethod
     def IS_CHANGED(cls, **_: Any) -> float:
+        """Always: it runs every time."""
         return float("nan")
 
     def run(self, model: Any, clip: Any, vae: Any) -> dict[str, Any]:
+        """Shows the state."""
         return {"ui": {"text": [json.dumps(state_of(model, clip, vae))]}}
 
 

@@ -1,6 +1,6 @@
 """Code standards that can be checked by reading the source: docstrings, sizes, words.
 
-They are checked in the folders of `ROOTS`.
+They are checked in the folders of `ROOTS`, the words in the tests too.
 """
 
 import ast
@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent.parent
-ROOTS = ("dopsd_core", "nodes")
+ROOTS = ("benchmarks", "dopsd_core", "nodes", "tools")
 
 MAX_FILE, MAX_FUNCTION, MAX_P90 = 350, 60, 30
 
 BANNED = {
-    r"pictures?": "image",
+    r"pictures?(?!:[A-Z])": "image",  # pictures:INT is an input of saved workflows
     r"told": "message, reports, says",
     r"data sets?": "dataset",
     r"by heart": "overfitting",
@@ -26,7 +26,7 @@ BANNED = {
     r"dearer": "costs more",
     r"by itself": "on its own, automatically",
     r"for the time of": "during",
-    r"(?:goes|going) on": "resumes, continues",
+    r"(?:go|goes|going|gone|went) on": "resumes, continues",
     r"in small": "scaled-down version of",
     r"recomput(?:e|es) in": "gradient checkpointing",
 }
@@ -36,6 +36,7 @@ _BANNED = re.compile(rf"\b(?:{'|'.join(BANNED)})\b", re.IGNORECASE)
 _SHAPE = re.compile(r"\[[^\]]+\]|\bshapes?\b|\bscalar\b", re.IGNORECASE)
 
 FILES = sorted(path for root in ROOTS for path in (HERE / root).rglob("*.py"))
+TESTS = sorted(path for path in (HERE / "tests").rglob("*.py") if path != Path(__file__))
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
 
@@ -94,6 +95,18 @@ def prose(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
+def names(source: str) -> Iterator[tuple[int, str]]:
+    """(line, name) of every function and class."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, Definition):
+            yield node.lineno, node.name
+
+
+def spaced(name: str) -> str:
+    """The words of a name: "test_goes_on" -> "test goes on", "PictureOf" -> "Picture Of"."""
+    return re.sub(r"_+|(?<=[a-z])(?=[A-Z])", " ", name)
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_everything_public_has_a_docstring(path: Path):
     tree = parsed(path)
@@ -117,11 +130,17 @@ def test_docstrings_state_the_shapes_of_tensors(path: Path):
     assert not [f"{n.name}, line {n.lineno}" for n in nodes if not _SHAPE.search(ast.get_docstring(n) or "")]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", [*FILES, *TESTS], ids=name_of)
 def test_words_are_the_fields(path: Path):
     source = path.read_text(encoding="utf-8")
     found = [(line, match.group()) for line, text in prose(source) for match in _BANNED.finditer(text)]
     assert not found
+
+
+@pytest.mark.parametrize("path", [*FILES, *TESTS], ids=name_of)
+def test_words_of_names_are_the_fields(path: Path):
+    """Of functions and classes; values may have names of files and of saved workflows."""
+    assert not [(line, name) for line, name in names(path.read_text(encoding="utf-8")) if _BANNED.search(spaced(name))]
 
 
 def test_files_are_short():
@@ -148,6 +167,12 @@ def test_functions_are_short():
 )
 def test_banned_words_are_found_in_prose_alone(source: str, words: list[str]):
     assert [match.group() for _, text in prose(source) for match in _BANNED.finditer(text)] == words
+
+
+def test_banned_words_are_found_in_names():
+    source = "class PictureOf:\n    def it_goes_on(self): ...\ndef dataset(): ...\ndef _told_apart(): ...\n"
+    found = [name for _, name in names(source) if _BANNED.search(spaced(name))]
+    assert sorted(found) == ["PictureOf", "_told_apart", "it_goes_on"]
 
 
 def test_what_is_missing_is_found():
