@@ -36,9 +36,7 @@ class Batches:
     order: DataOrder
     anchors: Sequence[Condition]
 
-    def inputs(
-        self, step: int, micro: int, class_images: Sequence[ClassImage], loss_scale: float
-    ) -> ObjectiveInputs:
+    def inputs(self, step: int, micro: int, class_images: Sequence[ClassImage], loss_scale: float) -> ObjectiveInputs:
         """The inputs for micro batch `micro` of optimizer step `step`; loss_scale: factor of the losses for fp16."""
         config, device = self.config, self.denoiser.device
         first = micro * config.batch_size
