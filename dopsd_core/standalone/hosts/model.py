@@ -222,8 +222,19 @@ def load_model(options: ModelOptions, sees: bool) -> HostModel:
     device = device_of(options)
     if options.is_demo:
         return DemoHostModel(str(device) if options.device != "auto" else "cpu")
+    _be_quiet()
     files = find_files(options, find_family(options))
     return DiffusersModel(ModelParts(files, options), device, sees)
+
+
+def _be_quiet() -> None:
+    """The libraries' own warnings and progress bars are about their internals; what is wrong here is an error."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def sees_images(view: TeacherView) -> bool:

@@ -18,7 +18,7 @@ from ..model_options import ModelOptions
 T = TypeVar("T")
 
 INDEX = "model_index.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = ("transformer", "text_encoder", "vae")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
