@@ -74,9 +74,10 @@ def ae(seed: int = 2) -> Any:
 
     kinds: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (32,) * 4,
     }  # fmt: skip
     model = AutoencoderKL(
-        latent_channels=16, block_out_channels=(32,) * 4, layers_per_block=1, use_quant_conv=False,
+        latent_channels=16, layers_per_block=1, use_quant_conv=False,
         use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159, **kinds,
     )  # fmt: skip
     return fill(model, seed)

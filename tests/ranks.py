@@ -45,7 +45,9 @@ class ThreadWorld:
 
 def on_threads(size: int, work: Callable[[ThreadWorld], Any]) -> list[Any]:
     """What `work` returns, or the exception it raises, on each rank."""
-    barrier, slots, results = threading.Barrier(size), [None] * size, [None] * size
+    barrier = threading.Barrier(size)
+    slots: list[Any] = [None] * size
+    results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
         try:

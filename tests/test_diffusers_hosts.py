@@ -20,7 +20,6 @@ from dopsd_core.data.dataset import read_dataset
 from dopsd_core.denoiser import Denoiser
 from dopsd_core.rollout import sample
 from dopsd_core.standalone.hosts import parts, qwen3vl, source
-from dopsd_core.standalone.hosts.diffusers_denoiser import DiffusersDenoiser
 from dopsd_core.standalone.hosts.model import DiffusersModel, load_model
 from dopsd_core.standalone.hosts.quantised import quantisation_config
 from dopsd_core.standalone.hosts.source import KNOWN_MODELS, fetch, find_family
@@ -110,7 +109,11 @@ def test_the_protocol_is_satisfied_and_shapes_may_differ_in_a_batch(folders: dic
     assert isinstance(denoiser, Denoiser) and denoiser.blocks()
     width = 32 if family == "z_image" else 96
     references = () if family == "z_image" else (drawn(128, 4, 4, seed=4),)
-    conditions = [Condition(drawn(9, width)), Condition(drawn(20, width, seed=1), references), Condition(drawn(9, width))]
+    conditions = [
+        Condition(drawn(9, width)),
+        Condition(drawn(20, width, seed=1), references),
+        Condition(drawn(9, width)),
+    ]
     x = torch.randn(3, *model.family.latent_shape(64, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         together = denoiser.predict_x0(x, 0.6, conditions)
@@ -163,7 +166,10 @@ def test_single_files_are_the_same_model(folders: dict[str, Path], tmp_path: Pat
     )  # fmt: skip
     whole = load(folders, "z_image", sees=True)
     assert single.title == file.name and single.family is whole.family
-    for encode in (lambda m: m.encoder.encode_text(TEXT), lambda m: m.encoder.encode_image_text(drawn(3, 64, 64), TEXT)):
+    for encode in (
+        lambda m: m.encoder.encode_text(TEXT),
+        lambda m: m.encoder.encode_image_text(drawn(3, 64, 64), TEXT),
+    ):
         assert torch.equal(encode(single).features, encode(whole).features)
     x, condition = torch.randn(1, 16, 8, 8), whole.encoder.encode_text(TEXT)
     with torch.no_grad():
@@ -248,21 +254,20 @@ def test_gradients_go_through_quantised_layers(folders: dict[str, Path]) -> None
     model = load(folders, "z_image")
     denoiser: Any = model.denoiser
     for block in denoiser.blocks():
-        for path, module in list(block.named_modules()):
+        for module in list(block.modules()):
             if type(module) is nn.Linear:
                 module.__class__ = Rounded
-    rounded: DiffusersDenoiser[Any] = denoiser
     gradients = []
     x, condition = drawn(1, 16, 8, 8), model.encoder.encode_text(TEXT)
-    for sites in (rounded.sites(), None):
+    for sites in (denoiser.sites(), None):
         if sites is not None:
             adapters = AdapterSet(sites, model.family.lora_config(2))
             with adapters.attached():
                 entering = x.clone().requires_grad_(True)
-                rounded.predict_x0(entering, 0.7, [condition]).square().mean().backward()
+                denoiser.predict_x0(entering, 0.7, [condition]).square().mean().backward()
         else:
             entering = x.clone().requires_grad_(True)
-            rounded.predict_x0(entering, 0.7, [condition]).square().mean().backward()
+            denoiser.predict_x0(entering, 0.7, [condition]).square().mean().backward()
         gradients.append(entering.grad)
     assert_near(gradients[0], gradients[1], 1e-4)
 
@@ -330,7 +335,11 @@ def test_files_of_other_models_are_refused(folders: dict[str, Path], tmp_path: P
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     (tmp_path / "b.safetensors").write_bytes(b"no safetensors")
     text = model_folders.write_text_encoder_file(tmp_path / "c.safetensors", 1)
-    for file, message in ((tmp_path / "a.gguf", "GGUF"), (tmp_path / "b.safetensors", "download it again"), (text, "not")):
+    for file, message in (
+        (tmp_path / "a.gguf", "GGUF"),
+        (tmp_path / "b.safetensors", "download it again"),
+        (text, "not"),
+    ):
         with pytest.raises(ValueError, match=message):
             find_family(ModelOptions(model=str(file)))
     file = model_folders.write_z_image_file(tmp_path / "z.safetensors")
@@ -358,7 +367,9 @@ def test_errors_of_the_hub_are_one_sentence() -> None:
         with pytest.raises(OSError, match=message) as caught:
             fetch("owner/name", failing(error))
         assert str(caught.value).startswith("owner/name ") and "\n" not in str(caught.value)
-    assert source.is_hub_id("Tongyi-MAI/Z-Image-Turbo") and not source.is_hub_id("/a/b") and not source.is_hub_id("a/b/c")
+    assert (
+        source.is_hub_id("Tongyi-MAI/Z-Image-Turbo") and not source.is_hub_id("/a/b") and not source.is_hub_id("a/b/c")
+    )
 
 
 def test_devices_that_do_not_exist_are_one_sentence(folders: dict[str, Path]) -> None:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..training.world import World
@@ -47,11 +46,6 @@ class AccelerateWorld:
     def size(self) -> int:
         """Number of processes on all machines."""
         return self._state.num_processes
-
-    @property
-    def device(self) -> torch.device:
-        """This process's own device."""
-        return self._state.device
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order."""

@@ -164,20 +164,7 @@ def train(
         peers.first(lambda: check_run(config, denoiser, data, run_dir, host_bytes))
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
         run = Run(config, denoiser, data, Path(run_dir), images, facts, initial, peers)
-        try:
-            run.open(resume)
-            with run.adapters.attached(), checkpointed(denoiser.blocks(), checkpoint_blocks):
-                stopped = _loop(run, callbacks)
-            lora_path, checkpoint_path = peers.all(run.save_all)[0]
-            return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last)
-        except DiskError as error:
-            run.save_before_leaving()
-            raise DiskError(f"{error}; {run.folder.kept()}", error.is_full) from error
-        except BaseException:
-            run.save_before_leaving()
-            raise
-        finally:
-            run.close()
+        return _to_the_end(run, callbacks, resume, checkpoint_blocks)
 
 
 def check_run(
@@ -192,6 +179,23 @@ def check_run(
     if config.deterministic and (problem := obstacle(denoiser.device)):
         raise ConfigError((problem,))
     check_run_folder(config, denoiser, Path(run_dir), host_bytes)
+
+
+def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpoint_blocks: int) -> TrainResult:
+    try:
+        run.open(resume)
+        with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpoint_blocks):
+            stopped = _loop(run, callbacks)
+        lora_path, checkpoint_path = run.peers.all(run.save_all)[0]
+        return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last)
+    except DiskError as error:
+        run.save_before_leaving()
+        raise DiskError(f"{error}; {run.folder.kept()}", error.is_full) from error
+    except BaseException:
+        run.save_before_leaving()
+        raise
+    finally:
+        run.close()
 
 
 def _loop(run: Run, callbacks: Callbacks) -> bool:

@@ -1,4 +1,4 @@
-"""The host without ComfyUI and the one in it, on the same small weights: conditions, velocities, trainings, LoRA files."""
+"""The diffusers hosts and ComfyUI's on the same small weights: conditions, velocities, trainings, LoRA files."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def autoencoders() -> tuple[Any, Any]:
 
     kinds: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (32,) * 4,
     }  # fmt: skip
     theirs = AutoencoderKL(
-        latent_channels=16, block_out_channels=(32,) * 4, layers_per_block=1, scaling_factor=0.3611,
+        latent_channels=16, layers_per_block=1, scaling_factor=0.3611,
         shift_factor=0.1159, **kinds,
     )  # fmt: skip
     toy.fill(theirs, 4)
@@ -151,7 +152,9 @@ def test_velocities(comfyui: ComfyUI, hosts: Any, sigma: float) -> None:
 
 
 def test_linears_have_the_same_parts(hosts: Any) -> None:
-    ours, theirs = ({part.name for site in d.sites() for part in site.parts} for d in (hosts.model.denoiser, hosts.denoiser))
+    ours, theirs = (
+        {part.name for site in d.sites() for part in site.parts} for d in (hosts.model.denoiser, hosts.denoiser)
+    )
     targets = hosts.model.family.lora_targets
     inside = [{n for n in names if any(n.endswith(t) for t in targets)} for names in (ours, theirs)]
     assert inside[0] == inside[1] and inside[0]

@@ -32,6 +32,7 @@ from ...demo.model_files import (
     load_vae,
     vision_size,
 )
+from ...denoiser import Denoiser
 from .demo_networks import load_tokenizer
 from .demo_weight_files import load_text_encoder, load_transformer
 from .qwen3vl import patches_of
@@ -154,7 +155,7 @@ def _digest(folder: Path, *names: str) -> str:
 
 
 @contextmanager
-def with_lora(denoiser: StandaloneDenoiser, path: Path, strength: float = 1.0) -> Iterator[None]:
+def with_lora(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Iterator[None]:
     """Applies a LoRA file to the denoiser inside the `with` block.
 
     Raises:

@@ -19,7 +19,6 @@ from ...denoiser import Denoiser
 from ...families import Z_IMAGE, Family, get_family
 from ..model_options import ModelOptions
 from .demo import load_demo_model
-from .diffusers_denoiser import DiffusersDenoiser
 from .diffusers_encoder import DiffusersEncoder
 from .parts import ModelParts
 from .source import find_family, find_files
@@ -132,7 +131,7 @@ class DiffusersFamily:
     """
 
     transformer: Any
-    denoiser: Callable[[Any], DiffusersDenoiser[Any]]
+    denoiser: Callable[[Any], Denoiser]
     encoder: type[DiffusersEncoder]
 
 
@@ -177,7 +176,7 @@ class DiffusersModel:
         self.sample_steps = self.family.sample_steps
         self.teachers = self.family.teachers
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Digest of the transformer's weights, and how they are quantised."""
         quantised = self._parts.options.quantise

@@ -24,17 +24,17 @@ def quantisation_config(name: str, dtype: torch.dtype) -> Any:
     if not _is_installed(_MODULES[backend]):
         package = _PACKAGES[backend]
         raise ValueError(f"--quantise {name} needs {package}, which is not installed: pip install {package}")
-    import diffusers
+    from diffusers.quantizers.quantization_config import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
     if backend == "bnb" and kind == "nf4":
-        return diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     if backend == "bnb":
-        return diffusers.BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True)
     if backend == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
 
-        return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
-    return diffusers.QuantoConfig(weights_dtype="int8")
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return QuantoConfig(weights_dtype="int8")
 
 
 def _is_installed(module: str) -> bool:
