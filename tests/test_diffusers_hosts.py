@@ -272,13 +272,35 @@ def test_gradients_go_through_quantised_layers(folders: dict[str, Path]) -> None
     assert_near(gradients[0], gradients[1], 1e-4)
 
 
+@pytest.mark.parametrize(("name", "module"), [("torchao-int8", "torchao"), ("quanto-int8", "optimum.quanto")])
+def test_a_quantised_base_is_close_and_trains(folders: dict[str, Path], name: str, module: str) -> None:
+    """With the backends themselves, where they are installed."""
+    pytest.importorskip(module)
+    exact, quantised = load(folders, "z_image", dtype="bf16"), load(folders, "z_image", dtype="bf16", quantise=name)
+    x, condition = drawn(1, 16, 8, 8), exact.encoder.encode_text(TEXT)
+    found = []
+    for model in (exact, quantised):
+        adapters = AdapterSet(model.denoiser.sites(), model.family.lora_config(2))
+        entering = x.clone().requires_grad_(True)
+        with adapters.attached():
+            out = model.denoiser.predict_x0(entering, 0.7, [condition])
+            out.square().mean().backward()
+        assert all(parameter.grad is not None for parameter in adapters.parameters())
+        assert entering.grad is not None
+        found.append((out.detach() - x, entering.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert 1e-4 < float((ours - theirs).norm() / theirs.norm()) < 0.1
+    assert quantised.fingerprint != exact.fingerprint
+
+
 @pytest.mark.parametrize("name", [name for name in QUANTISATIONS if name != "none"])
 def test_a_missing_quantisation_backend_is_one_sentence(name: str) -> None:
     package = {"bnb": "bitsandbytes", "torchao": "torchao", "quanto": "optimum-quanto"}[name.partition("-")[0]]
     try:
-        quantisation_config(name, torch.bfloat16)
+        quantisation_config(name, torch.bfloat16, has_gpu=False)
     except ValueError as error:
-        assert f"--quantise {name} needs {package}" in str(error) and f"pip install {package}" in str(error)
+        missing = f"--quantise {name} needs {package}, which is not installed: pip install {package}"
+        assert str(error) in (missing, f"--quantise {name} needs a GPU: choose torchao-int8 or quanto-int8 on a CPU")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class ModelParts:
         Raises:
             ValueError: the weights do not fit, or the quantisation is not installed.
         """
-        quantised = quantisation_config(self.options.quantise, self.dtype)
+        quantised = quantisation_config(self.options.quantise, self.dtype, torch.cuda.is_available())
         extra = {} if quantised is None else {"quantization_config": quantised}
         file = self.files.transformer
         if file is None:

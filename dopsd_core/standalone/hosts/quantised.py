@@ -12,11 +12,11 @@ _PACKAGES: Mapping[str, str] = {"bnb": "bitsandbytes", "torchao": "torchao", "qu
 _MODULES: Mapping[str, str] = {"bnb": "bitsandbytes", "torchao": "torchao", "quanto": "optimum.quanto"}
 
 
-def quantisation_config(name: str, dtype: torch.dtype) -> Any:
+def quantisation_config(name: str, dtype: torch.dtype, has_gpu: bool) -> Any:
     """diffusers' configuration for one of `model_options.QUANTISATIONS`, computing in `dtype`; None for "none".
 
     Raises:
-        ValueError: the backend is not installed.
+        ValueError: the backend is not installed, or needs a GPU and there is none.
     """
     if name == "none":
         return None
@@ -24,6 +24,8 @@ def quantisation_config(name: str, dtype: torch.dtype) -> Any:
     if not _is_installed(_MODULES[backend]):
         package = _PACKAGES[backend]
         raise ValueError(f"--quantise {name} needs {package}, which is not installed: pip install {package}")
+    if backend == "bnb" and not has_gpu:
+        raise ValueError(f"--quantise {name} needs a GPU: choose torchao-int8 or quanto-int8 on a CPU")
     from diffusers.quantizers.quantization_config import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
     if backend == "bnb" and kind == "nf4":
