@@ -178,6 +178,11 @@ def modules_of(model: Any, clip: Any, vae: Any) -> Iterator[nn.Module]:
         yield from root.modules()
 
 
+def thread_names() -> list[str]:
+    """The process's threads without asyncio's pool, whose threads are started when two requests meet."""
+    return sorted(one.name for one in threading.enumerate() if not one.name.startswith("asyncio_"))
+
+
 def state_of(model: Any, clip: Any, vae: Any) -> dict[str, Any]:
     """Everything that a training might leave behind, as numbers and digests."""
     gc.collect()
@@ -189,7 +194,7 @@ def state_of(model: Any, clip: Any, vae: Any) -> dict[str, Any]:
         "rss": int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE"),  # noqa: SIM115
         "objects": len(objects),
         "tensors": sum(isinstance(one, torch.Tensor) for one in objects),
-        "threads": threading.active_count(),
+        "threads": thread_names(),
         "files": len(os.listdir("/proc/self/fd")),
         "forward overrides": sum("forward" in module.__dict__ for module in modules),
         "hooks": sum(len(getattr(module, name)) for module in modules for name in hooks),

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.lora
-import comfy.lora_convert
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import comfy.weight_adapter
 import folder_paths
 import node_helpers
 import torch
@@ -24,8 +20,9 @@ from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
+from .comfy_host.lora_fit import used_keys
 from .comfy_host.model_patches import unused_schedule
-from .comfy_host.paths import stamp_of
+from .comfy_host.paths import never_the_same, stamp_of
 from .comfy_host.sampling import few_step_sample
 from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
@@ -66,9 +63,13 @@ class CompareLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+    def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
         """Changes when the file is replaced, so that ComfyUI runs the node again."""
-        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+        if lora_name == NONE or "lora" in others:
+            return NONE
+        if lora_name is None:  # it comes over a link
+            return never_the_same()
+        return stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
     @checked
@@ -84,7 +85,7 @@ class CompareLoRA(io.ComfyNode):
         send_text(cls, "\n".join((used_line(name, model, tensors), *unused_inputs(model, lora_name, lora, reference))))
         variants = {"base": model}
         for strength in wanted:
-            variants[f"strength {strength:g}"] = apply_lora(model, tensors, strength)
+            variants[f"strength {strength}".removesuffix(".0")] = apply_lora(model, tensors, strength)
         images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(variants), reference)
         columns = [images.draw(variant, texts, seed) for variant in variants.values()]
         image = to_pixels(draw_grid(f"{name}, seed {seed}", texts, list(variants), columns))
@@ -169,14 +170,17 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str,
     """Title and tensors of the connected LoRA, else of the file, such as lora_A [rank, in] and lora_B [out, rank].
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is neither, or the file cannot be read.
     """
     if lora is not None:
         return "the connected LoRA", dict(lora)
     if lora_name == NONE:
         raise ValueError("there is no LoRA to compare: choose a file in lora_name, or connect lora")
     path = folder_paths.get_full_path_or_raise("loras", lora_name)
-    return lora_name, comfy.utils.load_torch_file(path, safe_load=True)
+    try:
+        return lora_name, dict(comfy.utils.load_torch_file(path, safe_load=True))
+    except Exception as error:  # its readers raise nearly anything on damaged files
+        raise ValueError(f"{lora_name} cannot be read, it is damaged or not a LoRA file: {error}") from error
 
 
 def unused_inputs(
@@ -201,48 +205,6 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
     rest = [key for key in tensors if key not in used]
     line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
     return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
-
-
-def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
-    """How many tensors, of any shape, ComfyUI's loader will apply to the model.
-
-    Raises:
-        ValueError: none.
-    """
-    return len(used_keys(model, tensors))
-
-
-def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The names of the tensors, of any shape, that ComfyUI's loader will apply to the model.
-
-    Raises:
-        ValueError: none.
-    """
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names, log_missing=False)
-    fitting = [patch for target, patch in loaded.items() if _fits(model, target, patch)]
-    if not fitting:
-        first = next(iter(tensors), "no key at all")
-        raise ValueError(
-            f"none of the LoRA's {len(tensors)} tensors fit this model (the first is {first}): "
-            "it was trained for another model; load that one"
-        )
-    return frozenset().union(*(getattr(patch, "loaded_keys", ()) for patch in fitting))
-
-
-def _fits(model: Any, target: Any, patch: Any) -> bool:
-    """Whether a LoRA has the shape of its weight, or of its slice of it.
-
-    ComfyUI only logs a mismatch and continues. The demo model has the same names as the real one.
-    """
-    if not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
-        return True
-    key, part = (target, None) if isinstance(target, str) else target[:2]
-    shape = list(comfy.utils.get_attr(model.model, key).shape)
-    if part is not None:
-        shape[part[0]] = part[2]
-    up, down = patch.weights[:2]
-    return up.shape[0] == shape[0] and down[0].numel() == math.prod(shape[1:])
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:

@@ -85,6 +85,13 @@ def fields_of(node: ast.ClassDef) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name) and not target.id.startswith("_")]
 
 
+def unlisted(node: ast.ClassDef) -> list[str]:
+    """The fields that are not under `Attributes:` in a class's docstring."""
+    _, _, listing = (ast.get_docstring(node) or "").partition("Attributes:\n")
+    listed = re.findall(r"^    (\w+): ", listing, flags=re.MULTILINE)
+    return [name for name in fields_of(node) if name not in listed]
+
+
 def prose(source: str) -> Iterator[tuple[int, str]]:
     """(line, text) of every comment, docstring and string of several words."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -117,11 +124,8 @@ def test_everything_public_has_a_docstring(path: Path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_docstrings_of_dataclasses_list_every_attribute(path: Path):
-    for node in public(parsed(path)):
-        if isinstance(node, ast.ClassDef) and is_dataclass(node):
-            _, heading, listing = (ast.get_docstring(node) or "").partition("Attributes:\n")
-            listed = re.findall(r"^    (\w+): ", listing, flags=re.MULTILINE)
-            assert heading and set(fields_of(node)) <= set(listed), f"{node.name}, line {node.lineno}"
+    nodes = [node for node in public(parsed(path)) if isinstance(node, ast.ClassDef) and is_dataclass(node)]
+    assert not [f"{node.name}, line {node.lineno}: {missing}" for node in nodes if (missing := unlisted(node))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -141,6 +145,12 @@ def test_words_are_the_fields(path: Path):
 def test_words_of_names_are_the_fields(path: Path):
     """Of functions and classes; values may have names of files and of saved workflows."""
     assert not [(line, name) for line, name in names(path.read_text(encoding="utf-8")) if _BANNED.search(spaced(name))]
+
+
+def test_all_code_is_checked():
+    folders = {path.name for path in HERE.iterdir() if path.name[0] != "." and any(path.glob("*.py"))}
+    assert folders == {*ROOTS, "tests"}
+    assert {path.relative_to(HERE).parts[0] for path in FILES} == set(ROOTS) and len(TESTS) > 100
 
 
 def test_files_are_short():
@@ -178,6 +188,16 @@ def test_banned_words_are_found_in_names():
 def test_what_is_missing_is_found():
     source = (
         "class A:\n    def b(self, x: Tensor): ...\n    def _c(self): ...\n    @b.setter\n    def b(self, x): ...\n"
+        "def d() -> Tensor: ...\ndef e(*, y: list[Tensor]): ...\n"
     )
     nodes = list(public(ast.parse(source)))
-    assert [node.name for node in nodes] == ["A", "b"] and [takes_tensors(node) for node in nodes] == [False, True]
+    assert [node.name for node in nodes] == ["A", "b", "d", "e"]
+    assert [takes_tensors(node) for node in nodes] == [False, True, True, True]
+
+
+def test_fields_without_a_line_are_found():
+    docstring = "A class.\n\n    Attributes:\n        one: listed.\n    "
+    source = f"@dataclass\nclass A:\n    {docstring!r}\n    one: Tensor\n    two: int\n    _three: int\n"
+    (node,) = public(ast.parse(source))
+    assert isinstance(node, ast.ClassDef) and is_dataclass(node) and takes_tensors(node)
+    assert fields_of(node) == ["one", "two"] and unlisted(node) == ["two"]

@@ -60,7 +60,7 @@ def _of_the_objective(
 
 
 def _of_the_rollout(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
-    if chosen.get("grad_steps", 0) > config.rollout_steps:
+    if (chosen.get("grad_steps") or 0) > config.rollout_steps:  # None for all
         yield (
             f"grad_steps {chosen['grad_steps']} is not used: there are {config.rollout_steps} rollout_steps, and all "
             "of them get a loss"
