@@ -1,4 +1,4 @@
-"""`python -m dopsd_core`: demo, train, sample, teacher-preview, inspect-dataset."""
+"""`python -m dopsd_core`: demo, train, sample, teacher-preview, compare, inspect-dataset."""
 
 from __future__ import annotations
 
@@ -109,6 +109,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .standalone.training import run_train
 
         return run_train
+    if name == "compare":
+        from .standalone.comparison.command import run_compare
+
+        return run_compare
     from .standalone import sampling
 
     return sampling.run_sample if name == "sample" else sampling.run_teacher_preview

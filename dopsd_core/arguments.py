@@ -15,9 +15,10 @@ from .conditioning.teachers import TEACHER_VIEWS
 from .config import TrainConfig
 from .demo.settings import demo_config
 from .options import Option, all_options, changed
+from .standalone.comparison.arguments import add_compare
 from .standalone.model_options import MODEL_HELP, add_model_arguments
 
-COMMANDS = ("demo", "train", "sample", "teacher-preview", "inspect-dataset")
+COMMANDS = ("demo", "train", "sample", "teacher-preview", "compare", "inspect-dataset")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NONE = "none"
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sample(commands)
     _add_teacher_preview(commands)
+    add_compare(commands)
     _add_inspect(commands)
     return parser
 
@@ -98,8 +100,8 @@ def _add_demo(commands: Any) -> None:
         allow_abbrev=False,
         help="teach the embedded demo model a new concept and report how well it was learned",
         description="Renders four images with captions of a concept that the demo model has never seen, draws samples "
-        "of its teacher, trains (D-OPSD, and SFT for comparison), and writes the LoRA, a contact sheet, curves and "
-        "report.json. Takes a few minutes on two CPU cores, without any download.",
+        "of its teacher, trains (D-OPSD, and SFT and DreamBooth for comparison), and writes the LoRA, a contact sheet, "
+        "curves and report.json. Takes a few minutes on two CPU cores, without any download.",
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Class images: drawn by the untouched model before training, cached under all that decides them, resumed bit-exactly."""
+"""Class images: drawn by the untouched model first, cached under all that decides them, resumed bit-exactly."""
 
 from __future__ import annotations
 
@@ -128,11 +128,11 @@ def changes() -> dict[str, tuple[Any, TrainingSet, str, int]]:
 
 
 def test_all_that_decides_them_is_in_their_identity(tmp_path: Path) -> None:
-    digests = {name: ClassImages(*facts, ConditionCache(tmp_path)).digest for name, facts in changes().items()}
+    digests = {name: ClassImages(plan_class_images(*facts)).digest for name, facts in changes().items()}
     assert len(set(digests.values())) == len(digests)
-    again = ClassImages(*changes()["nothing"], ConditionCache(tmp_path / "elsewhere"))
+    again = ClassImages(plan_class_images(*changes()["nothing"]), 7, ConditionCache(tmp_path / "elsewhere"))
     assert again.digest == digests["nothing"] != ""
-    assert ClassImages(make_config(), data_with_anchors(), "model", 4, ConditionCache(tmp_path)).digest == ""
+    assert plan_class_images(make_config(), data_with_anchors(), "model", 4) == () and ClassImages().digest == ""
 
 
 def test_what_decides_an_image_decides_its_key() -> None:

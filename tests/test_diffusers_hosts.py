@@ -19,7 +19,7 @@ from dopsd_core.conditioning.encode import Condition
 from dopsd_core.data.dataset import read_dataset
 from dopsd_core.denoiser import Denoiser
 from dopsd_core.rollout import sample
-from dopsd_core.standalone.hosts import parts, qwen3vl, source
+from dopsd_core.standalone.hosts import parts, source, teacher_reader
 from dopsd_core.standalone.hosts.model import DiffusersModel, load_model
 from dopsd_core.standalone.hosts.quantised import quantisation_config
 from dopsd_core.standalone.hosts.source import KNOWN_MODELS, fetch, find_family
@@ -137,11 +137,11 @@ def test_the_teacher_sees_the_image_with_the_models_own_weights(folders: dict[st
 
 
 def test_of_a_long_caption_the_end_is_cut_and_not_the_templates(folders: dict[str, Path]) -> None:
-    ids = [1, 2, qwen3vl.IMAGE_PAD, 3, *range(100, 1100), 7, 8]
-    cut = qwen3vl._expanded(ids, 256, ending=2)
-    assert len(cut) == qwen3vl.MAX_TOKENS and cut[-2:] == [7, 8]
-    assert cut[: 2 + 256 + 1] == [1, 2, *[qwen3vl.IMAGE_PAD] * 256, 3] and cut[-3] == 100 + 1024 - 256 - 5 - 1
-    assert qwen3vl._expanded(ids[:10], 4, 2) == [1, 2, *[qwen3vl.IMAGE_PAD] * 4, *ids[3:10]]
+    ids = [1, 2, teacher_reader.IMAGE_PAD, 3, *range(100, 1100), 7, 8]
+    cut = teacher_reader._expanded(ids, 256, ending=2)
+    assert len(cut) == teacher_reader.MAX_TOKENS and cut[-2:] == [7, 8]
+    assert cut[: 2 + 256 + 1] == [1, 2, *[teacher_reader.IMAGE_PAD] * 256, 3] and cut[-3] == 100 + 1024 - 256 - 5 - 1
+    assert teacher_reader._expanded(ids[:10], 4, 2) == [1, 2, *[teacher_reader.IMAGE_PAD] * 4, *ids[3:10]]
 
 
 def test_another_vision_tower_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -17,7 +17,18 @@ from pydantic import Field
 from ..lazy import lazy
 from ..options import Hint
 from .base import Objective, ObjectiveInputs, ObjectiveOutput
-from .distillation import IMAGE, TEACHER, LossForm, Sides, States, Target, anchor_batch, distill, draw_anchor
+from .distillation import (
+    IMAGE,
+    TEACHER,
+    LossForm,
+    Sides,
+    States,
+    Target,
+    Teaching,
+    anchor_batch,
+    distill,
+    draw_anchor,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -57,15 +68,35 @@ class DOPSD(Objective):
         default="teacher",
         description="what the student regresses at these states: the teacher's prediction, or the training image",
     )
+    magnitude_weight: Annotated[float, Hint(step=0.05)] = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="weight of the part of the loss that is about the magnitude of the velocity, against oversaturated "
+        "images; 1 for the plain loss, and always for prior anchors",
+    )
+    band_low: Annotated[float, Hint(step=0.05)] = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="lowest noise level at which the target is used; below, the student is pulled to the untouched "
+        "network",
+    )
+    band_high: Annotated[float, Hint(step=0.05)] = Field(
+        default=1.0, ge=0, le=1, description="highest noise level at which the target is used; the same above"
+    )
 
     def problems(self, rollout_steps: int) -> Sequence[str]:
-        """Reports more gradient steps than rollout steps."""
-        if self.grad_steps is None or self.grad_steps <= rollout_steps:
-            return ()
-        return (
-            f"grad_steps is {self.grad_steps}; set it to a value from 1 to rollout_steps ({rollout_steps}), "
-            "or null for all of the steps",
-        )
+        """Reports more gradient steps than rollout steps, and an empty band."""
+        problems = []
+        if self.grad_steps is not None and self.grad_steps > rollout_steps:
+            problems.append(
+                f"grad_steps is {self.grad_steps}; set it to a value from 1 to rollout_steps ({rollout_steps}), "
+                "or null for all of the steps"
+            )
+        if self.band_low > self.band_high:
+            problems.append(f"band_low is {self.band_low}; set it to at most band_high ({self.band_high})")
+        return problems
 
     @property
     def anchor_share(self) -> float:
@@ -96,7 +127,9 @@ class DOPSD(Objective):
         selected = self._draw_steps(inputs)
         if draw_anchor(inputs, self.anchor_probability):
             return anchor_batch(inputs, selected, self.loss)
-        stats = distill(inputs, Sides.of_pairs(inputs), selected, self.loss, self.states, self.regression_target)
+        band = self.band_low, self.band_high
+        teaching = Teaching(self.loss, self.states, self.regression_target, self.magnitude_weight, band)
+        stats = distill(inputs, Sides.of_pairs(inputs), selected, teaching)
         return ObjectiveOutput.of(stats, TEACHER if self.regression_target == "teacher" else IMAGE)
 
     def _draw_steps(self, inputs: ObjectiveInputs) -> frozenset[int]:

@@ -12,7 +12,7 @@ from ..demo.concept import make_concept, write_dataset
 from ..demo.model_files import JUDGE_FILE, WEIGHTS
 from ..demo.settings import demo_config
 from ..text import printable
-from .compare import compare, draw_teacher_sheet, plan, table, write_results
+from .compare import compare, draw_teacher_sheet, dreambooth_job, plan, table, write_results
 from .evaluate import Samples
 from .jobs import JobRunner
 from .judge import load_judge
@@ -23,7 +23,7 @@ _BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Trains on an unseen concept, compares with SFT, and writes the results to `args.output`."""
+    """Trains on an unseen concept, compares with SFT and DreamBooth, and writes the results to `args.output`."""
     began = time.perf_counter()
     concept, judge = make_concept(args.concept_seed), load_judge(WEIGHTS / JUDGE_FILE)
     config = demo_config() if args.steps is None else demo_config(steps=args.steps)
@@ -32,6 +32,7 @@ def run_demo(args: argparse.Namespace) -> int:
     write_dataset(concept, args.output / "dataset")
     jobs = plan(config, args.seeds)
     work = sum(job.work for part in jobs for job in part) + (args.seeds - 1) * jobs[-1][0].work
+    work += args.seeds * dreambooth_job(config, 0).work
 
     def show_teacher(base: Samples, teacher: Samples) -> None:
         draw_teacher_sheet(concept, base, teacher).save(args.output / "teacher.png")

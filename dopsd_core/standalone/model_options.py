@@ -6,14 +6,15 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-DEMO = "demo"
+DEMO, UNDISTILLED = "demo", "demo-undistilled"
 
 DTYPES = ("bf16", "fp16", "fp32")
 QUANTISATIONS = ("none", "bnb-nf4", "bnb-int8", "torchao-int8", "quanto-int8")
 """none, or the backend of diffusers and what it stores."""
 
 MODEL_HELP = (
-    "demo, or Z-Image-Turbo or FLUX.2-klein: a Hugging Face id such as Tongyi-MAI/Z-Image-Turbo, a local folder in "
+    "demo, demo-undistilled (the demo model before its distillation, for training with the objective sft), or "
+    "Z-Image-Turbo or FLUX.2-klein: a Hugging Face id such as Tongyi-MAI/Z-Image-Turbo, a local folder in "
     "diffusers' layout, or a single file as ComfyUI uses it (default: demo)"
 )
 
@@ -23,7 +24,7 @@ class ModelOptions:
     """Where a model comes from, and how it is loaded.
 
     Attributes:
-        model: "demo", a Hugging Face id, a folder or a file.
+        model: "demo", "demo-undistilled", a Hugging Face id, a folder or a file.
         base: folder or id for everything that `model` and the other files lack; "" for the family's own repository.
         text_encoder: single file of the text encoder; None for that of `base`.
         vae: single file of the VAE; None for that of `base`.
@@ -44,8 +45,13 @@ class ModelOptions:
 
     @property
     def is_demo(self) -> bool:
-        """Whether it is the embedded demo model."""
-        return self.model == DEMO
+        """Whether it is the embedded demo model, distilled or not."""
+        return self.model in (DEMO, UNDISTILLED)
+
+    @property
+    def is_undistilled(self) -> bool:
+        """Whether it is known to be undistilled."""
+        return self.model == UNDISTILLED
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> ModelOptions:

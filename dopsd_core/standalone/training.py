@@ -31,7 +31,7 @@ from ..training.world import Peers, World
 from .accelerate_world import joined_world
 from .hosts.model import HostModel, device_of, load_model, sees_images
 from .hosts.source import find_family
-from .model_options import ModelOptions
+from .model_options import DEMO, ModelOptions
 from .previews import Painter, TrainingPreview, encode_shown, preview_texts
 from .texts import say, warn
 
@@ -96,6 +96,11 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         raise ValueError(
             f"the configuration is for {get_family(config.family).title} and --model {options.model} is a "
             f"{family.title}: leave out --config, or choose another model"
+        )
+    if options.is_undistilled and config.objective.needs_few_steps:
+        raise ValueError(
+            f"objective {config.objective.name} trains the few steps of the distilled model; choose --objective sft "
+            f"for --model {options.model}, or --model {DEMO}"
         )
     report = read_images(args, family, options)
     view = view_of(args, family, report, options)
@@ -208,6 +213,8 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, b
         )  # fmt: skip
     if is_first:
         _say_result(result)
+        if ModelOptions.of(args).is_undistilled:
+            say(f"It was trained on {args.model}; use it on the distilled model, as sample --lora does.")
     return STOPPED if result.stopped else 0
 
 
@@ -223,6 +230,7 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
         "dopsd_base_fingerprint": prepared.model.fingerprint,
         "dopsd_trigger": args.trigger,
         "dopsd_teacher_sees": prepared.view.name,
+        **({"dopsd_undistilled": args.model} if ModelOptions.of(args).is_undistilled else {}),
     }
 
 

@@ -75,20 +75,19 @@ class ClassImages:
     """The class images of a run: which ones it needs, and the images after `draw`.
 
     Args:
-        config: the configuration.
-        data: the training set.
-        model: fingerprint of the base model.
-        steps: number of steps that the model was distilled for.
-        cache: drawn images are kept there.
+        planned: as from `plan_class_images`.
+        seed: the run's seed.
+        cache: drawn images are kept there; None keeps none.
 
     Attributes:
         digest: identifies the set, with the number and order of the images; "" if none are needed.
         images: the images; empty before `draw`.
     """
 
-    def __init__(self, config: TrainConfig, data: TrainingSet, model: str, steps: int, cache: ConditionCache) -> None:
-        self._seed, self._cache = config.seed, cache
-        self._planned = plan_class_images(config, data, model, steps)
+    def __init__(
+        self, planned: Sequence[PlannedImage] = (), seed: int = 0, cache: ConditionCache | None = None
+    ) -> None:
+        self._planned, self._seed, self._cache = tuple(planned), seed, cache
         keys = "".join(image.key for image in self._planned)
         self.digest = hashlib.sha256(keys.encode()).hexdigest() if keys else ""
         self.images: tuple[ClassImage, ...] = ()
@@ -106,11 +105,14 @@ class ClassImages:
         """
         images, total = [], len(self._planned)
         for done, image in enumerate(self._planned):
-            condition, found = conditions[image.anchor], self._cache.load(image.key)
+            condition = conditions[image.anchor]
+            found = self._cache.load(image.key) if self._cache is not None else None
             if found is None:
                 if not on_drawn(done, total):
                     return False
-                found = self._cache.keep(image.key, {"latent": _draw(image, condition, denoiser, self._seed)})
+                found = {"latent": _draw(image, condition, denoiser, self._seed)}
+                if self._cache is not None:
+                    self._cache.keep(image.key, found)
             images.append(ClassImage(condition, found["latent"]))
         self.images = tuple(images)
         return not images or on_drawn(total, total)

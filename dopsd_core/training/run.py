@@ -42,9 +42,9 @@ class Run:
         denoiser: the frozen network.
         data: the training set.
         folder: folder of the run.
-        class_images: the images that the untouched model draws first.
         facts: extra metadata for the LoRA's header.
         initial: folded tensors of the LoRA to start from, [rank, in] and [rows, rank].
+        class_images: the images that the untouched model draws first; None for an objective without.
         peers: the processes of the run; by default this one.
     """
 
@@ -54,9 +54,9 @@ class Run:
         denoiser: Denoiser,
         data: TrainingSet,
         folder: Path,
-        class_images: ClassImages,
         facts: Mapping[str, str] | None = None,
         initial: Mapping[str, Tensor] | None = None,
+        class_images: ClassImages | None = None,
         peers: Peers | None = None,
     ) -> None:
         self.config, self.denoiser, self.data = config, denoiser, data
@@ -67,9 +67,9 @@ class Run:
         self.start: Gaps | None = None
         self.last: Gaps | None = None
         self.is_between_steps = True
-        self._class_images = class_images
+        self._class_images = class_images or ClassImages()
         base, start = self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
-        self._identity = RunIdentity(data.fingerprint(), base, start, class_images.digest)
+        self._identity = RunIdentity(data.fingerprint(), base, start, self._class_images.digest)
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
         wants_anchors = config.objective.wants_anchors

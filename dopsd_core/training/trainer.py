@@ -26,7 +26,7 @@ from ..files.disk import DiskError
 from ..memory.activation_checkpointing import checkpointed
 from ..optimizers import evaluating
 from ..trainable import Trainable
-from .class_images import ClassImages
+from .class_images import ClassImages, plan_class_images
 from .determinism import deterministic_algorithms, obstacle
 from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
@@ -133,24 +133,20 @@ def train(
         run_dir: folder of the run.
         callbacks: hooks of the host.
         resume: whether to resume a run in `run_dir`; if False, it is an error if there is one.
-        facts: extra metadata for the LoRA's header: base model, trigger, ... A run resumes only with the same
-            `dopsd_base_fingerprint`, if that is given.
+        facts: metadata for the LoRA's header. A run resumes only with the same `dopsd_base_fingerprint`, if given.
         initial: LoRA that a new run starts from, for student and teacher: folded tensors "<part>.lora_A.weight"
             [rank, in] and "<part>.lora_B.weight" [rows, rank], with at most the rank of the configuration
             (`lora_import`). A "frozen" teacher remains the base. A run resumes only with the same initial LoRA.
-        checkpoint_blocks: number of blocks with gradient checkpointing, which saves memory and does not change the
-            result (`activation_checkpointing.py`).
+        checkpoint_blocks: number of blocks with gradient checkpointing (`activation_checkpointing.py`).
         host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
-        sample_steps: number of steps that the model was distilled for, in which it draws the class images of
-            objectives that need them; default: the family's.
-        cache: where class images are kept for other runs on the same model; default: a folder in `run_dir`.
+        sample_steps: steps in which the model draws class images (`class_images.py`); default: the family's.
+        cache: keeps class images for other runs on the same model; default: a folder in `run_dir`.
         world: the processes that share the batches of each step, all of which call this function with equal arguments;
             default: this one. The result does not depend on their number, up to the order in which gradients are added.
 
     Raises:
         ConfigError: the configuration does not fit the data, this machine or the number of processes.
-        DiskError: `run_dir` is not writable or has not enough space, before training or, if other programs fill the
-            disk, later; the message says what is saved. The space of the next save is reserved during the run.
+        DiskError: `run_dir` cannot be written or the disk is too full, before or in training; says what is saved.
         ValueError: `initial` does not fit the configuration.
         StateError: `run_dir` contains a different run (the message lists the differences), or is damaged.
         FolderInUse: another run is using `run_dir`.
@@ -163,7 +159,7 @@ def train(
         _check_share(config, peers.world.size)
         peers.first(lambda: check_run(config, denoiser, data, run_dir, host_bytes))
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
-        run = Run(config, denoiser, data, Path(run_dir), images, facts, initial, peers)
+        run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
         return _to_the_end(run, callbacks, resume, checkpoint_blocks)
 
 
@@ -235,7 +231,8 @@ def _class_images(
     model = facts.get("dopsd_base_fingerprint", "")
     if cache is None or not model:  # images of an unknown model belong to this run only
         cache = ConditionCache(run_dir / CLASS_IMAGES_NAME)
-    return ClassImages(config, data, model, steps or get_family(config.family).sample_steps, cache)
+    planned = plan_class_images(config, data, model, steps or get_family(config.family).sample_steps)
+    return ClassImages(planned, config.seed, cache)
 
 
 def _draw_class_images(run: Run, callbacks: Callbacks) -> bool:

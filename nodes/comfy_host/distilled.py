@@ -1,7 +1,7 @@
 """Recognises undistilled checkpoints: D-OPSD trains the few steps of a distilled one, but any checkpoint loads.
 
-Objectives that do not need few steps, such as sft, may train an undistilled one on purpose: its LoRA is then used on the
-distilled model.
+Objectives that do not need few steps, such as sft, may train an undistilled one on purpose: its LoRA is then used on
+the distilled model.
 
 Z-Image and Z-Image-Turbo have the same architecture, so only hints distinguish them: the file's name, and a flag of
 ComfyUI's own detection. It allows fp16 only if the norm weights of the second to last block are small, as they are in
@@ -30,8 +30,8 @@ def warn_if_undistilled(model: Any) -> str | None:
         return None
     return (
         f"{_looks(model, reason)}: D-OPSD needs one that was distilled for few steps, such as "
-        f"{in_comfyui(family_of(model)).distilled}; any other draws nothing usable in so few steps, and would learn from "
-        "that"
+        f"{in_comfyui(family_of(model)).distilled}; any other draws nothing usable in so few steps, and would learn "
+        "from that"
     )
 
 

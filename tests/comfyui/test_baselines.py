@@ -1,4 +1,4 @@
-"""The baselines in D-OPSD Train LoRA: class images by the user's model, progress and cancel, undistilled checkpoints."""
+"""The baselines in D-OPSD Train LoRA: class images with progress and cancel, undistilled checkpoints."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_they_are_what_the_users_model_draws(comfyui: ComfyUI, trained: Run) -> 
     """The cached latents, drawn again by the MODEL without any adapter."""
     images = comfyui.core("training.class_images")
     host, rollout = comfyui.module("nodes.comfy_host.denoiser"), comfyui.core("rollout")
-    cache = comfyui.core("conditioning.cache").ConditionCache(comfyui.module("nodes.comfy_host.paths").condition_cache())
+    place = comfyui.module("nodes.comfy_host.paths").condition_cache()
+    cache = comfyui.core("conditioning.cache").ConditionCache(place)
     folder, conditions, model = folder_of(comfyui, "db"), trained.value("conditions"), trained.value("models")
     config = comfyui.core("config").TrainConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
     with safe_open(folder / "lora.safetensors", "pt") as file:
@@ -134,8 +135,9 @@ def test_an_ablation_runs_and_says_that_its_teacher_is_not_used(comfyui: ComfyUI
     graph = baseline(comfyui, "ablation", "dopsd", states="data", regression_target="ground_truth")
     run = comfyui.execute(graph, keep_cache=True)
     assert run.status == "success", run.error
-    assert "the teacher is only used by the gap and the previews: the objective is dopsd with ground_truth" in (
-        run.texts("train")[-1]
+    assert (
+        "the teacher is only used by the gap and the previews: the objective is dopsd with ground_truth"
+        in (run.texts("train")[-1])
     )
 
 

@@ -23,6 +23,7 @@ from ...demo.autoencoder import DemoAutoencoder
 from ...demo.model_files import (
     IMAGE_PAD,
     MODEL_FILE,
+    PARENT_FILE,
     TEACHER_TEMPLATE,
     TEXT_ENCODER_FILE,
     TEXT_TEMPLATE,
@@ -35,7 +36,7 @@ from ...demo.model_files import (
 from ...denoiser import Denoiser
 from .demo_networks import load_tokenizer
 from .demo_weight_files import load_text_encoder, load_transformer
-from .qwen3vl import patches_of
+from .teacher_reader import patches_of
 from .z_image import ZImageDenoiser
 
 
@@ -132,6 +133,16 @@ class DemoModel:
     fingerprint: str
 
 
+def load_undistilled(folder: Path = WEIGHTS) -> tuple[StandaloneDenoiser, str]:
+    """The demo model's transformer before its distillation, on the CPU, and the digest of its file.
+
+    Raises:
+        FileNotFoundError: the file is missing; the message names it.
+    """
+    denoiser = StandaloneDenoiser(load_transformer(folder / PARENT_FILE))
+    return denoiser, _digest(folder, PARENT_FILE)
+
+
 def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
     """Loads the embedded weights, upcast to fp32.
 
@@ -172,5 +183,5 @@ def with_lora(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Iterator
 
 
 def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
-    """image [3, H, W] in [0, 1] -> (patches [N, 1536], grid [[1, h, w]]) at the demo's size, `qwen3vl.patches_of`."""
+    """image [3, H, W] in [0, 1] -> (patches [N, 1536], grid [[1, h, w]]) at the demo's size, `teacher_reader.patches_of`."""
     return patches_of(image, vision_size(*image.shape[1:]))

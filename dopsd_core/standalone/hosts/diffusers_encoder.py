@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...conditioning.encode import Condition
 from ...families import Family
 from .parts import ModelParts
-from .qwen3vl import VisionFiles
+from .teacher_reader import VisionFiles
 
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _CAPTION = "{}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...conditioning.encode import Encoder
 from ...conditioning.teachers import TeacherView
@@ -17,11 +17,14 @@ from ...demo.model_files import SAMPLE_STEPS
 from ...demo.world import IMAGE_SIZE
 from ...denoiser import Denoiser
 from ...families import Z_IMAGE, Family, get_family
-from ..model_options import ModelOptions
-from .demo import load_demo_model
+from ..model_options import DEMO, UNDISTILLED, ModelOptions
+from .demo import StandaloneDenoiser, load_demo_model, load_undistilled
 from .diffusers_encoder import DiffusersEncoder
 from .parts import ModelParts
 from .source import find_family, find_files
+
+_UNDISTILLED_STEPS = 32
+"""Steps in which the demo model before its distillation draws class images."""
 
 
 class Codec(Encoder, Protocol):
@@ -86,14 +89,25 @@ class DemoHostModel:
 
     Attributes:
         device: where it runs.
+        title: "demo" or "demo-undistilled".
     """
 
     device: str = "cpu"
+    title: str = DEMO
     family = Z_IMAGE
-    title = "demo"
     side = IMAGE_SIZE
-    sample_steps = SAMPLE_STEPS
     teachers = ("vlm",)
+
+    @property
+    def sample_steps(self) -> int:
+        """Number of steps that it was distilled for; many before its distillation."""
+        return _UNDISTILLED_STEPS if self.title == UNDISTILLED else SAMPLE_STEPS
+
+    @cached_property
+    def _undistilled(self) -> tuple[StandaloneDenoiser, str]:
+        denoiser, fingerprint = load_undistilled()
+        nn.Module.to(denoiser.transformer, self.device)
+        return denoiser, fingerprint
 
     @cached_property
     def _model(self) -> Any:
@@ -102,7 +116,7 @@ class DemoHostModel:
     @property
     def fingerprint(self) -> str:
         """Digest of the transformer's file."""
-        return self._model.fingerprint
+        return self._undistilled[1] if self.title == UNDISTILLED else self._model.fingerprint
 
     @property
     def encoder(self) -> Codec:
@@ -112,7 +126,7 @@ class DemoHostModel:
     @property
     def denoiser(self) -> Denoiser:
         """The transformer."""
-        return self._model.denoiser
+        return self._undistilled[0] if self.title == UNDISTILLED else self._model.denoiser
 
     def doubts(self, captions: Iterable[str]) -> Sequence[str]:
         """The words that the model does not know."""
@@ -220,7 +234,7 @@ def load_model(options: ModelOptions, sees: bool) -> HostModel:
     """
     device = device_of(options)
     if options.is_demo:
-        return DemoHostModel(str(device) if options.device != "auto" else "cpu")
+        return DemoHostModel(str(device) if options.device != "auto" else "cpu", options.model)
     _be_quiet()
     files = find_files(options, find_family(options))
     return DiffusersModel(ModelParts(files, options), device, sees)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..model_options import ModelOptions
 from .quantised import quantisation_config
-from .qwen3vl import TeacherReader, VisionFiles, find_vision
 from .source import ModelFiles
+from .teacher_reader import TeacherReader, VisionFiles, find_vision
 from .weight_files import digest_files, read_plain
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -119,7 +119,7 @@ class ModelParts:
         """The files of the teacher's vision tower.
 
         Raises:
-            ValueError, OSError: as `qwen3vl.find_vision`.
+            ValueError, OSError: as `teacher_reader.find_vision`.
         """
         return find_vision(self.options.vision)
 
