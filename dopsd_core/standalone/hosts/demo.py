@@ -183,5 +183,5 @@ def with_lora(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Iterator
 
 
 def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
-    """image [3, H, W] in [0, 1] -> (patches [N, 1536], grid [[1, h, w]]) at the demo's size, `teacher_reader.patches_of`."""
+    """image [3, H, W] in [0, 1] -> (patches [N, 1536], grid [[1, h, w]]) at the demo's size."""
     return patches_of(image, vision_size(*image.shape[1:]))
