@@ -214,7 +214,7 @@ class DiffusersModel:
     @cached_property
     def _denoiser(self) -> Denoiser:
         transformer = self._parts.transformer(self._classes.transformer)
-        if self._parts.options.quantise == "none":
+        if not self._parts.options.quantise.startswith("bnb"):  # bitsandbytes puts it on the current device
             transformer.to(self._device)
         return self._classes.denoiser(transformer)
 
@@ -236,6 +236,8 @@ def load_model(options: ModelOptions, sees: bool) -> HostModel:
     if options.is_demo:
         return DemoHostModel(str(device) if options.device != "auto" else "cpu", options.model)
     _be_quiet()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where quantisation backends load to
     files = find_files(options, find_family(options))
     return DiffusersModel(ModelParts(files, options), device, sees)
 
