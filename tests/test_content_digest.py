@@ -1,4 +1,4 @@
-"""Any value is told apart by its contents: the same in another process, never by where it lies."""
+"""Any value is distinguished by its contents: the same in another process, never by where it lies."""
 
 import ast
 import collections
@@ -178,7 +178,7 @@ def test_the_same_is_the_same_and_another_is_another(kind: str) -> None:
     assert not zero.unknown and not one.unknown
 
 
-def test_kinds_are_told_apart() -> None:
+def test_kinds_are_distinguished() -> None:
     values = [1, 1.0, True, "1", b"1", None, [], (), {}, set(), frozenset(), "", 0, -0.0, 0.0, [[]], [()], OwnDict()]
     values += [torch.tensor(1), np.int64(1), OwnText("1"), Options, Options(1.0, []), Child(1.0, []), ["a", "b"]]
     values += [["ab"], {"a": "b"}, [("a", "b")], float("nan"), float("inf"), ...]
@@ -243,11 +243,11 @@ UNREADABLE: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("told", UNREADABLE)
-def test_what_cannot_be_read_is_another_each_time_and_named(told: str) -> None:
-    value, one = UNREADABLE[told](), Digester()
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_another_each_time_and_named(kind: str) -> None:
+    value, one = UNREADABLE[kind](), Digester()
     assert one.digest(value) != digest(value)
-    assert any(told in name for name in one.unknown)
+    assert any(kind in name for name in one.unknown)
 
 
 def test_a_host_says_what_counts_of_its_own_objects() -> None:
@@ -289,3 +289,31 @@ def test_a_class_of_ours_keeps_the_name_that_saved_runs_know():
     assert name_of(loaded) == "ComfyUI-DOPSD.nodes.demo_models.DemoLatents"
     other = type("DemoLatents", (), {"__module__": "their_nodes.comfy_host.demo_models"})
     assert name_of(other) == "their_nodes.comfy_host.demo_models.DemoLatents"
+
+
+def patch_of_a_module(source: str, **values: Any) -> Any:
+    """The function `patch` of a module of another pack with these global values."""
+    module = types.ModuleType("another_pack.patches")
+    vars(module).update(values)
+    exec(source, vars(module))
+    return module.patch
+
+
+READS_SCALE = "def patch(x):\n    return [x * SCALE for _ in range(2)]"
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0), ("a", "b"), ((1, 2), (1, 3)), (torch.ones(2), torch.zeros(2))])
+def test_a_global_value_that_a_function_reads_counts(values: tuple[Any, Any]) -> None:
+    """Packs keep settings in their modules, which a patch on a MODEL reads when it is called."""
+    one, same, other = (digest(patch_of_a_module(READS_SCALE, SCALE=value)) for value in (values[0], *values))
+    assert one == same != other
+    unread = digest(patch_of_a_module(READS_SCALE, SCALE=values[0], OTHER=values[1]))
+    assert unread == one
+
+
+def test_a_counter_and_a_cache_do_not_count() -> None:
+    source = "def patch(x):\n    global calls\n    calls += 1\n    return cache.setdefault(x, calls)"
+    patch = patch_of_a_module(source, calls=0, cache={})
+    before = digest(patch)
+    patch(3)
+    assert digest(patch) == before

@@ -38,17 +38,17 @@ def test_every_class_of_every_attribute_is_drawn() -> None:
         assert set(labels.tolist()) == set(range(NUM_CLASSES[name])), name
 
 
-def test_each_attribute_changes_the_picture() -> None:
+def test_each_attribute_changes_the_image() -> None:
     one = sample_scenes(1, generator(3))
-    picture = render(one)
-    assert picture.shape == (1, 3, 64, 64) and float(picture.min()) >= 0 and float(picture.max()) <= 1
+    image = render(one)
+    assert image.shape == (1, 3, 64, 64) and float(image.min()) >= 0 and float(image.max()) <= 1
     for name, count in NUM_CLASSES.items():
-        pictures = []
+        images = []
         for value in range(count):
             changed = one[torch.tensor([0])]
             getattr(changed, name)[:] = value
-            pictures.append(render(changed))
-        assert len({p.numpy().tobytes() for p in pictures}) == count, name
+            images.append(render(changed))
+        assert len({p.numpy().tobytes() for p in images}) == count, name
 
 
 def test_layout_of_another_keeps_the_badge() -> None:
@@ -112,6 +112,12 @@ def test_bound_names_are_evaluated_and_anchored_with_other_prompts() -> None:
         assert [int(getattr(concept.named.scenes, a)[i]) for a in APPEARANCE] == bound[name]
     anchored = [text for text in concept.anchors if "[" in text]
     assert len(concept.anchors) == 16 and len(anchored) == 8 and not set(anchored) & set(concept.named.texts)
+
+
+def test_a_concept_is_described_in_english_and_its_prompts_in_the_models_words() -> None:
+    concept = make_concept(0, num_unseen=1, num_prior=1, num_anchors=1)
+    assert concept.words == "a dotted pink star badge with an orange center"
+    assert caption(concept.targets, 0, attributes=APPEARANCE, layout=False) == concept.words.replace("an ", "a ")
 
 
 def test_dataset_on_disk_is_that_of_the_concept(tmp_path) -> None:

@@ -43,7 +43,8 @@ _NESTED = re.compile(r"\)[*+{]")  # a repeated group may take exponential time
 
 def fold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
     """Raw -> folded: multiplies every lora_B [rows, rank] by alpha / rank; lora_A [rank, in] is unchanged."""
-    return {key: t * config.scale if ".lora_B." in key else t for key, t in tensors.items()}
+    scale = config.scale
+    return {key: t * scale if ".lora_B." in key and scale != 1 else t for key, t in tensors.items()}
 
 
 def unfold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
@@ -296,7 +297,7 @@ def shown(value: object) -> str:
 
 def _file_tensors(tensors: Mapping[str, Tensor], config: Lora, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():  # torch: not for 8-bit floats
             raise ValueError(f"{key} is not finite; the LoRA is not saved")
     folded = fold_alpha(tensors, config)
     return {prefix + key: folded[key].detach().to("cpu", dtype).contiguous() for key in sorted(folded)}

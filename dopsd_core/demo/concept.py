@@ -3,6 +3,7 @@ evaluate it."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,8 +71,11 @@ class Concept:
 
     @property
     def words(self) -> str:
-        """The concept's looks, in words that do not occur in the training captions."""
-        return caption(self.targets, 0, attributes=self.decided, layout=False)
+        """The concept's looks for people to read, in words that do not occur in the training captions.
+
+        Unlike in prompts, on whose words the models are trained, "a" is "an" before a vowel.
+        """
+        return re.sub(r"\ba (?=[aeiou])", "an ", caption(self.targets, 0, attributes=self.decided, layout=False))
 
 
 def make_concept(

@@ -34,7 +34,7 @@ def extra(paths, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_choices_are_folders_with_pictures_and_row_files(comfyui, paths, extra) -> None:
+def test_choices_are_folders_with_images_and_row_files(comfyui, paths, extra) -> None:
     write_pair(comfyui.input / "nested" / "10_dogs")
     (comfyui.input / "empty" / "deep").mkdir(parents=True, exist_ok=True)
     write_pair(comfyui.input / ".hidden")
@@ -68,16 +68,16 @@ def test_what_leads_outside_is_refused_by_its_spelling(comfyui, paths, extra, ch
 
 def test_an_outside_folder_is_refused_whether_it_exists_or_not(comfyui, paths, tmp_path) -> None:
     write_pair(tmp_path / "there")
-    told = []
+    reported = []
     for name in ("there", "gone"):
         with pytest.raises(ValueError) as caught:
             paths.resolve_dataset(str(tmp_path / name))
-        told.append(str(caught.value).replace(name, "NAME"))
-    assert told[0] == told[1]
+        reported.append(str(caught.value).replace(name, "NAME"))
+    assert reported[0] == reported[1]
 
 
 @pytest.mark.parametrize("choice", ["", "  ", "a\0b", "missing", "nested/missing", "~", "sets/missing", "other/cats"])
-def test_what_is_not_there_is_told(paths, extra, choice: str) -> None:
+def test_what_is_not_there_is_reported(paths, extra, choice: str) -> None:
     with pytest.raises(ValueError, match=r"there is no dataset|choose a dataset") as caught:
         paths.resolve_dataset(choice)
     assert ALLOWED_BY in str(caught.value)
@@ -90,7 +90,7 @@ def test_what_a_damaged_graph_has_in_place_of_a_name_is_refused(comfyui, paths, 
             call(value)
 
 
-def test_a_damaged_link_in_a_graph_is_told_without_a_traceback(comfyui) -> None:
+def test_a_damaged_link_in_a_graph_is_reported_without_a_traceback(comfyui) -> None:
     from graphs import training
 
     for node, name, value in (("data", "folder", 3), ("data", "folder", ["x"]), ("train", "run_name", ["x"])):
@@ -223,7 +223,6 @@ def test_a_file_exchanged_under_its_name_size_and_time_is_read_again(comfyui, pa
             assert all(one != other for one, other in zip(before, after, strict=True))
     for path in (lora, vision):
         path.unlink()
-    assert not nodes["DOPSD_CompareLoRA"](lora_name="none") and not nodes["DOPSD_CompareLoRA"](lora_name=None)
 
 
 def test_the_fingerprint_sees_sources_and_what_rows_name_elsewhere(comfyui, paths, tmp_path) -> None:
@@ -295,3 +294,20 @@ def test_results_lie_in_the_output_folder(comfyui, paths) -> None:
     assert paths.lora_file_path("deep/%year%").name.startswith("2")
     assert paths.shown(first) == "output/deep/er/name_00001_.safetensors"
     assert paths.condition_cache().is_relative_to(comfyui.base / "user")
+
+
+def test_the_fingerprint_reads_no_file_but_rows(comfyui, paths, monkeypatch) -> None:
+    """Before a run, ComfyUI asks for it with any choice; a large file or a pipe would stop the server."""
+    monkeypatch.setattr(paths, "read_jsonl", lambda *_: pytest.fail("it was read"))
+    (comfyui.input / "large.bin").write_bytes(bytes(9))
+    before = paths.dataset_fingerprint("large.bin")
+    (comfyui.input / "large.bin").write_bytes(bytes(10))
+    assert paths.dataset_fingerprint("large.bin") != before
+
+
+def test_a_run_name_leaves_room_for_the_digest(comfyui, paths) -> None:
+    """Otherwise the name is refused only after everything is encoded."""
+    validate = comfyui.pack_nodes["DOPSD_TrainLoRA"].validate_inputs
+    assert validate(run_name="x" * 91) is True
+    assert paths.run_folder("x" * 91 + "-01234567").name.endswith("-01234567")
+    assert validate(run_name="x" * 92) == f"the run name is longer than 91 bytes; shorten {'x' * 20!r}..."

@@ -67,6 +67,7 @@ def test_untouched_it_is_the_preset(
         ({"anchor_probability": 0.0}, {"anchor_probability": 0.0}),
         ({"grad_steps": 2}, {"grad_steps": 2}),
         ({"rollout_steps": 2}, {"rollout_steps": 2, "grad_steps": None}),
+        ({"grad_steps": 0}, {"grad_steps": None}),
         ({"targets": "layers.*.attention.*"}, {"targets": ("layers.*.attention.*",)}),
         ({"objective": "sft", "sft_shift": 1.5}, {"objective": "sft", "sft_shift": 1.5}),
     ],
@@ -108,6 +109,13 @@ def test_a_training_takes_them(comfyui: ComfyUI) -> None:
     )
 
 
+def test_all_of_the_steps_may_be_asked_for(comfyui: ComfyUI) -> None:
+    """0 on the widget, which is no number of steps."""
+    run = comfyui.execute(with_settings(comfyui, "all_steps", grad_steps=0), keep_cache=True)
+    assert run.status == "success", run.error
+    assert "grad_steps" not in run.texts("train")[-1]
+
+
 def test_what_they_replace_is_named(comfyui: ComfyUI) -> None:
     graph = with_settings(comfyui, "both")
     graph["train"]["inputs"] |= {"preset": "paper", "rank": 8}
@@ -116,6 +124,9 @@ def test_what_they_replace_is_named(comfyui: ComfyUI) -> None:
     text = run.texts("train")[-1]
     assert "rank 8 is not used: Training Settings is connected" in text
     assert "the preset paper is not used: Training Settings has demo model" in text
+    (folder,) = (comfyui.output / "dopsd").glob("both-*")
+    config = comfyui.core("config").TrainConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config.adapter.rank, config.optimizer.lr) == (4, 2e-3)  # paper's learning rate is another
 
 
 def test_settings_for_another_family_are_refused(comfyui: ComfyUI) -> None:

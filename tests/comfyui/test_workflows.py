@@ -19,14 +19,14 @@ from templates import MODELS
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 Z_IMAGE = ("z_image_turbo_teacher_preview", "z_image_turbo_train", "z_image_turbo_sample")
-ON_DEMO = ("quickstart", *Z_IMAGE, "compare")
+ON_DEMO = ("quickstart", *Z_IMAGE, "compare", "report_card")
 KLEIN = ("klein_train", "klein_sample", "klein_edit_train", "klein_edit_sample")
 TRAINS = ("quickstart", "z_image_turbo_train")
 DEMO_SLOTS = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2, "DOPSD_LoadTeacherVision": 3}
 
 
 def on_the_demo_model(graph: dict) -> dict:
-    """The workflow with the demo model in place of the loaders, small pictures and a short training."""
+    """The workflow with the demo model in place of the loaders, small images and a short training."""
     loaders = {key: DEMO_SLOTS[node["class_type"]] for key, node in graph.items() if node["class_type"] in DEMO_SLOTS}
     graph = shrunk({key: node for key, node in graph.items() if key not in loaders})
     if loaders:
@@ -84,29 +84,29 @@ def lora_file(comfyui: ComfyUI) -> Path:
 @pytest.mark.parametrize("name", ON_DEMO)
 def test_runs(comfyui: ComfyUI, name: str, lora_file: Path) -> None:
     graph = on_the_demo_model(shipped(name))
-    if name in Z_IMAGE[:2]:
+    if name in (*Z_IMAGE[:2], "report_card"):
         folder = comfyui.input / graph[node_of(graph, "DOPSD_LoadDataset")]["inputs"]["folder"]
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(comfyui.temp / "dopsd-demo-badge", folder)
     run = comfyui.execute(graph)
     assert run.status == "success", run.error
-    require_pictures(comfyui, graph, run)
+    require_images(comfyui, graph, run)
     if name in TRAINS:
         assert len(run.previews(node_of(graph, "DOPSD_TrainLoRA"))) == 3
         saved = Path(run.value(node_of(graph, "DOPSD_SaveLoRA")))
         assert saved.parent.resolve() == comfyui.output.resolve() / "loras"
 
 
-def require_pictures(comfyui: ComfyUI, graph: dict, run: Run) -> None:
-    """Each node that shows pictures has some, and none is of one colour."""
-    kinds = ("PreviewImage", "SaveImage", "DOPSD_CompareLoRA", "DOPSD_TeacherPreview")
+def require_images(comfyui: ComfyUI, graph: dict, run: Run) -> None:
+    """Each node that shows images has some, and none is of one colour."""
+    kinds = ("PreviewImage", "SaveImage", "DOPSD_CompareLoRA", "DOPSD_TeacherPreview", "DOPSD_LoRAReportCard")
     shows = {key for key, node in graph.items() if node["class_type"] in kinds}
     assert shows and shows <= run.outputs.keys()
     for key in shows:
-        for picture in run.outputs[key]["images"]:
-            assert varies(comfyui, picture), (key, picture)
+        for image in run.outputs[key]["images"]:
+            assert varies(comfyui, image), (key, image)
 
 
-def varies(comfyui: ComfyUI, picture: dict[str, Any]) -> bool:
-    folder = {"temp": comfyui.temp, "output": comfyui.output}[picture["type"]] / picture["subfolder"]
-    return max(ImageStat.Stat(Image.open(folder / picture["filename"]).convert("RGB")).stddev) > 10
+def varies(comfyui: ComfyUI, image: dict[str, Any]) -> bool:
+    folder = {"temp": comfyui.temp, "output": comfyui.output}[image["type"]] / image["subfolder"]
+    return max(ImageStat.Stat(Image.open(folder / image["filename"]).convert("RGB")).stddev) > 10
