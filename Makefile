@@ -100,6 +100,7 @@ $(VENV)/.standalone: requirements-standalone.txt | $(VENV)/.python
 $(VENV)/.dev: requirements-dev.txt requirements-metrics.txt $(VENV)/.standalone
 	$(INSTALL) -r requirements-dev.txt
 	$(INSTALL) --no-deps -r requirements-metrics.txt
+	rm -rf $(VENV)/lib/python*/site-packages/tests  # torch-fidelity's, which would hide ours
 	touch $@
 
 # Another checkout may need other versions.
