@@ -38,9 +38,6 @@ from .jobs import JobRunner
 from .judge import load_judge
 from .memory import peak_rss_mb
 
-_UNDISTILLED_STEPS = 32
-"""Steps in which the model before its distillation draws class images."""
-
 _BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"
 
 
@@ -87,8 +84,8 @@ def run_train(args: argparse.Namespace) -> int:
     undistilled = args.model == UNDISTILLED
     if undistilled and config.objective.needs_few_steps:
         raise ValueError(
-            f"objective {config.objective.name} trains the few steps of the distilled model; choose --objective sft "
-            f"for --model {UNDISTILLED}, or --model demo"
+            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft for "
+            f"--model {UNDISTILLED}, or --model demo"
         )
     resolution = args.resolution or IMAGE_SIZE
     report = read_dataset(
@@ -122,7 +119,7 @@ def run_train(args: argparse.Namespace) -> int:
     with tqdm(total=config.steps, unit="step") as bar:
         result = train(
             config, denoiser, data, args.output, _TrainBar(bar), resume=not args.fresh, facts=facts,
-            sample_steps=_UNDISTILLED_STEPS if undistilled else SAMPLE_STEPS, cache=cache,
+            sample_steps=SAMPLE_STEPS, cache=cache,
         )  # fmt: skip
     _say(f"{result.step} steps; LoRA: {result.lora_path}")
     if undistilled:
