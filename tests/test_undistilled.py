@@ -12,7 +12,7 @@ from safetensors import safe_open
 from dopsd_core.__main__ import main
 from dopsd_core.demo.concept import make_concept, write_dataset
 from dopsd_core.demo.model_files import PARENT_FILE
-from dopsd_core.standalone import cli
+from dopsd_core.standalone.hosts import model as host_models
 from dopsd_core.standalone.hosts.demo import load_demo_model, load_undistilled
 
 
@@ -40,7 +40,7 @@ def test_sft_trains_it_and_the_lora_says_so(
     other: Any = load_demo_model().denoiser
     with torch.no_grad():
         next(other.transformer.parameters()).mul_(1.5)
-    monkeypatch.setattr(cli, "load_undistilled", lambda: (other, "parent"))
+    monkeypatch.setattr(host_models, "load_undistilled", lambda: (other, "parent"))
     assert main([*words, "--objective", "sft"]) == 0
     assert "use it on the distilled model" in capsys.readouterr().out
     with safe_open(tmp_path / "run" / "lora.safetensors", "pt") as file:

@@ -26,6 +26,15 @@ class RunIdentity:
     initial: str
     class_images: str = ""
 
+    def in_words(self) -> dict[str, str]:
+        """The digests by what they are of."""
+        return {
+            "the dataset": self.data,
+            "the model": self.model,
+            "the initial LoRA": self.initial,
+            "the class images": self.class_images,
+        }
+
 
 def require_same_run(checkpoint: Checkpoint, config: TrainConfig, identity: RunIdentity, folder: Path) -> None:
     """Checks that the run in `folder`, with this checkpoint, can be resumed.

@@ -153,6 +153,41 @@ class RunFolder:
         return kept
 
 
+class UnusedFolder(RunFolder):
+    """The folder of a run in a process that neither reads nor writes it, because another one does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self) -> Checkpoint | None:
+        """Reads nothing."""
+        return None
+
+    def begin(self, step: int, is_new: bool) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def append(self, report: StepReport) -> None:
+        """Does nothing."""
+
+    def hold_room(self) -> None:
+        """Does nothing."""
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
+        """The folder of the checkpoint that the other process writes."""
+        return self.path / CHECKPOINTS_NAME / f"step-{checkpoint.step:06d}"
+
+    def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+        """The file that the other process writes from the tensors, [rank, in] and [rows, rank]."""
+        return self.path / LORA_NAME
+
+    def kept(self) -> str:
+        """Where the state of the run is, as the end of a sentence."""
+        return f"the state of the run is in {self.path}"
+
+
 def _sizes(config: TrainConfig, denoiser: Denoiser) -> SavedBytes:
     parts, elements = config.adapter.size(denoiser.sites())
     return saved_bytes(elements, 2 * parts, config.teacher, config.optimizer)
