@@ -99,7 +99,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         )
     if options.is_undistilled and config.objective.needs_few_steps:
         raise ValueError(
-            f"objective {config.objective.name} trains the few steps of the distilled model; choose --objective sft "
+            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
             f"for --model {options.model}, or --model {DEMO}"
         )
     report = read_images(args, family, options)
