@@ -20,8 +20,9 @@ from ..denoiser import Denoiser
 from ..families import get_family
 from ..objectives import ObjectiveInputs, ObjectiveOutput
 from ..optimizers import evaluating, start_training
+from ..optimizers.state import flatten_state
 from ..transfer import to_device
-from .checkpoint import Checkpoint, StateError, flatten_state
+from .checkpoint import Checkpoint, StateError
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
 from .nonfinite import NonFiniteError, remedy
