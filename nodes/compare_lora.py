@@ -214,9 +214,14 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
         ValueError: it will apply none.
     """
     used = used_keys(model, tensors)
-    rest = [key for key in tensors if key not in used]
+    rest = [key for key in tensors if key not in used and _dora_scale(key) not in used]
     line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
     return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
+
+
+def _dora_scale(key: str) -> str:
+    """What ComfyUI reads instead of this magnitude of a DoRA; the key for any other."""
+    return key.replace(".lora_magnitude_vector", ".dora_scale")
 
 
 def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
@@ -247,18 +252,29 @@ def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
 
 
 def _fits(model: Any, target: Any, patch: Any) -> bool:
-    """Whether a LoRA has the shape of its weight, or of its slice of it.
+    """Whether a LoRA or LoKr has the shape of its weight, or of its slice of it.
 
     ComfyUI only logs a mismatch and continues. The demo model has the same names as the real one.
     """
-    if not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
+    if not isinstance(patch, (comfy.weight_adapter.LoRAAdapter, comfy.weight_adapter.LoKrAdapter)):
         return True
     key, part = (target, None) if isinstance(target, str) else target[:2]
     shape = list(comfy.utils.get_attr(model.model, key).shape)
     if part is not None:
         shape[part[0]] = part[2]
-    up, down = patch.weights[:2]
-    return up.shape[0] == shape[0] and down[0].numel() == math.prod(shape[1:])
+    return _shape_of(patch) == (shape[0], math.prod(shape[1:]))
+
+
+def _shape_of(patch: Any) -> tuple[int, int]:
+    """(rows, columns) of what a LoRA or LoKr adds."""
+    if isinstance(patch, comfy.weight_adapter.LoRAAdapter):
+        up, down = patch.weights[:2]
+        return up.shape[0], down[0].numel()
+    w1, w2, _, w1_a, w1_b, w2_a, w2_b = patch.weights[:7]
+    pairs = ((w1, w1_a, w1_b), (w2, w2_a, w2_b))
+    sides = [(left, right) if whole is None else (whole, whole) for whole, left, right in pairs]
+    rows, columns = (math.prod(half[i].shape[i] for half in sides) for i in (0, 1))
+    return rows, columns
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:

@@ -112,7 +112,7 @@ def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> 
     ranks = {tensor.shape[0] for key, tensor in bare.items() if key.endswith(".lora_A.weight")}
     named = all(key.startswith(_PREFIX) and ".lora_" in key for key in lora)
     if not named or len(ranks) != 1:
-        raise ValueError("a peft folder needs a LoRA from D-OPSD Train LoRA: switch peft_folder off")
+        raise ValueError("a peft folder needs a plain LoRA from D-OPSD Train LoRA: switch peft_folder off")
     save_peft(
         folder,
         bare,

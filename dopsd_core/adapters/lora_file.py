@@ -35,6 +35,10 @@ _PEFT_CONFIG = "adapter_config.json"
 _SUFFIXES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_down": "lora_A", "lora_up": "lora_B"}
 _KEY = re.compile(r"(?P<part>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up)(\.(?P<adapter>\w+))?\.weight")
 
+_SCALED = re.compile(r"\.lora_B\.|\.lokr_w2(_a)?$")
+_FULL_PRECISION = re.compile(r"\.(lora_magnitude_vector|dora_scale)$")
+"""Factors of whole rows of the base weight, whose rounding to bf16 would be noise on the base itself."""
+
 _MAX_SHOWN = 120
 _MAX_PATTERN, _MAX_REPEATS = 500, 4
 _REPEATS = re.compile(r"[*+{]")  # each may multiply the matching time by the length of the name
@@ -42,13 +46,16 @@ _NESTED = re.compile(r"\)[*+{]")  # a repeated group may take exponential time
 
 
 def fold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
-    """Raw -> folded: multiplies every lora_B [rows, rank] by alpha / rank; lora_A [rank, in] is unchanged."""
-    return {key: t * config.scale if ".lora_B." in key else t for key, t in tensors.items()}
+    """Raw -> folded: multiplies every lora_B [rows, rank], or LoKr's w2 or w2_a, by alpha / rank.
+
+    The others, such as lora_A [rank, in], are unchanged.
+    """
+    return {key: t * config.scale if _SCALED.search(key) else t for key, t in tensors.items()}
 
 
 def unfold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
     """Folded -> raw, for `AdapterSet.load_state` of a set with this config; fp32, the same shapes."""
-    return {key: t.float() / config.scale if ".lora_B." in key else t.float() for key, t in tensors.items()}
+    return {key: t.float() / config.scale if _SCALED.search(key) else t.float() for key, t in tensors.items()}
 
 
 def save_lora(
@@ -63,7 +70,9 @@ def save_lora(
     """Writes raw `tensors` (`AdapterSet.state()`) as one LoRA file, atomically.
 
     Args:
-        tensors: "<part>.lora_A.weight" [rank, in] and "<part>.lora_B.weight" [rows, rank].
+        tensors: "<part>.lora_A.weight" [rank, in] and "<part>.lora_B.weight" [rows, rank]; for DoRA also
+            "<part>.lora_magnitude_vector" [rows], which diffusers reads, and "<part>.dora_scale" [rows, 1], which
+            ComfyUI reads; for LoKr "<part>.lokr_w1" and so on. The magnitudes stay in fp32.
         metadata: extra metadata for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it.
 
     Raises:
@@ -299,7 +308,8 @@ def _file_tensors(tensors: Mapping[str, Tensor], config: Lora, prefix: str, dtyp
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} is not finite; the LoRA is not saved")
     folded = fold_alpha(tensors, config)
-    return {prefix + key: folded[key].detach().to("cpu", dtype).contiguous() for key in sorted(folded)}
+    kinds = {key: torch.float32 if _FULL_PRECISION.search(key) else dtype for key in folded}
+    return {prefix + key: folded[key].detach().to("cpu", kinds[key]).contiguous() for key in sorted(folded)}
 
 
 def _folded(tensors: Mapping[str, Tensor], source: Path | str, scale: Any) -> dict[str, Tensor]:

@@ -11,6 +11,14 @@ _PEFT = "lora_adapter_metadata"
 _OF_THE_BYTES = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Only valid for one file: written anew or not at all."""
 
+_DIFFUSERS = (
+    *(f".lora_{half}.weight" for half in "AB"),
+    *(f".lokr_{factor}" for factor in ("w1", "w2", "w2_a", "w2_b")),
+    ".lora_magnitude_vector",
+    ".dora_scale",
+)
+"""Ends of the names that diffusers loads; dora_scale is ComfyUI's, and beside the magnitudes diffusers skips it."""
+
 _TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
 
 
@@ -43,7 +51,7 @@ def header_for(title: str, keys: Iterable[str], facts: Mapping[str, str]) -> dic
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if all(key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys):
+    if all(key.startswith("transformer.") and key.endswith(_DIFFUSERS) for key in keys):
         known["modelspec.implementation"] = "diffusers"
     if ours:
         known["dopsd_version"] = __version__
