@@ -65,6 +65,13 @@ class Adapter(Variant):
         """Elements per token that one part saves for its backward, besides its input."""
         raise NotImplementedError
 
+    def require_sites(self, sites: Sequence[LinearSite]) -> None:
+        """Checks before any work on the device that the adapter works with the sites that it trains.
+
+        Raises:
+            ValueError: it does not; the message names a site.
+        """
+
     def site_weights(
         self, site: LinearSite, parts: tuple[SitePart, ...], seed: int, device: torch.device
     ) -> SiteWeights:

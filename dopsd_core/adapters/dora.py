@@ -39,6 +39,13 @@ class Dora(Lora):
         """A x, and the updated output."""
         return self.rank + out_features
 
+    def require_sites(self, sites: Sequence[LinearSite]) -> None:
+        """Raises ValueError if the host cannot provide the weight of a site that is trained."""
+        chosen = self.chosen(sites)
+        for site in sites:
+            if site.weight is None and any(part.name in chosen for part in site.parts):
+                raise no_weight(site)
+
     def site_weights(
         self, site: LinearSite, parts: tuple[SitePart, ...], seed: int, device: torch.device
     ) -> SiteWeights:
@@ -68,3 +75,11 @@ class Dora(Lora):
         is_magnitude = {key: key.endswith(".lora_magnitude_vector") for key in initial}
         state = start_state({key: t for key, t in initial.items() if not is_magnitude[key]}, fresh, self)
         return {**state, **{key: t.float() for key, t in initial.items() if is_magnitude[key]}}
+
+
+def no_weight(site: LinearSite) -> ValueError:
+    """The error for a site whose host cannot provide its weight."""
+    return ValueError(
+        f"adapter dora needs the weight of {site.name}, which this model does not give, for example because a LoRA "
+        "beside it is not merged; set adapter to lora or lokr"
+    )

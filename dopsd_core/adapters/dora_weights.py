@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..denoiser import LinearSite, SitePart
+from .dora import no_weight
 from .lora_weights import LoraWeights
 from .site_weights import joined_rows
 
@@ -112,7 +113,5 @@ def dense_weight(site: LinearSite, device: torch.device) -> Tensor:
         ValueError: the host cannot provide it.
     """
     if site.weight is None:
-        raise ValueError(
-            f"adapter dora needs the weight of {site.name}, which this model does not give; set adapter to lora or lokr"
-        )
+        raise no_weight(site)
     return site.weight(device)
