@@ -141,6 +141,7 @@ def section(threads: int) -> Section:
 
 
 def main() -> None:
+    """Measures all parts, each in a process of its own, and records them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--part", choices=("server", "comfyui", "standalone"), help=argparse.SUPPRESS)

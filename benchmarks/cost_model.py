@@ -16,8 +16,14 @@ WRITTEN_OUT_ATTENTION_BACKWARD = 2.0
 
 @dataclass(frozen=True)
 class PassCost:
-    """FLOPs (a multiply-add is two) of one pass over one sample. linears: the frozen Linears. attention: scores and
-    values. lora: A and B. blocks: all three of each block, for gradient checkpointing."""
+    """FLOPs of one pass over one sample; a multiply-add is two.
+
+    Attributes:
+        linears: the frozen Linears.
+        attention: scores and values.
+        lora: A and B.
+        blocks: all three of each block, for gradient checkpointing.
+    """
 
     linears: float
     attention: float
@@ -77,9 +83,16 @@ def _tokens(site: LinearSite, image: int, text: int, whole: int) -> int:
 
 @dataclass(frozen=True)
 class StepCost:
-    """An optimizer step: K rollout steps of which `grad_steps` are backpropagated through, one sample.
+    """An optimizer step on one sample.
 
-    teacher_has_lora: the ema teacher; a frozen one is the base only. recompute: FLOPs of the checkpointed blocks.
+    Attributes:
+        student: a pass of the student.
+        teacher: a pass of the teacher.
+        rollout_steps: K.
+        grad_steps: how many of the K are backpropagated through.
+        checkpoint_blocks: how many blocks have gradient checkpointing.
+        teacher_has_lora: the EMA teacher; a frozen one is the base only.
+        attention_factor: FLOPs of attention's backward over those of its forward.
     """
 
     student: PassCost

@@ -54,6 +54,7 @@ def plans(name: str, subject: Subject, base: str) -> None:
 
 
 def main() -> None:
+    """Prints all tables."""
     klein = {f"klein {size}, {teacher}": klein_cost.subject(size, teacher) for size, teacher in klein_rows()}
     say(
         "| model, teacher | side | S, TFLOP | T | B | step | checkpointing on all blocks | m = 2 of 4 | m = 1 |\n"
@@ -73,6 +74,7 @@ def main() -> None:
 
 
 def klein_rows() -> list[tuple[str, str]]:
+    """(size, teacher) of the rows of FLUX.2-klein."""
     return [("4B", "edit"), ("4B", "vlm"), ("4B", "edit_target"), ("9B", "edit")]
 
 

@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def id_of(tensor: Tensor) -> int:
-    """The same for all views of one storage."""
+    """A number that is the same for all views of one storage, of any shape."""
     return tensor.untyped_storage()._cdata
 
 

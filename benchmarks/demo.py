@@ -53,6 +53,7 @@ def _mean_and_std(figure: Mapping[str, float]) -> str:
 
 
 def main() -> None:
+    """Runs the demo and records its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WORK.parent / "demo")
     parser.add_argument("--jobs", type=int, default=2, help="CPU cores to use")

@@ -22,6 +22,7 @@ Report = Mapping[str, Any]
 
 
 def run_demo(seed: int, output: Path, jobs: int, training_seeds: int) -> Report:
+    """The report of the demo on one concept; what an earlier call has left in `output` is not run again."""
     folder = output / f"concept-{seed}"
     if not (folder / "report.json").exists():
         command = [sys.executable, "-m", "dopsd_core", "demo", "--concept-seed", str(seed), "--output", str(folder)]
@@ -30,6 +31,7 @@ def run_demo(seed: int, output: Path, jobs: int, training_seeds: int) -> Report:
 
 
 def figure(report: Report, method: str, name: str) -> float:
+    """The mean of a figure over the training seeds of a method."""
     return report["methods"][method][name]["mean"]
 
 
@@ -67,6 +69,7 @@ def section(reports: Sequence[Report], training_seeds: int, jobs: int) -> Sectio
 
 
 def main() -> None:
+    """Runs the demo on further concepts and records the median and the worst of each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WORK.parent / "demo-concepts")
     parser.add_argument("--seeds", type=int, default=10, help="concepts 0 to N-1")

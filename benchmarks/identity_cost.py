@@ -136,7 +136,7 @@ def of_a_model(path: Path, repeats: int) -> Iterator[tuple[str, list[float]]]:
 
 
 def mapped(path: Path) -> dict[str, Tensor]:
-    """The file's tensors, none of them read yet, marked as ComfyUI's own loader marks them."""
+    """The file's tensors of any shape, none of them read yet, marked as ComfyUI's own loader marks them."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     for tensor in tensors.values():

@@ -45,7 +45,7 @@ def subject(name: str = "4B", teacher: str = "edit", **sizes: int | None) -> Sub
     double, single, heads = (sizes.get(key) or real[i] for i, key in enumerate(("double", "single", "heads")))
 
     def denoiser():
-        from benchmarks.diffusers_hosts import klein
+        from dopsd_core.standalone.hosts.klein import klein
 
         return klein(double, single, heads, real[3])
 
@@ -81,6 +81,7 @@ def by_formula(session: Session, larger: Subject) -> None:
 
 
 def main() -> None:
+    """Measures the model that the arguments describe."""
     parser = real_size.parser(__doc__)
     parser.add_argument("--9b", action="store_true", dest="nine", help="the 9B instead of the 4B")
     parser.add_argument("--teacher", default="edit", choices=REFERENCES)

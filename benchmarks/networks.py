@@ -78,7 +78,14 @@ def fill(module: nn.Module, device: torch.device) -> nn.Module:
 
 @dataclass(eq=False)
 class Network:
-    """A random network behind a Denoiser. memory: `nodes.comfy_host.memory_plan`, if it is ComfyUI's."""
+    """A random network behind a Denoiser.
+
+    Attributes:
+        title: the library that it comes from.
+        denoiser: the Denoiser.
+        module: the network.
+        memory: `nodes.comfy_host.memory_plan` if it is ComfyUI's, else None.
+    """
 
     title: str
     denoiser: Any

@@ -52,7 +52,15 @@ BY_FORM = ("test_gradients", "test_trainings", "test_two_waits_per_optimizer_ste
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run of pytest. title: of its row in the table. group: of the row's tests. arguments: of pytest."""
+    """A run of pytest.
+
+    Attributes:
+        title: of its row in the table.
+        group: of the row's tests.
+        mode: of the pretend device.
+        capability: the card's, such as "8.9".
+        arguments: of pytest.
+    """
 
     title: str
     group: str
@@ -68,13 +76,20 @@ class Wanted:
 
 @dataclass
 class Count:
-    """Tests by how they ended."""
+    """Tests by how they ended.
+
+    Attributes:
+        passed: without an error.
+        failed: with one, in the test or around it.
+        skipped: not run.
+    """
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
 
     def add(self, how: str) -> None:
+        """One more test that ended like this: the name of a field."""
         setattr(self, how, getattr(self, how) + 1)
 
     def __add__(self, other: Count) -> Count:
@@ -88,7 +103,13 @@ class Count:
 
 @dataclass
 class FormResult:
-    """Of one form of the base weights: its tests, the host's waits per optimizer step, whether it trains."""
+    """Of one form of the base weights.
+
+    Attributes:
+        tests: how its tests ended.
+        waits: the host's waits for the device per optimizer step.
+        trains: whether it trains.
+    """
 
     tests: Count = field(default_factory=Count)
     waits: str = "?"
@@ -97,7 +118,15 @@ class FormResult:
 
 @dataclass
 class Result:
-    """Of a run of pytest."""
+    """Of a run of pytest.
+
+    Attributes:
+        tests: how they ended.
+        forms: those of each form of the base weights.
+        failures: the names of the tests that failed.
+        cpu_seconds: of the whole run.
+        date: when it ran.
+    """
 
     tests: Count = field(default_factory=Count)
     forms: dict[str, FormResult] = field(default_factory=dict)
@@ -184,6 +213,7 @@ def outcome(case: ElementTree.Element) -> str:
 
 
 def properties(case: ElementTree.Element, name: str) -> Iterator[str]:
+    """The values of a test's properties of this name."""
     return (found.get("value", "") for found in case.iter("property") if found.get("name") == name)
 
 
@@ -261,6 +291,7 @@ def forms_section(results: Mapping[tuple[str, ...], Result]) -> Section:
 
 
 def main() -> None:
+    """Runs what has not been run yet and records the sections."""
     parser = argparse.ArgumentParser(description="The sections of the pretend CUDA device.")
     parser.add_argument("--parts", action="store_true", help="what `make test-cuda` runs, and not all of tests/comfyui")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=tuple(MODES))

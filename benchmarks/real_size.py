@@ -68,20 +68,24 @@ class Session:
         say(row.line(self.subject.targets.get((row.variant, row.side), "")))
 
     def new_network(self, weights: torch.dtype | None = None) -> Network:
+        """A random network of the host that the arguments ask for; weights: the dtype it is stored in, if another."""
         wanted = self.args.host
         if wanted == "comfyui" or (wanted == "auto" and (networks.COMFYUI / "main.py").exists()):
             return networks.comfyui(self.subject.comfyui, self.device, self.dtype, weights)
         return networks.diffusers(self.subject.diffusers, self.device, self.dtype)
 
     def bench(self, network: Network, side: int, config: TrainConfig) -> Bench:
+        """The network with a LoRA and one pair at this resolution."""
         return Bench(self.subject, network, side, config, self.device)
 
     def ours(self, network: Network, row: Row) -> Row:
+        """Measures our step."""
         bench = self.bench(network, row.side, self.config)
         row.planned_gb = bench.footprint().total(row.recompute) / GB
         return bench.measure(row, self.args.steps, self.rate, bench.ours)
 
     def authors(self, network: Network, encoders: AuthorsEncoders, row: Row) -> Row:
+        """Measures the authors' step, with their encoders resident."""
         bench = self.bench(network, row.side, self.config)
         size = sum(p.numel() * p.itemsize for p in encoders.parameters())
         bench.measure(row, self.args.steps, self.rate, lambda: bench.authors(encoders), beside=size)
@@ -129,6 +133,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def run(subject: Subject, args: argparse.Namespace) -> Session:
+    """Measures every row of a model and prints the table."""
     session = Session(subject, args, torch.device(args.device))
     describe(session)
     network = session.new_network()
@@ -188,6 +193,7 @@ def compare(rows: Sequence[Row]) -> None:
 
 
 def say(text: str) -> None:
+    """Prints without a line break, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -31,11 +31,20 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model to measure. size: what of it is there, in words. comfyui: of `networks`. diffusers: makes a Denoiser of
-    `diffusers_hosts`. context: width of the text features. texts: side of the image -> tokens of the student's and
-    the teacher's. vision: side -> how many of the teacher's are from a vision tower, if it has one. references: of
-    student and teacher, of the image's size. encoder: width of the text encoder. targets: (variant, side) -> what is
-    asked of it. presets: (name, side, rank, in fp8).
+    """A model to measure.
+
+    Attributes:
+        family: its family.
+        size: what of it is there, in words.
+        comfyui: of `networks`: name and settings.
+        diffusers: makes the Denoiser of a host without ComfyUI.
+        context: width of the text features.
+        texts: side of the image in pixels -> tokens of the student's text and of the teacher's.
+        vision: side -> how many of the teacher's tokens are from a vision tower; None without one.
+        references: reference images of student and teacher, of the image's size.
+        encoder: width of the text encoder.
+        targets: (variant, side) -> what is asked of it.
+        presets: (name, side, rank, whether in fp8).
     """
 
     family: Family
@@ -65,9 +74,22 @@ class Subject:
 
 @dataclass
 class Row:
-    """One line of the table. peak_gb: includes weights. utilisation: model FLOPs (without checkpointing) per second,
-    relative to a large bf16 (on a CPU: fp32) matrix product measured in this run. counted: FLOPs by torch's counter
-    relative to the cost model."""
+    """One line of the table.
+
+    Attributes:
+        variant: what is measured: "none" or "all" blocks checkpointed, "authors", or a memory preset.
+        side: of the image in pixels.
+        rank: of the LoRA.
+        seconds: of a step; None in a dry run.
+        peak_gb: includes weights.
+        recompute: blocks with gradient checkpointing.
+        tflop: of a step, by the cost model.
+        utilisation: model FLOPs (without checkpointing) per second, relative to a large bf16 (on a CPU: fp32) matrix
+            product measured in this run.
+        counted: FLOPs by torch's counter relative to the cost model.
+        planned_gb: the peak by the memory formula.
+        note: anything else.
+    """
 
     variant: str
     side: int
@@ -142,11 +164,13 @@ class Bench:
         self.finish()
 
     def finish(self) -> None:
+        """Clips the gradients, and updates the LoRA and its teacher."""
         torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
         self.optimizer.step()
         self.adapters.update_teacher()
 
     def cost(self, checkpoint_blocks: int) -> StepCost:
+        """FLOPs of a step by the formula, with gradient checkpointing on so many blocks."""
         family, lora, k = self.subject.family, self.lora, self.config.rollout_steps
         student, teacher = (
             pass_cost(self.network.denoiser, family, lora, family.tokens(self.latent, condition))
@@ -211,6 +235,7 @@ class Bench:
 
 
 def synchronise(device: torch.device) -> None:
+    """Waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

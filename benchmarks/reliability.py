@@ -23,39 +23,47 @@ from benchmarks.report import RELIABILITY, WORK, Section, comfyui_version, measu
 
 
 def kills(args: argparse.Namespace) -> Section:
+    """Kills a training again and again."""
     from benchmarks import reliability_kills
 
     return reliability_kills.measure(args.count, args.steps, args.seed, args.work, args.fresh)
 
 
 def fuzz(args: argparse.Namespace) -> Section | str:
+    """Reads damaged inputs, or one of them again."""
     from benchmarks import reliability_fuzz
+    from benchmarks.reliability_inputs import KINDS
+    from benchmarks.reliability_worker import all_kinds
 
-    kinds = reliability_fuzz.core_kinds() if args.core else reliability_fuzz.all_kinds()
+    kinds = KINDS if args.core else all_kinds()
     if args.only:
         return reliability_fuzz.show(kinds, args.only, args.seed, args.work)
     return reliability_fuzz.measure(args.count, args.seed, args.jobs, args.work, args.fresh, kinds)
 
 
 def trainings(args: argparse.Namespace) -> Section:
+    """Trains again and again in one server."""
     from benchmarks import reliability_load
 
     return reliability_load.measure(args.count, args.work, args.fresh)
 
 
 def server_kills(args: argparse.Namespace) -> Section:
+    """Kills a server in a training."""
     from benchmarks import reliability_server_kills
 
     return reliability_server_kills.measure(args.count, args.seed, args.work, args.fresh)
 
 
 def moments(args: argparse.Namespace) -> Section:
+    """Interrupts a training in every way."""
     from benchmarks import reliability_moments
 
     return reliability_moments.measure(args.only, args.work, args.fresh)
 
 
 def paths(args: argparse.Namespace) -> Section:
+    """Attempts to leave the allowed folders."""
     from benchmarks import reliability_paths
 
     return reliability_paths.measure(args.work)
@@ -97,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    """Runs the command of the arguments; 1 if something was not as it must be, else 0."""
     args = make_parser().parse_args()
     if args.command == "render":
         print(render(args.results))

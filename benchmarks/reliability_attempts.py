@@ -73,7 +73,15 @@ VIEWS = ("filename=a.txt&subfolder=../secret", "filename=SECRET/a.txt")
 
 @dataclass(frozen=True)
 class Attempt:
-    """kind: what is abused. what: how, for the page. graph: what is posted to /prompt. upload, view: or to these."""
+    """One attempt to leave the allowed folders.
+
+    Attributes:
+        kind: what is abused.
+        what: how, for the page.
+        graph: what is posted to /prompt, if anything is.
+        upload: what is uploaded instead.
+        view: what is asked of /view instead.
+    """
 
     kind: str
     what: str
@@ -84,8 +92,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Field:
-    """Where the attempts are made. base: ComfyUI's base folder. secret: what must not be touched. extra: an owner's
-    folder that may be read, under its own name."""
+    """Where the attempts are made.
+
+    Attributes:
+        base: ComfyUI's base folder.
+        secret: what must not be touched.
+        extra: an owner's folder that may be read, under its own name.
+    """
 
     base: Path
     secret: Path

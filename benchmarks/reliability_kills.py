@@ -50,7 +50,13 @@ LONGEST_RUN = 120.0
 
 @dataclass(frozen=True)
 class Uncut:
-    """A run that nothing interrupted: what it left, and the seconds of all of it and of one visit to each phase."""
+    """A run that nothing interrupted.
+
+    Attributes:
+        saved: what it left: file -> bytes.
+        seconds: of all of it.
+        phase_seconds: of one visit to each phase.
+    """
 
     saved: dict[str, bytes]
     seconds: float

@@ -10,7 +10,6 @@ root; without it they are reported as not measured.
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reliability_disks import NotHere, fill, mounted, names_full_disk, remount
 from benchmarks.reliability_server import (
     MOMENTS,
     QUICK,
@@ -42,21 +42,27 @@ STAYS = ("forward overrides", "hooks", "patches", "object patches", "injections"
 
 @dataclass(frozen=True)
 class Outcome:
-    """seen: what the user reads. then: what came of the same graph afterwards. right: whether both are as they must
-    be."""
+    """What came of a scenario.
+
+    Attributes:
+        seen: what the user reads.
+        then: what came of the same graph afterwards.
+        right: whether both are as they must be.
+    """
 
     seen: str
     then: str
     right: bool
 
 
-class NotHere(RuntimeError):
-    """This machine cannot play a scenario; the message says why."""
-
-
 @dataclass(frozen=True)
 class Stage:
-    """A folder to work in, and what the run leaves when nothing interrupts it."""
+    """Where a scenario is played.
+
+    Attributes:
+        work: a folder to work in.
+        expected: what the run leaves when nothing interrupts it: file -> bytes.
+    """
 
     work: Path
     expected: Mapping[str, bytes]
@@ -158,7 +164,7 @@ def two_servers(stage: Stage) -> Outcome:
         finished(one, first)
         return Outcome(
             f"in the second server: {seen(second)}",
-            "the first went on until it was cancelled",
+            "the first continued until it was cancelled",
             second.status == "error" and "another run is working" in second.error,
         )
 
@@ -243,11 +249,6 @@ def save_on_full_disk(stage: Stage) -> Outcome:
         return Outcome(seen(run, "save"), f"left in output/loras: {left or 'nothing'}", named and not left)
 
 
-def names_full_disk(error: str, folder: str) -> bool:
-    """Whether an error says which folder has no room, as the system says it or as the check before a run does."""
-    return folder in error and any(words in error for words in ("No space left", " are free there: free "))
-
-
 # -- tools -------------------------------------------------------------------------------------------------------------
 
 
@@ -262,38 +263,6 @@ def finished(server: Server, prompt_id: str | dict[str, Any]) -> str:
             return "interrupted" if "execution_interrupted" in kinds else status["status_str"]
         time.sleep(0.2)
     raise RuntimeError(f"{prompt_id} did not end")
-
-
-def fill(folder: Path) -> None:
-    """Takes all room that is left on a folder's disk."""
-    try:
-        with (folder / "filler").open("ab", buffering=0) as file:
-            while True:
-                file.write(b"\0" * 1024)
-    except OSError:
-        pass
-
-
-@contextmanager
-def mounted(folder: Path, size: str) -> Iterator[None]:
-    """A disk of its own at a folder, in memory.
-
-    Raises:
-        NotHere: this process may not mount.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    if done.returncode:
-        raise NotHere("not measured: mounting needs root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def remount(folder: Path, option: str) -> None:
-    """Makes a mounted folder "ro" or "rw"."""
-    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
 
 
 # -- the measurement ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,12 @@ FORBIDDEN = ("/etc/passwd", "/proc/self/environ", "/dev/zero")
 
 @dataclass(frozen=True)
 class Answer:
-    """status: "success", "refused" or "error". message: what the sender is answered."""
+    """What came of an attempt.
+
+    Attributes:
+        status: "success", "refused" or "error".
+        message: the answer to the sender.
+    """
 
     status: str
     message: str

@@ -54,7 +54,7 @@ def new_home(folder: Path) -> Path:
 
 @contextmanager
 def booted(base: Path, *flags: str) -> Iterator[Server]:
-    """A server over a base folder for the time of the `with`; its log is beside the folder."""
+    """A server over a base folder, stopped after the `with`; its log is beside the folder."""
     if reason := why_not():
         raise RuntimeError(reason)
     server = Server(base, base.with_suffix(".log"), flags)

@@ -15,8 +15,14 @@ LONGEST_NAME = 240
 
 @dataclass
 class Tree:
-    """What a folder holds, by path below it with `/` between the parts. pipes are paths of named pipes; dirs of empty
-    folders; links lead from a path to a target as text."""
+    """What a folder holds, by path below it with `/` between the parts.
+
+    Attributes:
+        files: path -> content.
+        links: path -> target, as text.
+        pipes: paths of named pipes.
+        dirs: paths of empty folders.
+    """
 
     files: dict[bytes, bytes] = field(default_factory=dict)
     links: dict[bytes, bytes] = field(default_factory=dict)

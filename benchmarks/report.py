@@ -74,7 +74,12 @@ What to keep in mind:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column titles."""
+    """Text in rows under column titles.
+
+    Attributes:
+        columns: the titles.
+        rows: as many cells each.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -96,7 +101,8 @@ class Section:
         passed: whether everything was as it must be; None for a measurement that cannot fail.
         table: the figures.
         notes: sentences below the table.
-        date, machine: filled in by `measured_here`.
+        date: when it was measured; filled in by `measured_here`.
+        machine: where it was measured; filled in by `measured_here`.
     """
 
     key: str
@@ -178,6 +184,10 @@ class Journal:
     """What a measurement has done so far, a JSON object per line; a kill costs at most the last line.
 
     The first line names the code that was measured: what other code did is no part of a measurement.
+
+    Attributes:
+        path: of the file.
+        rows: the lines after the first.
     """
 
     path: Path

@@ -55,6 +55,7 @@ class Bench:
         self.noise = torch.randn(batch, *Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE))
 
     def encode(self) -> list[DualCondition]:
+        """The conditions of the pairs, computed anew."""
         encoder, out = self.model.encoder, []
         for pair in self.sources:
             image, caption = load_image(pair.image_path, pair.bucket), pair.captions[0]
@@ -63,6 +64,7 @@ class Bench:
         return out
 
     def ours(self) -> Step:
+        """The step of this project, on conditions that are encoded once."""
         pairs, objective = self.encode(), DOPSD(anchor_probability=0)
 
         def step() -> None:
@@ -76,6 +78,7 @@ class Bench:
         return step
 
     def reference(self) -> Step:
+        """The authors' step: encodes each time, one backward over all rollout steps."""
         denoiser, adapters = self.model.denoiser, self.adapters
 
         def step() -> None:
@@ -94,6 +97,7 @@ class Bench:
         return step
 
     def finish(self) -> None:
+        """Clips the gradients, and updates the LoRA and its teacher."""
         torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
         self.optimizer.step()
         self.adapters.update_teacher()
@@ -115,6 +119,7 @@ def measure(variant: str, num_steps: int, batch: int, repeats: int) -> dict[str,
 
 
 def main() -> None:
+    """Measures both steps and records them; with --worker one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)

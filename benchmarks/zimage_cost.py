@@ -35,7 +35,7 @@ def subject(layers: int = 30, heads: int = 30) -> Subject:
     """Z-Image of so many main blocks and width 128 * `heads`."""
 
     def denoiser():
-        from benchmarks.diffusers_hosts import z_image
+        from dopsd_core.standalone.hosts.z_image import z_image
 
         return z_image(layers, heads)
 
@@ -54,6 +54,7 @@ def subject(layers: int = 30, heads: int = 30) -> Subject:
 
 
 def main() -> None:
+    """Measures the model that the arguments describe."""
     parser = real_size.parser(__doc__)
     parser.add_argument("--layers", type=int, default=30, help="main blocks; the real model has 30")
     parser.add_argument("--heads", type=int, default=30, help="of 128; the real model has 30")

@@ -27,6 +27,7 @@ from .comfy_host.fits import is_demo_model, require_vae
 from .comfy_host.model_patches import unused_schedule
 from .comfy_host.paths import stamp_of
 from .comfy_host.sampling import few_step_sample
+from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
 
 NONE = "none"
@@ -91,7 +92,6 @@ class CompareLoRA(io.ComfyNode):
 
 
 def _inputs() -> list[Any]:
-    pixels = {"default": 1024, "min": 64, "max": 4096, "step": 16, "optional": True}
     return [
         io.Model.Input("model", tooltip="The model that the LoRA was trained for, without the LoRA."),
         io.Clip.Input("clip", tooltip="The model's text encoder."),
@@ -110,25 +110,9 @@ def _inputs() -> list[Any]:
             optional=True,
             tooltip="Strengths of the LoRA, separated by commas: 0.5, 1.0, 1.5.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=False,  # two runs, two files, one noise
-            optional=True,
-            tooltip="Noise of the first prompt; each further prompt uses the next seed. All images of a row share it.",
-        ),
-        io.Int.Input(
-            "steps",
-            default=0,
-            min=0,
-            max=64,
-            optional=True,
-            tooltip="Sampling steps; 0: the number that the model was distilled for.",
-        ),
-        io.Int.Input("width", tooltip="Width of each image in pixels; 64 for the demo model.", **pixels),
-        io.Int.Input("height", tooltip="Height of each image in pixels; 64 for the demo model.", **pixels),
+        seed_input("Noise of the first prompt; each further prompt uses the next seed. All images of a row share it."),
+        sampling_steps_input(),
+        *size_inputs(64, 4096, "{side} of each image in pixels; 64 for the demo model."),
         io.Combo.Input(
             "lora_name",
             options=[NONE, *folder_paths.get_filename_list("loras")],

@@ -15,6 +15,7 @@ from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.families import family_of
 from .comfy_host.model_patches import unused_schedule
 from .comfy_host.sampling import few_step_sample, sampler_name
+from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
 
 
@@ -39,23 +40,11 @@ class FewStepSampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive", tooltip="The prompt. There is no negative prompt: few-step models run at CFG 1."
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, optional=True,
-                    tooltip="Seed of the noise; the same seed gives the same noise as in KSampler.",
+                seed_input(
+                    "Seed of the noise; the same seed gives the same noise as in KSampler.", changes_after_run=True
                 ),
-                io.Int.Input(
-                    "steps", default=0, min=0, max=64, optional=True,
-                    tooltip="Sampling steps; 0: the number that the model was distilled for (Z-Image-Turbo 8, "
-                    "FLUX.2-klein 4, demo model 4).",
-                ),
-                io.Int.Input(
-                    "width", default=1024, min=16, max=8192, step=16, optional=True,
-                    tooltip="In pixels; 64 for the demo model.",
-                ),
-                io.Int.Input(
-                    "height", default=1024, min=16, max=8192, step=16, optional=True,
-                    tooltip="In pixels; 64 for the demo model.",
-                ),
+                sampling_steps_input("Z-Image-Turbo 8, FLUX.2-klein 4, demo model 4"),
+                *size_inputs(16, 8192, "In pixels; 64 for the demo model."),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=4096, optional=True,
                     tooltip="How many images to draw from one seed.",

@@ -11,7 +11,8 @@ from .comfy_host.distilled import warn_if_undistilled
 from .comfy_host.fits import require_trainable
 from .comfy_host.model_patches import require_own_sampling, unused_patches
 from .comfy_host.previews import PreviewPainter, teacher_sheet
-from .comfy_host.sockets import CATEGORY, ConditionsSocket
+from .comfy_host.shared_inputs import conditions_input, sampling_steps_input, seed_input
+from .comfy_host.sockets import CATEGORY
 
 
 class TeacherPreview(io.ComfyNode):
@@ -30,25 +31,10 @@ class TeacherPreview(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The step-distilled model that will be trained."),
-                ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
+                conditions_input(),
                 io.Vae.Input("vae", tooltip="The model's own VAE, to decode the images."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    optional=True,
-                    tooltip="Noise of the images; all rows share it.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    tooltip="Sampling steps; 0: the number that the model was distilled for.",
-                ),
+                seed_input("Noise of the images; all rows share it."),
+                sampling_steps_input(),
                 io.Int.Input(
                     "pictures",
                     display_name="images",

@@ -16,7 +16,8 @@ from .comfy_host.model_patches import require_own_sampling
 from .comfy_host.paths import run_folder
 from .comfy_host.presets import PRESETS, preset_steps
 from .comfy_host.settings import TrainingSettings
-from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, SettingsSocket
+from .comfy_host.shared_inputs import conditions_input, seed_input
+from .comfy_host.sockets import CATEGORY, Conditions, SettingsSocket
 from .comfy_host.training import Wanted, losses, run_training, trained_lora
 
 
@@ -132,7 +133,7 @@ def _first_inputs() -> list[Any]:
         io.Model.Input(
             "model", tooltip="The step-distilled model to train: Z-Image-Turbo, FLUX.2-klein or the demo model."
         ),
-        ConditionsSocket.Input("conditions", tooltip="From Build Teacher Condition."),
+        conditions_input(),
         io.String.Input(
             "run_name",
             default="my_concept",
@@ -156,16 +157,9 @@ def _first_inputs() -> list[Any]:
             optional=True,
             tooltip="Optimizer steps; 0: the preset's for this model. May be raised when a run is resumed.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            # for an input of this name the page would change the seed after each run, and no run would ever be resumed
-            control_after_generate=False,
-            optional=True,
-            tooltip="Decides the LoRA's initial weights, the order of the images and all noise. A different "
-            "seed starts a new run.",
+        seed_input(
+            "Decides the LoRA's initial weights, the order of the images and all noise. A different seed starts a "
+            "new run."
         ),
         io.Int.Input(
             "preview_every",

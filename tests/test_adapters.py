@@ -250,7 +250,7 @@ def test_attaching_leaves_names_and_state_dict_alone():
         assert list(denoiser.net.state_dict()) == keys
 
 
-def test_a_second_set_is_refused_and_the_first_goes_on():
+def test_a_second_set_is_refused_and_the_first_continues():
     denoiser, adapters = fresh()
     second = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     with adapters.attached():

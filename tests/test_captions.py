@@ -20,7 +20,7 @@ from dopsd_core.data.captions import (
 from dopsd_core.data.dataset import plan_encoding
 from dopsd_core.demo.settings import demo_config
 
-from .written import only, pair, picture, read, rows
+from .written import image_file, only, pair, read, rows
 
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ TEXTS = ("a photo of a dog", "café au lait", "собака на столе 3", 
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize(
-    ("encoding", "told"),
+    ("encoding", "reported"),
     [
         ("utf-16-le", "UTF-16 (LE) without byte-order mark"),
         ("utf-16-be", "UTF-16 (BE) without byte-order mark"),
@@ -39,14 +39,14 @@ TEXTS = ("a photo of a dog", "café au lait", "собака на столе 3", 
         ("utf-32", "UTF-32;"),
     ],
 )
-def test_wide_encodings_are_named(tmp_path: Path, text: str, encoding: str, told: str) -> None:
+def test_wide_encodings_are_named(tmp_path: Path, text: str, encoding: str, reported: str) -> None:
     file = pair(tmp_path, "a.png").with_suffix(".txt")
     for padding in ("", "\0", "\n"):
         file.write_bytes((text + padding).encode(encoding))
-        only(read(tmp_path).errors, file, 1, f"the text is {told}", "save it as UTF-8")
+        only(read(tmp_path).errors, file, 1, f"the text is {reported}", "save it as UTF-8")
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_bytes(json.dumps({"path": "a.png", "text": text}, ensure_ascii=False).encode(encoding))
-    only(read(jsonl).errors, jsonl, None, f"the text is {told}")
+    only(read(jsonl).errors, jsonl, None, f"the text is {reported}")
 
 
 @given(st.text().filter(lambda text: not text.startswith("\ufeff")))
@@ -56,7 +56,7 @@ def test_utf8_is_never_taken_for_another_encoding(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("character", "told"),
+    ("character", "reported"),
     [
         ("\0" * 9, "NUL characters"),
         ("\x07", "the control character U+0007"),
@@ -66,15 +66,15 @@ def test_utf8_is_never_taken_for_another_encoding(text: str) -> None:
         ("\uffff", "the control character U+FFFF"),
     ],
 )
-def test_characters_that_are_no_text(tmp_path: Path, character: str, told: str) -> None:
+def test_characters_that_are_no_text(tmp_path: Path, character: str, reported: str) -> None:
     file = pair(tmp_path, "a.png").with_suffix(".txt")
     for place, line in ((f"a dog\rx\r\n\nrunning{character}", 4), (f"a{character}dog\n", 1)):
         file.write_bytes(place.encode())
-        only(read(tmp_path).errors, file, line, f"the text contains {told}")
+        only(read(tmp_path).errors, file, line, f"the text contains {reported}")
         assert read(tmp_path).pairs == ()
     jsonl = rows(tmp_path / "a.jsonl", {"path": "a.png", "text": "fine", "short_en": f"a{character}dog"})
     jsonl.write_text(json.dumps(json.loads(jsonl.read_text("utf-8"))))  # every character as an escape
-    only(read(jsonl).errors, jsonl, 1, f"'short_en': the text contains {told}")
+    only(read(jsonl).errors, jsonl, 1, f"'short_en': the text contains {reported}")
 
 
 def test_a_mark_at_the_beginning_is_no_part_of_the_text(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_mark_at_the_beginning_is_no_part_of_the_text(tmp_path: Path) -> None:
 
 
 def test_half_a_character(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    image_file(tmp_path / "a.png")
     file = rows(tmp_path / "a.jsonl", r'{"path": "a.png", "text": "a dog \ud83d"}')
     only(read(file).errors, file, 1, "'text': the text contains half a character (U+D83D)")
     rows(file, r'{"path": "a.png", "text": "a dog \ud83d\ude00"}')

@@ -1,4 +1,4 @@
-"""Blocks that recompute in the backward: the same gradients for fewer bytes, no more blocks than need be."""
+"""Blocks with gradient checkpointing: the same gradients for fewer bytes, no more blocks than need be."""
 
 from __future__ import annotations
 

@@ -40,15 +40,15 @@ class CountingEncoder:
         return self._draw(image.sum().item(), shape=(4, 2, 2)).half()
 
 
-def picture(data=b"file", grey=0.25, **settings):
+def image_input(data=b"file", grey=0.25, **settings):
     return ImageInput(digest_bytes(data), lambda: torch.full((3, 8, 8), grey), settings)
 
 
 def request(data=b"file", caption="a [V] emblem", sources=(), shown=None, **settings):
-    return EncodeRequest(picture(data, **settings), caption, sources, shown)
+    return EncodeRequest(image_input(data, **settings), caption, sources, shown)
 
 
-SOURCE, OTHER = picture(b"source", 0.5), picture(b"other", 0.75)
+SOURCE, OTHER = image_input(b"source", 0.5), image_input(b"other", 0.75)
 
 
 def assert_same(a, b):
@@ -94,18 +94,18 @@ def test_a_hit_gives_the_same_pair_without_encoder_or_image(tmp_path, reference)
 def test_whatever_decides_a_part_is_in_its_key(tmp_path, changed, identity, anew):
     cache = ConditionCache(tmp_path)
     encode_dataset([request()], CountingEncoder(), cache)
-    encoder, told = CountingEncoder(identity), []
-    encode_dataset([changed], encoder, cache, lambda *report: told.append(report))
+    encoder, reports = CountingEncoder(identity), []
+    encode_dataset([changed], encoder, cache, lambda *report: reports.append(report))
     assert sorted(encoder.calls) == sorted(anew)
-    assert told == [(1, 1, False)]
+    assert reports == [(1, 1, False)]
 
 
 def test_a_pair_is_no_hit_when_its_latent_alone_was_missing(tmp_path):
-    cache, told = ConditionCache(tmp_path), []
+    cache, reports = ConditionCache(tmp_path), []
     encode_dataset([request()], CountingEncoder(), cache)
     cache.path(cache_key("latent", digest_bytes(b"file"), "", "toy-1", {})).unlink()
-    encode_dataset([request(), request()], CountingEncoder(), cache, lambda *report: told.append(report))
-    assert told == [(1, 2, False), (2, 2, True)]
+    encode_dataset([request(), request()], CountingEncoder(), cache, lambda *report: reports.append(report))
+    assert reports == [(1, 2, False), (2, 2, True)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,7 +192,7 @@ def test_an_entry_of_another_format_is_stale(tmp_path, caplog):
 
 
 def test_entries_of_release_0_2_are_not_read(tmp_path, monkeypatch):
-    """They were kept under identities that other text encoders had too."""
+    """They were kept under identities of other text encoders too."""
     cache = ConditionCache(tmp_path)
     with monkeypatch.context() as old:
         old.setattr("dopsd_core.conditioning.cache.FORMAT", "dopsd-conditions-2")
@@ -331,7 +331,7 @@ def test_the_entry_is_a_plain_safetensors_file_with_its_key(tmp_path):
 # -- teachers ----------------------------------------------------------------------------------------------------------
 
 
-def told(teacher, caption="a [V] emblem"):
+def features_with(teacher, caption="a [V] emblem"):
     return CountingEncoder().encode_text(f"{caption} {teacher.sentence}").features
 
 
@@ -350,10 +350,10 @@ def assert_condition(condition, features, *references):
     assert all(torch.equal(a, b) for a, b in zip(condition.reference_latents, references, strict=True))
 
 
-def test_the_edit_teacher_has_the_target_as_reference_and_is_told_to_keep_to_it():
+def test_the_edit_teacher_has_the_target_as_reference_and_is_asked_to_keep_to_it():
     encoder = CountingEncoder()
     (pair,) = encode_dataset([request()], encoder, None, teacher=EDIT)
-    assert_condition(pair.teacher, told(EDIT), latent_of(0.25))
+    assert_condition(pair.teacher, features_with(EDIT), latent_of(0.25))
     assert_condition(pair.student, encoder.encode_text("a [V] emblem").features)
     assert torch.equal(target_of(pair), latent_of(0.25))
 
@@ -362,12 +362,12 @@ def test_the_teacher_of_an_edit_has_source_and_target_and_its_student_the_source
     encoder = CountingEncoder()
     (pair,) = encode_dataset([request(sources=(SOURCE, OTHER))], encoder, None, teacher=EDIT_TARGET)
     assert_condition(pair.student, encoder.encode_text("a [V] emblem").features, latent_of(0.5), latent_of(0.75))
-    assert_condition(pair.teacher, told(EDIT_TARGET), latent_of(0.5), latent_of(0.75), latent_of(0.25))
+    assert_condition(pair.teacher, features_with(EDIT_TARGET), latent_of(0.5), latent_of(0.75), latent_of(0.25))
     assert torch.equal(target_of(pair), latent_of(0.25))
 
 
 @pytest.mark.parametrize("teacher", [VLM, EDIT])
-def test_another_picture_is_shown_to_the_teacher_alone(teacher):
+def test_another_image_is_shown_to_the_teacher_alone(teacher):
     (own,) = encode_dataset([request()], CountingEncoder(), None, teacher=teacher)
     (other,) = encode_dataset([request(shown=OTHER)], CountingEncoder(), None, teacher=teacher)
     assert torch.equal(target_of(own), target_of(other))
@@ -407,7 +407,7 @@ def test_a_sentence_follows_the_caption_and_may_be_left_out():
         VLM.with_sentence("Copy it.")
 
 
-def test_of_other_pictures_only_the_subject_is_asked_for():
+def test_of_other_images_only_the_subject_is_asked_for():
     assert "background" in EDIT.sentence and "background" not in EDIT.with_sentence("", others=True).text("a dog")
     assert EDIT.with_sentence("", others=True).text("a dog") == f"a dog {EDIT.of_others}"
     assert EDIT.with_sentence("Copy it.", others=True).sentence == "Copy it."

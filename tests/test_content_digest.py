@@ -1,4 +1,4 @@
-"""Any value is told apart by its contents: the same in another process, never by where it lies."""
+"""Any value is distinguished by its contents: the same in another process, never by where it lies."""
 
 import ast
 import collections
@@ -178,7 +178,7 @@ def test_the_same_is_the_same_and_another_is_another(kind: str) -> None:
     assert not zero.unknown and not one.unknown
 
 
-def test_kinds_are_told_apart() -> None:
+def test_kinds_are_distinguished() -> None:
     values = [1, 1.0, True, "1", b"1", None, [], (), {}, set(), frozenset(), "", 0, -0.0, 0.0, [[]], [()], OwnDict()]
     values += [torch.tensor(1), np.int64(1), OwnText("1"), Options, Options(1.0, []), Child(1.0, []), ["a", "b"]]
     values += [["ab"], {"a": "b"}, [("a", "b")], float("nan"), float("inf"), ...]
@@ -243,11 +243,11 @@ UNREADABLE: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("told", UNREADABLE)
-def test_what_cannot_be_read_is_another_each_time_and_named(told: str) -> None:
-    value, one = UNREADABLE[told](), Digester()
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_another_each_time_and_named(kind: str) -> None:
+    value, one = UNREADABLE[kind](), Digester()
     assert one.digest(value) != digest(value)
-    assert any(told in name for name in one.unknown)
+    assert any(kind in name for name in one.unknown)
 
 
 def test_a_host_says_what_counts_of_its_own_objects() -> None:

@@ -100,7 +100,7 @@ TEACHERS = {"vlm": (0, 0), "edit": (0, 1), "edit_target": (1, 2)}
 
 @pytest.fixture(scope="module")
 def klein():
-    from benchmarks.diffusers_hosts import klein
+    from dopsd_core.standalone.hosts.klein import klein
 
     torch.manual_seed(0)
     return klein(

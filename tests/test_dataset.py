@@ -12,7 +12,7 @@ from dopsd_core.data.buckets import Bucket
 from dopsd_core.data.checks import shares_drive
 from dopsd_core.data.dataset import DatasetError, plan_encoding
 
-from .written import only, pair, picture, read, rows
+from .written import image_file, only, pair, read, rows
 
 
 def bomb(path: Path, side: int = 50_000) -> Path:
@@ -38,7 +38,7 @@ def test_a_good_folder_has_no_problems(tmp_path: Path) -> None:
     report.raise_for_errors()
 
 
-def test_pictures_go_to_the_bucket_of_their_shape(tmp_path: Path) -> None:
+def test_images_go_to_the_bucket_of_their_shape(tmp_path: Path) -> None:
     pair(tmp_path, "wide.png", size=(160, 100))
     pair(tmp_path, "tall.png", size=(100, 160))
     by_name = {item.image_path.stem: item for item in read(tmp_path).pairs}
@@ -63,7 +63,7 @@ def test_sub_folders_repeat_by_their_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
-def test_a_truncated_picture(tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_image(tmp_path: Path, suffix: str) -> None:
     path = pair(tmp_path, "a" + suffix, size=(200, 200))
     noise = Image.effect_noise((200, 200), 90).convert("RGB")
     noise.save(path)
@@ -73,7 +73,7 @@ def test_a_truncated_picture(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"not an image", b"GIF89a" + bytes(40)])
-def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
     path = pair(tmp_path, "a.png")
     path.write_bytes(content)
     assert len(read(tmp_path).errors) == 1 and read(tmp_path).errors[0].file == path
@@ -87,7 +87,7 @@ def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_missing_and_empty_captions(tmp_path: Path) -> None:
-    missing = picture(tmp_path / "a.png")
+    missing = image_file(tmp_path / "a.png")
     empty = pair(tmp_path, "b.png", " \n\t")
     report = read(tmp_path)
     assert [problem.file for problem in report.errors] == [missing, empty.with_suffix(".txt")]
@@ -110,7 +110,7 @@ def test_duplicates_are_found_by_their_pixels(tmp_path: Path) -> None:
     only(read(tmp_path).errors, second, None, "duplicate", str(first))
 
 
-def test_small_pictures_and_lossy_crops_are_warnings(tmp_path: Path) -> None:
+def test_small_images_and_lossy_crops_are_warnings(tmp_path: Path) -> None:
     small = pair(tmp_path, "a.png", size=(63, 64))
     report = read(tmp_path)
     only(report.warnings, small, None, "63x64", "64x64", "upsampled")
@@ -120,7 +120,7 @@ def test_small_pictures_and_lossy_crops_are_warnings(tmp_path: Path) -> None:
     only(read(tmp_path).warnings, panorama, None, "79% is cropped")
 
 
-def test_animated_and_unread_pictures_are_warnings(tmp_path: Path) -> None:
+def test_animated_and_unread_images_are_warnings(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 90, 200)]
     path = pair(tmp_path, "a.webp")
     frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -133,7 +133,7 @@ def test_animated_and_unread_pictures_are_warnings(tmp_path: Path) -> None:
     assert "without an image" in warnings["c.txt"] and "convert .heic" in warnings["d.heic"]
 
 
-def test_no_pictures(tmp_path: Path) -> None:
+def test_no_images(tmp_path: Path) -> None:
     only(read(tmp_path).errors, tmp_path, None, "no images")
     only(read(rows(tmp_path / "a.jsonl", "")).errors, tmp_path / "a.jsonl", None, "no images")
     only(read(tmp_path / "gone").errors, tmp_path / "gone", None, "not there")
@@ -142,7 +142,7 @@ def test_no_pictures(tmp_path: Path) -> None:
 
 
 def test_links_out_of_the_folder(tmp_path: Path) -> None:
-    outside = picture(tmp_path / "outside" / "a.png")
+    outside = image_file(tmp_path / "outside" / "a.png")
     folder = tmp_path / "data"
     pair(folder, "z.png")
     (folder / "a.png").symlink_to(outside)
@@ -165,7 +165,7 @@ def test_a_caption_that_is_a_link_in_a_circle_is_an_error(tmp_path: Path) -> Non
 
 
 def test_a_jsonl_does_not_tell_what_exists_outside(tmp_path: Path) -> None:
-    picture(tmp_path / "there.png")
+    image_file(tmp_path / "there.png")
     (tmp_path / "data").mkdir()
     names = ("there.png", "gone.png", "gone/deep.png", "there.png/under.png", "x" * 3000)
     spellings = [f"../{name}" for name in names] + [str(tmp_path / name) for name in names]
@@ -185,8 +185,8 @@ def test_a_network_share_is_not_even_asked() -> None:
 
 
 def test_paths_out_of_the_folder_in_a_jsonl(tmp_path: Path) -> None:
-    inside = picture(tmp_path / "data" / "a.png")
-    outside = picture(tmp_path / "b.png")
+    inside = image_file(tmp_path / "data" / "a.png")
+    outside = image_file(tmp_path / "b.png")
     file = tmp_path / "data" / "rows.jsonl"
     rows(
         file,
@@ -204,7 +204,7 @@ def test_paths_out_of_the_folder_in_a_jsonl(tmp_path: Path) -> None:
 
 def test_the_authors_rows(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
-        picture(tmp_path / name, size=(80, 48))
+        image_file(tmp_path / name, size=(80, 48))
     kinds = ("short", "medium", "detailed", "user_prompt")
     everything = {f"{kind}_{language}": f"a [V] {kind} {language}" for kind in kinds for language in ("en", "zh")}
     file = rows(
@@ -224,7 +224,7 @@ def test_the_authors_rows(tmp_path: Path) -> None:
 
 
 def test_every_bad_row_is_named_by_its_line(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    image_file(tmp_path / "a.png")
     file = rows(
         tmp_path / "rows.jsonl",
         '{"path": "a.png", "text": "a [V]"',
@@ -255,7 +255,7 @@ def test_every_bad_row_is_named_by_its_line(tmp_path: Path) -> None:
 
 
 def test_several_paths_are_said_to_be_cut_to_the_first(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    image_file(tmp_path / "a.png")
     file = rows(tmp_path / "rows.jsonl", {"image_paths": ["a.png", "b.png"], "caption": "a [V]"})
     only(read(file).warnings, file, 1, "2 paths")
 
@@ -273,7 +273,7 @@ def test_captions_without_the_trigger_are_warnings(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_jsonl_points_to_it(tmp_path: Path) -> None:
-    path = picture(tmp_path / "a.png")
+    path = image_file(tmp_path / "a.png")
     rows(tmp_path / "rows.jsonl", {"path": "a.png", "text": "x"})
     only(read(tmp_path).errors, path, None, "rows.jsonl")
 
@@ -286,8 +286,8 @@ def test_odd_files_do_not_stop_the_reader(tmp_path: Path) -> None:
 
 
 def test_the_plan_encodes_each_different_caption_once(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png")
+    image_file(tmp_path / "a.png")
+    image_file(tmp_path / "b.png")
     file = rows(
         tmp_path / "rows.jsonl",
         {"path": "a.png", "short_en": "a [V] dog", "medium_en": "a [V] dog", "detailed_en": "a  [V]\nred dog"},
@@ -302,6 +302,6 @@ def test_the_plan_encodes_each_different_caption_once(tmp_path: Path) -> None:
 
 
 def test_captions_that_do_not_name_the_concept_give_no_anchor(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    image_file(tmp_path / "a.png")
     file = rows(tmp_path / "rows.jsonl", {"path": "a.png", "short_en": "a photo of a dog"})
     assert plan_encoding(read(file, trigger="sks").pairs, trigger="sks").anchors == ()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dopsd_core.data.caption_files import folded
 from dopsd_core.data.repeats import MAX_REPEATS
 
-from .written import only, pair, picture, read, require_case
+from .written import image_file, only, pair, read, require_case
 
 NFC, NFD = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
 
@@ -28,7 +28,7 @@ def test_composed_and_decomposed_names_are_equal(tmp_path: Path, image: str, tex
     pair(tmp_path, f"{image}.png").with_suffix(".txt").rename(tmp_path / f"{text}.txt")
     report = read(tmp_path)
     assert report.problems == () and len(report.pairs) == 1
-    picture(tmp_path / "edits" / "source" / f"{text}.png", colour=(1, 2, 3))
+    image_file(tmp_path / "edits" / "source" / f"{text}.png", colour=(1, 2, 3))
     pair(tmp_path / "edits" / "target", f"{image}.png")
     assert read(tmp_path / "edits").problems == ()
 
@@ -64,14 +64,14 @@ def test_two_captions_of_one_image(tmp_path: Path, second: str) -> None:
 
 def test_two_images_of_one_caption(tmp_path: Path) -> None:
     pair(tmp_path, "a.png", colour=(9, 9, 9))
-    first = picture(tmp_path / "a.jpg", colour=(200, 9, 9))
+    first = image_file(tmp_path / "a.jpg", colour=(200, 9, 9))
     report = read(tmp_path)
     only(report.problems, first, None, "a.jpg and a.png share the caption a.txt")
     assert report.errors == () and len(report.pairs) == 2
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reported"),
     [
         ("a.caption", "there is a.caption: rename it to a.txt"),
         ("a.png.txt", "there is a.png.txt: rename it to a.txt"),
@@ -88,21 +88,21 @@ def test_two_images_of_one_caption(tmp_path: Path) -> None:
         ("captions/A.txt", "there is captions/A.txt: move it beside the image"),
     ],
 )
-def test_near_misses_are_named_once(tmp_path: Path, name: str, told: str) -> None:
-    path = picture(tmp_path / "a.png")
+def test_near_misses_are_named_once(tmp_path: Path, name: str, reported: str) -> None:
+    path = image_file(tmp_path / "a.png")
     pair(tmp_path, "b.png")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("a [V]")
     report = read(tmp_path)
     assert [problem.file for problem in report.problems] == [path]
-    assert f"no caption: write it to a.txt beside it ({told})" in report.errors[0].message.replace("\\", "/")
+    assert f"no caption: write it to a.txt beside it ({reported})" in report.errors[0].message.replace("\\", "/")
 
 
 def test_captions_of_other_images_are_no_near_misses(tmp_path: Path) -> None:
-    path = picture(tmp_path / "a.png")
+    path = image_file(tmp_path / "a.png")
     pair(tmp_path / "more", "a.png", colour=(5, 5, 5))
     assert read(tmp_path).errors[0].message == "no caption: write it to a.txt beside it"
-    mask = picture(tmp_path / "more" / "a-mask.png", colour=(7, 7, 7))
+    mask = image_file(tmp_path / "more" / "a-mask.png", colour=(7, 7, 7))
     assert "a mask of a.png? masks are not used" in messages(read(tmp_path).errors)[mask.name]
     assert path.name in messages(read(tmp_path).errors)
 
@@ -115,8 +115,8 @@ def test_a_text_beside_another_file_of_its_name_is_named(tmp_path: Path) -> None
 
 
 def test_instructions_have_near_misses_too(tmp_path: Path) -> None:
-    picture(tmp_path / "source" / "a.png", colour=(1, 2, 3))
-    target = picture(tmp_path / "target" / "a.png")
+    image_file(tmp_path / "source" / "a.png", colour=(1, 2, 3))
+    target = image_file(tmp_path / "target" / "a.png")
     (tmp_path / "target" / "a.caption").write_text("make it winter")
     only(read(tmp_path).problems, target, None, "no instruction", "there is a.caption: rename it to a.txt")
 
@@ -212,7 +212,7 @@ def test_a_folder_of_any_files_is_used_or_named_and_left_as_it_is(
         path = folder / parent / (name + suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         if suffix in (".png", ".jpg") and content != b"\xff":
-            picture(path, colour=(number, 40, 9))
+            image_file(path, colour=(number, 40, 9))
         else:
             path.write_bytes(content)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

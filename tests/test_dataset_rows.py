@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dopsd_core.data.dataset import DatasetReport
 
-from .written import only, picture, read, rows
+from .written import image_file, only, read, rows
 
 KEYS = (
     "control_path", "control_path_0", "control_path_1", "control_path_10", "control_image", "control_image_2",
@@ -22,7 +22,7 @@ KEYS = (
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for number in range(5):
-        picture(tmp_path / f"{number}.png", colour=(number, 7, 9))
+        image_file(tmp_path / f"{number}.png", colour=(number, 7, 9))
     return tmp_path
 
 
@@ -148,7 +148,7 @@ def test_joined_files_have_marks_inside(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reported"),
     [
         ('{"path": "0.png", "text": "x"},', "a JSONL has no commas between its rows"),
         ('{"path": "0.png", "text": "x", "text": "y"}', "the key 'text' is there twice; keep one"),
@@ -161,10 +161,10 @@ def test_joined_files_have_marks_inside(folder: Path) -> None:
         ('{"path": "0.png", "text": "x", "repeats": ' + "9" * 5000 + "}", ""),
     ],
 )
-def test_lines_that_are_no_rows(folder: Path, line: str, told: str) -> None:
+def test_lines_that_are_no_rows(folder: Path, line: str, reported: str) -> None:
     file = rows(folder / "a.jsonl", {"path": "1.png", "text": "fine"}, line)
     report = read(file)
-    assert len(report.problems) == 1 and report.problems[0].line in (2, None) and told in report.problems[0].message
+    assert len(report.problems) == 1 and report.problems[0].line in (2, None) and reported in report.problems[0].message
 
 
 def test_a_json_file_is_one_error(folder: Path) -> None:
@@ -197,7 +197,7 @@ def test_rows_of_any_kind_are_read_or_named(
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
     for number in range(2):
-        picture(folder / f"{number}.png", colour=(number, 7, 9), size=(16, 16))
+        image_file(folder / f"{number}.png", colour=(number, 7, 9), size=(16, 16))
     file = rows(folder / "a.jsonl", *[json.dumps(row) for row in data])
     before = {path: path.read_bytes() for path in folder.iterdir()}
     report = read(file, trigger=trigger if trigger.isprintable() else "")

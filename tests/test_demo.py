@@ -42,7 +42,7 @@ def test_demo_leaves_a_report_with_every_figure(output: Path) -> None:
     assert report["wall_seconds"] > 0 and 100 < report["peak_rss_mb"] < 3000
 
 
-def test_demo_leaves_pictures_and_a_lora(output: Path) -> None:
+def test_demo_leaves_images_and_a_lora(output: Path) -> None:
     for name in ("overview.png", "contact_sheet.png", "curves.png"):
         with Image.open(output / name) as image:
             assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 100
@@ -61,12 +61,12 @@ def test_train_then_sample_on_the_demos_data(output: Path, tmp_path: Path) -> No
     rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 12 and rows[0]["heldout_relative_gap"] == 1 and sum(row["anchors"] for row in rows) > 0
     prompt = "a [V] badge, left, on a sky background"
-    pictures = {}
+    images = {}
     for name, extra in {"base": (), "lora": ("--lora", run / "lora.safetensors")}.items():
         done = command("sample", prompt, "--output", tmp_path / name, "--seed", 5, *extra)
         assert done.returncode == 0, done.stderr
-        pictures[name] = (tmp_path / name / "01_seed5.png").read_bytes()
-    assert pictures["base"] != pictures["lora"]
+        images[name] = (tmp_path / name / "01_seed5.png").read_bytes()
+    assert images["base"] != images["lora"]
 
 
 def test_train_on_a_bad_dataset_lists_everything_and_loads_nothing(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_room_is_held_without_a_name_and_given_back(tmp_path: Path, monkeypatch:
     assert files[1].closed
 
 
-def test_where_no_room_can_be_held_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_room_can_be_held_the_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "_allocate", fails_with(errno.EOPNOTSUPP))
     assert train(make_config(), TinyDenoiser(), make_data(), tmp_path).step == 12
     monkeypatch.setattr(disk, "_allocate", fails_with(errno.ENOSPC))
@@ -429,5 +429,5 @@ def test_on_a_real_read_only_file_system(tmpfs: Path) -> None:
     ("size", "words"),
     [(0, "0 bytes"), (4096, "4 kB"), (10**6, "1.0 MB"), (2_340_000, "2.3 MB"), (5 * 10**9, "5.0 GB")],
 )
-def test_sizes_are_told_in_units_that_show_them(size: int, words: str) -> None:
+def test_sizes_are_shown_in_suitable_units(size: int, words: str) -> None:
     assert format_bytes(size) == words

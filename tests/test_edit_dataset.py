@@ -16,12 +16,12 @@ from dopsd_core.data.buckets import Bucket
 from dopsd_core.data.dataset import plan_encoding
 from dopsd_core.data.images import load_image
 
-from .written import only, pair, picture, read, require_case, rows
+from .written import image_file, only, pair, read, require_case, rows
 
 
 def edit(folder: Path, name: str, instruction: str = "make it winter", source: str = "", **kwargs: object) -> Path:
     """A target with its instruction, and its source of another look; gives the target."""
-    picture(folder / "source" / (source or name), colour=(len(name), 9, len(source)))
+    image_file(folder / "source" / (source or name), colour=(len(name), 9, len(source)))
     return pair(folder / "target", name, instruction, **kwargs)
 
 
@@ -29,7 +29,7 @@ def edit_row(target: str, sources: object, **more: object) -> dict[str, object]:
     return {"ref_img": sources, "target_img": target, "user_prompt_en": "make it winter", **more}
 
 
-def told(problems: tuple) -> dict[str, str]:
+def messages(problems: tuple) -> dict[str, str]:
     """The messages by the path below the dataset."""
     return {f"{problem.file.parent.name}/{problem.file.name}": problem.message for problem in problems}
 
@@ -63,7 +63,7 @@ def test_both_sub_folders_make_edits_in_any_case_and_one_alone_does_not(tmp_path
     pair(tmp_path / "target", "a.png")
     assert [item.source_images for item in read(tmp_path).pairs] == [()]
     assert "1 usable image\n" in read(tmp_path).describe()
-    source = picture(tmp_path / "Source" / "a.png", colour=(1, 2, 3))
+    source = image_file(tmp_path / "Source" / "a.png", colour=(1, 2, 3))
     (tmp_path / "target").rename(tmp_path / "TARGET")
     assert [item.source_images for item in read(tmp_path).pairs] == [(source,)]
 
@@ -71,16 +71,16 @@ def test_both_sub_folders_make_edits_in_any_case_and_one_alone_does_not(tmp_path
 def test_what_lacks_its_other_half_is_named(tmp_path: Path) -> None:
     edit(tmp_path, "good.png")
     pair(tmp_path / "target" / "more", "alone.png")
-    picture(tmp_path / "source" / "more" / "left.png")
+    image_file(tmp_path / "source" / "more" / "left.png")
     report = read(tmp_path)
-    assert told(report.errors).keys() == {"more/alone.png"} and len(report.pairs) == 1
+    assert messages(report.errors).keys() == {"more/alone.png"} and len(report.pairs) == 1
     assert str(Path("source/more/alone.png")) in report.errors[0].message
     only(report.warnings, tmp_path / "source/more/left.png", None, "without a target", str(Path("target/more/left.*")))
 
 
 def test_two_sources_of_one_name(tmp_path: Path) -> None:
     edit(tmp_path, "a.png")
-    picture(tmp_path / "source" / "a.jpg", colour=(5, 5, 5))
+    image_file(tmp_path / "source" / "a.jpg", colour=(5, 5, 5))
     only(read(tmp_path).errors, tmp_path / "source/a.jpg", None, "2 sources with the same name: a.jpg, a.png")
     assert read(tmp_path).pairs == ()
 
@@ -116,7 +116,7 @@ def test_the_instruction_stands_beside_the_target(tmp_path: Path) -> None:
     only(read(tmp_path).errors, target.with_suffix(".txt"), 1, "instruction is empty; write what is to change")
 
 
-def test_pictures_beside_the_two_folders_are_errors(tmp_path: Path) -> None:
+def test_images_beside_the_two_folders_are_errors(tmp_path: Path) -> None:
     edit(tmp_path, "a.png")
     strays = [pair(tmp_path, "b.png"), pair(tmp_path / "others", "c.png")]
     report = read(tmp_path)
@@ -144,7 +144,7 @@ def test_every_file_is_used_or_named(given_files: Mapping[str, set[str]]) -> Non
                 if part == "text":
                     path.write_text("change it")
                 else:
-                    picture(path, colour=(number, 0, part == "source"))
+                    image_file(path, colour=(number, 0, part == "source"))
         report = read(folder)
         named = {problem.file for problem in report.problems}
         used = {path for item in report.pairs for path in (item.image_path, *item.source_images, item.caption_file)}
@@ -161,7 +161,7 @@ def test_every_file_is_used_or_named(given_files: Mapping[str, set[str]]) -> Non
 
 def test_the_authors_edit_rows(tmp_path: Path) -> None:
     for name in ("room.png", "chair.png", "after.png", "winter.png"):
-        picture(tmp_path / name, size=(80, 48))
+        image_file(tmp_path / name, size=(80, 48))
     file = rows(
         tmp_path / "rows.jsonl",
         edit_row("after.png", ["room.png", "chair.png"], short_zh="放一把椅子", **{"h*w": ["1*1", "1*1", "48*80"]}),
@@ -179,7 +179,7 @@ def test_the_authors_edit_rows(tmp_path: Path) -> None:
 
 def test_bad_edit_rows_are_named_by_their_lines(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        picture(tmp_path / name)
+        image_file(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     expected = {
         json.dumps({"ref_img": "a.png", "text": "x"}): "has 'ref_img' but no 'target_img'",
@@ -201,9 +201,9 @@ def test_bad_edit_rows_are_named_by_their_lines(tmp_path: Path) -> None:
     assert report.pairs == ()
 
 
-def test_edits_and_plain_pictures_do_not_share_a_file(tmp_path: Path) -> None:
+def test_edits_and_plain_images_do_not_share_a_file(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
-        picture(tmp_path / name)
+        image_file(tmp_path / name)
     plain, edited = {"path": "c.png", "text": "x"}, edit_row("b.png", "a.png")
     file = rows(tmp_path / "rows.jsonl", edited, plain)
     only(read(file).errors, file, 1, "row 1 is of edits, the other 1 of plain images", "a separate file")
@@ -225,7 +225,7 @@ json_values = st.recursive(
 def test_a_row_of_any_values_is_used_or_named(source: object, target: object, size: object) -> None:
     with tempfile.TemporaryDirectory() as name:
         for file in ("a.png", "b.png"):
-            picture(Path(name) / file, size=(16, 16))
+            image_file(Path(name) / file, size=(16, 16))
         file = rows(Path(name) / "rows.jsonl", edit_row(target, source, **{"h*w": size}))  # type: ignore[arg-type]
         report = read(file)
         assert bool(report.pairs) != bool(report.errors)
@@ -238,7 +238,7 @@ def test_a_row_of_any_values_is_used_or_named(source: object, target: object, si
 
 
 def test_broken_sources_are_named_and_their_edits_not_used(tmp_path: Path) -> None:
-    outside = picture(tmp_path / "outside.png")
+    outside = image_file(tmp_path / "outside.png")
     folder = tmp_path / "data"
     for name in ("damaged.png", "link.png", "moving.webp", "good.png"):
         edit(folder, name)
@@ -249,8 +249,8 @@ def test_broken_sources_are_named_and_their_edits_not_used(tmp_path: Path) -> No
     frames = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 90)]
     frames[0].save(moving, save_all=True, append_images=frames[1:])
     report = read(folder)
-    assert "truncated" in told(report.errors)["source/damaged.png"]
-    assert "is outside of the folder" in told(report.errors)["source/link.png"] and len(report.errors) == 2
+    assert "truncated" in messages(report.errors)["source/damaged.png"]
+    assert "is outside of the folder" in messages(report.errors)["source/link.png"] and len(report.errors) == 2
     only(report.warnings, moving, None, "first of 2 frames")
     assert [item.image_path.name for item in report.pairs] == ["good.png", "moving.webp"]
 
@@ -258,14 +258,14 @@ def test_broken_sources_are_named_and_their_edits_not_used(tmp_path: Path) -> No
 def test_targets_are_checked_where_sources_are_broken(tmp_path: Path) -> None:
     for file in (edit(tmp_path, "a.png"), tmp_path / "source" / "a.png"):
         file.write_bytes(b"no image")
-    assert told(read(tmp_path).errors).keys() == {"source/a.png", "target/a.png"}
+    assert messages(read(tmp_path).errors).keys() == {"source/a.png", "target/a.png"}
 
 
 def test_a_source_serves_many_edits_and_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, decoded = dataset_checks.decode, []
     monkeypatch.setattr(dataset_checks, "decode", lambda path: decoded.append(path.name) or decode(path))
     for name in ("from.png", "a.png", "b.png"):
-        picture(tmp_path / name)
+        image_file(tmp_path / name)
     report = read(
         rows(tmp_path / "rows.jsonl", edit_row("a.png", "from.png"), edit_row("b.png", ["from.png", "a.png"]))
     )
@@ -277,8 +277,8 @@ def test_a_source_serves_many_edits_and_is_decoded_once(tmp_path: Path, monkeypa
 
 def test_repeated_edits_and_edits_that_change_nothing(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
-        picture(tmp_path / name)
-    picture(tmp_path / "a.bmp", colour=Image.open(tmp_path / "a.png").getpixel((0, 0)))
+        image_file(tmp_path / name)
+    image_file(tmp_path / "a.bmp", colour=Image.open(tmp_path / "a.png").getpixel((0, 0)))
     file = rows(
         tmp_path / "rows.jsonl",
         edit_row("b.png", "a.png"),
@@ -297,17 +297,17 @@ def test_repeated_edits_and_edits_that_change_nothing(tmp_path: Path) -> None:
 def test_the_target_decides_the_bucket_of_its_sources(tmp_path: Path) -> None:
     edit(tmp_path, "near.png", size=(160, 100))
     edit(tmp_path, "far.png", size=(64, 64))
-    picture(tmp_path / "source" / "near.png", size=(161, 101), colour=(1, 2, 3))
-    far = picture(tmp_path / "source" / "far.png", size=(800, 100))
+    image_file(tmp_path / "source" / "near.png", size=(161, 101), colour=(1, 2, 3))
+    far = image_file(tmp_path / "source" / "far.png", size=(800, 100))
     report = read(tmp_path)
     by_name = {item.image_path.stem: item for item in report.pairs}
     assert by_name["near"].bucket == Bucket(80, 48) and by_name["far"].bucket == Bucket(64, 64)
     only(report.warnings, far, None, "800x100: 88% is cropped to fit its target's bucket 64x64")
     (source,) = by_name["near"].source_images
     assert load_image(source, by_name["near"].bucket).shape == (3, 48, 80)
-    picture(far, size=(60, 60))
+    image_file(far, size=(60, 60))
     only(read(tmp_path).warnings, far, None, "60x60, smaller than its target's bucket 64x64: it would be upsampled")
-    target = picture(tmp_path / "target" / "far.png", size=(62, 62))
+    target = image_file(tmp_path / "target" / "far.png", size=(62, 62))
     only(read(tmp_path).warnings, target, None, "62x62, smaller than its bucket")  # and so is its source, of course
 
 

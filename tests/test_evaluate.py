@@ -64,7 +64,7 @@ def test_blur_is_punished_not_rewarded(judge) -> None:
     assert float(laplacian_energy(blurred).mean()) < 0.5 * float(laplacian_energy(real).mean())
 
 
-def test_perfect_pictures_score_perfectly(judge) -> None:
+def test_perfect_images_score_perfectly(judge) -> None:
     concept = make_concept(2, num_unseen=40, num_prior=96, num_anchors=1)
     perfect = Samples(render(concept.unseen.scenes), render(concept.described.scenes), render(concept.generic.scenes))
     got = score(perfect, concept, judge)

@@ -33,8 +33,8 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([200, 0, 0, 0, 0, 200])
     palette.putpixel((1, 0), 1)
-    picture = saved(tmp_path, palette, transparency=0)
-    assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.getpixel((1, 0)) == (0, 0, 200)
+    image = saved(tmp_path, palette, transparency=0)
+    assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 0)) == (0, 0, 200)
     keyed = saved(tmp_path, Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7))
     assert keyed.getpixel((0, 0)) == (255, 255, 255)
 
@@ -98,7 +98,7 @@ def test_fitting_cuts_equally_and_keeps_an_exact_fit() -> None:
     assert halved.shape == (3, 16, 16) and halved[:, :, 2:-2].min() == 1
 
 
-def test_a_phone_picture_with_a_second_one_inside(tmp_path: Path) -> None:
+def test_a_phone_image_with_a_second_one_inside(tmp_path: Path) -> None:
     first, second = Image.new("RGB", (8, 8), (250, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 250))
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
     decoded = decode(tmp_path / "a.jpg")

@@ -137,7 +137,7 @@ def test_an_old_run_is_resumed_and_ends_in_the_same_bits(
 ) -> None:
     before = load_checkpoint(LEGACY / name / "checkpoints")
     assert before is not None and before.step == 7
-    # how the data is told apart may change from release to release; that is not what is tested here
+    # how the data is identified may change from release to release; that is not what is tested here
     monkeypatch.setattr(TrainingSet, "fingerprint", lambda self: before.facts["data"])
     config = TrainConfig.from_json((LEGACY / name / "config.json").read_text(encoding="utf-8"))
     shutil.copytree(LEGACY / name, tmp_path / "old")

@@ -134,7 +134,7 @@ def test_the_students_weights_are_taken_from_a_file_with_the_teachers(sites):
     assert_deltas(import_lora(file, sites, TARGETS).tensors, {name: b @ a for name, (a, b) in SPLIT.items()})
 
 
-def test_what_is_not_trained_is_told(sites):
+def test_what_is_not_trained_is_reported(sites):
     others = {
         "diffusion_model.embed.lora_A.weight": torch.ones(1, 4),
         "diffusion_model.embed.lora_B.weight": torch.ones(WIDTH, 1),
@@ -245,14 +245,14 @@ def test_every_key_that_is_not_used_is_named(sites):
     }
     imported = import_lora({**used, **both, **unused}, sites, TARGETS)
     assert imported.left_out == tuple(unused)
-    told = imported.describe_left_out()
-    assert told.startswith(f"{len(unused)} tensors of it are not used: ")
+    message = imported.describe_left_out()
+    assert message.startswith(f"{len(unused)} tensors of it are not used: ")
     for kind in (
         "double_blocks.N.img_mlp.N.alpha' (x3)",
         "layers.N.attention.to_q.alpha'",
         "lora_te_text_model_layers_N_mlp",
     ):
-        assert kind in told
+        assert kind in message
     assert_deltas(
         imported.tensors,
         {f"{BLOCK}.feed_forward.w1": ALPHA / RANK * W1[1] @ W1[0], f"{BLOCK}.attention.to_q": Q[1] @ Q[0]},
@@ -275,14 +275,14 @@ def test_one_unused_tensor_and_very_many_kinds_read_well(sites):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_peft_folder_with_alpha_in_its_configuration(sites, tmp_path, rslora):
     save_file(dotted("base_model.model.", *AB), tmp_path / "adapter_model.safetensors")
-    told = {"r": RANK, "lora_alpha": 2 * RANK, "alpha_pattern": {"feed_forward.w1": 1.0}, "use_rslora": rslora}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    settings = {"r": RANK, "lora_alpha": 2 * RANK, "alpha_pattern": {"feed_forward.w1": 1.0}, "use_rslora": rslora}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     size = RANK**0.5 if rslora else RANK
     scales = {name: (1.0 if "w1" in name else 2 * RANK) / size for name in SPLIT}
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
         tensors = import_lora(read_lora(path), sites, TARGETS).tensors
         assert_deltas(tensors, {name: scales[name] * b @ a for name, (a, b) in SPLIT.items()})
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**told, "use_dora": True}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
         read_lora(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
@@ -290,10 +290,10 @@ def test_a_peft_folder_with_alpha_in_its_configuration(sites, tmp_path, rslora):
         read_lora(tmp_path)
 
 
-def test_diffusers_tells_alpha_in_the_header(sites, tmp_path):
-    told = {"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK, "transformer.alpha_pattern": {}}
+def test_diffusers_alpha_is_read_from_the_header(sites, tmp_path):
+    settings = {"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK, "transformer.alpha_pattern": {}}
     path = tmp_path / "x.safetensors"
-    save_file(dotted("transformer.", *AB), path, {"lora_adapter_metadata": json.dumps(told)})
+    save_file(dotted("transformer.", *AB), path, {"lora_adapter_metadata": json.dumps(settings)})
     assert_deltas(
         import_lora(read_lora(path), sites, TARGETS).tensors, {name: 2 * b @ a for name, (a, b) in SPLIT.items()}
     )
@@ -359,7 +359,7 @@ def test_a_run_starts_from_a_lora(tmp_path, trained, teacher, monkeypatch):
             torch.testing.assert_close(exported[key], value)
 
 
-def test_a_run_goes_on_only_with_the_lora_that_it_started_from(tmp_path, trained):
+def test_a_run_resumes_only_with_the_lora_that_it_started_from(tmp_path, trained):
     config, folder = make_config(steps=6), tmp_path / "cut"
     train(make_config(steps=3), TinyDenoiser(), make_data(), folder, initial=trained)
     changed = {key: value * 1.5 for key, value in trained.items()}

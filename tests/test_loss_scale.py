@@ -185,7 +185,7 @@ def test_a_gradient_that_never_fits_ends_the_run_with_what_to_do(tmp_path: Path)
     assert checkpoint is not None and checkpoint.step == 4 and checkpoint.facts["loss_scale"] == [1.0, 0]
 
 
-def test_predictions_that_overflow_are_told_from_gradients(tmp_path: Path) -> None:
+def test_predictions_that_overflow_are_distinguished_from_gradients(tmp_path: Path) -> None:
     denoiser = FaintDenoiser(True)
     denoiser.spoil = "teacher"
     with pytest.raises(
@@ -204,7 +204,7 @@ def test_a_model_that_gives_nan_is_found_before_training(tmp_path: Path, half: b
         train(half_config(probe_every=5), denoiser, make_data(), tmp_path)
 
 
-def test_target_and_student_are_told_apart_in_sft(tmp_path: Path) -> None:
+def test_target_and_student_are_distinguished_in_sft(tmp_path: Path) -> None:
     data = make_data()
     data.pairs[0].target_latent[0] = torch.nan  # type: ignore[index]
     with pytest.raises(NonFiniteError, match="not finite: the target latent|not finite: the student's"):

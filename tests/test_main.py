@@ -116,7 +116,7 @@ def test_edits_are_not_for_the_demo_model(tmp_path: Path, capsys: pytest.Capture
     assert "contains edits, but the demo model cannot edit" in capsys.readouterr().err
 
 
-def test_mistakes_are_told_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect-dataset", str(tmp_path), "--resolution", "3"]) == 1
     assert "error: no image with sides" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_text(json.dumps({"path": "a.png"}))

@@ -42,27 +42,27 @@ def test_batched_transformer_equals_diffusers(model) -> None:
 
 
 def test_batched_encoder_equals_transformers(model) -> None:
-    encoder, picture = model.encoder, render(sample_scenes(2, torch.Generator().manual_seed(0)))
+    encoder, image = model.encoder, render(sample_scenes(2, torch.Generator().manual_seed(0)))
     text = "a [K] badge, top, on a sand background"
     fast = BatchedEncoder(encoder.model)
     template = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
     vision = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
     with torch.no_grad():
-        mixed = fast(encoder._rows(template.format(vision, text)).expand(2, -1), teacher_pixels(picture))
+        mixed = fast(encoder._rows(template.format(vision, text)).expand(2, -1), teacher_pixels(image))
         plain = fast(encoder._rows(template.format("", text)))[0]
     for i in range(2):
-        assert torch.allclose(mixed[i], encoder.encode_image_text(picture[i], text).features, atol=1e-4)
+        assert torch.allclose(mixed[i], encoder.encode_image_text(image[i], text).features, atol=1e-4)
     assert torch.allclose(plain, encoder.encode_text(text).features, atol=1e-4)
 
 
 def test_teacher_pixels_are_the_hosts(model) -> None:
-    picture = render(sample_scenes(1, torch.Generator().manual_seed(1)))
-    patches, _ = vision_patches(picture[0])
+    image = render(sample_scenes(1, torch.Generator().manual_seed(1)))
+    patches, _ = vision_patches(image[0])
     cells = patches.reshape(3, 3, 2, 2, 3, 2, 16, 16)[
         :, :, :, :, :, 0
     ]  # cell row, column, inner row, column, RGB, y, x
     whole = cells.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, 96, 96)
-    assert torch.allclose(whole, teacher_pixels(picture)[0])
+    assert torch.allclose(whole, teacher_pixels(image)[0])
 
 
 def test_substeps_refine_the_students_grid() -> None:

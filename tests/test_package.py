@@ -53,13 +53,13 @@ def test_every_version_is_fixed(name):
     assert all(re.match(r"[\w.-]+==[\w.]+($|; )", line) for line in requirements(name))
 
 
-def test_the_registry_is_told_what_it_asks_for():
+def test_the_registry_gets_what_it_asks_for():
     comfy, urls = PYPROJECT["tool"]["comfy"], PYPROJECT["project"]["urls"]
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"]), "comfy-cli drops a version of two numbers"
     assert all(url.startswith(urls["Repository"]) for url in urls.values())
-    _, picture = comfy["Icon"].rsplit("/main/", 1)
-    assert (ROOT / picture).exists()
+    _, image = comfy["Icon"].rsplit("/main/", 1)
+    assert (ROOT / image).exists()
 
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -109,6 +111,15 @@ def test_a_folder_has_one_holder(windows: WindowsLocks, tmp_path: Path) -> None:
     second.release()
 
 
+def test_a_second_training_in_the_same_folder_is_refused(windows: WindowsLocks, tmp_path: Path) -> None:
+    first = FolderLock(tmp_path)
+    first.acquire()
+    with pytest.raises(FolderInUse):
+        train(make_config(steps=1), TinyDenoiser(), make_data(), tmp_path)
+    first.release()
+    assert train(make_config(steps=1), TinyDenoiser(), make_data(), tmp_path).step == 1
+
+
 def test_files_are_replaced_and_leftovers_removed(windows: WindowsLocks, tmp_path: Path) -> None:
     leftover = tmp_path / ".x.0123456789abcdef.tmp"
     leftover.write_bytes(b"half")
@@ -168,3 +179,26 @@ for arguments in (["inspect-dataset", "data"], ["train", "data", "--output", "ru
     assert done.returncode == 0, done.stderr[-2000:]
     warned = [line for line in done.stderr.splitlines() if "EncodingWarning" in line and "dopsd_core" in line]
     assert warned == []
+
+
+def without_encoding(source: str) -> list[int]:
+    """Lines of calls that read or write text in the system's encoding."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        modes = [value.value for value in node.args if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+        is_text = isinstance(node.func, ast.Name) or any(re.fullmatch("[rwax+t]{1,3}", mode) for mode in modes)
+        if name in ("read_text", "write_text") or name == "open" and is_text and not any("b" in mode for mode in modes):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_no_source_leaves_the_encoding_to_the_system() -> None:
+    """The files that the run above does not read or write too."""
+    files = [path for folder in ("dopsd_core", "nodes") for path in (ROOT / folder).rglob("*.py")]
+    found = {path.name: lines for path in files if (lines := without_encoding(path.read_text(encoding="utf-8")))}
+    assert found == {}
+    calls = "p.read_text()\np.open('w')\nopen(p)\np.open('rb')\np.write_text(x, encoding='utf-8')\nrun.open(True)\n"
+    assert without_encoding(calls) == [1, 2, 3]

@@ -16,8 +16,9 @@ pytest.importorskip("resource", reason="the scripts use POSIX limits and signals
 
 from benchmarks import reliability, reliability_fuzz, reliability_kills, report  # noqa: E402
 from benchmarks.reliability_attempts import Attempt, Field  # noqa: E402
-from benchmarks.reliability_fuzz import Case, Fuzz, Task, core_kinds, shrink, try_case  # noqa: E402
-from benchmarks.reliability_inputs import Broken, Kind, Refused  # noqa: E402
+from benchmarks.reliability_case import Case, shrink, try_case  # noqa: E402
+from benchmarks.reliability_fuzz import Fuzz, Task  # noqa: E402
+from benchmarks.reliability_inputs import KINDS, Broken, Kind, Refused  # noqa: E402
 from benchmarks.reliability_mutators import Chance, mutate_json, mutate_safetensors  # noqa: E402
 from benchmarks.reliability_paths import Answer, Audit, summary  # noqa: E402
 from benchmarks.reliability_trees import Tree, snapshot  # noqa: E402
@@ -87,7 +88,7 @@ def test_every_command_has_its_measurement() -> None:
 # -- fuzzing -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", core_kinds(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_good_inputs_are_accepted_and_inputs_are_the_same_each_time(kind: Kind, tmp_path: Path) -> None:
     outcomes = [try_case(Case(kind, 0, number, ()), tmp_path) for number in range(6)]
     assert not any(outcome.failure for outcome in outcomes)
@@ -149,7 +150,7 @@ def test_a_planted_fault_is_found(read, documented, outcome: str, failure: str, 
 
 
 def test_a_documented_exception_of_ours_is_no_fault(tmp_path: Path) -> None:
-    (kind,) = (kind for kind in core_kinds() if kind.name == "captions")
+    (kind,) = (kind for kind in KINDS if kind.name == "captions")
     verdicts = [try_case(Case(kind, 0, number), tmp_path) for number in range(30)]
     assert {verdict.outcome for verdict in verdicts} == {"accepted", CaptionError.__name__}
     assert not any(verdict.failure for verdict in verdicts)

@@ -25,21 +25,21 @@ def count(image: Image.Image, colour: tuple[int, int, int]) -> int:
     return dict((value, n) for n, value in image.getcolors(1 << 24) or ()).get(colour, 0)
 
 
-def test_small_pictures_grow_without_new_colours() -> None:
-    picture = to_images(torch.rand(1, 3, 8, 8))[0]
-    grown = fit_tile(picture, 100)
+def test_small_images_grow_without_new_colours() -> None:
+    image = to_images(torch.rand(1, 3, 8, 8))[0]
+    grown = fit_tile(image, 100)
     assert grown.size == (100, 100)
-    assert {value for _, value in grown.getcolors() or ()} == {value for _, value in picture.getcolors() or ()}
+    assert {value for _, value in grown.getcolors() or ()} == {value for _, value in image.getcolors() or ()}
 
 
 @pytest.mark.parametrize(
     ("size", "fitted"), [((1024, 512), (128, 64)), ((576, 1344), (55, 128)), ((4000, 1), (128, 1))]
 )
-def test_large_pictures_shrink_whole(size: tuple[int, int], fitted: tuple[int, int]) -> None:
+def test_large_images_shrink_whole(size: tuple[int, int], fitted: tuple[int, int]) -> None:
     assert fit_tile(Image.new("RGB", size), 128).size == fitted
 
 
-def test_every_picture_of_every_row_is_there_in_full() -> None:
+def test_every_image_of_every_row_is_there_in_full() -> None:
     red, blue = (200, 10, 10), (10, 10, 200)
     rows = [Row("a", "", plain(red, 64, 64).expand(3, -1, -1, -1)), Row("b", "", plain(blue, 1344, 576), ("wide",))]
     image = contact_sheet("title", rows, tile=128)
@@ -47,7 +47,7 @@ def test_every_picture_of_every_row_is_there_in_full() -> None:
     assert count(image, blue) == 128 * 55
 
 
-def test_pictures_of_one_row_may_differ_in_size() -> None:
+def test_images_of_one_row_may_differ_in_size() -> None:
     red, blue = (200, 10, 10), (10, 10, 200)
     image = contact_sheet("", [Row("", "", [plain(red, 64, 64)[0], plain(blue, 300, 100)[0]])], tile=90)
     assert count(image, red) == 90 * 90 and count(image, blue) == 90 * 30
@@ -59,8 +59,8 @@ def test_pixels_and_images_are_each_others_inverse() -> None:
 
 
 def test_what_is_no_number_does_not_spoil_the_sheet() -> None:
-    picture = torch.full((1, 3, 4, 4), float("nan"))
-    assert to_images(picture)[0].getcolors() == [(16, (0, 0, 0))]
+    image = torch.full((1, 3, 4, 4), float("nan"))
+    assert to_images(image)[0].getcolors() == [(16, (0, 0, 0))]
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=lambda text: ascii(text[:12]))
@@ -103,25 +103,23 @@ def test_thumbnails_read_files_and_name_what_they_cannot_read(tmp_path: Path) ->
 
 def test_an_edit_is_one_strip_its_target_last_behind_an_arrow() -> None:
     red, green, blue = (200, 10, 10), (10, 200, 10), (10, 10, 200)
-    pictures = [Image.new("RGB", (30, 20), colour) for colour in (red, green, blue)]
-    image = thumbnails([((pictures[0], pictures[2]), "make it blue"), (pictures[:1], "as it is")], tile=60)
+    squares = [Image.new("RGB", (30, 20), colour) for colour in (red, green, blue)]
+    image = thumbnails([((squares[0], squares[2]), "make it blue"), (squares[:1], "as it is")], tile=60)
     assert (count(image, red), count(image, blue)) == (2 * 60 * 40, 60 * 40)
     strip = image.crop((sheet._PAD, sheet._PAD, sheet._PAD + 2 * 60 + sheet._ARROW, sheet._PAD + 40))
     middle = [strip.getpixel((x, 20)) for x in range(strip.width)]
     assert middle[:60] == [red] * 60 and middle[-60:] == [blue] * 60
     assert sheet._FAINT in middle[60:-60] and sheet._MAT in middle[60:-60]
-    many = thumbnails(
-        [((*pictures, *pictures, pictures[2]), "of six"), ((pictures[0], pictures[1]), "of one")], tile=60
-    )
+    many = thumbnails([((*squares, *squares, squares[2]), "of six"), ((squares[0], squares[1]), "of one")], tile=60)
     assert many.width == 3 * 60 + 2 * sheet._ARROW + 2 * sheet._PAD, "the strip of six leaves its cell"
     assert count(many, green) > 60 * 40 and 0 < count(many, blue) < 60 * 40
 
 
 def test_many_thumbnails_are_counted_not_drawn() -> None:
-    picture = Image.new("RGB", (20, 20), (200, 10, 10))
-    image = thumbnails([(picture, "x")] * 50, "\n".join(["error: y"] * 99), tile=40, limit=30)
+    small = Image.new("RGB", (20, 20), (200, 10, 10))
+    image = thumbnails([(small, "x")] * 50, "\n".join(["error: y"] * 99), tile=40, limit=30)
     assert count(image, (200, 10, 10)) == 30 * 40 * 40 and image.width < 300
 
 
-def test_nothing_to_show_is_still_a_picture() -> None:
+def test_nothing_to_show_is_still_an_image() -> None:
     assert min(thumbnails([]).size) > 0 and min(contact_sheet("", []).size) > 0

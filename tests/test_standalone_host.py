@@ -60,8 +60,8 @@ def test_images_and_latents_are_taken_to_the_autoencoders_device(model) -> None:
     encoder = StandaloneEncoder(model.encoder.model, torch.tensor([]), vae, "elsewhere")
     latent = encoder.encode_latent(torch.rand(3, 64, 64))
     assert latent.device.type == "meta" and latent.shape == (16, 8, 8)
-    pictures = encoder.decode(torch.zeros(2, 16, 8, 8))
-    assert pictures.device.type == "meta" and pictures.shape == (2, 3, 64, 64)
+    images = encoder.decode(torch.zeros(2, 16, 8, 8))
+    assert images.device.type == "meta" and images.shape == (2, 3, 64, 64)
 
 
 def test_single_file_layout_is_read_back_exactly(tmp_path: Path) -> None:
@@ -158,9 +158,9 @@ def test_words_of_the_world_are_known_and_others_are_named(model) -> None:
 def test_autoencoder_reaches_its_gate(model) -> None:
     from dopsd_core.demo.world import render, sample_scenes
 
-    pictures = render(sample_scenes(64, torch.Generator().manual_seed(1234), held_out=None))
-    latents = torch.stack([model.encoder.encode_latent(picture) for picture in pictures])
+    images = render(sample_scenes(64, torch.Generator().manual_seed(1234), held_out=None))
+    latents = torch.stack([model.encoder.encode_latent(image) for image in images])
     back = model.encoder.decode(latents)
-    psnr = -10 * torch.log10((back - pictures).square().mean((1, 2, 3)))
+    psnr = -10 * torch.log10((back - images).square().mean((1, 2, 3)))
     assert float(psnr.mean()) >= 30
     assert abs(float(latents.mean())) < 0.1 and 0.8 < float(latents.std()) < 1.2

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, the last good one survives, and damage is told by its place."""
+"""Checkpoints are whole or not there, the last good one survives, and damage is reported with its place."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""Tensors are told apart by their values: small ones by each of them, large ones by each row and column."""
+"""Tensors are distinguished by their values: small ones by each of them, large ones by each row and column."""
 
 from collections.abc import Callable
 

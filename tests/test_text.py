@@ -27,7 +27,7 @@ def test_bytes_of_names_are_written_out() -> None:
 
 
 @given(ANY, ANY)
-def test_every_text_can_be_sent_and_told_apart(first: str, second: str) -> None:
+def test_every_text_can_be_sent_and_distinguished(first: str, second: str) -> None:
     printable(first).encode()
     assert printable(printable(first)) == printable(first)
     assert (hashable(first) == hashable(second)) == (first == second)

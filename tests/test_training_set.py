@@ -110,7 +110,7 @@ def test_an_image_that_changes_while_it_is_encoded_is_not_kept(tmp_path: Path) -
         encode_dataset([request], TinyEncoder(), None)
 
 
-def test_the_grid_is_that_of_the_picture() -> None:
+def test_the_grid_is_that_of_the_image() -> None:
     assert Z_IMAGE.grid(4, (16, 8, 8)) == pytest.approx((1, 0.9, 0.75, 0.5, 0))
     assert FLUX2_KLEIN.grid(4, (128, 64, 64))[1:4] == pytest.approx((0.967384, 0.908144, 0.767200), abs=1e-6)
     assert FLUX2_KLEIN.grid(4, (128, 56, 72))[1:4] == pytest.approx((0.967212, 0.907690, 0.766229), abs=1e-6)
@@ -127,7 +127,7 @@ def test_captions_without_the_name_are_three_quarters_of_the_anchors() -> None:
 # -- teachers ----------------------------------------------------------------------------------------------------------
 
 
-def pictures(tmp_path: Path, count: int) -> tuple[Pair, ...]:
+def pairs_of_colours(tmp_path: Path, count: int) -> tuple[Pair, ...]:
     for number in range(count):
         Image.new("RGB", (64, 64), (40 * number + 5, 0, 0)).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"a [V] dog, {number}")
@@ -143,8 +143,8 @@ def reference(condition: Condition, index: int = -1) -> float:
     return float(condition.reference_latents[index].mean())
 
 
-def test_another_picture_means_never_the_own_and_each_of_the_others_in_turn(tmp_path: Path) -> None:
-    pairs = pictures(tmp_path, 5)
+def test_another_image_means_never_the_own_and_each_of_the_others_in_turn(tmp_path: Path) -> None:
+    pairs = pairs_of_colours(tmp_path, 5)
     own = build_training_set(pairs, TinyEncoder(), teacher=EDIT, caption_dropout=True, heldout_caption="a cat")
     other = build_training_set(
         pairs, TinyEncoder(), teacher=EDIT, teacher_image="other", caption_dropout=True, heldout_caption="a cat"
@@ -164,7 +164,7 @@ def test_another_picture_means_never_the_own_and_each_of_the_others_in_turn(tmp_
 
 
 def test_an_edit_starts_from_its_source(tmp_path: Path) -> None:
-    pairs = pictures(tmp_path, 3)
+    pairs = pairs_of_colours(tmp_path, 3)
     data = build_training_set(with_sources(pairs), TinyEncoder(), teacher=EDIT_TARGET)
     shades = [float(pair.target_latent.mean()) for pair in data.pairs if pair.target_latent is not None]
     for index, pair in enumerate(data.pairs):
@@ -173,7 +173,7 @@ def test_an_edit_starts_from_its_source(tmp_path: Path) -> None:
 
 
 def test_data_that_does_not_fit_the_teacher_is_refused_before_any_encoding(tmp_path: Path) -> None:
-    pairs = pictures(tmp_path, 2)
+    pairs = pairs_of_colours(tmp_path, 2)
     encoder = TinyEncoder()
     cases: list[tuple[tuple[Pair, ...], TeacherView, TeacherImage, str]] = [
         (pairs, EDIT_TARGET, "own", "2 of 2 images have no source: use a folder with source/ and target/"),

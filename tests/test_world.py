@@ -35,17 +35,17 @@ def test_every_class_of_every_attribute_is_drawn() -> None:
         assert set(labels.tolist()) == set(range(NUM_CLASSES[name])), name
 
 
-def test_each_attribute_changes_the_picture() -> None:
+def test_each_attribute_changes_the_image() -> None:
     one = sample_scenes(1, generator(3))
-    picture = render(one)
-    assert picture.shape == (1, 3, 64, 64) and float(picture.min()) >= 0 and float(picture.max()) <= 1
+    image = render(one)
+    assert image.shape == (1, 3, 64, 64) and float(image.min()) >= 0 and float(image.max()) <= 1
     for name, count in NUM_CLASSES.items():
-        pictures = []
+        images = []
         for value in range(count):
             changed = one[torch.tensor([0])]
             getattr(changed, name)[:] = value
-            pictures.append(render(changed))
-        assert len({p.numpy().tobytes() for p in pictures}) == count, name
+            images.append(render(changed))
+        assert len({p.numpy().tobytes() for p in images}) == count, name
 
 
 def test_layout_of_another_keeps_the_badge() -> None:
@@ -74,8 +74,14 @@ def test_concept_is_unseen_and_its_test_backgrounds_are_new() -> None:
         assert len(set(targets.background.tolist())) == 4 and len(set(targets.position.tolist())) == 4
         assert not set(concept.unseen.scenes.background.tolist()) & set(targets.background.tolist())
         assert not any(TRIGGER in text for text in (*concept.described.texts, *concept.generic.texts, *concept.anchors))
-        for text in concept.unseen.texts:  # the appearance's words are never told with the trigger
+        for text in concept.unseen.texts:  # the appearance's words never stand beside the trigger
             assert text.split(",")[0] == "a [V] badge"
+
+
+def test_a_concept_is_described_in_english_and_its_prompts_in_the_models_words() -> None:
+    concept = make_concept(0, num_unseen=1, num_prior=1, num_anchors=1)
+    assert concept.words == "a dotted pink star badge with an orange center"
+    assert caption(concept.targets, 0, attributes=APPEARANCE, layout=False) == concept.words.replace("an ", "a ")
 
 
 def test_dataset_on_disk_is_that_of_the_concept(tmp_path) -> None:

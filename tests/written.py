@@ -17,7 +17,7 @@ def require_case(folder: Path) -> None:
         pytest.skip("the file system does not tell upper from lower case")
 
 
-def picture(
+def image_file(
     path: Path, colour: object = None, size: tuple[int, int] = (64, 64), mode: str = "RGB", **save: object
 ) -> Path:
     """An image file whose pixels differ from those of other names."""
@@ -30,7 +30,7 @@ def picture(
 
 def pair(folder: Path, name: str, caption: str = "a [V] emblem", **kwargs: object) -> Path:
     """An image with its caption."""
-    path = picture(folder / name, **kwargs)  # type: ignore[arg-type]
+    path = image_file(folder / name, **kwargs)  # type: ignore[arg-type]
     path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
 

@@ -72,6 +72,7 @@ def thumbnails(previews: Image.Image, teacher: Image.Image, compared: Image.Imag
 
 
 def main() -> None:
+    """Writes the images that are asked for."""
     work = Path(tempfile.mkdtemp())
     server = Server(new_base(work), work / "server.log", threads=2)
     server.send("/api/settings", {"LiteGraph.Canvas.MinFontSizeForLOD": 0})  # text at any zoom

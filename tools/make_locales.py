@@ -29,6 +29,7 @@ CONTROL = "control_after_generate"  # a widget that the page adds under a seed
 
 
 def locale_file(language: str) -> Path:
+    """The texts of a language, "en" or "zh"."""
     return LOCALES / language / "nodeDefs.json"
 
 
@@ -83,6 +84,7 @@ def places(texts: Any, place: str = "") -> dict[str, Any]:
 
 
 def main() -> int:
+    """Writes the files; 1 if the Chinese lacks a text or has one too many, else 0."""
     inprocess.put_first_on_path()
     with tempfile.TemporaryDirectory() as folder:
         comfyui = inprocess.ComfyUI(inprocess.new_base(Path(folder)))

@@ -109,6 +109,7 @@ def pretend_files(base: Path) -> None:
 
 
 def main() -> None:
+    """Writes every workflow in both forms, and a screenshot of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shots", type=Path, default=Path(tempfile.mkdtemp()), help="where full screenshots go")
     args = parser.parse_args()

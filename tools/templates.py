@@ -32,7 +32,16 @@ COLOURS = ("#3f789e", "#8A8", "#b58b2a", "#a1309b")
 
 @dataclass
 class Node:
-    """A node of a workflow: `values` are widget values by name, `links` say input = (node, output slot)."""
+    """A node of a workflow.
+
+    Attributes:
+        kind: its class, such as "VAEDecode".
+        pos: x and y of its top left corner.
+        size: width and height; the height grows to what the page needs.
+        values: its widgets' values by name; under "" that of the first widget.
+        links: for each input the name of the node that it comes from, and which of that node's outputs.
+        title: "" for the node's own.
+    """
 
     kind: str
     pos: tuple[int, int]
@@ -44,11 +53,19 @@ class Node:
 
 @dataclass
 class Workflow:
+    """A graph.
+
+    Attributes:
+        nodes: by a name of their own, which the links use.
+        groups: title, (x, y, width, height) and colour of each frame.
+    """
+
     nodes: dict[str, Node]
-    groups: list[tuple[str, tuple[int, int, int, int], str]]  # title, (x, y, width, height), colour
+    groups: list[tuple[str, tuple[int, int, int, int], str]] = field(default_factory=list)
 
 
 def note(pos: tuple[int, int], size: tuple[int, int], text: str) -> Node:
+    """A text on the canvas, in Markdown."""
     return Node("MarkdownNote", pos, size, {"": text})
 
 
@@ -64,19 +81,23 @@ def loaders(model: str, clip_type: str, vae: str, top: int = 60) -> dict[str, No
 
 
 def z_image_loaders() -> dict[str, Node]:
+    """Z-Image-Turbo's three files."""
     return loaders("z_image_turbo_bf16", "lumina2", "ae")
 
 
 def z_image_vision() -> Node:
+    """The file with the vision tower for Z-Image's teacher."""
     return Node("DOPSD_LoadTeacherVision", (0, 480), (340, 60), {"vision_name": "qwen3vl_4b_fp8_scaled.safetensors"})
 
 
 def data(top: int, bottom: int, folder: str, trigger: str = "ohwx") -> Node:
+    """Load Dataset for one's own images, from y = top to bottom."""
     values = {"folder": folder, "resolution": 768, "trigger": trigger}
     return Node("DOPSD_LoadDataset", (0, top), (340, bottom - top), values)
 
 
 def conditions(previews: str, vision: tuple[str, int] | None = None) -> Node:
+    """Build Teacher Condition behind "data", "clip" and "vae"; vision: the node and output of the vision tower."""
     links = {"dataset": ("data", 0), "clip": ("clip", 0), "vae": ("vae", 0)}
     if vision is not None:
         links["vision"] = vision
@@ -106,18 +127,53 @@ def train(begun: dict[str, Node], run_name: str, text: str) -> Workflow:
         ),
         "note": note((1400, 730), (460, 530), text),
     }
-    titles = ("1 · Model and images", "2 · Look at the teacher", "3 · Train", "4 · Save")
-    frames = ((-20, 380), (400, 440), (860, 500), (1380, 500))
-    groups = [
-        (title, (x, -10, width, 1290), colour)
-        for title, (x, width), colour in zip(titles, frames, COLOURS, strict=True)
-    ]
-    return Workflow(nodes, groups)
+    return Workflow(nodes, frames("4 · Save", (380, 440, 500, 500), 1290))
+
+
+def frames(last: str, widths: tuple[int, ...], height: int) -> list[tuple[str, tuple[int, int, int, int], str]]:
+    """The four frames of a training from left to right; last: the title of the last one."""
+    titles = ("1 · Model and images", "2 · Look at the teacher", "3 · Train", last)
+    places = zip(titles, (-20, 400, 860, 1380), widths, COLOURS, strict=True)
+    return [(title, (x, -10, width, height), colour) for title, x, width, colour in places]
 
 
 def lora_of(name: str) -> Node:
+    """The loader of the LoRA that the training with this run name saves."""
     values = {"lora_name": f"{name}_00001_.safetensors", "strength_model": 1.0}
     return Node("LoraLoaderModelOnly", (400, 60), (340, 90), values, {"model": ("model", 0)})
+
+
+def prompt_of(text: str) -> Node:
+    """A prompt behind "clip"."""
+    return Node("CLIPTextEncode", (400, 200), (340, 160), {"text": text}, {"clip": ("clip", 0)})
+
+
+def decoded(top: int) -> Node:
+    """The image of the latent that "sample" gives."""
+    return Node("VAEDecode", (800, top), (320, 60), links={"samples": ("sample", 0), "vae": ("vae", 0)})
+
+
+def sample(begun: dict[str, Node], run_name: str, steps: str, **values: str) -> Workflow:
+    """Sampling with the LoRA of a run behind the loaders; steps: how many, as a word; values: the sampler's."""
+    nodes = {
+        **begun,
+        "lora": lora_of(run_name),
+        "prompt": prompt_of("a photo of ohwx in the snow"),
+        "sample": Node(
+            "DOPSD_FewStepSampler", (800, 60), (320, 300), {**values}, {"model": ("lora", 0), "positive": ("prompt", 0)}
+        ),
+        "decode": decoded(410),
+        "save": Node(
+            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/image"}, {"images": ("decode", 0)}
+        ),
+        "note": note(
+            (400, 410),
+            (340, 130),
+            f"Choose your LoRA (press R after saving one). {steps} steps, no guidance, no negative prompt: as the "
+            "model was made.",
+        ),
+    }
+    return Workflow(nodes)
 
 
 IMAGES = (
@@ -140,8 +196,20 @@ DEMO_PROMPTS = (
     "a badge, top, on a sand background"
 )
 
+DEMO_COMPARED = (
+    "a [V] badge, right, on a forest background\na [V] badge, bottom, on a sky background\n"
+    "a badge, left, on a gray background"
+)
+DEMO_NOTE = (
+    "## Press Run\n\nA tiny model that ships with the pack learns a badge it has never seen from four "
+    "images, in about two minutes on a CPU. Nothing to download.\n\n**Look at the teacher first**: the student "
+    "becomes as good as its teacher and no better.\n\nCancel at any time: the next run resumes. Then try your "
+    "own images with *z_image_turbo_train* or *klein_train*."
+)
+
 
 def quickstart() -> Workflow:
+    """The demo model learns a badge."""
     model, clip, vae, vision = (("models", slot) for slot in range(4))
     nodes = {
         "models": Node("DOPSD_LoadDemoModels", (0, 60), (360, 110)),
@@ -173,13 +241,7 @@ def quickstart() -> Workflow:
             "DOPSD_CompareLoRA",
             (1400, 270),
             (420, 910),
-            {
-                "prompts": "a [V] badge, right, on a forest background\na [V] badge, bottom, on a sky background\n"
-                "a badge, left, on a gray background",
-                "strengths": "0.5, 1.0",
-                "width": 64,
-                "height": 64,
-            },
+            {"prompts": DEMO_COMPARED, "strengths": "0.5, 1.0", "width": 64, "height": 64},
             {"model": model, "clip": clip, "vae": vae, "lora": ("train", 0)},
         ),
         "plot": Node(
@@ -188,25 +250,13 @@ def quickstart() -> Workflow:
         "strip": Node(
             "PreviewImage", (1880, 540), (460, 640), links={"images": ("train", 3)}, title="Every preview of the run"
         ),
-        "note": note(
-            (0, 910),
-            (360, 270),
-            "## Press Run\n\nA tiny model that ships with the pack learns a badge it has never seen from four "
-            "images, in about two minutes on a CPU. Nothing to download.\n\n**Look at the teacher first**: the student "
-            "becomes as good as its teacher and no better.\n\nCancel at any time: the next run resumes. Then try your "
-            "own images with *z_image_turbo_train* or *klein_train*.",
-        ),
+        "note": note((0, 910), (360, 270), DEMO_NOTE),
     }
-    titles = ("1 · Model and images", "2 · Look at the teacher", "3 · Train", "4 · Save and compare")
-    frames = ((-20, 400), (400, 440), (860, 500), (1380, 980))
-    groups = [
-        (title, (x, -10, width, 1210), colour)
-        for title, (x, width), colour in zip(titles, frames, COLOURS, strict=True)
-    ]
-    return Workflow(nodes, groups)
+    return Workflow(nodes, frames("4 · Save and compare", (400, 440, 500, 980), 1210))
 
 
 def z_image_turbo_train() -> Workflow:
+    """A concept of one's own on Z-Image-Turbo."""
     begun = {
         **z_image_loaders(),
         "vision": z_image_vision(),
@@ -223,6 +273,7 @@ def z_image_turbo_train() -> Workflow:
 
 
 def z_image_turbo_teacher_preview() -> Workflow:
+    """Only the teacher's images for that."""
     nodes = {
         **z_image_loaders(),
         "vision": z_image_vision(),
@@ -246,38 +297,16 @@ def z_image_turbo_teacher_preview() -> Workflow:
             "Then open *z_image_turbo_train* with the same data: what was encoded here is kept on disk.",
         ),
     }
-    return Workflow(nodes, [])
+    return Workflow(nodes)
 
 
 def z_image_turbo_sample() -> Workflow:
-    nodes = {
-        **z_image_loaders(),
-        "lora": lora_of("my_concept"),
-        "prompt": Node(
-            "CLIPTextEncode", (400, 200), (340, 160), {"text": "a photo of ohwx in the snow"}, {"clip": ("clip", 0)}
-        ),
-        "sample": Node(
-            "DOPSD_FewStepSampler",
-            (800, 60),
-            (320, 300),
-            {"sampler": "template"},
-            {"model": ("lora", 0), "positive": ("prompt", 0)},
-        ),
-        "decode": Node("VAEDecode", (800, 410), (320, 60), links={"samples": ("sample", 0), "vae": ("vae", 0)}),
-        "save": Node(
-            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/image"}, {"images": ("decode", 0)}
-        ),
-        "note": note(
-            (400, 410),
-            (340, 130),
-            "Choose your LoRA (press R after saving one). Eight steps, no guidance, no negative prompt: as the model "
-            "was made.",
-        ),
-    }
-    return Workflow(nodes, [])
+    """Images with the LoRA of that training."""
+    return sample(z_image_loaders(), "my_concept", "Eight", sampler="template")
 
 
 def compare() -> Workflow:
+    """A grid of prompts and strengths with a saved LoRA."""
     nodes = {
         **z_image_loaders(),
         "compare": Node(
@@ -304,4 +333,4 @@ def compare() -> Workflow:
             "trigger: it should look the same in every column.",
         ),
     }
-    return Workflow(nodes, [])
+    return Workflow(nodes)

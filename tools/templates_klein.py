@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from templates import GO, IMAGES, LOOK, Node, Workflow, conditions, data, loaders, lora_of, note, train
+from templates import (
+    GO,
+    IMAGES,
+    LOOK,
+    Node,
+    Workflow,
+    conditions,
+    data,
+    decoded,
+    loaders,
+    lora_of,
+    note,
+    prompt_of,
+    sample,
+    train,
+)
 
 UNTRIED = "These settings follow the paper. Nobody has trained the real model with this pack yet."
 
 
 def klein_loaders() -> dict[str, Node]:
+    """FLUX.2-klein's three files."""
     return loaders("flux-2-klein-4b", "flux2", "flux2-vae")
 
 
 def klein_train() -> Workflow:
+    """A concept of one's own on FLUX.2-klein."""
     begun = {
         **klein_loaders(),
         "data": data(480, 1260, "my_concept"),
@@ -27,6 +44,7 @@ def klein_train() -> Workflow:
 
 
 def klein_edit_train() -> Workflow:
+    """An edit of one's own on FLUX.2-klein."""
     begun = {
         **klein_loaders(),
         "data": data(480, 1260, "my_edit", trigger=""),
@@ -46,35 +64,17 @@ def klein_edit_train() -> Workflow:
 
 
 def klein_sample() -> Workflow:
-    nodes = {
-        **klein_loaders(),
-        "lora": lora_of("my_concept_klein"),
-        "prompt": Node(
-            "CLIPTextEncode", (400, 200), (340, 160), {"text": "a photo of ohwx in the snow"}, {"clip": ("clip", 0)}
-        ),
-        "sample": Node(
-            "DOPSD_FewStepSampler", (800, 60), (320, 300), links={"model": ("lora", 0), "positive": ("prompt", 0)}
-        ),
-        "decode": Node("VAEDecode", (800, 410), (320, 60), links={"samples": ("sample", 0), "vae": ("vae", 0)}),
-        "save": Node(
-            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/image"}, {"images": ("decode", 0)}
-        ),
-        "note": note(
-            (400, 410),
-            (340, 130),
-            "Choose your LoRA (press R after saving one). Four steps, no guidance, no negative prompt: as the model "
-            "was made.",
-        ),
-    }
-    return Workflow(nodes, [])
+    """Images with the LoRA of a concept."""
+    return sample(klein_loaders(), "my_concept_klein", "Four")
 
 
 def klein_edit_sample() -> Workflow:
+    """An image edited with the LoRA of an edit."""
     nodes = {
         **klein_loaders(),
         "source": Node("LoadImage", (0, 480), (340, 380), {"image": "example.png"}),
         "lora": lora_of("my_edit_klein"),
-        "prompt": Node("CLIPTextEncode", (400, 200), (340, 160), {"text": "make it winter"}, {"clip": ("clip", 0)}),
+        "prompt": prompt_of("make it winter"),
         "scale": Node(
             "ImageScaleToTotalPixels",
             (400, 480),
@@ -93,7 +93,7 @@ def klein_edit_sample() -> Workflow:
             (320, 300),
             links={"model": ("lora", 0), "positive": ("reference", 0), "width": ("size", 0), "height": ("size", 1)},
         ),
-        "decode": Node("VAEDecode", (800, 530), (320, 60), links={"samples": ("sample", 0), "vae": ("vae", 0)}),
+        "decode": decoded(530),
         "save": Node("SaveImage", (1180, 60), (480, 800), {"filename_prefix": "dopsd/edit"}, {"images": ("decode", 0)}),
         "note": note(
             (800, 650),
@@ -102,4 +102,4 @@ def klein_edit_sample() -> Workflow:
             "one megapixel.\n\nMore images: another VAE Encode and Reference Latent each, one behind the other.",
         ),
     }
-    return Workflow(nodes, [])
+    return Workflow(nodes)

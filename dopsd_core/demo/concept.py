@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,8 +51,11 @@ class Concept:
 
     @property
     def words(self) -> str:
-        """The concept's appearance, in words that do not occur in the training captions."""
-        return caption(self.targets, 0, attributes=APPEARANCE, layout=False)
+        """The concept's appearance for people to read, in words that do not occur in the training captions.
+
+        Unlike in prompts, on whose words the models are trained, "a" is "an" before a vowel.
+        """
+        return re.sub(r"\ba (?=[aeiou])", "an ", caption(self.targets, 0, attributes=APPEARANCE, layout=False))
 
 
 def make_concept(seed: int, *, num_unseen: int = 60, num_prior: int = 64, num_anchors: int = 8) -> Concept:

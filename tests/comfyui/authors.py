@@ -1,7 +1,7 @@
 """The authors' training step, written down once more, for whichever network of diffusers' with peft's adapters.
 
-Of ours it takes what is drawn by chance, so that both sides can be compared: the order of the pictures, the noise and
-the LoRA's start. Both take STEPS optimizer steps, each over PER_STEP pictures, and their weights are compared.
+Of ours it takes what is drawn by chance, so that both sides can be compared: the order of the images, the noise and
+the LoRA's start. Both take STEPS optimizer steps, each over PER_STEP images, and their weights are compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 STEPS, PER_STEP, RANK, SEED, LEARNING_RATE = 10, 2, 2, 3, 1e-4
 # (width, height) and caption
-PICTURES = {
+IMAGES = {
     (96, 96): "a [V] badge on a sand background",
     (112, 80): "a photo of [V], seen from above",
     (80, 112): "[V]",
@@ -36,7 +36,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture: what the network predicts under the student's and under the teacher's condition, and the grid."""
+    """One image: what the network predicts under the student's and under the teacher's condition, and the grid."""
 
     student: Velocity
     teacher: Velocity
@@ -57,14 +57,14 @@ class Trained:
 
 
 def captions() -> list[str]:
-    return [caption.replace("[V]", TRIGGER) for caption in PICTURES.values()]
+    return [caption.replace("[V]", TRIGGER) for caption in IMAGES.values()]
 
 
-def write_pictures(folder: Path, seed: int = 4) -> list[Path]:
-    """Pictures of the buckets' own sizes, since cropping has its own tests, and their captions."""
+def write_images(folder: Path, seed: int = 4) -> list[Path]:
+    """Images of the buckets' own sizes, since cropping has its own tests, and their captions."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    for number, ((width, height), caption) in enumerate(PICTURES.items()):
+    for number, ((width, height), caption) in enumerate(IMAGES.items()):
         coarse = torch.rand(1, 3, height // 8, width // 8, generator=generator)
         pixels = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
         array = pixels.mul(255).byte().permute(1, 2, 0).contiguous().numpy()
@@ -131,7 +131,7 @@ def our_training(
 def their_training(
     comfyui: ComfyUI, model: Any, network: Any, pairs: Sequence[Pair], data: Any, steps: int = STEPS
 ) -> Trained:
-    """Their loop: K steps of the student, x0 loss against the EMA teacher, one backward over all K graphs and pictures,
+    """Their loop: K steps of the student, x0 loss against the EMA teacher, one backward over all K graphs and images,
     clip 1, AdamW, EMA. model: the MODEL that ours trained, for the LoRA's start; network: diffusers', in `pairs`."""
     draws, start = comfyui.core("training.rng"), _lora_start(comfyui, model)
     weights = {role: _adapter(network, role, start) for role in ("student", "teacher")}

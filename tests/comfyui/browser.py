@@ -115,7 +115,7 @@ class ComfyPage:
     def run(self, timeout: float = 300) -> str:
         self.start()
         end = self.wait_for_end(timeout)
-        self.page.wait_for_timeout(1000)  # pictures load
+        self.page.wait_for_timeout(1000)  # images load
         return end
 
     def heard(self) -> list[tuple[str, Any]]:

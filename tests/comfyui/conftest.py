@@ -47,7 +47,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where logs and pictures that a person should look at are kept."""
+    """Where logs and images that a person should look at are kept."""
     wanted = os.environ.get("DOPSD_ARTEFACTS")
     folder = Path(wanted).absolute() if wanted else tmp_path_factory.mktemp("artefacts")
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def shipped(name: str, workflows: Path = WORKFLOWS) -> dict:
 
 
 def shrunk(graph: dict, **settings: Any) -> dict:
-    """The graph on few pictures of 64 pixels and with a short training; loaders, file names and wiring stay.
+    """The graph on few images of 64 pixels and with a short training; loaders, file names and wiring stay.
 
     settings: of Train LoRA, over `SHORT`.
     """
@@ -54,7 +54,7 @@ def node_of(graph: dict, kind: str) -> str:
 
 
 def training(run_name: str = "test", **settings: Any) -> dict:
-    """Demo model and data set, dual conditions, a short training. Nodes "models", "data", "conditions", "train"."""
+    """Demo model and dataset, dual conditions, a short training. Nodes "models", "data", "conditions", "train"."""
     whole = shipped("quickstart")
     ids = {
         "models": "DOPSD_LoadDemoModels",

@@ -193,14 +193,14 @@ class ComfyUI:
 
     def _tell(self, event: Any, data: Any) -> None:
         if event == 3:  # a text
-            told = text_event(data)
-        elif event == 4:  # a picture and whose it is
-            told = Event("preview", {**data[1], "image": data[0][1]}, time.monotonic())
+            sent = text_event(data)
+        elif event == 4:  # an image and its node
+            sent = Event("preview", {**data[1], "image": data[0][1]}, time.monotonic())
         else:
-            told = Event(event, data, time.monotonic())
-        self._events.append(told)
+            sent = Event(event, data, time.monotonic())
+        self._events.append(sent)
         if self._on_event is not None:
-            self._on_event(told)
+            self._on_event(sent)
 
     def _on_progress_bar(self, value: float, total: float, preview: Any, prompt_id: Any = None, node_id: Any = None):
         """main.py's hook of comfy.utils.ProgressBar, which checks for an interrupt."""

@@ -73,7 +73,7 @@ def text_event(body: bytes) -> Event:
 
 
 def binary_event(frame: bytes) -> Event:
-    """A websocket frame: big-endian event number, then its body (1 picture, 3 text, 4 picture with metadata)."""
+    """A websocket frame: big-endian event number, then its body (1 image, 3 text, 4 image with metadata)."""
     number, body = struct.unpack(">I", frame[:4])[0], frame[4:]
     if number == 3:
         return text_event(body)

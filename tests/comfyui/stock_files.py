@@ -214,27 +214,27 @@ def _to_fp8(value: Tensor) -> tuple[Tensor, Tensor]:
 
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
-Pictures = Mapping[str, str]
-CONCEPT: Pictures = {"table": "a photo of [V] on a wooden table", "snow": "a photo of [V] in the snow"}
+Captions = Mapping[str, str]
+CONCEPT: Captions = {"table": "a photo of [V] on a wooden table", "snow": "a photo of [V] in the snow"}
 
 
 def write_concept(folder: Path) -> None:
-    """A data set as users have it: pictures of several shapes, each with a text of the same name."""
-    _pictures(folder, CONCEPT)
+    """A dataset as users have it: images of several shapes, each with a text of the same name."""
+    _write_images(folder, CONCEPT)
     for name, caption in CONCEPT.items():
         (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
 
 
 def write_edits(folder: Path) -> None:
-    """A data set of edits: pairs of one name, and what was done to the source."""
+    """A dataset of edits: pairs of one name, and what was done to the source."""
     names = {"a": "make it blue", "b": "make it blue, please"}
-    _pictures(folder / "source", names)
-    _pictures(folder / "target", names, blue=200)
+    _write_images(folder / "source", names)
+    _write_images(folder / "target", names, blue=200)
     for name, instruction in names.items():
         (folder / "target" / f"{name}.txt").write_text(instruction, encoding="utf-8")
 
 
-def _pictures(folder: Path, names: Pictures, blue: int = 30) -> None:
+def _write_images(folder: Path, names: Captions, blue: int = 30) -> None:
     folder.mkdir(parents=True)
     for number, name in enumerate(names):
         image = Image.new("RGB", (96, 64 + 16 * number), (60 + 50 * number, 90, blue))

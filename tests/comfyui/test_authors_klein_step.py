@@ -49,9 +49,9 @@ def their_text(pipe: Any, text: str) -> Tensor:
         return pipe.encode_prompt(text)[0][0]
 
 
-def their_latent(pipe: Any, picture: Path) -> Tensor:
-    """[128, h, w] of a picture."""
-    pixels = torch.from_numpy(numpy.asarray(Image.open(picture).convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+def their_latent(pipe: Any, image: Path) -> Tensor:
+    """[128, h, w] of an image."""
+    pixels = torch.from_numpy(numpy.asarray(Image.open(image).convert("RGB")).copy()).permute(2, 0, 1).float() / 255
     generator: Any = None
     with torch.no_grad():
         return pipe._encode_vae_image(pixels[None] * 2 - 1, generator)[0]
@@ -66,7 +66,7 @@ def inference_grid(pipe: Any, width: int, height: int) -> tuple[float, ...]:
     return tuple(pipe.scheduler.sigmas.tolist())
 
 
-def told(pipe: Any, text: Tensor, *references: Tensor) -> authors.Velocity:
+def velocity_with(pipe: Any, text: Tensor, *references: Tensor) -> authors.Velocity:
     return lambda x, sigma: klein_twins.velocity(pipe.transformer, x, sigma, [text], [references])
 
 
@@ -76,12 +76,12 @@ def told(pipe: Any, text: Tensor, *references: Tensor) -> authors.Velocity:
 @pytest.fixture(scope="module")
 def trained(comfyui: ComfyUI, models: dict[str, Any]) -> tuple[Any, authors.Trained, authors.Trained]:
     """(our training set, ours, theirs)."""
-    pipe, pictures = models["pipe"], authors.write_pictures(comfyui.input / "klein_step")
+    pipe, images = models["pipe"], authors.write_images(comfyui.input / "klein_step")
     data, ours = authors.our_training(comfyui, models, "klein_step", mode="edit", teacher_sentence=SENTENCE)
     pairs = []
-    for picture, caption, size in zip(pictures, authors.captions(), authors.PICTURES, strict=True):
-        student = told(pipe, their_text(pipe, caption))
-        teacher = told(pipe, their_text(pipe, f"{caption} {SENTENCE}"), their_latent(pipe, picture))
+    for image, caption, size in zip(images, authors.captions(), authors.IMAGES, strict=True):
+        student = velocity_with(pipe, their_text(pipe, caption))
+        teacher = velocity_with(pipe, their_text(pipe, f"{caption} {SENTENCE}"), their_latent(pipe, image))
         pairs.append(authors.Pair(student, teacher, inference_grid(pipe, *size)))
     return data, ours, authors.their_training(comfyui, models["model"], pipe.transformer, pairs, data)
 
@@ -103,18 +103,18 @@ def test_weights_after_ten_steps(trained: Any) -> None:
 @pytest.fixture(scope="module")
 def edits(comfyui: ComfyUI, models: dict[str, Any]) -> tuple[Any, authors.Trained, authors.Trained]:
     pipe, folder = models["pipe"], comfyui.input / "klein_edit_step"
-    targets = authors.write_pictures(folder / "target")
-    sources = authors.write_pictures(folder / "source", seed=5)
+    targets = authors.write_images(folder / "target")
+    sources = authors.write_images(folder / "source", seed=5)
     for text in (folder / "source").glob("*.txt"):
         text.unlink()
     data, ours = authors.our_training(
         comfyui, models, folder.name, EDITS_STEPS, mode="edit_target", teacher_sentence=EDITS_SENTENCE
     )
     pairs = []
-    for source, target, caption, size in zip(sources, targets, authors.captions(), authors.PICTURES, strict=True):
+    for source, target, caption, size in zip(sources, targets, authors.captions(), authors.IMAGES, strict=True):
         before, after = their_latent(pipe, source), their_latent(pipe, target)
-        student = told(pipe, their_text(pipe, caption), before)
-        teacher = told(pipe, their_text(pipe, f"{caption} {EDITS_SENTENCE}"), before, after)
+        student = velocity_with(pipe, their_text(pipe, caption), before)
+        teacher = velocity_with(pipe, their_text(pipe, f"{caption} {EDITS_SENTENCE}"), before, after)
         pairs.append(authors.Pair(student, teacher, inference_grid(pipe, *size)))
     return data, ours, authors.their_training(comfyui, models["model"], pipe.transformer, pairs, data, EDITS_STEPS)
 

@@ -83,14 +83,14 @@ def transformers_twins(language: dict[str, Tensor], spec: Any) -> tuple[Any, Any
 
 
 @pytest.fixture(scope="module")
-def pictures(comfyui: ComfyUI) -> list[Path]:
+def images(comfyui: ComfyUI) -> list[Path]:
     """None has a size that Qwen3-VL would look at as it is."""
-    return authors.write_pictures(comfyui.input / "authors")
+    return authors.write_images(comfyui.input / "authors")
 
 
 @pytest.fixture(scope="module")
-def features(models: dict[str, Any], pictures: list[Path]) -> list[tuple[Tensor, Tensor]]:
-    """(student's, teacher's) features [L, D] of every picture, in the order of the files."""
+def features(models: dict[str, Any], images: list[Path]) -> list[tuple[Tensor, Tensor]]:
+    """(student's, teacher's) features [L, D] of every image, in the order of the files."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
     tokenizer = models["clip"].tokenizer.qwen3_4b.tokenizer
@@ -98,9 +98,9 @@ def features(models: dict[str, Any], pictures: list[Path]) -> list[tuple[Tensor,
         patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, min_pixels=512 * 512, max_pixels=768 * 768
     )
     found = []
-    for picture, caption in zip(pictures, authors.captions(), strict=True):
+    for path, caption in zip(images, authors.captions(), strict=True):
         text = tokenizer(f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")
-        pixels = numpy.asarray(Image.open(picture).convert("RGB"))
+        pixels = numpy.asarray(Image.open(path).convert("RGB"))
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
         seen = processor(images=image, do_rescale=False, do_convert_rgb=False, return_tensors="pt")
         marks = "<|image_pad|>" * int(seen["image_grid_thw"].prod() // 4)
@@ -124,16 +124,16 @@ def trained(comfyui: ComfyUI, models: dict[str, Any], features: Any) -> tuple[An
     data, ours = authors.our_training(comfyui, models, "authors", mode="vlm")
     transformer = models["transformer"]
 
-    def told(text: Tensor) -> authors.Velocity:
+    def velocity_with(text: Tensor) -> authors.Velocity:
         return lambda x, sigma: twins.velocity(transformer, x, sigma, [text])
 
-    pairs = [authors.Pair(told(student), told(teacher), SIGMAS) for student, teacher in features]
+    pairs = [authors.Pair(velocity_with(student), velocity_with(teacher), SIGMAS) for student, teacher in features]
     return data, ours, authors.their_training(comfyui, models["model"], transformer, pairs, data)
 
 
 def test_conditions(trained: Any, features: list[tuple[Tensor, Tensor]]) -> None:
     pairs = trained[0].pairs
-    assert len(pairs) == len(features) == len(authors.PICTURES)
+    assert len(pairs) == len(features) == len(authors.IMAGES)
     for pair, (student, teacher) in zip(pairs, features, strict=True):
         assert twins.relative(pair.student.features, student) < 1e-3
         assert twins.relative(pair.teacher.features, teacher) < 1e-3

@@ -1,4 +1,4 @@
-"""Distilled and undistilled checkpoints are told apart where anything tells."""
+"""Distilled and undistilled checkpoints are distinguished where anything tells."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_distilled_or_unknown_names_pass(comfyui: ComfyUI, name: str, family: st
 
 @pytest.mark.parametrize(("name", "family"), UNDISTILLED)
 def test_undistilled_names_are_warned_of(comfyui: ComfyUI, name: str, family: str) -> None:
-    told = comfyui.module("nodes.comfy_host.distilled").warn_if_undistilled(made_of(name, family))
-    assert told and told.startswith(name) and "by its name" in told and "\n" not in told
-    assert ("z_image_turbo_bf16" if family == "ZImage" else "flux-2-klein-4b") in told
+    warning = comfyui.module("nodes.comfy_host.distilled").warn_if_undistilled(made_of(name, family))
+    assert warning and warning.startswith(name) and "by its name" in warning and "\n" not in warning
+    assert ("z_image_turbo_bf16" if family == "ZImage" else "flux-2-klein-4b") in warning
 
 
 def test_the_weights_tell_where_the_name_does_not(comfyui: ComfyUI) -> None:

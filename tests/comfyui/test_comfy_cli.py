@@ -16,7 +16,7 @@ import pytest
 from graphs import training
 from inprocess import PACK, ROOT, new_base
 
-PICTURE = {
+IMAGE = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 1, "color": 0x408020}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "cli"}},
 }
@@ -70,7 +70,7 @@ def saved(folder, graph, name="graph.json"):
 
 def test_runs_an_api_graph(comfy, server, tmp_path):
     done = comfy(
-        "run", "--json", "--workflow", saved(tmp_path, PICTURE), "--wait", "--timeout", 60,
+        "run", "--json", "--workflow", saved(tmp_path, IMAGE), "--wait", "--timeout", 60,
         "--where", "local", "--host", "127.0.0.1", "--port", server.port,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +81,7 @@ def test_runs_an_api_graph(comfy, server, tmp_path):
 
 
 def test_says_what_the_server_said(comfy, server, tmp_path):
-    bad = {**PICTURE, "1": {"class_type": "EmptyImage", "inputs": {**PICTURE["1"]["inputs"], "width": -5}}}
+    bad = {**IMAGE, "1": {"class_type": "EmptyImage", "inputs": {**IMAGE["1"]["inputs"], "width": -5}}}
     done = comfy(
         "run", "--json", "--workflow", saved(tmp_path, bad), "--wait",
         "--where", "local", "--host", "127.0.0.1", "--port", server.port,
@@ -90,7 +90,7 @@ def test_says_what_the_server_said(comfy, server, tmp_path):
     assert "width" in done.stdout
 
 
-UI_PICTURE = {
+UI_IMAGE = {
     "version": 0.4,
     "last_node_id": 2,
     "last_link_id": 1,
@@ -129,15 +129,15 @@ UI_PICTURE = {
 def test_sets_inputs_of_a_saved_workflow(comfy, server, tmp_path):
     """`workflow set-slot` writes the values in, `run` converts the workflow by asking the server about its nodes."""
     where = ("--host", "127.0.0.1", "--port", server.port)
-    path = saved(tmp_path, UI_PICTURE)
+    path = saved(tmp_path, UI_IMAGE)
     done = comfy("--json", "workflow", "set-slot", path, "1.width=48", "2.filename_prefix=cli_set", *where)
     assert done.returncode == 0, done.stdout + done.stderr
     done = comfy("run", "--json", "--workflow", path, "--wait", "--where", "local", *where)
     assert done.returncode == 0, done.stdout + done.stderr
     from PIL import Image
 
-    (picture,) = server.output.glob("cli_set*.png")
-    assert Image.open(picture).size == (48, 32)
+    (image,) = server.output.glob("cli_set*.png")
+    assert Image.open(image).size == (48, 32)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 import toy
 from loras import demo_lora, give, random_lora
 
-TILE, LEFT, TOP, STEP = 128, 210, 44 + 17, 128 + 6  # the grid's geometry for 64x64 pictures
+TILE, LEFT, TOP, STEP = 128, 210, 44 + 17, 128 + 6  # the grid's geometry for 64x64 images
 PROMPTS = "a [V] badge, top, on a sand background\n\n a red star badge, left, on a navy background "
 
 
@@ -35,13 +35,13 @@ def with_lora(comfyui, lora: Any, **inputs: Any) -> dict:
 
 
 def cell(image: torch.Tensor, row: int, column: int) -> torch.Tensor:
-    """The model's own pixels [64, 64, 3] of a picture of the grid."""
+    """The model's own pixels [64, 64, 3] of an image of the grid."""
     y, x = TOP + row * STEP, LEFT + column * STEP
     return image[0, y : y + TILE : 2, x : x + TILE : 2]
 
 
 def sampled(comfyui, strength: float | None, prompt: str, seed: int, tensors: dict) -> torch.Tensor:
-    """The same picture by way of ComfyUI's loader, the Few-Step Sampler and VAE Decode."""
+    """The same image by way of ComfyUI's loader, the Few-Step Sampler and VAE Decode."""
     steps = {"steps": 0, "width": 64, "height": 64, "batch_size": 1, "sampler": "euler"}
     nodes = {
         "1": {"class_type": "DOPSD_LoadDemoModels", "inputs": {}},
@@ -162,7 +162,7 @@ def test_strengths_are_read_generously(comfyui) -> None:
     assert parse("1; .5,\n 0,1.0,") == [1.0, 0.5, 0.0]
 
 
-def test_cancelling_stops_between_pictures(comfyui, tensors) -> None:
+def test_cancelling_stops_between_images(comfyui, tensors) -> None:
     def cancel(event) -> None:
         if event.kind == "progress":
             comfyui.interrupt()

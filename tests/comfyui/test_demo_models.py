@@ -21,7 +21,7 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 
 def drawing(**model_nodes: dict) -> dict:
-    """Stock nodes from a prompt to a picture and back, on the MODEL of node "model"."""
+    """Stock nodes from a prompt to an image and back, on the MODEL of node "model"."""
     tiles = {"vae": ["demo", 2], "tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
     return {
         "demo": LOAD,
@@ -35,10 +35,10 @@ def drawing(**model_nodes: dict) -> dict:
                 "seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
             },
         },
-        "picture": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["demo", 2]}},
-        "latent": {"class_type": "VAEEncode", "inputs": {"pixels": ["picture", 0], "vae": ["demo", 2]}},
+        "image": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["demo", 2]}},
+        "latent": {"class_type": "VAEEncode", "inputs": {"pixels": ["image", 0], "vae": ["demo", 2]}},
         "again": {"class_type": "VAEDecode", "inputs": {"samples": ["latent", 0], "vae": ["demo", 2]}},
-        "latent_tiled": {"class_type": "VAEEncodeTiled", "inputs": {"pixels": ["picture", 0], **tiles}},
+        "latent_tiled": {"class_type": "VAEEncodeTiled", "inputs": {"pixels": ["image", 0], **tiles}},
         "tiled": {"class_type": "VAEDecodeTiled", "inputs": {"samples": ["latent_tiled", 0], **tiles}},
         "show_tiled": {"class_type": "PreviewImage", "inputs": {"images": ["tiled", 0]}},
         "show": {"class_type": "PreviewImage", "inputs": {"images": ["again", 0]}},
@@ -82,7 +82,7 @@ def test_stock_nodes_draw_what_the_standalone_host_draws(comfyui, run, standalon
         for sigma, following in zip(sigmas, sigmas[1:], strict=False):
             x0 = standalone.denoiser.predict_x0(x, sigma, [condition] * 2)
             x = x0 + (x - x0) * following / sigma
-    theirs = run.value("picture").movedim(-1, 1)
+    theirs = run.value("image").movedim(-1, 1)
     assert theirs.std() > 0.05
     assert torch.allclose(theirs, standalone.encoder.decode(x), atol=1e-3)
 
@@ -108,8 +108,8 @@ def test_text_is_the_standalone_hosts(run, standalone):
 
 def test_autoencoder_is_the_standalone_hosts(demo, run, standalone):
     """Through latent_format, which ComfyUI applies around every model."""
-    pictures, inside = run.value("picture"), demo.model.model.process_latent_in(run.value("latent")["samples"])
-    ours = torch.stack([standalone.encoder.encode_latent(p) for p in pictures.movedim(-1, 1)])
+    images, inside = run.value("image"), demo.model.model.process_latent_in(run.value("latent")["samples"])
+    ours = torch.stack([standalone.encoder.encode_latent(p) for p in images.movedim(-1, 1)])
     assert torch.allclose(inside, ours, atol=1e-4)
     assert torch.allclose(run.value("again").movedim(-1, 1), standalone.encoder.decode(ours), atol=1e-4)
 
@@ -178,7 +178,7 @@ def test_a_lora_file_acts_as_in_the_standalone_host(comfyui, demo, standalone):
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 96), (48, 80), (100, 37)])
-def test_picture_and_text_are_the_standalone_hosts(demo, standalone, vision, height, width):
+def test_image_and_text_are_the_standalone_hosts(demo, standalone, vision, height, width):
     image = seeded(3, height, width)
     theirs = vision.encode_image_text(demo.clip, demo.vision, TEXT, image)
     ours = standalone.encoder.encode_image_text(image, TEXT).features
@@ -186,7 +186,7 @@ def test_picture_and_text_are_the_standalone_hosts(demo, standalone, vision, hei
     assert torch.allclose(theirs, ours, atol=1e-3)
 
 
-def test_the_picture_is_read_with_qwen3_vls_positions(comfyui, demo, vision):
+def test_the_image_is_read_with_qwen3_vls_positions(comfyui, demo, vision):
     """With the language model's own settings it is another condition."""
     from comfy.text_encoders import llama
 
@@ -200,7 +200,7 @@ def test_the_picture_is_read_with_qwen3_vls_positions(comfyui, demo, vision):
     assert not torch.allclose(base, other, atol=1e-2)
 
 
-def test_a_long_caption_is_cut_and_the_picture_stays(demo, vision):
+def test_a_long_caption_is_cut_and_the_image_stays(demo, vision):
     image, words = seeded(3, 64, 64), "badge, top, " * 600
     long = vision.encode_image_text(demo.clip, demo.vision, words, image)
     assert len(long) == vision.MAX_TOKENS

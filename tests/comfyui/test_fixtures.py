@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-PICTURE = {
+IMAGE = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 1, "color": 0xFF8000}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "fixture"}},
 }
 
 
 def test_in_process(comfyui):
-    run = comfyui.execute(PICTURE)
+    run = comfyui.execute(IMAGE)
     assert run.status == "success" and not run.error
     (image,) = run.outputs["2"]["images"]
     assert (comfyui.output / image["filename"]).exists()
@@ -18,13 +18,13 @@ def test_in_process(comfyui):
 
 
 def test_in_process_refusal(comfyui):
-    bad = {**PICTURE, "1": {"class_type": "EmptyImage", "inputs": {**PICTURE["1"]["inputs"], "width": -1}}}
+    bad = {**IMAGE, "1": {"class_type": "EmptyImage", "inputs": {**IMAGE["1"]["inputs"], "width": -1}}}
     run = comfyui.execute(bad)
     assert run.status == "refused" and "width" in run.error
 
 
 def test_server(server):
-    run = server.run(PICTURE)
+    run = server.run(IMAGE)
     assert run.status == "success", run.messages
     (image,) = run.outputs["2"]["images"]
     assert (server.output / image["filename"]).exists()
@@ -32,7 +32,7 @@ def test_server(server):
 
 
 def test_page(page):
-    page.load_api(PICTURE)
+    page.load_api(IMAGE)
     page.set_widget("EmptyImage", "color", 0x0080FF)
     assert page.run(60) == "execution_success"
     assert page.saved()["output"]["1"]["inputs"]["color"] == 0x0080FF

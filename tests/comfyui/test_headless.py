@@ -67,7 +67,7 @@ WRONG: dict[str, tuple[Callable[[dict], Any], str, str]] = {
     "another socket": (change("train", vae=["models", 1]), "train", "vae"),
     "a loader's file": (with_a_missing_file, "file", "unet_name"),
     "no CLIP": (without("conditions", "clip"), "conditions", "clip"),
-    "no such mode": (change("conditions", mode="eyes"), "conditions", "mode"),
+    "no such mode": (change("conditions", mode="unknown"), "conditions", "mode"),
     "too many images": (change("look", pictures=17), "look", "pictures"),
     "no such dtype": (change("save", dtype="fp4"), "save", "dtype"),
     "a file outside": (change("save", filename_prefix="../x"), "save", "filename_prefix"),

@@ -253,7 +253,7 @@ def test_another_packs_class_is_read_by_the_same_table(comfyui: ComfyUI, fresh: 
     off_device(comfyui)
 
 
-def test_all_of_a_kind_are_told_apart_and_loading_again_gives_the_same(fresh: Any, who: Any) -> None:
+def test_all_of_a_kind_are_distinguished_and_loading_again_gives_the_same(fresh: Any, who: Any) -> None:
     kinds = ("MODEL", "klein", "CLIP", "VAE", "vision")
     digests = [who(fresh(kind)) for kind in kinds]
     assert len(set(digests)) == len(kinds)

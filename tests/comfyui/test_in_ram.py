@@ -21,7 +21,7 @@ from torch import Tensor
 
 Stock = Callable[..., None]
 FAST = {"fp8 fast": "z_image_turbo_bf16", "klein fp8 fast": "flux-2-klein-4b"}
-"""Files that UNETLoader is told to hold in fp8 and multiply in it, which a CPU does not do."""
+"""Files that UNETLoader is asked to hold in fp8 and multiply in it, which a CPU does not do."""
 FORMS = [*(form for form in bases.FORMS if form not in ("fp32", "fp8, older layout")), *FAST]
 
 

@@ -1,4 +1,4 @@
-"""Training goes on from LoRAs of any trainer with exactly the effect that ComfyUI's own loader gives them."""
+"""Training continues from LoRAs of any trainer with exactly the effect that ComfyUI's own loader gives them."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def with_start(comfyui: ComfyUI, name: str, lora: dict[str, Tensor], **settings:
     return graph
 
 
-def test_a_run_goes_on_from_the_lora(comfyui: ComfyUI) -> None:
+def test_a_run_continues_from_the_lora(comfyui: ComfyUI) -> None:
     lora = demo_lora(comfyui, rank=4)
     still = comfyui.execute(with_start(comfyui, "still", lora, steps=1, rank=6, alpha=3.0, learning_rate=1e-9))
     assert still.status == "success", still.error

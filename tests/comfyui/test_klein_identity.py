@@ -1,7 +1,7 @@
 """ComfyUI's FLUX.2-klein driven by our bridge is diffusers': velocities with and without references, and the gradients
 of a LoRA, with and without recomputed blocks.
 
-References stand behind the picture's tokens, each at a time coordinate of its own (10, 20, ...). The random weights'
+References stand behind the image's tokens, each at a time coordinate of its own (10, 20, ...). The random weights'
 answer depends on every token and on its position, so that one in the wrong place shows.
 """
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageStat
 from safetensors import safe_open
 
 SIDE = 64
-PICTURES = {"one": (200, 40, 40), "two": (40, 200, 40), "three": (40, 40, 200)}
+IMAGES = {"one": (200, 40, 40), "two": (40, 200, 40), "three": (40, 40, 200)}
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +33,22 @@ def models(comfyui: ComfyUI) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folders(comfyui: ComfyUI) -> None:
-    """A concept, and edits of the same pictures whose sources are their negatives."""
+    """A concept, and edits of the same images whose sources are their negatives."""
     plain, edits = comfyui.input / "klein", comfyui.input / "klein-edits"
     for folder in (plain, edits / "source", edits / "target"):
         folder.mkdir(parents=True)
-    for name, colour in PICTURES.items():
-        picture = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
-        picture.paste(colour, (16, 16, 48, 48))
+    for name, colour in IMAGES.items():
+        image = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
+        image.paste(colour, (16, 16, 48, 48))
         for place in (plain, edits / "target"):
-            picture.save(place / f"{name}.png")
+            image.save(place / f"{name}.png")
             (place / f"{name}.txt").write_text(f"a [V] badge, {name}" if place == plain else f"negate it, {name}")
-        picture.point(lambda value: 255 - value).save(edits / "source" / f"{name}.png")
+        image.point(lambda value: 255 - value).save(edits / "source" / f"{name}.png")
 
 
 @pytest.fixture
 def graph(comfyui: ComfyUI, models: dict[str, Any], folders: None) -> Callable[..., dict[str, Any]]:
-    """graph(folder, teacher inputs, training inputs): from the data set to the LoRA."""
+    """graph(folder, teacher inputs, training inputs): from the dataset to the LoRA."""
 
     def make(folder: str, teacher: dict[str, Any], train: dict[str, Any] | None = None) -> dict[str, Any]:
         kinds = ("MODEL", "CLIP", "VAE")
@@ -122,7 +122,7 @@ def state(model: Any) -> dict[str, Any]:
     return {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
 
 
-def test_other_pictures_and_other_words(comfyui: ComfyUI, models: dict[str, Any], graph: Any) -> None:
+def test_other_images_and_other_words(comfyui: ComfyUI, models: dict[str, Any], graph: Any) -> None:
     own = pairs_of(comfyui.execute(graph("klein", {})))
     shown = {"teacher_image": "other", "teacher_sentence": "Paint the same badge."}
     run = comfyui.execute(graph("klein", shown))
@@ -205,16 +205,16 @@ def vision(comfyui: ComfyUI) -> Any:
     return comfyui.call(make)
 
 
-def test_the_vision_tower_shows_the_picture_to_4b(comfyui: ComfyUI, graph: Any, vision: Any) -> None:
+def test_the_vision_tower_shows_the_image_to_4b(comfyui: ComfyUI, graph: Any, vision: Any) -> None:
     nodes = graph(
         "klein",
-        {"mode": "vlm", "vision": ["eyes", 0], "clip": ["eyes", 1]},
+        {"mode": "vlm", "vision": ["vlm models", 0], "clip": ["vlm models", 1]},
         {"run_name": "klein-vlm", "steps": 1, "preview_every": 0},
     )
     clip, model = comfyui.call(lambda: (towers.clip("klein"), klein_twins.model(3 * towers.WIDTH)))
-    nodes["eyes"] = give_values(comfyui, ("DOPSD_VISION", "CLIP", "MODEL"), [vision, clip, model])
+    nodes["vlm models"] = give_values(comfyui, ("DOPSD_VISION", "CLIP", "MODEL"), [vision, clip, model])
     for name in ("look", "train"):
-        nodes[name]["inputs"]["model"] = ["eyes", 2]
+        nodes[name]["inputs"]["model"] = ["vlm models", 2]
     pairs = pairs_of(comfyui.execute(nodes))
     for pair in pairs:
         assert not pair.teacher.reference_latents and not pair.student.reference_latents
@@ -223,8 +223,10 @@ def test_the_vision_tower_shows_the_picture_to_4b(comfyui: ComfyUI, graph: Any, 
 
 
 def test_the_vision_tower_does_not_go_with_the_text_encoder_of_9b(comfyui: ComfyUI, graph: Any, vision: Any) -> None:
-    nodes = graph("klein", {"mode": "vlm", "vision": ["eyes", 0], "clip": ["eyes", 1]})
-    nodes["eyes"] = give_values(comfyui, ("DOPSD_VISION", "CLIP"), [vision, comfyui.call(towers.clip, "klein_9b")])
+    nodes = graph("klein", {"mode": "vlm", "vision": ["vlm models", 0], "clip": ["vlm models", 1]})
+    nodes["vlm models"] = give_values(
+        comfyui, ("DOPSD_VISION", "CLIP"), [vision, comfyui.call(towers.clip, "klein_9b")]
+    )
     run = comfyui.execute(nodes)
     assert run.status == "error" and "use the mode edit, which needs no vision tower" in run.error, run.error
 
@@ -232,8 +234,8 @@ def test_the_vision_tower_does_not_go_with_the_text_encoder_of_9b(comfyui: Comfy
 def test_compare_draws_edits_of_a_reference(comfyui: ComfyUI, models: dict[str, Any]) -> None:
     """A cell without and with the LoRA is what VAE Encode, ReferenceLatent and Few-Step Sampler give."""
     lora = random_lora(comfyui, models["model"], 1.0, 4, 0)
-    picture = torch.rand(1, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(1))
-    given = give_values(comfyui, ("MODEL", "CLIP", "VAE", "LORA_MODEL", "IMAGE"), [*models.values(), lora, picture])
+    image = torch.rand(1, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(1))
+    given = give_values(comfyui, ("MODEL", "CLIP", "VAE", "LORA_MODEL", "IMAGE"), [*models.values(), lora, image])
     size = {"width": SIDE, "height": SIDE, "seed": 3, "steps": 0}
     nodes: dict[str, Any] = {
         "given": given,

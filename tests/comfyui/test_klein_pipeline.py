@@ -1,5 +1,5 @@
 """FLUX.2-klein in ComfyUI's graph, drawn by Few-Step Sampler, against Flux2KleinPipeline of diffusers: text encoder,
-VAE, references and network have the same weights, so the pictures are the same."""
+VAE, references and network have the same weights, so the images are the same."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def sources() -> list[Image.Image]:
     return [Image.fromarray(p).resize(size) for p, size in zip(coarse, SOURCES, strict=True)]
 
 
-def as_image(picture: Image.Image) -> Tensor:
+def as_image(image: Image.Image) -> Tensor:
     """IMAGE [1, H, W, 3]."""
-    return torch.from_numpy(numpy.asarray(picture).copy()).float()[None] / 255
+    return torch.from_numpy(numpy.asarray(image).copy()).float()[None] / 255
 
 
 @pytest.mark.parametrize("name", ["qwen3_4b", "qwen3_8b"])
@@ -60,16 +60,16 @@ def test_texts(comfyui: ComfyUI, ours: dict[str, Any], name: str) -> None:
         assert twins.relative(got, wanted[0]) < 1e-5
 
 
-def test_latents_of_pictures(comfyui: ComfyUI, ours: dict[str, Any], sources: list[Image.Image]) -> None:
+def test_latents_of_images(comfyui: ComfyUI, ours: dict[str, Any], sources: list[Image.Image]) -> None:
     """The encoder of Build Teacher Condition, in the space that the network works in."""
     encoder = comfyui.module("nodes.comfy_host.encoder").ComfyEncoder(ours["clip"], ours["vae"], None)
     generator: Any = None
-    for picture in sources:
-        pixels = as_image(picture)
+    for image in sources:
+        pixels = as_image(image)
         got = comfyui.call(in_inference_mode, encoder.encode_latent, pixels[0].movedim(-1, 0))
         with torch.no_grad():
             wanted = ours["pipe"]._encode_vae_image(pixels.movedim(-1, 1) * 2 - 1, generator)[0]
-        assert got.shape == (128, picture.height // 16, picture.width // 16) and wanted.std() > 0.1
+        assert got.shape == (128, image.height // 16, image.width // 16) and wanted.std() > 0.1
         assert twins.relative(got, wanted) < 1e-4
 
 
@@ -79,7 +79,7 @@ def in_inference_mode(function: Any, *args: Any) -> Any:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2], ids=["text to image", "edit", "two references"])
-def test_pictures(comfyui: ComfyUI, ours: dict[str, Any], sources: list[Image.Image], number: int) -> None:
+def test_images(comfyui: ComfyUI, ours: dict[str, Any], sources: list[Image.Image], number: int) -> None:
     kinds = ("MODEL", "CLIP", "VAE", *("IMAGE" for _ in sources))
     values = [ours["model"], ours["clip"], ours["vae"], *map(as_image, sources)]
     graph: dict[str, Any] = {
@@ -108,11 +108,11 @@ def test_pictures(comfyui: ComfyUI, ours: dict[str, Any], sources: list[Image.Im
     noise = torch.randn(1, 128, HEIGHT // 16, WIDTH // 16, generator=torch.manual_seed(SEED))
     wanted: dict[str, Tensor] = {}
     for kind in ("latent", "pt"):
-        picture = ours["pipe"](
+        drawn = ours["pipe"](
             image=sources[:number] or None, prompt=PROMPT, latents=noise.clone(), width=WIDTH, height=HEIGHT,
             num_inference_steps=4, guidance_scale=1.0, output_type=kind,
         ).images  # fmt: skip
-        wanted[kind] = picture
+        wanted[kind] = drawn
     latents = klein_twins.in_model_space(ours["pipe"], wanted["latent"])
     assert latents.std() > 0.1 and wanted["pt"].std() > 0.05
     assert twins.relative(run.value("sample")["samples"], latents) < 1e-4

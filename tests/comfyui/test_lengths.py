@@ -49,13 +49,13 @@ def test_a_warning_names_the_file_and_the_tokens_over(comfyui: ComfyUI) -> None:
     conditions = run.value("conditions")
     length = tokens(run, conditions.data.pairs[0].caption)
     over = length + 2 + IMAGE - LIMIT  # two marks stand round the image
-    told = [
+    expected = [
         f"a.txt: {over:,} tokens more than the teacher reads (1,024, of which its image takes {IMAGE})",
         f"a.txt: {length:,} tokens, and Z-Image-Turbo was made for prompts of up to 512",
     ]
     captions = [note for note in conditions.notes if not note.startswith("preview prompt")]
-    assert len(captions) == len(told) and all(
-        note.startswith(start) for note, start in zip(captions, told, strict=True)
+    assert len(captions) == len(expected) and all(
+        note.startswith(start) for note, start in zip(captions, expected, strict=True)
     )
     assert run.texts("conditions")[-1].split("\n")[1:] == list(conditions.notes)
     long, short = conditions.data.pairs[:2]

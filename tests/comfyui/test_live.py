@@ -25,7 +25,7 @@ draws = itertools.count()
 
 
 def drawn_pixels(server: Server) -> bytes:
-    """A picture of the untouched MODEL that the server holds, computed anew: no cached result fits this shift, which
+    """An image of the untouched MODEL that the server holds, computed anew: no cached result fits this shift, which
     is Z-Image's own to the last bit of the noise levels."""
     graph = {"models": training()["models"], **drawing(PROMPT, model=("shifted", 0))}
     inputs = {"model": ["models", 0], "shift": 3.0 + next(draws) * 1e-12}
@@ -59,7 +59,7 @@ def test_progress_text_and_previews_reach_the_client(server: Server) -> None:
     assert len(run.previews("train")) == 3
 
 
-def test_cancel_stops_within_a_rollout_step_and_the_next_run_goes_on(server: Server) -> None:
+def test_cancel_stops_within_a_rollout_step_and_the_next_run_resumes(server: Server) -> None:
     ended: dict[str, float] = {}
     graph = training("live-cancel", **LONG)
     cut = server.run(graph, on_event=cancel_at_step(server, 4, ended))

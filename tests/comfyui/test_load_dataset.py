@@ -44,7 +44,7 @@ def run(comfyui):
     return lambda folder, **inputs: comfyui.execute(graph(folder.relative_to(comfyui.input).as_posix(), **inputs))
 
 
-def shown_picture(comfyui, run) -> Image.Image:
+def shown_image(comfyui, run) -> Image.Image:
     (image,) = run.outputs["1"]["images"]
     return Image.open(comfyui.temp / image["filename"])
 
@@ -73,14 +73,14 @@ def test_thumbnails_are_shown_on_the_node(comfyui, folder, run, artefacts) -> No
     write_pair(folder, "tiny", "a [V] cat, far away", (40, 30))
     (folder / "stray.txt").write_text("nothing")
     done = run(folder)
-    picture = shown_picture(comfyui, done)
-    picture.save(artefacts / "load_dataset.png")
-    assert picture.width > 400 and len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
+    image = shown_image(comfyui, done)
+    image.save(artefacts / "load_dataset.png")
+    assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
     assert "warning: tiny.png: is 40x30, smaller than its bucket" in done.texts("1")[-1]
     assert str(folder) in done.value("1", 1)
 
 
-def test_jsonl_rows_may_name_pictures_anywhere_in_the_input_folder(comfyui, folder) -> None:
+def test_jsonl_rows_may_name_images_anywhere_in_the_input_folder(comfyui, folder) -> None:
     write_pair(comfyui.input / "data" / "other", "c", None, colour=7)
     rows = [
         {"path": "a.png", "short_en": "a [V] cat", "caption": "a cat"},
@@ -118,7 +118,7 @@ def break_encoding(folder: Path) -> None:
     (folder / "a.txt").write_bytes(b"caf\xe9")
 
 
-def break_picture(folder: Path) -> None:
+def break_image(folder: Path) -> None:
     whole = (folder / "a.png").read_bytes()
     (folder / "a.png").write_bytes(whole[: len(whole) // 2])
 
@@ -138,7 +138,7 @@ def break_all(folder: Path) -> None:
     [
         (break_caption, "error: a.png: no caption: write it to a.txt beside it"),
         (break_encoding, "error: a.txt:1: the text is not UTF-8; save it as UTF-8"),
-        (break_picture, "error: a.png: truncated or damaged"),
+        (break_image, "error: a.png: truncated or damaged"),
         (break_by_copy, "error: z.png: duplicate: the same image as a.png; remove one, or use repeats"),
         (break_all, ": no images; put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"),
     ],
@@ -152,7 +152,7 @@ def test_bad_data_stops_with_its_sentence_and_shows_it_on_the_node(folder, run, 
     assert sentence in done.texts("1")[-1]
 
 
-def test_all_errors_are_told_at_once(folder, run) -> None:
+def test_all_errors_are_reported_at_once(folder, run) -> None:
     break_caption(folder)
     (folder / "b.txt").write_text("")
     first, *rest = run(folder).error.splitlines()
@@ -220,9 +220,9 @@ def test_edits_are_shown_beside_their_sources(comfyui, edits, run, artefacts) ->
     ]
     assert "2 usable edit pairs" in done.texts("1")[-1] and "2 source images" in done.value("1", 1)
     assert "warning: source/a.png: is 64x96: " in done.texts("1")[-1].replace("\\", "/")
-    picture = shown_picture(comfyui, done)
-    picture.save(artefacts / "load_edits.png")
-    colours = dict((colour, count) for count, colour in picture.convert("RGB").getcolors(1 << 24) or ())
+    image = shown_image(comfyui, done)
+    image.save(artefacts / "load_edits.png")
+    colours = dict((colour, count) for count, colour in image.convert("RGB").getcolors(1 << 24) or ())
     assert colours[(200, 10, 10)] == 107 * 160 and len(colours) > 60  # one source, whole; the rest is gradients
 
 
@@ -245,7 +245,7 @@ def test_sources_that_leave_the_input_folder_are_refused(comfyui, edits, place: 
 
 
 def break_source(folder: Path) -> None:
-    (folder / "source" / "a.png").write_bytes(b"no picture")
+    (folder / "source" / "a.png").write_bytes(b"no image")
 
 
 def break_by_stray(folder: Path) -> None:
@@ -290,9 +290,9 @@ def test_a_changed_source_is_read_again(comfyui, edits) -> None:
 # -- from ComfyUI's own nodes ------------------------------------------------------------------------------------------
 
 
-def from_nodes(pictures: str, **inputs: Any) -> dict:
+def from_nodes(images: str, **inputs: Any) -> dict:
     return {
-        "9": {"class_type": "LoadImageTextDataSetFromFolder", "inputs": {"folder": pictures}},
+        "9": {"class_type": "LoadImageTextDataSetFromFolder", "inputs": {"folder": images}},
         **graph(images=["9", 0], texts=["9", 1], **inputs),
     }
 
@@ -309,7 +309,7 @@ def test_images_and_texts_of_comfyuis_own_reader(comfyui, folder) -> None:
     assert again.value("1").report.source == run.value("1").report.source
 
 
-def test_pictures_that_comfyuis_reader_repeats_become_repeats(comfyui, folder) -> None:
+def test_images_that_comfyuis_reader_repeats_become_repeats(comfyui, folder) -> None:
     write_pair(folder / "3_more", "c", "a [V] cat, thrice", colour=50)
     run = comfyui.execute(from_nodes(f"data/{folder.name}", repeats=2))
     assert run.status == "success", run.error
@@ -335,7 +335,7 @@ def test_counts_that_do_not_match_are_one_sentence(comfyui, folder) -> None:
     assert comfyui.execute(bad).error.startswith("2 images and 0 texts")
 
 
-def test_connected_images_stay_plain_pictures(comfyui, edits) -> None:
+def test_connected_images_stay_plain_images(comfyui, edits) -> None:
     run = comfyui.execute(from_nodes(f"edits/{edits.name}/target", folder=f"edits/{edits.name}"))
     assert run.status == "success", run.error
     assert [pair.source_images for pair in run.value("1").report.pairs] == [(), ()]
@@ -356,13 +356,13 @@ def test_batches_and_transparency(comfyui) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("three \ud800", "half a character (U+D800)"), ("a\0 \0d", "NUL characters")]
+    ("text", "reported"), [("three \ud800", "half a character (U+D800)"), ("a\0 \0d", "NUL characters")]
 )
-def test_connected_texts_that_are_no_text(comfyui, text: str, told: str) -> None:
+def test_connected_texts_that_are_no_text(comfyui, text: str, reported: str) -> None:
     store = comfyui.module("nodes.load_dataset").store_images
     with pytest.raises(ValueError, match="^text 2 of those connected to Load Dataset cannot be used: ") as caught:
         store([torch.rand(2, 16, 16, 3)], ["one", text])
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
 
 
 def test_a_mark_that_another_node_left_on_a_text(comfyui) -> None:
@@ -424,7 +424,7 @@ def test_prompts_share_the_rule_of_captions(comfyui) -> None:
     assert done.status == "error" and "preview prompt 2: the text contains half a character" in done.error
 
 
-def test_cancelling_stops_at_the_next_picture(comfyui, folder, monkeypatch) -> None:
+def test_cancelling_stops_at_the_next_image(comfyui, folder, monkeypatch) -> None:
     for number in range(8):
         write_pair(folder, f"more{number}", "a [V] cat", colour=number)
     core, decoded = comfyui.core("data.checks"), []

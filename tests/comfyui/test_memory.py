@@ -39,7 +39,7 @@ def memory(comfyui: ComfyUI) -> Any:
 
 class Case:
     """A model, one pair on a latent and a configuration. tokens: of the student's and the teacher's text. references:
-    how many pictures of the latent's size each of the two has."""
+    how many images of the latent's size each of the two has."""
 
     def __init__(
         self,
@@ -242,8 +242,8 @@ def test_references_count_where_they_are_seen(comfyui: ComfyUI) -> None:
     assert target.blocks[0].entry / none.blocks[0].entry == pytest.approx((512 + 2 * 1024) / (512 + 1024))
 
 
-def test_the_largest_picture_and_the_longest_text_of_all(comfyui: ComfyUI) -> None:
-    """Anchors are drawn under every picture; heavy ones may be anywhere in the data set."""
+def test_the_largest_image_and_the_longest_text_of_all(comfyui: ComfyUI) -> None:
+    """Anchors are drawn under every image; heavy ones may be anywhere in the dataset."""
     conditioning = comfyui.core("conditioning.encode")
     case = Case(comfyui)
     small = case.plan("24 GB", 100 * GB).footprint
@@ -276,7 +276,7 @@ def test_checkpointing_before_streaming_and_only_as_much_as_needed(comfyui: Comf
     assert hopeless.streamed == hopeless.footprint.weights and any("still needs" in note for note in hopeless.notes)
 
 
-def test_comfyui_is_told_to_leave_everything_but_the_budget(comfyui: ComfyUI) -> None:
+def test_comfyui_is_asked_to_leave_everything_but_the_budget(comfyui: ComfyUI) -> None:
     """With 100 GB free and a budget of 2, it keeps all free but what the weights may have; it adds a reserve itself."""
     import comfy.model_management
 

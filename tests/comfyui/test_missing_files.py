@@ -1,4 +1,4 @@
-"""A ComfyUI without the models' files: it names them when a workflow shall run; its page says where they are had."""
+"""A ComfyUI without the models' files: it names them when a workflow shall run; its page says where to get them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def named_files(workflow: str) -> set[str]:
 def test_nothing_runs_and_each_file_is_named(server: Server, workflow: str) -> None:
     status, answer = server.send("/prompt", {"prompt": shipped(workflow)})
     assert status == 400 and len(named_files(workflow)) >= 3
-    told = {
+    reported = {
         error["extra_info"]["received_value"]
         for node in answer["node_errors"].values()
         for error in node["errors"]
         if error["type"] == "value_not_in_list" and error["extra_info"]["received_value"] in error["details"]
     }
-    assert named_files(workflow) <= told
+    assert named_files(workflow) <= reported
 
 
 def test_the_page_says_where_they_are_had(page: ComfyPage) -> None:

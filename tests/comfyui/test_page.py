@@ -1,4 +1,4 @@
-"""What a user does in the real page: finds the template, presses Run, watches, sees the pictures."""
+"""What a user does in the real page: finds the template, presses Run, watches, sees the images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_quickstart(page: ComfyPage) -> None:
     page.page.wait_for_timeout(800)
 
 
-def picture(server: Server, image: dict[str, Any]) -> Image.Image:
+def shown_image(server: Server, image: dict[str, Any]) -> Image.Image:
     query = "&".join(f"{key}={image[key]}" for key in ("filename", "subfolder", "type"))
     return Image.open(io.BytesIO(server.get_bytes(f"/view?{query}"))).convert("RGB")
 
@@ -48,7 +48,7 @@ def test_the_template_is_found_loads_and_runs(page: ComfyPage, server: Server) -
     shown = {detail["node"]: detail["output"].get("images", []) for kind, detail in page.heard() if kind == "executed"}
     for kind in ("DOPSD_LoadDataset", "DOPSD_TeacherPreview", "DOPSD_CompareLoRA", "LossGraphNode", "PreviewImage"):
         images = shown[node_of(api, kind)]
-        assert images and all(max(ImageStat.Stat(picture(server, image)).stddev) > 10 for image in images), kind
+        assert images and all(max(ImageStat.Stat(shown_image(server, image)).stddev) > 10 for image in images), kind
     # on the canvas: the node that trained shows its last preview, the others their result
     drawn = page.page.evaluate(
         """() => Object.fromEntries(
@@ -74,7 +74,7 @@ def test_the_teacher_is_looked_at_alone(page: ComfyPage) -> None:
     assert page.wait_for_end(120) == "execution_success"
     graph = page.saved()["output"]
     ran = {graph[detail["node"]]["class_type"] for kind, detail in page.heard() if kind == "executed"}
-    assert ran - {"DOPSD_LoadDataset"} == {"DOPSD_TeacherPreview"}  # the data set may come from the cache
+    assert ran - {"DOPSD_LoadDataset"} == {"DOPSD_TeacherPreview"}  # the dataset may come from the cache
 
 
 def test_cancel_from_the_page_and_run_again(page: ComfyPage) -> None:

@@ -34,7 +34,7 @@ def extra(paths, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_choices_are_folders_with_pictures_and_row_files(comfyui, paths, extra) -> None:
+def test_choices_are_folders_with_images_and_row_files(comfyui, paths, extra) -> None:
     write_pair(comfyui.input / "nested" / "10_dogs")
     (comfyui.input / "empty" / "deep").mkdir(parents=True, exist_ok=True)
     write_pair(comfyui.input / ".hidden")
@@ -68,16 +68,16 @@ def test_what_leads_outside_is_refused_by_its_spelling(comfyui, paths, extra, ch
 
 def test_an_outside_folder_is_refused_whether_it_exists_or_not(comfyui, paths, tmp_path) -> None:
     write_pair(tmp_path / "there")
-    told = []
+    reported = []
     for name in ("there", "gone"):
         with pytest.raises(ValueError) as caught:
             paths.resolve_dataset(str(tmp_path / name))
-        told.append(str(caught.value).replace(name, "NAME"))
-    assert told[0] == told[1]
+        reported.append(str(caught.value).replace(name, "NAME"))
+    assert reported[0] == reported[1]
 
 
 @pytest.mark.parametrize("choice", ["", "  ", "a\0b", "missing", "nested/missing", "~", "sets/missing", "other/cats"])
-def test_what_is_not_there_is_told(paths, extra, choice: str) -> None:
+def test_what_is_not_there_is_reported(paths, extra, choice: str) -> None:
     with pytest.raises(ValueError, match=r"there is no dataset|choose a dataset") as caught:
         paths.resolve_dataset(choice)
     assert ALLOWED_BY in str(caught.value)
@@ -90,7 +90,7 @@ def test_what_a_damaged_graph_has_in_place_of_a_name_is_refused(comfyui, paths, 
             call(value)
 
 
-def test_a_damaged_link_in_a_graph_is_told_without_a_traceback(comfyui) -> None:
+def test_a_damaged_link_in_a_graph_is_reported_without_a_traceback(comfyui) -> None:
     from graphs import training
 
     for node, name, value in (("data", "folder", 3), ("data", "folder", ["x"]), ("train", "run_name", ["x"])):

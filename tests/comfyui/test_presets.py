@@ -135,7 +135,7 @@ def test_runs_of_release_0_2_are_found_again(comfyui: ComfyUI, presets: Any) -> 
 def test_settings_of_what_is_not_chosen_still_name_a_run(
     comfyui: ComfyUI, presets: Any, preset: str, has_anchors: bool, chosen: dict[str, Any], digest: str
 ) -> None:
-    """Digests as they were made when a configuration had every field, whatever was chosen."""
+    """Digests as they were made when a configuration listed every field, whatever was chosen."""
     family = comfyui.core("families").Z_IMAGE
     config = presets.make_config(preset, family, has_anchors, chosen)
     settings = presets.merged_settings(preset, family, has_anchors, chosen)

@@ -163,8 +163,8 @@ def test_what_gets_a_lora(comfyui: ComfyUI, denoiser: Any, theirs: Any, name: st
     assert shapes == {key: tuple(value.shape) for key, value in injected.items()}
     assert len(ours.part_names()) == real.modules and len(shapes) == 2 * real.modules
     assert sum(parameter.numel() for parameter in ours.parameters()) == real.parameters
-    told = ours.config.size(denoiser.sites())
-    assert told == (real.modules, real.parameters)
+    reported = ours.config.size(denoiser.sites())
+    assert reported == (real.modules, real.parameters)
 
 
 def test_nothing_in_a_block_is_forgotten(denoiser: Any) -> None:

@@ -191,7 +191,7 @@ def test_connected_images_and_texts_count(comfyui: ComfyUI, taken: Any) -> None:
 
 
 def test_another_preview_prompt_resumes_and_measures_against_its_own_start(comfyui: ComfyUI, folders: None) -> None:
-    """The gap of the unseen prompt is what it would be had the run been begun with it."""
+    """The gap of the unseen prompt is what it would be if the run were begun with it."""
 
     def run(name: str, steps: int, prompt: str) -> Run:
         changed = graph(steps=steps, run_name=name, preview_prompts=prompt, probe_every=2)

@@ -110,7 +110,7 @@ def test_steps_0_of_z_image_turbo_are_8(comfyui: ComfyUI):
 
 
 @dataclass(frozen=True)
-class Picture:
+class Wanted:
     """What a klein graph draws: its size, how many, in how many steps, by which sampler of ours, and after which
     references (width, height)."""
 
@@ -122,64 +122,64 @@ class Picture:
     references: tuple[tuple[int, int], ...] = ()
 
 
-PICTURES = {
-    "square": Picture(),
-    "wide": Picture(width=112, height=80),
-    "tall, by the template's sampler": Picture(width=48, height=256, sampler="template"),
-    "large": Picture(width=512, height=288),
-    "batch": Picture(width=96, batch_size=2),
-    "other steps": Picture(width=80, steps=7),
-    "edit": Picture(width=80, references=((80, 64),)),
-    "edit of several": Picture(width=80, height=96, references=((48, 112), (64, 64)), sampler="template"),
-    "batch of edits": Picture(batch_size=2, references=((96, 48),)),
+CASES = {
+    "square": Wanted(),
+    "wide": Wanted(width=112, height=80),
+    "tall, by the template's sampler": Wanted(width=48, height=256, sampler="template"),
+    "large": Wanted(width=512, height=288),
+    "batch": Wanted(width=96, batch_size=2),
+    "other steps": Wanted(width=80, steps=7),
+    "edit": Wanted(width=80, references=((80, 64),)),
+    "edit of several": Wanted(width=80, height=96, references=((48, 112), (64, 64)), sampler="template"),
+    "batch of edits": Wanted(batch_size=2, references=((96, 48),)),
 }
 
 
-@pytest.mark.parametrize("picture", PICTURES.values(), ids=list(PICTURES))
-def test_it_is_kleins_template(comfyui: ComfyUI, picture: Picture):
+@pytest.mark.parametrize("wanted", CASES.values(), ids=list(CASES))
+def test_it_is_kleins_template(comfyui: ComfyUI, wanted: Wanted):
     """Flux2Scheduler, CFGGuider at 1 with an emptied negative and SamplerCustomAdvanced, run by ComfyUI's executor."""
-    run = drawn(comfyui, picture)
+    run = drawn(comfyui, wanted)
     assert torch.allclose(run.value("ours", 1), run.value("sigmas"), atol=1e-6)
-    assert run.value("ours")["samples"].shape[1:] == (128, picture.height // 16, picture.width // 16)
+    assert run.value("ours")["samples"].shape[1:] == (128, wanted.height // 16, wanted.width // 16)
     assert twins.relative(run.value("ours")["samples"], run.value("stock")["samples"]) < 1e-5
 
 
 def test_references_are_seen(comfyui: ComfyUI):
-    """The equalities above are not of pictures that ignore them, or in what shape they come."""
-    pictures = [Picture(), Picture(references=((80, 64),)), Picture(references=((64, 80),))]
-    latents = [drawn(comfyui, picture).value("ours")["samples"] for picture in pictures]
+    """The equalities above are not of images that ignore them, or in what shape they come."""
+    cases = [Wanted(), Wanted(references=((80, 64),)), Wanted(references=((64, 80),))]
+    latents = [drawn(comfyui, wanted).value("ours")["samples"] for wanted in cases]
     assert all(twins.relative(a, b) > 3e-4 for a, b in pairwise(latents))
 
 
-def drawn(comfyui: ComfyUI, picture: Picture) -> Run:
-    """The picture by nodes "stock" and "ours"."""
+def drawn(comfyui: ComfyUI, wanted: Wanted) -> Run:
+    """The image by nodes "stock" and "ours"."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(1, 512, 192, generator=generator)
-    seen = [{"samples": torch.randn(1, 128, h // 16, w // 16, generator=generator)} for w, h in picture.references]
+    seen = [{"samples": torch.randn(1, 128, h // 16, w // 16, generator=generator)} for w, h in wanted.references]
     kinds = ("MODEL", "CONDITIONING", *("LATENT" for _ in seen))
-    graph = {"given": give_values(comfyui, kinds, [toy.flux2(), [[text, {}]], *seen]), **kleins_template(picture)}
+    graph = {"given": give_values(comfyui, kinds, [toy.flux2(), [[text, {}]], *seen]), **kleins_template(wanted)}
     graph["ours"] = few_step(
-        model=["given", 0], positive=graph["guider"]["inputs"]["positive"], seed=5, steps=picture.steps,
-        width=picture.width, height=picture.height, batch_size=picture.batch_size, sampler=picture.sampler,
+        model=["given", 0], positive=graph["guider"]["inputs"]["positive"], seed=5, steps=wanted.steps,
+        width=wanted.width, height=wanted.height, batch_size=wanted.batch_size, sampler=wanted.sampler,
     )  # fmt: skip
     run = comfyui.execute({**graph, **shown("stock", "ours")})
     assert run.status == "success", run.error
     return run
 
 
-def kleins_template(picture: Picture) -> dict:
+def kleins_template(wanted: Wanted) -> dict:
     said, negative, graph = ["given", 1], ["zero", 0], {}
     graph["zero"] = node("ConditioningZeroOut", conditioning=["given", 1])
-    for i in range(len(picture.references)):  # on the positive and the negative
+    for i in range(len(wanted.references)):  # on the positive and the negative
         latent = ["given", 2 + i]
         graph[f"reference{i}"] = node("ReferenceLatent", conditioning=said, latent=latent)
         graph[f"zeroed{i}"] = node("ReferenceLatent", conditioning=negative, latent=latent)
         said, negative = [f"reference{i}", 0], [f"zeroed{i}", 0]
-    size = {"width": picture.width, "height": picture.height}
+    size = {"width": wanted.width, "height": wanted.height}
     return {
         **graph,
-        "empty": node("EmptyFlux2LatentImage", batch_size=picture.batch_size, **size),
-        "sigmas": node("Flux2Scheduler", steps=picture.steps or 4, **size),
+        "empty": node("EmptyFlux2LatentImage", batch_size=wanted.batch_size, **size),
+        "sigmas": node("Flux2Scheduler", steps=wanted.steps or 4, **size),
         "sampler": node("KSamplerSelect", sampler_name="euler"),
         "guider": node("CFGGuider", model=["given", 0], positive=said, negative=negative, cfg=1.0),
         "noise": node("RandomNoise", noise_seed=5),

@@ -177,7 +177,7 @@ def test_another_trainers_header_is_kept(comfyui) -> None:
     assert "modelspec.hash_sha256, sshs_model_hash" in run.texts("load")[-1]
 
 
-def test_our_own_header_is_kept_and_the_trigger_is_told_to_all(comfyui, tensors) -> None:
+def test_our_own_header_is_kept_and_the_trigger_is_given_to_all(comfyui, tensors) -> None:
     facts = FACTS | {"dopsd_trigger": "ohwx", "dopsd_version": "0.1.0"}
     _, path = load_and_save(comfyui, tensors, facts)
     header = read(path)[1]
@@ -189,8 +189,8 @@ def test_our_own_header_is_kept_and_the_trigger_is_told_to_all(comfyui, tensors)
 def test_diffusers_alpha_is_folded_once(comfyui) -> None:
     """Its header would have diffusers apply alpha a second time; the rest of the header stays."""
     tensors = {"transformer.x.lora_A.weight": torch.ones(2, 4), "transformer.x.lora_B.weight": torch.ones(6, 2)}
-    told = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 6}', "author": "me"}
-    run, path = load_and_save(comfyui, tensors, told)
+    metadata = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 6}', "author": "me"}
+    run, path = load_and_save(comfyui, tensors, metadata)
     stored, header = read(path)
     assert torch.equal(stored["transformer.x.lora_B.weight"], torch.full((6, 2), 3.0))
     assert "lora_adapter_metadata" not in header and header["author"] == "me"

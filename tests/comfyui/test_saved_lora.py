@@ -28,8 +28,8 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Twins:
-    """A network of diffusers' and the MODEL of ComfyUI with its weights, what both are told [L, D], the steps to draw
-    in, and the number of parts that get a LoRA."""
+    """A network of diffusers' and the MODEL of ComfyUI with its weights, the conditions of both [L, D], the number of
+    steps, and of the parts that get a LoRA."""
 
     network: Any
     model: Any

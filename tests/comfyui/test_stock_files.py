@@ -28,13 +28,13 @@ PAIRS = {
 }
 """A workflow that trains, and the one that samples with its LoRA."""
 LOOKS = ("z_image_turbo_teacher_preview", "compare")
-"""Those that only show pictures, of the data set and of the LoRA of z_image_turbo_train."""
+"""Those that only show images, of the dataset and of the LoRA of z_image_turbo_train."""
 UP_TO_CONDITIONS = (
     "CLIPLoader", "VAELoader", "DOPSD_LoadTeacherVision", "DOPSD_LoadDataset", "DOPSD_BuildTeacherCondition",
 )  # fmt: skip
 VERY_SHORT = {"steps": 2, "rollout_steps": 2, "probe_every": 2}
 PREVIEWS = {"z_image_turbo_train": 2}
-"""Of those workflows the pictures while they train, which take most of the time."""
+"""Of those workflows the images while they train, which take most of the time."""
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +57,15 @@ def train(comfyui: ComfyUI, stock: Stock) -> Callable[[str], Run]:
     return trained
 
 
-def pictures(comfyui: ComfyUI, run: Run) -> list[Image.Image]:
+def images_of(comfyui: ComfyUI, run: Run) -> list[Image.Image]:
     """Everything that the run's nodes show."""
     folders = {"temp": comfyui.temp, "output": comfyui.output}
     shown = [image for output in run.outputs.values() for image in output.get("images", [])]
     return [Image.open(folders[i["type"]] / i["subfolder"] / i["filename"]).convert("RGB") for i in shown]
 
 
-def varies(picture: Image.Image) -> bool:
-    return max(ImageStat.Stat(picture).stddev) > 10
+def varies(image: Image.Image) -> bool:
+    return max(ImageStat.Stat(image).stddev) > 10
 
 
 def test_every_workflow_that_loads_files_is_run_here() -> None:
@@ -86,7 +86,7 @@ def test_trains(comfyui: ComfyUI, train: Callable[[str], Run], name: str) -> Non
     assert all(value.isfinite().all() for value in lora.values())
     assert any(value.abs().max() > 0 for key, value in lora.items() if ".lora_B." in key)
     assert len(run.previews(node_of(graph, "DOPSD_TrainLoRA"))) == PREVIEWS.get(name, 0)
-    assert pictures(comfyui, run) and all(varies(picture) for picture in pictures(comfyui, run))
+    assert images_of(comfyui, run) and all(varies(image) for image in images_of(comfyui, run))
     saved = Path(run.value(node_of(graph, "DOPSD_SaveLoRA")))
     with safe_open(saved, "pt") as file:
         facts = file.metadata()
@@ -108,7 +108,7 @@ def test_samples_with_what_was_trained(
     assert 2 * sum(len(entries) for entries in patched.patches.values()) == len(lora)
     graph[node_of(graph, "LoraLoaderModelOnly")]["inputs"]["strength_model"] = 0.0
     without = comfyui.execute(graph, keep_cache=True)
-    (drawn,), (base,) = pictures(comfyui, with_it), pictures(comfyui, without)
+    (drawn,), (base,) = images_of(comfyui, with_it), images_of(comfyui, without)
     assert varies(drawn) and drawn.tobytes() != base.tobytes()
 
 
@@ -135,4 +135,4 @@ def test_looks(comfyui: ComfyUI, train: Callable[[str], Run], name: str) -> None
     assert train("z_image_turbo_train").status == "success"
     run = comfyui.execute(shrunk(shipped(name)), keep_cache=True)
     assert run.status == "success", run.error
-    assert pictures(comfyui, run) and all(varies(picture) for picture in pictures(comfyui, run))
+    assert images_of(comfyui, run) and all(varies(image) for image in images_of(comfyui, run))

@@ -45,7 +45,7 @@ def test_none_given_by_a_graph_of_before_are_all(comfyui: ComfyUI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "told"),
+    ("targets", "reported"),
     [
         ("attention.to_q, atention.to_k", "LoRA target 'atention.to_k' matches none of the network's"),
         (
@@ -57,9 +57,9 @@ def test_none_given_by_a_graph_of_before_are_all(comfyui: ComfyUI) -> None:
     ],
     ids=["nothing", "outside the blocks", "broken"],
 )
-def test_what_cannot_be_is_refused_before_training(comfyui: ComfyUI, targets: str, told: str) -> None:
+def test_what_cannot_be_is_refused_before_training(comfyui: ComfyUI, targets: str, reported: str) -> None:
     run = comfyui.execute(training("refused", targets=targets, **ONE_STEP), keep_cache=True)
-    assert run.status == "error" and run.error.startswith(told), run.error
+    assert run.status == "error" and run.error.startswith(reported), run.error
     assert not list((comfyui.output / "dopsd").glob("refused-*"))
 
 

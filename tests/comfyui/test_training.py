@@ -57,14 +57,14 @@ def test_gives_lora_losses_folder_and_previews(comfyui: ComfyUI, trained: Run) -
     assert json.loads(facts["dopsd_config"])["steps"] == 6 and len(facts["dopsd_dataset"]) == 64
 
 
-def test_shows_progress_text_and_pictures(trained: Run) -> None:
+def test_shows_progress_text_and_images(trained: Run) -> None:
     values = [event.data["value"] for event in trained.of("progress", "train")]
     assert values == sorted(values) and values[-1] == SHORT["steps"]
     texts = trained.texts("train")
     assert any("step 3 of 6" in text or "left" in text for text in texts)
     assert texts[-1].startswith("6 steps done\ngap to the teacher ") and "output/dopsd/whole-" in texts[-1]
-    pictures = trained.previews("train")
-    assert len(pictures) == 3 and all(max(ImageStat.Stat(picture).stddev) > 10 for picture in pictures)
+    images = trained.previews("train")
+    assert len(images) == 3 and all(max(ImageStat.Stat(image).stddev) > 10 for image in images)
 
 
 def test_sheets_show_who_is_said_to_draw(comfyui: ComfyUI, trained: Run) -> None:
@@ -144,11 +144,11 @@ def test_other_settings_are_another_run_and_more_steps_are_not(comfyui: ComfyUI,
 def test_the_users_model_draws_the_same_afterwards(
     comfyui: ComfyUI, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def picture(run: Run) -> torch.Tensor:
+    def drawn(run: Run) -> torch.Tensor:
         return run.value("decode")
 
     draw = {"models": training()["models"], **drawing(PROMPT)}
-    before = picture(comfyui.execute(draw))
+    before = drawn(comfyui.execute(draw))
     assert before.std() > 0.05
     graph = training(f"base-{ending}", preview_every=2)
     if ending == "error":
@@ -176,11 +176,11 @@ def test_the_users_model_draws_the_same_afterwards(
     # the same MODEL object, from the executor's cache
     after = comfyui.execute({"models": graph["models"], **drawing(PROMPT)}, keep_cache=True)
     assert "models" in after.message("execution_cached").get("nodes", [])
-    assert torch.equal(picture(after), before)
+    assert torch.equal(drawn(after), before)
 
 
 def test_same_training_as_the_standalone_host(comfyui: ComfyUI, trained: Run, tmp_path: Path) -> None:
-    """ComfyUI's network and diffusers', one core, one data set: the same LoRA after six steps."""
+    """ComfyUI's network and diffusers', one core, one dataset: the same LoRA after six steps."""
     denoiser = comfyui.core("standalone.hosts.demo").load_demo_model().denoiser
     config = comfyui.core("config").TrainConfig.from_json((Path(trained.value("train", 2)) / "config.json").read_text())
     config = config.replace(steps=SHORT["steps"])  # a later test has trained that run further

@@ -116,6 +116,9 @@ def test_what_they_replace_is_named(comfyui: ComfyUI) -> None:
     text = run.texts("train")[-1]
     assert "rank 8 is not used: Training Settings is connected" in text
     assert "the preset paper is not used: Training Settings has demo model" in text
+    (folder,) = (comfyui.output / "dopsd").glob("both-*")
+    config = comfyui.core("config").TrainConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config.adapter.rank, config.optimizer.lr) == (4, 2e-3)  # paper's learning rate is another
 
 
 def test_settings_for_another_family_are_refused(comfyui: ComfyUI) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from twins import relative
 
 TEXT = "a [V] badge, top, on a sand background"
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-Z_IMAGE = f"<|im_start|>user\n{PICTURE}{{}}<|im_end|>\n<|im_start|>assistant\n"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+Z_IMAGE = f"<|im_start|>user\n{IMAGE}{{}}<|im_end|>\n<|im_start|>assistant\n"
 KLEIN = f"{Z_IMAGE}<think>\n\n</think>\n\n"
 TEMPLATES = {"z_image": Z_IMAGE, "klein": KLEIN}
 STATES = {"z_image": (-2,), "klein": (9, 18, 27)}
@@ -110,12 +110,12 @@ def test_features_are_transformers(vision, models, family, height, width, words)
 def test_of_a_long_caption_the_end_is_cut_and_not_the_templates(vision, models, family):
     """One token too many costs the caption's last token; the token ids end as those of every other prompt."""
     models = models(family)
-    picture, ending = torch.rand(1, 512, 512, 3), TEMPLATES[family].partition("{}")[2]
+    image, ending = torch.rand(1, 512, 512, 3), TEMPLATES[family].partition("{}")[2]
     tokenize = models.clip.tokenizer.qwen3_4b.tokenizer
     tail = tokenize(ending)["input_ids"]
 
     def ids(words: int) -> list[Any]:
-        (tokens,) = vision._tokens(models.clip, " star" * words, picture)
+        (tokens,) = vision._tokens(models.clip, " star" * words, image)
         return tokens
 
     fitting = next(n for n in range(1000) if len(ids(n)) + 256 - 1 == LONGEST)
@@ -128,7 +128,7 @@ def test_of_a_long_caption_the_end_is_cut_and_not_the_templates(vision, models, 
 
 
 class Word(torch.nn.Module):
-    """A tower to which every picture is this one word, in one token, which has the place that a word would have."""
+    """A tower to which every image is this one word, in one token, which has the place that a word would have."""
 
     def __init__(self, embedding: Tensor) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Word(torch.nn.Module):
         ("klein", TEXT, -4),  # which klein's text encoder takes no notice of
     ],
 )
-def test_a_picture_that_looks_like_a_word_reads_as_that_word(vision, models, family, words, layer):
+def test_an_image_that_looks_like_a_word_reads_as_that_word(vision, models, family, words, layer):
     """To the CLIP's own encoding of the text: template, hidden states, their order, padding and its mask.
 
     layer: as CLIP Set Last Layer sets it.
@@ -188,7 +188,7 @@ def test_clips_without_qwen3_4b_are_refused(vision, models):
         vision.encode_image_text(other, tower, TEXT, image)
 
 
-def test_pictures_are_seen_at_the_size_of_qwens_own_processor(vision):
+def test_images_are_seen_at_the_size_of_qwens_own_processor(vision):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     spec = vision.qwen3vl_4b()

@@ -32,7 +32,7 @@ def reference(tiny: Any) -> Any:
 
 
 def look(model: Any) -> list[Tensor]:
-    """(merged, *DeepStack) of a seeded picture of 6x6 patches."""
+    """(merged, *DeepStack) of a seeded image of 6x6 patches."""
     patches, grid = torch.randn(36, 1536, generator=torch.Generator().manual_seed(1)), torch.tensor([[1, 6, 6]])
     with torch.inference_mode():
         out = model(patches, grid)
@@ -204,19 +204,21 @@ def test_a_tower_of_single_numbers_is_of_another_kind(vision_file, tiny, tmp_pat
         vision_file.load_teacher_vision(tmp_path / "wrong.safetensors", tiny)
 
 
-@pytest.mark.parametrize("told", ["no JSON", "[1]", "{}", '{"layers": 1}', "[" * 100_000], ids=lambda told: told[:9])
-def test_a_header_that_is_damaged_inside_is_named(vision_file, tiny, reference, tmp_path, told):
+@pytest.mark.parametrize(
+    "content", ["no JSON", "[1]", "{}", '{"layers": 1}', "[" * 100_000], ids=lambda content: content[:9]
+)
+def test_a_header_that_is_damaged_inside_is_named(vision_file, tiny, reference, tmp_path, content):
     whole = {f"visual.{name}": value for name, value in reference[1].items()}
-    save_file(whole, tmp_path / "wrong.safetensors", {"_quantization_metadata": told})
+    save_file(whole, tmp_path / "wrong.safetensors", {"_quantization_metadata": content})
     with pytest.raises(ValueError, match="header of wrong.safetensors holds .* cannot be read: download"):
         vision_file.load_teacher_vision(tmp_path / "wrong.safetensors", tiny)
 
 
-@pytest.mark.parametrize("told", [b"no JSON", b"[1]", b"[" * 100_000], ids=lambda told: told[:9].decode())
-def test_an_index_that_is_none_is_named(vision_file, tiny, reference, tmp_path, told):
+@pytest.mark.parametrize("content", [b"no JSON", b"[1]", b"[" * 100_000], ids=lambda content: content[:9].decode())
+def test_an_index_that_is_none_is_named(vision_file, tiny, reference, tmp_path, content):
     paths = towers.in_several(tmp_path, reference[1])
     (index,) = tmp_path.glob("*.index.json")
-    index.write_bytes(told)
+    index.write_bytes(content)
     with pytest.raises(ValueError, match="is not an index of safetensors files: download it again"):
         vision_file.load_teacher_vision(paths[0], tiny)
 
@@ -230,7 +232,7 @@ def test_a_file_whose_name_is_too_long_is_not_there(vision_file, tiny, reference
     assert len(str(error.value)) < 500
 
 
-def test_the_8b_is_told_from_the_4b(vision_file, tmp_path):
+def test_the_8b_is_distinguished_from_the_4b(vision_file, tmp_path):
     tensors = {"visual.pos_embed.weight": torch.zeros(1, 1152), "visual.merger.linear_fc2.weight": torch.zeros(4096, 1)}
     tensors |= {f"visual.blocks.{i}.norm1.bias": torch.zeros(1) for i in range(27)}
     tensors |= {f"visual.deepstack_merger_list.{i}.norm.bias": torch.zeros(1) for i in range(3)}

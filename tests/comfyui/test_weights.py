@@ -69,7 +69,7 @@ def test_velocity_is_comfyuis(comfyui, weights, demo):
             assert torch.allclose(ours, theirs, atol=2e-4), sigma
 
 
-def in_small(weights, monkeypatch):
+def scaled_down(weights, monkeypatch):
     """ComfyUI's Qwen3-VL in the demo's sizes, with its weights."""
     import comfy.ops
     from comfy.text_encoders import llama, qwen3vl
@@ -107,13 +107,13 @@ def in_small(weights, monkeypatch):
 
 
 def test_conditions_are_comfyuis(weights, demo, monkeypatch):
-    """Text through its tokenizer and language model, picture and text through its Qwen3-VL with DeepStack."""
+    """Text through its tokenizer and language model, image and text through its Qwen3-VL with DeepStack."""
     from comfy import sd1_clip
     from comfy.text_encoders import qwen3vl, z_image
 
     text = "a [V] badge, top, on a sand background"
-    picture = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
-    model = in_small(weights, monkeypatch)
+    image = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
+    model = scaled_down(weights, monkeypatch)
     hidden_state = {"intermediate_output": -2, "final_layer_norm_intermediate": False, "dtype": torch.float32}
     with torch.no_grad():
         (tokens,) = z_image.ZImageTokenizer().tokenize_with_weights(text)["qwen3_4b"]
@@ -121,7 +121,7 @@ def test_conditions_are_comfyuis(weights, demo, monkeypatch):
 
         image_part = "<|vision_start|><|image_pad|><|vision_end|>"
         prompt = f"<|im_start|>user\n{image_part}{text}<|im_end|>\n<|im_start|>assistant\n"
-        images = [picture.movedim(0, -1)[None]]
+        images = [image.movedim(0, -1)[None]]
         batches = qwen3vl.tokenizer("qwen3vl_4b")().tokenize_with_weights(prompt, images=images)["qwen3vl_4b"]
         holder = types.SimpleNamespace(special_tokens={"pad": 151643}, transformer=model)
         model.get_input_embeddings = lambda: model.model.embed_tokens
@@ -142,4 +142,4 @@ def test_conditions_are_comfyuis(weights, demo, monkeypatch):
     student = demo.encoder.encode_text(text).features
     assert len(tokens) == len(student)
     assert torch.allclose(plain, student, atol=1e-4)
-    assert torch.allclose(mixed, demo.encoder.encode_image_text(picture, text).features, atol=1e-3)
+    assert torch.allclose(mixed, demo.encoder.encode_image_text(image, text).features, atol=1e-3)

@@ -26,7 +26,7 @@ DEMO_SLOTS = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2, "DOPSD_LoadTeach
 
 
 def on_the_demo_model(graph: dict) -> dict:
-    """The workflow with the demo model in place of the loaders, small pictures and a short training."""
+    """The workflow with the demo model in place of the loaders, small images and a short training."""
     loaders = {key: DEMO_SLOTS[node["class_type"]] for key, node in graph.items() if node["class_type"] in DEMO_SLOTS}
     graph = shrunk({key: node for key, node in graph.items() if key not in loaders})
     if loaders:
@@ -90,23 +90,23 @@ def test_runs(comfyui: ComfyUI, name: str, lora_file: Path) -> None:
         shutil.copytree(comfyui.temp / "dopsd-demo-badge", folder)
     run = comfyui.execute(graph)
     assert run.status == "success", run.error
-    require_pictures(comfyui, graph, run)
+    require_images(comfyui, graph, run)
     if name in TRAINS:
         assert len(run.previews(node_of(graph, "DOPSD_TrainLoRA"))) == 3
         saved = Path(run.value(node_of(graph, "DOPSD_SaveLoRA")))
         assert saved.parent.resolve() == comfyui.output.resolve() / "loras"
 
 
-def require_pictures(comfyui: ComfyUI, graph: dict, run: Run) -> None:
-    """Each node that shows pictures has some, and none is of one colour."""
+def require_images(comfyui: ComfyUI, graph: dict, run: Run) -> None:
+    """Each node that shows images has some, and none is of one colour."""
     kinds = ("PreviewImage", "SaveImage", "DOPSD_CompareLoRA", "DOPSD_TeacherPreview")
     shows = {key for key, node in graph.items() if node["class_type"] in kinds}
     assert shows and shows <= run.outputs.keys()
     for key in shows:
-        for picture in run.outputs[key]["images"]:
-            assert varies(comfyui, picture), (key, picture)
+        for image in run.outputs[key]["images"]:
+            assert varies(comfyui, image), (key, image)
 
 
-def varies(comfyui: ComfyUI, picture: dict[str, Any]) -> bool:
-    folder = {"temp": comfyui.temp, "output": comfyui.output}[picture["type"]] / picture["subfolder"]
-    return max(ImageStat.Stat(Image.open(folder / picture["filename"]).convert("RGB")).stddev) > 10
+def varies(comfyui: ComfyUI, image: dict[str, Any]) -> bool:
+    folder = {"temp": comfyui.temp, "output": comfyui.output}[image["type"]] / image["subfolder"]
+    return max(ImageStat.Stat(Image.open(folder / image["filename"]).convert("RGB")).stddev) > 10

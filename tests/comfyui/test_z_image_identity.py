@@ -1,6 +1,6 @@
 """ComfyUI's Z-Image driven by our bridge is diffusers' Z-Image: velocities, and the gradients of a LoRA.
 
-Text and picture are padded to multiples of 32 tokens, each in its own way in either library. The weights are random and
+Text and image are padded to multiples of 32 tokens, each in its own way in either library. The weights are random and
 all different from zero, the padding tokens too, so that a pad in the wrong place or attended to otherwise shows.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 TOLERANCE = 1e-4
 SIGMA, RANK, ALPHA = 0.75, 3, 6
-# (latent height, latent width, text lengths); tokens of the picture are height * width / 4
+# (latent height, latent width, text lengths); tokens of the image are height * width / 4
 CASES = {
     "nothing to pad": (16, 16, (32,)),
     "text to pad": (16, 16, (7,)),
-    "picture to pad": (10, 6, (64,)),
+    "image to pad": (10, 6, (64,)),
     "both to pad": (18, 22, (45,)),
     "one over": (2, 66, (33,)),
     "batch of one length": (10, 6, (21, 21)),

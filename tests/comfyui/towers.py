@@ -1,4 +1,4 @@
-"""Qwen3-VL-4B in small: its vision tower, files of it in every layout, CLIPs that go with it, and transformers' own.
+"""A scaled-down Qwen3-VL-4B: its vision tower, files of it in every layout, CLIPs that go with it, transformers' own.
 
 Import only after the `comfyui` fixture has booted ComfyUI.
 """

@@ -225,7 +225,7 @@ def test_a_run_that_is_out_of_memory_keeps_its_steps(
 
 
 def resumed(config: TrainConfig, model: DemoModel, data: TrainingSet, folder: Path, at: int) -> TrainResult:
-    """The run gone on with, which had made so many steps."""
+    """The resumed run, which was stopped after so many steps."""
     first: list[int] = []
 
     class Asks(NoCallbacks):

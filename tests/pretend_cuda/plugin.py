@@ -10,7 +10,7 @@ from pretend_cuda import device
 
 
 def pytest_configure() -> None:
-    if not device.is_there():  # Python goes on after an error in sitecustomize
+    if not device.is_there():  # Python continues after an error in sitecustomize
         pytest.exit("the pretend CUDA device did not start; its error is above", returncode=3)
 
 

@@ -25,7 +25,7 @@ class Event(NamedTuple):
 class Watch:
     """with Watch() as watch: ...; then `watch.events` counts what happened.
 
-    marks: parts of the names of the files whose lines are told; depth: how many of those.
+    marks: parts of the names of the files whose lines are reported; depth: how many of those.
     """
 
     def __init__(self, marks: Sequence[str] = PLACES, depth: int = 3) -> None:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from einops import repeat
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -34,44 +33,19 @@ from ...demo.model_files import (
     resize_for_vision,
     vision_size,
 )
-from ...denoiser import LinearSite, plain_linear_sites
 from .demo_networks import load_tokenizer
 from .demo_weight_files import load_text_encoder, load_transformer
+from .z_image import ZImageDenoiser
 
 
-class StandaloneDenoiser:
-    """diffusers' Z-Image transformer as a Denoiser, with frozen fp32 weights."""
-
-    def __init__(self, transformer: ZImageTransformer2DModel) -> None:
-        self.transformer = transformer.eval().requires_grad_(False)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the transformer."""
-        return self.transformer.device
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """dtype of the transformer."""
-        return self.transformer.dtype
-
-    def sites(self) -> Sequence[LinearSite]:
-        """Every Linear of the transformer."""
-        return plain_linear_sites(self.transformer)
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """Refiners and main blocks, in calling order."""
-        net = self.transformer
-        return [*net.noise_refiner, *net.context_refiner, *net.layers]
+class StandaloneDenoiser(ZImageDenoiser):
+    """The demo's Z-Image transformer as a Denoiser, with frozen fp32 weights."""
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
-        """x [B, 16, h, w] fp32 -> x0_hat, same shape. The network runs on 1 - sigma and predicts x0 - noise."""
-        time = torch.full((len(x),), 1.0 - sigma, device=x.device)
-        features = [c.features.to(x.device, torch.float32) for c in conditions]
+        """x [B, 16, h, w] fp32 -> x0_hat, same shape."""
         # with tens of tokens, unfused attention has a much faster backward on a CPU
         with sdpa_kernel([SDPBackend.MATH] if x.device.type == "cpu" else list(SDPBackend.__members__.values())):
-            out = self.transformer(list(x.unsqueeze(2).unbind(0)), time, features, return_dict=False)[0]
-        return x + sigma * torch.stack(list(out)).squeeze(2)
+            return super().predict_x0(x, sigma, conditions)
 
 
 class StandaloneEncoder:

@@ -76,8 +76,8 @@ if __name__ == "__main__":
     from transformers import Qwen2Tokenizer
 
     full = Qwen2Tokenizer.from_pretrained(args.qwen).backend_tokenizer
-    args.out.write_text(json.dumps(cut(full), ensure_ascii=False))
-    small = Tokenizer.from_str(args.out.read_text())
+    args.out.write_text(json.dumps(cut(full), ensure_ascii=False), encoding="utf-8")
+    small = Tokenizer.from_str(args.out.read_text(encoding="utf-8"))
     for text in texts_of_the_world():
         assert small.encode(text).ids == full.encode(text).ids, text
     print(f"{args.out}: {small.get_vocab_size()} tokens")
