@@ -168,8 +168,9 @@ def test_a_run_that_started_from_a_file_of_its_kind_trains(tmp_path: Path) -> No
         assert load_checkpoint(run / "checkpoints") is not None
 
 
-def lokr_file(part: str = "layers.0.attention.to_q", **tensors: Tensor) -> dict[str, Tensor]:
-    return {f"diffusion_model.{part}.{'' if name == 'alpha' else 'lokr_'}{name}": t for name, t in tensors.items()}
+def lokr_file(**tensors: Tensor) -> dict[str, Tensor]:
+    prefix = "diffusion_model.layers.0.attention.to_q"
+    return {f"{prefix}.{'' if name == 'alpha' else 'lokr_'}{name}": t for name, t in tensors.items()}
 
 
 def test_a_lokr_of_another_trainer_starts_at_comfyuis_strength() -> None:
@@ -220,11 +221,11 @@ def test_a_lokr_that_does_not_fit_is_refused(config: Lora, tensors: dict[str, An
 
 
 def test_a_lokr_of_other_layers_is_refused_and_of_more_layers_is_reported() -> None:
-    other = lokr_file("blocks.7.x", w1=torch.ones(2, 2), w2_a=torch.ones(8, 3), w2_b=torch.ones(3, 8))
+    ours = lokr_file(w1=torch.ones(2, 2), w2_a=torch.ones(8, 3), w2_b=torch.ones(3, 8))
+    other = {key.replace("layers.0.attention.to_q", "blocks.7.x"): value for key, value in ours.items()}
     with pytest.raises(ValueError, match="changes nothing that is trained here: its layers are .*blocks.N.x"):
         started(KINDS["lokr"], other)
-    both = {**other, **{key.replace("blocks.7.x", "layers.0.attention.to_q"): t for key, t in other.items()}}
-    imported = KINDS["lokr"].imported(both, ToyDenoiser().sites())
+    imported = KINDS["lokr"].imported({**other, **ours}, ToyDenoiser().sites())
     assert imported.left_out == tuple(other) and len(imported.tensors) == 3
 
 

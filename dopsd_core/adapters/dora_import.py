@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..denoiser import LinearSite
 from .lora_file import shown
-from .lora_import import IT, ImportedLora, Place, flat_name, import_lora, places_of
+from .lora_import import _IT, ImportedLora, _flat, _Place, _places, import_lora
 from .targets import match_targets
 
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.\w+)*")
@@ -31,15 +31,15 @@ def import_dora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targ
     """
     keys = {key: match["module"] for key in tensors if (match := _MAGNITUDE.fullmatch(key))}
     if not keys:
-        raise ValueError(f"{IT} {_what_it_is(tensors)}")
+        raise ValueError(f"{_IT} {_what_it_is(tensors)}")
     if len(set(keys.values())) < len(keys):
-        raise ValueError(f"{IT} holds several magnitudes of a layer; use a file of one DoRA")
+        raise ValueError(f"{_IT} holds several magnitudes of a layer; use a file of one DoRA")
     rest = {key: value for key, value in tensors.items() if key not in keys and not key.endswith(_COMFYUI)}
     imported = import_lora(rest, sites, targets)
     found, unused = _magnitudes({module: tensors[key] for key, module in keys.items()}, sites, targets)
     lacking = [key for key in imported.tensors if _magnitude_key(key) not in found]
     if lacking:
-        raise ValueError(f"{IT} has no magnitude for {shown(lacking[0])}; use a file in which every layer is a DoRA")
+        raise ValueError(f"{_IT} has no magnitude for {shown(lacking[0])}; use a file in which every layer is a DoRA")
     left_out = {key for key, module in keys.items() if module in unused} | set(imported.left_out)
     return replace(
         imported,
@@ -52,11 +52,11 @@ def _magnitudes(
     by_module: Mapping[str, Tensor], sites: Sequence[LinearSite], targets: Sequence[str]
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The magnitudes of the trained parts, and the modules of which not all rows are used."""
-    places, chosen = places_of(sites), match_targets([part.name for site in sites for part in site.parts], targets)
+    places, chosen = _places(sites), match_targets([part.name for site in sites for part in site.parts], targets)
     found: dict[str, Tensor] = {}
     unused: set[str] = set()
     for module, given in by_module.items():
-        place = places.get(flat_name(module))
+        place = places.get(_flat(module))
         trained = [part for part in place.parts if part.name in chosen] if place else []
         if place is None or len(trained) < len(place.parts):
             unused.add(module)
@@ -68,13 +68,13 @@ def _magnitudes(
     return found, unused
 
 
-def _checked(module: str, given: Tensor, place: Place) -> Tensor:
+def _checked(module: str, given: Tensor, place: _Place) -> Tensor:
     magnitude = given.detach().cpu().float().flatten()
     if not given.is_floating_point() or not torch.isfinite(magnitude).all():
-        raise ValueError(f"{IT} is damaged: the magnitude of {shown(module)} is not finite floating-point numbers")
+        raise ValueError(f"{_IT} is damaged: the magnitude of {shown(module)} is not finite floating-point numbers")
     if len(magnitude) != place.rows:
         raise ValueError(
-            f"{IT} is of another model: the magnitude of {shown(module)} has {len(magnitude)} rows, here "
+            f"{_IT} is of another model: the magnitude of {shown(module)} has {len(magnitude)} rows, here "
             f"it has {place.rows}"
         )
     return magnitude

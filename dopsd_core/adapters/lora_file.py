@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..files.atomic import write_atomic
 from ..files.disk import writing
+from ..sharing.model_spec import follows_spec, tensor_hash
 from ..text import printable
 from .lora import Lora
 
@@ -36,8 +37,7 @@ _SUFFIXES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_down": "lora_A", "lor
 _KEY = re.compile(r"(?P<part>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up)(\.(?P<adapter>\w+))?\.weight")
 
 _SCALED = re.compile(r"\.lora_B\.|\.lokr_w2(_a)?$")
-_FULL_PRECISION = re.compile(r"\.(lora_magnitude_vector|dora_scale)$")
-"""Factors of whole rows of the base weight, whose rounding to bf16 would be noise on the base itself."""
+_FULL_PRECISION = re.compile(r"\.(lora_magnitude_vector|dora_scale)$")  # rounded, they would be noise on the base
 
 _MAX_SHOWN = 120
 _MAX_PATTERN, _MAX_REPEATS = 500, 4
@@ -46,11 +46,9 @@ _NESTED = re.compile(r"\)[*+{]")  # a repeated group may take exponential time
 
 
 def fold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
-    """Raw -> folded: multiplies every lora_B [rows, rank], or LoKr's w2 or w2_a, by alpha / rank.
-
-    The others, such as lora_A [rank, in], are unchanged.
-    """
-    return {key: t * config.scale if _SCALED.search(key) else t for key, t in tensors.items()}
+    """Raw -> folded: multiplies lora_B [rows, rank], or LoKr's w2 or w2_a, by alpha / rank; others are unchanged."""
+    scale = config.scale
+    return {key: t * scale if scale != 1 and _SCALED.search(key) else t for key, t in tensors.items()}
 
 
 def unfold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
@@ -70,10 +68,8 @@ def save_lora(
     """Writes raw `tensors` (`AdapterSet.state()`) as one LoRA file, atomically.
 
     Args:
-        tensors: "<part>.lora_A.weight" [rank, in] and "<part>.lora_B.weight" [rows, rank]; for DoRA also
-            "<part>.lora_magnitude_vector" [rows], which diffusers reads, and "<part>.dora_scale" [rows, 1], which
-            ComfyUI reads; for LoKr "<part>.lokr_w1" and so on. The magnitudes stay in fp32.
-        metadata: extra metadata for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it.
+        tensors: those of a `SiteWeights`, such as "<part>.lora_A.weight" [rank, in]; DoRA's magnitudes stay in fp32.
+        metadata: for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it. ModelSpec's gets its hash.
 
     Raises:
         ValueError: no tensors, a non-finite one, or metadata that would change the strength in diffusers.
@@ -87,7 +83,9 @@ def save_lora(
     header = {"format": "pt", **{key: printable(value) for key, value in (metadata or {}).items()}}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, format_safetensors(_file_tensors(tensors, config, prefix, dtype), header))
+    stored = _file_tensors(tensors, config, prefix, dtype)
+    data = format_safetensors(stored, header)
+    write_atomic(path, format_safetensors(stored, header | tensor_hash(data)) if follows_spec(header) else data)
 
 
 def load_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -45,7 +45,7 @@ _IS_A = {"lora_A": True, "lora_down": True, "lora.down": True, "lora_B": False, 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names with underscores for dots
 _OTHER_KINDS = re.compile(r"dora_scale|magnitude_vector|hada_|lokr_|oft_|lora_mid|\.a[12]\.weight|\.b[12]\.weight")
-IT = "the LoRA to start from"
+_IT = "the LoRA to start from"
 _LONG_NAME, _MAX_KINDS = 200, 12
 _ADAPTERS = ("student", "default")  # the one to take from a file of several; the authors' scripts keep the teacher too
 
@@ -67,11 +67,11 @@ class ImportedLora:
         """Such as "12 tensors of it are not used: ...", each kind of name once; "" if all are used."""
         count = len(self.left_out)
         verb = "tensor of it is" if count == 1 else "tensors of it are"
-        return f"{count} {verb} not used: {kinds_of(self.left_out)}" if count else ""
+        return f"{count} {verb} not used: {_kinds(self.left_out)}" if count else ""
 
 
 @dataclass(frozen=True)
-class Place:
+class _Place:
     """Rows of a Linear's output, as parts that follow one another.
 
     Attributes:
@@ -134,11 +134,11 @@ def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targ
     Raises:
         ValueError: it is not a plain LoRA, belongs to another model, or changes nothing that is trained.
     """
-    places, chosen = places_of(sites), match_targets([part.name for site in sites for part in site.parts], targets)
+    places, chosen = _places(sites), match_targets([part.name for site in sites for part in site.parts], targets)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     pairs, unused = _pairs(tensors)
     for module, pair in pairs.items():
-        place = places.get(flat_name(module))
+        place = places.get(_flat(module))
         trained = [part for part in place.parts if part.name in chosen] if place else []
         if place is None or len(trained) < len(place.parts) or pair.alpha == 0:
             unused.update(pair.keys)
@@ -150,7 +150,7 @@ def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targ
                 if used.any():
                     found.setdefault(part.name, []).append((pair.a[used], rows[:, used]))
     if not found:
-        raise ValueError(f"{IT} changes nothing that is trained here: {_why_nothing(tensors, pairs, places, chosen)}")
+        raise ValueError(f"{_IT} changes nothing that is trained here: {_why_nothing(tensors, pairs, places, chosen)}")
     result = {}
     for name, several in found.items():
         result[f"{name}.lora_A.weight"] = torch.cat([a for a, _ in several])
@@ -198,17 +198,17 @@ def lora_digest(tensors: Mapping[str, Tensor]) -> str:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def places_of(sites: Sequence[LinearSite]) -> dict[str, Place]:
+def _places(sites: Sequence[LinearSite]) -> dict[str, _Place]:
     """Every name of a Linear, or of a part of one, with underscores for dots -> its place."""
-    places: dict[str, Place] = {}
+    places: dict[str, _Place] = {}
     for site in sites:
         for name, parts in {site.name: site.parts, **{part.name: (part,) for part in site.parts}}.items():
-            places[name.replace(".", "_")] = Place(site.in_features, parts)
+            places[name.replace(".", "_")] = _Place(site.in_features, parts)
     return places
 
 
-def flat_name(module: str) -> str:
-    """A file's module name in the form of `places_of`; names that mix dots and underscores work too."""
+def _flat(module: str) -> str:
+    """A file's module name in the form of `_places`; names that mix dots and underscores work too."""
     return _unprefixed(module).replace(".", "_")
 
 
@@ -222,31 +222,31 @@ def _unprefixed(module: str) -> str:
 
 
 def _why_nothing(
-    tensors: Mapping[str, Tensor], pairs: Mapping[str, _Pair], places: Mapping[str, Place], chosen: Collection[str]
+    tensors: Mapping[str, Tensor], pairs: Mapping[str, _Pair], places: Mapping[str, _Place], chosen: Collection[str]
 ) -> str:
     """Why no part of the network is changed, and what to do."""
     if not pairs:
-        return f"none of its {len(tensors)} tensors belongs to a LoRA ({kinds_of(tensors)}); use a LoRA file"
-    known = {module: pair for module, pair in pairs.items() if flat_name(module) in places}
+        return f"none of its {len(tensors)} tensors belongs to a LoRA ({_kinds(tensors)}); use a LoRA file"
+    known = {module: pair for module, pair in pairs.items() if _flat(module) in places}
     unknown = [module for module in pairs if module not in known]
-    trained = [m for m in known if any(part.name in chosen for part in places[flat_name(m)].parts)]
+    trained = [m for m in known if any(part.name in chosen for part in places[_flat(m)].parts)]
     if trained and all(known[module].alpha == 0 for module in trained):
-        return f"its alpha is 0 ({kinds_of(trained)}), a strength of 0; use the file with the alpha of its training"
+        return f"its alpha is 0 ({_kinds(trained)}), a strength of 0; use the file with the alpha of its training"
     if trained:
-        return f"its B is zero ({kinds_of(trained)}), as before the first training step; use a LoRA that was trained"
+        return f"its B is zero ({_kinds(trained)}), as before the first training step; use a LoRA that was trained"
     recognised = f"{len(known)} of its {len(pairs)} modules are recognised{_listed(known)}"
     if known:
         return (
             f"{recognised}, and none of them is among the targets; not recognised are {len(unknown)}{_listed(unknown)}"
         )
-    return f"{recognised}, not recognised are {kinds_of(unknown)}; use a LoRA that was trained for this model"
+    return f"{recognised}, not recognised are {_kinds(unknown)}; use a LoRA that was trained for this model"
 
 
 def _listed(names: Collection[str]) -> str:
-    return f" ({kinds_of(names)})" if names else ""
+    return f" ({_kinds(names)})" if names else ""
 
 
-def kinds_of(names: Iterable[str]) -> str:
+def _kinds(names: Iterable[str]) -> str:
     """The names, those that differ in their numbers as one: "layers.N.w1 (x34)"."""
     kinds = Counter(re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "N", name[:_LONG_NAME]) for name in names)
     shown_kinds = [shown(kind) + (f" (x{count})" if count > 1 else "") for kind, count in kinds.items()]
@@ -263,12 +263,12 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
     halves: dict[str, dict[bool, dict[str, str]]] = {}
     for key in tensors:
         if _OTHER_KINDS.search(key):
-            raise ValueError(f"{IT} holds {shown(key)}, {_other_kind(key)}; only a plain LoRA can be the start")
+            raise ValueError(f"{_IT} holds {shown(key)}, {_other_kind(key)}; only a plain LoRA can be the start")
         match = _KEY.fullmatch(key)
         if match is not None:
             found = halves.setdefault(match["module"], {}).setdefault(_IS_A[match["kind"]], {})
             if found.setdefault(match["adapter"] or "", key) != key:
-                raise ValueError(f"{IT} holds several LoRAs: {shown(key)} is the second of its kind")
+                raise ValueError(f"{_IT} holds several LoRAs: {shown(key)} is the second of its kind")
     pairs = {module: _fold(module, kinds, tensors) for module, kinds in halves.items()}
     return pairs, tensors.keys() - {key for pair in pairs.values() for key in pair.keys}
 
@@ -286,20 +286,20 @@ def _fold(module: str, kinds: Mapping[bool, Mapping[str, str]], tensors: Mapping
     adapter = adapters[0] if len(adapters) == 1 else next((name for name in _ADAPTERS if name in adapters), None)
     key_a, key_b = (kinds.get(is_a, {}).get(adapter or "") for is_a in (True, False))
     if key_a is None or key_b is None:
-        raise ValueError(f"{IT} is incomplete: {shown(module)} lacks its A or B, or has several")
-    check_pair(module, tensors[key_a], tensors[key_b], IT)
+        raise ValueError(f"{_IT} is incomplete: {shown(module)} lacks its A or B, or has several")
+    check_pair(module, tensors[key_a], tensors[key_b], _IT)
     a, b = (tensors[key].detach().cpu().float().flatten(1) for key in (key_a, key_b))
     key_alpha = f"{module}.alpha"
     if key_alpha not in tensors:
         return _Pair(a, b, None, (key_a, key_b))
-    alpha = alpha_of(key_alpha, tensors[key_alpha], IT)
-    return _Pair(a, scaled(module, b, alpha / a.shape[0], IT), alpha, (key_a, key_b, key_alpha))
+    alpha = alpha_of(key_alpha, tensors[key_alpha], _IT)
+    return _Pair(a, scaled(module, b, alpha / a.shape[0], _IT), alpha, (key_a, key_b, key_alpha))
 
 
-def _check_shapes(module: str, pair: _Pair, place: Place) -> None:
+def _check_shapes(module: str, pair: _Pair, place: _Place) -> None:
     if (pair.a.shape[1], pair.b.shape[0]) != (place.in_features, place.rows):
         raise ValueError(
-            f"{IT} is of another model: {shown(module)} goes from {pair.a.shape[1]} to {pair.b.shape[0]}, "
+            f"{_IT} is of another model: {shown(module)} goes from {pair.a.shape[1]} to {pair.b.shape[0]}, "
             f"here it goes from {place.in_features} to {place.rows}"
         )
 
@@ -309,7 +309,7 @@ def _with_strength(tensors: Mapping[str, Tensor], stated: Mapping[str, object], 
     config = {key.removeprefix("transformer."): value for key, value in stated.items()}
     for option in ("use_dora", "lora_bias"):
         if config.get(option):
-            raise ValueError(f"{IT} has {option} set; only a plain LoRA can be the start")
+            raise ValueError(f"{_IT} has {option} set; only a plain LoRA can be the start")
     if config.get("lora_alpha") is None or any(key.endswith(".alpha") for key in tensors):
         return dict(tensors)
     result = {}

@@ -124,4 +124,4 @@ def test_a_new_objective_and_a_new_optimizer_are_there(comfyui: ComfyUI, inputs:
     kind, about = made["momentum"]
     assert (kind, about["default"], about["min"], about["max"]) == ("FLOAT", 0.9, 0, 1)
     assert about["tooltip"] == "Share of the last direction that is kept. Counts with optimizer signs."
-    assert made["optimizer"][1]["options"] == ["adamw", "adamw8bit", "signs"]
+    assert made["optimizer"][1]["options"] == ["adamw", "adamw8bit", "adafactor", "muon", "prodigy", "custom", "signs"]
