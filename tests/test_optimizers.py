@@ -170,7 +170,11 @@ def test_a_small_factor_of_prodigys_estimate_is_warned_about(caplog: pytest.LogC
 
 @pytest.mark.parametrize(
     ("name", "module", "package"),
-    [("prodigy", "prodigyopt", "prodigyopt"), ("adafactor", "transformers.optimization", "transformers")],
+    [
+        ("prodigy", "prodigyopt", "prodigyopt"),
+        ("adafactor", "transformers.optimization", "transformers"),
+        ("adamw8bit", "bitsandbytes.optim", "bitsandbytes"),
+    ],
 )
 def test_a_missing_package_is_one_sentence_before_anything_is_written(
     name: str, module: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
