@@ -97,8 +97,9 @@ $(VENV)/.standalone: requirements-standalone.txt | $(VENV)/.python
 	$(INSTALL) -r requirements-standalone.txt
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.standalone
+$(VENV)/.dev: requirements-dev.txt requirements-metrics.txt $(VENV)/.standalone
 	$(INSTALL) -r requirements-dev.txt
+	$(INSTALL) --no-deps -r requirements-metrics.txt
 	touch $@
 
 # Another checkout may need other versions.

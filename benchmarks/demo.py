@@ -18,7 +18,13 @@ from typing import Any
 
 from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
 
-METHODS = {"base": "untouched", "teacher": "its teacher", "dopsd": "D-OPSD", "sft": "SFT"}
+METHODS = {
+    "base": "untouched",
+    "teacher": "its teacher",
+    "dopsd": "D-OPSD",
+    "sft": "SFT",
+    "dreambooth": "DreamBooth",
+}
 FIGURES = {
     "concept_error": "concept error",
     "prompt_following": "prompt following",
@@ -42,7 +48,7 @@ def section(report: Mapping[str, Any], training_seeds: int) -> Section:
         (title, *(_mean_and_std(report["methods"][method][figure]) for figure in FIGURES))
         for method, title in METHODS.items()
     )
-    closed = f"Concept {report['concept']['seed']}: {report['concept']['looks']}. {report['config']['steps']} steps, 4-step sampling, unseen prompts, {training_seeds} training runs per method; SFT at the best of three learning rates ({report['sft']['rate']:g}). D-OPSD closed {report['gap_closed']:.0%} of the gap between the untouched model and its own teacher. {report['wall_seconds']:.0f} s, {report['peak_rss_mb'] / 1000:.1f} GB."  # noqa: E501
+    closed = f"Concept {report['concept']['seed']}: {report['concept']['looks']}. {report['config']['steps']} steps, 4-step sampling, unseen prompts, {training_seeds} training runs per method; SFT at the best of three learning rates ({report['sft']['rate']:g}), DreamBooth at {report['dreambooth']['rate']:g}. D-OPSD closed {report['gap_closed']:.0%} of the gap between the untouched model and its own teacher. {report['wall_seconds']:.0f} s, {report['peak_rss_mb'] / 1000:.1f} GB."  # noqa: E501
     command = "python -m benchmarks.demo"
     return Section("demo", "D-OPSD against SFT", command, None, Table(("", *FIGURES.values()), rows), (closed, *NOTES))
 

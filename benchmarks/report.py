@@ -65,7 +65,7 @@ Written by the scripts in `benchmarks/` into results.json, and from there by `py
 What to keep in mind:
 
 - The demo's world is tiny, and its names mean nothing, which makes the leakage of a concept as bad as it can be. FLUX.2-klein's teacher is another than the demo's.
-- Without the prior anchor D-OPSD leaked into ordinary prompts as much as SFT did here. SFT with prior preservation (DreamBooth) would be the fair rival of the anchor and is not built yet.
+- Without the prior anchor D-OPSD leaked into ordinary prompts as much as SFT did here. SFT with prior preservation (DreamBooth) is the fair rival of the anchor; `python -m benchmarks.compare` measures it.
 - SFT hardly blurred the trigger's images in this world; what it lost is the prior.
 """,  # noqa: E501
     ),

@@ -1,15 +1,19 @@
-"""`python -m dopsd_core`: demo, train, sample, inspect-dataset."""
+"""`python -m dopsd_core`: demo, train, sample, teacher-preview, compare, evaluate, inspect-dataset."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from .arguments import config_from_args, parse_args
 from .demo.settings import demo_config
 from .text import escape_unencodable, printable
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 log = logging.getLogger("dopsd")
 
@@ -46,10 +50,11 @@ def inspect_dataset(args: argparse.Namespace) -> int:
     """Prints the report of a dataset and returns the exit code: 1 if it has errors, else 0."""
     from .data.dataset import read_dataset
 
+    side, multiple = _sizes(args.model)
     report = read_dataset(
         args.dataset,
-        pixel_budget=args.resolution**2,
-        multiple=args.multiple,
+        pixel_budget=(args.resolution or side) ** 2,
+        multiple=args.multiple or multiple,
         trigger=args.trigger,
         repeats=args.repeats,
         root=args.root,
@@ -58,15 +63,64 @@ def inspect_dataset(args: argparse.Namespace) -> int:
     return 1 if report.errors else 0
 
 
+def _sizes(model: str | None) -> tuple[int, int]:
+    """(side of an image, what its sides are multiples of) in pixels for a model."""
+    if model is None:
+        return 1024, 16
+    from .families import Z_IMAGE, get_family
+    from .standalone.hosts.source import find_family
+    from .standalone.model_options import ModelOptions
+
+    options = ModelOptions(model=model)
+    if options.is_demo:
+        from .demo.world import IMAGE_SIZE
+
+        return IMAGE_SIZE, Z_IMAGE.pixel_multiple
+    family = get_family(find_family(options).family)
+    return round(family.pixel_budget**0.5), family.pixel_multiple
+
+
 def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "inspect-dataset":
         return inspect_dataset(args)
     if args.command == "train":  # before torch is loaded
-        args.train_config = config_from_args(args, demo_config())
-    from .standalone import cli
+        args.train_config = config_from_args(args, _default_config(args))
+    return _command(args.command)(args) or 0
 
-    commands = {"demo": cli.run_demo, "train": cli.run_train, "sample": cli.run_sample}
-    return commands[args.command](args) or 0
+
+def _default_config(args: argparse.Namespace) -> TrainConfig:
+    from .standalone.model_options import ModelOptions
+
+    options = ModelOptions.of(args)
+    if options.is_demo:
+        return demo_config()
+    from .standalone.hosts.source import find_family
+    from .standalone.settings import family_config
+
+    return family_config(find_family(options).family)
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    if name == "demo":
+        from .standalone.cli import run_demo
+
+        return run_demo
+    if name == "train":
+        from .standalone.training import run_train
+
+        return run_train
+    if name == "compare":
+        from .standalone.comparison.command import run_compare
+
+        return run_compare
+    if name == "evaluate":
+        from .standalone.evaluate_lora import run_evaluate
+
+        return run_evaluate
+
+    from .standalone import sampling
+
+    return sampling.run_sample if name == "sample" else sampling.run_teacher_preview
 
 
 def _is_users_mistake(error: Exception) -> bool:
@@ -76,8 +130,9 @@ def _is_users_mistake(error: Exception) -> bool:
     from .files.lock import FolderInUse
     from .training.checkpoint import StateError
     from .training.nonfinite import NonFiniteError
+    from .training.world import PeerError
 
-    return isinstance(error, StateError | NonFiniteError | FolderInUse)
+    return isinstance(error, StateError | NonFiniteError | FolderInUse | PeerError)
 
 
 def _complain(message: str) -> None:

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .conditioning.teachers import TEACHER_VIEWS
 from .config import TrainConfig
 from .demo.settings import demo_config
+from .metrics.arguments import add_evaluate
 from .options import Option, all_options, changed
+from .standalone.comparison.arguments import add_compare
+from .standalone.model_options import MODEL_HELP, add_model_arguments
 
-COMMANDS = ("demo", "train", "sample", "inspect-dataset")
+COMMANDS = ("demo", "train", "sample", "teacher-preview", "compare", "evaluate", "inspect-dataset")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NONE = "none"
@@ -45,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_sample(commands)
+    _add_teacher_preview(commands)
+    add_compare(commands)
+    add_evaluate(commands)
     _add_inspect(commands)
     return parser
 
@@ -95,8 +102,8 @@ def _add_demo(commands: Any) -> None:
         allow_abbrev=False,
         help="teach the embedded demo model a new concept and report how well it was learned",
         description="Renders four images with captions of a concept that the demo model has never seen, draws samples "
-        "of its teacher, trains (D-OPSD, and SFT for comparison), and writes the LoRA, a contact sheet, curves and "
-        "report.json. Takes a few minutes on two CPU cores, without any download.",
+        "of its teacher, trains (D-OPSD, and SFT and DreamBooth for comparison), and writes the LoRA, a contact sheet, "
+        "curves and report.json. Takes a few minutes on two CPU cores, without any download.",
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
@@ -114,21 +121,30 @@ def _add_train(commands: Any) -> None:
         help="train a LoRA on a dataset",
         description="Trains a LoRA on a folder of images with .txt captions beside them, or on a JSONL file. All files "
         "of the run are in --output; run the same command again to resume a run that was stopped or killed. Ctrl-C "
-        "saves and stops. Defaults in parentheses are for the demo model; --config loads another run's settings.",
+        "saves and stops. Defaults in parentheses are for the demo model; --config loads another run's settings. On "
+        "several GPUs: accelerate launch -m dopsd_core train ...; the processes share the batches of each step.",
     )
     _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
-    parser.add_argument("--model", default="demo", choices=("demo",), help="model to train (default: %(default)s)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
+    _add_view(parser)
     parser.add_argument(
-        "--teacher-image", choices=("own", "other"), default="own",
-        help="which image the teacher sees: the training image itself, or up to three others of the dataset in turn",
+        "--anchor-prompts", nargs="+", metavar="TEXT", help="further ordinary prompts for the prior anchors"
+    )
+    parser.add_argument(
+        "--preview-prompts", nargs="+", metavar="TEXT",
+        help="prompts to draw with --preview-every; default: the captions of the first images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint-blocks", type=int, metavar="N",
+        help="number of blocks with gradient checkpointing; default: as few as fit into the GPU's memory",
     )  # fmt: skip
     parser.add_argument(
         "--heldout-caption", metavar="TEXT", help="a caption that is not trained on, to measure the gap to the teacher"
     )
     parser.add_argument("--fresh", action="store_true", help="fail if --output already contains a run")
     parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads; default: torch's choice")
+    add_model_arguments(parser)
     groups: dict[str, Any] = {}
     for option in _train_options():
         title = _group(option)
@@ -173,14 +189,54 @@ def _add_sample(commands: Any) -> None:
     )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="prompts; --count images each")
     parser.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--model", default="demo", choices=("demo",), help="default: %(default)s")
+    add_model_arguments(parser)
     parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA file to apply")
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="LoRA strength (default: %(default)s)")
     parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="image for the teacher to see")
+    _add_teacher_view(parser)
     parser.add_argument("--count", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the model's")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of image 1 (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="pixels; default: the model's")
+
+
+def _add_teacher_preview(commands: Any) -> None:
+    parser = commands.add_parser(
+        "teacher-preview",
+        allow_abbrev=False,
+        help="draw what the teacher draws, before any training",
+        description="Draws the first training images, what the untrained model draws as the teacher that sees them, "
+        "and as the student that reads their captions alone. The student gets no better than its teacher.",
+    )
+    _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")
+    parser.add_argument(
+        "--output", type=Path, default=Path("teacher.png"), metavar="FILE", help="the sheet (default: %(default)s)"
+    )
+    _add_view(parser)
+    parser.add_argument("--count", type=int, default=4, metavar="N", help="images to show (default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the model's")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: %(default)s)")
+    add_model_arguments(parser)
+
+
+def _add_view(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--teacher-image", choices=("own", "other"), default="own",
+        help="which image the teacher sees: the training image itself, or up to three others of the dataset in turn",
+    )  # fmt: skip
+    _add_teacher_view(parser)
+    parser.add_argument(
+        "--teacher-sentence", default="", metavar="TEXT",
+        help="appended to the caption that the teacher reads, for edits; - for none; default: the view's own",
+    )  # fmt: skip
+
+
+def _add_teacher_view(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--teacher-view", choices=("auto", *TEACHER_VIEWS), default="auto",
+        help="how the teacher sees an image: through a vision tower (vlm) or as the reference of an edit; auto is the "
+        "model's own way (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _add_inspect(commands: Any) -> None:
@@ -191,10 +247,11 @@ def _add_inspect(commands: Any) -> None:
         description="Opens every image and caption of a dataset and lists all problems with file and line. The exit "
         "code is 1 if there are errors, and 0 if there are only warnings or none.",
     )
-    _add_dataset(parser, "training resolution: an image has about N x N pixels (default: %(default)s)", 1024)
+    _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's, or 1024")
     parser.add_argument(
-        "--multiple", type=int, default=16, metavar="N", help="sizes are multiples of N pixels (default: %(default)s)"
+        "--multiple", type=int, metavar="N", help="sizes are multiples of N pixels; default: the model's, or 16"
     )
+    parser.add_argument("--model", metavar="MODEL", help=f"model whose sizes to use: {MODEL_HELP.rpartition(' (')[0]}")
 
 
 def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resolution: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
+from .comfy_host.embeddings import embedding_notes
 from .comfy_host.encoder import ComfyEncoder, teacher_for
 from .comfy_host.lengths import length_notes
 from .comfy_host.paths import condition_cache
@@ -93,6 +94,15 @@ def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> 
     return [f"warning: {message}" for message in found]
 
 
+def named_texts(dataset: Dataset, sentence: str, previews: str, anchors: str) -> Iterator[tuple[str, str]]:
+    """(what it is, the text) of every text that is encoded, for notes."""
+    for pair in dataset.report.pairs:
+        yield from ((f"the caption of {pair.image_path.name}", caption) for caption in pair.captions)
+    yield from ((f"preview prompt {number}", text) for number, text in enumerate(split_lines(previews), 1))
+    yield from ((f"anchor prompt {number}", text) for number, text in enumerate(split_lines(anchors), 1))
+    yield "teacher_sentence", sentence
+
+
 def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tuple[str, ...]:
     """One line for each input of Build Teacher Condition that is not used."""
     notes = []
@@ -139,17 +149,17 @@ class BuildTeacherCondition(io.ComfyNode):
     ) -> io.NodeOutput:
         """Encodes the dataset and the prompts, and shows counts and notes on the node."""
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
-        edits = any(pair.source_images for pair in dataset.report.pairs)
         sentence, warnings = put_trigger(teacher_sentence, dataset.trigger), Notes()
         with warnings.with_warnings():
             encoder = ComfyEncoder(clip, vae, vision)
-            teacher = teacher_for(encoder, mode, edits, sentence, teacher_image == "other")
+            teacher = teacher_for(encoder, mode, dataset.is_edits, sentence, teacher_image == "other")
             prompts = (teacher_image, preview_prompts, anchor_prompts)
             conditions = build_conditions(dataset, encoder, ConditionCache(condition_cache()), teacher, *prompts)
-        found = (*conditions.notes, *remarks, *unused_encoders(teacher, clip, vision), *encoder.notes)
-        notes = Notes((*found, *warnings.lines))
+        lost = embedding_notes(clip, named_texts(dataset, sentence, preview_prompts, anchor_prompts))
+        unused = unused_encoders(teacher, clip, vision)
+        notes = Notes((*conditions.notes, *remarks, *lost, *unused, *encoder.notes, *warnings.lines))
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
-        return io.NodeOutput(replace(conditions, notes=notes.lines))
+        return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *notes.lines)))
 
 
 def _inputs() -> list[Any]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.lora
-import comfy.lora_convert
 import comfy.model_management
-import comfy.sd
 import comfy.utils
-import comfy.weight_adapter
 import folder_paths
 import node_helpers
 import torch
@@ -24,14 +19,13 @@ from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
+from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, stamp_of_choice, used_line
 from .comfy_host.model_patches import unused_schedule
-from .comfy_host.paths import stamp_of
 from .comfy_host.sampling import few_step_sample
 from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
 
-NONE = "none"
-MAX_STRENGTHS, MAX_PROMPTS, MAX_STRENGTH = 8, 32, 10.0
+MAX_PROMPTS = 32
 
 
 class CompareLoRA(io.ComfyNode):
@@ -66,9 +60,9 @@ class CompareLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> Any:
+    def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
         """Changes when the file is replaced, so that ComfyUI runs the node again."""
-        return lora_name and lora_name != NONE and stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+        return stamp_of_choice(lora_name, "lora" in others)
 
     @classmethod
     @checked
@@ -80,11 +74,11 @@ class CompareLoRA(io.ComfyNode):
         require_vae(vae, family_of(model), is_demo_model(model))
         if reference is not None:
             require_editing(model)
-        name, tensors = chosen_lora(lora_name, lora)
+        name, tensors = chosen_lora(lora_name, lora, "compare")
         send_text(cls, "\n".join((used_line(name, model, tensors), *unused_inputs(model, lora_name, lora, reference))))
         variants = {"base": model}
         for strength in wanted:
-            variants[f"strength {strength:g}"] = apply_lora(model, tensors, strength)
+            variants[f"strength {strength}".removesuffix(".0")] = apply_lora(model, tensors, strength)
         images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(variants), reference)
         columns = [images.draw(variant, texts, seed) for variant in variants.values()]
         image = to_pixels(draw_grid(f"{name}, seed {seed}", texts, list(variants), columns))
@@ -130,29 +124,6 @@ def _inputs() -> list[Any]:
     ]
 
 
-def parse_strengths(text: str) -> list[float]:
-    """ "0.5, 1" -> [0.5, 1.0].
-
-    Raises:
-        ValueError: no number, too many, or one out of range.
-    """
-    words = text.replace(";", ",").replace("\n", ",").split(",")
-    found: list[float] = []
-    for word in (word.strip() for word in words if word.strip()):
-        try:
-            value = float(word)
-        except ValueError:
-            raise ValueError(
-                f"strengths: {word!r} is not a number; write numbers separated by commas: 0.5, 1.0"
-            ) from None
-        if not abs(value) <= MAX_STRENGTH:
-            raise ValueError(f"strengths: {word} is not within -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}")
-        found.append(value)
-    if not 1 <= len(found) <= MAX_STRENGTHS:
-        raise ValueError(f"strengths: give 1 to {MAX_STRENGTHS} numbers separated by commas, there are {len(found)}")
-    return list(dict.fromkeys(found))
-
-
 def parse_prompts(text: str) -> list[str]:
     """The lines that are not empty.
 
@@ -165,20 +136,6 @@ def parse_prompts(text: str) -> list[str]:
     return found
 
 
-def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str, dict[str, Tensor]]:
-    """Title and tensors of the connected LoRA, else of the file, such as lora_A [rank, in] and lora_B [out, rank].
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if lora is not None:
-        return "the connected LoRA", dict(lora)
-    if lora_name == NONE:
-        raise ValueError("there is no LoRA to compare: choose a file in lora_name, or connect lora")
-    path = folder_paths.get_full_path_or_raise("loras", lora_name)
-    return lora_name, comfy.utils.load_torch_file(path, safe_load=True)
-
-
 def unused_inputs(
     model: Any, lora_name: str, lora: Mapping[str, Tensor] | None, reference: Tensor | None
 ) -> tuple[str, ...]:
@@ -189,81 +146,6 @@ def unused_inputs(
     if reference is not None and len(reference) > 1:
         notes.append(f"of {len(reference)} reference images only the first is used")
     return tuple(notes)
-
-
-def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
-    """How many tensors (as in `chosen_lora`, of any shape) ComfyUI's loader will apply, and one that it will not.
-
-    Raises:
-        ValueError: it will apply none.
-    """
-    used = used_keys(model, tensors)
-    rest = [key for key in tensors if key not in used and _dora_scale(key) not in used]
-    line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
-    return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
-
-
-def _dora_scale(key: str) -> str:
-    """What ComfyUI reads instead of this magnitude of a DoRA; the key for any other."""
-    return key.replace(".lora_magnitude_vector", ".dora_scale")
-
-
-def count_used(model: Any, tensors: Mapping[str, Tensor]) -> int:
-    """How many tensors, of any shape, ComfyUI's loader will apply to the model.
-
-    Raises:
-        ValueError: none.
-    """
-    return len(used_keys(model, tensors))
-
-
-def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The names of the tensors, of any shape, that ComfyUI's loader will apply to the model.
-
-    Raises:
-        ValueError: none.
-    """
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names, log_missing=False)
-    fitting = [patch for target, patch in loaded.items() if _fits(model, target, patch)]
-    if not fitting:
-        first = next(iter(tensors), "no key at all")
-        raise ValueError(
-            f"none of the LoRA's {len(tensors)} tensors fit this model (the first is {first}): "
-            "it was trained for another model; load that one"
-        )
-    return frozenset().union(*(getattr(patch, "loaded_keys", ()) for patch in fitting))
-
-
-def _fits(model: Any, target: Any, patch: Any) -> bool:
-    """Whether a LoRA or LoKr has the shape of its weight, or of its slice of it.
-
-    ComfyUI only logs a mismatch and continues. The demo model has the same names as the real one.
-    """
-    if not isinstance(patch, (comfy.weight_adapter.LoRAAdapter, comfy.weight_adapter.LoKrAdapter)):
-        return True
-    key, part = (target, None) if isinstance(target, str) else target[:2]
-    shape = list(comfy.utils.get_attr(model.model, key).shape)
-    if part is not None:
-        shape[part[0]] = part[2]
-    return _shape_of(patch) == (shape[0], math.prod(shape[1:]))
-
-
-def _shape_of(patch: Any) -> tuple[int, int]:
-    """(rows, columns) of what a LoRA or LoKr adds."""
-    if isinstance(patch, comfy.weight_adapter.LoRAAdapter):
-        up, down = patch.weights[:2]
-        return up.shape[0], down[0].numel()
-    w1, w2, _, w1_a, w1_b, w2_a, w2_b = patch.weights[:7]
-    pairs = ((w1, w1_a, w1_b), (w2, w2_a, w2_b))
-    sides = [(left, right) if whole is None else (whole, whole) for whole, left, right in pairs]
-    rows, columns = (math.prod(half[i].shape[i] for half in sides) for i in (0, 1))
-    return rows, columns
-
-
-def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:
-    """The model with the LoRA, as ComfyUI's own loaders return it; tensors by name, of any shape."""
-    return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
 
 
 class _ImageMaker:

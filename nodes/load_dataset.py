@@ -28,13 +28,16 @@ from .comfy_host.paths import (
     dataset_choices,
     dataset_fingerprint,
     locate_dataset,
+    never_the_same,
     resolve_dataset,
     store_dataset,
 )
 from .comfy_host.sockets import CATEGORY, Dataset, DatasetSocket
 
 MULTIPLE = 16
-_SHOWN_LINES = 12
+_SHOWN_LINES, _NOTED = 12, 20
+_OVERSHOOT = 0.5
+"""How far values of connected images may leave 0..1, as sharp resizing does; they are clamped."""
 
 
 class LoadDataset(io.ComfyNode):
@@ -72,22 +75,37 @@ class LoadDataset(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, folder: Any = None, **_: Any) -> str | None:
+    def fingerprint_inputs(cls, folder: Any = None, **_: Any) -> Any:
         """Changes when a file of the dataset changes, so that ComfyUI runs the node again."""
         choice = _first(folder)
-        return choice and dataset_fingerprint(choice)
+        return never_the_same() if choice is None else dataset_fingerprint(choice)
 
     @classmethod
     @checked
     def execute(cls, folder, resolution, trigger, repeats, caption_dropout, images=None, texts=None) -> io.NodeOutput:
         """Reads and checks the dataset; `images` are [n, H, W, 3 or 4] in [0, 1]. Every input is a list."""
-        source, note = _source(folder[0], images, texts)
-        report = _read(source, resolution[0], trigger[0], repeats[0])
+        settings = {"resolution": resolution, "trigger": trigger, "repeats": repeats}
+        single = {name: only(name, values) for name, values in settings.items()}
+        dropout = only("caption_dropout", caption_dropout)
+        source, note = _source(only("folder", folder), images, texts)
+        report = _read(source, **single)
         send_text(cls, note + shortened(without_folder(report.describe(), report)))
         refuse_errors(report)
-        dataset = Dataset(report, trigger[0].strip(), caption_dropout[0])
+        dataset = Dataset(report, single["trigger"].strip(), dropout, (*note.splitlines(), *noted(report)))
         pixels = to_pixels(draw_report(report))
         return io.NodeOutput(dataset, note + report.describe(), ui=ui.PreviewImage(pixels, cls=cls))
+
+
+def only(name: str, values: Sequence[Any]) -> Any:
+    """The value of the input `name`, which ComfyUI gives as a list.
+
+    Raises:
+        ValueError: there is none, or there are different ones, of which all but one would not be used.
+    """
+    if not values or any(value != values[0] for value in values):
+        count = f"{len(values)} values" if values else "no value"
+        raise ValueError(f"{name} of Load Dataset has {count}: connect one value, not a list")
+    return values[0]
 
 
 def _read(source: Path, resolution: int, trigger: str, repeats: int) -> DatasetReport:
@@ -178,8 +196,10 @@ def store_images(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
     with repeats.
 
     Raises:
-        ValueError: there are not as many texts as images, a text is not valid, or a pair occurs too often.
+        ValueError: images or a text are not valid, there are not as many texts as images, or a pair occurs too often.
     """
+    for number, batch in enumerate(images, 1):
+        _check_batch(number, batch)
     single = [image for batch in images for image in to_images(batch.permute(0, 3, 1, 2))]
     texts = [text.removeprefix("\ufeff") for text in texts]  # a byte order mark that another node has kept
     if len(single) != len(texts):
@@ -203,6 +223,20 @@ def store_images(images: Sequence[Tensor], texts: Sequence[str]) -> Path:
             _write_pair(folder, where, single[where[0]], text)
 
     return store_dataset(f"dopsd-dataset-{digest[:16]}", write)
+
+
+def _check_batch(number: int, batch: Tensor) -> None:
+    where = f"images {number} of those connected to Load Dataset"
+    if batch.ndim != 4 or batch.shape[-1] not in (3, 4):
+        raise ValueError(
+            f"{where} have the shape {list(batch.shape)}, it must be [n, H, W, 3 or 4]: connect RGB images"
+        )
+    low, high = (float(value) for value in batch.aminmax()) if batch.numel() else (0.0, 0.0)
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+        raise ValueError(
+            f"{where} have values from {low:g} to {high:g}, they must be within 0 and 1: correct the node that makes "
+            "them, such as a VAE Decode in too narrow a dtype"
+        )
 
 
 def _check_connected(number: int, text: str) -> None:
@@ -244,6 +278,13 @@ def without_folder(text: str, report: DatasetReport) -> str:
     folder = report.source if report.source.is_dir() else report.source.parent
     whole, name = printable(str(folder)), printable(folder.name)
     return text.replace(f"{whole}{os.sep}", "").replace(f"{whole}:", f"{name}:")
+
+
+def noted(report: DatasetReport) -> tuple[str, ...]:
+    """The warnings for the report of a run, the first ones if there are many."""
+    lines = [without_folder(str(problem), report) for problem in report.warnings]
+    more = len(lines) - _NOTED
+    return (*lines[:_NOTED], *([f"{more} more warnings of the dataset: see Load Dataset"] if more > 0 else []))
 
 
 def shortened(text: str) -> str:

@@ -13,7 +13,7 @@ from .comfy_host.fits import require_trainable
 from .comfy_host.former_inputs import AFTER_INITIAL_LORA, BEFORE_MEMORY, former_choices, former_inputs
 from .comfy_host.memory_plan import MEMORY_CHOICES
 from .comfy_host.model_patches import require_own_sampling
-from .comfy_host.paths import run_folder
+from .comfy_host.paths import require_run_name
 from .comfy_host.presets import PRESETS, preset_steps
 from .comfy_host.settings import TrainingSettings
 from .comfy_host.shared_inputs import conditions_input, seed_input
@@ -57,7 +57,7 @@ class TrainLoRA(io.ComfyNode):
         """True, or what is wrong with the name."""
         try:
             if isinstance(run_name, str):  # else it comes over a link
-                run_folder(run_name)
+                require_run_name(run_name)
         except ValueError as error:
             return str(error)
         return True

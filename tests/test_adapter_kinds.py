@@ -181,7 +181,7 @@ def test_a_row_of_zeros_in_the_base_is_no_division_by_zero() -> None:
 def test_dora_needs_the_weights_of_the_base(tmp_path: Path) -> None:
     class Streamed(TinyDenoiser):
         def sites(self) -> list[LinearSite]:
-            return [replace(site, weight=None) for site in super().sites()]
+            return [replace(site, weight=None) for site in TinyDenoiser.sites(self)]
 
     sentence = "adapter dora needs the weight of enter, which this model does not give, .*set adapter to lora or lokr"
     with pytest.raises(ValueError, match=sentence):

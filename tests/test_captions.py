@@ -12,6 +12,7 @@ from dopsd_core.data.captions import (
     CaptionError,
     check_prompts,
     decode_utf8,
+    doubts_of,
     has_trigger,
     near_placeholder,
     put_trigger,
@@ -47,6 +48,34 @@ def test_wide_encodings_are_named(tmp_path: Path, text: str, encoding: str, repo
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_bytes(json.dumps({"path": "a.png", "text": text}, ensure_ascii=False).encode(encoding))
     only(read(jsonl).errors, jsonl, None, f"the text is {reported}")
+
+
+@pytest.mark.parametrize("blank", ["\u3000", "\u00a0 \u2003", "\u200b\u200b", "\u2060", "\u00ad", "\u2800", "\u3164\n"])
+def test_a_caption_that_nobody_can_see_is_empty(tmp_path: Path, blank: str) -> None:
+    file = pair(tmp_path, "a.png").with_suffix(".txt")
+    file.write_text(blank, encoding="utf-8")
+    only(read(tmp_path).errors, file, 1, "the caption is empty")
+    jsonl = rows(tmp_path / "a.jsonl", {"path": "a.png", "caption": blank})
+    only(read(jsonl).errors, jsonl, 1, "'caption' is an empty caption")
+    file.write_text(f"{blank}a [V] dog", encoding="utf-8")
+    assert not read(tmp_path).errors
+
+
+def test_a_trigger_that_nobody_can_see_is_refused(tmp_path: Path) -> None:
+    pair(tmp_path, "a.png")
+    with pytest.raises(ValueError, match="no visible character"):
+        read(tmp_path, trigger="\u200b")
+    assert not read(tmp_path, trigger=" \t").errors  # none at all
+
+
+@pytest.mark.parametrize("text", ["a [V] café", "ein Mädchen mit [V]", "naïve – [V] – 5 €", "a\n[V] Ærø"])
+def test_text_that_was_encoded_twice_is_named(text: str) -> None:
+    twice = text.encode().decode("cp1252", "ignore")
+    (doubt,) = doubts_of(twice)
+    assert "read in another encoding and saved again" in doubt.message and doubt.line == 1 + ("\n" in text)
+    word = next(word for word in text.split() if not word.isascii())
+    assert doubt.message.endswith(f"write {word!r}")
+    assert doubts_of(text) == []
 
 
 @given(st.text().filter(lambda text: not text.startswith("\ufeff")))

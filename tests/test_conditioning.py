@@ -226,6 +226,20 @@ def test_a_file_that_a_caption_names_counts_for_that_caption(tmp_path):
     assert after[0] == before[0] and after[1] != before[1]
 
 
+def test_a_file_that_the_teachers_sentence_names_counts_for_every_pair(tmp_path):
+    """The student's text does not name it, and what the teacher reads decides the run all the same."""
+    cache = ConditionCache(tmp_path)
+
+    def key(contents, sentence):
+        encoder = FileReader()
+        encoder.contents = contents
+        (pair,) = encode_dataset([request()], encoder, cache, teacher=EDIT.with_sentence(sentence))
+        return pair.key
+
+    assert key("1", "like embedding:x") == key("1", "like embedding:x") != key("2", "like embedding:x")
+    assert key("1", "like that") == key("2", "like that")
+
+
 def test_a_folder_in_the_place_of_an_entry_costs_the_cache_and_not_the_run(tmp_path, caplog):
     cache, pair, path = stored(tmp_path)
     path.unlink()

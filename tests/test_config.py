@@ -42,7 +42,7 @@ def test_json_round_trip(steps: int, lr: float, decay: float, m: int | None, tea
 
 def test_json_has_a_tag_for_each_choice() -> None:
     written = json.loads(TrainConfig(objective=SFT(sigmas="grid"), schedule=Cosine(warmup=3)).to_json())
-    assert written["objective"] == {"name": "sft", "sigmas": "grid", "shift": 3.0}
+    assert written["objective"] == {"name": "sft", "sigmas": "grid", "shift": 3.0, "anchor_probability": 0.0}
     assert written["schedule"] == {"name": "cosine", "warmup": 3}
     assert written["adapter"]["targets"] == list(Z_IMAGE.lora_targets)
 
@@ -66,7 +66,7 @@ def test_json_has_a_tag_for_each_choice() -> None:
         ({"teacher": "none"}, "teacher is 'none'; choose one of ema, frozen, same"),
         ({"teacher": {"name": "ema", "decay": 1.1}}, "ema_decay is 1.1; set it to a value from 0 to 1"),
         ({"teacher": {"name": "frozen", "decay": 0.9}}, "there is no option decay; remove it"),
-        ({"objective": "pso"}, "objective is 'pso'; choose one of dopsd, sft"),
+        ({"objective": "ppo"}, "objective is 'ppo'; choose one of dopsd, sft, dreambooth, pso"),
         ({"objective": {"name": "dopsd", "los": "x0"}}, "there is no option los; did you mean loss?"),
         ({"objective": {"name": "dopsd", "loss": "v"}}, "loss is 'v'; choose one of x0, velocity"),
         (

@@ -289,3 +289,31 @@ def test_a_class_of_ours_keeps_the_name_that_saved_runs_know():
     assert name_of(loaded) == "ComfyUI-DOPSD.nodes.demo_models.DemoLatents"
     other = type("DemoLatents", (), {"__module__": "their_nodes.comfy_host.demo_models"})
     assert name_of(other) == "their_nodes.comfy_host.demo_models.DemoLatents"
+
+
+def patch_of_a_module(source: str, **values: Any) -> Any:
+    """The function `patch` of a module of another pack with these global values."""
+    module = types.ModuleType("another_pack.patches")
+    vars(module).update(values)
+    exec(source, vars(module))
+    return module.patch
+
+
+READS_SCALE = "def patch(x):\n    return [x * SCALE for _ in range(2)]"
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0), ("a", "b"), ((1, 2), (1, 3)), (torch.ones(2), torch.zeros(2))])
+def test_a_global_value_that_a_function_reads_counts(values: tuple[Any, Any]) -> None:
+    """Packs keep settings in their modules, which a patch on a MODEL reads when it is called."""
+    one, same, other = (digest(patch_of_a_module(READS_SCALE, SCALE=value)) for value in (values[0], *values))
+    assert one == same != other
+    unread = digest(patch_of_a_module(READS_SCALE, SCALE=values[0], OTHER=values[1]))
+    assert unread == one
+
+
+def test_a_counter_and_a_cache_do_not_count() -> None:
+    source = "def patch(x):\n    global calls\n    calls += 1\n    return cache.setdefault(x, calls)"
+    patch = patch_of_a_module(source, calls=0, cache={})
+    before = digest(patch)
+    patch(3)
+    assert digest(patch) == before

@@ -31,7 +31,7 @@ def output(tmp_path_factory) -> Path:
 
 def test_demo_leaves_a_report_with_every_figure(output: Path) -> None:
     report = json.loads((output / "report.json").read_text())
-    assert set(report["methods"]) == {"base", "teacher", "dopsd", "sft"}
+    assert set(report["methods"]) == {"base", "teacher", "dopsd", "sft", "dreambooth"}
     for figures in report["methods"].values():
         for name in ("concept_error", "prompt_following", "sharpness", "frechet_trigger", "frechet_prior"):
             assert set(figures[name]) == {"mean", "std"}

@@ -79,6 +79,12 @@ FILES = {
     "peft around a pipeline's network": (dotted("base_model.model.transformer.", *AB), 1.0),
     "no prefix": (dotted("", *AB), 1.0),
     "old diffusers": (dotted("transformer.", ".lora.down.weight", ".lora.up.weight"), 1.0),
+    "older diffusers": (dotted("transformer.", "_lora.down.weight", "_lora.up.weight"), 1.0),
+    "diffusers' own layers": (
+        dotted("transformer.", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", alpha=ALPHA),
+        ALPHA / RANK,
+    ),
+    "without .weight": (dotted("diffusion_model.", ".lora_A", ".lora_B", alpha=ALPHA), ALPHA / RANK),
 }
 
 
@@ -125,6 +131,15 @@ def test_two_loras_on_one_part_are_added(sites):
     file = dotted("diffusion_model.", *AB, {f"{BLOCK}.attention.qkv": (a, b)}) | dotted("transformer.", *AB)
     got = deltas(import_lora(file, sites, TARGETS).tensors)[f"{BLOCK}.attention.to_q"]
     torch.testing.assert_close(got, (b @ a)[:WIDTH] + Q[1] @ Q[0])
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "lora_unet_", "base_model.model."])
+def test_a_layer_under_two_names_is_refused(sites, prefix):
+    """ComfyUI applies the last of the two names that it looks for, so their sum would be another LoRA."""
+    second = flat(NATIVE_OUT) if prefix == "lora_unet_" else {f"{BLOCK}.attention.to_out.0": OUT}
+    file = dotted("diffusion_model.", *AB, NATIVE_OUT) | dotted(prefix, *DOWN_UP, second)
+    with pytest.raises(ValueError, match=r"one layer under two names, .*attention.out' and .*attention"):
+        import_lora(file, sites, TARGETS)
 
 
 def test_the_students_weights_are_taken_from_a_file_with_the_teachers(sites):

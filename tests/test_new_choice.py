@@ -86,7 +86,8 @@ def test_they_are_in_the_help_of_the_command_line(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         arguments.parse_args(["train", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "--objective {dopsd,sft,one_level}" in words and "one_level: the target from one noise level" in words
+    assert "--objective {dopsd,sft,dreambooth,pso,one_level}" in words
+    assert "one_level: the target from one noise level" in words
     assert "with --objective one_level: --one-level X" in words
     assert "the noise level that is trained (above 0 and at most 1; default 0.5)" in words
     assert "with --optimizer signs: --momentum X share of the last direction" in words

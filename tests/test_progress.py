@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dopsd_core.files.disk import DiskError
 from dopsd_core.training.log import Gaps, RunLog, StepReport, curve, mean_metrics, read_log
 
 
@@ -106,3 +107,10 @@ def test_curves_hold_what_was_measured(tmp_path: Path) -> None:
 def test_gaps_are_relative_to_the_start() -> None:
     assert Gaps(0.5, 3.0).relative_to(Gaps(2.0, 4.0)) == (0.25, 0.75)
     assert Gaps(0.5, None).relative_to(Gaps(0.0, None)) == (None, None)
+
+
+def test_a_log_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.mkdir()
+    with pytest.raises(DiskError, match=r"train.jsonl could not be written: .*; check the disk and the folder"):
+        RunLog(path, 3)

@@ -303,7 +303,7 @@ def shown(value: object) -> str:
 
 def _file_tensors(tensors: Mapping[str, Tensor], config: Lora, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():  # torch: not for 8-bit floats
             raise ValueError(f"{key} is not finite; the LoRA is not saved")
     folded = fold_alpha(tensors, config)
     kinds = {key: torch.float32 if _FULL_PRECISION.search(key) else dtype for key in folded}

@@ -41,6 +41,9 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.(?P<adapter>\w+))?\.weight"
 )
+_OLDER = ((re.compile(r"(?:\.lora_linear_layer|_lora)\.(up|down)\.weight$"), r".lora_\1.weight"),)
+_OLDER += ((re.compile(r"(\.lora_[AB])$"), r"\1.weight"),)
+"""Ends of names in older files of diffusers, and of genmo's trainer, and what they are now."""
 _IS_A = {"lora_A": True, "lora_down": True, "lora.down": True, "lora_B": False, "lora_up": False, "lora.up": False}
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names with underscores for dots
@@ -137,6 +140,7 @@ def import_lora(tensors: Mapping[str, Tensor], sites: Sequence[LinearSite], targ
     places, chosen = _places(sites), match_targets([part.name for site in sites for part in site.parts], targets)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     pairs, unused = _pairs(tensors)
+    _require_once(pairs, places)
     for module, pair in pairs.items():
         place = places.get(_flat(module))
         trained = [part for part in place.parts if part.name in chosen] if place else []
@@ -212,6 +216,13 @@ def _flat(module: str) -> str:
     return _unprefixed(module).replace(".", "_")
 
 
+def _match(key: str) -> re.Match[str] | None:
+    """The parts of the name of an A or B; None for other tensors."""
+    for older, usual in _OLDER:
+        key = older.sub(usual, key)
+    return _KEY.fullmatch(key)
+
+
 def _unprefixed(module: str) -> str:
     for prefix in _FLAT_PREFIXES:
         if module.startswith(prefix):
@@ -219,6 +230,19 @@ def _unprefixed(module: str) -> str:
     for prefix in _PREFIXES:  # peft may have been put around a network with a prefix of its own
         module = module.removeprefix(prefix)
     return module
+
+
+def _require_once(modules: Iterable[str], places: Mapping[str, _Place]) -> None:
+    """Refuses a layer under two names: ComfyUI applies only the last of them, and others add them."""
+    named: dict[tuple[str, ...], str] = {}
+    for module in modules:
+        if (place := places.get(_flat(module))) is not None:
+            other = named.setdefault(tuple(part.name for part in place.parts), module)
+            if other != module:
+                raise ValueError(
+                    f"{_IT} has one layer under two names, {shown(other)} and {shown(module)}, which programs read "
+                    "differently: use a file with one of them"
+                )
 
 
 def _why_nothing(
@@ -264,7 +288,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
     for key in tensors:
         if _OTHER_KINDS.search(key):
             raise ValueError(f"{_IT} holds {shown(key)}, {_other_kind(key)}; only a plain LoRA can be the start")
-        match = _KEY.fullmatch(key)
+        match = _match(key)
         if match is not None:
             found = halves.setdefault(match["module"], {}).setdefault(_IS_A[match["kind"]], {})
             if found.setdefault(match["adapter"] or "", key) != key:
@@ -314,7 +338,7 @@ def _with_strength(tensors: Mapping[str, Tensor], stated: Mapping[str, object], 
         return dict(tensors)
     result = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
+        match = _match(key)
         if match is not None and not _IS_A[match["kind"]]:
             if tensor.ndim < 2 or tensor.shape[1] == 0 or not tensor.is_floating_point():
                 raise ValueError(f"{source}: {shown(key)} is {tensor.dtype} {tuple(tensor.shape)}, not the B of a LoRA")

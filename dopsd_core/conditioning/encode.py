@@ -195,6 +195,8 @@ def _compose(request: EncodeRequest, teacher: TeacherView, parts: _Parts) -> Dua
     student = _with_references(parts.text(request.caption), sources)
     images = [request.target, shown, *request.sources]
     facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}
+    if (reads := parts.identity_for(teacher.sentence)) != parts.encoder.identity:  # it names a file
+        facts["reads"] = [reads]
     key = cache_key("pair", request.target.digest, request.caption, parts.identity_for(request.caption), facts)
     return DualCondition(student, seeing, parts.latent(request.target), request.caption, key)
 

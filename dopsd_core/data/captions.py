@@ -6,6 +6,7 @@ In the authors' data the concept is written as `[V]`; users may choose another w
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,12 @@ MAX_BYTES = 1 << 20
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NAMED = 4  # near misses in a sentence
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
+
+_UNSEEN = frozenset(("Zs", "Zl", "Zp", "Cc", "Cf"))
+"""Unicode's categories of spaces, line ends, control and format characters."""
+
+_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters of Hangul and Braille that are drawn as spaces."""
 
 _BYTE_ORDER_MARKS = (
     (b"\xff\xfe\0\0", "UTF-32"),
@@ -68,7 +75,7 @@ def read_caption_file(path: Path, kind: Kind = "caption") -> str:
         raise CaptionError(f"has {size / 2**20:.0f} MB, too large for one {kind}")
     text = decode_utf8(path.read_bytes())
     check_text(text)
-    if not text.strip():
+    if is_blank(text):
         wanted = "what the image shows" if kind == "caption" else "what is to change"
         raise CaptionError(f"the {kind} is empty; write {wanted}")
     return text
@@ -121,6 +128,11 @@ def check_text(text: str) -> None:
         raise CaptionError(_what_it_is(found.group()), _line_of(text, found.start()))
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of the text can be seen: spaces of any script, zero-width characters, fillers."""
+    return all(character in _FILLERS or unicodedata.category(character) in _UNSEEN for character in text)
+
+
 def _what_it_is(character: str) -> str:
     code = f"U+{ord(character):04X}"
     if character == "\0":
@@ -157,7 +169,7 @@ def row_captions(row: Mapping[str, object]) -> RowCaptions:
         value = row[key]
         if not isinstance(value, str):
             found.complaints.append(f"{key!r} is {type(value).__name__}, not text")
-        elif not value.strip("\ufeff \t\r\n"):
+        elif is_blank(value):
             found.complaints.append(f"{key!r} is an empty caption")
         else:
             try:
@@ -229,13 +241,29 @@ class Doubt:
 
 
 def doubts_of(text: str, trigger: str = "") -> list[Doubt]:
-    """Warnings about a caption: near misses of `[V]`, and replacement characters."""
+    """Warnings about a caption: near misses of `[V]`, replacement characters, text that was encoded twice."""
     doubts = [near] if (near := near_placeholder(text, trigger)) else []
+    doubts += [twice] if (twice := _encoded_twice(text)) else []
     lost = text.find("\ufffd")
     if lost >= 0:
         message = "contains U+FFFD, which marks a character that was lost in a conversion: write the right character"
         doubts.append(Doubt(message, _line_of(text, lost)))
     return doubts
+
+
+def _encoded_twice(text: str) -> Doubt | None:
+    """A warning about UTF-8 that another program has read as Windows-1252 and saved again: "cafÃ©" for "café"."""
+    if text.isascii():
+        return None
+    try:
+        meant = text.encode("cp1252").decode()
+    except ValueError:
+        return None
+    first = next(place for place, character in enumerate(text) if not character.isascii())
+    begin = max(text.rfind(" ", 0, first), text.rfind("\n", 0, first)) + 1
+    words = [part[begin:].split()[0] for part in (text, meant)]
+    message = f"{words[0]!r} looks like UTF-8 that was read in another encoding and saved again: write {words[1]!r}"
+    return Doubt(message, _line_of(text, first))
 
 
 def near_placeholder(text: str, trigger: str = "") -> Doubt | None:

@@ -17,7 +17,16 @@ from pathlib import Path
 
 from ..text import printable
 from .buckets import Bucket, make_buckets
-from .captions import CaptionError, check_text, doubts_of, has_trigger, near_placeholder, put_trigger, remove_trigger
+from .captions import (
+    CaptionError,
+    check_text,
+    doubts_of,
+    has_trigger,
+    is_blank,
+    near_placeholder,
+    put_trigger,
+    remove_trigger,
+)
 from .checks import Fit, ImageChecker
 from .folder import ROW_SUFFIXES, Entry, read_folder
 from .jsonl import read_jsonl
@@ -170,6 +179,8 @@ def _checked_trigger(trigger: str) -> str:
         check_text(trigger)
     except CaptionError as error:
         raise ValueError(f"the trigger {trigger!r} cannot be used: {error}") from error
+    if is_blank(trigger) and trigger.strip():
+        raise ValueError(f"the trigger {ascii(trigger)} has no visible character: write a word such as ohwx")
     return trigger.strip()
 
 

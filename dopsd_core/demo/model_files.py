@@ -15,6 +15,7 @@ from .autoencoder import LATENT_CHANNELS, DemoAutoencoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODEL_FILE = "dopsd_demo_turbo_bf16.safetensors"
+PARENT_FILE = "dopsd_demo_parent_bf16.safetensors"  # before the distillation, in the layout of MODEL_FILE
 TEXT_ENCODER_FILE = "dopsd_demo_qwen3vl_bf16.safetensors"
 VAE_FILE = "dopsd_demo_vae_bf16.safetensors"
 JUDGE_FILE = "dopsd_demo_judge_fp16.safetensors"

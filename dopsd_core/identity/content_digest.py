@@ -10,6 +10,7 @@ Addresses, hash() and the order of sets have no influence. Devices and UUIDs are
 from __future__ import annotations
 
 import datetime
+import dis
 import enum
 import functools
 import hashlib
@@ -40,6 +41,9 @@ _OF_CLASSES |= {"__annotate_func__", "__annotations_cache__"}
 
 _WRITTEN_OUT = (torch.dtype, torch.layout, torch.memory_format, range, slice, re.Pattern)
 _WRITTEN_OUT += (types.UnionType, types.GenericAlias, datetime.date, datetime.time, datetime.timedelta)
+_SETTINGS = (bool, int, float, complex, str, bytes, tuple, enum.Enum, torch.dtype, Tensor)
+"""Types of global values that decide what a function does; lists and dicts may be caches, which change."""
+_WITHOUT_SETTINGS = frozenset(("comfy", "comfy_extras", "comfy_api", "torch"))
 _POINTER = struct.calcsize("P")
 _CACHED_FUNCTION = type(functools.lru_cache(lambda: None))
 
@@ -158,7 +162,9 @@ class Digester:
 
     def _function(self, value: types.FunctionType) -> bytes:
         cells = [_cell(cell) for cell in value.__closure__ or ()]
-        parts = (value.__defaults__, value.__kwdefaults__, cells, vars(value))
+        parts: tuple[Any, ...] = (value.__defaults__, value.__kwdefaults__, cells, vars(value))
+        if used := _globals_of(value):
+            parts += (used,)
         return self._joined(f"function {name_of(value)}", [self._code(value.__code__), *map(self.of, parts)])
 
     def _code(self, code: types.CodeType) -> bytes:
@@ -280,6 +286,24 @@ def _plain(value: Any) -> bytes | None:
     if isinstance(value, logging.Logger):
         return b"logger"
     return None
+
+
+def _globals_of(function: types.FunctionType) -> dict[str, Any]:
+    """The plain values that a function reads from its module, by name.
+
+    Without those that it writes, such as counters, and without those of ComfyUI and torch, which are no settings.
+    """
+    if function.__module__ is None or function.__module__.partition(".")[0] in _WITHOUT_SETTINGS:
+        return {}
+    read, written, codes = set[str](), set[str](), [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        steps = list(dis.get_instructions(code))
+        read |= {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        written |= {step.argval for step in steps if step.opname == "STORE_GLOBAL"}
+    found = {name: function.__globals__[name] for name in sorted(read - written) if name in function.__globals__}
+    return {name: value for name, value in found.items() if isinstance(value, _SETTINGS)}
 
 
 def _cell(cell: Any) -> Any:

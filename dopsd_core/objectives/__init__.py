@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from ..options import Registry
-from .base import Objective, ObjectiveInputs, ObjectiveOutput, StepStats
-from .dopsd import DOPSD, LossForm, measure_gap, self_distillation_loss
-from .sft import SFT, SigmaDistribution
+from .base import ClassImage, Objective, ObjectiveInputs, ObjectiveOutput, StepStats
+from .distillation import LossForm, measure_gap, self_distillation_loss
+from .dopsd import DOPSD
+from .dreambooth import DreamBooth
+from .flow_matching import SigmaDistribution
+from .pso import PSO
+from .sft import SFT
 
 __all__ = [
     "DOPSD",
     "OBJECTIVES",
+    "PSO",
     "SFT",
+    "ClassImage",
+    "DreamBooth",
     "LossForm",
     "Objective",
     "ObjectiveInputs",
@@ -21,4 +28,4 @@ __all__ = [
     "self_distillation_loss",
 ]
 
-OBJECTIVES: Registry[Objective] = Registry("objective", DOPSD, SFT)
+OBJECTIVES: Registry[Objective] = Registry("objective", DOPSD, SFT, DreamBooth, PSO)

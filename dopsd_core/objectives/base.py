@@ -39,6 +39,7 @@ class ObjectiveInputs:
         sigmas: the grid, K + 1 values.
         generator: a CPU generator.
         anchors: conditions without the trigger to sample from.
+        class_images: images that the untouched model drew before training; as many as `Objective.drawn_images`.
         loss_scale: factor of the losses before the backward: 1 / gradient accumulation, times the factor of
             `training/loss_scale.py` for fp16.
     """
@@ -50,7 +51,21 @@ class ObjectiveInputs:
     sigmas: Sequence[float]
     generator: torch.Generator
     anchors: Sequence[Condition] = ()
+    class_images: Sequence[ClassImage] = ()
     loss_scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class ClassImage:
+    """An image that the untouched model drew.
+
+    Attributes:
+        condition: what it was drawn from, an anchor.
+        latent: [C, h, w] fp32 in model space.
+    """
+
+    condition: Condition
+    latent: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,9 @@ class Objective(Variant):
     relative_cost: ClassVar[float] = 1.0
     """Approximate cost of an optimizer step relative to D-OPSD."""
 
+    needs_few_steps: ClassVar[bool] = True
+    """Whether it trains the few steps of a distilled model, and is pointless on an undistilled one."""
+
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Adds loss_scale * dL/dtheta to the gradients of `inputs.adapters.parameters()`; does not change the mode."""
         raise NotImplementedError
@@ -128,10 +146,38 @@ class Objective(Variant):
         """Problems with a rollout of K steps, one sentence each."""
         return ()
 
+    def data_problems(self, pairs: Sequence[DualCondition], anchors: Sequence[Condition]) -> Sequence[str]:
+        """Problems with the training data, one sentence each; by default missing anchors."""
+        return (_missing_anchors(self),) if self.wants_anchors and not anchors else ()
+
+    @property
+    def anchor_share(self) -> float:
+        """The share of batches that are prior anchors."""
+        return 0.0
+
+    @property
+    def drawn_images(self) -> int:
+        """Number of images that the untouched model draws from the anchors before training."""
+        return 0
+
     @property
     def wants_anchors(self) -> bool:
-        """Whether the objective needs prior anchors."""
-        return False
+        """Whether the objective needs the captions of the prior anchors."""
+        return self.anchor_share > 0 or self.drawn_images > 0
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher is used for more than the measured gap."""
+        return True
+
+    @property
+    def uses_rollout(self) -> bool:
+        """Whether the noise levels of the K rollout steps are used for more than the measured gap."""
+        return True
+
+    def forward_batch(self, batch_size: int) -> int:
+        """The number of samples in the largest forward with a graph, for batches of `batch_size`."""
+        return batch_size
 
     def without_anchors(self) -> Self:
         """The same objective for data without prior anchors."""
@@ -140,6 +186,17 @@ class Objective(Variant):
     def on_fewer_steps(self, count: int, rollout_steps: int) -> Self:
         """The same objective with gradients on only `count` of the K steps, if that saves time and is not set."""
         return self
+
+
+def _missing_anchors(objective: Objective) -> str:
+    if objective.drawn_images:
+        return (
+            f"objective {objective.name} draws class images from the anchor captions, and there are none; add some, or "
+            "write the trigger into the captions"
+        )
+    return (
+        f"{objective.prefix}anchor_probability is above 0, but there are no anchor captions; add some, or set it to 0"
+    )
 
 
 # -- helpers of objectives --------------------------------------------------------------------------------------------

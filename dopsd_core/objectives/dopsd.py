@@ -4,52 +4,37 @@ At the student's own states x_k, the student with the caption regresses the teac
 L = mean_k mean((v_student - sg(v_teacher))^2). States are detached, so L is a sum of independent graphs: a backward
 after each step gives the same gradient as one backward over all K, with the activations of a single step in memory.
 
-Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as in `sigmas.py`.
+The paper's ablations are options: other states, another target (and other weights of the teacher, `teachers/`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from ..lazy import lazy
 from ..options import Hint
-from ..rollout import rollout
-from .base import Objective, ObjectiveInputs, ObjectiveOutput, compare, predict, predictor
+from .base import Objective, ObjectiveInputs, ObjectiveOutput
+from .distillation import (
+    IMAGE,
+    TEACHER,
+    LossForm,
+    Sides,
+    States,
+    Target,
+    Teaching,
+    anchor_batch,
+    distill,
+    draw_anchor,
+)
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-    from torch.nn import functional as F
     from typing_extensions import Self
-
-    from ..conditioning.encode import Condition
-    from ..trainable import Mode
 else:
-    torch, F = lazy("torch"), lazy("torch.nn.functional")
-
-LossForm = Literal["x0", "velocity"]
-
-_TEACHER = "the teacher's prediction"
-
-
-def self_distillation_loss(x0_student: Tensor, x0_teacher: Tensor, sigma: float, form: LossForm = "x0") -> Tensor:
-    """Eq. 7 at one state: mean squared difference of x0 (default) or velocities, a scalar.
-
-    The velocity form is the x0 form / sigma^2.
-
-    Args:
-        x0_student: [B, C, h, w], with graph.
-        x0_teacher: [B, C, h, w], detached here.
-        sigma: noise level in (0, 1].
-        form: "x0" or "velocity".
-    """
-    if form not in get_args(LossForm):
-        raise ValueError(f"loss form must be one of {', '.join(get_args(LossForm))}; got {form!r}")
-    loss = F.mse_loss(x0_student, x0_teacher.detach())
-    return loss / sigma**2 if form == "velocity" else loss
+    torch = lazy("torch")
 
 
 class DOPSD(Objective):
@@ -74,20 +59,54 @@ class DOPSD(Objective):
         description="share of batches that are prior anchors: ordinary prompts with the untouched network as teacher, "
         "which prevents leakage of the concept into them",
     )
+    states: States = Field(
+        default="own",
+        description="states that are trained: of the student's own trajectory (on-policy), noised training images, or "
+        "of the teacher's trajectory; prior anchors are always on-policy",
+    )
+    regression_target: Target = Field(
+        default="teacher",
+        description="what the student regresses at these states: the teacher's prediction, or the training image",
+    )
+    magnitude_weight: Annotated[float, Hint(step=0.05)] = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="weight of the part of the loss that is about the magnitude of the velocity, against oversaturated "
+        "images; 1 for the plain loss, and always for prior anchors",
+    )
+    band_low: Annotated[float, Hint(step=0.05)] = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="lowest noise level at which the target is used; below, the student is pulled to the untouched "
+        "network",
+    )
+    band_high: Annotated[float, Hint(step=0.05)] = Field(
+        default=1.0, ge=0, le=1, description="highest noise level at which the target is used; the same above"
+    )
 
     def problems(self, rollout_steps: int) -> Sequence[str]:
-        """Reports more gradient steps than rollout steps."""
-        if self.grad_steps is None or self.grad_steps <= rollout_steps:
-            return ()
-        return (
-            f"grad_steps is {self.grad_steps}; set it to a value from 1 to rollout_steps ({rollout_steps}), "
-            "or null for all of the steps",
-        )
+        """Reports more gradient steps than rollout steps, and an empty band."""
+        problems = []
+        if self.grad_steps is not None and self.grad_steps > rollout_steps:
+            problems.append(
+                f"grad_steps is {self.grad_steps}; set it to a value from 1 to rollout_steps ({rollout_steps}), "
+                "or null for all of the steps"
+            )
+        if self.band_low > self.band_high:
+            problems.append(f"band_low is {self.band_low}; set it to at most band_high ({self.band_high})")
+        return problems
 
     @property
-    def wants_anchors(self) -> bool:
-        """Whether some batches are prior anchors."""
-        return self.anchor_probability > 0
+    def anchor_share(self) -> float:
+        """The share of batches that are prior anchors."""
+        return self.anchor_probability
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher's predictions are trained on or lead to the states."""
+        return "teacher" in (self.states, self.regression_target)
 
     def without_anchors(self) -> Self:
         """The same objective without prior anchors."""
@@ -98,33 +117,20 @@ class DOPSD(Objective):
         return self if self.grad_steps is not None or count >= rollout_steps else self.replace(grad_steps=count)
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        """One rollout from `inputs.noise`, with a backward after each gradient step.
+        """One trajectory from `inputs.noise`, with a backward after each gradient step.
 
         Raises:
-            ValueError: grad_steps exceeds K, or there are no anchors although anchor_probability is above 0.
+            ValueError: grad_steps exceeds K, there are no anchors although anchor_probability is above 0, or a pair has
+                no target latent and the options need it.
         """
         # Steps are sampled before the anchor, so that runs with and without anchors use the same gradient steps.
         selected = self._draw_steps(inputs)
-        is_anchor = self._draw_anchor(inputs)
-        if is_anchor:
-            student = teacher = _draw_conditions(inputs)
-            teacher_mode: Mode = "off"
-        else:
-            student, teacher = [p.student for p in inputs.pairs], [p.teacher for p in inputs.pairs]
-            teacher_mode = "teacher"
-        stats = []
-        steps = rollout(predictor(inputs, "student", student), inputs.noise, inputs.sigmas, grad_steps=selected)
-        for step in steps:
-            if step.index in selected:
-                x0_teacher = predict(inputs, teacher_mode, teacher, step.x, step.sigma)
-                loss = self_distillation_loss(step.x0, x0_teacher, step.sigma, self.loss)
-                # Checkpointed blocks run their forward again here, with the student's weights.
-                with inputs.adapters.use("student"):
-                    (loss * (inputs.loss_scale / len(selected))).backward()
-                stats.append((step.index, step.sigma, compare(step, x0_teacher, loss)))
-            if step.index == max(selected):
-                break
-        return ObjectiveOutput.of(stats, "the untouched model's prediction" if is_anchor else _TEACHER, is_anchor)
+        if draw_anchor(inputs, self.anchor_probability):
+            return anchor_batch(inputs, selected, self.loss)
+        band = self.band_low, self.band_high
+        teaching = Teaching(self.loss, self.states, self.regression_target, self.magnitude_weight, band)
+        stats = distill(inputs, Sides.of_pairs(inputs), selected, teaching)
+        return ObjectiveOutput.of(stats, TEACHER if self.regression_target == "teacher" else IMAGE)
 
     def _draw_steps(self, inputs: ObjectiveInputs) -> frozenset[int]:
         num_steps = len(inputs.sigmas) - 1
@@ -134,26 +140,3 @@ class DOPSD(Objective):
             raise ValueError(f"grad_steps is {self.grad_steps}, but the rollout has only {num_steps} steps; lower it")
         order = torch.randperm(num_steps, generator=inputs.generator)
         return frozenset(order[: self.grad_steps].tolist())
-
-    def _draw_anchor(self, inputs: ObjectiveInputs) -> bool:
-        if self.anchor_probability > 0 and not inputs.anchors:
-            raise ValueError("anchor_probability is above 0 but there are no anchor captions; add some or set it to 0")
-        return torch.rand((), generator=inputs.generator).item() < self.anchor_probability
-
-
-def measure_gap(
-    inputs: ObjectiveInputs, form: LossForm = "x0", student_mode: Mode = "student", teacher_mode: Mode = "teacher"
-) -> ObjectiveOutput:
-    """Measures the distance to the teacher along the student's rollout, without gradients."""
-    student, teacher = [p.student for p in inputs.pairs], [p.teacher for p in inputs.pairs]
-    stats = []
-    for step in rollout(predictor(inputs, student_mode, student), inputs.noise, inputs.sigmas):
-        x0_teacher = predict(inputs, teacher_mode, teacher, step.x, step.sigma)
-        loss = self_distillation_loss(step.x0, x0_teacher, step.sigma, form)
-        stats.append((step.index, step.sigma, compare(step, x0_teacher, loss)))
-    return ObjectiveOutput.of(stats, _TEACHER)
-
-
-def _draw_conditions(inputs: ObjectiveInputs) -> list[Condition]:
-    chosen = torch.randint(len(inputs.anchors), (len(inputs.pairs),), generator=inputs.generator)
-    return [inputs.anchors[i] for i in chosen.tolist()]

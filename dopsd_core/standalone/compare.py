@@ -1,4 +1,8 @@
-"""Compares D-OPSD and SFT on one concept: equal steps, several seeds, SFT with the best of several learning rates."""
+"""The demo's comparison on one concept: D-OPSD, SFT and DreamBooth at equal steps, with several seeds.
+
+SFT gets the best of several learning rates, DreamBooth the one that was best on other concepts. `comparison/` compares
+any methods on many concepts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from ..demo.concept import Concept
 from ..demo.world import render
 from ..files.atomic import write_atomic
 from ..image_grid import Row, contact_sheet
-from ..objectives import SFT
+from ..objectives import SFT, DreamBooth
 from ..training.log import LOG_NAME, read_log
 from .curves import save_curves
 from .evaluate import Samples, Scores, frechet_floor, gap_closed, summarise
@@ -25,7 +29,8 @@ from .jobs import Job, JobRunner
 from .judge import Judge
 
 SFT_RATES = (1e-4, 3e-4, 1e-3)
-METHODS = ("base", "teacher", "dopsd", "sft")
+DREAMBOOTH_RATE = 1e-3
+METHODS = ("base", "teacher", "dopsd", "sft", "dreambooth")
 _SHOWN = 8
 
 
@@ -70,6 +75,12 @@ def sft_job(config: TrainConfig, rate: float, seed: int) -> Job:
     return Job(seed, config.replace(objective=SFT(), optimizer=optimizer, seed=seed), f"sft-lr{rate:g}")
 
 
+def dreambooth_job(config: TrainConfig, seed: int) -> Job:
+    """The same run with DreamBooth: equal steps, batch size, LoRA and seed."""
+    optimizer = config.optimizer.replace(lr=DREAMBOOTH_RATE)
+    return Job(seed, config.replace(objective=DreamBooth(), optimizer=optimizer, seed=seed), "dreambooth")
+
+
 def compare(
     runner: JobRunner, config: TrainConfig, num_seeds: int, on_teacher: Callable[[Samples, Samples], None]
 ) -> Comparison:
@@ -82,13 +93,13 @@ def compare(
     base = runner.run(untouched)
     teacher = [done.taught for done in base if done.taught is not None]
     on_teacher(base[0].samples, teacher[0][1])
-    results = runner.run([*own, *tries])
-    dopsd, tried = results[:num_seeds], dict(zip(SFT_RATES, results[num_seeds:], strict=True))
+    results = runner.run([*own, *tries, *(dreambooth_job(config, seed) for seed in range(num_seeds))])
+    dopsd, dreambooth = results[:num_seeds], results[num_seeds + len(tries) :]
+    tried = dict(zip(SFT_RATES, results[num_seeds : num_seeds + len(tries)], strict=True))
     rate = best_rate({rate: done.scores for rate, done in tried.items()}, dopsd[0].scores)
     sft = [tried[rate], *runner.run([sft_job(config, rate, seed) for seed in range(1, num_seeds)])]
-    found = {
-        name: [(d.scores, d.samples) for d in runs] for name, runs in (("base", base), ("dopsd", dopsd), ("sft", sft))
-    }
+    trained = {"base": base, "dopsd": dopsd, "sft": sft, "dreambooth": dreambooth}
+    found = {name: [(done.scores, done.samples) for done in runs] for name, runs in trained.items()}
     found["teacher"] = teacher
     lora = dopsd[0].lora
     if lora is None:
@@ -131,6 +142,7 @@ def write_results(
         "config": json.loads(result.config.to_json()),
         "concept": {"seed": concept.seed, "looks": concept.words},
         "sft": {"rate": result.sft_rate, "tried": {f"{r:g}": asdict(s) for r, s in result.sft_rates.items()}},
+        "dreambooth": {"rate": DREAMBOOTH_RATE},
         "frechet_floor": frechet_floor(judge, 2 * len(concept.generic.texts)),
     }
     write_atomic(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
@@ -168,16 +180,19 @@ def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
         "teacher": ("teacher", "before training, sees a\ntarget: the upper bound"),
         "dopsd": ("D-OPSD", "4 steps, text only"),
         "sft": ("SFT", f"4 steps, text only;\nbest of {len(SFT_RATES)} rates"),
+        "dreambooth": ("DreamBooth", "4 steps, text only"),
     }
+    trained = {"dopsd": "D-OPSD", "sft": "SFT", "dreambooth": "DreamBooth"}
     for name, (label, remark) in remarks.items():
         rows.append(Row(label, remark, result.shown[name].trigger[pick], words if name == "base" else ()))
     rows.append(
         Row("expected", "other prompts, no [V]:\nrenders of the prompts", render(concept.described.scenes[:n]), prior)
     )
-    for name, label in (("base", "prior before"), ("dopsd", "prior, D-OPSD"), ("sft", "prior, SFT")):
-        rows.append(Row(label, "", result.shown[name].described[:n]))
-    for name, label in (("base", "no words, before"), ("dopsd", "no words, D-OPSD"), ("sft", "no words, SFT")):
-        rows.append(Row(label, '"a badge, ...": the concept\nshould not show here', result.shown[name].generic[:n]))
+    for name, label in {"base": "before", **trained}.items():
+        rows.append(Row(f"prior, {label}", "", result.shown[name].described[:n]))
+    for name, label in {"base": "before", **trained}.items():
+        remark = '"a badge, ...": the concept\nshould not show here'
+        rows.append(Row(f"no words, {label}", remark, result.shown[name].generic[:n]))
     return contact_sheet(f"Concept {concept.seed}: {concept.words} = [V]", rows)
 
 
@@ -186,7 +201,10 @@ def draw_overview(concept: Concept, result: Comparison, each: int = 2) -> Image.
 
     All methods draw the same prompts from the same noise.
     """
-    titles = {"base": "untouched", "sft": "SFT", "dopsd": "D-OPSD", "teacher": "teacher (sees a target)"}
+    titles = {
+        "base": "untouched", "sft": "SFT", "dreambooth": "DreamBooth", "dopsd": "D-OPSD",
+        "teacher": "teacher (sees a target)",
+    }  # fmt: skip
     pick, _ = _shown_prompts(concept)
     words = [title if i == 0 else "" for title in titles.values() for i in range(each)]
     trigger = torch.cat([result.shown[name].trigger[pick[:each]] for name in titles])
@@ -205,17 +223,18 @@ def table(report: Mapping[str, Any]) -> str:
         "frechet_trigger": "Frechet [V]", "frechet_prior": "Frechet prior", "prior_error": "prior error",
         "leak": "leak",
     }  # fmt: skip
-    head = f"{'':9}" + "".join(f"{title:>18}" for title in columns.values())
+    head = f"{'':11}" + "".join(f"{title:>18}" for title in columns.values())
     lines = [head, "-" * len(head)]
     for name in METHODS:
         cells = [report["methods"][name][column] for column in columns]
-        lines.append(f"{name:9}" + "".join(f"{c['mean']:>11.3f} ±{c['std']:5.3f}" for c in cells))
+        lines.append(f"{name:11}" + "".join(f"{c['mean']:>11.3f} ±{c['std']:5.3f}" for c in cells))
     prior = {name: report["methods"][name]["frechet_prior"]["mean"] for name in METHODS}
     lines.append("")
     lines.append(f"D-OPSD closed {report['gap_closed']:.0%} of the gap between base and teacher.")
     lines.append(
         f"Frechet distance of prior prompts against the base's: D-OPSD x{prior['dopsd'] / prior['base']:.2f}, "
-        f"SFT x{prior['sft'] / prior['base']:.2f} (lr {report['sft']['rate']:g}, the best of those tried)."
+        f"SFT x{prior['sft'] / prior['base']:.2f} (lr {report['sft']['rate']:g}, the best of those tried), "
+        f"DreamBooth x{prior['dreambooth'] / prior['base']:.2f}."
     )
     lines.append(f"{report['wall_seconds']:.0f} s, peak memory {report['peak_rss_mb']:.0f} MB.")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,15 +20,18 @@ from ..config import TrainConfig
 from ..data.dataset import read_dataset
 from ..data.images import load_image
 from ..demo.concept import Concept
-from ..demo.world import IMAGE_SIZE, TRIGGER
+from ..demo.model_files import SAMPLE_STEPS
+from ..demo.world import APPEARANCE, IMAGE_SIZE, TRIGGER
 from ..families import Z_IMAGE
 from ..rollout import sample
+from ..teachers import FrozenTeacher
+from ..trainable import Trainable
 from ..training.rng import make_generator
 from ..training.trainer import Callbacks, TrainingSet, train
 from ..training.training_set import build_training_set
 from .evaluate import Samples, Scores, score
-from .hosts.demo import DemoModel, with_lora
-from .judge import Judge
+from .hosts.demo import DemoModel, StandaloneDenoiser, load_undistilled, with_lora
+from .judge import Judge, judged_right
 
 _BATCH = 32
 
@@ -103,8 +107,44 @@ class Demo:
         """The judge's scores of the samples."""
         return score(samples, self.concept, self.judge)
 
-    def train(self, name: str, config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
-        """Trains in `runs/<name>`, or resumes the run there, and returns the LoRA's path."""
-        facts = {"dopsd_base_fingerprint": self.model.fingerprint}
+    def train(
+        self, name: str, config: TrainConfig, callbacks: Callbacks | None = None, *, undistilled: bool = False
+    ) -> Path:
+        """Trains in `runs/<name>`, or resumes the run there, and returns the LoRA's path.
+
+        undistilled: whether to train the model before its distillation.
+
+        Raises:
+            FileNotFoundError: the undistilled model is not there.
+        """
+        model = self._undistilled if undistilled else (self.model.denoiser, self.model.fingerprint)
+        denoiser, fingerprint = model
+        facts = {"dopsd_base_fingerprint": fingerprint} | ({"dopsd_undistilled": "yes"} if undistilled else {})
         folder = self.output / "runs" / name
-        return train(config, self.model.denoiser, self.data, folder, callbacks, facts=facts).lora_path
+        result = train(config, denoiser, self.data, folder, callbacks, facts=facts, sample_steps=SAMPLE_STEPS)
+        return result.lora_path
+
+    @cached_property
+    def _undistilled(self) -> tuple[StandaloneDenoiser, str]:
+        return load_undistilled()
+
+    def concept_error(
+        self, adapters: Trainable, config: TrainConfig, seed: int, count: int, undistilled: bool
+    ) -> float:
+        """The concept error of weights in training, on `count` of the unseen prompts.
+
+        undistilled: whether the weights are attached to the undistilled model; they are drawn with the distilled one.
+        """
+        scenes, conditions = self.concept.unseen.scenes, self.conditions.trigger
+        chosen = torch.arange(0, len(conditions), max(1, len(conditions) // count))[:count]
+        drawn = [conditions[i] for i in chosen.tolist()]
+        if undistilled:
+            other = config.adapter.build(self.model.denoiser, FrozenTeacher(), config.seed)
+            other.load_state("student", adapters.state())
+            with other.attached():
+                images = self.draw(drawn, seed)
+        else:
+            with adapters.use("student"):
+                images = self.draw(drawn, seed)
+        right = judged_right(self.judge, images, scenes[chosen].labels())
+        return 1 - sum(float(right[name].float().mean()) for name in APPEARANCE) / len(APPEARANCE)

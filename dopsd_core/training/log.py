@@ -105,9 +105,14 @@ class RunLog:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        """Opens the log of a run at `step`; -1 clears it."""
+        """Opens the log of a run at `step`; -1 clears it.
+
+        Raises:
+            DiskError: it cannot be read or written.
+        """
         self.path = path
-        kept = [report for report in read_log(path) if report.step <= step]
+        with writing(path):
+            kept = [report for report in read_log(path) if report.step <= step]
         write_atomic(path, "".join(report.to_row() for report in kept).encode())
         with writing(path):
             self._file = path.open("ab", buffering=0)  # a buffer would retry the write on close

@@ -19,11 +19,22 @@ class RunIdentity:
         data: fingerprint of the training set.
         model: fingerprint of the base model; empty if unknown.
         initial: digest of the LoRA that it started from; empty if there is none.
+        class_images: `plan_digest` of the images that the untouched model drew; empty if there are none.
     """
 
     data: str
     model: str
     initial: str
+    class_images: str = ""
+
+    def in_words(self) -> dict[str, str]:
+        """The digests by what they are of."""
+        return {
+            "the dataset": self.data,
+            "the model": self.model,
+            "the initial LoRA": self.initial,
+            "the class images": self.class_images,
+        }
 
 
 def require_same_run(checkpoint: Checkpoint, config: TrainConfig, identity: RunIdentity, folder: Path) -> None:
@@ -40,6 +51,8 @@ def require_same_run(checkpoint: Checkpoint, config: TrainConfig, identity: RunI
         changed = (*changed, "the model: its weights or patches")
     if facts.get("initial", "") != identity.initial:
         changed = (*changed, "the LoRA that it started from")
+    if facts.get("class_images", "") != identity.class_images:
+        changed = (*changed, "the class images: their number, captions, seed or sampling steps")
     if changed:
         raise StateError(
             f"{folder} contains a different run; choose another folder, or undo what changed: {'; '.join(changed)}"

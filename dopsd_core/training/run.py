@@ -14,23 +14,23 @@ from torch import Tensor
 
 from .. import __version__
 from ..adapters.lora_import import lora_digest
-from ..conditioning.encode import DualCondition
 from ..config import TrainConfig
 from ..denoiser import Denoiser
-from ..families import get_family
-from ..objectives import ObjectiveInputs, ObjectiveOutput
+from ..objectives import ObjectiveOutput
 from ..optimizers import evaluating, start_training
 from ..optimizers.state import flatten_state
-from ..transfer import to_device
+from .batches import Batches
 from .checkpoint import Checkpoint, StateError
+from .class_images import ClassImages, OnDrawn
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
 from .nonfinite import NonFiniteError, remedy
 from .probe import Probe
 from .resume import RunIdentity, optimizer_state, require_same_run
-from .rng import DataOrder, draw_noise, draw_variant, make_generator
-from .run_folder import RunFolder
-from .training_set import TrainingSet, latent_shape, pair_to
+from .rng import DataOrder
+from .run_folder import RunFolder, UnusedFolder
+from .training_set import TrainingSet
+from .world import Peers
 
 log = logging.getLogger("dopsd")
 
@@ -45,6 +45,8 @@ class Run:
         folder: folder of the run.
         facts: extra metadata for the LoRA's header.
         initial: folded tensors of the LoRA to start from, [rank, in] and [rows, rank].
+        class_images: the images that the untouched model draws first; None for an objective without.
+        peers: the processes of the run; by default this one.
     """
 
     def __init__(
@@ -55,21 +57,24 @@ class Run:
         folder: Path,
         facts: Mapping[str, str] | None = None,
         initial: Mapping[str, Tensor] | None = None,
+        class_images: ClassImages | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.config, self.denoiser, self.data = config, denoiser, data
-        self.folder = RunFolder(folder, config, denoiser)
+        self.peers = peers or Peers()
+        self.folder = RunFolder(folder, config, denoiser) if self.peers.is_first else UnusedFolder(folder)
         self._facts = dict(facts or {})
         self.step = 0
         self.start: Gaps | None = None
         self.last: Gaps | None = None
         self.is_between_steps = True
-        self._identity = RunIdentity(
-            data.fingerprint(), self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
-        )
+        self._class_images = class_images or ClassImages()
+        base, start = self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
+        self._identity = RunIdentity(data.fingerprint(), base, start, self._class_images.digest)
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
         wants_anchors = config.objective.wants_anchors
-        self._anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
+        anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
         self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
         self.loss_scale = LossScale(denoiser.compute_dtype)
         self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
@@ -78,6 +83,7 @@ class Run:
         self.probe = Probe(config, denoiser, self.adapters, data)
         repeats = tuple(example.repeats for example in data.examples)
         self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
+        self._batches = Batches(config, denoiser, self.adapters, data, self.order, anchors)
 
     def open(self, resume: bool) -> None:
         """Locks the folder, loads its newest checkpoint, if there is one, and writes the configuration.
@@ -86,8 +92,10 @@ class Run:
             DiskError: the folder is not writable, or there is not enough space for the next save.
             FolderInUse: another run is using the folder.
             StateError: the run in the folder cannot be resumed.
+            ValueError: another process has another configuration, dataset or model.
         """
-        checkpoint = self.folder.open()
+        self.peers.require_equal({"the configuration": self.config.to_json(), **self._identity.in_words()})
+        checkpoint = self.peers.first(self.folder.open)
         if checkpoint is not None:
             if not resume:
                 raise StateError(f"{self.folder.path} already contains a run; resume it, or choose another folder")
@@ -101,6 +109,11 @@ class Run:
     def close(self) -> None:
         """Closes the folder."""
         self.folder.close()
+
+    def draw_class_images(self, on_drawn: OnDrawn) -> bool:
+        """Lets the untouched model draw the images that the objective needs; returns False if `on_drawn` stopped it."""
+        with self.adapters.use("off"):
+            return self._class_images.draw(self._batches.anchors, self.denoiser, on_drawn)
 
     def measure_start(self) -> StepReport:
         """Measures the gap before training.
@@ -228,30 +241,17 @@ class Run:
         if self.adapters.has_teacher:
             self.adapters.load_state("teacher", teacher)
 
-    def _backward(self, micro: int) -> ObjectiveOutput:
-        config = self.config
-        first = micro * config.batch_size
-        indices = self.order.batch(self.step * config.grad_accumulation + micro)
-        pairs = [self._draw_pair(index, first + offset) for offset, index in enumerate(indices)]
-        shapes = [latent_shape(pair) for pair in pairs]
-        device = self.denoiser.device
-        return config.objective.backward(
-            ObjectiveInputs(
-                denoiser=self.denoiser,
-                adapters=self.adapters,
-                pairs=[pair_to(pair, device) for pair in pairs],
-                noise=to_device(draw_noise(config.seed, self.step, first, shapes), device),
-                sigmas=get_family(config.family).grid(config.rollout_steps, shapes[0]),
-                generator=make_generator(config.seed, "objective", self.step, micro),
-                anchors=self._anchors,
-                loss_scale=self.loss_scale.value / config.grad_accumulation,
-            )
-        )
+    def _backward_all(self) -> list[ObjectiveOutput]:
+        """The outputs of all batches of the step, each computed by one rank; adds up the gradients of all ranks."""
 
-    def _draw_pair(self, index: int, sample: int) -> DualCondition:
-        config = self.config
-        example = self.data.examples[index]
-        return self.data.pairs[draw_variant(example, config.caption_dropout, config.seed, self.step, sample)]
+        micros = self.peers.share(self.config.grad_accumulation)
+        every = self.peers.all(lambda: [self._backward(micro) for micro in micros])
+        self.peers.sum_gradients(self.adapters.parameters())
+        return [output for outputs in every for output in outputs]
+
+    def _backward(self, micro: int) -> ObjectiveOutput:
+        images, scale = self._class_images.images, self.loss_scale.value
+        return self.config.objective.backward(self._batches.inputs(self.step, micro, images, scale))
 
     def _accumulate(self) -> tuple[list[ObjectiveOutput], float, int]:
         """Computes the clipped gradient of an optimizer step: (outputs of its batches, norm before clipping, number of
@@ -259,7 +259,7 @@ class Run:
         overflows = 0
         while True:
             self.optimizer.zero_grad(set_to_none=True)
-            outputs = [self._backward(micro) for micro in range(self.config.grad_accumulation)]
+            outputs = self._backward_all()
             grad_norm = self._check_and_clip(outputs)
             if math.isfinite(grad_norm):
                 return outputs, grad_norm, overflows
@@ -295,6 +295,7 @@ class Run:
             "model": self._identity.model,
             "heldout": self._heldout,
             "initial": self._identity.initial,
+            "class_images": self._identity.class_images,
             "optimizer_state": rest,
             "loss_scale": self.loss_scale.state(),
             "start": None if self.start is None else dataclasses.astuple(self.start),
@@ -305,7 +306,8 @@ class Run:
     def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
         config = self.config
         relative, heldout = None, None
-        if config.probe_every and (self.step % config.probe_every == 0 or self.step == config.steps):
+        is_due = config.probe_every and self.peers.is_first
+        if is_due and (self.step % config.probe_every == 0 or self.step == config.steps):
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)

@@ -1,6 +1,6 @@
 """The folder of a run: lock, log, checkpoints, LoRA file, and the disk space reserved for the next save.
 
-It contains `config.json`, `train.jsonl`, `checkpoints/` and `lora.safetensors`.
+It contains `config.json`, `train.jsonl`, `checkpoints/`, `lora.safetensors`, and for some objectives `class_images/`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .log import LOG_NAME, RunLog, StepReport
 CONFIG_NAME = "config.json"
 LORA_NAME = "lora.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
+CLASS_IMAGES_NAME = "class_images"
 
 _SLACK = 4096
 """Maximum difference in bytes between two checkpoints of a run: numbers in their JSON."""
@@ -150,6 +151,41 @@ class RunFolder:
         if self._lora_step > self._checkpoint_step:
             kept += f", and the LoRA of step {self._lora_step} is in {self.path / LORA_NAME}"
         return kept
+
+
+class UnusedFolder(RunFolder):
+    """The folder of a run in a process that neither reads nor writes it, because another one does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self) -> Checkpoint | None:
+        """Reads nothing."""
+        return None
+
+    def begin(self, step: int, is_new: bool) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def append(self, report: StepReport) -> None:
+        """Does nothing."""
+
+    def hold_room(self) -> None:
+        """Does nothing."""
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
+        """The folder of the checkpoint that the other process writes."""
+        return self.path / CHECKPOINTS_NAME / f"step-{checkpoint.step:06d}"
+
+    def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+        """The file that the other process writes from the tensors, [rank, in] and [rows, rank]."""
+        return self.path / LORA_NAME
+
+    def kept(self) -> str:
+        """Where the state of the run is, as the end of a sentence."""
+        return f"the state of the run is in {self.path}"
 
 
 def _sizes(config: TrainConfig, denoiser: Denoiser) -> SavedBytes:

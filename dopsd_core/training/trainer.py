@@ -18,20 +18,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..conditioning.cache import ConditionCache
 from ..config import ConfigError, TrainConfig
 from ..denoiser import Denoiser
+from ..families import get_family
 from ..files.disk import DiskError
 from ..memory.activation_checkpointing import checkpointed
 from ..optimizers import evaluating
 from ..trainable import Trainable
+from .class_images import ClassImages, plan_class_images
 from .determinism import deterministic_algorithms, obstacle
 from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
 from .run import Run
-from .run_folder import check_run_folder
+from .run_folder import CLASS_IMAGES_NAME, check_run_folder
 from .training_set import TrainingSet
+from .world import PeerError, Peers, World
 
-__all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "TrainingSet", "check_run", "train"]
+__all__ = [
+    "Callbacks",
+    "NoCallbacks",
+    "NonFiniteError",
+    "PeerError",
+    "TrainResult",
+    "TrainingSet",
+    "World",
+    "check_run",
+    "train",
+]
 
 
 class Callbacks(Protocol):
@@ -46,8 +60,13 @@ class Callbacks(Protocol):
         pair; `adapters.use(...)` selects the weights to sample with."""
         ...
 
+    def on_class_image(self, done: int, total: int) -> None:
+        """Called before the untouched model draws an image for the objective, with the number of those it has, and
+        after the last one."""
+        ...
+
     def should_stop(self) -> bool:
-        """Called before each step; True saves checkpoint and LoRA and ends the run."""
+        """Called before each step and each class image; True saves checkpoint and LoRA and ends the run."""
         ...
 
 
@@ -58,6 +77,9 @@ class NoCallbacks:
         """Does nothing."""
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
+        """Does nothing."""
+
+    def on_class_image(self, done: int, total: int) -> None:
         """Does nothing."""
 
     def should_stop(self) -> bool:
@@ -98,6 +120,9 @@ def train(
     initial: Mapping[str, Tensor] | None = None,
     checkpoint_blocks: int = 0,
     host_bytes: int = 0,
+    sample_steps: int | None = None,
+    cache: ConditionCache | None = None,
+    world: World | None = None,
 ) -> TrainResult:
     """Trains a LoRA, or resumes the run in `run_dir`, and restores the denoiser on exit.
 
@@ -108,42 +133,34 @@ def train(
         run_dir: folder of the run.
         callbacks: hooks of the host.
         resume: whether to resume a run in `run_dir`; if False, it is an error if there is one.
-        facts: extra metadata for the LoRA's header: base model, trigger, ... A run resumes only with the same
-            `dopsd_base_fingerprint`, if that is given.
+        facts: metadata for the LoRA's header. A run resumes only with the same `dopsd_base_fingerprint`, if given.
         initial: LoRA that a new run starts from, for student and teacher: folded tensors "<part>.lora_A.weight"
             [rank, in] and "<part>.lora_B.weight" [rows, rank], with at most the rank of the configuration
             (`lora_import`). A "frozen" teacher remains the base. A run resumes only with the same initial LoRA.
-        checkpoint_blocks: number of blocks with gradient checkpointing, which saves memory and does not change the
-            result (`activation_checkpointing.py`).
+        checkpoint_blocks: number of blocks with gradient checkpointing (`activation_checkpointing.py`).
         host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
+        sample_steps: steps in which the model draws class images (`class_images.py`); default: the family's.
+        cache: keeps class images for other runs on the same model; default: a folder in `run_dir`.
+        world: the processes that share the batches of each step, all of which call this function with equal arguments;
+            default: this one. The result does not depend on their number, up to the order in which gradients are added.
 
     Raises:
-        ConfigError: the configuration does not fit the data or this machine.
-        DiskError: `run_dir` is not writable or has not enough space, before training or, if other programs fill the
-            disk, later; the message says what is saved. The space of the next save is reserved during the run.
+        ConfigError: the configuration does not fit the data, this machine or the number of processes.
+        DiskError: `run_dir` cannot be written or the disk is too full, before or in training; says what is saved.
         ValueError: `initial` does not fit the configuration.
         StateError: `run_dir` contains a different run (the message lists the differences), or is damaged.
         FolderInUse: another run is using `run_dir`.
         NonFiniteError: a loss, gradient or gap is not finite; checkpoint and LoRA of the previous step are saved.
+        PeerError: another process of `world` failed or was lost.
     """
-    callbacks = callbacks or NoCallbacks()
-    check_run(config, denoiser, data, run_dir, host_bytes)
-    with torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
-        run = Run(config, denoiser, data, Path(run_dir), facts, initial)
-        try:
-            run.open(resume)
-            with run.adapters.attached(), checkpointed(denoiser.blocks(), checkpoint_blocks):
-                stopped = _loop(run, callbacks)
-            lora_path, checkpoint_path = run.save_all()
-            return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last)
-        except DiskError as error:
-            run.save_before_leaving()
-            raise DiskError(f"{error}; {run.folder.kept()}", error.is_full) from error
-        except BaseException:
-            run.save_before_leaving()
-            raise
-        finally:
-            run.close()
+    callbacks, peers = callbacks or NoCallbacks(), Peers(world)
+    # ComfyUI calls in inference mode
+    with peers.ending_together(), torch.inference_mode(False), torch.enable_grad():
+        _check_share(config, peers.world.size)
+        peers.first(lambda: check_run(config, denoiser, data, run_dir, host_bytes))
+        images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
+        run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
+        return _to_the_end(run, callbacks, resume, checkpoint_blocks)
 
 
 def check_run(
@@ -162,16 +179,35 @@ def check_run(
     check_run_folder(config, denoiser, Path(run_dir), host_bytes)
 
 
+def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpoint_blocks: int) -> TrainResult:
+    try:
+        run.open(resume)
+        with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpoint_blocks):
+            stopped = _loop(run, callbacks)
+        lora_path, checkpoint_path = run.peers.all(run.save_all)[0]
+        return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last)
+    except DiskError as error:
+        run.save_before_leaving()
+        raise DiskError(f"{error}; {run.folder.kept()}", error.is_full) from error
+    except BaseException:
+        run.save_before_leaving()
+        raise
+    finally:
+        run.close()
+
+
 def _loop(run: Run, callbacks: Callbacks) -> bool:
     """Runs the steps until the last one or a stop; returns True if stopped."""
     config = run.config
-    is_other_heldout = run.meet_heldout()
-    if run.step == 0 and run.start is None and config.probe_every:
+    if run.step < config.steps and not _draw_class_images(run, callbacks):
+        return True
+    is_other_heldout = run.peers.is_first and run.meet_heldout()
+    if run.step == 0 and run.start is None and config.probe_every and run.peers.is_first:
         callbacks.on_step(run.measure_start())
     if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
         _preview(run, callbacks)
     while run.step < config.steps:
-        if callbacks.should_stop():
+        if any(run.peers.all(callbacks.should_stop)):
             return True
         with deterministic_algorithms(config.deterministic):
             report = run.make_step()
@@ -186,15 +222,53 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
     return False
 
 
+def _class_images(
+    config: TrainConfig,
+    data: TrainingSet,
+    run_dir: Path,
+    facts: Mapping[str, str],
+    steps: int | None,
+    cache: ConditionCache | None,
+) -> ClassImages:
+    model = facts.get("dopsd_base_fingerprint", "")
+    if cache is None or not model:  # images of an unknown model belong to this run only
+        cache = ConditionCache(run_dir / CLASS_IMAGES_NAME)
+    planned = plan_class_images(config, data, model, steps or get_family(config.family).sample_steps)
+    return ClassImages(planned, config.seed, cache)
+
+
+def _draw_class_images(run: Run, callbacks: Callbacks) -> bool:
+    """Returns False if the host stopped the run."""
+
+    def on_drawn(done: int, total: int) -> bool:
+        callbacks.on_class_image(done, total)
+        return not callbacks.should_stop()
+
+    with deterministic_algorithms(run.config.deterministic):
+        if not run.peers.first(lambda: run.draw_class_images(on_drawn)):
+            return False
+        return run.peers.is_first or run.draw_class_images(lambda done, total: True)  # from the cache
+
+
 def _preview(run: Run, callbacks: Callbacks) -> None:
+    if not run.peers.is_first:
+        return
     with evaluating(run.optimizer):
         callbacks.on_preview(run.step, run.adapters)
 
 
+def _check_share(config: TrainConfig, size: int) -> None:
+    if config.grad_accumulation % size:
+        raise ConfigError(
+            (
+                f"grad_accumulation is {config.grad_accumulation}, the number of batches per optimizer step, which "
+                f"{size} processes cannot share equally; set it to a multiple of {size}",
+            )
+        )
+
+
 def _check_data(config: TrainConfig, data: TrainingSet) -> None:
-    problems = []
-    if config.objective.wants_anchors and not data.anchors:
-        problems.append("anchor_probability is above 0, but there are no anchor captions; add some, or set it to 0")
+    problems = list(config.objective.data_problems(data.pairs, data.anchors))
     if config.caption_dropout > 0 and any(example.dropped is None for example in data.examples):
         problems.append("caption_dropout is above 0, but no empty caption was encoded; encode one, or set it to 0")
     if problems:

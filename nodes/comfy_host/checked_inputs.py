@@ -20,6 +20,18 @@ from .whole_graph import require_whole_graph
 _WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
+_MARKS = {
+    "MODEL": "model_options",
+    "CLIP": "tokenizer",
+    "VAE": "decode",
+    "DOPSD_DATASET": "report",
+    "DOPSD_CONDITIONS": "previews",
+    "DOPSD_VISION": "lm_config",
+    "DOPSD_SETTINGS": "preset",
+}
+"""An attribute of what travels over each kind of link. A node with an output of any kind may give something else."""
+
+
 class InputError(ValueError):
     """Inputs are invalid; the message names each of them."""
 
@@ -82,7 +94,14 @@ def _problem(declared: Any, value: Any, own: tuple[str, ...]) -> str | None:
         return f"{declared.id} is {value!r}; choose one of {', '.join(map(str, declared.options))}"
     if kind not in _WIDGETS and not (value is None and declared.optional) and _is_constant(value, kind):
         return f"{declared.id} is {repr(value)[:60]}; connect it to a node that gives {kind}"
+    if value is not None and kind in _MARKS and not _is_of(value, kind):
+        return f"{declared.id} is connected to a {type(value).__name__}; connect it to a node that gives {kind}"
     return None
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    """Whether a value may travel over this kind of link; other packs have classes of their own for MODEL, CLIP, VAE."""
+    return hasattr(value, _MARKS[kind]) and (kind != "VAE" or not hasattr(value, "tokenizer"))  # a CLIP decodes too
 
 
 def _is_constant(value: Any, kind: str) -> bool:

@@ -1,4 +1,7 @@
-"""Warns about undistilled checkpoints: D-OPSD trains the few steps of a distilled one, but any checkpoint loads.
+"""Recognises undistilled checkpoints: D-OPSD trains the few steps of a distilled one, but any checkpoint loads.
+
+Objectives that do not need few steps, such as sft, may train an undistilled one on purpose: its LoRA is then used on
+the distilled model.
 
 Z-Image and Z-Image-Turbo have the same architecture, so only hints distinguish them: the file's name, and a flag of
 ComfyUI's own detection. It allows fp16 only if the norm weights of the second to last block are small, as they are in
@@ -23,14 +26,35 @@ _BASE = re.compile(
 
 def warn_if_undistilled(model: Any) -> str | None:
     """One sentence for the user if the MODEL looks undistilled; None if not, or if there is no hint."""
-    family, name = family_of(model), base_name(model)
-    if (reason := _reason(name.lower(), family is Z_IMAGE, model)) is None:
+    if not (reason := why_undistilled(model)):
         return None
     return (
-        f"{name or 'this model'} looks like an undistilled checkpoint ({reason}): D-OPSD needs one that was distilled "
-        f"for few steps, such as {in_comfyui(family).distilled}; any other draws nothing usable in so few steps, and "
-        "would learn from that"
+        f"{_looks(model, reason)}: D-OPSD needs one that was distilled for few steps, such as "
+        f"{in_comfyui(family_of(model)).distilled}; any other draws nothing usable in so few steps, and would learn "
+        "from that"
     )
+
+
+def note_if_undistilled(model: Any, objective: str, draws_images: bool) -> str | None:
+    """The same for an objective that can train such a MODEL: what its LoRA is for.
+
+    draws_images: whether the objective trains on images that the MODEL draws in few steps.
+    """
+    if not (reason := why_undistilled(model)):
+        return None
+    distilled = in_comfyui(family_of(model)).distilled
+    note = f"{_looks(model, reason)}: {objective} trains it; use the LoRA on the distilled model ({distilled})"
+    drawn = "class images and previews" if draws_images else "previews"
+    return f"{note}; {drawn} drawn by this one in so few steps are not usable"
+
+
+def why_undistilled(model: Any) -> str:
+    """What the MODEL is recognised by as undistilled; empty if it is not, or if there is no hint."""
+    return _reason(base_name(model).lower(), family_of(model) is Z_IMAGE, model) or ""
+
+
+def _looks(model: Any, reason: str) -> str:
+    return f"{base_name(model) or 'this model'} looks like an undistilled checkpoint ({reason})"
 
 
 def _reason(name: str, is_z_image: bool, model: Any) -> str | None:

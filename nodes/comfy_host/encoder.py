@@ -11,12 +11,11 @@ from torch import Tensor
 from ...dopsd_core.conditioning.cache import plain_cpu
 from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.teachers import TeacherView, choose_teacher
+from .embeddings import EMBEDDING
 from .families import family_of_clip, in_comfyui
 from .fits import require_training_vae
 from .identity import identity_of
 from .vision import TeacherVision, count_tokens, encode_image_text, image_tokens, text_encoder
-
-_EMBEDDING = "embedding:"
 
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> TeacherView:
@@ -64,7 +63,7 @@ class ComfyEncoder:
 
     def identity_for(self, caption: str) -> str:
         """`identity`, with the contents of the embedding files that the caption names."""
-        if _EMBEDDING not in caption:
+        if EMBEDDING not in caption:
             return self._identity
         return f"{self._identity}/{identity_of(self._clip.tokenize(caption)).digest}"
 

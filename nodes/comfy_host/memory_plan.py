@@ -210,7 +210,7 @@ def footprint_of(denoiser: ComfyDenoiser, conditions: Conditions, config: TrainC
         _most(students),
         _most(teachers),
         denoiser.weight_bytes,
-        batch=config.batch_size,
+        batch=config.objective.forward_batch(config.batch_size),
         itemsize=denoiser.compute_dtype.itemsize,
         weights_of_teacher=config.teacher,
         optimizer=config.optimizer,

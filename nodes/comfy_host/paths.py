@@ -12,6 +12,7 @@ The owner allows folders in extra_model_paths.yaml:
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -38,6 +39,11 @@ EXTRA = "dopsd_datasets"
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
 _FORBIDDEN = re.compile(r'[<>:"|?*\\/\x00-\x1f\x7f\ud800-\udfff]')
 _LONGEST_NAME = 100
+_WRITTEN = ".written.json"
+"""File with the sizes of the files of a stored dataset; hidden, so that it is not read as one of them."""
+
+DIGEST_DIGITS = 8
+"""Hex digits of a run's digest in the name of its folder."""
 
 folder_paths.folder_names_and_paths.setdefault(EXTRA, ([], set()))
 
@@ -114,7 +120,8 @@ def _files_of(source: Path) -> Iterator[str]:
     for parent, folders, names in os.walk(folder):
         folders.sort()
         yield from (os.path.join(parent, name) for name in sorted(names))
-    if source != folder and (root := allowed_root(source)):
+    is_rows = source.suffix.lower() in ROW_SUFFIXES and source.is_file()  # no pipe, and no large file of another kind
+    if is_rows and (root := allowed_root(source)):
         entries = read_jsonl(source, Problems())
         named = {os.path.normpath(path) for entry in entries for path in (entry.image, *entry.source_images)}
         yield from sorted(
@@ -132,24 +139,49 @@ def stamp_of(path: Path | str) -> tuple[str, int, int, int]:
     return str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
+def never_the_same() -> float:
+    """For `fingerprint_inputs`: equals no other value, so that ComfyUI runs the node again.
+
+    ComfyUI does not say which file is meant if its name comes over a link, so whether it has changed is not known.
+    """
+    return float("nan")
+
+
 def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` in ComfyUI's temp folder, written atomically by `write` if it does not exist.
+    """The folder `name` in ComfyUI's temp folder, written atomically by `write` if it is not there as it was written.
+
+    Systems remove files from temporary folders, which would silently leave fewer images.
 
     Raises:
         DiskError: it cannot be written.
     """
     folder = Path(folder_paths.get_temp_directory()) / name
-    if not folder.is_dir():
+    if not _is_whole(folder):
         draft = folder.with_name(f".{name}.{secrets.token_hex(4)}")
         try:
             with writing(folder):
                 draft.mkdir(parents=True)
                 write(draft)
+                (draft / _WRITTEN).write_text(json.dumps(_sizes(draft)))
+                shutil.rmtree(folder, ignore_errors=True)
                 draft.rename(folder)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
     return folder.resolve()
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return json.loads((folder / _WRITTEN).read_bytes()) == _sizes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The size in bytes of each file by its path in the folder."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _WRITTEN]
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
 def _roots() -> list[tuple[str, Path]]:
@@ -222,6 +254,16 @@ def run_folder(name: str) -> Path:
     return Path(folder_paths.get_output_directory()).resolve() / "dopsd" / _checked(name.strip(), "run name")
 
 
+def require_run_name(name: str) -> None:
+    """Checks the start of a run folder's name, to which the run's digest is added; writes nothing.
+
+    Raises:
+        ValueError: it is empty, too long, or not a valid folder name on every system.
+    """
+    run_folder(name)
+    _checked(name.strip(), "run name", _LONGEST_NAME - len("-") - DIGEST_DIGITS)
+
+
 def shown(path: Path) -> str:
     """A path as shown to users: output/... inside ComfyUI's output folder."""
     output = Path(folder_paths.get_output_directory())
@@ -237,10 +279,12 @@ def lora_file_path(prefix: str) -> Path:
 
     Raises:
         ValueError: the prefix is empty, absolute, leads outside or is not a valid name on every system.
+        DiskError: its folder cannot be created.
     """
     parts = require_lora_name(prefix)
     output = folder_paths.get_output_directory()
-    folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), output)
+    with writing(Path(output, *parts)):
+        folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), output)
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
@@ -264,7 +308,7 @@ def known_weights() -> Path:
     return Path(folder_paths.get_user_directory()) / "dopsd" / "weights.json"
 
 
-def _checked(name: str, what: str) -> str:
+def _checked(name: str, what: str, longest: int = _LONGEST_NAME) -> str:
     """The name, if it is a valid file or folder name, on Windows too."""
     if not name:
         raise ValueError(f"the {what} is empty or has an empty part; write a name such as my_concept")
@@ -275,6 +319,6 @@ def _checked(name: str, what: str) -> str:
         raise ValueError(f"the {what} {name!r} may not start or end with a dot or a space")
     if _RESERVED.fullmatch(name):
         raise ValueError(f"the {what} may not be {name!r}: Windows reserves that name")
-    if len(name.encode(errors="replace")) > _LONGEST_NAME:
-        raise ValueError(f"the {what} is longer than {_LONGEST_NAME} bytes; shorten {name[:20]!r}...")
+    if len(name.encode(errors="replace")) > longest:
+        raise ValueError(f"the {what} is longer than {longest} bytes; shorten {name[:20]!r}...")
     return name

@@ -14,6 +14,7 @@ from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import Family
 from ...dopsd_core.old_config import former_identity
 from ...dopsd_core.options import changed, split_unused
+from .paths import DIGEST_DIGITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,4 +110,4 @@ def run_digest(config: TrainConfig, *facts: str, settings: Mapping[str, Any] | N
         settings: the `merged_settings`; release 0.2 also counted those without effect.
     """
     counted = former_identity(config.identity(), settings or {})
-    return hashlib.sha256(json.dumps([counted, *facts], sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([counted, *facts], sort_keys=True).encode()).hexdigest()[:DIGEST_DIGITS]

@@ -27,7 +27,10 @@ from .sockets import Conditions, PreviewPrompt
 
 log = logging.getLogger("dopsd")
 
-MAX_DEFAULT_PROMPTS = 4
+MAX_DEFAULT_PROMPTS, MAX_PROMPTS = 4, 32
+"""Of the captions that are drawn if there are no prompts; of prompts. A sheet has a column for each: its file formats
+have a limit, and a wider JPEG would end ComfyUI's server."""
+
 TILE = 192
 """Side of an image on the sheets, in pixels; larger images are scaled down."""
 
@@ -38,8 +41,17 @@ def split_lines(text: str) -> list[str]:
 
 
 def preview_texts(given: str, pairs: Sequence[Pair], trigger: str) -> list[str]:
-    """The prompts to draw: the given lines with `[V]` replaced, or the captions of the first images."""
+    """The prompts to draw: the given lines with `[V]` replaced, or the captions of the first images.
+
+    Raises:
+        ValueError: there are more than `MAX_PROMPTS`.
+    """
     lines = [put_trigger(line, trigger) for line in split_lines(given)]
+    if len(lines) > MAX_PROMPTS:
+        raise ValueError(
+            f"preview_prompts: at most {MAX_PROMPTS} prompts, one per line, there are {len(lines)}: remove some, or "
+            "draw them with Compare LoRA afterwards"
+        )
     return lines or list(dict.fromkeys(pair.captions[0] for pair in pairs[:MAX_DEFAULT_PROMPTS]))
 
 

@@ -47,11 +47,18 @@ class Dataset:
         report: the images and captions; without errors.
         trigger: the word that replaces `[V]`.
         caption_dropout: share of training samples with an empty caption.
+        notes: what was given and is not read, and other warnings, one line each.
     """
 
     report: DatasetReport
     trigger: str
     caption_dropout: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_edits(self) -> bool:
+        """Whether the images have source images."""
+        return any(pair.source_images for pair in self.report.pairs)
 
 
 @dataclass(frozen=True, eq=False)

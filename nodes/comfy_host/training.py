@@ -12,18 +12,20 @@ import comfy.model_management
 from safetensors import safe_open
 from torch import Tensor
 
+from ...dopsd_core.conditioning.cache import ConditionCache
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import get_family
+from ...dopsd_core.objectives import Objective
 from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.trainer import NonFiniteError, TrainResult, check_run, train
 from ...dopsd_core.training.training_set import latent_shape
 from .denoiser import ComfyDenoiser, base_name, default_steps
-from .distilled import warn_if_undistilled
+from .distilled import note_if_undistilled, warn_if_undistilled, why_undistilled
 from .identity import identity_of
 from .memory_plan import MemoryPlan, OutOfMemory, advice, free_device_memory, is_out_of_memory, plan_memory
 from .model_patches import unused_patches
-from .paths import run_folder
+from .paths import condition_cache, run_folder
 from .presets import make_config, merged_settings, run_digest
 from .previews import TILE, PreviewPainter, TrainingPreview, load_sheets
 from .report import Notes
@@ -86,6 +88,7 @@ class _PlannedRun:
         plan: configuration and memory.
         folder: the run's folder.
         shape: largest batch of latents, [B, C, h, w].
+        sample_steps: steps in which the MODEL draws class images.
         metadata: of the LoRA file.
         initial: the initial weights.
         host_bytes: what previews will take on the disk.
@@ -97,6 +100,7 @@ class _PlannedRun:
     plan: MemoryPlan
     folder: Path
     shape: tuple[int, ...]
+    sample_steps: int
     metadata: Mapping[str, str]
     initial: Mapping[str, Tensor] | None
     host_bytes: int
@@ -151,20 +155,26 @@ def _planned(
     config = plan.config
     start = start_of(initial_lora, denoiser, config, conditions.trigger, base_name(model))
     settings = merged_settings(wanted.preset, conditions.family, has_anchors, wanted.chosen)
-    digest = run_digest(config, conditions.data.fingerprint(), identity.digest, *start.identity, settings=settings)
+    drawing = (f"class images in {default_steps(model)} steps",) if config.objective.drawn_images else ()
+    facts = (conditions.data.fingerprint(), identity.digest, *start.identity, *drawing)
+    digest = run_digest(config, *facts, settings=settings)
     unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, has_vae)
     return _PlannedRun(
         denoiser=denoiser,
         conditions=conditions,
         plan=plan,
         folder=run_folder(f"{wanted.run_name}-{digest}"),
-        shape=(config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area)),
+        shape=(
+            config.objective.forward_batch(config.batch_size),
+            *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area),
+        ),
+        sample_steps=default_steps(model),
         metadata=_metadata(model, identity.digest, conditions, wanted.run_name),
         initial=start.tensors,
         host_bytes=_preview_bytes(config, conditions) if has_vae else 0,
         notes=(
             *conditions.notes,
-            *_model_notes(model),
+            *_model_notes(model, config.objective),
             *identity.notes,
             *start.notes,
             *wanted.unused,
@@ -182,6 +192,7 @@ def _metadata(model: Any, fingerprint: str, conditions: Conditions, run_name: st
         "dopsd_teacher_sees": conditions.teacher.name,
         "dopsd_name": run_name,
         "dopsd_resolution": _resolution(conditions),
+        **({"dopsd_undistilled": reason} if (reason := why_undistilled(model)) else {}),
     }
 
 
@@ -231,6 +242,8 @@ def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainRe
                 initial=run.initial,
                 checkpoint_blocks=run.plan.checkpoint_blocks,
                 host_bytes=run.host_bytes,
+                sample_steps=run.sample_steps,
+                cache=ConditionCache(condition_cache()),
             )
     except Exception as error:
         if is_out_of_memory(error):
@@ -238,8 +251,11 @@ def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainRe
         raise
 
 
-def _model_notes(model: Any) -> tuple[str, ...]:
-    undistilled = warn_if_undistilled(model)
+def _model_notes(model: Any, objective: Objective) -> tuple[str, ...]:
+    if objective.needs_few_steps:
+        undistilled = warn_if_undistilled(model)
+    else:
+        undistilled = note_if_undistilled(model, objective.name, objective.drawn_images > 0)
     return (*((undistilled,) if undistilled else ()), *unused_patches(model))
 
 

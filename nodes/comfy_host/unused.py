@@ -60,12 +60,12 @@ def _of_the_objective(
 
 
 def _of_the_rollout(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
-    if chosen.get("grad_steps", 0) > config.rollout_steps:
+    if (chosen.get("grad_steps") or 0) > config.rollout_steps:  # None for all
         yield (
             f"grad_steps {chosen['grad_steps']} is not used: there are {config.rollout_steps} rollout_steps, and all "
             "of them get a loss"
         )
-    if not isinstance(config.objective, DOPSD) and chosen.get("rollout_steps", config.rollout_steps) != 4:
+    if not config.objective.uses_rollout and chosen.get("rollout_steps", config.rollout_steps) != 4:
         yield (
             f"rollout_steps {config.rollout_steps} is only used by the gap and the previews: the objective is "
             f"{config.objective.name}"
@@ -77,18 +77,21 @@ def _of_the_teacher(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[
         is_idle = option.setting == "teacher" and config.teacher.name not in option.variants
         if is_idle and chosen.get(option.name):
             yield f"{option.name} {chosen[option.name]:g} is not used: the teacher is {config.teacher.name}"
-    if not isinstance(config.objective, DOPSD):
-        yield f"the teacher is only used by the gap and the previews: the objective is {config.objective.name}"
+    if not config.objective.uses_teacher:
+        what = config.objective.name if not isinstance(config.objective, DOPSD) else "dopsd with ground_truth"
+        yield f"the teacher is only used by the gap and the previews: the objective is {what}"
 
 
 def _of_the_anchors(
     preset: str, chosen: Mapping[str, Any], config: TrainConfig, conditions: Conditions
 ) -> Iterator[str]:
     count, share = len(set(conditions.data.anchors)), PRESETS[preset].anchor_probability
+    if count and config.objective.wants_anchors:
+        return
     if not isinstance(config.objective, DOPSD):
         if count:
             yield f"the {count} prior anchors are not used: the objective is {config.objective.name}"
-    elif count and not config.objective.anchor_probability:
+    elif count:
         yield f"the {count} prior anchors are not used: anchor_probability is 0"
     elif not count and share and "anchor_probability" not in given_settings(chosen):
         yield (
@@ -111,8 +114,7 @@ def _of_previews_and_probe(config: TrainConfig, conditions: Conditions, has_vae:
 def _of_the_data(config: TrainConfig, conditions: Conditions) -> Iterator[str]:
     epoch = sum(example.repeats for example in conditions.data.examples)
     trained = config.steps * config.grad_accumulation * config.batch_size
-    if isinstance(config.objective, DOPSD):
-        trained = round(trained * (1 - config.objective.anchor_probability))
+    trained = round(trained * (1 - config.objective.anchor_share))
     if trained < epoch:
         yield (
             f"the run is shorter than one epoch: {config.steps} steps are about {trained} samples, one epoch is {epoch}"

@@ -62,7 +62,18 @@ class Watcher(NoCallbacks):
         self._text_at = 0.0
         self._has_begun = False
         self._gaps: tuple[float | None, float | None] = (None, None)
+        self._drawn = 0
         self.step = 0
+
+    def on_class_image(self, done: int, total: int) -> None:
+        """Shows how many class images are drawn."""
+        self._drawn = done
+        now = time.monotonic()
+        if done and now - self._text_at < _TEXT_INTERVAL:
+            return
+        self._text_at = now
+        lines = [f"the untouched model draws class images: {done} of {total}", *self._notes.lines]
+        send_text(self._node, "\n".join(lines))
 
     def on_step(self, report: StepReport) -> None:
         """Updates the progress bar and the text."""
@@ -116,7 +127,9 @@ class Watcher(NoCallbacks):
         """The number of saved steps and their folder, as text."""
         saved = [path.name for path in (self._facts.folder / "checkpoints").glob("step-*")]
         steps = [int(digits) for name in saved if (digits := name.removeprefix("step-")).isdigit()]
-        return f"{max(steps)} steps are saved in {shown(self._facts.folder)}" if steps else "no steps are saved"
+        if steps:
+            return f"{max(steps)} steps are saved in {shown(self._facts.folder)}"
+        return "no steps are saved" + (f", {self._drawn} class images are kept" if self._drawn else "")
 
     def _close(self, state: State, headline: str, error: str = "") -> None:
         facts, (gap, heldout) = self._facts, self._gaps

@@ -115,7 +115,7 @@ def drawn_by(comfyui: ComfyUI, pair: Twins, denoiser: Any, adapters: Any) -> tup
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compare_lora_counts_all_of_it(comfyui: ComfyUI, pair: Twins, kind: str) -> None:
-    compare = comfyui.module("nodes.compare_lora")
+    compare = comfyui.module("nodes.comfy_host.lora_use")
     adapters = trained(comfyui, comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(pair.model), kind)
     tensors = dict(saved_lora(comfyui, pair, adapters))
     assert compare.used_line("x", pair.model, tensors).endswith("tensors fit and are used")

@@ -127,6 +127,72 @@ def test_the_right_names_with_the_wrong_shapes_are_refused(comfyui, tensors) -> 
     assert run.status == "error" and "trained for another model" in run.error, run.error
 
 
+NORM, OUT = "diffusion_model.noise_refiner.0.attention.q_norm", "diffusion_model.layers.0.attention.out"
+"""Of the demo model: a norm of 128 and a Linear of 256 to 256."""
+
+
+def loha(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    sizes = {"a": (rows, 2), "b": (2, columns)}
+    return {f"{OUT}.hada_w{number}_{half}": torch.ones(sizes[half]) for number in "12" for half in "ab"}
+
+
+def test_each_tensor_that_does_not_fit_is_counted(comfyui, tensors) -> None:
+    """ComfyUI applies what fits and logs the rest, also where one file has both."""
+    first = next(key for key in tensors if ".lora_A." in key).removesuffix(".lora_A.weight")
+    mixed = {**tensors, f"{first}.lora_B.weight": torch.ones(99, 4)}
+    run = comfyui.execute(with_lora(comfyui, mixed, strengths="1", prompts="a badge"))
+    assert (
+        f"{len(mixed) - 2} of {len(mixed)} tensors fit and are used, 2 are not, such as {first}." in run.texts("2")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("lora", "count"),
+    [
+        ({f"{NORM}.diff": torch.ones(128)}, 1),
+        ({f"{NORM}.diff": torch.ones(5)}, 0),
+        ({f"{OUT}.lokr_w1": torch.ones(2, 2), f"{OUT}.lokr_w2": torch.ones(128, 128)}, 2),
+        ({f"{OUT}.lokr_w1": torch.ones(2, 2), f"{OUT}.lokr_w2": torch.ones(256, 256)}, 0),
+        (loha(256, 256), 4),
+        (loha(7, 9), 0),
+        ({f"{OUT}.lora_up.weight": torch.ones(256, 2), f"{OUT}.lora_down.weight": torch.ones(2, 256)}, 2),
+        ({f"{OUT}.lora_up.weight": torch.ones(256, 2), f"{OUT}.lora_down.weight": torch.ones(2, 256),
+          f"{OUT}.alpha": torch.tensor(2.0), f"{OUT}.diff": torch.ones(256, 256)}, 1),
+    ],
+    ids=["diff", "wide diff", "LoKr", "wide LoKr", "LoHa", "wide LoHa", "LoRA", "a LoRA that a diff replaces"],
+)  # fmt: skip
+def test_other_kinds_than_lora_are_counted_by_what_comfyui_applies(comfyui, lora: dict, count: int) -> None:
+    model = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
+    used_keys = comfyui.module("nodes.comfy_host.lora_fit").used_keys
+    if count:
+        assert len(used_keys(model, lora)) == count
+    else:
+        with pytest.raises(ValueError, match=f"none of the LoRA's {len(lora)} tensors fit"):
+            used_keys(model, lora)
+
+
+def test_half_a_lora_is_one_sentence(comfyui) -> None:
+    run = comfyui.execute(with_lora(comfyui, {f"{OUT}.hada_w1_a": torch.ones(256, 2)}))
+    assert run.status == "error" and run.error.startswith("ComfyUI cannot apply this LoRA"), run.error
+
+
+def test_a_damaged_file_is_named(comfyui) -> None:
+    path = comfyui.base / "models" / "loras" / "damaged.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("hello")
+    run = comfyui.execute(graph(lora_name=path.name))
+    path.unlink()
+    assert run.status == "error" and run.error.startswith("damaged.safetensors cannot be read"), run.error
+
+
+def test_every_strength_has_a_column(comfyui, tensors) -> None:
+    few, many = (
+        comfyui.execute(with_lora(comfyui, tensors, strengths=strengths, prompts="a badge", steps=1)).value("2")
+        for strengths in ("0.1", "0.1, 0.10000001")
+    )
+    assert many.shape[2] == few.shape[2] + STEP
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
@@ -158,7 +224,7 @@ def test_bad_strengths_are_refused_before_anything_runs(comfyui, strengths: str,
 
 
 def test_strengths_are_read_generously(comfyui) -> None:
-    parse = comfyui.module("nodes.compare_lora").parse_strengths
+    parse = comfyui.module("nodes.comfy_host.lora_use").parse_strengths
     assert parse("1; .5,\n 0,1.0,") == [1.0, 0.5, 0.0]
 
 
@@ -195,9 +261,9 @@ def test_kleins_names_are_counted_too(comfyui, tensors) -> None:
     cpu = torch.device("cpu")
     model = comfy.model_patcher.ModelPatcher(toy.network(config), load_device=cpu, offload_device=cpu)
     lora = random_lora(comfyui, model, 0.3, 4, 0)
-    lora_module = comfyui.module("nodes.compare_lora")
-    assert lora_module.count_used(model, lora) == len(lora) > 20
+    used_keys = comfyui.module("nodes.comfy_host.lora_fit").used_keys
+    assert used_keys(model, lora) == lora.keys() and len(lora) > 20
     demo = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
     for other, foreign in ((model, tensors), (demo, lora)):
         with pytest.raises(ValueError, match="trained for another model"):
-            lora_module.count_used(other, foreign)
+            used_keys(other, foreign)

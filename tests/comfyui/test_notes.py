@@ -417,6 +417,76 @@ def test_load_dataset_names_a_folder_that_is_not_read(comfyui: ComfyUI) -> None:
     assert once(line, run.texts("data")[-1]) and once(line, run.value("data", 1))
 
 
+def test_what_load_dataset_warns_of_is_in_the_report_of_the_run(comfyui: ComfyUI) -> None:
+    folder = comfyui.input / "with_remarks"
+    folder.mkdir(exist_ok=True)
+    for number in range(2):
+        Image.new("RGB", (64, 64), (number * 99, 7, 9)).save(folder / f"{number}.png")
+    rows = [{"path": f"{number}.png", "text": f"a [V] badge {number}", "mask_path": "m.png"} for number in range(2)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    graph = training("remarks", steps=1, preview_every=0, probe_every=0, warmup=0)
+    graph["data"]["inputs"]["folder"] = "with_remarks/rows.jsonl"
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    line = "warning: rows.jsonl: the key 'mask_path' is not read"
+    assert once(line, run.texts("train")[-1]) and line in report_of(comfyui, "remarks")["notes"]
+    assert line not in run.texts("conditions")[-1]  # Load Dataset beside it shows it
+
+
+def test_many_warnings_of_a_dataset_are_counted(comfyui: ComfyUI, tmp_path: Path) -> None:
+    problem, dataset = comfyui.core("data.problems").Problem, comfyui.core("data.dataset")
+    problems = tuple(problem("warning", tmp_path / f"{number}.png", None, "is small") for number in range(30))
+    lines = comfyui.module("nodes.load_dataset").noted(dataset.DatasetReport(tmp_path, (), problems))
+    assert lines[0] == "warning: 0.png: is small" and len(lines) == 21
+    assert lines[-1] == "10 more warnings of the dataset: see Load Dataset"
+
+
+def test_more_preview_prompts_than_a_sheet_has_room_for(comfyui: ComfyUI) -> None:
+    """A JPEG has at most 65,535 columns, and a preview that cannot be written ends ComfyUI's server."""
+    texts = comfyui.module("nodes.comfy_host.previews").preview_texts
+    assert len(texts("\n".join(map(str, range(32))), [], "")) == 32
+    with pytest.raises(ValueError, match="preview_prompts: at most 32 prompts, one per line, there are 33"):
+        texts("\n".join(map(str, range(33))), [], "")
+
+
+class WithEmbeddings:
+    """A CLIP of width 8 for which the embeddings `known` are there, by width."""
+
+    def __init__(self, **known: int) -> None:
+        weight = torch.zeros(5, 8)
+        inner = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight))
+        self.cond_stage_model = SimpleNamespace(clip="qwen", qwen=SimpleNamespace(transformer=inner))
+        self.known = known
+
+    def tokenize(self, text: str) -> dict[str, list]:
+        name = text.removeprefix("embedding:")
+        found = [(torch.zeros(self.known[name]), 1.0)] if name in self.known else []
+        return {"qwen": [[(3, 1.0), *found]]}
+
+
+def test_embeddings_that_comfyui_leaves_out_are_named(comfyui: ComfyUI) -> None:
+    notes = comfyui.module("nodes.comfy_host.embeddings").embedding_notes
+    texts = [
+        ("one", "a dog, embedding:there, asleep"),
+        ("two", "embedding:lost dog"),
+        ("three", "a embedding:lost dog embedding:wide"),
+        ("four", "noembedding:x"),
+    ]
+    lost, wide = notes(WithEmbeddings(there=8, wide=16), texts)
+    assert lost == "warning: two: the embedding lost is not used: there is no such file in models/embeddings"
+    assert wide.startswith("warning: three: the embedding wide is not used: it has the width 16, this CLIP 8")
+
+
+def test_build_teacher_condition_names_an_embedding_that_is_not_there(comfyui: ComfyUI) -> None:
+    graph = training("embedded")
+    del graph["train"]
+    graph["conditions"]["inputs"]["anchor_prompts"] = "a badge embedding:nowhere"
+    graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["conditions", 0]}}
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    assert once("warning: anchor prompt 1: the embedding nowhere is not used", run.texts("conditions")[-1])
+
+
 def test_build_teacher_condition_names_encoders_that_are_not_used(comfyui: ComfyUI) -> None:
     conditions, teachers = comfyui.module("nodes.build_teacher_condition"), comfyui.core("conditioning.teachers")
     clip = SimpleNamespace(use_clip_schedule=False, apply_hooks_to_conds=None)

@@ -116,7 +116,7 @@ def test_defaults_may_be_those_of_a_preset(comfyui: ComfyUI, inputs: Any) -> Non
 
 def test_a_new_objective_and_a_new_optimizer_are_there(comfyui: ComfyUI, inputs: Any, new_choices: None) -> None:
     made = widgets(inputs, options_of(comfyui))
-    assert made["objective"][1]["options"] == ["dopsd", "sft", "one_level"]
+    assert made["objective"][1]["options"] == ["dopsd", "sft", "dreambooth", "pso", "one_level"]
     assert "one_level: the target from one noise level" in made["objective"][1]["tooltip"]
     kind, about = made["one_level"]
     assert (kind, about["default"], about["min"], about["max"]) == ("FLOAT", 0.5, 0, 1)

@@ -40,6 +40,9 @@ FROZEN = {
         " lr:FLOAT? weight_decay:FLOAT? schedule:COMBO? warmup:INT? teacher:COMBO? ema_decay:FLOAT? batch_size:INT?"
         " grad_accumulation:INT? max_grad_norm:FLOAT? rollout_steps:INT? checkpoint_every:INT? keep_checkpoints:INT?"
         " probe_every:INT? probe_pairs:INT? deterministic:BOOLEAN?"
+        " states:COMBO? regression_target:COMBO? magnitude_weight:FLOAT? band_low:FLOAT? band_high:FLOAT?"
+        " sft_anchor_probability:FLOAT? dreambooth_sigmas:COMBO? dreambooth_shift:FLOAT? dreambooth_prior_weight:FLOAT?"
+        " dreambooth_class_images:INT? pso_form:COMBO? pso_beta:FLOAT? pso_loser_images:INT?"
         " factor:INT? muon_momentum:FLOAT? prodigy_lr:FLOAT? prodigy_weight_decay:FLOAT? prodigy_d_coef:FLOAT?"
         " prodigy_safeguard_warmup:BOOLEAN? custom_path:STRING? custom_options:STRING? custom_lr:FLOAT?",
         "settings:DOPSD_SETTINGS",
@@ -58,6 +61,12 @@ FROZEN = {
         " lora_name:COMBO? lora:LORA_MODEL? reference:IMAGE?",
         "image:IMAGE",
     ),
+    "DOPSD_LoRAReportCard": (
+        "model:MODEL clip:CLIP vae:VAE dataset:DOPSD_DATASET prompts:STRING? strengths:STRING? images_per_prompt:INT?"
+        " seed:INT? steps:INT? resolution:INT? class_name:STRING? lora_name:COMBO? dino:COMBO? lpips:COMBO?"
+        " clip_score:COMBO? judge_kind:COMBO? lora:LORA_MODEL? conditions:DOPSD_CONDITIONS? judge:CLIP?",
+        "image:IMAGE report:STRING",
+    ),
     "DOPSD_LoadLoRA": ("lora_name:COMBO", "lora:LORA_MODEL"),
     "DOPSD_LoadDemoModels": ("", "model:MODEL clip:CLIP vae:VAE vision:DOPSD_VISION"),
     "DOPSD_LoadTeacherVision": ("vision_name:COMBO", "vision:DOPSD_VISION"),
@@ -68,6 +77,7 @@ OUTPUT_NODES = {
     "DOPSD_TrainLoRA",
     "DOPSD_SaveLoRA",
     "DOPSD_CompareLoRA",
+    "DOPSD_LoRAReportCard",
 }
 HEAVY = {"transformers", "peft", "diffusers", "accelerate"}
 

@@ -223,7 +223,6 @@ def test_a_file_exchanged_under_its_name_size_and_time_is_read_again(comfyui, pa
             assert all(one != other for one, other in zip(before, after, strict=True))
     for path in (lora, vision):
         path.unlink()
-    assert not nodes["DOPSD_CompareLoRA"](lora_name="none") and not nodes["DOPSD_CompareLoRA"](lora_name=None)
 
 
 def test_the_fingerprint_sees_sources_and_what_rows_name_elsewhere(comfyui, paths, tmp_path) -> None:
@@ -295,3 +294,20 @@ def test_results_lie_in_the_output_folder(comfyui, paths) -> None:
     assert paths.lora_file_path("deep/%year%").name.startswith("2")
     assert paths.shown(first) == "output/deep/er/name_00001_.safetensors"
     assert paths.condition_cache().is_relative_to(comfyui.base / "user")
+
+
+def test_the_fingerprint_reads_no_file_but_rows(comfyui, paths, monkeypatch) -> None:
+    """Before a run, ComfyUI asks for it with any choice; a large file or a pipe would stop the server."""
+    monkeypatch.setattr(paths, "read_jsonl", lambda *_: pytest.fail("it was read"))
+    (comfyui.input / "large.bin").write_bytes(bytes(9))
+    before = paths.dataset_fingerprint("large.bin")
+    (comfyui.input / "large.bin").write_bytes(bytes(10))
+    assert paths.dataset_fingerprint("large.bin") != before
+
+
+def test_a_run_name_leaves_room_for_the_digest(comfyui, paths) -> None:
+    """Otherwise the name is refused only after everything is encoded."""
+    validate = comfyui.pack_nodes["DOPSD_TrainLoRA"].validate_inputs
+    assert validate(run_name="x" * 91) is True
+    assert paths.run_folder("x" * 91 + "-01234567").name.endswith("-01234567")
+    assert validate(run_name="x" * 92) == f"the run name is longer than 91 bytes; shorten {'x' * 20!r}..."

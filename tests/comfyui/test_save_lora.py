@@ -253,3 +253,21 @@ def test_a_bad_name_is_one_sentence(comfyui, save, prefix: str) -> None:
     run = save(prefix=prefix)
     assert run.status == "refused" and "\n" not in run.error
     assert run.error.startswith("filename_prefix - the filename_prefix ")
+
+
+def test_a_lora_in_8_bits_is_saved(comfyui, save, tensors) -> None:
+    narrow = {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}
+    run = save(narrow, prefix="loras/narrow", dtype="fp32")
+    assert run.status == "success", run.error
+    saved, _ = read(run.value("1"))
+    assert saved.keys() == narrow.keys()
+    assert all(torch.equal(saved[key], narrow[key].float()) for key in narrow)
+    first = next(iter(narrow))
+    run = save({**narrow, first: torch.full((4, 4), torch.nan).to(torch.float8_e4m3fn)})
+    assert run.status == "error" and f"{first} is not finite" in run.error
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(comfyui, save) -> None:
+    (comfyui.output / "a_file").write_text("x")
+    run = save(prefix="a_file/mine")
+    assert run.status == "error" and "a_file" in run.error and run.error.endswith("check the disk and the folder")

@@ -67,6 +67,7 @@ def test_untouched_it_is_the_preset(
         ({"anchor_probability": 0.0}, {"anchor_probability": 0.0}),
         ({"grad_steps": 2}, {"grad_steps": 2}),
         ({"rollout_steps": 2}, {"rollout_steps": 2, "grad_steps": None}),
+        ({"grad_steps": 0}, {"grad_steps": None}),
         ({"targets": "layers.*.attention.*"}, {"targets": ("layers.*.attention.*",)}),
         ({"objective": "sft", "sft_shift": 1.5}, {"objective": "sft", "sft_shift": 1.5}),
     ],
@@ -106,6 +107,13 @@ def test_a_training_takes_them(comfyui: ComfyUI) -> None:
         "changed from the preset demo model: " in run.texts("train")[-1]
         and "lr 0.001 instead of 0.002" in run.texts("train")[-1]
     )
+
+
+def test_all_of_the_steps_may_be_asked_for(comfyui: ComfyUI) -> None:
+    """0 on the widget, which is no number of steps."""
+    run = comfyui.execute(with_settings(comfyui, "all_steps", grad_steps=0), keep_cache=True)
+    assert run.status == "success", run.error
+    assert "grad_steps" not in run.texts("train")[-1]
 
 
 def test_what_they_replace_is_named(comfyui: ComfyUI) -> None:

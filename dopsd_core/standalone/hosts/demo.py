@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from einops import repeat
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,19 +21,20 @@ from ...demo.autoencoder import DemoAutoencoder
 from ...demo.model_files import (
     IMAGE_PAD,
     MODEL_FILE,
+    PARENT_FILE,
     TEACHER_TEMPLATE,
     TEXT_ENCODER_FILE,
     TEXT_TEMPLATE,
     VAE_FILE,
-    VISION_CELL,
     VISION_PIXELS,
     WEIGHTS,
     load_vae,
-    resize_for_vision,
     vision_size,
 )
+from ...denoiser import Denoiser
 from .demo_networks import load_tokenizer
 from .demo_weight_files import load_text_encoder, load_transformer
+from .teacher_reader import patches_of
 from .z_image import ZImageDenoiser
 
 
@@ -131,6 +131,16 @@ class DemoModel:
     fingerprint: str
 
 
+def load_undistilled(folder: Path = WEIGHTS) -> tuple[StandaloneDenoiser, str]:
+    """The demo model's transformer before its distillation, on the CPU, and the digest of its file.
+
+    Raises:
+        FileNotFoundError: the file is missing; the message names it.
+    """
+    denoiser = StandaloneDenoiser(load_transformer(folder / PARENT_FILE))
+    return denoiser, _digest(folder, PARENT_FILE)
+
+
 def load_demo_model(folder: Path = WEIGHTS, device: str = "cpu") -> DemoModel:
     """Loads the embedded weights, upcast to fp32.
 
@@ -154,7 +164,7 @@ def _digest(folder: Path, *names: str) -> str:
 
 
 @contextmanager
-def with_lora(denoiser: StandaloneDenoiser, path: Path, strength: float = 1.0) -> Iterator[None]:
+def with_lora(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Iterator[None]:
     """Applies a LoRA file to the denoiser inside the `with` block.
 
     Raises:
@@ -166,11 +176,5 @@ def with_lora(denoiser: StandaloneDenoiser, path: Path, strength: float = 1.0) -
 
 
 def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
-    """image [3, H, W] in [0, 1] -> (patches [N, 1536] in merge order, two equal frames, in [-1, 1]; grid [[1, h, w]]).
-
-    Like Qwen3-VL's image processor: mean and std 0.5, patches of 16, merge 2.
-    """
-    big = resize_for_vision(image, vision_size(*image.shape[1:])) * 2 - 1
-    rows, columns = (side // VISION_CELL for side in big.shape[1:])
-    patches = repeat(big, "c (y j p) (x i q) -> (y x j i) (c frames p q)", j=2, p=16, i=2, q=16, frames=2)
-    return patches, torch.tensor([[1, 2 * rows, 2 * columns]])
+    """image [3, H, W] in [0, 1] -> (patches [N, 1536], grid [[1, h, w]]) at the demo's size."""
+    return patches_of(image, vision_size(*image.shape[1:]))

@@ -10,18 +10,29 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from torch import Tensor, nn
 
 from ...conditioning.encode import Condition
-from .diffusers_denoiser import DiffusersDenoiser
+from .diffusers_denoiser import DiffusersDenoiser, equal_shapes
 
 
 class KleinDenoiser(DiffusersDenoiser[Flux2Transformer2DModel]):
-    """FLUX.2-klein in the dtype of its weights. All conditions of a call have one shape."""
+    """FLUX.2-klein in the dtype of its weights."""
 
     def blocks(self) -> Sequence[nn.Module]:
         """Double-stream blocks, then single-stream blocks."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
-        """x [B, C, h, w] -> x0_hat, same shape. References follow the image's tokens, at T = 10, 20, ..."""
+        """x [B, C, h, w] -> x0_hat, same shape. References follow the image's tokens, at T = 10, 20, ...
+
+        Conditions of one shape go through the network together.
+        """
+        rows = equal_shapes(conditions)
+        parts = [self._predict_x0(x[some], sigma, [conditions[row] for row in some]) for some in rows]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([row for some in rows for row in some]).argsort().to(x.device)
+        return torch.cat(parts)[order]
+
+    def _predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         dtype, (height, width) = self.transformer.dtype, x.shape[-2:]
         references = zip(*(condition.reference_latents for condition in conditions), strict=True)
         images = [x, *(torch.stack(latents).to(x.device) for latents in references)]

@@ -1,0 +1,43 @@
+"""Comparisons of training methods on the demo model, for docs/results.md.
+
+    python -m benchmarks.compare --preset methods --output build/comparison-methods
+    python -m benchmarks.compare --preset ablations --output build/comparison-ablations
+
+Runs `python -m dopsd_core compare` with the same arguments, which resumes a comparison that was begun; writes its tables as sections of docs/results.md, and its contact sheet as docs/comparison_<preset>.png.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.report import RESULTS, ROOT, Section, Table, measured_here, record
+from dopsd_core.arguments import parse_args
+from dopsd_core.standalone.comparison.command import SHEET_NAME, load_grids
+from dopsd_core.standalone.comparison.report import Grid
+
+
+def sections(preset: str, grids: Sequence[Grid], arguments: Sequence[str]) -> list[Section]:
+    """A section per table; the first one shows the contact sheet."""
+    command = " ".join(("python -m benchmarks.compare", *arguments))
+    made = [Section(g.key, g.title, command, None, Table(g.columns, g.rows), g.notes) for g in grids]
+    image = f"![A row per method, the same prompts and noise in each](comparison_{preset}.png)"
+    return [replace(made[0], notes=(*made[0].notes, image)), *made[1:]]
+
+
+def main() -> None:
+    """Runs the comparison and writes its sections and its contact sheet."""
+    arguments = sys.argv[1:]
+    args = parse_args(["compare", *arguments])
+    subprocess.run([sys.executable, "-m", "dopsd_core", "compare", *arguments], check=True)
+    shutil.copyfile(args.output / SHEET_NAME, ROOT / "docs" / f"comparison_{args.preset}.png")
+    grids, _ = load_grids(args.output)
+    for section in sections(args.preset, grids, arguments):
+        record(measured_here(section, f"{args.jobs} jobs"), RESULTS)
+
+
+if __name__ == "__main__":
+    main()

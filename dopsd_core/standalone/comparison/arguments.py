@@ -1,0 +1,57 @@
+"""The arguments of `python -m dopsd_core compare`; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .methods import PRESETS
+
+REGIMES = ("steps", "time", "error")
+
+
+def add_compare(commands: Any) -> None:
+    """Adds the command to the subparsers of `python -m dopsd_core`."""
+    listed = "; ".join(f"{name}: {', '.join(m.name for m in methods)}" for name, methods in PRESETS.items())
+    parser = commands.add_parser(
+        "compare",
+        allow_abbrev=False,
+        help="compare training methods on the demo model, with intervals",
+        description="Trains every method on several unseen concepts with several seeds, at equal steps, equal wall "
+        "time and equal concept error, and writes tables with paired bootstrap intervals, comparison.json and a "
+        f"contact sheet. Finished trials are kept: run the same command again to resume. The presets: {listed}.",
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="methods", help="methods (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of the preset only these, and dopsd")
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="TEXT",
+        help='another method, "name: option=value, option=value" with the options of train; undistilled=true trains '
+        "the model before its distillation; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--regimes", nargs="+", choices=REGIMES, default=REGIMES, metavar="REGIME",
+        help="what is equal: steps, time, error (default: all)",
+    )  # fmt: skip
+    _add_number(parser, "--concepts", 5, "number of concepts")
+    _add_number(parser, "--first-concept", 0, "seed of the first concept", low=0)
+    _add_number(parser, "--seeds", 4, "training runs per concept and method")
+    _add_number(parser, "--steps", 120, "optimizer steps at equal steps")
+    _add_number(parser, "--max-steps", 480, "largest number of steps at equal concept error")
+    _add_number(parser, "--check-every", 10, "steps between two measurements of the concept error")
+    parser.add_argument(
+        "--level", type=float, default=0.05, metavar="X", help="concept error to stop at (default: %(default)s)"
+    )
+    _add_number(parser, "--tune", 0, "find each method's learning rate on N other concepts first; 0: as given", low=0)
+    _add_number(parser, "--jobs", 2, "parallel runs, one CPU core each")
+    parser.add_argument("--output", type=Path, default=Path("comparison"), metavar="DIR", help="default: %(default)s")
+
+
+def _add_number(parser: argparse.ArgumentParser, name: str, default: int, about: str, low: int = 1) -> None:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is too small; give at least {low}")
+        return value
+
+    parser.add_argument(name, type=number, default=default, metavar="N", help=f"{about} (default: %(default)s)")

@@ -1,0 +1,211 @@
+"""Runs every method on every concept with every seed, in processes of one thread each, and resumes where it stopped.
+
+Three regimes, each with the same settings for all methods: equal optimizer steps; equal wall time, by the seconds that
+a step took in the first regime; and equal concept error, where training stops at a common level.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from ...demo.concept import make_concept, write_dataset
+from ...demo.model_files import JUDGE_FILE, MODEL_FILE, PARENT_FILE, TEXT_ENCODER_FILE, VAE_FILE, WEIGHTS
+from ..demo import Demo
+from ..hosts.demo import load_demo_model
+from ..judge import load_judge
+from .methods import RATES, REFERENCES, Method
+from .trials import Outcome, Regime, Trial, run_trial, saved_outcome
+
+DEVELOPMENT = 1000
+"""The first seed of the concepts on which learning rates are found; none of the compared ones."""
+
+OnDone = Callable[[str, int, int], None]
+"""(name of the trial, number done, total)."""
+
+Outcomes = dict[str, list[list[Outcome]]]
+"""By method: [concepts][seeds]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        methods: the methods, the reference first.
+        concepts: seeds of the concepts.
+        seeds: seeds of the runs on each concept.
+        steps: optimizer steps of the first regime.
+        regimes: the regimes, in order.
+        level: the concept error at which training stops in the last regime.
+        max_steps: its largest number of steps.
+        check_every: its steps between two measurements.
+    """
+
+    methods: tuple[Method, ...]
+    concepts: tuple[int, ...]
+    seeds: tuple[int, ...]
+    steps: int = 120
+    regimes: tuple[Regime, ...] = ("steps", "time", "error")
+    level: float = 0.05
+    max_steps: int = 480
+    check_every: int = 10
+
+
+class TrialRunner:
+    """Runs trials in `jobs` processes; a context manager.
+
+    Args:
+        output: folder of the comparison.
+        jobs: number of processes.
+        fingerprint: identifies the demo's models.
+        on_done: progress.
+    """
+
+    def __init__(self, output: Path, jobs: int, fingerprint: str, on_done: OnDone) -> None:
+        self._output, self._fingerprint, self._on_done = output, fingerprint, on_done
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, _start, (output, fingerprint))
+
+    def __enter__(self) -> TrialRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, trials: Sequence[Trial], shown: Callable[[Trial], bool] = lambda trial: False) -> list[Outcome]:
+        """The outcomes, in order; those that are saved are not run again. Raises the first error of any trial.
+
+        shown: whether the images of a trial are kept.
+        """
+        for concept in dict.fromkeys(trial.concept for trial in trials):
+            write_dataset(make_concept(concept), _folder(self._output, concept) / "dataset")
+        waiting = []
+        for trial in trials:
+            outcome = saved_outcome(trial, self._output, self._fingerprint, shown(trial))
+            waiting.append(outcome or self._pool.submit(_run, trial, shown(trial)))
+        outcomes = []
+        for done, (trial, wait) in enumerate(zip(trials, waiting, strict=True), 1):
+            outcomes.append(wait if isinstance(wait, Outcome) else wait.result())
+            self._on_done(trial.name, done, len(trials))
+        return outcomes
+
+
+def trials_of(plan: Plan, regime: Regime, steps: Mapping[str, int]) -> list[Trial]:
+    """Every trial of a regime, one concept after the other; steps: by method."""
+    return [
+        Trial(method, concept, seed, regime, steps[method.name], plan.level, plan.check_every)
+        for concept in plan.concepts
+        for seed in plan.seeds
+        for method in plan.methods
+    ]
+
+
+def run_plan(plan: Plan, runner: TrialRunner) -> dict[str, Outcomes]:
+    """All outcomes by regime. The regime of equal steps is always run, since the others need its timings.
+
+    The untouched model and its teacher are in the first regime.
+    """
+    first = replace(plan, methods=(*REFERENCES, *plan.methods))
+    by_steps = _by_method(first, runner, "steps", dict.fromkeys((m.name for m in first.methods), plan.steps))
+    found = {"steps": by_steps}
+    if "time" in plan.regimes:
+        steps = steps_in_equal_time(plan, by_steps)
+        others = tuple(method for method in plan.methods if steps[method.name] != plan.steps)
+        trained = _by_method(replace(plan, methods=others), runner, "time", steps)
+        found["time"] = {m.name: trained.get(m.name, by_steps[m.name]) for m in plan.methods}
+    if "error" in plan.regimes:
+        found["error"] = _by_method(
+            plan, runner, "error", dict.fromkeys((m.name for m in plan.methods), plan.max_steps)
+        )
+    return found
+
+
+def steps_in_equal_time(plan: Plan, by_steps: Outcomes) -> dict[str, int]:
+    """By method, the steps in the time that the reference took, less the time of its class images; at least 1."""
+    each = {m.name: median(o.step_seconds for row in by_steps[m.name] for o in row) for m in plan.methods}
+    drawing = {m.name: median(o.drawing_seconds for row in by_steps[m.name] for o in row) for m in plan.methods}
+    reference = plan.methods[0].name
+    budget = each[reference] * plan.steps + drawing[reference]
+    return {name: max(1, round((budget - drawing[name]) / each[name])) for name in each}
+
+
+def tune(
+    plan: Plan, runner: TrialRunner, count: int, rates: Sequence[float] = RATES
+) -> tuple[tuple[Method, ...], dict[str, dict[float, dict[str, float]]]]:
+    """(every method at its best rate on `count` development concepts, the mean scores by method and rate)."""
+    concepts = tuple(range(DEVELOPMENT, DEVELOPMENT + count))
+    tried = [
+        replace(method.at_rate(rate), name=f"{method.name}-lr{rate:g}") for method in plan.methods for rate in rates
+    ]
+    steps = dict.fromkeys((method.name for method in tried), plan.steps)
+    found = runner.run(trials_of(replace(plan, methods=tuple(tried), concepts=concepts, seeds=(0,)), "steps", steps))
+    scores = {
+        method.name: {rate: _means(found, f"{method.name}-lr{rate:g}") for rate in rates} for method in plan.methods
+    }
+    return tuple(method.at_rate(best_rate(scores[method.name])) for method in plan.methods), scores
+
+
+def best_rate(tried: Mapping[float, Mapping[str, float]]) -> float:
+    """The rate that forgets least among those that learn the concept within 0.05 of the best one's error."""
+    least = min(scores["concept_error"] for scores in tried.values())
+    good = [rate for rate, scores in tried.items() if scores["concept_error"] <= least + 0.05]
+    return min(good, key=lambda rate: tried[rate]["frechet_prior"])
+
+
+def models_fingerprint(undistilled: bool, folder: Path = WEIGHTS) -> str:
+    """Identifies the demo's weights; undistilled: whether the model before its distillation is used too."""
+    digest = hashlib.sha256()
+    for name in (MODEL_FILE, TEXT_ENCODER_FILE, VAE_FILE, JUDGE_FILE, *((PARENT_FILE,) if undistilled else ())):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _means(outcomes: Sequence[Outcome], method: str) -> dict[str, float]:
+    rows = [outcome.scores for outcome in outcomes if outcome.method == method]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _by_method(plan: Plan, runner: TrialRunner, regime: Regime, steps: Mapping[str, int]) -> Outcomes:
+    def is_shown(trial: Trial) -> bool:
+        return regime == "steps" and (trial.concept, trial.seed) == (plan.concepts[0], plan.seeds[0])
+
+    trials = trials_of(plan, regime, steps)
+    found = {(o.method, o.concept, o.seed): o for o in runner.run(trials, is_shown)}
+    return {m.name: [[found[m.name, c, s] for s in plan.seeds] for c in plan.concepts] for m in plan.methods}
+
+
+# -- in the processes --------------------------------------------------------------------------------------------------
+
+_worker: tuple[Path, str] | None = None
+
+
+def _start(output: Path, fingerprint: str) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = output, fingerprint
+
+
+def _folder(output: Path, concept: int) -> Path:
+    return output / f"concept-{concept}"
+
+
+@lru_cache(maxsize=1)
+def _demo(output: Path, concept: int) -> Demo:
+    model, judge = load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE)
+    return Demo(model, judge, make_concept(concept), _folder(output, concept))
+
+
+def _run(trial: Trial, keeps_images: bool) -> Outcome:
+    if _worker is None:
+        raise RuntimeError("the process was not started by TrialRunner")
+    output, fingerprint = _worker
+    return run_trial(trial, _demo(output, trial.concept), output, fingerprint, keeps_images)

@@ -1,0 +1,159 @@
+"""The methods that are compared: a name and training options, and the tables that are made of them.
+
+All start from the demo's settings (`demo_config`), the baselines at learning rates that were best for them in trials on
+other concepts; `--tune` finds every method's on development concepts, from the same grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...config import ConfigError, TrainConfig
+from ...demo.settings import demo_config
+from ...options import Option, all_options, changed
+
+RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+"""Learning rates that are tried for each method."""
+
+REFERENCE = "dopsd"
+
+UNTOUCHED, TEACHER = "untouched", "teacher"
+"""What is scored without training: the model, and what the teacher would draw."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        name: unique; names files.
+        title: in tables.
+        options: by flat name, over the demo's settings.
+        undistilled: whether the undistilled model is trained; the LoRA is used on the distilled one in any case.
+    """
+
+    name: str
+    title: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    undistilled: bool = False
+
+    def config(self, steps: int, seed: int) -> TrainConfig:
+        """The configuration of a run, without previews and without the gap, which cost time.
+
+        Raises:
+            ConfigError: the options are not valid.
+        """
+        base = demo_config(seed=seed)
+        schedule = base.schedule.replace(warmup=min(base.schedule.warmup, steps - 1))
+        return changed(base.replace(steps=steps, probe_every=0, schedule=schedule), self.options)
+
+    def at_rate(self, rate: float) -> Method:
+        """The same method at another learning rate."""
+        return replace(self, options={**self.options, "lr": rate})
+
+
+REFERENCES = (Method(UNTOUCHED, "untouched"), Method(TEACHER, "its teacher"))
+DOPSD = Method(REFERENCE, "D-OPSD")
+
+METHODS = (
+    DOPSD,
+    Method("dopsd_paper", "D-OPSD without anchor", {"anchor_probability": 0.0}),
+    Method("sft", "SFT", {"objective": "sft", "lr": 3e-4}),
+    Method("sft_on_base", "SFT on the undistilled", {"objective": "sft", "lr": 3e-4}, undistilled=True),
+    Method("sft_anchor", "SFT with our anchor", {"objective": "sft", "sft_anchor_probability": 0.5}),
+    Method("dreambooth", "DreamBooth", {"objective": "dreambooth", "lr": 1e-3}),
+    Method("pso", "PSO", {"objective": "pso", "lr": 1e-3}),
+    Method("pso_dpo", "PSO, DPO form", {"objective": "pso", "pso_form": "dpo", "lr": 1e-3}),
+)
+"""The paper's baselines, and our anchor on SFT."""
+
+ABLATIONS = (
+    DOPSD,
+    Method("states_data", "states: noised images", {"states": "data"}),
+    Method("states_teacher", "states: the teacher's", {"states": "teacher"}),
+    Method("ground_truth", "target: ground truth", {"regression_target": "ground_truth"}),
+    Method("ground_truth_data", "both: SFT on the grid", {"regression_target": "ground_truth", "states": "data"}),
+    Method("no_anchor", "no anchor", {"anchor_probability": 0.0}),
+    Method("no_anchor_data", "no anchor, noised images", {"anchor_probability": 0.0, "states": "data"}),
+    Method("velocity", "velocity loss", {"loss": "velocity"}),
+    Method("magnitude_half", "magnitude weight .5", {"magnitude_weight": 0.5}),
+    Method("magnitude_quarter", "magnitude weight .25", {"magnitude_weight": 0.25}),
+    Method("band", "teacher only at sigma .6 to .95", {"band_low": 0.6, "band_high": 0.95}),
+    Method("teacher_frozen", "teacher: frozen", {"teacher": "frozen"}),
+    Method("teacher_same", "teacher: the student", {"teacher": "same"}),
+    Method("teacher_fast", "teacher: EMA .9", {"ema_decay": 0.9}),
+    Method("k1", "K = 1", {"rollout_steps": 1}),
+    Method("k2", "K = 2", {"rollout_steps": 2}),
+    Method("k8", "K = 8", {"rollout_steps": 8}),
+)
+"""Each differs from D-OPSD in one thing, or in two where that is said."""
+
+SPEED = (
+    DOPSD,
+    Method("m2", "m = 2 of 4", {"grad_steps": 2}),
+    Method("m1", "m = 1 of 4", {"grad_steps": 1}),
+    Method("k1", "K = 1", {"rollout_steps": 1}),
+    Method("k2", "K = 2", {"rollout_steps": 2}),
+    Method("k8", "K = 8", {"rollout_steps": 8}),
+    Method("k8m2", "m = 2 of K = 8", {"rollout_steps": 8, "grad_steps": 2}),
+    Method("teacher_frozen", "teacher: frozen", {"teacher": "frozen"}),
+)
+"""Learning per second."""
+
+PRESETS: Mapping[str, tuple[Method, ...]] = {"methods": METHODS, "ablations": ABLATIONS, "speed": SPEED}
+
+
+def parse_method(text: str) -> Method:
+    """A method from "name: option=value, option=value"; `undistilled=true` trains the undistilled model.
+
+    Raises:
+        ConfigError: the text has another form, or the options are not valid.
+    """
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    words = [word.strip() for word in rest.split(",") if word.strip()]
+    pairs = dict(word.split("=", 1) for word in words if "=" in word)
+    if not colon or not name.replace("_", "").isalnum() or len(pairs) != len(words):
+        raise ConfigError(
+            (f'--method is {text!r}; write "name: option=value, option=value" with a name in a-z, 0-9, _',)
+        )
+    undistilled = pairs.pop("undistilled", "false").strip().lower() == "true"
+    options = {option.name: option for option in all_options(TrainConfig)}
+    values = {key.strip(): _value(options.get(key.strip()), value.strip()) for key, value in pairs.items()}
+    method = Method(name, name, values, undistilled)
+    method.config(1, 0)
+    return method
+
+
+def chosen_methods(preset: str, names: Sequence[str], own: Sequence[str]) -> tuple[Method, ...]:
+    """The methods of a preset, or those of them that are named, the reference first, and own ones as `parse_method`.
+
+    Raises:
+        ConfigError: a name is unknown or given twice, or own methods are not valid.
+    """
+    known = {method.name: method for method in PRESETS[preset]}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError((f"there is no method {', '.join(unknown)}; choose from {', '.join(known)}",))
+    picked = [known[name] for name in known if not names or name in names or name == REFERENCE]
+    methods = [*picked, *map(parse_method, own)]
+    if twice := {m.name for m in methods if sum(m.name == other.name for other in methods) > 1}:
+        raise ConfigError((f"the method {', '.join(sorted(twice))} is given twice; choose another name",))
+    return tuple(methods)
+
+
+def _value(option: Option | None, text: str) -> Any:
+    """The text as a value of the option's type; the configuration reports what does not fit."""
+    if option is None:
+        return text
+    if option.is_optional and text == "none":
+        return None
+    if option.is_many:
+        return tuple(text.split())
+    if option.kind is bool:
+        return text.lower() == "true"
+    try:
+        return option.kind(text)
+    except ValueError:
+        return text

@@ -1,0 +1,129 @@
+"""Preview sheets of the standalone host: the teacher before training, and what the student has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..conditioning.cache import ConditionCache
+from ..conditioning.encode import Condition, DualCondition, encode_dataset
+from ..conditioning.teachers import TeacherView
+from ..data.captions import put_trigger
+from ..data.dataset import Pair
+from ..data.images import load_image
+from ..image_grid import Row, contact_sheet
+from ..rollout import sample
+from ..trainable import Mode, Trainable
+from ..training.rng import make_generator
+from ..training.training_set import TeacherImage, encode_request, latent_shape, shown_to_teacher
+from .hosts.model import HostModel
+
+PREVIEWS_NAME = "previews"
+MAX_PROMPTS = 4
+"""Captions that are drawn by default."""
+
+TILE = 256
+"""Side of an image on a sheet in pixels; larger images are scaled down."""
+
+_ROWS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Painter:
+    """Draws conditions with fixed noise in the model's few steps.
+
+    Attributes:
+        model: the model.
+        steps: Euler steps.
+        seed: of the noise.
+    """
+
+    model: HostModel
+    steps: int
+    seed: int
+
+    def draw(self, conditions: Sequence[Condition], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """One image [3, H, W] in [0, 1] per condition, for latents of `shapes` (C, h, w); each has its own noise."""
+        denoiser, family, latents = self.model.denoiser, self.model.family, []
+        for row, (condition, shape) in enumerate(zip(conditions, shapes, strict=True)):
+            noise = torch.randn(1, *shape, generator=make_generator(self.seed, "preview", row)).to(denoiser.device)
+            here = [condition.to(denoiser.device)]
+            latents.append(sample(denoiser, here, noise, family.grid(self.steps, shape)))
+        return [self.model.encoder.decode(latent)[0] for latent in latents]
+
+
+def encode_shown(
+    texts: Sequence[str],
+    pairs: Sequence[Pair],
+    model: HostModel,
+    cache: ConditionCache | None,
+    view: TeacherView,
+    teacher_image: TeacherImage,
+) -> list[DualCondition]:
+    """Each prompt for the student, and with a training image for the teacher; latents [C, h, w] of these images."""
+    requests = []
+    for number, text in enumerate(texts):
+        index = number % len(pairs)
+        requests.append(encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0]))
+    return encode_dataset(requests, model.encoder, cache, teacher=view)
+
+
+def preview_texts(given: Sequence[str] | None, pairs: Sequence[Pair], trigger: str) -> list[str]:
+    """The given prompts with `[V]` replaced, or the captions of the first images."""
+    if given:
+        return [put_trigger(text, trigger) for text in given]
+    return list(dict.fromkeys(pair.captions[0] for pair in pairs[:MAX_PROMPTS]))
+
+
+def teacher_sheet(painter: Painter, shown: Sequence[DualCondition], pairs: Sequence[Pair]) -> Image.Image:
+    """Target, teacher and student of the untrained model side by side; for edits the source images too."""
+    shapes, texts = [latent_shape(dual) for dual in shown], [dual.caption for dual in shown]
+    teacher = painter.draw([dual.teacher for dual in shown], shapes)
+    student = painter.draw([dual.student for dual in shown], shapes)
+    targets = [load_image(pair.image_path, pair.bucket) for pair in pairs]
+    sources = [load_image(pair.source_images[0], pair.bucket) for pair in pairs if pair.source_images]
+    reads = "source and instruction" if sources else "reads the caption"
+    rows = [
+        *([Row("source", "the image before the edit", sources, texts)] if sources else []),
+        Row("target", "the training image", targets, () if sources else texts),
+        Row("teacher", "the untrained model,\nsees the image", teacher),
+        Row("student", f"the untrained model,\n{reads}", student),
+    ]
+    return contact_sheet("the teacher, before any training", rows, tile=TILE)
+
+
+class TrainingPreview:
+    """Writes a sheet per preview step: untrained model, teacher and student from the same noise."""
+
+    def __init__(self, painter: Painter, shown: Sequence[DualCondition], folder: Path) -> None:
+        self._painter, self._shown, self._folder = painter, shown, folder / PREVIEWS_NAME
+        self._shapes = [latent_shape(dual) for dual in shown]
+        self._before: list[Tensor] | None = None
+
+    def write(self, step: int, adapters: Trainable) -> Path:
+        """Draws the sheet of a step and returns its file; the untrained model is drawn once."""
+        alone = [dual.student for dual in self._shown]
+        if self._before is None:
+            self._before = self._draw(adapters, "off", alone)
+        rows = [
+            Row("before", "the untrained model", self._before, [dual.caption for dual in self._shown]),
+            Row("teacher", "sees a training image", self._draw(adapters, "teacher", [d.teacher for d in self._shown])),
+            Row("student", "reads the prompt alone", self._draw(adapters, "student", alone)),
+        ]
+        path = self._folder / f"step-{step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(f"step {step}", rows, tile=TILE).save(path)
+        return path
+
+    def most_bytes(self, sheets: int) -> int:
+        """The largest size on disk of that many sheets."""
+        return sheets * len(self._shown) * _ROWS * 3 * TILE**2
+
+    def _draw(self, adapters: Trainable, mode: Mode, conditions: Sequence[Condition]) -> list[Tensor]:
+        with adapters.use(mode):
+            return self._painter.draw(conditions, self._shapes)

@@ -1,0 +1,95 @@
+"""The commands sample and teacher-preview, on any model of the standalone host."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from ..conditioning.cache import digest_bytes
+from ..conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset
+from ..conditioning.teachers import TeacherView, choose_teacher
+from ..data.buckets import Bucket
+from ..data.captions import check_prompts, put_trigger
+from ..data.images import decode, load_image, to_tensor
+from ..families import Family
+from ..image_grid import to_images
+from ..rollout import sample
+from ..training.rng import make_generator
+from .hosts.demo import with_lora
+from .hosts.model import HostModel, load_model, sees_images
+from .model_options import ModelOptions
+from .previews import MAX_PROMPTS, Painter, encode_shown, teacher_sheet
+from .texts import say, warn
+from .training import family_of, read_images, view_of
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """Samples a model in its few steps, optionally with a LoRA or with the teacher's condition."""
+    options = ModelOptions.of(args)
+    family = family_of(options)
+    view = choose_teacher(("vlm",) if options.is_demo else family.teachers, args.teacher_view, edits=False)
+    if args.lora and not args.lora.exists():
+        raise FileNotFoundError(f"{args.lora} does not exist; give a LoRA file that training wrote")
+    model = load_model(options, sees_images(view) and args.teacher_image is not None)
+    width, height = args.size or (model.side, model.side)
+    shape = family.latent_shape(width, height)
+    prompts = [put_trigger(prompt, "") for prompt in args.prompts]
+    warn(check_prompts(prompts, "prompt"))
+    conditions = _conditions(args, model, view, prompts, (width, height))
+    args.output.mkdir(parents=True, exist_ok=True)
+    denoiser = model.denoiser
+    sigmas = family.sigmas(args.steps or model.sample_steps, width, height)
+    for number, (prompt, condition) in enumerate(zip(prompts, conditions, strict=True), 1):
+        seeds = range(args.seed, args.seed + args.count)
+        noise = torch.stack([torch.randn(shape, generator=make_generator(seed, "sample")) for seed in seeds])
+        here = [condition.to(denoiser.device)] * args.count
+        with with_lora(denoiser, args.lora, args.strength) if args.lora else nullcontext():
+            latents = sample(denoiser, here, noise.to(denoiser.device), sigmas)
+        for seed, drawn in zip(seeds, to_images(model.encoder.decode(latents)), strict=True):
+            path = args.output / f"{number:02d}_seed{seed}.png"
+            drawn.save(path)
+            say(f"{path}  {prompt}")
+    return 0
+
+
+def _conditions(
+    args: argparse.Namespace, model: HostModel, view: TeacherView, prompts: Sequence[str], size: tuple[int, int]
+) -> list[Condition]:
+    if args.teacher_image is None:
+        return [model.encoder.encode_text(prompt) for prompt in prompts]
+    decoded = decode(args.teacher_image)
+    warn(f"{args.teacher_image}: {remark}" for remark in decoded.remarks)
+    if sees_images(view):
+        image = to_tensor(decoded.image)
+        return [model.encoder.encode_image_text(image, prompt) for prompt in prompts]
+    bucket = _bucket(model.family, decoded.image.size)
+    shown = ImageInput(digest_bytes(args.teacher_image.read_bytes()), lambda: load_image(args.teacher_image, bucket))
+    requests = [EncodeRequest(shown, prompt) for prompt in prompts]
+    return [dual.teacher for dual in encode_dataset(requests, model.encoder, None, teacher=view)]
+
+
+def _bucket(family: Family, size: tuple[int, int]) -> Bucket:
+    """About the image's own size, at most the family's, in multiples of the family's."""
+    scale = min(1.0, (family.pixel_budget / (size[0] * size[1])) ** 0.5)
+    width, height = (max(1, round(side * scale / family.pixel_multiple)) * family.pixel_multiple for side in size)
+    return Bucket(width, height)
+
+
+def run_teacher_preview(args: argparse.Namespace) -> int:
+    """Draws what the teacher draws for the first images of a dataset, before any training."""
+    options = ModelOptions.of(args)
+    family = family_of(options)
+    report = read_images(args, family, options)
+    view = view_of(args, family, report, options)
+    model = load_model(options, sees_images(view))
+    pairs = report.pairs[: args.count or MAX_PROMPTS]
+    texts = [pair.captions[0] for pair in pairs]
+    shown = encode_shown(texts, report.pairs, model, None, view, args.teacher_image)
+    painter = Painter(model, args.steps or model.sample_steps, args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    teacher_sheet(painter, shown, pairs).save(args.output)
+    say(f"{args.output}: the student can only become as good as the row of the teacher")
+    return 0

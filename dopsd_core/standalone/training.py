@@ -1,0 +1,314 @@
+"""The command train: a LoRA on any model of the standalone host, in one process or several."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from ..conditioning.cache import ConditionCache
+from ..conditioning.encode import DualCondition
+from ..conditioning.teachers import TeacherView, choose_teacher
+from ..config import TrainConfig
+from ..data.captions import check_prompts
+from ..data.dataset import DatasetReport, read_dataset
+from ..denoiser import Denoiser
+from ..families import Family, get_family
+from ..memory.footprint import Footprint, estimate
+from ..objectives import SFT
+from ..trainable import Trainable
+from ..training.log import StepReport
+from ..training.trainer import NoCallbacks, TrainResult, train
+from ..training.training_set import TrainingSet, build_training_set, latent_shape
+from ..training.world import Peers, World
+from .accelerate_world import joined_world
+from .hosts.model import HostModel, device_of, load_model, sees_images
+from .hosts.source import find_family
+from .model_options import DEMO, ModelOptions
+from .previews import Painter, TrainingPreview, encode_shown, preview_texts
+from .texts import say, warn
+
+STOPPED = 143
+"""Exit code of a run that SIGTERM stopped: 128 + 15, as by a shell."""
+
+_MARGIN = 0.92
+"""Share of the free memory that training may take; the rest is for the allocator's gaps and the estimate's error."""
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Trains on a dataset, or resumes the run.
+
+    args.train_config: the configuration from `arguments.config_from_args`.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = ModelOptions.of(args)
+    with joined_world(device_of(options).type == "cpu") as world:
+        peers = Peers(world)
+        if not peers.is_first:
+            logging.getLogger("dopsd").setLevel(logging.ERROR)
+        with peers.ending_together():
+            prepared = prepare(args, options, args.train_config, peers)
+            denoiser = prepared.model.denoiser
+            blocks = args.checkpoint_blocks
+            if blocks is None:
+                blocks = _blocks_to_checkpoint(prepared, denoiser, peers)
+        return _trained(args, prepared, denoiser, blocks, world)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything that `train` is called with, apart from the network.
+
+    Attributes:
+        model: the model.
+        view: the teacher's view.
+        config: the configuration.
+        data: the encoded dataset.
+        cache: of conditions and class images.
+        shown: the prompts of previews, on rank 0.
+    """
+
+    model: HostModel
+    view: TeacherView
+    config: TrainConfig
+    data: TrainingSet
+    cache: ConditionCache
+    shown: Sequence[DualCondition]
+
+
+def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
+    """Reads the dataset and encodes it: rank 0 first, then the others read what it has cached.
+
+    Raises:
+        ValueError: options, dataset and model do not fit together.
+        OSError: files are missing or cannot be downloaded.
+    """
+    family = family_of(options)
+    if config.family != family.name:
+        raise ValueError(
+            f"the configuration is for {get_family(config.family).title} and --model {options.model} is a "
+            f"{family.title}: leave out --config, or choose another model"
+        )
+    if options.is_undistilled and config.objective.needs_few_steps:
+        raise ValueError(
+            f"objective {config.objective.name} trains the few steps of the distilled model; choose --objective sft "
+            f"for --model {options.model}, or --model {DEMO}"
+        )
+    report = read_images(args, family, options)
+    view = view_of(args, family, report, options)
+    model = load_model(options, sees_images(view))
+    if peers.is_first:
+        say(report.describe())
+        warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
+    cache = ConditionCache(args.output / "cache")
+
+    def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
+        data = _encoded(args, model, report, view, config, cache)
+        texts = preview_texts(args.preview_prompts, report.pairs, args.trigger)
+        wanted = peers.is_first and config.preview_every
+        return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
+
+    kept: list[tuple[TrainingSet, Sequence[DualCondition]]] = []
+    peers.all(lambda: kept.append(encode()) if peers.is_first else None)
+    data, shown = kept[0] if kept else encode()
+    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown)
+
+
+def family_of(options: ModelOptions) -> Family:
+    """The family of the model.
+
+    Raises:
+        ValueError, OSError: as `source.find_family`.
+    """
+    return get_family("z_image") if options.is_demo else get_family(find_family(options).family)
+
+
+def read_images(args: argparse.Namespace, family: Family, options: ModelOptions) -> DatasetReport:
+    """The dataset at the model's resolution.
+
+    Raises:
+        ValueError: it has errors, or edits that the model cannot learn.
+    """
+    from ..demo.world import IMAGE_SIZE
+
+    side = args.resolution or (IMAGE_SIZE if options.is_demo else round(family.pixel_budget**0.5))
+    report = read_dataset(
+        args.dataset, pixel_budget=side**2, multiple=family.pixel_multiple, trigger=args.trigger,
+        repeats=args.repeats, root=args.root,
+    )  # fmt: skip
+    report.raise_for_errors()
+    if options.is_demo and any(pair.source_images for pair in report.pairs):
+        raise ValueError(f"{args.dataset} contains edits, but the demo model cannot edit: use images with captions")
+    return report
+
+
+def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, options: ModelOptions) -> TeacherView:
+    """The teacher's view that the arguments select.
+
+    Raises:
+        ValueError: the model does not support it.
+    """
+    edits = any(pair.source_images for pair in report.pairs)
+    known = ("vlm",) if options.is_demo else family.teachers
+    others = args.teacher_image == "other"
+    return choose_teacher(known, args.teacher_view, edits).with_sentence(args.teacher_sentence, others)
+
+
+def _encoded(
+    args: argparse.Namespace, model: HostModel, report: DatasetReport, view: TeacherView, config: TrainConfig,
+    cache: ConditionCache,
+) -> TrainingSet:  # fmt: skip
+    if args.heldout_caption is not None:
+        warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
+    # SFT does not use anchors, but they are part of the fingerprint of saved runs
+    anchors = config.objective.wants_anchors or isinstance(config.objective, SFT)
+    with tqdm(unit="image", desc="encoding", disable=None if len(report.pairs) > MANY else True) as bar:
+
+        def on_encoded(done: int, total: int, cached: bool) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return build_training_set(
+            report.pairs, model.encoder, cache, teacher=view, trigger=args.trigger, teacher_image=args.teacher_image,
+            caption_dropout=config.caption_dropout > 0, anchors=anchors, anchor_prompts=args.anchor_prompts or (),
+            heldout_caption=args.heldout_caption, on_encoded=on_encoded,
+        )  # fmt: skip
+
+
+MANY = 20
+"""Datasets with more images have a progress bar while they are encoded."""
+
+
+def _without_missing_anchors(
+    args: argparse.Namespace, config: TrainConfig, data: TrainingSet, peers: Peers
+) -> TrainConfig:
+    asked_for = any(name.endswith("anchor_probability") for name in vars(args))
+    if not config.objective.anchor_share or data.anchors or asked_for:
+        return config
+    if peers.is_first:
+        warn(["no caption contains the trigger, so there are no anchors; anchor_probability is set to 0"])
+    return config.replace(objective=config.objective.without_anchors())
+
+
+def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, blocks: int, world: World | None) -> int:
+    config, is_first = prepared.config, world is None or world.rank == 0
+    preview = None
+    if config.preview_every and is_first:
+        painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
+        preview = TrainingPreview(painter, prepared.shown, args.output)
+    sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
+    with tqdm(total=config.steps, unit="step", disable=not is_first) as bar, _watching(bar, preview) as callbacks:
+        result = train(
+            config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
+            facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
+            checkpoint_blocks=blocks, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
+        )  # fmt: skip
+    if is_first:
+        _say_result(result)
+        if ModelOptions.of(args).is_undistilled:
+            say(f"It was trained on {args.model}; use it on the distilled model, as sample --lora does.")
+    return STOPPED if result.stopped else 0
+
+
+def _say_result(result: TrainResult) -> None:
+    stopped = "stopped after " if result.stopped else ""
+    resumes = "; the same command resumes" if result.stopped else ""
+    say(f"{stopped}{result.step} steps{resumes}; LoRA: {result.lora_path}")
+
+
+def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
+    return {
+        "dopsd_base_model": prepared.model.title,
+        "dopsd_base_fingerprint": prepared.model.fingerprint,
+        "dopsd_trigger": args.trigger,
+        "dopsd_teacher_sees": prepared.view.name,
+        **({"dopsd_undistilled": args.model} if ModelOptions.of(args).is_undistilled else {}),
+    }
+
+
+class _Watcher(NoCallbacks):
+    """Shows progress, writes previews, and stops after SIGTERM."""
+
+    def __init__(self, bar: tqdm, preview: TrainingPreview | None) -> None:
+        self._bar, self._preview = bar, preview
+        self.is_stopped = False
+
+    def on_class_image(self, done: int, total: int) -> None:
+        self._bar.set_postfix_str(f"class image {done} of {total}" if done < total else "")
+
+    def on_step(self, report: StepReport) -> None:
+        self._bar.update(report.step - self._bar.n)
+        if report.relative_gap is not None:
+            self._bar.set_postfix_str(f"gap to teacher {report.relative_gap:.3f}")
+
+    def on_preview(self, step: int, adapters: Trainable) -> None:
+        if self._preview is not None:
+            self._preview.write(step, adapters)
+
+    def should_stop(self) -> bool:
+        return self.is_stopped
+
+
+@contextmanager
+def _watching(bar: tqdm, preview: TrainingPreview | None) -> Iterator[_Watcher]:
+    """The callbacks of the run; inside the `with` block SIGTERM, which cluster managers send, stops it after a step."""
+    watcher = _Watcher(bar, preview)
+
+    def stop(number: int, frame: object) -> None:
+        watcher.is_stopped = True
+
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        yield watcher
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield watcher
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _blocks_to_checkpoint(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> int:
+    """The smallest number of blocks with gradient checkpointing that fits into the GPU's free memory; 0 on a CPU."""
+    if denoiser.device.type != "cuda":
+        return 0
+    footprint = footprint_of(prepared, denoiser)
+    free = int(torch.cuda.mem_get_info(denoiser.device)[0] * _MARGIN) + footprint.weights  # those are loaded already
+    blocks = max(peers.all(lambda: footprint.blocks_to_checkpoint(free)))
+    if peers.is_first and blocks:
+        say(f"gradient checkpointing on {blocks} of {len(footprint.blocks)} blocks (slower, same result)")
+    if footprint.total(blocks) > free:
+        gb = 10**9
+        warn([
+            f"training needs about {footprint.total(blocks) / gb:.1f} GB and the GPU has {free / gb:.1f}: use a lower "
+            "--resolution or --rank, or --quantise"
+        ])  # fmt: skip
+    return blocks
+
+
+def footprint_of(prepared: Prepared, denoiser: Denoiser) -> Footprint:
+    """The memory that training takes on each GPU."""
+    data, family, config = prepared.data, prepared.model.family, prepared.config
+    students = [family.tokens(latent_shape(pair), pair.student) for pair in data.pairs]
+    students += [(0, len(anchor.features)) for anchor in data.anchors]
+    teachers = [family.tokens(latent_shape(pair), pair.teacher) for pair in data.pairs]
+    weights = sum(parameter.nbytes for site in denoiser.sites() for parameter in site.module.parameters())
+    return estimate(
+        denoiser, family, config.adapter, _most(students), _most(teachers), weights,
+        batch=config.objective.forward_batch(config.batch_size), itemsize=denoiser.compute_dtype.itemsize,
+        weights_of_teacher=config.teacher, optimizer=config.optimizer,
+    )  # fmt: skip
+
+
+def _most(tokens: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return max(image for image, _ in tokens), max(text for _, text in tokens)

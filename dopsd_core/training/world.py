@@ -1,0 +1,182 @@
+"""The processes that train a run together.
+
+Each rank computes its share of the batches of an optimizer step, and all ranks make the same step with the sum of the
+gradients. Rank 0 alone reads and writes the folder of the run, measures the gap and draws previews. A host provides the
+communication as a `World`; without one, a run has one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class World(Protocol):
+    """Communication between the ranks of a run; implemented by a host. Every rank makes the same calls in order."""
+
+    @property
+    def rank(self) -> int:
+        """Index of this process, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The (picklable) values of all ranks, in their order."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """The (picklable) value of rank 0."""
+        ...
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replaces the tensor, of any shape, by its sum over all ranks, with equal bits on each."""
+        ...
+
+
+class OneProcess:
+    """A world of one rank."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value alone."""
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """The value."""
+        return value
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Leaves the tensor, of any shape, as it is."""
+
+
+class PeerError(RuntimeError):
+    """Raised if another rank failed or was lost."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a rank brings to a meeting.
+
+    Attributes:
+        value: the result of its work.
+        error: why it failed; None if it did not.
+    """
+
+    value: Any = None
+    error: str | None = None
+
+
+class Peers:
+    """The ranks of a run, meeting at the same points: a failure of one rank before a meeting ends all of them there."""
+
+    def __init__(self, world: World | None = None) -> None:
+        self.world: World = world or OneProcess()
+        self._is_over = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.world.rank == 0
+
+    def all(self, work: Callable[[], T]) -> list[T]:
+        """Calls `work` on every rank; the results of all ranks, in their order.
+
+        Raises:
+            PeerError: it failed on another rank. Where it failed, its own exception is raised.
+        """
+        if self.world.size == 1:
+            return [work()]
+        try:
+            mine, caught = _Outcome(work()), None
+        except BaseException as error:
+            mine, caught = _Outcome(error=_describe(error)), error
+        outcomes = self._meet(mine)
+        if caught is not None:
+            raise caught
+        failed = [(rank, outcome.error) for rank, outcome in enumerate(outcomes) if outcome.error is not None]
+        if failed:
+            raise PeerError(f"process {failed[0][0]} of {self.world.size} failed: {failed[0][1]}")
+        return [outcome.value for outcome in outcomes]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Calls `work` on rank 0; its result, on every rank.
+
+        Raises:
+            PeerError: it failed on rank 0, whose own exception is raised there.
+        """
+        found: list[Any] = []
+        self.all(lambda: found.append(work()) if self.is_first else None)
+        return self._talk(lambda: self.world.broadcast(found[0] if found else None))
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """An exception inside the `with` block ends all ranks at their next meeting."""
+        try:
+            yield
+        except BaseException as error:
+            if not self._is_over:
+                try:
+                    self._meet(_Outcome(error=_describe(error)))
+                except PeerError as lost:
+                    raise error from lost
+            raise
+
+    def require_equal(self, facts: Mapping[str, str]) -> None:
+        """Checks that all ranks have the same facts.
+
+        Raises:
+            ValueError: they have not; the message names the facts.
+        """
+        every = self.all(lambda: dict(facts))
+        differing = [name for name in facts if len({found.get(name) for found in every}) > 1]
+        if differing:
+            raise ValueError(
+                f"the processes of this run disagree about {' and '.join(differing)}: start all of them with the same "
+                "command, files and versions"
+            )
+
+    def share(self, count: int) -> range:
+        """This rank's share of `count` batches, which is divisible by the number of ranks."""
+        each = count // self.world.size
+        return range(self.world.rank * each, (self.world.rank + 1) * each)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replaces the gradients, of any shape, by their sums over all ranks; a missing one counts as zero."""
+        if self.world.size == 1 or not parameters:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self._talk(lambda: self.world.sum_(flat))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _meet(self, mine: _Outcome) -> list[_Outcome]:
+        outcomes = self._talk(lambda: self.world.gather(mine))
+        self._is_over = any(outcome.error is not None for outcome in outcomes)
+        return outcomes
+
+    def _talk(self, exchange: Callable[[], T]) -> T:
+        try:
+            return exchange()
+        except Exception as error:  # whatever the backend raises if a connection breaks
+            self._is_over = True
+            raise PeerError(f"another process of this run was lost ({_describe(error)})") from error
+
+
+def _describe(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -1,0 +1,354 @@
+"""The comparison of methods: intervals by hand, equal budgets, records that are taken up, a small run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.compare import sections
+from dopsd_core.config import ConfigError
+from dopsd_core.demo.concept import make_concept
+from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS
+from dopsd_core.demo.world import APPEARANCE
+from dopsd_core.options import flattened
+from dopsd_core.standalone.comparison.bootstrap import interval
+from dopsd_core.standalone.comparison.command import load_grids
+from dopsd_core.standalone.comparison.experiment import (
+    Plan,
+    best_rate,
+    run_plan,
+    steps_in_equal_time,
+    trials_of,
+    tune,
+)
+from dopsd_core.standalone.comparison.methods import (
+    DOPSD,
+    METHODS,
+    PRESETS,
+    Method,
+    chosen_methods,
+    parse_method,
+)
+from dopsd_core.standalone.comparison.report import grids
+from dopsd_core.standalone.comparison.trials import Outcome, Trial, saved_outcome
+from dopsd_core.standalone.demo import Demo
+from dopsd_core.standalone.hosts.demo import load_demo_model
+from dopsd_core.standalone.judge import judged_right, load_judge
+from dopsd_core.teachers import FrozenTeacher
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_by_hand() -> None:
+    """Two concepts with 0 and 1: resampled means are 0, 1/2 and 1 with probability 1/4, 1/2 and 1/4."""
+    two = torch.tensor([[0.0], [1.0]])
+    assert interval(two) == replace(interval(two), mean=0.5, low=0.0, high=1.0)
+    assert interval(two, level=0.4) == replace(interval(two), mean=0.5, low=0.5, high=0.5)
+    assert interval(two.T) == interval(two)  # two seeds of one concept
+    constant = interval(torch.full((3, 2), 0.25))
+    assert (constant.mean, constant.low, constant.high, constant.excludes_zero) == (0.25, 0.25, 0.25, True)
+    assert not interval(two).excludes_zero and interval(-1 - two).excludes_zero
+    assert not interval(torch.full((2, 2), -3.7e-9)).excludes_zero
+
+
+def test_intervals_have_the_width_of_the_concepts_spread() -> None:
+    """With equal seeds only the concepts count: the bootstrap's standard error is that of a mean over C values."""
+    concepts = torch.randn(40, 1, generator=torch.Generator().manual_seed(0)).expand(40, 4)
+    found = interval(concepts)
+    error = concepts[:, 0].std(unbiased=False).item() / math.sqrt(40)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+    assert found.mean == pytest.approx(concepts.mean().item())
+
+
+def test_seeds_of_a_concept_count_as_less_than_other_concepts() -> None:
+    values = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    assert interval(values).low == 0.0  # eight values that look like four each, and are two
+    assert interval(values.reshape(8, 1)).low > 0.0
+
+
+@pytest.mark.parametrize("values", [torch.zeros(0, 2), torch.zeros(2), torch.tensor([[math.nan]])])
+def test_intervals_of_nothing_are_refused(values: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="finite values"):
+        interval(values)
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_have_the_same_budget(preset: str) -> None:
+    methods = PRESETS[preset]
+    assert methods[0] is DOPSD and len({m.name for m in methods}) == len({m.title for m in methods}) == len(methods)
+    configs = [method.config(50, 3) for method in methods]
+    assert len({c.to_json() for c, m in zip(configs, methods, strict=True) if not m.undistilled}) == sum(
+        not m.undistilled for m in methods
+    )
+    own = configs[0]
+    for config in configs:
+        same = replace_choices(config, own)
+        assert same == own, config
+    assert own.probe_every == 0 and (own.steps, own.seed) == (50, 3)
+    assert METHODS[0].config(1, 0).schedule.warmup == 0
+
+
+def replace_choices(config: Any, own: Any) -> Any:
+    """The configuration with the objective, teacher and rollout of another one: what a method may differ in."""
+    kept = {name: getattr(own, name) for name in ("objective", "teacher", "rollout_steps", "optimizer")}
+    return config.replace(**kept)
+
+
+def test_a_method_from_the_command_line() -> None:
+    method = parse_method("mine: objective=sft, sft_shift=1.5, lr=3e-4, undistilled=true")
+    assert method == Method("mine", "mine", {"objective": "sft", "sft_shift": 1.5, "lr": 3e-4}, undistilled=True)
+    assert flattened(parse_method("m: grad_steps=none, deterministic=true").config(9, 0))["deterministic"] is True
+    chosen = chosen_methods("methods", ["sft"], ["mine: lr=1e-3"])
+    assert [m.name for m in chosen] == ["dopsd", "sft", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sft", '--method is .sft.; write "name: option=value'),
+        ("a b: lr=1", "--method is"),
+        ("m: lr", "--method is"),
+        ("m: lr=2", "lr is 2.0"),
+        ("m: lrr=1", "there is no option lrr; did you mean lr?"),
+        ("m: sft_shift=1", "sft_shift is an option of objective sft, and objective is dopsd"),
+    ],
+)
+def test_wrong_methods_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_method(text)
+
+
+def test_unknown_and_repeated_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match="there is no method sfft; choose from dopsd, "):
+        chosen_methods("methods", ["sfft"], [])
+    with pytest.raises(ConfigError, match="the method sft is given twice"):
+        chosen_methods("methods", [], ["sft: lr=1e-3"])
+
+
+def test_the_best_rate_forgets_least_among_those_that_learn() -> None:
+    tried = {
+        1e-4: {"concept_error": 0.5, "frechet_prior": 10.0},
+        1e-3: {"concept_error": 0.04, "frechet_prior": 200.0},
+        2e-3: {"concept_error": 0.0, "frechet_prior": 900.0},
+    }
+    assert best_rate(tried) == 1e-3
+    assert best_rate({rate: tried[rate] for rate in (1e-4, 2e-3)}) == 2e-3
+
+
+class FakeRunner:
+    """Gives each trial an outcome by its learning rate: the higher it is, the better learned and the more forgotten."""
+
+    def __init__(self) -> None:
+        self.trials: list[Trial] = []
+
+    def run(self, trials: Any, shown: Any = None) -> list[Outcome]:
+        self.trials += trials
+        return [self.outcome(trial) for trial in trials]
+
+    def outcome(self, trial: Trial) -> Outcome:
+        rate = trial.config().optimizer.lr
+        scores = {"concept_error": max(0.0, 0.5 - 400 * rate), "frechet_prior": 1e5 * rate}
+        return outcome(trial.method.name, trial.concept, trial.seed, scores=scores, regime=trial.regime)
+
+
+def test_tuning_tries_the_same_rates_for_every_method_on_other_concepts() -> None:
+    runner: Any = FakeRunner()
+    methods, tried = tune(PLAN, runner, 2, rates=(1e-4, 1e-3, 2e-3))
+    assert [m.config(10, 0).optimizer.lr for m in methods] == [2e-3, 2e-3]
+    assert [m.name for m in methods] == ["dopsd", "sft"] and methods[1].config(10, 0).objective.name == "sft"
+    assert tried["sft"][1e-3] == pytest.approx({"concept_error": 0.1, "frechet_prior": 100.0})
+    assert len(runner.trials) == 2 * 3 * 2 and {trial.concept for trial in runner.trials} == {1000, 1001}
+
+
+def test_a_plan_runs_only_its_regimes_and_reuses_runs_that_are_the_same() -> None:
+    runner: Any = FakeRunner()
+    found = run_plan(replace(PLAN, regimes=("time",), max_steps=40), runner)
+    assert list(found) == ["steps", "time"] and list(found["steps"]) == ["untouched", "teacher", "dopsd", "sft"]
+    assert {trial.regime for trial in runner.trials} == {"steps"}  # every step took the same time
+    assert found["time"]["sft"] == found["steps"]["sft"]
+    found = run_plan(replace(PLAN, regimes=("error",), max_steps=40), runner)
+    assert {trial.steps for trial in runner.trials if trial.regime == "error"} == {40} and "time" not in found
+
+
+# -- plans and records -------------------------------------------------------------------------------------------------
+
+PLAN = Plan(methods=(DOPSD, Method("sft", "SFT", {"objective": "sft"})), concepts=(3, 4), seeds=(0, 1), steps=10)
+
+
+def outcome(method: str, concept: int, seed: int, error: float = 0.0, **changes: Any) -> Outcome:
+    plain = Outcome(
+        method=method, concept=concept, seed=seed, regime="steps", steps=10, seconds=5.0, drawing_seconds=0.0,
+        step_seconds=0.5, reached=True, scores={"concept_error": error, "named": 1.0}, digest="",
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def test_every_combination_is_a_trial_of_its_own() -> None:
+    trials = trials_of(PLAN, "error", {"dopsd": 20, "sft": 30})
+    assert len({trial.name for trial in trials}) == 8
+    assert {(t.method.name, t.steps) for t in trials} == {("dopsd", 20), ("sft", 30)}
+    config = trials[0].config()
+    assert (config.preview_every, config.steps, config.seed) == (10, 20, 0)
+    assert trials_of(PLAN, "steps", {"dopsd": 20, "sft": 30})[0].config().preview_every == 0
+
+
+def test_equal_time_gives_steps_by_what_a_step_took_less_the_class_images() -> None:
+    """10 steps of 0.5 s are 5 s: 20 steps of 0.25 s, or 12 after 2 s of drawing."""
+    found = {
+        "dopsd": [[outcome("dopsd", c, s, step_seconds=t) for s, t in enumerate((0.5, 0.5))] for c in (3, 4)],
+        "sft": [[outcome("sft", c, s, step_seconds=0.25) for s in (0, 1)] for c in (3, 4)],
+    }
+    assert steps_in_equal_time(PLAN, found) == {"dopsd": 10, "sft": 20}
+    drawn = [[replace(o, drawing_seconds=2.0) for o in row] for row in found["sft"]]
+    assert steps_in_equal_time(PLAN, {**found, "sft": drawn}) == {"dopsd": 10, "sft": 12}
+    slow = [[replace(o, drawing_seconds=99.0) for o in row] for row in found["sft"]]
+    assert steps_in_equal_time(PLAN, {**found, "sft": slow})["sft"] == 1
+
+
+def test_a_record_counts_only_for_what_decided_it(tmp_path: Path) -> None:
+    trial = Trial(PLAN.methods[1], 3, 0, "error", 10, 0.1)
+    path = tmp_path / "outcomes" / f"{trial.name}.json"
+    path.parent.mkdir()
+    done = outcome("sft", 3, 0, regime="error", digest=trial.digest("weights"))
+    path.write_text(json.dumps(vars(done)))
+    assert saved_outcome(trial, tmp_path, "weights") == done
+    assert saved_outcome(trial, tmp_path, "weights", needs_images=True) is None
+    others = [
+        (trial, "other weights"),
+        (replace(trial, steps=11), "weights"),
+        (replace(trial, level=0.2), "weights"),
+        (replace(trial, check_every=5), "weights"),
+        (replace(trial, method=trial.method.at_rate(1e-3)), "weights"),
+        (replace(trial, method=replace(trial.method, undistilled=True)), "weights"),
+        (replace(trial, seed=1), "weights"),
+    ]
+    assert all(saved_outcome(other, tmp_path, fingerprint) is None for other, fingerprint in others)
+    path.write_text(path.read_text()[:50])
+    assert saved_outcome(trial, tmp_path, "weights") is None
+
+
+def test_tables_have_means_and_paired_differences() -> None:
+    """SFT is 0.2 worse in every pair, although the pairs differ by more among themselves."""
+    errors = {(3, 0): 0.1, (3, 1): 0.5, (4, 0): 0.2, (4, 1): 0.6}
+    found = {
+        method: [[outcome(method, c, s, errors[c, s] + extra) for s in (0, 1)] for c in (3, 4)]
+        for method, extra in (("untouched", 0.4), ("dopsd", 0.0), ("sft", 0.2))
+    }
+    means, differences = grids("methods", replace(PLAN, regimes=("steps",)), {"steps": found})
+    assert means.columns == ("", "concept error", "named", "steps", "seconds")
+    assert [row[0] for row in means.rows] == ["untouched", "D-OPSD", "SFT"]
+    assert means.rows[1][1].startswith("0.35 [") and means.rows[1][3] == "10 [10, 10]"
+    assert differences.rows == (("SFT", "**+0.2 [+0.2, +0.2]**", "0 [0, 0]", "0 [0, 0]", "0 [0, 0]"),)
+    assert "2 concepts and 2 seeds" in means.notes[0] and "SFT 0.002" in means.notes[1]
+    text = means.to_markdown()
+    assert text.startswith("## Methods, equal steps\n\n|  | concept error |") and "| D-OPSD | 0.35 [" in text
+
+
+def test_runs_that_did_not_reach_the_level_are_counted() -> None:
+    found = {
+        m: [[outcome(m, c, s, reached=m == "dopsd" or s == 0) for s in (0, 1)] for c in (3, 4)]
+        for m in ("dopsd", "sft")
+    }
+    means, _ = grids("methods", replace(PLAN, regimes=("error",)), {"steps": found, "error": found})
+    assert means.key == "compare-methods-error"
+    assert "Reached by: SFT 2 of 4; by all other runs of the others." in means.notes[-1]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def compare(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    words = [
+        "--only", "dopsd", "--method", "db: objective=dreambooth, dreambooth_class_images=2", "--concepts", "1",
+        "--seeds", "2", "--steps", "2", "--max-steps", "4", "--check-every", "2", "--level", "0.99", *more,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dopsd_core", "compare", "--output", str(output), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    done = compare(folder)
+    assert done.returncode == 0, done.stderr
+    assert "Methods, equal wall time: differences from D-OPSD" in done.stdout
+    return folder
+
+
+def test_a_small_comparison_of_the_demo(output: Path) -> None:
+    tables, result = load_grids(output)
+    assert [table.key.removeprefix("compare-methods-") for table in tables] == [
+        "steps", "steps-differences", "time", "time-differences", "error", "error-differences",
+    ]  # fmt: skip
+    assert [row[0] for row in tables[0].rows] == ["untouched", "its teacher", "D-OPSD", "db"]
+    outcomes: Any = result["outcomes"]
+    assert len(outcomes["steps"]) == 8 and len(outcomes["time"]) == len(outcomes["error"]) == 4
+    by_name = {(o["method"], o["seed"]): o for o in outcomes["steps"]}
+    assert by_name["teacher", 0]["scores"]["concept_error"] < by_name["untouched", 0]["scores"]["concept_error"]
+    assert by_name["dopsd", 0]["steps"] == 2 and by_name["untouched", 0]["steps"] == 0
+    assert by_name["db", 1]["drawing_seconds"] > 0 == by_name["dopsd", 1]["drawing_seconds"]
+    stopped = [o for o in outcomes["error"] if o["method"] == "dopsd"]
+    assert all(o["steps"] == 0 and o["reached"] for o in stopped)  # the level is above the untouched model's error
+    sheet = Image.open(output / "comparison.png")
+    assert sheet.height > 5 * 112 and sheet.width > 8 * 112
+    assert not list(output.glob("concept-0/runs/*/checkpoints"))
+    assert not list((output / "outcomes").glob("dopsd-time-*"))  # it is the same run as at equal steps
+
+
+@pytest.mark.parametrize("undistilled", [False, True])
+def test_the_error_in_training_is_that_of_the_distilled_model_with_the_weights(output: Path, undistilled: bool) -> None:
+    """Weights of zero are the untouched model, whichever network they are attached to."""
+    torch.set_num_threads(1)
+    demo = Demo(load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE), make_concept(0), output / "concept-0")
+    config = DOPSD.config(1, 0)
+    other: Any = load_demo_model().denoiser
+    with torch.no_grad():
+        next(other.transformer.parameters()).mul_(0.0)
+    adapters: Any = config.adapter.build(other if undistilled else demo.model.denoiser, FrozenTeacher(), 0)
+    with adapters.attached():
+        found = demo.concept_error(adapters, config, 9, 10, undistilled)
+    chosen = torch.arange(0, 60, 6)
+    images = demo.draw([demo.conditions.trigger[i] for i in chosen.tolist()], 9)
+    right = judged_right(demo.judge, images, demo.concept.unseen.scenes[chosen].labels())
+    expected = 1 - sum(right[name].float().mean().item() for name in APPEARANCE) / 4
+    assert found == pytest.approx(expected) and 0 < found < 1
+
+
+def test_it_is_resumed_and_only_what_changed_is_run_again(output: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (output / "outcomes").iterdir()}
+    tables = (output / "comparison.md").read_bytes()
+    (lost,) = (output / "outcomes").glob("db-steps-concept0-seed1.json")
+    lost.unlink()
+    done = compare(output)
+    assert done.returncode == 0, done.stderr
+    after = {path: path.stat().st_mtime_ns for path in (output / "outcomes").iterdir()}
+    kept = {path for path in before if "-time-" not in path.name} - {lost}  # timings decide the steps of equal time
+    assert after.keys() == before.keys() and all(after[path] == before[path] for path in kept)
+    assert (output / "comparison.md").read_bytes()[:200] == tables[:200]
+
+
+def test_sections_of_the_results_page(output: Path) -> None:
+    tables, _ = load_grids(output)
+    made = sections("methods", tables, ["--preset", "methods"])
+    assert made[0].command == "python -m benchmarks.compare --preset methods"
+    assert "comparison_methods.png" in made[0].notes[-1] and made[1].table.columns == tables[1].columns
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    done = compare(tmp_path, "--method", "x: sft_shift=1")
+    assert done.returncode == 1
+    assert "sft_shift is an option of objective sft" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,317 @@
+"""Several processes make the same run as one: the same LoRA, however many there are and however they end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dopsd_core.adapters.lora_file import load_lora
+from dopsd_core.config import ConfigError, TrainConfig
+from dopsd_core.training.checkpoint import load_checkpoint
+from dopsd_core.training.log import StepReport, read_log
+from dopsd_core.training.trainer import NoCallbacks, PeerError, train
+from dopsd_core.training.world import Peers
+from tests.ranks import ThreadWorld, on_processes, on_threads
+from tests.tiny import TinyDenoiser, killable_config, killable_data, make_config, make_data, saved_bytes
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run(folder: Path, config: TrainConfig, world: Any = None, callbacks: Any = None, data: Any = None) -> Any:
+    return train(config, TinyDenoiser(), data or killable_data(), folder, callbacks, world=world)
+
+
+def on_ranks(size: int, folder: Path, config: TrainConfig, **kwargs: Any) -> list[Any]:
+    return on_threads(size, lambda world: run(folder, config, world, **kwargs))
+
+
+def student(folder: Path) -> torch.Tensor:
+    """All weights of the newest checkpoint's student, fp32."""
+    checkpoint = load_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    return torch.cat([value.flatten() for _, value in sorted(checkpoint.lora.items())])
+
+
+def assert_same_run(folder: Path, expected: Path, tolerance: float = 1e-6) -> None:
+    ours, theirs = student(folder), student(expected)
+    assert float((ours - theirs).norm() / theirs.norm()) < tolerance
+    logs = [read_log(place / "train.jsonl") for place in (folder, expected)]
+    assert [report.step for report in logs[0]] == [report.step for report in logs[1]]
+    for report, other in zip(*logs, strict=True):
+        assert report.anchors == other.anchors and report.lr == other.lr
+        for name in ("loss", "grad_norm", "relative_gap"):
+            value, wanted = getattr(report, name), getattr(other, name)
+            assert value == (None if wanted is None else pytest.approx(wanted, rel=1e-4))
+
+
+# -- the same run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_the_accumulated_batches_of_one_process(tmp_path: Path, size: int) -> None:
+    config = killable_config(STEPS).replace(grad_accumulation=4)
+    run(tmp_path / "one", config)
+    results = on_ranks(size, tmp_path / "many", config)
+    assert all(result.step == STEPS and not result.stopped for result in results), results
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+
+
+def test_where_each_rank_has_one_backward_the_bits_are_the_same(tmp_path: Path) -> None:
+    """Two gradients have one sum; with more of them the order of adding differs."""
+    config = make_config(steps=STEPS, grad_accumulation=2, grad_steps=1)
+    run(tmp_path / "one", config, data=make_data())
+    on_ranks(2, tmp_path / "two", config, data=make_data())
+    assert saved_bytes(tmp_path / "two") == saved_bytes(tmp_path / "one")
+
+
+def test_in_bf16_and_fp16_the_ranks_agree(tmp_path: Path) -> None:
+    """fp16 also scales the losses, and repeats a step that overflowed on any rank."""
+    for dtype in (torch.bfloat16, torch.float16):
+        folder, config = tmp_path / str(dtype), killable_config(STEPS)
+
+        def low(world: Any, folder: Path, config: TrainConfig = config, dtype: torch.dtype = dtype) -> Any:
+            return train(config, Narrow(dtype), killable_data(), folder, world=world)
+
+        low(None, folder / "one")
+        results = on_threads(2, lambda world, folder=folder, low=low: low(world, folder / "two"))
+        assert all(result.step == STEPS for result in results), results
+        assert_same_run(folder / "two", folder / "one", 1e-5)
+
+
+class Narrow(TinyDenoiser):
+    """Says that it computes in `dtype`; so fp16's loss scale is on, whose powers of two change no bits."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._dtype
+
+
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
+    """Also in the other direction, and from a stop; the steps before do not matter."""
+    config = killable_config(STEPS).replace(grad_accumulation=4)
+    run(tmp_path / "one", config)
+    for number, sizes in enumerate([(2, 1, 4), (1, 4, 2)]):
+        folder = tmp_path / str(number)
+        for steps, size in zip((2, 4, STEPS), sizes, strict=True):
+            results = on_ranks(size, folder, config.replace(steps=STEPS), callbacks=Stop(steps))
+            assert all(getattr(result, "step", None) == steps for result in results), results
+        assert_same_run(folder, tmp_path / "one")
+
+
+def test_the_number_of_ranks_is_no_part_of_the_configuration(tmp_path: Path) -> None:
+    config = killable_config(4)
+    on_ranks(2, tmp_path, config)
+    assert TrainConfig.from_json((tmp_path / "config.json").read_text()) == config
+
+
+# -- one writer --------------------------------------------------------------------------------------------------------
+
+
+def test_rank_0_alone_writes_measures_and_draws(tmp_path: Path) -> None:
+    recorders = [Recorder() for _ in range(3)]
+    config = killable_config(4).replace(grad_accumulation=3, preview_every=1)
+
+    def work(world: ThreadWorld) -> Any:
+        denoiser = TinyDenoiser()
+        train(config, denoiser, killable_data(), tmp_path, recorders[world.rank], world=world)
+        return denoiser.calls
+
+    calls = on_threads(3, work)
+    assert calls[0] > calls[1] > 0 and calls[2] > 0, calls
+    assert [recorder.previews for recorder in recorders] == [[0, 1, 2, 3, 4], [], []]
+    assert [report.relative_gap is not None for report in recorders[1].reports] == [False] * 4
+    assert recorders[0].reports[-1].loss == recorders[1].reports[-1].loss
+    assert [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+class Recorder(NoCallbacks):
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.previews: list[int] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def on_preview(self, step: int, adapters: Any) -> None:
+        self.previews.append(step)
+
+
+# -- ending together ---------------------------------------------------------------------------------------------------
+
+
+class Stop(NoCallbacks):
+    """Stops after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._reached = step, 0
+
+    def on_step(self, report: StepReport) -> None:
+        self._reached = report.step
+
+    def should_stop(self) -> bool:
+        return self._reached >= self._step
+
+
+def test_a_stop_on_any_rank_stops_all(tmp_path: Path) -> None:
+    config = killable_config(STEPS)
+
+    def work(world: ThreadWorld) -> Any:
+        return run(tmp_path, config, world, Stop(3) if world.rank == 1 else None)
+
+    results = on_threads(2, work)
+    assert [(result.step, result.stopped) for result in results] == [(3, True)] * 2
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 3
+
+
+class Fails(NoCallbacks):
+    """Raises in a hook, at a step."""
+
+    def __init__(self, hook: str, step: int, error: BaseException) -> None:
+        self._hook, self._step, self._error = hook, step, error
+        self._reached = 0
+
+    def on_step(self, report: StepReport) -> None:
+        self._reached = report.step
+        self._fail("on_step")
+
+    def on_preview(self, step: int, adapters: Any) -> None:
+        self._fail("on_preview")
+
+    def should_stop(self) -> bool:
+        self._fail("should_stop")
+        return False
+
+    def _fail(self, hook: str) -> None:
+        if hook == self._hook and self._reached >= self._step:
+            raise self._error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("hook", ["on_step", "on_preview", "should_stop"])
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_an_error_on_any_rank_ends_all(tmp_path: Path, rank: int, hook: str, kind: Callable[[str], Any]) -> None:
+    if hook == "on_preview" and rank:
+        pytest.skip("rank 0 alone draws previews")
+    config = killable_config(STEPS).replace(preview_every=2, checkpoint_every=100)
+
+    def work(world: ThreadWorld) -> Any:
+        failing = Fails(hook, 2, kind("the screen is gone")) if world.rank == rank else None
+        return run(tmp_path, config, world, failing)
+
+    results = on_threads(2, work)
+    assert type(results[rank]) is kind
+    assert type(results[1 - rank]) is PeerError
+    assert f"process {rank} of 2 failed: the screen is gone" in str(results[1 - rank])
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 2, "rank 0 saves the state before it leaves"
+
+
+def test_an_error_in_a_batch_of_one_rank_ends_all(tmp_path: Path) -> None:
+    def work(world: ThreadWorld) -> Any:
+        denoiser = TinyDenoiser()
+        denoiser.poison_at = 10 if world.rank == 1 else None
+        return train(make_config(steps=STEPS, grad_accumulation=2), denoiser, make_data(), tmp_path, world=world)
+
+    results = on_threads(2, work)
+    assert all("the loss of step 2 is nan" in str(result) for result in results), results
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_before_the_first_step_ends_all(tmp_path: Path, rank: int) -> None:
+    def work(world: ThreadWorld) -> Any:
+        initial = {"nowhere.lora_A.weight": torch.zeros(1, 1)} if world.rank == rank else None
+        config = killable_config(STEPS)
+        return train(config, TinyDenoiser(), killable_data(), tmp_path, initial=initial, world=world)
+
+    results = on_threads(2, work)
+    assert isinstance(results[rank], ValueError) and isinstance(results[1 - rank], PeerError), results
+
+
+def test_a_full_disk_on_rank_0_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dopsd_core.files.disk import DiskError
+    from dopsd_core.training.run_folder import RunFolder
+
+    def full(*args: Any) -> Any:
+        raise DiskError("the disk is full", True)
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    results = on_ranks(2, tmp_path, killable_config(STEPS))
+    assert isinstance(results[0], DiskError) and isinstance(results[1], PeerError), results
+    assert "the disk is full" in str(results[1])
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+    results = on_ranks(2, tmp_path, make_config(grad_accumulation=3))
+    for result in results:
+        assert isinstance(result, ConfigError)
+        assert "grad_accumulation is 3" in str(result) and "set it to a multiple of 2" in str(result)
+
+
+@pytest.mark.parametrize("what", ["the configuration", "the dataset", "the model"])
+def test_ranks_that_disagree_are_refused(tmp_path: Path, what: str) -> None:
+    def work(world: ThreadWorld) -> Any:
+        other = world.rank == 1
+        config = killable_config(STEPS + 1 if other and what == "the configuration" else STEPS)
+        data = make_data(6) if other and what == "the dataset" else killable_data()
+        facts = {"dopsd_base_fingerprint": str(other and what == "the model")}
+        config = config.replace(objective=config.objective.without_anchors())
+        return train(config, TinyDenoiser(), data, tmp_path, facts=facts, world=world)
+
+    for result in on_threads(2, work):
+        assert isinstance(result, ValueError) and f"disagree about {what}" in str(result), result
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_a_rank_that_is_lost_is_reported() -> None:
+    class Broken:
+        rank, size = 0, 2
+
+        def gather(self, value: Any) -> list[Any]:
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+    peers = Peers(Broken())  # type: ignore[arg-type]
+    with pytest.raises(PeerError, match="another process of this run was lost.*Connection closed"):
+        peers.all(lambda: 1)
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+
+def test_processes_on_gloo_make_the_same_run(tmp_path: Path) -> None:
+    run(tmp_path / "one", killable_config(STEPS))
+    assert on_processes(tmp_path / "two", STEPS, 2) == [0, 0]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("killed", [(-1, 4), (4, -1), (4, 4)], ids=["rank 1", "rank 0", "all"])
+def test_killed_processes_resume(tmp_path: Path, killed: tuple[int, int]) -> None:
+    """The others end too, and the run resumes to the same LoRA, on two ranks or one."""
+    run(tmp_path / "one", killable_config(STEPS))
+    codes = on_processes(tmp_path / "two", STEPS, 2, killed)
+    for code, step in zip(codes, killed, strict=True):
+        assert code == (-9 if step > 0 else 1)
+    assert read_log(tmp_path / "two" / "train.jsonl")[-1].step in (4, 5)
+    if killed == (4, 4):
+        run(tmp_path / "two", killable_config(STEPS))
+    else:
+        assert on_processes(tmp_path / "two", STEPS, 2) == [0, 0]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert load_lora(tmp_path / "two" / "lora.safetensors")[1]["dopsd_step"] == str(STEPS)

@@ -1,0 +1,181 @@
+"""The real command line on a small model in diffusers' layout, in processes of its own, alone and under launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dopsd_core.__main__ import main
+from dopsd_core.adapters.lora_file import load_lora
+from dopsd_core.config import TrainConfig
+from dopsd_core.families import Z_IMAGE
+from dopsd_core.standalone.settings import family_config
+from dopsd_core.training.checkpoint import load_checkpoint
+from tests import model_folders
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dopsd_core")
+ACCELERATE = (
+    "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+    "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m", "dopsd_core",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, vision/ and photos/."""
+    folder = tmp_path_factory.mktemp("place")
+    model_folders.write_z_image(folder / "model")
+    model_folders.write_vision(folder / "vision")
+    (folder / "photos").mkdir()
+    for name, colour in (("a", "red"), ("b", "navy")):
+        image = Image.new("RGB", (64, 64), colour)
+        image.paste("white", (10, 20, 40, 50))
+        image.save(folder / "photos" / f"{name}.png")
+        (folder / "photos" / f"{name}.txt").write_text(f"a [V] badge, {name}", encoding="utf-8")
+    return folder
+
+
+def command(place: Path, name: str, *words: object, launcher: tuple[str, ...] = ("-m", "dopsd_core")) -> list[str]:
+    model = ("--model", place / "model", "--vision", place / "vision", "--dtype", "fp32", "--device", "cpu")
+    return [sys.executable, *launcher, name, *map(str, (*words, *model))]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def call(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+
+
+def training(place: Path, output: Path, *words: object, launcher: tuple[str, ...] = ("-m", "dopsd_core")) -> list[str]:
+    quick = (
+        "--output", output, "--resolution", 64, "--rank", 4, "--rollout-steps", 2, "--grad-accumulation", 2,
+        "--probe-every", 2, "--checkpoint-every", 2, "--threads", 1,
+    )  # fmt: skip
+    return command(place, "train", place / "photos", *quick, *words, launcher=launcher)
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    """A run of four steps in one process."""
+    result = call(training(place, place / "run", "--steps", 4, "--preview-every", 4, "--trigger", "sks"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 usable images" in result.stdout and "4 steps; LoRA:" in result.stdout
+    return place / "run"
+
+
+def student(folder: Path) -> torch.Tensor:
+    checkpoint = load_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 4
+    return torch.cat([value.flatten() for _, value in sorted(checkpoint.lora.items())])
+
+
+def test_train_writes_a_lora_of_the_family(trained: Path) -> None:
+    tensors, facts = load_lora(trained / "lora.safetensors")
+    assert {name.rpartition(".lora_")[0].split(".", 2)[2] for name in tensors} == set(Z_IMAGE.lora_targets)
+    assert (
+        facts["dopsd_base_model"] == "model" and facts["dopsd_trigger"] == "sks" and facts["dopsd_family"] == "z_image"
+    )
+    assert len(facts["dopsd_base_fingerprint"]) == 16 and facts["dopsd_teacher_sees"] == "vlm"
+    config = TrainConfig.from_json((trained / "config.json").read_text())
+    usual = family_config("z_image")
+    assert config.optimizer == usual.optimizer and config.teacher == usual.teacher and config.family == "z_image"
+    assert sorted(file.name for file in (trained / "previews").iterdir()) == ["step-000000.png", "step-000004.png"]
+
+
+def test_sample_and_teacher_preview(place: Path, trained: Path) -> None:
+    images = {}
+    for name, words in (("without", ()), ("with", ("--lora", trained / "lora.safetensors"))):
+        result = call(command(place, "sample", "a [V] badge", "--output", place / name, "--size", 64, 96, *words))
+        assert result.returncode == 0, result.stderr
+        images[name] = Image.open(place / name / "01_seed0.png")
+    assert images["with"].size == (64, 96) and images["with"].tobytes() != images["without"].tobytes()
+    sheet = place / "teacher.png"
+    result = call(
+        command(place, "teacher-preview", place / "photos", "--output", sheet, "--resolution", 64, "--steps", 2)
+    )
+    assert result.returncode == 0, result.stderr
+    assert Image.open(sheet).height > 3 * 64
+
+
+def test_inspect_dataset_takes_the_models_sizes(place: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "dopsd_core",
+        "inspect-dataset",
+        str(place / "photos"),
+        "--model",
+        str(place / "model"),
+    ]
+    result = call(words)
+    assert result.returncode == 0 and "2 in bucket 1024x1024" in result.stdout
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_make_the_same_run(place: Path, trained: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    result = call(training(place, tmp_path, "--steps", 4, "--trigger", "sks", launcher=launcher))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert result.stdout.count("2 usable images") == result.stdout.count("4 steps; LoRA:") == 1
+    ours, theirs = student(tmp_path), student(trained)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+    assert json.loads((tmp_path / "config.json").read_text())["grad_accumulation"] == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
+def test_sigterm_stops_and_the_same_command_resumes(place: Path, trained: Path, tmp_path: Path) -> None:
+    words = training(place, tmp_path, "--steps", 4, "--trigger", "sks")
+    started = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    log = tmp_path / "train.jsonl"
+    while started.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    started.send_signal(signal.SIGTERM)
+    output = started.communicate(timeout=300)[0].decode()
+    if started.returncode:  # it may have been too late
+        assert started.returncode == 143 and "the same command resumes" in output
+    assert call(words).returncode == 0
+    assert torch.equal(student(tmp_path), student(trained))
+
+
+def test_without_a_network_an_id_is_one_sentence(place: Path, tmp_path: Path) -> None:
+    result = call([*training(place, tmp_path / "run", "--steps", 1), "--model", "no-such/model"])
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 1 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert lines[0].startswith("error: no-such/model cannot be downloaded"), lines
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "/no/such/folder"), "/no/such/folder does not exist"),
+        (("--model", "{place}/photos"), "has no model_index.json"),
+        (("--vision", "/no/such/folder"), "/no/such/folder does not exist; --vision takes"),
+        (("--vision", "{place}/photos"), "photos has no safetensors files"),
+        (("--vision", "{place}/model/vae"), "vae is not Qwen3-VL"),
+        (("--quantise", "quanto-int8"), "needs optimum-quanto, which is not installed"),
+        (("--teacher-view", "edit"), "has no teacher 'edit'"),
+        (("--config", "{place}/klein.json"), "the configuration is for FLUX.2-klein and --model"),
+        (("--steps", "0"), "steps is 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    (place / "klein.json").write_text(family_config("flux2_klein").to_json())
+    given = [word.format(place=place) for word in words]
+    assert main([*training(place, tmp_path / "run", "--steps", 1)[3:], *given]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run" / "checkpoints").exists()
