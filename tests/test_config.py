@@ -57,7 +57,10 @@ def test_json_has_a_tag_for_each_choice() -> None:
         ({"optimizer": {"name": "adamw", "lr": 3.0}}, "lr is 3.0; set it above 0 and at most 0.1"),
         ({"optimizer": {"name": "adamw", "lr": math.nan}}, "lr is nan, it must be a finite number"),
         ({"optimizer": {"name": "adamw", "lr": "1e-4"}}, "lr is '1e-4', it must be a number"),
-        ({"optimizer": {"lr": 1e-4}}, "optimizer is None; choose one of adamw, adamw8bit"),
+        (
+            {"optimizer": {"lr": 1e-4}},
+            "optimizer is None; choose one of adamw, adamw8bit, adafactor, muon, prodigy, custom",
+        ),
         ({"optimizer": 3}, 'optimizer is 3; give a name and options, such as {"name": "adamw"}'),
         ({"schedule": "linear"}, "schedule is 'linear'; choose one of constant, cosine"),
         ({"teacher": "none"}, "teacher is 'none'; choose one of ema, frozen, same"),

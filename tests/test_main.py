@@ -52,7 +52,7 @@ def test_help_of_train_has_everything_that_is_declared() -> None:
         assert f"--{option.name.replace('_', '-')} " in words
         assert f"{option.help} ({option.facts()})".replace("- ", "-") in words, option.name
         assert not option.choices or "{" + ",".join(option.choices) + "}" in words
-    for heading in ("run:", "objective:", "with --objective dopsd:", "with --optimizer adamw or adamw8bit:"):
+    for heading in ("run:", "objective:", "with --objective dopsd:", "with --optimizer prodigy:"):
         assert f"\n{heading}\n" in result.stdout
 
 

@@ -75,17 +75,24 @@ class ImportedLora:
 
 @dataclass(frozen=True)
 class _Place:
-    """Rows of a Linear's output, as parts that follow one another."""
+    """Rows of a Linear's output, as parts that follow one another.
+
+    Attributes:
+        in_features: size of the Linear's input.
+        parts: the parts.
+    """
 
     in_features: int
     parts: tuple[SitePart, ...]
 
     @property
     def first(self) -> int:
+        """The first row."""
         return self.parts[0].start
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return self.parts[-1].stop - self.first
 
 
@@ -280,9 +287,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
     halves: dict[str, dict[bool, dict[str, str]]] = {}
     for key in tensors:
         if _OTHER_KINDS.search(key):
-            raise ValueError(
-                f"{_IT} holds {shown(key)}, of DoRA, LoHa, LoKr or the like; only a plain LoRA can be the start"
-            )
+            raise ValueError(f"{_IT} holds {shown(key)}, {_other_kind(key)}; only a plain LoRA can be the start")
         match = _match(key)
         if match is not None:
             found = halves.setdefault(match["module"], {}).setdefault(_IS_A[match["kind"]], {})
@@ -290,6 +295,14 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
                 raise ValueError(f"{_IT} holds several LoRAs: {shown(key)} is the second of its kind")
     pairs = {module: _fold(module, kinds, tensors) for module, kinds in halves.items()}
     return pairs, tensors.keys() - {key for pair in pairs.values() for key in pair.keys}
+
+
+def _other_kind(key: str) -> str:
+    if ".lokr_" in key:
+        return "of LoKr, which adapter lokr starts from"
+    if "magnitude_vector" in key or "dora_scale" in key:
+        return "of DoRA, which adapter dora starts from"
+    return "of LoHa, OFT or the like"
 
 
 def _fold(module: str, kinds: Mapping[bool, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> _Pair:

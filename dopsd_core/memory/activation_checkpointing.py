@@ -116,8 +116,9 @@ def block_bytes(
 
     kept = batch * L * (W + r * P) * itemsize + r * (I + O) * c,  entry = batch * L * D * itemsize
 
-    with L tokens, W elements per token saved by the block without LoRA (`Family.block_shape`), width D of the network,
-    rank r, P adapted parts of the block, and I, O the sums of their inputs and outputs. A part saves A x. c is the
+    for LoRA (others: `Adapter.part_activations`), with L tokens, W elements per token saved by the block without it
+    (`Family.block_shape`), width D of the network, rank r, P adapted parts of the block, and I, O the sums of their
+    inputs and outputs. A part saves A x. c is the
     itemsize of a compute dtype narrower than fp32, to which the LoRA is cast in each forward, else 0. Assumes torch's
     fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32).
     """
@@ -127,7 +128,8 @@ def block_bytes(
         adapted = [(part, site) for site in inside for part in site.parts if part.name in names]
         # the As of a Linear are stacked and cast together; the sums are the same
         parameters = sum(adapter.part_parameters(site.in_features, part.out_features) for part, site in adapted)
-        kept = batch * shape.tokens * (shape.kept + adapter.part_activations() * len(adapted)) * itemsize
+        saved = sum(adapter.part_activations(site.in_features, part.out_features) for part, site in adapted)
+        kept = batch * shape.tokens * (shape.kept + saved) * itemsize
         cast = parameters * itemsize if itemsize < 4 else 0
         out.append(BlockBytes(kept + cast, batch * shape.tokens * shape.width * itemsize))
     return out

@@ -172,6 +172,8 @@ def check_run(
         ConfigError, DiskError, ValueError: as in `train`.
     """
     _check_data(config, data)
+    config.optimizer.require_packages()
+    config.adapter.require_sites(denoiser.sites())
     if config.deterministic and (problem := obstacle(denoiser.device)):
         raise ConfigError((problem,))
     check_run_folder(config, denoiser, Path(run_dir), host_bytes)

@@ -98,8 +98,12 @@ def _site(name: str, module: Any, family: Family) -> LinearSite:
         with cast_parameters(module, flat) as (weight, _):
             return (flat @ weight).reshape(*grad.shape[:-1], -1)
 
+    def weight(device: torch.device) -> Tensor:
+        with torch.no_grad(), cast_parameters(module, torch.zeros(1, columns, device=device)) as (cast, _):
+            return cast.to(torch.float32, copy=True)
+
     rows, columns = module.out_features, module.in_features
-    site = LinearSite(name, module, columns, rows, family.native_parts(name, rows), forward, grad_input)
+    site = LinearSite(name, module, columns, rows, family.native_parts(name, rows), forward, grad_input, weight)
     return through_hooks(site, hooks) if hooks else site
 
 

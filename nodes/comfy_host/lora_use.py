@@ -82,9 +82,14 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
         ValueError: it will apply none.
     """
     used = used_keys(model, tensors)
-    rest = [key for key in tensors if key not in used]
+    rest = [key for key in tensors if key not in used and _comfyuis(key) not in used]
     line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
     return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
+
+
+def _comfyuis(key: str) -> str:
+    """What ComfyUI reads instead of this magnitude of a DoRA; the key itself for any other."""
+    return key.replace(".lora_magnitude_vector", ".dora_scale")
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,8 +191,15 @@ def _metadata(model: Any, fingerprint: str, conditions: Conditions, run_name: st
         "dopsd_trigger": conditions.trigger,
         "dopsd_teacher_sees": conditions.teacher.name,
         "dopsd_name": run_name,
+        "dopsd_resolution": _resolution(conditions),
         **({"dopsd_undistilled": reason} if (reason := why_undistilled(model)) else {}),
     }
+
+
+def _resolution(conditions: Conditions) -> str:
+    """The size in pixels of the largest training image, such as 1024x768."""
+    height, width = max((shape[-2:] for shape in conditions.data.shapes()), key=math.prod)
+    return f"{width * conditions.family.downscale}x{height * conditions.family.downscale}"
 
 
 def _watched(watcher: Watcher, run: _PlannedRun) -> TrainResult:
