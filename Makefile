@@ -97,8 +97,10 @@ $(VENV)/.standalone: requirements-standalone.txt | $(VENV)/.python
 	$(INSTALL) -r requirements-standalone.txt
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.standalone
+$(VENV)/.dev: requirements-dev.txt requirements-metrics.txt $(VENV)/.standalone
 	$(INSTALL) -r requirements-dev.txt
+	$(INSTALL) --no-deps -r requirements-metrics.txt
+	rm -rf $(VENV)/lib/python*/site-packages/tests  # torch-fidelity's, which would hide ours
 	touch $@
 
 # Another checkout may need other versions.

@@ -1,4 +1,4 @@
-"""`python -m dopsd_core`: demo, train, sample, teacher-preview, compare, inspect-dataset."""
+"""`python -m dopsd_core`: demo, train, sample, teacher-preview, compare, evaluate, inspect-dataset."""
 
 from __future__ import annotations
 
@@ -113,6 +113,11 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .standalone.comparison.command import run_compare
 
         return run_compare
+    if name == "evaluate":
+        from .standalone.evaluate_lora import run_evaluate
+
+        return run_evaluate
+
     from .standalone import sampling
 
     return sampling.run_sample if name == "sample" else sampling.run_teacher_preview

@@ -14,11 +14,12 @@ from typing import Any
 from .conditioning.teachers import TEACHER_VIEWS
 from .config import TrainConfig
 from .demo.settings import demo_config
+from .metrics.arguments import add_evaluate
 from .options import Option, all_options, changed
 from .standalone.comparison.arguments import add_compare
 from .standalone.model_options import MODEL_HELP, TRACKERS, add_model_arguments
 
-COMMANDS = ("demo", "train", "sample", "teacher-preview", "compare", "inspect-dataset")
+COMMANDS = ("demo", "train", "sample", "teacher-preview", "compare", "evaluate", "inspect-dataset")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NONE = "none"
@@ -50,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_teacher_preview(commands)
     add_compare(commands)
+    add_evaluate(commands)
     _add_inspect(commands)
     return parser
 

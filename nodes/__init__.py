@@ -12,6 +12,7 @@ from .load_dataset import LoadDataset
 from .load_demo_models import LoadDemoModels
 from .load_lora import LoadLoRA
 from .load_teacher_vision import LoadTeacherVision
+from .lora_report_card import LoRAReportCard
 from .save_lora import SaveLoRA
 from .teacher_preview import TeacherPreview
 from .train_lora import TrainLoRA
@@ -36,6 +37,7 @@ class DopsdExtension(ComfyExtension):
             FewStepSampler,
             SaveLoRA,
             CompareLoRA,
+            LoRAReportCard,
             LoadLoRA,
             LoadTeacherVision,
             LoadDemoModels,

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
-import comfy.sd
 import comfy.utils
 import folder_paths
 import node_helpers
@@ -20,15 +19,13 @@ from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
-from .comfy_host.lora_fit import used_keys
+from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, stamp_of_choice, used_line
 from .comfy_host.model_patches import unused_schedule
-from .comfy_host.paths import never_the_same, stamp_of
 from .comfy_host.sampling import few_step_sample
 from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
 
-NONE = "none"
-MAX_STRENGTHS, MAX_PROMPTS, MAX_STRENGTH = 8, 32, 10.0
+MAX_PROMPTS = 32
 
 
 class CompareLoRA(io.ComfyNode):
@@ -65,11 +62,7 @@ class CompareLoRA(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
         """Changes when the file is replaced, so that ComfyUI runs the node again."""
-        if lora_name == NONE or "lora" in others:
-            return NONE
-        if lora_name is None:  # it comes over a link
-            return never_the_same()
-        return stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+        return stamp_of_choice(lora_name, "lora" in others)
 
     @classmethod
     @checked
@@ -81,7 +74,7 @@ class CompareLoRA(io.ComfyNode):
         require_vae(vae, family_of(model), is_demo_model(model))
         if reference is not None:
             require_editing(model)
-        name, tensors = chosen_lora(lora_name, lora)
+        name, tensors = chosen_lora(lora_name, lora, "compare")
         send_text(cls, "\n".join((used_line(name, model, tensors), *unused_inputs(model, lora_name, lora, reference))))
         variants = {"base": model}
         for strength in wanted:
@@ -131,29 +124,6 @@ def _inputs() -> list[Any]:
     ]
 
 
-def parse_strengths(text: str) -> list[float]:
-    """ "0.5, 1" -> [0.5, 1.0].
-
-    Raises:
-        ValueError: no number, too many, or one out of range.
-    """
-    words = text.replace(";", ",").replace("\n", ",").split(",")
-    found: list[float] = []
-    for word in (word.strip() for word in words if word.strip()):
-        try:
-            value = float(word)
-        except ValueError:
-            raise ValueError(
-                f"strengths: {word!r} is not a number; write numbers separated by commas: 0.5, 1.0"
-            ) from None
-        if not abs(value) <= MAX_STRENGTH:
-            raise ValueError(f"strengths: {word} is not within -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}")
-        found.append(value)
-    if not 1 <= len(found) <= MAX_STRENGTHS:
-        raise ValueError(f"strengths: give 1 to {MAX_STRENGTHS} numbers separated by commas, there are {len(found)}")
-    return list(dict.fromkeys(found))
-
-
 def parse_prompts(text: str) -> list[str]:
     """The lines that are not empty.
 
@@ -166,23 +136,6 @@ def parse_prompts(text: str) -> list[str]:
     return found
 
 
-def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[str, dict[str, Tensor]]:
-    """Title and tensors of the connected LoRA, else of the file, such as lora_A [rank, in] and lora_B [out, rank].
-
-    Raises:
-        ValueError: there is neither, or the file cannot be read.
-    """
-    if lora is not None:
-        return "the connected LoRA", dict(lora)
-    if lora_name == NONE:
-        raise ValueError("there is no LoRA to compare: choose a file in lora_name, or connect lora")
-    path = folder_paths.get_full_path_or_raise("loras", lora_name)
-    try:
-        return lora_name, dict(comfy.utils.load_torch_file(path, safe_load=True))
-    except Exception as error:  # its readers raise nearly anything on damaged files
-        raise ValueError(f"{lora_name} cannot be read, it is damaged or not a LoRA file: {error}") from error
-
-
 def unused_inputs(
     model: Any, lora_name: str, lora: Mapping[str, Tensor] | None, reference: Tensor | None
 ) -> tuple[str, ...]:
@@ -193,23 +146,6 @@ def unused_inputs(
     if reference is not None and len(reference) > 1:
         notes.append(f"of {len(reference)} reference images only the first is used")
     return tuple(notes)
-
-
-def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
-    """How many tensors (as in `chosen_lora`, of any shape) ComfyUI's loader will apply, and one that it will not.
-
-    Raises:
-        ValueError: it will apply none.
-    """
-    used = used_keys(model, tensors)
-    rest = [key for key in tensors if key not in used]
-    line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
-    return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
-
-
-def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:
-    """The model with the LoRA, as ComfyUI's own loaders return it; tensors by name, of any shape."""
-    return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
 
 
 class _ImageMaker:

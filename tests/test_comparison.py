@@ -23,7 +23,14 @@ from dopsd_core.demo.world import APPEARANCE
 from dopsd_core.options import flattened
 from dopsd_core.standalone.comparison.bootstrap import interval
 from dopsd_core.standalone.comparison.command import load_grids
-from dopsd_core.standalone.comparison.experiment import Plan, best_rate, steps_in_equal_time, trials_of
+from dopsd_core.standalone.comparison.experiment import (
+    Plan,
+    best_rate,
+    run_plan,
+    steps_in_equal_time,
+    trials_of,
+    tune,
+)
 from dopsd_core.standalone.comparison.methods import (
     DOPSD,
     METHODS,
@@ -139,6 +146,41 @@ def test_the_best_rate_forgets_least_among_those_that_learn() -> None:
     }
     assert best_rate(tried) == 1e-3
     assert best_rate({rate: tried[rate] for rate in (1e-4, 2e-3)}) == 2e-3
+
+
+class FakeRunner:
+    """Gives each trial an outcome by its learning rate: the higher it is, the better learned and the more forgotten."""
+
+    def __init__(self) -> None:
+        self.trials: list[Trial] = []
+
+    def run(self, trials: Any, shown: Any = None) -> list[Outcome]:
+        self.trials += trials
+        return [self.outcome(trial) for trial in trials]
+
+    def outcome(self, trial: Trial) -> Outcome:
+        rate = trial.config().optimizer.lr
+        scores = {"concept_error": max(0.0, 0.5 - 400 * rate), "frechet_prior": 1e5 * rate}
+        return outcome(trial.method.name, trial.concept, trial.seed, scores=scores, regime=trial.regime)
+
+
+def test_tuning_tries_the_same_rates_for_every_method_on_other_concepts() -> None:
+    runner: Any = FakeRunner()
+    methods, tried = tune(PLAN, runner, 2, rates=(1e-4, 1e-3, 2e-3))
+    assert [m.config(10, 0).optimizer.lr for m in methods] == [2e-3, 2e-3]
+    assert [m.name for m in methods] == ["dopsd", "sft"] and methods[1].config(10, 0).objective.name == "sft"
+    assert tried["sft"][1e-3] == pytest.approx({"concept_error": 0.1, "frechet_prior": 100.0})
+    assert len(runner.trials) == 2 * 3 * 2 and {trial.concept for trial in runner.trials} == {1000, 1001}
+
+
+def test_a_plan_runs_only_its_regimes_and_reuses_runs_that_are_the_same() -> None:
+    runner: Any = FakeRunner()
+    found = run_plan(replace(PLAN, regimes=("time",), max_steps=40), runner)
+    assert list(found) == ["steps", "time"] and list(found["steps"]) == ["untouched", "teacher", "dopsd", "sft"]
+    assert {trial.regime for trial in runner.trials} == {"steps"}  # every step took the same time
+    assert found["time"]["sft"] == found["steps"]["sft"]
+    found = run_plan(replace(PLAN, regimes=("error",), max_steps=40), runner)
+    assert {trial.steps for trial in runner.trials if trial.regime == "error"} == {40} and "time" not in found
 
 
 # -- plans and records -------------------------------------------------------------------------------------------------

@@ -48,9 +48,19 @@ def test_what_is_required_is_used(line):
     assert any(re.search(rf"^\s*(from|import) {module}\b", source, re.MULTILINE) for source in sources)
 
 
-@pytest.mark.parametrize("name", ["requirements-standalone.txt", "requirements-dev.txt", "requirements-comfyui.txt"])
-def test_every_version_is_fixed(name):
-    assert all(re.match(r"[\w.-]+==[\w.]+($|; )", line) for line in requirements(name))
+@pytest.mark.parametrize("kind", ["standalone", "dev", "comfyui", "metrics"])
+def test_every_version_is_fixed(kind):
+    lines = requirements(f"requirements-{kind}.txt")
+    assert all(re.match(r"[\w.-]+==[\w.]+($|; )", line) for line in lines)
+
+
+def test_metrics_and_comfyui_share_their_versions():
+    """Both are installed without dependencies, one after the other."""
+    comfyui = {line.partition("==")[0]: [] for line in requirements("requirements-comfyui.txt")}
+    for line in requirements("requirements-comfyui.txt"):
+        comfyui[line.partition("==")[0]].append(line)
+    metrics = requirements("requirements-metrics.txt")
+    assert all(line in comfyui.get(line.partition("==")[0], [line]) for line in metrics)
 
 
 def test_the_registry_gets_what_it_asks_for():

@@ -57,13 +57,26 @@ def edits(count: int = 4) -> Image.Image:
     return contact_sheet("An edit, as a dataset shows it (an illustration)", rows)
 
 
-def thumbnails(previews: Image.Image, teacher: Image.Image, compared: Image.Image) -> None:
+def report_card(lora: Path, work: Path) -> Image.Image:
+    """The report card of the LoRA that the run has saved."""
+    from dopsd_core.__main__ import main as dopsd
+    from dopsd_core.demo.concept import make_concept, write_dataset
+
+    write_dataset(make_concept(0), work / "badge")
+    words = ["evaluate", str(work / "badge"), "--lora", str(lora), "--strengths", "0.5", "1", "--output", str(work)]
+    if dopsd(words):
+        raise RuntimeError("the report card failed")
+    return Image.open(work / "report_card.png").convert("RGB")
+
+
+def thumbnails(previews: Image.Image, teacher: Image.Image, compared: Image.Image, card: Image.Image) -> None:
     """workflows/*.jpg; each is at most 768 pixels wide and high."""
     pages = (
         (previews, ("quickstart", "z_image_turbo_train", "klein_train")),
         (teacher, ("z_image_turbo_teacher_preview",)),
         (compared, ("compare", "z_image_turbo_sample", "klein_sample")),
         (edits(), ("klein_edit_train", "klein_edit_sample")),
+        (card, ("report_card",)),
     )
     for image, names in pages:
         image.thumbnail((768, 768))
@@ -95,7 +108,8 @@ def main() -> None:
         (previews,) = (server.output / "dopsd").glob("*/previews")
         sheets = [Image.open(path).convert("RGB") for path in sorted(previews.iterdir())]
         training_gif(sheets, ROOT / "docs" / "training.gif")
-        thumbnails(sheets[-1], teacher, compared)
+        (lora,) = (server.output / "loras").glob("demo_badge*.safetensors")
+        thumbnails(sheets[-1], teacher, compared, report_card(lora, work))
     finally:
         server.stop()
     print("docs/graph.png, docs/training.gif and workflows/*.jpg are new; look at them")

@@ -31,6 +31,7 @@ from templates import (
     z_image_turbo_train,
 )
 from templates_klein import klein_edit_sample, klein_edit_train, klein_sample, klein_train
+from templates_report_card import report_card
 
 WORKFLOWS = {
     make.__name__: make
@@ -44,6 +45,7 @@ WORKFLOWS = {
         klein_edit_train,
         klein_edit_sample,
         compare,
+        report_card,
     )
 }
 
@@ -111,6 +113,7 @@ def pretend_files(base: Path) -> None:
 def main() -> None:
     """Writes every workflow in both forms, and a screenshot of each."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *WORKFLOWS], help="only these")
     parser.add_argument("--shots", type=Path, default=Path(tempfile.mkdtemp()), help="where full screenshots go")
     args = parser.parse_args()
     args.shots.mkdir(parents=True, exist_ok=True)
@@ -122,7 +125,8 @@ def main() -> None:
     (folder / "api").mkdir(parents=True, exist_ok=True)
     try:
         with launched() as chromium:
-            for name, make in WORKFLOWS.items():
+            for name in args.names or WORKFLOWS:
+                make = WORKFLOWS[name]
                 page = ComfyPage(chromium, server.url, args.shots)
                 saved = build(page, make())
                 saved["workflow"].get("extra", {}).pop("ds", None)  # where this page happened to look

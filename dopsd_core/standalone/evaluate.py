@@ -6,7 +6,8 @@ wrong object has a good sharpness.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, pstdev
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from ..demo.concept import Concept
-from ..demo.world import APPEARANCE, LAYOUT, render, sample_scenes
+from ..demo.world import APPEARANCE, BACKGROUNDS, IMAGE_SIZE, LAYOUT, POSITIONS, render, sample_scenes
+from ..metrics.evaluation import Case, Measure
+from ..metrics.pixels import resized_to
+from ..metrics.protocol import ShotKind
 from .judge import Judge, frechet_distance, judge_features, judged_right, laplacian_energy
 
 
@@ -100,3 +104,59 @@ def frechet_floor(judge: Judge, size: int) -> float:
 
 def _accuracy(right: Mapping[str, Tensor], names: Sequence[str]) -> float:
     return mean(float(right[name].float().mean()) for name in names)
+
+
+def judge_measures(judge: Judge, sources: Sequence[Tensor]) -> list[Measure]:
+    """The judge in place of metrics that need weights, for the report card of a LoRA of the demo model.
+
+    Args:
+        sources: the dataset's images [3, h, w] in [0, 1]; most of them determine what the concept looks like.
+    """
+    seen = _classes(judge, torch.stack([_judged_size(source) for source in sources]))
+    concept = {name: int(seen[name].mode().values) for name in APPEARANCE}
+    trigger: frozenset[ShotKind] = frozenset({"rewrite", "test"})
+    ordinary: frozenset[ShotKind] = frozenset({"ordinary"})
+
+    def resemblance(case: Case) -> float:
+        found = _classes(judge, _judged_size(case.image)[None])
+        return mean(float(found[name]) == concept[name] for name in APPEARANCE)
+
+    def distance(case: Case) -> float:
+        ours, theirs = judge_features(judge, torch.stack([_judged_size(i) for i in (case.image, case.untouched)]))
+        return 0.0 if case.image is case.untouched else float(1 - torch.cosine_similarity(ours, theirs, dim=0))
+
+    return [
+        Measure("judge_concept", "concept error", "concept", "lower", trigger, lambda case: 1 - resemblance(case)),
+        Measure(
+            "judge_following", "position, background right", "following", "higher", trigger,
+            lambda case: _layout_accuracy(judge, case),
+        ),
+        Measure("judge_retention", "judge's features, to untouched", "retention", "unchanged", ordinary, distance),
+        Measure("judge_leak", "concept in ordinary images", "retention", "lower", ordinary, resemblance),
+    ]  # fmt: skip
+
+
+def _layout_accuracy(judge: Judge, case: Case) -> float:
+    """Share of the position and background that the prompt names; NaN if it names none."""
+    wanted = {
+        "position": _named(POSITIONS, r"\b{}\b", case.shot.prompt),
+        "background": _named(BACKGROUNDS, r"\b{} background\b", case.shot.prompt),
+    }
+    found = _classes(judge, _judged_size(case.image)[None])
+    right = [float(found[name]) == index for name, index in wanted.items() if index is not None]
+    return mean(right) if right else float("nan")
+
+
+def _named(words: Iterable[str], pattern: str, prompt: str) -> int | None:
+    """The index of the word that a prompt contains."""
+    return next((i for i, word in enumerate(words) if re.search(pattern.format(re.escape(word)), prompt)), None)
+
+
+@torch.no_grad()
+def _classes(judge: Judge, images: Tensor) -> dict[str, Tensor]:
+    """The judge's class [n] per attribute of images [n, 3, 64, 64]."""
+    return {name: logits.argmax(1) for name, logits in judge(images.clamp(0, 1)).items()}
+
+
+def _judged_size(image: Tensor) -> Tensor:
+    return resized_to(image, torch.empty(3, IMAGE_SIZE, IMAGE_SIZE))

@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..demo.world import NUM_CLASSES
+from ..metrics.sharpness import laplacian_energy
+
+__all__ = ["FEATURES", "Judge", "frechet_distance", "judge_features", "judged_right", "laplacian_energy", "load_judge"]
 
 FEATURES = 128
 
@@ -74,9 +76,3 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     return float(mean + cov_a.trace() + cov_b.trace() - 2 * root)
-
-
-def laplacian_energy(images: Tensor) -> Tensor:
-    """Mean absolute Laplacian [n] of images [n, 3, H, W]: high for sharp edges, but also for noise."""
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None].expand(3, 1, 3, 3)
-    return F.conv2d(images.clamp(0, 1), kernel, groups=3).abs().mean((1, 2, 3))

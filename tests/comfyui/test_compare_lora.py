@@ -224,7 +224,7 @@ def test_bad_strengths_are_refused_before_anything_runs(comfyui, strengths: str,
 
 
 def test_strengths_are_read_generously(comfyui) -> None:
-    parse = comfyui.module("nodes.compare_lora").parse_strengths
+    parse = comfyui.module("nodes.comfy_host.lora_use").parse_strengths
     assert parse("1; .5,\n 0,1.0,") == [1.0, 0.5, 0.0]
 
 

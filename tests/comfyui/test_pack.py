@@ -55,6 +55,12 @@ FROZEN = {
         " lora_name:COMBO? lora:LORA_MODEL? reference:IMAGE?",
         "image:IMAGE",
     ),
+    "DOPSD_LoRAReportCard": (
+        "model:MODEL clip:CLIP vae:VAE dataset:DOPSD_DATASET prompts:STRING? strengths:STRING? images_per_prompt:INT?"
+        " seed:INT? steps:INT? resolution:INT? class_name:STRING? lora_name:COMBO? dino:COMBO? lpips:COMBO?"
+        " clip_score:COMBO? judge_kind:COMBO? lora:LORA_MODEL? conditions:DOPSD_CONDITIONS? judge:CLIP?",
+        "image:IMAGE report:STRING",
+    ),
     "DOPSD_LoadLoRA": ("lora_name:COMBO", "lora:LORA_MODEL"),
     "DOPSD_LoadDemoModels": ("", "model:MODEL clip:CLIP vae:VAE vision:DOPSD_VISION"),
     "DOPSD_LoadTeacherVision": ("vision_name:COMBO", "vision:DOPSD_VISION"),
@@ -65,6 +71,7 @@ OUTPUT_NODES = {
     "DOPSD_TrainLoRA",
     "DOPSD_SaveLoRA",
     "DOPSD_CompareLoRA",
+    "DOPSD_LoRAReportCard",
 }
 HEAVY = {"transformers", "peft", "diffusers", "accelerate"}
 

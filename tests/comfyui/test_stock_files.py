@@ -27,7 +27,7 @@ PAIRS = {
     "klein_edit_train": "klein_edit_sample",
 }
 """A workflow that trains, and the one that samples with its LoRA."""
-LOOKS = ("z_image_turbo_teacher_preview", "compare")
+LOOKS = ("z_image_turbo_teacher_preview", "compare", "report_card")
 """Those that only show images, of the dataset and of the LoRA of z_image_turbo_train."""
 UP_TO_CONDITIONS = (
     "CLIPLoader", "VAELoader", "DOPSD_LoadTeacherVision", "DOPSD_LoadDataset", "DOPSD_BuildTeacherCondition",

@@ -19,7 +19,7 @@ from templates import MODELS
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 Z_IMAGE = ("z_image_turbo_teacher_preview", "z_image_turbo_train", "z_image_turbo_sample")
-ON_DEMO = ("quickstart", *Z_IMAGE, "compare")
+ON_DEMO = ("quickstart", *Z_IMAGE, "compare", "report_card")
 KLEIN = ("klein_train", "klein_sample", "klein_edit_train", "klein_edit_sample")
 TRAINS = ("quickstart", "z_image_turbo_train")
 DEMO_SLOTS = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2, "DOPSD_LoadTeacherVision": 3}
@@ -84,7 +84,7 @@ def lora_file(comfyui: ComfyUI) -> Path:
 @pytest.mark.parametrize("name", ON_DEMO)
 def test_runs(comfyui: ComfyUI, name: str, lora_file: Path) -> None:
     graph = on_the_demo_model(shipped(name))
-    if name in Z_IMAGE[:2]:
+    if name in (*Z_IMAGE[:2], "report_card"):
         folder = comfyui.input / graph[node_of(graph, "DOPSD_LoadDataset")]["inputs"]["folder"]
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(comfyui.temp / "dopsd-demo-badge", folder)
@@ -99,7 +99,7 @@ def test_runs(comfyui: ComfyUI, name: str, lora_file: Path) -> None:
 
 def require_images(comfyui: ComfyUI, graph: dict, run: Run) -> None:
     """Each node that shows images has some, and none is of one colour."""
-    kinds = ("PreviewImage", "SaveImage", "DOPSD_CompareLoRA", "DOPSD_TeacherPreview")
+    kinds = ("PreviewImage", "SaveImage", "DOPSD_CompareLoRA", "DOPSD_TeacherPreview", "DOPSD_LoRAReportCard")
     shows = {key for key, node in graph.items() if node["class_type"] in kinds}
     assert shows and shows <= run.outputs.keys()
     for key in shows:
