@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 
 Z_IMAGE_SHIFT = 3.0
+KREA2_MU = 1.15
+"""Logarithm of Krea 2 Turbo's shift. The undistilled Krea-2-Raw has one that grows with the resolution."""
 
 
 def shift_sigma(u: float, shift: float) -> float:
@@ -35,6 +37,11 @@ def shifted_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:
 def z_image_turbo_sigmas(num_steps: int) -> tuple[float, ...]:
     """Z-Image-Turbo's grid, the same at every resolution. n = 4: 1, .9, .75, .5, 0 (training); n = 8 for inference."""
     return shifted_sigmas(num_steps, Z_IMAGE_SHIFT)
+
+
+def krea2_turbo_sigmas(num_steps: int) -> tuple[float, ...]:
+    """Krea 2 Turbo's grid, the same at every resolution. n = 8: 1, .956724, ..., .310901, 0."""
+    return shifted_sigmas(num_steps, math.exp(KREA2_MU))
 
 
 def flux2_klein_sigmas(num_steps: int, width: int, height: int) -> tuple[float, ...]:

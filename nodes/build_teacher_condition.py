@@ -21,6 +21,7 @@ from .comfy_host.paths import condition_cache
 from .comfy_host.previews import encode_previews, preview_texts, split_lines
 from .comfy_host.report import Notes
 from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
+from .comfy_host.vision import has_tower
 
 
 def build_conditions(
@@ -98,6 +99,8 @@ def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tupl
     notes = []
     if vision is not None and teacher.sees != "features":
         notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
+    elif vision is not None and has_tower(clip):
+        notes.append("vision is not used: the text encoder has a vision tower")
     if clip.use_clip_schedule or clip.apply_hooks_to_conds:
         notes.append("the hooks on the CLIP are not used: captions are encoded without a schedule")
     return tuple(notes)

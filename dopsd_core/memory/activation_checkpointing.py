@@ -7,6 +7,7 @@ activations of the others are freed, so the recomputed activations need no addit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -147,7 +148,5 @@ def block_shapes(
 
 
 def _tail(name: str) -> str:
-    """A part's name within its block: "layers.3.attention.to_q" -> "attention.to_q"."""
-    head, _, rest = name.partition(".")
-    index, _, tail = rest.partition(".")
-    return tail if index.isdigit() else name
+    """A part's name within its block, which a number names: "layers.3.attention.to_q" -> "attention.to_q"."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[-1]

@@ -24,7 +24,7 @@ from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.denoiser import LinearSite
 from ...dopsd_core.text import printable
 from .bypass import kept_injected
-from .families import family_of, in_comfyui
+from .families import block_lists, family_of, in_comfyui, with_time, without_time
 from .gradients import norms_on_clones, plain_attention, thawed_small_parameters
 from .linears import linear_sites, require_adjoints
 
@@ -92,8 +92,7 @@ class ComfyDenoiser:
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks of the network, in the order of the forward."""
-        network: Any = self._network
-        return [block for name in in_comfyui(self.family).blocks for block in getattr(network, name)]
+        return [block for blocks in block_lists(self._network, self.family).values() for block in blocks]
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         """x [B, C, h, w] fp32 in model space -> x0_hat, same shape. Raises InterruptProcessingException when cancelled.
@@ -116,11 +115,12 @@ class ComfyDenoiser:
         model = self._patcher.model
         features = torch.stack([condition.features for condition in conditions]).to(x.device)
         references = [
-            model.process_latent_out(torch.stack(latents).to(x.device))
+            self.to_vae_space(torch.stack(latents).to(x.device))
             for latents in zip(*(condition.reference_latents for condition in conditions), strict=True)
         ]
         extra = {"reference_latents": references} if references else {}
-        conds = model.extra_conds(cross_attn=features, noise=x, device=x.device, **extra)
+        latents = with_time(x, self.family)
+        conds = model.extra_conds(cross_attn=features, noise=latents, device=x.device, **extra)
         inputs = {name: cond.process_cond(batch_size=len(x), area=None).cond for name, cond in conds.items()}
         sigmas = torch.full((len(x),), sigma, device=x.device)
         options = {
@@ -129,11 +129,12 @@ class ComfyDenoiser:
             "cond_or_uncond": [0],
             "optimized_attention_override": plain_attention,
         }
-        return model.apply_model(x, sigmas, transformer_options=options, **inputs).float()
+        x0 = model.apply_model(latents, sigmas, transformer_options=options, **inputs).float()
+        return without_time(x0, self.family)
 
     def to_vae_space(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] in model space -> latents of the same shape for ComfyUI's VAE."""
-        return self._patcher.model.process_latent_out(latents)
+        """latents [B, C, h, w] in model space -> latents for ComfyUI's VAE, [B, C, 1, h, w] with a time axis."""
+        return self._patcher.model.process_latent_out(with_time(latents, self.family))
 
     # -- in memory, and ready for gradients ---------------------------------------------------------------------------
 
