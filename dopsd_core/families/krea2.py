@@ -36,19 +36,20 @@ def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
 
 
 def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_tokens: int) -> BlockShape:
-    """A block saves 14 D + 2 K + 4 F elements of 16 bits per token, with width D, width K of keys and MLP width F.
+    """A block saves 15 D + 2 K + 4 F elements of 16 bits per token, with width D, width K of keys and MLP width F.
 
     D: inputs of the two norms, in fp32 and therefore twice, 4; inputs of qkv and MLP 2; q before its norm, in fp32, 2;
-    q, k, v per head of q 3; attention, its gate and their product 3. K: k before its norm, in fp32, 2. F: the gate of
-    the MLP, its silu, up and the product 4. Keys are a quarter of the width in the main blocks, all of it in the text
-    fusion, whose layerwise blocks see each of the `TEXT_LAYERS` features of a text token as a token.
+    q, k, v per head of q 3; attention, its copy in the order of tokens, its gate and their product 4. K: k before its
+    norm, in fp32, 2. F: the gate of the MLP, its silu, up and the product 4. Keys are a quarter of the width in the
+    main blocks. In the text fusion they have all of it, attention needs no copy, and the layerwise blocks see each of
+    the `TEXT_LAYERS` features of a text token as a token.
     """
     dim, hidden = inputs["attn.to_q"], inputs["ff.down"]
     if "layerwise_blocks" in name:
         return BlockShape(TEXT_LAYERS * text_tokens, dim, 16 * dim + 4 * hidden)
     if "refiner_blocks" in name:
         return BlockShape(text_tokens, dim, 16 * dim + 4 * hidden)
-    return BlockShape(image_tokens + text_tokens, dim, 14 * dim + dim // 2 + 4 * hidden)
+    return BlockShape(image_tokens + text_tokens, dim, 15 * dim + dim // 2 + 4 * hidden)
 
 
 KREA2 = Family(

@@ -120,12 +120,18 @@ def block_bytes(
     with L tokens, W elements per token saved by the block without LoRA (`Family.block_shape`), width D of the network,
     rank r, P adapted parts of the block, and I, O the sums of their inputs and outputs. A part saves A x. c is the
     itemsize of a compute dtype narrower than fp32, to which the LoRA is cast in each forward, else 0. Assumes torch's
-    fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32).
+    fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32). Blocks before the first
+    adapted one save nothing: no gradient reaches them.
     """
     names = adapter.chosen(sites)
-    out = []
+    out: list[BlockBytes] = []
+    has_gradient = False
     for shape, inside in block_shapes(blocks, sites, family, image_tokens, text_tokens):
         adapted = [(part, site) for site in inside for part in site.parts if part.name in names]
+        has_gradient = has_gradient or bool(adapted)
+        if not has_gradient:
+            out.append(BlockBytes(0, 0))
+            continue
         # the As of a Linear are stacked and cast together; the sums are the same
         parameters = sum(adapter.part_parameters(site.in_features, part.out_features) for part, site in adapted)
         kept = batch * shape.tokens * (shape.kept + adapter.part_activations() * len(adapted)) * itemsize
