@@ -166,8 +166,8 @@ def _inputs() -> list[Any]:
             default="auto",
             optional=True,
             tooltip="How the teacher sees the image. vlm: through Qwen3-VL's vision tower and the model's own "
-            "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
-            "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
+            "text encoder (Z-Image-Turbo, FLUX.2-klein 4B, Krea 2 Turbo). edit: as reference image of the model's "
+            "editing branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
             "best one for this model and dataset.",
         ),
         io.String.Input(
@@ -191,7 +191,7 @@ def _inputs() -> list[Any]:
             "vision",
             optional=True,
             tooltip="The teacher's vision tower, from Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. "
-            "Only needed for the mode vlm.",
+            "Only needed for the mode vlm, and not for Krea 2, whose text encoder has a vision tower.",
         ),
         io.Combo.Input(
             "teacher_image",
