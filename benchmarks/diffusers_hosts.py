@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from diffusers.models.transformers.transformer_krea2 import Krea2Transformer2DModel
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 
 from dopsd_core.conditioning.encode import Condition
 from dopsd_core.denoiser import LinearSite, plain_linear_sites
 from dopsd_core.standalone.hosts.demo import StandaloneDenoiser
+from dopsd_core.standalone.hosts.krea2 import Krea2Denoiser
 
 
 class ZImageDenoiser(StandaloneDenoiser):
@@ -88,3 +90,11 @@ def klein(double: int = 5, single: int = 20, heads: int = 24, context: int = 768
             **settings,
         )
     )
+
+
+def krea2(blocks: int = 28, heads: int = 48, **settings: Any) -> Krea2Denoiser:
+    """On the default device in the default dtype, weights not filled in."""
+    sizes = {"num_layers": blocks, "num_attention_heads": heads, "num_key_value_heads": max(heads // 4, 1)}
+    # as ComfyUI computes it from the width
+    hidden = 128 * -(-4 * (256 * heads // 3) // 128)
+    return Krea2Denoiser(Krea2Transformer2DModel(**sizes, intermediate_size=hidden, **settings))

@@ -9,7 +9,6 @@ from the student's by the image.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders import llama, qwen3vl
 from torch import Tensor, nn
 
+from ...dopsd_core.conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
 from ...dopsd_core.conditioning.teachers import TEACHER_VIEWS
-from ...dopsd_core.demo.model_files import IMAGE_PAD, VISION_CELL, resize_for_vision, vision_size
+from ...dopsd_core.demo.model_files import IMAGE_PAD, VISION_CELL, resize_for_vision
 from .families import ImageReader, family_of_clip, in_comfyui
 
 MAX_TOKENS = 1024  # of image and caption together; the image's come first
@@ -55,7 +55,7 @@ def qwen3vl_4b() -> VisionSpec:
     """Qwen3-VL-4B, which sees images at 512^2 to 768^2 pixels, like the paper's teacher for Z-Image-Turbo."""
     config = llama.Qwen3VL_4BConfig()
     sizes = {**qwen3vl.QWEN3VL_VISION_COMMON, **qwen3vl.QWEN3VL_VISION["qwen3vl_4b"]}
-    return VisionSpec("Qwen3-VL-4B", {**sizes, "out_hidden_size": config.hidden_size}, config, 512 * 512, 768 * 768)
+    return VisionSpec("Qwen3-VL-4B", {**sizes, "out_hidden_size": config.hidden_size}, config, MIN_PIXELS, MAX_PIXELS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,24 +126,6 @@ def count_tokens(clip: Any, text: str, seen: int | None = None) -> int:
     template = _template(clip) if seen is not None else clip.tokenizer.llama_template
     (ids,) = next(iter(clip.tokenize(text, llama_template=template, min_length=1).values()))
     return len(ids) if seen is None else len(ids) + seen - 1
-
-
-def seen_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width at which an image is seen: multiples of 32 within the limits, aspect ratio about kept.
-
-    The rule of Qwen3-VL's own image processor; if both limits are equal, the demo's (`vision_size`).
-    """
-    if min_pixels == max_pixels:
-        return vision_size(height, width, min_pixels)
-    cell, area = VISION_CELL, height * width
-    rows, columns = round(height / cell), round(width / cell)
-    if rows * columns * cell * cell > max_pixels:
-        shrink = math.sqrt(area / max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
-    elif rows * columns * cell * cell < min_pixels:
-        grow = math.sqrt(min_pixels / area)
-        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
-    return rows * cell, columns * cell
 
 
 def _pixels(vision: TeacherVision | None) -> tuple[int, int]:

@@ -72,6 +72,7 @@ def thin() -> Iterator[None]:
         for name in ("Qwen3_4BConfig", "Qwen3VL_4BConfig"):
             fields = [(field, type(value), value) for field, value in TEXT.items()]
             patch.setattr(llama, name, dataclasses.make_dataclass(name, fields, bases=(getattr(llama, name),)))
+        patch.setitem(qwen3vl.QWEN3VL_CONFIGS, "qwen3vl_4b", llama.Qwen3VL_4BConfig)
         patch.setitem(qwen3vl.QWEN3VL_VISION, "qwen3vl_4b", VISION)
         yield
 

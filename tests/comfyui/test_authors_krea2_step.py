@@ -31,7 +31,7 @@ def models(comfyui: ComfyUI) -> dict[str, Any]:
 def make_models() -> dict[str, Any]:
     model = krea2_twins.model(BLOCKS)
     with torch.inference_mode():  # so that some gradients are clipped and some are not
-        model.model.diffusion_model.last.linear.weight.mul_(0.72)
+        model.model.diffusion_model.last.linear.weight.mul_(2.4)
     clip, encoder = krea2_twins.clips()
     vae, their_vae = krea2_twins.vaes()
     network = krea2_twins.diffusers_krea2(model)

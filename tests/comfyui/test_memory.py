@@ -186,14 +186,20 @@ REAL = [
     ("klein", "16 GB", torch.bfloat16, 1024, 64, 20, False, 15.0),
     ("klein", "12 GB", torch.bfloat16, 768, 32, 23, False, 11.5),
     ("klein", "8 GB", torch.float8_e4m3fn, 512, 16, 15, False, 7.6),
+    ("krea2", "24 GB", torch.float8_e4m3fn, 1024, 64, 32, True, 20.0),
+    ("krea2", "24 GB", torch.float8_e4m3fn, 1024, 32, 32, False, 20.0),
+    ("krea2", "24 GB", torch.bfloat16, 1024, 32, 32, True, 20.0),
+    ("krea2", "16 GB", torch.float8_e4m3fn, 1024, 64, 32, True, 15.0),
+    ("krea2", "12 GB", torch.float8_e4m3fn, 768, 32, 32, True, 11.5),
+    ("krea2", "8 GB", torch.float8_e4m3fn, 512, 16, 32, True, 7.6),
 ]
-WEIGHTS = {"z_image": 6.15e9, "klein": 3.876e9}
+WEIGHTS = {"z_image": 6.15e9, "klein": 3.876e9, "krea2": 12.82e9}
 
 
 @pytest.mark.parametrize(
     ("name", "preset", "dtype", "side", "rank", "most", "streams", "target"),
     REAL,
-    ids=[f"{r[0]} {r[1]} {str(r[2])[6:]}" for r in REAL],
+    ids=[f"{r[0]} {r[1]} {str(r[2])[6:]} rank {r[4]}" for r in REAL],
 )
 def test_the_real_model_is_planned_into_its_card(
     comfyui: ComfyUI,
@@ -212,7 +218,8 @@ def test_the_real_model_is_planned_into_its_card(
             comfyui, real(networks.klein(), dtype), (128, side // 16, side // 16), (512, 512), (0, 1), rank=rank
         )
     else:
-        case = Case(comfyui, real(networks.z_image(), dtype), (16, side // 8, side // 8), (64, 646), rank=rank)
+        network = networks.krea2() if name == "krea2" else networks.z_image()
+        case = Case(comfyui, real(network, dtype), (16, side // 8, side // 8), (64, 646), rank=rank)
     budget = comfyui.module("nodes.comfy_host.memory_plan").MEMORY_PRESETS[preset].budget
     plan = case.plan(preset, budget)
     assert plan.footprint.weights == pytest.approx(WEIGHTS[name] * dtype.itemsize, rel=0.01)
