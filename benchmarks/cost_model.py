@@ -71,7 +71,16 @@ def pass_cost(denoiser: Denoiser, family: Family, lora: Lora, tokens: tuple[int,
     return PassCost(linears, attention, adapters, tuple(blocks), early)
 
 
-_OF_TEXT = ("cap_embedder", "context_embedder", "txt_in", "txtmlp", "projector", "attn.add_", "to_add_out", "ff_context")
+_OF_TEXT = (
+    "cap_embedder",
+    "context_embedder",
+    "txt_in",
+    "txtmlp",
+    "projector",
+    "attn.add_",
+    "to_add_out",
+    "ff_context",
+)
 _OF_TIME = ("adaLN", "modulation", "t_embedder", "time_", "tmlp", "tproj", "norm_out")
 
 

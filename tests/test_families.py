@@ -1,16 +1,19 @@
 """Families are data: geometry, targets, and the names of fused projections."""
 
+import itertools
+
 import pytest
 import torch
 
+from dopsd_core.adapters.targets import match_targets
 from dopsd_core.conditioning.encode import Condition
-from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE, get_family
+from dopsd_core.families import FAMILIES, FLUX2_KLEIN, KREA2, Z_IMAGE, get_family
 
 
 def test_registry_is_by_name():
     assert get_family("z_image") is Z_IMAGE
     assert all(name == family.name for name, family in FAMILIES.items())
-    with pytest.raises(ValueError, match="'flux1'; known families: flux2_klein, z_image"):
+    with pytest.raises(ValueError, match="'flux1'; known families: flux2_klein, krea2, z_image"):
         get_family("flux1")
 
 
@@ -18,9 +21,14 @@ def test_grids():
     assert Z_IMAGE.sigmas(4, 64, 64) == pytest.approx((1, 0.9, 0.75, 0.5, 0))
     assert Z_IMAGE.sigmas(4, 64, 64) == Z_IMAGE.sigmas(4, 1024, 1024)
     assert FLUX2_KLEIN.sigmas(4, 512, 512)[1] < FLUX2_KLEIN.sigmas(4, 1024, 1024)[1]
+    eight = (1, 0.956724, 0.904531, 0.840349, 0.759511, 0.654567, 0.512844, 0.310901, 0)
+    assert KREA2.sigmas(8, 64, 64) == pytest.approx(eight, abs=1e-6)
+    assert KREA2.sigmas(4, 1024, 512) == pytest.approx(eight[::2], abs=1e-6)
 
 
-@pytest.mark.parametrize(("family", "shape"), [(Z_IMAGE, (16, 96, 64)), (FLUX2_KLEIN, (128, 48, 32))])
+@pytest.mark.parametrize(
+    ("family", "shape"), [(Z_IMAGE, (16, 96, 64)), (FLUX2_KLEIN, (128, 48, 32)), (KREA2, (16, 96, 64))]
+)
 def test_latent_shape(family, shape):
     assert family.latent_shape(512, 768) == shape
     with pytest.raises(ValueError, match="multiples of 16 pixels, got 500x768"):
@@ -77,3 +85,31 @@ def test_klein_names(native, names):
 
 def test_klein_leaves_other_names_alone():
     assert FLUX2_KLEIN.native_parts("img_in", 8)[0].name == "img_in"
+
+
+def test_krea2_names():
+    """The gate of the attention and that of the MLP have the same name in the original network."""
+    tails = {
+        "attn.wq": "attn.to_q", "attn.wk": "attn.to_k", "attn.wv": "attn.to_v", "attn.gate": "attn.to_gate",
+        "attn.wo": "attn.to_out.0", "mlp.gate": "ff.gate", "mlp.up": "ff.up", "mlp.down": "ff.down",
+    }  # fmt: skip
+    places = {
+        "blocks.3": "transformer_blocks.3",
+        "txtfusion.layerwise_blocks.1": "text_fusion.layerwise_blocks.1",
+        "txtfusion.refiner_blocks.0": "text_fusion.refiner_blocks.0",
+    }
+    for (native, place), (tail, name) in itertools.product(places.items(), tails.items()):
+        (part,) = KREA2.native_parts(f"{native}.{tail}", 96)
+        assert (part.name, part.start, part.stop) == (f"{place}.{name}", 0, 96)
+    for name in ("first", "tmlp.0", "txtfusion.projector", "last.linear"):
+        assert KREA2.native_parts(name, 8)[0].name == name
+
+
+def test_krea2_trains_the_blocks_and_not_the_text_fusion():
+    """Whose Linears end as those of the blocks do; a pattern selects them."""
+    tails = ("attn.wq", "attn.gate", "mlp.gate")
+    lists = ("blocks.11", "txtfusion.refiner_blocks.1")
+    names = [KREA2.native_parts(f"{place}.{tail}", 8)[0].name for place in lists for tail in tails]
+    of_these = tuple(t for t in KREA2.lora_targets if t.endswith(("to_q", "to_gate", "ff.gate")))
+    assert match_targets(names, of_these) == frozenset(names[:3])
+    assert match_targets([*names, "text_fusion.projector"], ["text_fusion.*_blocks.*"]) == frozenset(names[3:])

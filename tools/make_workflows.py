@@ -30,8 +30,8 @@ from templates import (
     z_image_turbo_teacher_preview,
     z_image_turbo_train,
 )
-from templates_krea2 import krea2_sample, krea2_teacher_preview, krea2_train
 from templates_klein import klein_edit_sample, klein_edit_train, klein_sample, klein_train
+from templates_krea2 import krea2_sample, krea2_teacher_preview, krea2_train
 
 WORKFLOWS = {
     make.__name__: make
@@ -101,7 +101,8 @@ def look(page: ComfyPage, name: str) -> None:
 
 def pretend_files(base: Path) -> None:
     """Empty files of the names that the workflows ask for, so that the page does not call them missing."""
-    loras = [f"loras/{name}_00001_.safetensors" for name in ("my_concept", "my_concept_klein", "my_edit_klein", "my_concept_krea2")]
+    names = ("my_concept", "my_concept_klein", "my_edit_klein", "my_concept_krea2")
+    loras = [f"loras/{name}_00001_.safetensors" for name in names]
     for name in (*(f"{model['directory']}/{file}" for file, model in MODELS.items()), *loras):
         path = base / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -59,9 +59,7 @@ def loaders(model: str, clip_type: str, vae: str, top: int = 60, clip: str = "qw
     """A family's three files, as in ComfyUI's own template."""
     return {
         "model": Node("UNETLoader", (0, top), (340, 90), {"unet_name": f"{model}.safetensors"}),
-        "clip": Node(
-            "CLIPLoader", (0, top + 140), (340, 110), {"clip_name": f"{clip}.safetensors", "type": clip_type}
-        ),
+        "clip": Node("CLIPLoader", (0, top + 140), (340, 110), {"clip_name": f"{clip}.safetensors", "type": clip_type}),
         "vae": Node("VAELoader", (0, top + 300), (340, 60), {"vae_name": f"{vae}.safetensors"}),
     }
 

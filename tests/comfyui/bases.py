@@ -84,7 +84,9 @@ def form_of(model: Any) -> Any:
 
     network = model.model.diffusion_model
     names = {"layers": "attention.qkv", "single_blocks": "linear1", "blocks": "attn.wq"}
-    (linear,) = [getattr(network, name)[0].get_submodule(path) for name, path in names.items() if hasattr(network, name)]
+    (linear,) = [
+        getattr(network, name)[0].get_submodule(path) for name, path in names.items() if hasattr(network, name)
+    ]
     weight = linear.weight
     return weight._layout_cls if isinstance(weight, QuantizedTensor) else weight.dtype
 

@@ -187,16 +187,17 @@ def seen_features(encoder: Any, clip: Any, text: str, image: Tensor) -> Tensor:
     )
     seen = processor(images=image, do_rescale=False, do_convert_rgb=False, return_tensors="pt")
     marks = "<|image_pad|>" * int(seen["image_grid_thw"].prod() // 4)
-    prompt = (
-        f"{SYSTEM}<|im_start|>user\n<|vision_start|>{marks}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    prompt = f"{SYSTEM}<|im_start|>user\n<|vision_start|>{marks}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
     tokens = tokenizer(clip)(prompt, return_tensors="pt")["input_ids"]
     states: list[Tensor] = []
     layers = [encoder.language_model.layers[number] for number in TAPS]
     hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0][0])) for layer in layers]
     with torch.no_grad():
         encoder(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), mm_token_type_ids=(tokens == 151655).long(), **seen
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            mm_token_type_ids=(tokens == 151655).long(),
+            **seen,
         )
     for hook in hooks:
         hook.remove()

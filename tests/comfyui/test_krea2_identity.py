@@ -1,5 +1,5 @@
-"""ComfyUI's Krea 2 driven by our bridge is diffusers': velocities, and the gradients of a LoRA on every target, with and
-without gradient checkpointing. Texts have their own lengths, without padding."""
+"""ComfyUI's Krea 2 through our denoiser computes what diffusers' does: velocities, and the gradients of a LoRA on every
+target, with and without gradient checkpointing. Texts have their own lengths, without padding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ PARTS = {
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_gate", "to_out.0")),
     *(f"ff.{name}" for name in ("gate", "up", "down")),
 }
-FUSION = {f"text_fusion.{kind}_blocks.{i}.{part}" for kind in ("layerwise", "refiner") for i in (0, 1) for part in PARTS}
+FUSION = {
+    f"text_fusion.{kind}_blocks.{i}.{part}" for kind in ("layerwise", "refiner") for i in (0, 1) for part in PARTS
+}
 
 # latent (height, width), and the length of every sample's text
 CASES = {

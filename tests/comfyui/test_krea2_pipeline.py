@@ -1,5 +1,5 @@
-"""Krea 2 in ComfyUI's graph, drawn by Few-Step Sampler, against Krea2Pipeline of diffusers: text encoder, VAE and network
-have the same weights, so texts, latents and images are the same. The teacher's features are transformers'."""
+"""Krea 2 in ComfyUI's graph, drawn by Few-Step Sampler, against Krea2Pipeline of diffusers: text encoder, VAE and
+network have the same weights, so texts, latents and images are the same. The teacher's features are transformers'."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def test_comfyuis_own_template_for_images_would_lose_the_image(comfyui: ComfyUI,
     clip = ours["clip"]
 
     def encode(seed: int) -> Tensor:
-        return clip.encode_from_tokens(clip.tokenize(PROMPT, images=[pixels(64, 64, seed).movedim(0, -1)[None]])).clone()
+        return clip.encode_from_tokens(
+            clip.tokenize(PROMPT, images=[pixels(64, 64, seed).movedim(0, -1)[None]])
+        ).clone()
 
     one, other = (comfyui.call(in_inference_mode, encode, seed) for seed in (1, 2))
     assert one.shape == other.shape and one.shape[1] < 16  # fewer tokens than an image and the caption have
@@ -177,3 +179,31 @@ def test_images(comfyui: ComfyUI, ours: dict[str, Any], sampler: str) -> None:
     latents = pipe._unpack_latents(wanted["latent"], HEIGHT, WIDTH)
     assert twins.relative(ours["model"].model.process_latent_in(drawn), latents) < 1e-4
     assert twins.relative(run.value("decode").movedim(-1, 1), wanted["pt"]) < 1e-4
+
+
+# -- the nodes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_connected_vision_tower_is_not_used(comfyui: ComfyUI, ours: dict[str, Any], encoder: Any) -> None:
+    """It does not change the conditions' identity, and the node says so."""
+    other = comfyui.module("nodes.comfy_host.encoder").ComfyEncoder(ours["clip"], ours["vae"], object())
+    assert other.identity == encoder.identity and "krea2" in encoder.identity
+    notes = comfyui.module("nodes.build_teacher_condition").unused_encoders
+    vlm = comfyui.core("conditioning.teachers").VLM
+    assert notes(vlm, ours["clip"], object()) == ("vision is not used: the text encoder has a vision tower",)
+    assert notes(vlm, ours["clip"], None) == ()
+
+
+def test_the_teacher_is_vlm_and_nothing_else(comfyui: ComfyUI, encoder: Any) -> None:
+    teacher_for = comfyui.module("nodes.comfy_host.encoder").teacher_for
+    assert teacher_for(encoder, "auto", False, "").name == teacher_for(encoder, "vlm", False, "").name == "vlm"
+    with pytest.raises(ValueError, match="this model has no teacher 'edit'; choose one of: auto, vlm"):
+        teacher_for(encoder, "edit", False, "")
+
+
+def test_tokens_of_a_prompt_are_counted_with_the_template(comfyui: ComfyUI, encoder: Any) -> None:
+    """The encoder cuts 34 of them off; diffusers' limit of 512 does not count these."""
+    counted = encoder.count_text(PROMPT)
+    features = comfyui.call(in_inference_mode, encoder.encode_text, PROMPT).features
+    assert counted == len(features) + 34
+    assert comfyui.module("nodes.comfy_host.families").in_comfyui(encoder.family).text_tokens == 512 + 34

@@ -55,7 +55,6 @@ class Case:
             self.denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model or toy.z_image())
         self.family = self.denoiser.family
         conditioning, device = comfyui.core("conditioning.encode"), self.denoiser.device
-        config = self.denoiser._patcher.model.model_config.unet_config
         width = comfyui.module("nodes.comfy_host.fits").text_width(self.denoiser._patcher)
         student, teacher = (
             conditioning.Condition(
