@@ -113,7 +113,8 @@ class Krea2Encoder:
         """image [3, H, W] in [0, 1] -> latent [16, H/8, W/8] fp32."""
         pixels = (image * 2 - 1)[None, :, None].to(self.vae.device, self.vae.dtype)
         mean, std = self._statistics()
-        return (self.vae.encode(pixels).latent_dist.mode()[0, :, 0].float() - mean) / std
+        encoded: Any = self.vae.encode(pixels)
+        return (encoded.latent_dist.mode()[0, :, 0].float() - mean) / std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
