@@ -7,13 +7,14 @@ import torch
 
 from dopsd_core.adapters.targets import match_targets
 from dopsd_core.conditioning.encode import Condition
-from dopsd_core.families import FAMILIES, FLUX2_KLEIN, KREA2, Z_IMAGE, get_family
+from dopsd_core.denoiser import plain_linear_sites
+from dopsd_core.families import FAMILIES, FLUX2_KLEIN, KREA2, QWEN_IMAGE21, Z_IMAGE, get_family
 
 
 def test_registry_is_by_name():
     assert get_family("z_image") is Z_IMAGE
     assert all(name == family.name for name, family in FAMILIES.items())
-    with pytest.raises(ValueError, match="'flux1'; known families: flux2_klein, krea2, z_image"):
+    with pytest.raises(ValueError, match="'flux1'; known families: flux2_klein, krea2, qwen_image21, z_image"):
         get_family("flux1")
 
 
@@ -113,3 +114,48 @@ def test_krea2_trains_the_blocks_and_not_the_text_fusion():
     of_these = tuple(t for t in KREA2.lora_targets if t.endswith(("to_q", "to_gate", "ff.gate")))
     assert match_targets(names, of_these) == frozenset(names[:3])
     assert match_targets([*names, "text_fusion.projector"], ["text_fusion.*_blocks.*"]) == frozenset(names[3:])
+
+
+def test_qwen_image21_names_and_grid():
+    """ComfyUI fuses the MLP's halves, the gate first. The published list is the grid; fewer steps are read from it."""
+    parts = QWEN_IMAGE21.native_parts("transformer_blocks.3.img_mlp.gate_up", 96)
+    stem = "transformer_blocks.3.img_mlp."
+    assert [(p.name, p.start, p.stop) for p in parts] == [(f"{stem}gate_layer", 0, 48), (f"{stem}proj", 48, 96)]
+    assert QWEN_IMAGE21.native_parts(f"{stem}out", 8)[0].name == f"{stem}out"
+    eight = (1, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568, 0)
+    assert QWEN_IMAGE21.sigmas(8, 1024, 1024) == eight
+    assert QWEN_IMAGE21.sigmas(4, 64, 64) == eight[::2]
+    three = QWEN_IMAGE21.sigmas(3, 64, 64)
+    assert three == pytest.approx((1, 0.95418 + 2 / 3 * (0.926626 - 0.95418), 0.845148 + (0.704534 - 0.845148) / 3, 0))
+    assert QWEN_IMAGE21.latent_shape(64, 96) == (64, 6, 4)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        QWEN_IMAGE21.latent_shape(48, 64)
+    with pytest.raises(ValueError, match="num_steps"):
+        QWEN_IMAGE21.sigmas(0, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "modules", "parameters"),
+    [
+        (KREA2, "krea2.Krea2Transformer2DModel", 224, 214_695_936),
+        (QWEN_IMAGE21, "qwenimage21.QwenImage21Transformer2DModel", 224, 159_383_552),
+    ],
+)
+def test_the_lora_of_the_real_network(family, kind, modules, parameters):
+    """Counted by peft, on diffusers' network without weights; rank * (inputs + outputs), summed."""
+    peft = pytest.importorskip("peft")
+    module, name = kind.split(".")
+    network = getattr(pytest.importorskip(f"diffusers.models.transformers.transformer_{module}"), name)
+    with torch.device("meta"):
+        made = network()
+    assert family.lora_config().size(plain_linear_sites(made)) == (modules, parameters)
+    tails = {target.rpartition("*.")[2] for target in family.lora_targets}
+    chosen = [n for n, _ in made.named_modules() if n.startswith("transformer_blocks.") and _tail_of(n) in tails]
+    config = peft.LoraConfig(r=64, target_modules=chosen)
+    peft.inject_adapter_in_model(config, made, low_cpu_mem_usage=True)
+    counted = [value.numel() for n, value in made.named_parameters() if ".lora_" in n]
+    assert (len(counted), sum(counted)) == (2 * modules, parameters)
+
+
+def _tail_of(name: str) -> str:
+    return name.split(".", 2)[2] if name.count(".") > 1 else ""

@@ -9,8 +9,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...dopsd_core.config import TrainConfig
-from ...dopsd_core.families import FAMILIES, Family
+from ...dopsd_core.families import Family
 from ...dopsd_core.options import Option, all_options
+from .families import all_families
 from .option_inputs import option_inputs, option_values, widget_value
 from .presets import PRESETS, preset_settings
 
@@ -20,7 +21,7 @@ OPTIONS: Mapping[str, Option] = {option.name: option for option in all_options(T
 _ELSEWHERE = frozenset({"family", "steps", "seed", "preview_every", "caption_dropout"})
 """Options that are on D-OPSD Train LoRA or Load Dataset, or follow from the MODEL."""
 
-FAMILY_TITLES: Mapping[str, Family] = {family.title: family for family in FAMILIES.values()}
+FAMILY_TITLES: Mapping[str, Family] = {family.title: family for family in all_families()}
 
 
 @dataclass(frozen=True)

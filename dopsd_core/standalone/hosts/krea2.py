@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.models.transformers.transformer_krea2 import Krea2Transformer2DModel
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import Qwen3VLModel
 
 from ...conditioning.encode import Condition
 from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
-from ...demo.model_files import VISION_CELL, resize_for_vision
 from ...denoiser import LinearSite, plain_linear_sites
 from ...families.krea2 import TEXT_LAYERS
+from .qwen3vl import image_patches
 
 TAPS = tuple(range(2, 36, 3))
 """The hidden states in the features, of 36 layers; 0 is the embedding."""
@@ -103,7 +103,8 @@ class Krea2Encoder:
     @torch.no_grad()
     def encode_image_text(self, image: Tensor, caption: str) -> Condition:
         """Features [L, D] of image [3, H, W] in [0, 1], seen at 512^2 to 768^2 pixels, and caption."""
-        pixels, grid = _patches(image)
+        size = seen_size(image.shape[1], image.shape[2], MIN_PIXELS, MAX_PIXELS)
+        pixels, grid = image_patches(image, size)
         marks = "<|image_pad|>" * int(grid.prod() // 4)
         text = f"{_SYSTEM}<|vision_start|>{marks}<|vision_end|>{caption}{_ENDING}"
         return Condition(self._hidden(text, pixel_values=pixels, image_grid_thw=grid))
@@ -154,15 +155,3 @@ def _positions(text: int, height: int, width: int) -> Tensor:
     """(t, h, w) of every token, [text + height * width, 3]: texts stand at 0."""
     image = torch.cartesian_prod(torch.zeros(1), torch.arange(height).float(), torch.arange(width).float())
     return torch.cat([torch.zeros(text, 3), image])
-
-
-def _patches(image: Tensor) -> tuple[Tensor, Tensor]:
-    """image [3, H, W] in [0, 1] -> (patches [N, 1536] in merge order, two equal frames, in [-1, 1]; grid [[1, h, w]]).
-
-    Like Qwen3-VL's image processor within `MIN_PIXELS` and `MAX_PIXELS`.
-    """
-    size = seen_size(image.shape[1], image.shape[2], MIN_PIXELS, MAX_PIXELS)
-    big = resize_for_vision(image.float(), size) * 2 - 1
-    patches = repeat(big, "c (y j p) (x i q) -> (y x j i) (c frames p q)", j=2, p=16, i=2, q=16, frames=2)
-    rows, columns = (side // VISION_CELL for side in size)
-    return patches, torch.tensor([[1, 2 * rows, 2 * columns]])
