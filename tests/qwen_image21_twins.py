@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|pad|>")
+MARKS = tuple(
+    f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad", "pad")
+)
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}<|im_end|>\n{% endfor %}"
 WIDTH, TEXT_WIDTH = 64, 48
 
