@@ -185,11 +185,10 @@ def test_gradients_of_a_lora(host: SimpleNamespace, count: int, edits: bool) -> 
     with adapters.attached(), checkpointed(host.denoiser.blocks(), count):
         x0 = host.denoiser.predict_x0(x, 0.7, [condition])
         (x0 * weight).sum().backward()
-    ours = {}
+    ours = []
     for adapter in adapters._adapters:
-        for number, b in enumerate(adapter.student.b):
-            grads = (adapter.student.a.grad[number * 3 : number * 3 + 3], b.grad)
-            ours[len(ours)] = grads
+        a: Any = adapter.student.a
+        ours += [(a.grad[3 * number : 3 * number + 3], b.grad) for number, b in enumerate(adapter.student.b)]
     network = copy.deepcopy(host.denoiser.transformer)  # peft leaves its layers there
     names = [key.removesuffix(".lora_A.weight") for key in start if ".lora_A." in key]
     network.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=names), "ours")
@@ -219,7 +218,7 @@ def test_what_each_teacher_sees(host: SimpleNamespace) -> None:
     (edit,) = encode_dataset([plain], host.encoder, None, teacher=EDIT)
     assert edit.student.slots == () and not edit.student.reference_latents
     (latent,) = edit.teacher.reference_latents
-    assert torch.equal(latent, edit.target_latent) and len(edit.teacher.slots) == 1
+    assert edit.target_latent is not None and torch.equal(latent, edit.target_latent) and len(edit.teacher.slots) == 1
     told = host.encoder.encode_with_references([as_tensor(image(64, 64, 1))], EDIT.text(PROMPT))
     assert torch.equal(edit.teacher.features, told.features) and edit.teacher.slots == told.slots
     (vlm,) = encode_dataset([plain], host.encoder, None, teacher=VLM)

@@ -116,3 +116,22 @@ def test_gradients_of_a_lora(
     assert {key.rsplit(".lora_", 1)[0] for key in ours} == wanted | (FUSION if fusion else set())
     errors = {key: twins.relative(ours[key], theirs[key]) for key in theirs}
     assert max(errors.values()) < TOLERANCE, max(errors.items(), key=lambda item: item[1])
+
+
+def test_a_layer_that_is_not_called_is_an_error(comfyui: ComfyUI) -> None:
+    """As in networks that fuse a layer with its activation: a LoRA on it would silently not be trained."""
+    model = krea2_twins.model(BLOCKS)
+    mlp = model.model.diffusion_model.blocks[1].mlp
+
+    def fused(x: Tensor) -> Tensor:
+        weight = mlp.down.weight.clone()
+        return torch.nn.functional.linear(torch.nn.functional.silu(mlp.gate(x)) * mlp.up(x), weight)
+
+    mlp.forward = fused
+    x, text = torch.randn(1, 16, 4, 4), torch.randn(5, krea2_twins.TEXT_LAYERS * krea2_twins.TEXT_WIDTH)
+    condition = comfyui.core("conditioning.encode").Condition(text)
+    start = twins.random_student(comfyui, model, RANK)
+    with pytest.raises(ValueError, match="computes with 1 layers of the MODEL, such as blocks.1.mlp.down, without"):
+        twins.our_gradients(comfyui, model, start, ALPHA, x, SIGMA, [condition], torch.randn(x.shape))
+    del mlp.forward
+    twins.our_gradients(comfyui, model, start, ALPHA, x, SIGMA, [condition], torch.randn(x.shape))

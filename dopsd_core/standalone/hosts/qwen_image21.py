@@ -144,7 +144,8 @@ class QwenImage21Encoder:
         """
         if any(side % 32 for image in images for side in image.shape[1:]):
             raise ValueError("reference images need sides that are multiples of 32 pixels: crop them")
-        features, is_image = self._read([image_patches(image, tuple(image.shape[1:])) for image in images], caption)
+        seen = [image_patches(image, (image.shape[1], image.shape[2])) for image in images]
+        features, is_image = self._read(seen, caption)
         text = ~is_image
         starts = [place for place in range(1, len(text)) if is_image[place] and text[place - 1]]
         return Condition(features[text], slots=tuple(int(text[:place].sum()) for place in starts))
