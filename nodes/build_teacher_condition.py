@@ -22,6 +22,7 @@ from .comfy_host.paths import condition_cache
 from .comfy_host.previews import encode_previews, preview_texts, split_lines
 from .comfy_host.report import Notes
 from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
+from .comfy_host.vision import has_tower
 
 
 def build_conditions(
@@ -108,6 +109,8 @@ def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tupl
     notes = []
     if vision is not None and teacher.sees != "features":
         notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
+    elif vision is not None and has_tower(clip):
+        notes.append("vision is not used: the text encoder has a vision tower")
     if clip.use_clip_schedule or clip.apply_hooks_to_conds:
         notes.append("the hooks on the CLIP are not used: captions are encoded without a schedule")
     return tuple(notes)
@@ -173,8 +176,8 @@ def _inputs() -> list[Any]:
             default="auto",
             optional=True,
             tooltip="How the teacher sees the image. vlm: through Qwen3-VL's vision tower and the model's own "
-            "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
-            "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
+            "text encoder (Z-Image-Turbo, FLUX.2-klein 4B, Krea 2 Turbo). edit: as reference image of the model's "
+            "editing branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
             "best one for this model and dataset.",
         ),
         io.String.Input(
@@ -198,7 +201,7 @@ def _inputs() -> list[Any]:
             "vision",
             optional=True,
             tooltip="The teacher's vision tower, from Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. "
-            "Only needed for the mode vlm.",
+            "Only needed for the mode vlm, and not for Krea 2, whose text encoder has a vision tower.",
         ),
         io.Combo.Input(
             "teacher_image",

@@ -21,7 +21,7 @@ from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
 from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, stamp_of_choice, used_line
 from .comfy_host.model_patches import unused_schedule
-from .comfy_host.sampling import few_step_sample
+from .comfy_host.sampling import decode_image, few_step_sample
 from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
 
@@ -177,7 +177,7 @@ class _ImageMaker:
         for row, condition in enumerate(conditions):
             latents.append(few_step_sample(model, condition, blank, (seed + row) % 2**64, sigmas, "euler"))
             self._bar.update(1)
-        return [self._vae.decode(latent)[0].permute(2, 0, 1) for latent in latents]
+        return [decode_image(self._vae, latent).permute(2, 0, 1) for latent in latents]
 
     def _encode(self, text: str) -> Any:
         if text not in self._prompts:

@@ -208,7 +208,9 @@ def _places(sites: Sequence[LinearSite]) -> dict[str, _Place]:
     for site in sites:
         for name, parts in {site.name: site.parts, **{part.name: (part,) for part in site.parts}}.items():
             places[name.replace(".", "_")] = _Place(site.in_features, parts)
-    return places
+    # some tools write to_out for to_out.0; in FLUX.2 the single-stream blocks have a to_out of their own
+    short = {name.removesuffix("_0"): place for name, place in places.items() if name.endswith("_to_out_0")}
+    return short | places
 
 
 def _flat(module: str) -> str:

@@ -9,7 +9,7 @@ Legend: x [..., in_features], g [..., out_features], W [out_features, in_feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,18 +110,18 @@ def _site(name: str, module: Any, family: Family) -> LinearSite:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def require_known_layers(network: nn.Module, block_lists: Sequence[str]) -> None:
+def require_known_layers(network: nn.Module, block_lists: Mapping[str, Sequence[nn.Module]]) -> None:
     """Checks every layer without running it.
 
     Args:
-        block_lists: names of the network's lists of transformer blocks.
+        block_lists: the network's lists of transformer blocks by path.
 
     Raises:
         UnknownLayer: a Linear's cast weight is not [out_features, in_features], a Linear is wrapped, or a layer with
             matrices is neither torch's nor ComfyUI's.
     """
-    for name in block_lists:
-        _require_alike(name, getattr(network, name))
+    for name, blocks in block_lists.items():
+        _require_alike(name, blocks)
     checked: set[object] = set()
     for path, module in network.named_modules():
         name = _path(path)

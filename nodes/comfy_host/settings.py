@@ -9,8 +9,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...dopsd_core.config import TrainConfig
-from ...dopsd_core.families import FAMILIES, Family
+from ...dopsd_core.families import Family
 from ...dopsd_core.options import Option, all_options
+from .families import all_families
 from .option_inputs import option_inputs, option_values, widget_value
 from .presets import PRESETS, preset_settings
 
@@ -30,7 +31,7 @@ _LATER = (
 """Options that came after the first version of Training Settings. They are at its end in this order, since saved graphs
 fill in widgets by position."""
 
-FAMILY_TITLES: Mapping[str, Family] = {family.title: family for family in FAMILIES.values()}
+FAMILY_TITLES: Mapping[str, Family] = {family.title: family for family in all_families()}
 
 
 @dataclass(frozen=True)

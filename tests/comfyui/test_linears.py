@@ -19,6 +19,10 @@ WHERE = "layers.1.feed_forward.w2"
 BLOCKS = ("noise_refiner", "context_refiner", "layers")
 
 
+def lists(model: Any) -> dict[str, Any]:
+    return {name: getattr(model.model.diffusion_model, name) for name in BLOCKS}
+
+
 def at(model: Any, path: str) -> Any:
     return model.model.diffusion_model.get_submodule(path)
 
@@ -114,7 +118,7 @@ def test_a_layer_that_cannot_be_trained_through_is_named(comfyui: ComfyUI, refus
     model, kind, reason = refused
     linears = comfyui.module("nodes.comfy_host.linears")
     with pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} of this MODEL is a .*\.?{kind}.*{reason}.*ComfyUI-GGUF"):
-        linears.require_known_layers(model.model.diffusion_model, BLOCKS)
+        linears.require_known_layers(model.model.diffusion_model, lists(model))
 
 
 @pytest.mark.parametrize("node", ["train", "look"])
@@ -147,7 +151,7 @@ def test_a_forward_that_the_weight_does_not_explain_is_found_before_step_0(comfy
 
     host, linears = comfyui.module("nodes.comfy_host.denoiser"), comfyui.module("nodes.comfy_host.linears")
     model = exchange(toy.z_image(), WHERE, derived(comfyui, forward=doubled))
-    linears.require_known_layers(model.model.diffusion_model, BLOCKS)
+    linears.require_known_layers(model.model.diffusion_model, lists(model))
     denoiser = host.ComfyDenoiser(model)
     named = pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} .*OtherLinear.*its forward is not x @ W.T")
     with named, denoiser.trainable((1, 16, 8, 8)):
