@@ -77,7 +77,7 @@ def test_json_has_a_tag_for_each_choice() -> None:
             {"objective": DOPSD(grad_steps=5)},
             "grad_steps is 5; set it to a value from 1 to rollout_steps (4), or null for all of the steps",
         ),
-        ({"family": "sdxl"}, "family is 'sdxl'; choose one of z_image, flux2_klein"),
+        ({"family": "sdxl"}, "family is 'sdxl'; choose one of z_image, flux2_klein, krea2, qwen_image21"),
         ({"family": None}, "family is None, it must be text"),
         ({"caption_dropout": -0.1}, "caption_dropout is -0.1; set it to a value from 0 to 1"),
         ({"max_grad_norm": -1}, "max_grad_norm is -1; set it to at least 0"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import towers
 from graphs import drawing, training
 from inprocess import ComfyUI
 from loras import demo_lora, give, give_values
@@ -489,7 +490,8 @@ def test_build_teacher_condition_names_an_embedding_that_is_not_there(comfyui: C
 
 def test_build_teacher_condition_names_encoders_that_are_not_used(comfyui: ComfyUI) -> None:
     conditions, teachers = comfyui.module("nodes.build_teacher_condition"), comfyui.core("conditioning.teachers")
-    clip = SimpleNamespace(use_clip_schedule=False, apply_hooks_to_conds=None)
+    tokenizer = comfyui.call(towers.clip, "z_image").tokenizer
+    clip = SimpleNamespace(use_clip_schedule=False, apply_hooks_to_conds=None, tokenizer=tokenizer)
     assert conditions.unused_encoders(teachers.VLM, clip, object()) == ()
     (note,) = conditions.unused_encoders(teachers.EDIT, clip, object())
     assert note.startswith("vision is not used: the teacher edit ")
