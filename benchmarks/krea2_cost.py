@@ -50,6 +50,7 @@ def subject(blocks: int = 28, heads: int = 48) -> Subject:
 
 
 def main() -> None:
+    """Measures, or counts, what the command line asks for."""
     parser = real_size.parser(__doc__)
     parser.add_argument("--blocks", type=int, default=28, help="the real model has 28")
     parser.add_argument("--heads", type=int, default=48, help="of 128; the real model has 48")

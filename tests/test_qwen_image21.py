@@ -51,10 +51,10 @@ def image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.mul(255).byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
+def as_tensor(sample: Image.Image) -> Tensor:
     """[3, H, W] in [0, 1]."""
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return values.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 255
+    values = torch.frombuffer(bytearray(sample.tobytes()), dtype=torch.uint8)
+    return values.view(sample.height, sample.width, 3).permute(2, 0, 1).float() / 255
 
 
 # -- conditions -------------------------------------------------------------------------------------------------------
@@ -70,10 +70,10 @@ def test_texts(pipe: Any, host: SimpleNamespace, text: str) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_texts_that_have_seen_references(pipe: Any, host: SimpleNamespace, count: int) -> None:
     """Their pixels' features make room for the latents; the others have read them."""
-    pictures = [image(*size, seed) for seed, size in enumerate(SIZES[:count])]
+    references = [image(*size, seed) for seed, size in enumerate(SIZES[:count])]
     with torch.no_grad():
-        wanted, _, is_image = pipe.encode_prompt(PROMPT, pictures)
-    got = host.encoder.encode_with_references([as_tensor(picture) for picture in pictures], PROMPT)
+        wanted, _, is_image = pipe.encode_prompt(PROMPT, references)
+    got = host.encoder.encode_with_references([as_tensor(sample) for sample in references], PROMPT)
     assert relative(got.features, wanted[0][~is_image[0].bool()]) < 1e-5
     runs = is_image[0].int().diff().eq(1).nonzero().flatten() + 1
     assert got.slots == tuple(int((~is_image[0, :place].bool()).sum()) for place in runs) and len(got.slots) == count
@@ -92,11 +92,11 @@ def test_the_teacher_vlm_keeps_the_image(host: SimpleNamespace) -> None:
 def test_latents(pipe: Any, host: SimpleNamespace) -> None:
     """Of opaque images."""
     for width, height in SIZES:
-        picture = image(width, height)
-        pixels = pipe.image_processor.preprocess(picture.convert("RGBA"), width=width, height=height).unsqueeze(2)
+        sample = image(width, height)
+        pixels = pipe.image_processor.preprocess(sample.convert("RGBA"), width=width, height=height).unsqueeze(2)
         with torch.no_grad():
             wanted = pipe._encode_vae_image(pixels, None)[0, :, 0]
-        got = host.encoder.encode_latent(as_tensor(picture))
+        got = host.encoder.encode_latent(as_tensor(sample))
         assert got.shape == QWEN_IMAGE21.latent_shape(width, height) and relative(got, wanted) < 1e-4
 
 
@@ -106,18 +106,18 @@ def test_latents(pipe: Any, host: SimpleNamespace) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2], ids=["text to image", "edit", "two references"])
 def test_images(pipe: Any, host: SimpleNamespace, count: int) -> None:
     """On Turbo's own grid; the pipeline does not cache keys and values here, as training does not."""
-    pictures, sigmas = [image(*size, seed) for seed, size in enumerate(SIZES[:count])], QWEN_IMAGE21.sigmas(8, 96, 64)
+    references, sigmas = [image(*size, seed) for seed, size in enumerate(SIZES[:count])], QWEN_IMAGE21.sigmas(8, 96, 64)
     width, height = 96, 64
     noise = torch.randn(1, *QWEN_IMAGE21.latent_shape(width, height), generator=torch.Generator().manual_seed(3))
     wanted = pipe(
-        prompt=PROMPT, image=pictures or None, latents=noise.flatten(2).transpose(1, 2), width=width, height=height,
+        prompt=PROMPT, image=references or None, latents=noise.flatten(2).transpose(1, 2), width=width, height=height,
         sigmas=list(sigmas[:-1]), output_resolution=80, output_type="latent", use_kv_cache=False,
     ).images  # fmt: skip
-    tensors = [as_tensor(picture) for picture in pictures]
+    tensors = [as_tensor(sample) for sample in references]
     if tensors:
-        told = host.encoder.encode_with_references(tensors, PROMPT)
+        encoded = host.encoder.encode_with_references(tensors, PROMPT)
         latents = tuple(host.encoder.encode_latent(tensor) for tensor in tensors)
-        condition = Condition(told.features, latents, told.slots)
+        condition = Condition(encoded.features, latents, encoded.slots)
     else:
         condition = host.encoder.encode_text(PROMPT)
     with torch.no_grad():
@@ -187,8 +187,9 @@ def test_gradients_of_a_lora(host: SimpleNamespace, count: int, edits: bool) -> 
         (x0 * weight).sum().backward()
     ours = []
     for adapter in adapters._adapters:
-        a: Any = adapter.student.a
-        ours += [(a.grad[3 * number : 3 * number + 3], b.grad) for number, b in enumerate(adapter.student.b)]
+        weights: Any = adapter.student
+        a = weights.a
+        ours += [(a.grad[3 * number : 3 * number + 3], b.grad) for number, b in enumerate(weights.b)]
     network = copy.deepcopy(host.denoiser.transformer)  # peft leaves its layers there
     names = [key.removesuffix(".lora_A.weight") for key in start if ".lora_A." in key]
     network.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=names), "ours")
@@ -219,8 +220,8 @@ def test_what_each_teacher_sees(host: SimpleNamespace) -> None:
     assert edit.student.slots == () and not edit.student.reference_latents
     (latent,) = edit.teacher.reference_latents
     assert edit.target_latent is not None and torch.equal(latent, edit.target_latent) and len(edit.teacher.slots) == 1
-    told = host.encoder.encode_with_references([as_tensor(image(64, 64, 1))], EDIT.text(PROMPT))
-    assert torch.equal(edit.teacher.features, told.features) and edit.teacher.slots == told.slots
+    encoded = host.encoder.encode_with_references([as_tensor(image(64, 64, 1))], EDIT.text(PROMPT))
+    assert torch.equal(edit.teacher.features, encoded.features) and edit.teacher.slots == encoded.slots
     (vlm,) = encode_dataset([plain], host.encoder, None, teacher=VLM)
     assert not vlm.teacher.reference_latents and len(vlm.teacher.features) > len(vlm.student.features) + 250
 

@@ -54,7 +54,7 @@ def distilled_grid(pipe: Any) -> tuple[float, ...]:
 @pytest.fixture(scope="module")
 def features(comfyui: ComfyUI, models: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """(student's, teacher's) features [L, D] of every image, in the order of the files."""
-    pipe, files = models["pipe"], authors.write_pictures(comfyui.input / "krea2_step")
+    pipe, files = models["pipe"], authors.write_images(comfyui.input / "krea2_step")
     return [
         (
             krea2_twins.text_features(pipe, caption),
@@ -81,7 +81,7 @@ def trained(comfyui: ComfyUI, models: dict[str, Any], features: Any) -> tuple[An
 def test_conditions(trained: Any, features: list[tuple[Tensor, Tensor]]) -> None:
     """The teacher differs from the student by more than these tolerances allow."""
     pairs = trained[0].pairs
-    assert len(pairs) == len(features) == len(authors.PICTURES)
+    assert len(pairs) == len(features) == len(authors.IMAGES)
     for pair, (student, teacher) in zip(pairs, features, strict=True):
         assert twins.relative(pair.student.features, student) < 1e-4
         assert twins.relative(pair.teacher.features, teacher) < 1e-4

@@ -110,9 +110,9 @@ def test_comfyuis_own_template_for_images_would_lose_the_image(comfyui: ComfyUI,
 
 def test_of_a_long_caption_the_end_is_cut_and_not_the_templates(comfyui: ComfyUI, ours: dict[str, Any]) -> None:
     vision, clip = comfyui.module("nodes.comfy_host.vision"), ours["clip"]
-    picture = pixels(512, 512).movedim(0, -1)[None]
+    image = pixels(512, 512).movedim(0, -1)[None]
     tail = krea2_twins.tokenizer(clip)("<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-    short, long = (vision._tokens(clip, " star" * words, picture) for words in (3, 2000))
+    short, long = (vision._tokens(clip, " star" * words, image) for words in (3, 2000))
     assert short[-len(tail) :] == long[-len(tail) :] == tail
     assert len(long) + 256 - 1 == vision.MAX_TOKENS == 1024
     assert vision.count_tokens(clip, " star" * 2000, 256) == len(short) - 3 + 2000 + 255
