@@ -128,6 +128,10 @@ class Objective(Variant):
         """Problems with a rollout of K steps, one sentence each."""
         return ()
 
+    def remarks(self) -> Sequence[str]:
+        """Warnings about options that are valid but rarely meant, one sentence each."""
+        return ()
+
     @property
     def wants_anchors(self) -> bool:
         """Whether the objective needs prior anchors."""

@@ -84,6 +84,14 @@ class DOPSD(Objective):
             "or null for all of the steps",
         )
 
+    def remarks(self) -> Sequence[str]:
+        """Reports that every batch is a prior anchor."""
+        if self.anchor_probability < 1:
+            return ()
+        return (
+            "anchor_probability is 1: every batch is a prior anchor, so no image is trained; lower it, such as to 0.5",
+        )
+
     @property
     def wants_anchors(self) -> bool:
         """Whether some batches are prior anchors."""

@@ -10,6 +10,7 @@ attention backward sums in arbitrary order.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from .run_folder import check_run_folder
 from .training_set import TrainingSet
 
 __all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "TrainResult", "TrainingSet", "check_run", "train"]
+
+log = logging.getLogger("dopsd")
 
 
 class Callbacks(Protocol):
@@ -128,6 +131,8 @@ def train(
     """
     callbacks = callbacks or NoCallbacks()
     check_run(config, denoiser, data, run_dir, host_bytes)
+    for remark in config.objective.remarks():
+        log.warning(remark)
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
         run = Run(config, denoiser, data, Path(run_dir), facts, initial)
         try:

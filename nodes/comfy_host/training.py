@@ -22,10 +22,10 @@ from .distilled import warn_if_undistilled
 from .identity import identity_of
 from .memory_plan import MemoryPlan, OutOfMemory, advice, free_device_memory, is_out_of_memory, plan_memory
 from .model_patches import unused_patches
-from .paths import run_folder
 from .presets import make_config, merged_settings, run_digest
 from .previews import TILE, PreviewPainter, TrainingPreview, load_sheets
 from .report import Notes
+from .run_folders import folder_of_run
 from .sockets import Conditions, TrainedLora
 from .start import start_of
 from .targets import require_blocks
@@ -150,13 +150,14 @@ def _planned(
     config = plan.config
     start = start_of(initial_lora, denoiser, config, conditions.trigger, base_name(model))
     settings = merged_settings(wanted.preset, conditions.family, has_anchors, wanted.chosen)
-    digest = run_digest(config, conditions.data.fingerprint(), identity.digest, *start.identity, settings=settings)
+    facts = (conditions.data.fingerprint(), identity.digest, *start.identity)
+    folder = folder_of_run(wanted.run_name, config, lambda cut: run_digest(cut, *facts, settings=settings))
     unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, has_vae)
     return _PlannedRun(
         denoiser=denoiser,
         conditions=conditions,
         plan=plan,
-        folder=run_folder(f"{wanted.run_name}-{digest}"),
+        folder=folder,
         shape=(config.batch_size, *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area)),
         metadata=_metadata(model, identity.digest, conditions, wanted.run_name),
         initial=start.tensors,

@@ -112,6 +112,8 @@ def _of_the_data(config: TrainConfig, conditions: Conditions) -> Iterator[str]:
     epoch = sum(example.repeats for example in conditions.data.examples)
     trained = config.steps * config.grad_accumulation * config.batch_size
     if isinstance(config.objective, DOPSD):
+        if config.objective.anchor_probability == 1:  # a remark of its own
+            return
         trained = round(trained * (1 - config.objective.anchor_probability))
     if trained < epoch:
         yield (
