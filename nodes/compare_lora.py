@@ -18,9 +18,10 @@ from torch import Tensor
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
+from .comfy_host.embeddings import EMBEDDING, embeddings_fingerprint
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
-from .comfy_host.lora_fit import used_keys
+from .comfy_host.lora_fit import require_finite, used_keys
 from .comfy_host.model_patches import unused_schedule
 from .comfy_host.paths import never_the_same, stamp_of
 from .comfy_host.sampling import few_step_sample
@@ -63,13 +64,14 @@ class CompareLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
-        """Changes when the file is replaced, so that ComfyUI runs the node again."""
+    def fingerprint_inputs(cls, lora_name: str | None = NONE, prompts: str | None = "", **others: Any) -> Any:
+        """Changes when the file or an embedding is replaced, so that ComfyUI runs the node again."""
+        embeddings = embeddings_fingerprint() if prompts is None or EMBEDDING in prompts else ""  # None: over a link
         if lora_name == NONE or "lora" in others:
-            return NONE
+            return embeddings
         if lora_name is None:  # it comes over a link
             return never_the_same()
-        return stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
+        return embeddings, *stamp_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
     @classmethod
     @checked
@@ -141,7 +143,7 @@ def parse_strengths(text: str) -> list[float]:
     found: list[float] = []
     for word in (word.strip() for word in words if word.strip()):
         try:
-            value = float(word)
+            value = float(word if "_" not in word else "")  # Python reads 1_0 as 10
         except ValueError:
             raise ValueError(
                 f"strengths: {word!r} is not a number; write numbers separated by commas: 0.5, 1.0"
@@ -199,9 +201,10 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
     """How many tensors (as in `chosen_lora`, of any shape) ComfyUI's loader will apply, and one that it will not.
 
     Raises:
-        ValueError: it will apply none.
+        ValueError: it will apply none, or one that is not finite.
     """
     used = used_keys(model, tensors)
+    require_finite(name, {key: tensors[key] for key in tensors if key in used})
     rest = [key for key in tensors if key not in used]
     line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
     return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
