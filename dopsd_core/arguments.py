@@ -119,7 +119,9 @@ def _add_demo(commands: Any) -> None:
     )
     parser.add_argument("--seeds", type=_INT, default=3, metavar="N", help="training runs to average (default 3)")
     parser.add_argument("--steps", type=_INT, metavar="N", help="optimizer steps, the same for every method")
-    parser.add_argument("--jobs", type=_INT, default=2, metavar="N", help="parallel runs, one CPU core each (default 2)")
+    parser.add_argument(
+        "--jobs", type=_INT, default=2, metavar="N", help="parallel runs, one CPU core each (default 2)"
+    )
 
 
 def _add_train(commands: Any) -> None:
@@ -190,7 +192,9 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--model", default="demo", choices=("demo",), help="default: %(default)s")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA file to apply")
-    parser.add_argument("--strength", type=_FLOAT, default=1.0, metavar="X", help="LoRA strength (default: %(default)s)")
+    parser.add_argument(
+        "--strength", type=_FLOAT, default=1.0, metavar="X", help="LoRA strength (default: %(default)s)"
+    )
     parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="image for the teacher to see")
     parser.add_argument("--count", type=_INT, default=1, metavar="N", help="images per prompt (default: %(default)s)")
     parser.add_argument("--steps", type=_INT, metavar="N", help="sampling steps; default: the model's")

@@ -137,7 +137,7 @@ def test_absolute_paths_inside_are_fine(comfyui, paths, extra) -> None:
 def test_the_demo_is_drawn_once_and_equal_each_time(comfyui, paths) -> None:
     folder = paths.resolve_dataset(paths.DEMO)
     assert folder.is_relative_to(comfyui.temp.resolve())
-    assert sorted(path.suffix for path in folder.iterdir()) == [".png"] * 4 + [".txt"] * 4
+    assert sorted(path.suffix for path in folder.glob("[!.]*")) == [".png"] * 4 + [".txt"] * 4
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     stamp = (folder / "target_1.png").stat().st_mtime_ns
     assert paths.resolve_dataset(paths.DEMO) == folder and (folder / "target_1.png").stat().st_mtime_ns == stamp
