@@ -15,7 +15,7 @@ from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
-from .comfy_host.embeddings import embedding_notes
+from .comfy_host.embeddings import embedding_notes, embeddings_fingerprint
 from .comfy_host.encoder import ComfyEncoder, teacher_for
 from .comfy_host.lengths import length_notes
 from .comfy_host.paths import condition_cache
@@ -137,6 +137,11 @@ class BuildTeacherCondition(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Changes when an embedding is replaced, so that ComfyUI runs the node again."""
+        return embeddings_fingerprint()
+
+    @classmethod
     @checked
     def execute(
         cls,
@@ -187,7 +192,7 @@ def _inputs() -> list[Any]:
             optional=True,
             tooltip="Validation prompts, one per line, drawn as previews during training; [V] stands for the "
             "trigger. The first one that is not a training caption is the unseen prompt, on which the gap is "
-            "measured too. Empty: the first captions.",
+            "measured too. At most 32. Empty: the first captions.",
         ),
         io.String.Input(
             "anchor_prompts",

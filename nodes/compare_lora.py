@@ -17,6 +17,7 @@ from torch import Tensor
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
+from .comfy_host.embeddings import EMBEDDING, embeddings_fingerprint
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
 from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, stamp_of_choice, used_line
@@ -60,9 +61,11 @@ class CompareLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
-        """Changes when the file is replaced, so that ComfyUI runs the node again."""
-        return stamp_of_choice(lora_name, "lora" in others)
+    def fingerprint_inputs(cls, lora_name: str | None = NONE, prompts: str | None = "", **others: Any) -> Any:
+        """Changes when the file or an embedding is replaced, so that ComfyUI runs the node again."""
+        embeddings = embeddings_fingerprint() if prompts is None or EMBEDDING in prompts else ""  # None: over a link
+        stamp = stamp_of_choice(lora_name, "lora" in others)
+        return (embeddings, stamp) if stamp == stamp else stamp  # a NaN stays one
 
     @classmethod
     @checked

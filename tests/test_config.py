@@ -158,6 +158,26 @@ def test_the_rate_by_hand() -> None:
     assert [cosine.learning_rate(step) for step in range(5)] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ((5, 4), (20, 10), ()),
+        ((20, 10), (5, 4), ()),
+        ((5, 4), (20, 3), ("warmup: 4 -> 3",)),
+        ((20, 4), (20, 10), ("warmup: 4 -> 10",)),
+        ((20, 4), (30, 10), ("warmup: 4 -> 10",)),
+        ((5, 2), (20, 10), ("warmup: 2 -> 10",)),
+    ],
+)
+def test_a_warmup_up_to_the_last_step_may_become_longer_with_the_steps(
+    old: tuple[int, int], new: tuple[int, int], changed: tuple[str, ...]
+) -> None:
+    """old, new: (steps, warmup)."""
+    before, after = (TrainConfig(steps=steps, schedule=Constant(warmup=warmup)) for steps, warmup in (old, new))
+    assert changes_that_forbid_resuming(before, after) == changed
+    assert before.schedule.warmup == old[1]
+
+
 def test_what_may_change_on_resuming() -> None:
     config = TrainConfig(adapter=LORA)
     free = config.replace(steps=900, checkpoint_every=7, keep_checkpoints=5, probe_every=0, preview_every=1)

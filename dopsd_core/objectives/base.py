@@ -160,6 +160,10 @@ class Objective(Variant):
         """Number of images that the untouched model draws from the anchors before training."""
         return 0
 
+    def remarks(self) -> Sequence[str]:
+        """Warnings about options that are valid but rarely meant, one sentence each."""
+        return ()
+
     @property
     def wants_anchors(self) -> bool:
         """Whether the objective needs the captions of the prior anchors."""

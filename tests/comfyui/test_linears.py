@@ -173,6 +173,59 @@ def test_a_forward_that_some_node_has_replaced_is_found(comfyui: ComfyUI) -> Non
         pass
 
 
+@pytest.mark.parametrize(
+    ("bent", "size"),
+    [
+        (lambda y: y + 0.1 * torch.tanh(y), 0.1),
+        (lambda y: y + 0.1 * torch.tanh(y), 1.0),
+        (lambda y: y + 0.02 * y * y.abs(), 0.1),
+        (lambda y: nn.functional.leaky_relu(y, 0.8), 10.0),
+        (lambda y: y.clamp(-3, 3), 1.0),
+        (lambda y: 1.1 * y, 1.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_that_is_almost_the_weights_is_found(
+    comfyui: ComfyUI, bent: Callable[[Tensor], Tensor], size: float, dtype: torch.dtype
+) -> None:
+    """Its gradients would be wrong by a tenth. size: of the layer's outputs."""
+    linears = comfyui.module("nodes.comfy_host.linears")
+    layer, generator = linear_class(comfyui)(64, 32, bias=True), torch.Generator().manual_seed(0)
+    weight, bias = size * torch.randn(32, 64, generator=generator) / 8, size * torch.randn(32, generator=generator)
+
+    def check(function: Callable[[Tensor], Tensor]) -> None:
+        def forward(x: Tensor) -> Tensor:
+            return function(x @ weight.t().to(x)) + bias.to(x)
+
+        site = SimpleNamespace(
+            name="w", module=layer, in_features=64, forward=forward, grad_input=lambda grad: grad @ weight.to(grad)
+        )
+        linears.require_adjoints([site], torch.device("cpu"), dtype)
+
+    check(lambda y: y)
+    with pytest.raises(linears.UnknownLayer, match=r"^w of this MODEL .*its forward is not x @ W.T"):
+        check(bent)
+
+
+def test_a_layer_whose_activations_are_rounded_to_few_bits_trains(comfyui: ComfyUI) -> None:
+    """Each token's activations in 4 bits, of the scale that it needs; so are they in the kernels of such layers."""
+    linears = comfyui.module("nodes.comfy_host.linears")
+    layer = linear_class(comfyui)(256, 64, bias=False)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 256, generator=generator) / 16
+    layer.weight = nn.Parameter(weight, False)
+
+    def forward(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-6) / 7
+        return (x / scale).round() * scale @ weight.t().to(x)
+
+    site = SimpleNamespace(
+        name="w", module=layer, in_features=256, forward=forward, grad_input=lambda g: g @ weight.to(g)
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        linears.require_adjoints([site], torch.device("cpu"), dtype)
+
+
 def test_a_layer_of_another_class_that_computes_the_same_trains(comfyui: ComfyUI) -> None:
     wanted = gradients(comfyui, toy.z_image())
     assert equal(gradients(comfyui, exchange(toy.z_image(), WHERE, derived(comfyui))), wanted)

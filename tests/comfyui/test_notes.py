@@ -234,6 +234,16 @@ def notes_of(comfyui: ComfyUI, preset: str = "standard", anchors: int = 2, heldo
     )
 
 
+def test_a_run_of_prior_anchors_only_says_that_no_image_is_trained(comfyui: ComfyUI) -> None:
+    graph = training("anchors only", steps=1, warmup=0, preview_every=0, probe_every=0, anchor_probability=1.0)
+    graph["conditions"]["inputs"]["anchor_prompts"] = "a red badge"
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    lines = run.texts("train")[-1].splitlines()
+    assert sum("anchor_probability is 1: every batch is a prior anchor" in line for line in lines) == 1
+    assert not any("one epoch" in line for line in lines)
+
+
 def test_defaults_leave_nothing_unused(comfyui: ComfyUI) -> None:
     assert notes_of(comfyui) == ""
 
