@@ -83,14 +83,9 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(
-        cls, lora, filename_prefix, dtype, peft_folder, title, description, author, license, hub_folder, thumbnail=None
-    ) -> io.NodeOutput:
-        """Writes the file and shows its name, size and trigger."""
-        path, given = (
-            lora_file_path(filename_prefix),
-            Description(title, description, author, license, _jpeg(thumbnail)),
-        )
+    def execute(cls, lora, filename_prefix, dtype, peft_folder, hub_folder, thumbnail=None, **said) -> io.NodeOutput:
+        """Writes the file and shows its name, size and trigger; `said` are the texts for others by id."""
+        path, given = lora_file_path(filename_prefix), Description(**said, thumbnail=_jpeg(thumbnail))
         lines = written(path, lora, DTYPES[dtype], given, peft_folder, hub_folder)
         send_text(cls, "\n".join(lines))
         return io.NodeOutput(str(path))
