@@ -17,7 +17,7 @@ from .demo.settings import demo_config
 from .metrics.arguments import add_evaluate
 from .options import Option, all_options, changed
 from .standalone.comparison.arguments import add_compare
-from .standalone.model_options import MODEL_HELP, add_model_arguments
+from .standalone.model_options import MODEL_HELP, TRACKERS, add_model_arguments
 
 COMMANDS = ("demo", "train", "sample", "teacher-preview", "compare", "evaluate", "inspect-dataset")
 
@@ -134,6 +134,11 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--preview-prompts", nargs="+", metavar="TEXT",
         help="prompts to draw with --preview-every; default: the captions of the first images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--track", nargs="+", choices=TRACKERS, default=["auto"],
+        help="write curves and previews also to these trackers of accelerate; auto is tensorboard if it is installed "
+        "(default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint-blocks", type=int, metavar="N",

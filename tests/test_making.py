@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dopsd_core.demo.model_files import WEIGHTS
+from dopsd_core.demo.model_files import VAE_FILE, WEIGHTS
 from dopsd_core.demo.world import render, sample_scenes
 from dopsd_core.sigmas import z_image_turbo_sigmas
 from dopsd_core.standalone.hosts.demo import load_demo_model, vision_patches
@@ -19,7 +19,14 @@ from dopsd_core.standalone.making.batched import (
     teacher_pixels,
 )
 from dopsd_core.standalone.making.build_tokenizer import merges_used
-from dopsd_core.standalone.making.distill import STEPS, SUBSTEPS, guided_mean_velocity, substep_sigmas
+from dopsd_core.standalone.making.distill import (
+    STEPS,
+    SUBSTEPS,
+    Guidance,
+    guided_mean_velocity,
+    substep_sigmas,
+)
+from dopsd_core.standalone.making.train_vae import Autoencoding, edge_loss
 from dopsd_core.standalone.making.twins import WeightAverage, warmup_stable_decay
 
 
@@ -79,10 +86,39 @@ def test_distillation_target_of_a_constant_velocity_is_that_velocity() -> None:
     def parent(x, sigma, features, lengths):
         return velocity.expand(len(x), -1, -1, -1)
 
-    x, step = torch.zeros(4, 16, 8, 8), torch.arange(4)
-    features, lengths = torch.zeros(4, 32, 128), torch.full((4,), 8)
-    got = guided_mean_velocity(parent, x, step, features, lengths, torch.zeros(1, 32, 128), 2.0)  # type: ignore[arg-type]
-    assert torch.allclose(got, velocity.expand(4, -1, -1, -1), atol=1e-4)
+    x, step = torch.zeros(2, 16, 8, 8), torch.arange(2)
+    features, lengths, is_open = torch.zeros(2, 32, 128), torch.full((2,), 8), torch.tensor([True, False])
+    empty, guidance = torch.zeros(1, 32, 128), Guidance(2.0, 3.0, rescale=0.0)
+    got = guided_mean_velocity(parent, x, step, features, lengths, empty, is_open, guidance)  # type: ignore[arg-type]
+    assert torch.allclose(got, velocity.expand(2, -1, -1, -1), atol=1e-4)
+
+
+def guided(guidance: Guidance, is_open: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x0 of the guided velocity, x0 of the conditional one, of the unconditional one, x)."""
+    g = torch.Generator().manual_seed(3)
+    x, conditional, unconditional = torch.randn(3, 2, 16, 8, 8, generator=g).unbind(0)
+    sigma, scale = torch.tensor([1.0, 0.75]), guidance.scale(torch.tensor([is_open] * 2))
+    s = sigma[:, None, None, None]
+    velocity = guidance.velocity(x, sigma, conditional, unconditional, scale)
+    return x - s * velocity, x - s * conditional, x - s * unconditional, x
+
+
+def test_guidance_of_one_is_the_conditional_velocity() -> None:
+    got, conditional, _, _ = guided(Guidance(1.0, 4.0, rescale=0.7))
+    assert torch.allclose(got, conditional, atol=1e-5)
+
+
+def test_guidance_without_rescaling_extrapolates_and_open_prompts_have_their_own_scale() -> None:
+    for is_open, scale in ((False, 2.0), (True, 3.0)):
+        got, conditional, unconditional, _ = guided(Guidance(2.0, 3.0, rescale=0.0), is_open)
+        assert torch.allclose(got, unconditional + scale * (conditional - unconditional), atol=1e-5)
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_prediction() -> None:
+    got, conditional, _, _ = guided(Guidance(3.0, 3.0, rescale=1.0))
+    assert torch.allclose(got.std((1, 2, 3)), conditional.std((1, 2, 3)), rtol=1e-4)
+    plain, *_ = guided(Guidance(3.0, 3.0, rescale=0.0))
+    assert bool((plain.std((1, 2, 3)) > 1.5 * got.std((1, 2, 3))).all())
 
 
 def test_rates_of_a_shortened_run_agree_while_constant() -> None:
@@ -114,3 +150,22 @@ def test_tokenizer_keeps_real_ids_and_spells_the_rest() -> None:
 def test_merges_used_are_those_that_bpe_applies() -> None:
     rank = {("a", "b"): 0, ("ab", "c"): 1, ("b", "c"): 2}
     assert merges_used("abc", rank) == {("a", "b"), ("ab", "c")}
+
+
+def test_edge_loss_sees_speckle_that_squared_error_hardly_sees() -> None:
+    flat = torch.zeros(1, 3, 64, 64)
+    speckled = 0.02 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
+    shifted = flat + 0.02
+    assert float(edge_loss(flat, flat)) == 0 and float(edge_loss(shifted, flat)) < 1e-6
+    assert float(edge_loss(speckled, flat)) > 0.05
+
+
+def test_a_decoder_trained_further_keeps_its_latents() -> None:
+    file = WEIGHTS / VAE_FILE
+    both = Autoencoding(file)
+    trained = {name for name, p in both.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("model.decoder.") for name in trained)
+    loss, figures = both.loss(2, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert figures["psnr"] > 25 and all(p.grad is None for p in both.model.encoder.parameters())
+    assert any(p.requires_grad for p in Autoencoding().model.encoder.parameters())

@@ -17,7 +17,6 @@ from torch import Tensor
 IMAGE_SIZE = 64
 NOUN = "badge"
 TRIGGER = "[V]"
-NAMES = tuple(f"[{letter}]" for letter in "ABDEGHKLQRVXZ")  # meaningless names: a new random appearance each time
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "flower")
 COLOURS = {
@@ -162,10 +161,13 @@ def _name(table: Sequence[str] | dict, index: Tensor) -> str:
     return list(table)[int(index)]
 
 
-def caption(scenes: Scenes, i: int, *, name: str = "", attributes: Sequence[str] = (), layout: bool = True) -> str:
+def caption(
+    scenes: Scenes, i: int, *, name: str = "", attributes: Sequence[str] = (), layout: bool = True, brief: bool = False
+) -> str:
     """A caption of scene i: an optional name, the requested appearance attributes, and the layout.
 
-    `caption(s, 0, name="[V]")` -> "a [V] badge, top, on a sand background".
+    `caption(s, 0, name="[V]")` -> "a [V] badge, top, on a sand background"; brief: "a [V] badge, top, on sand", which
+    leaves room for words of appearance in the 32 tokens that image and caption share.
     """
     words = ["a", name] if name else ["a"]
     for attribute, table in (("texture", TEXTURES), ("colour", COLOURS), ("shape", SHAPES)):
@@ -177,5 +179,5 @@ def caption(scenes: Scenes, i: int, *, name: str = "", attributes: Sequence[str]
     text = " ".join(words)
     if layout:
         position, background = _name(POSITIONS, scenes.position[i]), _name(BACKGROUNDS, scenes.background[i])
-        text += f", {position}, on a {background} background"
+        text += f", {position}, on {background}" if brief else f", {position}, on a {background} background"
     return text

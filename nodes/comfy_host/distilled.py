@@ -35,17 +35,14 @@ def warn_if_undistilled(model: Any) -> str | None:
     )
 
 
-def note_if_undistilled(model: Any, objective: str, draws_images: bool) -> str | None:
-    """The same for an objective that can train such a MODEL: what its LoRA is for.
-
-    draws_images: whether the objective trains on images that the MODEL draws in few steps.
-    """
+def note_if_undistilled(model: Any, objective: str) -> str | None:
+    """The same for an objective that can train such a MODEL: what its LoRA is for."""
     if not (reason := why_undistilled(model)):
         return None
-    distilled = in_comfyui(family_of(model)).distilled
-    note = f"{_looks(model, reason)}: {objective} trains it; use the LoRA on the distilled model ({distilled})"
-    drawn = "class images and previews" if draws_images else "previews"
-    return f"{note}; {drawn} drawn by this one in so few steps are not usable"
+    return (
+        f"{_looks(model, reason)}: {objective} trains it; use the LoRA on the distilled model "
+        f"({in_comfyui(family_of(model)).distilled}); previews drawn by this one in so few steps are not usable"
+    )
 
 
 def why_undistilled(model: Any) -> str:

@@ -255,7 +255,7 @@ def _model_notes(model: Any, objective: Objective) -> tuple[str, ...]:
     if objective.needs_few_steps:
         undistilled = warn_if_undistilled(model)
     else:
-        undistilled = note_if_undistilled(model, objective.name, objective.drawn_images > 0)
+        undistilled = note_if_undistilled(model, objective.name)
     return (*((undistilled,) if undistilled else ()), *unused_patches(model))
 
 

@@ -1,1 +1,1 @@
-"""Scripts that trained the demo model: vae -> judge -> pretrain -> distill -> export. See docs/demo-model.md."""
+"""Scripts that made the demo model: vae -> judge -> pretrain -> distill -> gate -> export. See docs/demo-model.md."""

@@ -1,30 +1,34 @@
 """Pre-trains the demo's encoder and transformer jointly from scratch: the undistilled parent.
 
 1. vision warm-up: the encoder learns to classify the attributes of an image from its image tokens;
-2. joint flow matching: 3 of 8 rows have an image and a short caption, the others text; with an auxiliary attribute
+2. joint flow matching: 5 of 16 rows have an image and a short caption, the others text; with an auxiliary attribute
 loss.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...demo.model_files import TEXT_TEMPLATE, TEXT_WIDTH
+from ...demo.model_files import MODEL_FILE, TEXT_ENCODER_FILE, TEXT_TEMPLATE, TEXT_WIDTH, VAE_FILE
 from ...demo.world import APPEARANCE, NUM_CLASSES
 from ..hosts.demo_networks import load_tokenizer, new_text_encoder, new_transformer
+from ..hosts.demo_weight_files import load_text_encoder, load_transformer
 from .batched import IMAGE_START, IMAGE_TOKENS, BatchedEncoder, BatchedTransformer, pad_features, teacher_pixels
-from .data import RowMaker, Rows, make_bank
-from .optim import SharedMuon, zero_gradients
-from .twins import Twins, WeightAverage, launch, load_state, save_state, warmup_stable_decay
+from .checkpoint import Checkpoints, part
+from .data import RowMaker, Rows, load_autoencoder, own_or_shipped
+from .optim import SharedMuon
+from .stage import Stage, StageRun
+from .twins import Twins, launch
 
 AUXILIARY = 0.05
+IMAGE_SHARE = 5 / 16
 
 
 class AttributeHeads(nn.Module):
@@ -85,6 +89,14 @@ class Parent(nn.Module):
             parts.append(pad_features(self.encode(rows.text)))
         return torch.cat(parts)
 
+    def load_shipped(self, folder: Path) -> None:
+        """Loads encoder and transformer from the files of a shipped model; the auxiliary heads stay as they are."""
+        encoder, token_ids = load_text_encoder(folder / TEXT_ENCODER_FILE)
+        if not torch.equal(token_ids, self.token_ids):
+            raise ValueError(f"{folder / TEXT_ENCODER_FILE} has embedding rows for other tokens than the tokenizer")
+        self.encoder.load_state_dict(encoder.state_dict())
+        self.transformer.load_state_dict(load_transformer(folder / MODEL_FILE).state_dict())
+
     @torch.no_grad()
     def empty_features(self) -> Tensor:
         """Features [1, 32, D] of the empty caption (8 tokens), for classifier-free guidance."""
@@ -93,17 +105,31 @@ class Parent(nn.Module):
         return pad_features(self.encode(index))
 
 
-def load_parent(folder: Path, rank: int, *, from_average: bool) -> Parent:
-    """The frozen model of the joint stage; from_average: use the running average of an unfinished run."""
-    parent, state = Parent(), load_state(folder / f"joint_{rank}.pt")
-    if state is None:
-        raise FileNotFoundError(f"{folder} has no joint_{rank}.pt: run pretrain --stage joint first")
-    parent.load_state_dict(state["model"])
+def load_parent(folder: Path, *, from_average: bool = False) -> Parent:
+    """The frozen model of the joint stage; from_average: the weight average of an unfinished run's newest checkpoint.
+
+    Raises:
+        FileNotFoundError: the joint stage has no result, or no checkpoint; the message names it.
+    """
+    parent, path = Parent(), folder / "joint.safetensors"
     if from_average:
-        with torch.no_grad():
-            for (_, parameter), value in zip(parent.trainable(), state["average"], strict=True):
-                parameter.copy_(value)
+        load_average(folder / "joint", parent, [p for _, p in parent.trainable()])
+    elif path.exists():
+        parent.load_state_dict(load_file(path))
+    else:
+        raise FileNotFoundError(f"{path} is missing: run pretrain --stage joint first")
     return parent.requires_grad_(False)
+
+
+@torch.no_grad()
+def load_average(checkpoints: Path, model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Loads the newest checkpoint into the model, with the weight average of its trained parameters, of any shape."""
+    found = Checkpoints(checkpoints.parent, checkpoints.name, Twins(0, 1)).load()
+    if found is None:
+        raise FileNotFoundError(f"{checkpoints} has no complete checkpoint: run that stage first")
+    model.load_state_dict(part(found[1], "model."))
+    for i, parameter in enumerate(parameters):
+        parameter.copy_(found[1][f"average.{i}"])
 
 
 def image_token_mean(features: Tensor) -> Tensor:
@@ -130,9 +156,7 @@ def joint_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[
         state = (1 - s) * rows.latents + s * noise
         velocity, tokens = parent.velocity.with_tokens(state, sigma, features, rows.lengths, after=2)
     error = ((velocity - (noise - rows.latents)).square().mean(1) * rows.weight).mean((1, 2))
-    seen, accuracy = parent.encoder_heads.loss(
-        image_token_mean(features[:n]), {k: v[:n] for k, v in rows.labels.items()}
-    )
+    seen, accuracy = parent.encoder_heads.loss(image_token_mean(features[:n]), rows.seen.labels())
     drawn, _ = parent.image_heads.loss(tokens.mean(1), rows.labels)
     figures = {"image": error[:n].mean().item(), "text": error[n:].mean().item(), "drawn": drawn.item()}
     figures |= dict(zip(APPEARANCE, accuracy.tolist(), strict=True))
@@ -143,55 +167,37 @@ def vision_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple
     """(attribute loss of the encoder's image tokens, scalar; accuracies)."""
     with torch.autocast("cpu", torch.bfloat16):
         features = parent.encode(rows.mixed, teacher_pixels(rows.pixels))
-    loss, accuracy = parent.encoder_heads.loss(image_token_mean(features), rows.labels)
+    loss, accuracy = parent.encoder_heads.loss(image_token_mean(features), rows.seen.labels())
     return loss, dict(zip(APPEARANCE, accuracy.tolist(), strict=True))
 
 
-def train(twins: Twins, stage: str, args: argparse.Namespace) -> None:
-    """Trains a stage in one worker process; resumes from its last save."""
+def train(twins: Twins, name: str, args: argparse.Namespace) -> None:
+    """Trains a stage in one worker process; resumes from its newest checkpoint."""
+    stage = stage_of(name, args)
+    if stage.result.exists():
+        return
     torch.manual_seed(1)
-    parent, loss_of = Parent(), {"vision": vision_loss, "joint": joint_loss}[stage]
-    if stage == "joint":
-        warm = load_state(args.folder / f"vision_{twins.rank}.pt")
-        assert warm is not None, "run --stage vision first"
-        parent.load_state_dict(warm["model"])
-    named = [(k, p) for k, p in parent.trainable() if stage == "joint" or k.startswith("encoder")]
-    parameters = [p for _, p in named]
-    optimizer = SharedMuon(twins, named, args.muon_lr, args.adamw_lr)
-    average, first = WeightAverage(parameters, 0.998), 0
-    path = args.folder / f"{stage}_{twins.rank}.pt"
-    if state := load_state(path):
-        parent.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values, average.updates, first = state["average"], state["step"], state["step"]
-    maker = RowMaker(make_bank(twins, args.folder, args.bank), parent.token_ids)
+    parent, loss_of = Parent(), {"vision": vision_loss, "joint": joint_loss}[name]
+    if args.start is not None:
+        parent.load_shipped(args.start)
+    elif name == "joint":
+        parent.load_state_dict(load_file(args.folder / "vision.safetensors"))
+    named = [(k, p) for k, p in parent.trainable() if name == "joint" or k.startswith("encoder")]
+    vae = load_autoencoder(own_or_shipped(args.folder, "vae.safetensors", VAE_FILE))
+    maker = RowMaker(vae, parent.token_ids)
     twins.barrier()
-    num_image = args.batch * 3 // 8 if stage == "joint" else args.batch
-    running: dict[str, float] = {}
-    started = time.monotonic()
 
-    def save(step: int) -> None:
-        save_state(path, {"model": parent.state_dict(), "average": average.values,
-                          "optimizer": optimizer.state_dict(), "step": step})  # fmt: skip
+    def loss(batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        num_image = int(batch * IMAGE_SHARE) if name == "joint" else batch
+        return loss_of(parent, maker.draw(batch, num_image, generator), generator)
 
-    for step in range(first, args.steps):
-        generator = torch.Generator().manual_seed((step * twins.world + twins.rank) * 2 + (stage == "joint"))
-        loss, figures = loss_of(parent, maker.draw(args.batch, num_image, generator), generator)
-        zero_gradients(parameters)
-        loss.backward()
-        figures["norm"] = twins.average_gradients(parameters, 1.0)
-        optimizer.step(warmup_stable_decay(step, args.steps, decay=args.decay))
-        average.update()
-        for key, value in figures.items():
-            running[key] = 0.97 * running.get(key, value) + 0.03 * value
-        if twins.rank == 0 and (step + 1) % 50 == 0:
-            speed = (step + 1 - first) * args.batch * twins.world / (time.monotonic() - started)
-            words = " ".join(f"{k} {v:.3f}" for k, v in running.items())
-            print(f"{stage} {step + 1}/{args.steps} {words} {speed:.0f} img/s {time.strftime('%H:%M:%S')}", flush=True)
-        if (step + 1) % args.save_every == 0:
-            save(step + 1)
-    average.swap()
-    save(args.steps)  # the averaged weights are the stage's result
+    StageRun(twins, stage, parent, SharedMuon(twins, named, args.muon_lr, args.adamw_lr)).run(loss)
+
+
+def stage_of(name: str, args: argparse.Namespace) -> Stage:
+    """The stage "vision" or "joint" with the command's options."""
+    seed = 1_000_000 * (1 + (name == "joint"))
+    return Stage(name, args.folder, args.steps, args.batch, seed, decay=args.decay, minutes=args.minutes)
 
 
 if __name__ == "__main__":
@@ -199,12 +205,14 @@ if __name__ == "__main__":
     parser.add_argument("--stage", choices=("vision", "joint"), required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument(
+        "--start", type=Path, help="folder with a shipped model to continue from, without a vision stage"
+    )
     parser.add_argument("--batch", type=int, default=64, help="per worker")
-    parser.add_argument("--bank", type=int, default=24576, help="scenes per worker")
     parser.add_argument("--muon-lr", type=float, default=3e-3)
     parser.add_argument("--adamw-lr", type=float, default=1.5e-3)
     parser.add_argument("--decay", type=float, default=0.4)
-    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--minutes", type=float, default=0.0, help="checkpoint and stop after this long")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     launch(train, args.stage, args, workers=args.workers)

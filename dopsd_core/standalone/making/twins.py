@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,6 +50,12 @@ class Twins:
         """Copies a tensor of any shape from worker `source` to all others, in place."""
         if self.world > 1:
             dist.broadcast(tensor, source)
+
+    def agreed(self, flags: Sequence[bool]) -> list[bool]:
+        """Worker 0's flags on every worker: clocks differ, but all must save and stop at the same step."""
+        tensor = torch.tensor(list(flags), dtype=torch.uint8)
+        self.broadcast(tensor, 0)
+        return [bool(flag) for flag in tensor]
 
     def barrier(self) -> None:
         """Waits for all workers."""
@@ -107,14 +112,9 @@ class WeightAverage:
             parameter.copy_(value)
             value.copy_(held)
 
-
-def save_state(path: Path, state: dict) -> None:
-    """Writes a training script's checkpoint (with optimizer; torch format, not shipped) atomically."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-def load_state(path: Path) -> dict | None:
-    """The saved state, or None if there is no file."""
-    return torch.load(path, weights_only=True) if path.exists() else None
+    @torch.no_grad()
+    def load(self, values: Mapping[int, Tensor], updates: int) -> None:
+        """Takes saved values by index, each in its parameter's shape, after `updates` updates."""
+        for i, value in enumerate(self.values):
+            value.copy_(values[i])
+        self.updates = updates
