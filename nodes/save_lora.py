@@ -83,26 +83,37 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(
-        cls, lora, filename_prefix, dtype, peft_folder, title, description, author, license, hub_folder, thumbnail=None
-    ) -> io.NodeOutput:
-        """Writes the file and shows its name, size and trigger."""
-        path = lora_file_path(filename_prefix)
-        given = Description(title, description, author, license, _jpeg(thumbnail))
-        write_lora(path, lora, DTYPES[dtype], given)
-        lines = [shown(path), f"{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"]
-        if trigger := trigger_of(getattr(lora, "facts", {})):
-            lines.append(f"trigger: {trigger}")
-        if peft_folder:
-            folder = path.with_name(f"{path.stem}peft")
-            write_peft(folder, lora, DTYPES[dtype])
-            lines.append(f"{shown(folder)}/")
-        if hub_folder:
-            folder = path.with_name(f"{path.stem}hub")
-            write_hub(folder, path.stem.strip("_"), lora, DTYPES[dtype], given)
-            lines.append(f"{shown(folder)}/")
+    def execute(cls, lora, filename_prefix, dtype, peft_folder, hub_folder, thumbnail=None, **said) -> io.NodeOutput:
+        """Writes the file and shows its name, size and trigger; `said` are the texts for others by id."""
+        path, given = lora_file_path(filename_prefix), Description(**said, thumbnail=_jpeg(thumbnail))
+        lines = written(path, lora, DTYPES[dtype], given, peft_folder, hub_folder)
         send_text(cls, "\n".join(lines))
         return io.NodeOutput(str(path))
+
+
+def written(
+    path: Path, lora: Mapping[str, Tensor], dtype: torch.dtype, given: Description, has_peft: bool, has_hub: bool
+) -> list[str]:
+    """Writes the file, of tensors such as lora_A [rank, in], and the folders; returns what they are, a line each.
+
+    Raises:
+        ValueError: there are no tensors, one is not finite, or they do not fit into a peft folder.
+        ImportError: peft is not installed.
+        DiskError: a file cannot be written.
+    """
+    write_lora(path, lora, dtype, given)
+    lines = [shown(path), f"{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"]
+    if trigger := trigger_of(getattr(lora, "facts", {})):
+        lines.append(f"trigger: {trigger}")
+    if has_peft:
+        folder = path.with_name(f"{path.stem}peft")
+        write_peft(folder, lora, dtype)
+        lines.append(f"{shown(folder)}/")
+    if has_hub:
+        folder = path.with_name(f"{path.stem}hub")
+        write_hub(folder, path.stem.strip("_"), lora, dtype, given)
+        lines.append(f"{shown(folder)}/")
+    return lines
 
 
 def _sharing_inputs() -> list[Any]:

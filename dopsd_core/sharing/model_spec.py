@@ -31,14 +31,14 @@ class Description:
 
     Attributes:
         title: its name for others.
-        text: what it does, in Markdown.
+        description: what it does, in Markdown.
         author: who made it.
         license: its licence.
         thumbnail: a JPEG, see `jpeg_thumbnail`.
     """
 
     title: str = ""
-    text: str = ""
+    description: str = ""
     author: str = ""
     license: str = ""
     thumbnail: bytes = b""
@@ -100,7 +100,7 @@ def hub_base_model(facts: Mapping[str, str]) -> str:
 def _said(given: Description) -> dict[str, str]:
     said = {
         "modelspec.title": given.title,
-        "modelspec.description": given.text,
+        "modelspec.description": given.description,
         "modelspec.author": given.author,
         "modelspec.license": given.license,
     }
