@@ -102,7 +102,7 @@ def test_optimizer_state_takes_the_memory_format_of_its_parameter() -> None:
     assert optimizer.adamw.state[conv.weight]["exp_avg"].stride() == conv.weight.stride()
 
 
-def test_prefixes_are_removed_as_they_were_added() -> None:
+def test_part_removes_the_prefix_that_was_added() -> None:
     tensors = {"a": torch.ones(1), "b.c": torch.zeros(2)}
     assert part({**with_prefix("model.", tensors), "other.a": torch.ones(3)}, "model.") == tensors
 
