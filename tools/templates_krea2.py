@@ -9,14 +9,17 @@ PREVIEWS = "a photo of [V] on a wooden table\na photo of [V] in the snow"
 
 
 def krea2_loaders() -> dict[str, Node]:
+    """Krea 2 Turbo's three files."""
     return loaders("krea2_turbo_fp8_scaled", "krea2", "qwen_image_vae", clip="qwen3vl_4b_fp8_scaled")
 
 
 def begun() -> dict[str, Node]:
+    """Files, dataset and conditions."""
     return {**krea2_loaders(), "data": data(480, 1260, "my_concept"), "conditions": conditions(PREVIEWS)}
 
 
 def krea2_train() -> Workflow:
+    """A concept of one's own on Krea 2 Turbo."""
     text = (
         f"## Your concept on Krea 2 Turbo\n\n{IMAGES}{LOOK}{GO}"
         "Krea 2's text encoder can see: the teacher reads each image through it, and no further file is needed.\n\n"
@@ -26,6 +29,7 @@ def krea2_train() -> Workflow:
 
 
 def krea2_teacher_preview() -> Workflow:
+    """What the teacher draws before any training."""
     nodes = {
         **begun(),
         "look": Node(
@@ -50,6 +54,7 @@ def krea2_teacher_preview() -> Workflow:
 
 
 def krea2_sample() -> Workflow:
+    """Images with the LoRA."""
     nodes = {
         **krea2_loaders(),
         "lora": lora_of("my_concept_krea2"),

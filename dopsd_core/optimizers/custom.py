@@ -39,9 +39,7 @@ class Custom(Optimizer):
         validate_default=True,
         description="the optimizer's class as package.module:Class, such as pytorch_optimizer:CAME",
     )
-    options: str = Field(
-        default="{}", description='its further keyword arguments as a JSON object, such as {"betas": [0.9, 0.99]}'
-    )
+    options: str = Field(default="{}", description="its further keyword arguments as a JSON object, in braces")
     lr: Annotated[float, Hint(step=1e-6)] = Field(
         default=1e-4, gt=0, le=10, description="its learning rate; every optimizer has its own, see its documentation"
     )

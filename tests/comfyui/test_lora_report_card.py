@@ -123,7 +123,8 @@ def test_cancelling_stops_between_images_and_leaves_the_model(comfyui, tensors) 
             comfyui.interrupt()
 
     run = comfyui.execute(graph(comfyui, tensors), on_event=cancel)
-    assert run.status == "interrupted" and len(run.of("progress", "card")) == 10
+    assert run.status == "interrupted"
+    assert run.of("progress", "card")[-1].data["value"] == 10
     assert not run.value("models").patches
 
 
