@@ -129,11 +129,11 @@ def test_digits_that_are_joined_by_underscores_are_no_number(capsys: pytest.Capt
         config_of("--steps", "1_0")
     with pytest.raises(ConfigError, match="lr is '1_0e-5', it must be a number"):
         config_of("--lr", "1_0e-5")
-    for words, told in (
+    for words, reported in (
         (["train", "photos", "--output", "run", "--repeats", "1_0"], "--repeats: '1_0' is not a whole number"),
         (["sample", "a badge", "--strength", "0.5_"], "--strength: '0.5_' is not a number"),
         (["sample", "a badge", "--size", "64", "6_4"], "--size: '6_4' is not a whole number"),
     ):
         with pytest.raises(SystemExit):
             arguments.parse_args(words)
-        assert told in capsys.readouterr().err
+        assert reported in capsys.readouterr().err
