@@ -97,9 +97,11 @@ $(VENV)/.standalone: requirements-standalone.txt | $(VENV)/.python
 	$(INSTALL) -r requirements-standalone.txt
 	touch $@
 
+# torch-fidelity brings a package named tests, which would hide ours.
 $(VENV)/.dev: requirements-dev.txt requirements-metrics.txt $(VENV)/.standalone
 	$(INSTALL) -r requirements-dev.txt
 	$(INSTALL) --no-deps -r requirements-metrics.txt
+	rm -rf $(VENV)/lib/python*/site-packages/tests
 	touch $@
 
 # Another checkout may need other versions.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dopsd_core.adapters import Lora
 from dopsd_core.denoiser import Denoiser, LinearSite
 from dopsd_core.families import Family
+from dopsd_core.families.krea2 import TEXT_LAYERS
 from dopsd_core.memory.activation_checkpointing import block_shapes
 
 FUSED_ATTENTION_BACKWARD = 2.5
@@ -23,12 +24,14 @@ class PassCost:
         attention: scores and values.
         lora: A and B.
         blocks: all three of each block, for gradient checkpointing.
+        early: (Linears, attention) of the blocks before the first adapted one, which no gradient reaches.
     """
 
     linears: float
     attention: float
     lora: float
     blocks: tuple[float, ...]
+    early: tuple[float, float] = (0.0, 0.0)
 
     def forward(self, with_lora: bool = True) -> float:
         """One forward."""
@@ -36,7 +39,8 @@ class PassCost:
 
     def backward(self, attention_factor: float = FUSED_ATTENTION_BACKWARD) -> float:
         """g @ W of each frozen Linear (no weight gradient), attention's, and twice the LoRA: its inputs and weights."""
-        return self.linears + attention_factor * self.attention + 2 * self.lora
+        linears, attention = self.early
+        return self.linears - linears + attention_factor * (self.attention - attention) + 2 * self.lora
 
     def recompute(self, count: int) -> float:
         """The forward of the first `count` blocks once more."""
@@ -53,22 +57,37 @@ def pass_cost(denoiser: Denoiser, family: Family, lora: Lora, tokens: tuple[int,
     outside = [site for site in sites if site.name not in inside]
     linears = sum(2.0 * _tokens(s, image, text, image) * s.in_features * s.out_features for s in outside)
     attention = adapters = 0.0
+    early = (0.0, 0.0)
     blocks = []
     for shape, members in shapes:
         own = low_rank = 0.0
+        has_streams = any("attn.add_" in part.name for site in members for part in site.parts)
         for site in members:
-            length = _tokens(site, image, shape.tokens - image, shape.tokens)
+            length = _tokens(site, image, shape.tokens - image, shape.tokens) if has_streams else shape.tokens
+            length = 1 if any(word in site.parts[0].name for word in _OF_TIME) else length
             widths = [site.in_features + part.out_features for part in site.parts if part.name in names]
             own += 2.0 * length * site.in_features * site.out_features
             low_rank += 2.0 * length * lora.rank * sum(widths)
-        scores = 4.0 * shape.tokens**2 * shape.width
+        reach = TEXT_LAYERS if "layerwise_blocks" in members[0].name else shape.tokens
+        scores = 4.0 * shape.tokens * reach * shape.width
         linears, attention, adapters = linears + own, attention + scores, adapters + low_rank
-        blocks.append(own + scores + low_rank)
-    return PassCost(linears, attention, adapters, tuple(blocks))
+        is_early = adapters == 0
+        early = (early[0] + own, early[1] + scores) if is_early else early
+        blocks.append(0.0 if is_early else own + scores + low_rank)
+    return PassCost(linears, attention, adapters, tuple(blocks), early)
 
 
-_OF_TEXT = ("cap_embedder", "context_embedder", "txt_in", "attn.add_", "to_add_out", "ff_context")
-_OF_TIME = ("adaLN", "modulation", "t_embedder", "time_", "norm_out")
+_OF_TEXT = (
+    "cap_embedder",
+    "context_embedder",
+    "txt_in",
+    "txtmlp",
+    "projector",
+    "attn.add_",
+    "to_add_out",
+    "ff_context",
+)
+_OF_TIME = ("adaLN", "modulation", "t_embedder", "time_", "tmlp", "tproj", "norm_out")
 
 
 def _tokens(site: LinearSite, image: int, text: int, whole: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import klein_cost, networks, zimage_cost
+from benchmarks import klein_cost, krea2_cost, networks, zimage_cost
 from benchmarks.cost_model import StepCost, pass_cost
 from benchmarks.counters import META
 from benchmarks.real_size import GB, make_plan, say
@@ -61,13 +61,14 @@ def main() -> None:
         + "|---" * 9
         + "|\n"
     )
-    for name, subject in {"Z-Image": zimage_cost.subject(), **klein}.items():
+    for name, subject in {"Z-Image": zimage_cost.subject(), **klein, "Krea 2": krea2_cost.subject()}.items():
         costs(name, subject)
     say("\n| model, base in GB | memory | rank | 1024 | 768 | 512 |\n" + "|---" * 6 + "|\n")
     for name, subject in {
         "Z-Image": zimage_cost.subject(),
         "klein 4B": klein_cost.subject("4B"),
         "klein 9B": klein_cost.subject("9B"),
+        "Krea 2": krea2_cost.subject(),
     }.items():
         for base in BASES:
             plans(name, subject, base)

@@ -40,6 +40,14 @@ def klein(double: int = 5, single: int = 20, heads: int = 24, context: int = 768
     }  # fmt: skip
 
 
+def krea2(blocks: int = 28, heads: int = 48, kv_heads: int = 12) -> tuple[str, dict[str, Any]]:
+    """Krea 2 of so many blocks and width 128 * `heads`, as ComfyUI's detection configures it."""
+    return "Krea2", {
+        "image_model": "krea2", "features": 128 * heads, "channels": 16, "patch": 2, "layers": blocks, "heads": heads,
+        "kvheads": kv_heads, "txtlayers": 12, "txtdim": 2560,
+    }  # fmt: skip
+
+
 def build(
     network: tuple[str, Mapping[str, Any]],
     device: torch.device,

@@ -77,7 +77,9 @@ def main() -> None:
         write_dataset(make_concept(0), Path(place) / "photos")
         seconds = {size: measure(size, args.steps, Path(place)) for size in SIZES}
     results = [Measured(size, found, seconds[1] / found / size) for size, found in seconds.items()]
-    (DOCS / "scaling.json").write_text(json.dumps({**facts, "runs": [asdict(r) for r in results]}, indent=2) + "\n")
+    (DOCS / "scaling.json").write_text(
+        json.dumps({**facts, "runs": [asdict(r) for r in results]}, indent=2) + "\n", encoding="utf-8"
+    )
     page = DOCS / "scaling.md"
     text = f"<!-- results:scaling -->\n{table(results, facts)}\n<!-- /results -->"
     page.write_text(_TABLE.sub(lambda match: text, page.read_text(encoding="utf-8")), encoding="utf-8")

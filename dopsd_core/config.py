@@ -153,8 +153,15 @@ def resumable_changes() -> frozenset[str]:
 
 
 def changes_that_forbid_resuming(old: TrainConfig, new: TrainConfig) -> tuple[str, ...]:
-    """The differences between `old` and `new` that forbid resuming, as "option: old -> new"."""
+    """The differences between `old` and `new` that forbid resuming, as "option: old -> new".
+
+    Warm-ups are compared up to the last step but one of the shorter run: it cannot have a longer one, and its steps may
+    be raised.
+    """
     before, after = _counted(old), _counted(new)
+    longest = min(old.steps, new.steps) - 1
+    if min(old.schedule.warmup, longest) == min(new.schedule.warmup, longest):
+        after["warmup"] = before["warmup"]
     changed = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
     return tuple(f"{name}: {_shown(before, name)} -> {_shown(after, name)}" for name in changed)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .conditioning.encode import Condition
 else:
-    nn = lazy("torch.nn")
+    nn, torch = lazy("torch.nn"), lazy("torch")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class LinearSite:
         forward: the host's forward with bias, [..., in_features] -> [..., out_features]; called without gradients.
         grad_input: product with the weight, g [..., out_features] -> g @ W [..., in_features]; the host provides the
             weight (resident, cast, dequantized or streamed).
+        weight: a copy of the weight that `forward` uses, [out_features, in_features], fp32, on the given device, for
+            adapters that need its norms; None if `forward` is more than a product with one weight.
     """
 
     name: str
@@ -73,6 +75,7 @@ class LinearSite:
     parts: tuple[SitePart, ...]
     forward: Callable[[Tensor], Tensor]
     grad_input: Callable[[Tensor], Tensor]
+    weight: Callable[[torch.device], Tensor] | None = None
 
     def __post_init__(self) -> None:
         end = 0
@@ -160,4 +163,8 @@ def _plain_site(name: str, module: nn.Linear, parts: tuple[SitePart, ...]) -> Li
     def grad_input(grad: Tensor) -> Tensor:
         return grad @ module.weight.detach().to(grad.dtype)
 
-    return LinearSite(name, module, module.in_features, module.out_features, parts, module.forward, grad_input)
+    def weight(device: torch.device) -> Tensor:
+        return module.weight.detach().to(device, torch.float32, copy=True)
+
+    rows, columns = module.out_features, module.in_features
+    return LinearSite(name, module, columns, rows, parts, module.forward, grad_input, weight)

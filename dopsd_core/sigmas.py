@@ -12,6 +12,10 @@ from __future__ import annotations
 import math
 
 Z_IMAGE_SHIFT = 3.0
+KREA2_MU = 1.15
+"""Logarithm of Krea 2 Turbo's shift. The undistilled Krea-2-Raw has one that grows with the resolution."""
+QWEN_IMAGE21_TURBO = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568, 0.0)
+"""The eight steps that Qwen-Image 2.1 Turbo was distilled for, as published; no shift gives them."""
 
 
 def shift_sigma(u: float, shift: float) -> float:
@@ -35,6 +39,25 @@ def shifted_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:
 def z_image_turbo_sigmas(num_steps: int) -> tuple[float, ...]:
     """Z-Image-Turbo's grid, the same at every resolution. n = 4: 1, .9, .75, .5, 0 (training); n = 8 for inference."""
     return shifted_sigmas(num_steps, Z_IMAGE_SHIFT)
+
+
+def krea2_turbo_sigmas(num_steps: int) -> tuple[float, ...]:
+    """Krea 2 Turbo's grid, the same at every resolution. n = 8: 1, .956724, ..., .310901, 0."""
+    return shifted_sigmas(num_steps, math.exp(KREA2_MU))
+
+
+def qwen_image21_turbo_sigmas(num_steps: int) -> tuple[float, ...]:
+    """Qwen-Image 2.1 Turbo's grid, the same at every resolution; n = 8 is the published list.
+
+    Other grids are read from it at equal distances, between its values linearly: n = 4 takes every second value.
+
+    Raises:
+        ValueError: num_steps < 1.
+    """
+    _check_steps(num_steps)
+    places = [step * (len(QWEN_IMAGE21_TURBO) - 1) / num_steps for step in range(num_steps)]
+    pairs = [(QWEN_IMAGE21_TURBO[int(place)], QWEN_IMAGE21_TURBO[int(place) + 1], place % 1) for place in places]
+    return (*(first + part * (second - first) for first, second, part in pairs), 0.0)
 
 
 def flux2_klein_sigmas(num_steps: int, width: int, height: int) -> tuple[float, ...]:

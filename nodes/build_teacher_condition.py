@@ -15,13 +15,14 @@ from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
-from .comfy_host.embeddings import embedding_notes
+from .comfy_host.embeddings import embedding_notes, embeddings_fingerprint
 from .comfy_host.encoder import ComfyEncoder, teacher_for
 from .comfy_host.lengths import length_notes
 from .comfy_host.paths import condition_cache
 from .comfy_host.previews import encode_previews, preview_texts, split_lines
 from .comfy_host.report import Notes
 from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket, VisionSocket
+from .comfy_host.vision import has_tower
 
 
 def build_conditions(
@@ -108,6 +109,8 @@ def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tupl
     notes = []
     if vision is not None and teacher.sees != "features":
         notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
+    elif vision is not None and has_tower(clip):
+        notes.append("vision is not used: the text encoder has a vision tower")
     if clip.use_clip_schedule or clip.apply_hooks_to_conds:
         notes.append("the hooks on the CLIP are not used: captions are encoded without a schedule")
     return tuple(notes)
@@ -132,6 +135,11 @@ class BuildTeacherCondition(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Changes when an embedding is replaced, so that ComfyUI runs the node again."""
+        return embeddings_fingerprint()
 
     @classmethod
     @checked
@@ -173,8 +181,8 @@ def _inputs() -> list[Any]:
             default="auto",
             optional=True,
             tooltip="How the teacher sees the image. vlm: through Qwen3-VL's vision tower and the model's own "
-            "text encoder (Z-Image-Turbo, FLUX.2-klein 4B). edit: as reference image of the model's editing "
-            "branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
+            "text encoder (Z-Image-Turbo, FLUX.2-klein 4B, Krea 2 Turbo). edit: as reference image of the model's "
+            "editing branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
             "best one for this model and dataset.",
         ),
         io.String.Input(
@@ -184,7 +192,7 @@ def _inputs() -> list[Any]:
             optional=True,
             tooltip="Validation prompts, one per line, drawn as previews during training; [V] stands for the "
             "trigger. The first one that is not a training caption is the unseen prompt, on which the gap is "
-            "measured too. Empty: the first captions.",
+            "measured too. At most 32. Empty: the first captions.",
         ),
         io.String.Input(
             "anchor_prompts",
@@ -198,7 +206,7 @@ def _inputs() -> list[Any]:
             "vision",
             optional=True,
             tooltip="The teacher's vision tower, from Load Teacher Vision (Qwen3-VL-4B) or Load Demo Models. "
-            "Only needed for the mode vlm.",
+            "Only needed for the mode vlm, and not for Krea 2, whose text encoder has a vision tower.",
         ),
         io.Combo.Input(
             "teacher_image",

@@ -17,11 +17,12 @@ from torch import Tensor
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
+from .comfy_host.embeddings import EMBEDDING, embeddings_fingerprint
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
 from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, stamp_of_choice, used_line
 from .comfy_host.model_patches import unused_schedule
-from .comfy_host.sampling import few_step_sample
+from .comfy_host.sampling import decode_image, few_step_sample
 from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
 
@@ -60,9 +61,11 @@ class CompareLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = NONE, **others: Any) -> Any:
-        """Changes when the file is replaced, so that ComfyUI runs the node again."""
-        return stamp_of_choice(lora_name, "lora" in others)
+    def fingerprint_inputs(cls, lora_name: str | None = NONE, prompts: str | None = "", **others: Any) -> Any:
+        """Changes when the file or an embedding is replaced, so that ComfyUI runs the node again."""
+        embeddings = embeddings_fingerprint() if prompts is None or EMBEDDING in prompts else ""  # None: over a link
+        stamp = stamp_of_choice(lora_name, "lora" in others)
+        return (embeddings, stamp) if stamp == stamp else stamp  # a NaN stays one
 
     @classmethod
     @checked
@@ -177,7 +180,7 @@ class _ImageMaker:
         for row, condition in enumerate(conditions):
             latents.append(few_step_sample(model, condition, blank, (seed + row) % 2**64, sigmas, "euler"))
             self._bar.update(1)
-        return [self._vae.decode(latent)[0].permute(2, 0, 1) for latent in latents]
+        return [decode_image(self._vae, latent).permute(2, 0, 1) for latent in latents]
 
     def _encode(self, text: str) -> Any:
         if text not in self._prompts:

@@ -30,12 +30,13 @@ class FewStepSampler(io.ComfyNode):
             display_name="Few-Step Sampler",
             category=CATEGORY,
             description="Samples a few-step model the way it is trained: its own noise schedule for the image size, "
-            "Euler steps, no guidance. Same result as KSampler (euler, simple, CFG 1) for Z-Image-Turbo, and as "
-            "SamplerCustom with Flux2Scheduler for FLUX.2-klein.",
+            "Euler steps, no guidance. Same result as KSampler (euler, simple, CFG 1) for Z-Image-Turbo and Krea 2 "
+            "Turbo, and as SamplerCustom with Flux2Scheduler for FLUX.2-klein.",
             search_aliases=["dopsd", "turbo sampler", "klein sampler"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="Z-Image-Turbo, FLUX.2-klein or the demo model, with or without LoRAs."
+                    "model",
+                    tooltip="Z-Image-Turbo, FLUX.2-klein, Krea 2 Turbo or the demo model, with or without LoRAs.",
                 ),
                 io.Conditioning.Input(
                     "positive", tooltip="The prompt. There is no negative prompt: few-step models run at CFG 1."
@@ -43,7 +44,7 @@ class FewStepSampler(io.ComfyNode):
                 seed_input(
                     "Seed of the noise; the same seed gives the same noise as in KSampler.", changes_after_run=True
                 ),
-                sampling_steps_input("Z-Image-Turbo 8, FLUX.2-klein 4, demo model 4"),
+                sampling_steps_input("Z-Image-Turbo 8, FLUX.2-klein 4, Krea 2 Turbo 8, demo model 4"),
                 *size_inputs(16, 8192, "In pixels; 64 for the demo model."),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=4096, optional=True,
@@ -52,7 +53,7 @@ class FewStepSampler(io.ComfyNode):
                 io.Combo.Input(
                     "sampler", options=["euler", "template"], default="euler", optional=True,
                     tooltip="euler: as in training. template: as in ComfyUI's own workflow for the model "
-                    "(res_multistep for Z-Image-Turbo, euler for FLUX.2-klein).",
+                    "(res_multistep for Z-Image-Turbo, euler for FLUX.2-klein and Krea 2 Turbo).",
                 ),
             ],
             outputs=[

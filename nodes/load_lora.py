@@ -12,6 +12,7 @@ from safetensors import safe_open
 from ..dopsd_core.adapters.lora_import import read_lora
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
+from .comfy_host.lora_fit import require_finite
 from .comfy_host.lora_header import kept_header, trigger_of
 from .comfy_host.paths import stamp_of
 from .comfy_host.sockets import CATEGORY, TrainedLora
@@ -21,9 +22,10 @@ def load_with_header(path: Path) -> tuple[TrainedLora, tuple[str, ...]]:
     """A LoRA file with its header, and one line for each header entry that is not kept.
 
     Raises:
-        ValueError: it is not a safetensors file, or not a LoRA.
+        ValueError: it is not a safetensors file, not a LoRA, or not finite.
     """
     tensors = read_lora(path)
+    require_finite(path.name, tensors)
     with safe_open(path, "pt") as file:
         header, notes = kept_header(file.metadata() or {})
     return TrainedLora(tensors, header), notes

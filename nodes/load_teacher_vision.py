@@ -26,7 +26,7 @@ class LoadTeacherVision(io.ComfyNode):
             category=CATEGORY,
             description="Loads the vision tower of Qwen3-VL-4B (0.8 GB), through which the teacher sees images. The "
             "text is read by the Qwen3-4B that Load CLIP loads for Z-Image or FLUX.2-klein 4B; the language model in "
-            "this file is not loaded.",
+            "this file is not loaded. Krea 2 does not need it: its text encoder has a vision tower.",
             search_aliases=["dopsd", "qwen3-vl"],
             inputs=[
                 io.Combo.Input(

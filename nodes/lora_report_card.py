@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import folder_paths
@@ -9,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..dopsd_core.data.captions import check_prompts
 from ..dopsd_core.image_grid import to_pixels
+from ..dopsd_core.metrics.evaluation import Evaluation
 from ..dopsd_core.metrics.report_card import draw_report_card, summary_lines, to_json
 from .comfy_host.card import LoraOnModel, Wanted, make_evaluation
 from .comfy_host.checked_inputs import checked
@@ -20,7 +22,7 @@ from .comfy_host.metric_weights import FOLDER, load_chosen, weight_choices
 from .comfy_host.model_patches import require_own_sampling, unused_schedule
 from .comfy_host.previews import split_lines
 from .comfy_host.shared_inputs import sampling_steps_input, seed_input
-from .comfy_host.sockets import CATEGORY, ConditionsSocket, DatasetSocket
+from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, Dataset, DatasetSocket
 
 MAX_PROMPTS = 64
 PROMPTS = (
@@ -71,23 +73,30 @@ class LoRAReportCard(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(
-        cls, model, clip, vae, dataset, lora=None, conditions=None, judge=None, **settings: Any
-    ) -> io.NodeOutput:
+    def execute(cls, dataset, conditions=None, **inputs: Any) -> io.NodeOutput:
         """Draws, scores and shows the report card."""
-        require_fitting(model, vae, conditions)
-        name, tensors = chosen_lora(settings["lora_name"], lora, "report on")
-        prompts = card_prompts(settings["prompts"])
-        notes = [used_line(name, model, tensors), *unused_schedule(model), *notes_on(settings, conditions, judge)]
-        notes += check_prompts(prompts, "prompt", dataset.trigger)
-        evaluation = make_evaluation(
-            LoraOnModel(name, tensors, model, clip, vae), dataset, conditions,
-            lambda: load_chosen(chosen_weights(settings), judge, settings["judge_kind"]),
-            wanted_of(settings, prompts), notes,
-        )  # fmt: skip
+        evaluation = evaluate_lora(dataset, conditions, inputs)
         send_text(cls, "\n".join(summary_lines(evaluation)))
         image = to_pixels(draw_report_card(evaluation))
         return io.NodeOutput(image, to_json(evaluation), ui=ui.PreviewImage(image, cls=cls))
+
+
+def evaluate_lora(dataset: Dataset, conditions: Conditions | None, inputs: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that the node's inputs ask for.
+
+    Raises:
+        ValueError: inputs do not belong together, or a metric is not available.
+    """
+    model, judge = inputs["model"], inputs.get("judge")
+    require_fitting(model, inputs["vae"], conditions)
+    name, tensors = chosen_lora(inputs["lora_name"], inputs.get("lora"), "report on")
+    wanted = wanted_of(inputs)
+    notes = [used_line(name, model, tensors), *unused_schedule(model), *notes_on(inputs, conditions, judge)]
+    notes += check_prompts(wanted.prompts, "prompt", dataset.trigger)
+    return make_evaluation(
+        LoraOnModel(name, tensors, model, inputs["clip"], inputs["vae"]), dataset, conditions,
+        lambda: load_chosen(chosen_weights(inputs), judge, inputs["judge_kind"]), wanted, notes,
+    )  # fmt: skip
 
 
 WEIGHTS = {
@@ -107,10 +116,10 @@ def require_fitting(model: Any, vae: Any, conditions: Any | None) -> None:
         require_own_sampling(model)
 
 
-def wanted_of(settings: dict[str, Any], prompts: tuple[str, ...]) -> Wanted:
+def wanted_of(settings: Mapping[str, Any]) -> Wanted:
     """The node's settings as values."""
     return Wanted(
-        prompts=prompts,
+        prompts=card_prompts(settings["prompts"]),
         strengths=card_strengths(settings["strengths"]),
         seed=settings["seed"],
         num_seeds=settings["images_per_prompt"],
@@ -120,12 +129,12 @@ def wanted_of(settings: dict[str, Any], prompts: tuple[str, ...]) -> Wanted:
     )
 
 
-def chosen_weights(settings: dict[str, Any]) -> dict[str, str]:
+def chosen_weights(settings: Mapping[str, Any]) -> dict[str, str]:
     """The choice of weights by metric, as the core names them."""
     return {"dino": settings["dino"], "lpips": settings["lpips"], "clip": settings["clip_score"]}
 
 
-def notes_on(settings: dict[str, Any], conditions: Any | None, judge: Any | None) -> list[str]:
+def notes_on(settings: Mapping[str, Any], conditions: Any | None, judge: Any | None) -> list[str]:
     """What the report does not contain, and why."""
     notes = []
     if all(settings[key] == NONE for key in WEIGHTS) and judge is None:

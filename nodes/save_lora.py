@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from ..dopsd_core.adapters import Lora
 from ..dopsd_core.adapters.lora_file import save_lora, save_peft
+from ..dopsd_core.files.atomic import write_atomic
+from ..dopsd_core.files.disk import writing
+from ..dopsd_core.sharing.model_card import model_card
+from ..dopsd_core.sharing.model_spec import Description
+from ..dopsd_core.sharing.thumbnail import jpeg_thumbnail
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
 from .comfy_host.lora_header import header_for, trigger_of
@@ -60,6 +66,7 @@ class SaveLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="Also write a folder that PeftModel.from_pretrained can load. Needs the package peft.",
                 ),
+                *_sharing_inputs(),
             ],
             outputs=[io.String.Output(display_name="lora_path", tooltip="The file that was written.")],
         )
@@ -76,29 +83,108 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, lora, filename_prefix, dtype, peft_folder) -> io.NodeOutput:
-        """Writes the file and shows its name, size and trigger."""
-        path = lora_file_path(filename_prefix)
-        write_lora(path, lora, DTYPES[dtype])
-        lines = [shown(path), f"{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"]
-        if trigger := trigger_of(getattr(lora, "facts", {})):
-            lines.append(f"trigger: {trigger}")
-        if peft_folder:
-            folder = path.with_name(f"{path.stem}peft")
-            write_peft(folder, lora, DTYPES[dtype])
-            lines.append(f"{shown(folder)}/")
+    def execute(cls, lora, filename_prefix, dtype, peft_folder, hub_folder, thumbnail=None, **said) -> io.NodeOutput:
+        """Writes the file and shows its name, size and trigger; `said` are the texts for others by id."""
+        path, given = lora_file_path(filename_prefix), Description(**said, thumbnail=_jpeg(thumbnail))
+        lines = written(path, lora, DTYPES[dtype], given, peft_folder, hub_folder)
         send_text(cls, "\n".join(lines))
         return io.NodeOutput(str(path))
 
 
-def write_lora(path: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Writes the tensors, such as lora_A [rank, in] and lora_B [out, rank], with their metadata in the header.
+def written(
+    path: Path, lora: Mapping[str, Tensor], dtype: torch.dtype, given: Description, has_peft: bool, has_hub: bool
+) -> list[str]:
+    """Writes the file, of tensors such as lora_A [rank, in], and the folders; returns what they are, a line each.
+
+    Raises:
+        ValueError: there are no tensors, one is not finite, or they do not fit into a peft folder.
+        ImportError: peft is not installed.
+        DiskError: a file cannot be written.
+    """
+    write_lora(path, lora, dtype, given)
+    lines = [shown(path), f"{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"]
+    if trigger := trigger_of(getattr(lora, "facts", {})):
+        lines.append(f"trigger: {trigger}")
+    if has_peft:
+        folder = path.with_name(f"{path.stem}peft")
+        write_peft(folder, lora, dtype)
+        lines.append(f"{shown(folder)}/")
+    if has_hub:
+        folder = path.with_name(f"{path.stem}hub")
+        write_hub(folder, path.stem.strip("_"), lora, dtype, given)
+        lines.append(f"{shown(folder)}/")
+    return lines
+
+
+def _sharing_inputs() -> list[Any]:
+    """What is said to others: written into the file's header and the card."""
+    return [
+        io.String.Input(
+            "title",
+            default="",
+            optional=True,
+            tooltip="The LoRA's name for others, in the file's header. Empty: the file name.",
+        ),
+        io.String.Input(
+            "description",
+            default="",
+            multiline=True,
+            optional=True,
+            tooltip="What it does and how to prompt it, for others; Markdown. In the file's header and the card.",
+        ),
+        io.String.Input("author", default="", optional=True, tooltip="Who made it, in the file's header."),
+        io.String.Input(
+            "license",
+            default="",
+            optional=True,
+            tooltip="Its licence, such as apache-2.0 or cc-by-4.0. The base model's licence may allow only some.",
+        ),
+        io.Boolean.Input(
+            "hub_folder",
+            default=False,
+            optional=True,
+            tooltip="Also write a folder to upload to the Hugging Face Hub: the LoRA, its card README.md, and the "
+            "thumbnail.",
+        ),
+        io.Image.Input(
+            "thumbnail",
+            optional=True,
+            tooltip="An image that managers show for the file: the middle of the first one is stored in its header.",
+        ),
+    ]
+
+
+def _jpeg(thumbnail: Tensor | None) -> bytes:
+    return b"" if thumbnail is None else jpeg_thumbnail(thumbnail[0])
+
+
+def write_lora(path: Path, lora: Mapping[str, Tensor], dtype: torch.dtype, given: Description) -> dict[str, str]:
+    """Writes the tensors, such as lora_A [rank, in] and lora_B [out, rank], and returns the header.
+
+    given: what the user says of it; without a title it is the file's name.
 
     Raises:
         ValueError: there are no tensors, or one is not finite.
     """
-    header = header_for(path.stem.strip("_"), lora, getattr(lora, "facts", {}))
+    header = header_for(path.stem.strip("_"), lora, getattr(lora, "facts", {}), given)
     save_lora(path, lora, _folded_config(1), prefix="", metadata=header, dtype=dtype)
+    return header
+
+
+def write_hub(folder: Path, name: str, lora: Mapping[str, Tensor], dtype: torch.dtype, given: Description) -> None:
+    """Writes a folder for the Hugging Face Hub: <name>.safetensors, README.md and, if there is one, thumbnail.jpg.
+
+    lora: tensors such as lora_A [rank, in] and lora_B [out, rank].
+
+    Raises:
+        DiskError: the folder cannot be written.
+    """
+    header = write_lora(folder / f"{name}.safetensors", lora, dtype, given)
+    thumbnail = "thumbnail.jpg" if given.thumbnail else ""
+    with writing(folder):
+        if thumbnail:
+            write_atomic(folder / thumbnail, given.thumbnail)
+        write_atomic(folder / "README.md", model_card(header, f"{name}.safetensors", thumbnail).encode())
 
 
 def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -112,7 +198,7 @@ def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> 
     ranks = {tensor.shape[0] for key, tensor in bare.items() if key.endswith(".lora_A.weight")}
     named = all(key.startswith(_PREFIX) and ".lora_" in key for key in lora)
     if not named or len(ranks) != 1:
-        raise ValueError("a peft folder needs a LoRA from D-OPSD Train LoRA: switch peft_folder off")
+        raise ValueError("a peft folder needs a plain LoRA from D-OPSD Train LoRA: switch peft_folder off")
     save_peft(
         folder,
         bare,

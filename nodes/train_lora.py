@@ -131,7 +131,8 @@ def _inputs() -> list[Any]:
 def _first_inputs() -> list[Any]:
     return [
         io.Model.Input(
-            "model", tooltip="The step-distilled model to train: Z-Image-Turbo, FLUX.2-klein or the demo model."
+            "model",
+            tooltip="The step-distilled model to train: Z-Image-Turbo, FLUX.2-klein, Krea 2 Turbo or the demo model.",
         ),
         conditions_input(),
         io.String.Input(

@@ -121,7 +121,7 @@ def _write(folder: Path, pipeline: str, parts: dict[str, Any], words: Any) -> Pa
         index[name] = ["transformers" if name == "text_encoder" else "diffusers", type(model).__name__]
     words.save_pretrained(folder / "tokenizer")
     index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 

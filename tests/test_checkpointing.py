@@ -218,3 +218,17 @@ def test_saved_bytes_are_as_predicted(count: int) -> None:
     kept = sum(block.kept for block in predicted[count:]) + sum(block.entry for block in predicted[:count])
     outside = 0.02 * sum(block.kept for block in predicted)  # embedders and the final layer
     assert kept * 0.95 < saved.total < kept * 1.05 + outside
+
+
+def test_blocks_before_the_first_adapted_one_save_nothing() -> None:
+    """No gradient reaches them; the refiners of a LoRA on the main blocks alone."""
+    from dopsd_core.standalone.hosts.demo import StandaloneDenoiser
+
+    net = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
+        axes_dims=[8, 12, 12], axes_lens=[512, 64, 64],
+    )  # fmt: skip
+    denoiser = StandaloneDenoiser(net)
+    config = Z_IMAGE.lora_config(4).replace(targets=("layers.1.attention.to_q",))
+    found = block_bytes(denoiser.blocks(), denoiser.sites(), Z_IMAGE, config, 256, 40)
+    assert [block.kept > 0 for block in found] == [block.entry > 0 for block in found] == [False, False, False, True]

@@ -57,7 +57,10 @@ def test_json_has_a_tag_for_each_choice() -> None:
         ({"optimizer": {"name": "adamw", "lr": 3.0}}, "lr is 3.0; set it above 0 and at most 0.1"),
         ({"optimizer": {"name": "adamw", "lr": math.nan}}, "lr is nan, it must be a finite number"),
         ({"optimizer": {"name": "adamw", "lr": "1e-4"}}, "lr is '1e-4', it must be a number"),
-        ({"optimizer": {"lr": 1e-4}}, "optimizer is None; choose one of adamw, adamw8bit"),
+        (
+            {"optimizer": {"lr": 1e-4}},
+            "optimizer is None; choose one of adamw, adamw8bit, adafactor, muon, prodigy, custom",
+        ),
         ({"optimizer": 3}, 'optimizer is 3; give a name and options, such as {"name": "adamw"}'),
         ({"schedule": "linear"}, "schedule is 'linear'; choose one of constant, cosine"),
         ({"teacher": "none"}, "teacher is 'none'; choose one of ema, frozen, same"),
@@ -74,7 +77,7 @@ def test_json_has_a_tag_for_each_choice() -> None:
             {"objective": DOPSD(grad_steps=5)},
             "grad_steps is 5; set it to a value from 1 to rollout_steps (4), or null for all of the steps",
         ),
-        ({"family": "sdxl"}, "family is 'sdxl'; choose one of z_image, flux2_klein"),
+        ({"family": "sdxl"}, "family is 'sdxl'; choose one of z_image, flux2_klein, krea2, qwen_image21"),
         ({"family": None}, "family is None, it must be text"),
         ({"caption_dropout": -0.1}, "caption_dropout is -0.1; set it to a value from 0 to 1"),
         ({"max_grad_norm": -1}, "max_grad_norm is -1; set it to at least 0"),
@@ -153,6 +156,26 @@ def test_the_rate_by_hand() -> None:
     half = math.sqrt(0.5)
     expected = [0.01, 0.005 * (1 + half), 0.005, 0.005 * (1 - half), 0.0]
     assert [cosine.learning_rate(step) for step in range(5)] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ((5, 4), (20, 10), ()),
+        ((20, 10), (5, 4), ()),
+        ((5, 4), (20, 3), ("warmup: 4 -> 3",)),
+        ((20, 4), (20, 10), ("warmup: 4 -> 10",)),
+        ((20, 4), (30, 10), ("warmup: 4 -> 10",)),
+        ((5, 2), (20, 10), ("warmup: 2 -> 10",)),
+    ],
+)
+def test_a_warmup_up_to_the_last_step_may_become_longer_with_the_steps(
+    old: tuple[int, int], new: tuple[int, int], changed: tuple[str, ...]
+) -> None:
+    """old, new: (steps, warmup)."""
+    before, after = (TrainConfig(steps=steps, schedule=Constant(warmup=warmup)) for steps, warmup in (old, new))
+    assert changes_that_forbid_resuming(before, after) == changed
+    assert before.schedule.warmup == old[1]
 
 
 def test_what_may_change_on_resuming() -> None:

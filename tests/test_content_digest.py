@@ -291,29 +291,34 @@ def test_a_class_of_ours_keeps_the_name_that_saved_runs_know():
     assert name_of(other) == "their_nodes.comfy_host.demo_models.DemoLatents"
 
 
-def patch_of_a_module(source: str, **values: Any) -> Any:
-    """The function `patch` of a module of another pack with these global values."""
-    module = types.ModuleType("another_pack.patches")
-    vars(module).update(values)
-    exec(source, vars(module))
-    return module.patch
+def in_a_module(function: Any, **values: Any) -> Any:
+    """The function as if it were in a module of another pack with these global values."""
+    patch = types.FunctionType(function.__code__, {"__builtins__": __builtins__, **values})
+    patch.__module__ = "another_pack.patches"
+    return patch
 
 
-READS_SCALE = "def patch(x):\n    return [x * SCALE for _ in range(2)]"
+def reads_scale(x: Any) -> Any:
+    return [x * SCALE for _ in range(2)]  # type: ignore # noqa: F821  a global of that module
+
+
+def counts_calls(x: Any) -> Any:
+    global calls
+    calls += 1  # type: ignore # noqa: F821
+    return cache.setdefault(x, calls)  # type: ignore # noqa: F821
 
 
 @pytest.mark.parametrize("values", [(1.0, 2.0), ("a", "b"), ((1, 2), (1, 3)), (torch.ones(2), torch.zeros(2))])
 def test_a_global_value_that_a_function_reads_counts(values: tuple[Any, Any]) -> None:
     """Packs keep settings in their modules, which a patch on a MODEL reads when it is called."""
-    one, same, other = (digest(patch_of_a_module(READS_SCALE, SCALE=value)) for value in (values[0], *values))
+    one, same, other = (digest(in_a_module(reads_scale, SCALE=value)) for value in (values[0], *values))
     assert one == same != other
-    unread = digest(patch_of_a_module(READS_SCALE, SCALE=values[0], OTHER=values[1]))
+    unread = digest(in_a_module(reads_scale, SCALE=values[0], OTHER=values[1]))
     assert unread == one
 
 
 def test_a_counter_and_a_cache_do_not_count() -> None:
-    source = "def patch(x):\n    global calls\n    calls += 1\n    return cache.setdefault(x, calls)"
-    patch = patch_of_a_module(source, calls=0, cache={})
+    patch = in_a_module(counts_calls, calls=0, cache={})
     before = digest(patch)
     patch(3)
     assert digest(patch) == before

@@ -202,7 +202,7 @@ def test_what_is_cached_loads_no_encoder(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a [V] badge")
+    (tmp_path / "a.txt").write_text("a [V] badge", encoding="utf-8")
     pairs = read_dataset(tmp_path, pixel_budget=64 * 64, multiple=16).pairs
     cache = ConditionCache(tmp_path / "cache")
     first = build_training_set(pairs, load(folders, "z_image", sees=True).encoder, cache)
@@ -317,14 +317,17 @@ def broken(folders: dict[str, Path], tmp_path: Path, change: Callable[[Path], No
     ("change", "message"),
     [
         (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
-        (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
-        (lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'), "is a FluxPipeline"),
+        (lambda f: (f / "model_index.json").write_text("{", encoding="utf-8"), "is not JSON"),
+        (
+            lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}', encoding="utf-8"),
+            "is a FluxPipeline",
+        ),
         (lambda f: shutil.rmtree(f / "vae"), "incomplete: vae/config.json is missing"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "incomplete: tokenizer/tokenizer.json is missing"),
         (lambda f: next((f / "transformer").glob("*.safetensors")).unlink(), "transformer has no safetensors files"),
         (
             lambda f: (f / "text_encoder" / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+                json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}), encoding="utf-8"
             ),
             "names model-00001-of-00002.safetensors, which is missing",
         ),

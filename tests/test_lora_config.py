@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dopsd_core.adapters import Lora
-from dopsd_core.adapters.adapter_set import AdapterSet, part_seed
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.site_weights import part_seed
 from dopsd_core.adapters.targets import match_targets, parse_targets
 
 from .toy_denoiser import ToyDenoiser, ToyNet, fuse_qkv

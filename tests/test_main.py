@@ -52,7 +52,7 @@ def test_help_of_train_has_everything_that_is_declared() -> None:
         assert f"--{option.name.replace('_', '-')} " in words
         assert f"{option.help} ({option.facts()})".replace("- ", "-") in words, option.name
         assert not option.choices or "{" + ",".join(option.choices) + "}" in words
-    for heading in ("run:", "objective:", "with --objective dopsd:", "with --optimizer adamw or adamw8bit:"):
+    for heading in ("run:", "objective:", "with --objective dopsd:", "with --optimizer prodigy:"):
         assert f"\n{heading}\n" in result.stdout
 
 
@@ -121,3 +121,19 @@ def test_mistakes_are_reported_without_traceback(tmp_path: Path, capsys: pytest.
     assert "error: no image with sides" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_text(json.dumps({"path": "a.png"}))
     assert main(["inspect-dataset", str(tmp_path / "a.jsonl")]) == 1
+
+
+def test_digits_that_are_joined_by_underscores_are_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python reads 1_0 as 10."""
+    with pytest.raises(ConfigError, match="steps is '1_0', it must be a whole number"):
+        config_of("--steps", "1_0")
+    with pytest.raises(ConfigError, match="lr is '1_0e-5', it must be a number"):
+        config_of("--lr", "1_0e-5")
+    for words, reported in (
+        (["train", "photos", "--output", "run", "--repeats", "1_0"], "--repeats: '1_0' is not a whole number"),
+        (["sample", "a badge", "--strength", "0.5_"], "--strength: '0.5_' is not a number"),
+        (["sample", "a badge", "--size", "64", "6_4"], "--size: '6_4' is not a whole number"),
+    ):
+        with pytest.raises(SystemExit):
+            arguments.parse_args(words)
+        assert reported in capsys.readouterr().err

@@ -117,14 +117,14 @@ def test_clip_is_the_raw_cosine_of_the_library(tmp_path) -> None:
     made: Any = open_clip.create_model_and_transforms(name)
     model, _, preprocess = made
     model.eval()
-    picture, prompt = image(1, 40, 60), "a dog in the snow"
+    sample, prompt = image(1, 40, 60), "a dog in the snow"
     with torch.no_grad():
-        seen = model.encode_image(preprocess(to_images([picture])[0])[None])[0]
+        seen = model.encode_image(preprocess(to_images([sample])[0])[None])[0]
         read = model.encode_text(open_clip.get_tokenizer(name)([prompt]))[0]
     wanted = float(seen @ read / seen.norm() / read.norm())
     score = ClipScore.load(folder)
-    assert score(picture, prompt) == pytest.approx(wanted, abs=1e-5)
-    assert score(picture, "a red bicycle") != pytest.approx(wanted, abs=1e-5)
+    assert score(sample, prompt) == pytest.approx(wanted, abs=1e-5)
+    assert score(sample, "a red bicycle") != pytest.approx(wanted, abs=1e-5)
 
 
 # -- FID ---------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_they_are_in_the_help_of_the_command_line(capsys: pytest.CaptureFixture[
     assert "with --optimizer signs: --momentum X share of the last direction" in words
     assert (
         "(at least 0 and below 1; default 0.9)" in words
-        and "with --optimizer adamw or adamw8bit or signs: --lr" in words
+        and "with --optimizer adamw or adamw8bit or adafactor or muon or signs: --lr" in words
     )
 
 

@@ -115,7 +115,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
 def test_the_number_of_ranks_is_no_part_of_the_configuration(tmp_path: Path) -> None:
     config = killable_config(4)
     on_ranks(2, tmp_path, config)
-    assert TrainConfig.from_json((tmp_path / "config.json").read_text()) == config
+    assert TrainConfig.from_json((tmp_path / "config.json").read_text(encoding="utf-8")) == config
 
 
 # -- one writer --------------------------------------------------------------------------------------------------------
@@ -135,7 +135,9 @@ def test_rank_0_alone_writes_measures_and_draws(tmp_path: Path) -> None:
     assert [recorder.previews for recorder in recorders] == [[0, 1, 2, 3, 4], [], []]
     assert [report.relative_gap is not None for report in recorders[1].reports] == [False] * 4
     assert recorders[0].reports[-1].loss == recorders[1].reports[-1].loss
-    assert [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 4]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == [0, 1, 2, 3, 4]
 
 
 class Recorder(NoCallbacks):

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_core.sigmas import flux2_klein_sigmas, shift_sigma, shifted_sigmas, z_image_turbo_sigmas
+from dopsd_core.sigmas import (
+    KREA2_MU,
+    flux2_klein_sigmas,
+    krea2_turbo_sigmas,
+    shift_sigma,
+    shifted_sigmas,
+    z_image_turbo_sigmas,
+)
 
 KLEIN_GRIDS = {
     (1024, 1024): (1, 0.967384, 0.908144, 0.767200, 0),
@@ -38,6 +45,14 @@ def test_z_image_grid_is_that_of_diffusers(num_steps):
     pipeline = pytest.importorskip("diffusers.pipelines.z_image.pipeline_z_image")
     scheduler.set_timesteps(sigmas=pipeline.get_default_z_image_sigmas(num_steps))
     assert z_image_turbo_sigmas(num_steps) == pytest.approx(scheduler.sigmas.tolist(), abs=2e-7)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 4, 8, 20])
+def test_krea2_grid_is_that_of_diffusers(num_steps):
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], mu=KREA2_MU)
+    assert krea2_turbo_sigmas(num_steps) == pytest.approx(scheduler.sigmas.tolist(), abs=2e-7)
 
 
 @pytest.mark.parametrize(

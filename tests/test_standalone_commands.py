@@ -88,7 +88,7 @@ def test_train_writes_a_lora_of_the_family(trained: Path) -> None:
         facts["dopsd_base_model"] == "model" and facts["dopsd_trigger"] == "sks" and facts["dopsd_family"] == "z_image"
     )
     assert len(facts["dopsd_base_fingerprint"]) == 16 and facts["dopsd_teacher_sees"] == "vlm"
-    config = TrainConfig.from_json((trained / "config.json").read_text())
+    config = TrainConfig.from_json((trained / "config.json").read_text(encoding="utf-8"))
     usual = family_config("z_image")
     assert config.optimizer == usual.optimizer and config.teacher == usual.teacher and config.family == "z_image"
     assert sorted(file.name for file in (trained / "previews").iterdir()) == ["step-000000.png", "step-000004.png"]
@@ -130,7 +130,7 @@ def test_two_processes_make_the_same_run(place: Path, trained: Path, tmp_path: P
     assert result.stdout.count("2 usable images") == result.stdout.count("4 steps; LoRA:") == 1
     ours, theirs = student(tmp_path), student(trained)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
-    assert json.loads((tmp_path / "config.json").read_text())["grad_accumulation"] == 2
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["grad_accumulation"] == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
@@ -138,7 +138,7 @@ def test_sigterm_stops_and_the_same_command_resumes(place: Path, trained: Path, 
     words = training(place, tmp_path, "--steps", 4, "--trigger", "sks")
     started = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     log = tmp_path / "train.jsonl"
-    while started.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+    while started.poll() is None and not (log.exists() and log.read_text(encoding="utf-8").count("\n") >= 2):
         time.sleep(0.01)
     started.send_signal(signal.SIGTERM)
     output = started.communicate(timeout=300)[0].decode()
@@ -173,7 +173,7 @@ def test_without_a_network_an_id_is_one_sentence(place: Path, tmp_path: Path) ->
 def test_bad_input_is_one_sentence(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
-    (place / "klein.json").write_text(family_config("flux2_klein").to_json())
+    (place / "klein.json").write_text(family_config("flux2_klein").to_json(), encoding="utf-8")
     given = [word.format(place=place) for word in words]
     assert main([*training(place, tmp_path / "run", "--steps", 1)[3:], *given]) == 1
     error = capsys.readouterr().err

@@ -11,15 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dopsd_core.files.disk import DiskError
-from dopsd_core.training.checkpoint import (
-    Checkpoint,
-    StateError,
-    flatten_state,
-    load_checkpoint,
-    save_checkpoint,
-    unflatten_paths,
-    unflatten_state,
-)
+from dopsd_core.optimizers.state import flatten_state, unflatten_state
+from dopsd_core.training.checkpoint import Checkpoint, StateError, load_checkpoint, save_checkpoint, unflatten_paths
 
 
 def make(step: int, value: float = 0.0) -> Checkpoint:

@@ -444,6 +444,16 @@ def test_ctrl_c_inside_a_save_loses_no_step(
     assert saved_bytes(tmp_path) == saved_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("probability", [0.5, 1.0])
+def test_a_run_that_trains_no_image_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, probability: float
+) -> None:
+    data = TrainingSet([make_pair(0)], anchors=[make_pair(1).student])
+    with caplog.at_level(logging.WARNING, "dopsd"):
+        train(make_config(steps=1, anchor_probability=probability), TinyDenoiser(), data, tmp_path)
+    assert ("anchor_probability is 1: every batch is a prior anchor" in caplog.text) == (probability == 1)
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     class Second(NoCallbacks):
         def on_step(self, report: StepReport) -> None:

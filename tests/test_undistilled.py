@@ -23,12 +23,12 @@ def words(tmp_path: Path) -> list[str]:
     return ["train", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--model", "demo-undistilled", *short]
 
 
-@pytest.mark.parametrize("objective", ["dopsd", "pso"])
+@pytest.mark.parametrize("objective", ["dopsd", "dreambooth", "pso"])
 def test_objectives_of_few_steps_are_refused(
     words: list[str], objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*words, "--objective", objective]) == 1
-    assert f"objective {objective} trains the few steps of the distilled model" in capsys.readouterr().err
+    assert f"objective {objective} needs the few steps of the distilled model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -72,9 +72,9 @@ def report_card(lora: Path, work: Path) -> Image.Image:
 def thumbnails(previews: Image.Image, teacher: Image.Image, compared: Image.Image, card: Image.Image) -> None:
     """workflows/*.jpg; each is at most 768 pixels wide and high."""
     pages = (
-        (previews, ("quickstart", "z_image_turbo_train", "klein_train")),
-        (teacher, ("z_image_turbo_teacher_preview",)),
-        (compared, ("compare", "z_image_turbo_sample", "klein_sample")),
+        (previews, ("quickstart", "z_image_turbo_train", "klein_train", "krea2_train")),
+        (teacher, ("z_image_turbo_teacher_preview", "krea2_teacher_preview")),
+        (compared, ("compare", "z_image_turbo_sample", "klein_sample", "krea2_sample")),
         (edits(), ("klein_edit_train", "klein_edit_sample")),
         (card, ("report_card",)),
     )

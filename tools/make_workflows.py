@@ -31,6 +31,7 @@ from templates import (
     z_image_turbo_train,
 )
 from templates_klein import klein_edit_sample, klein_edit_train, klein_sample, klein_train
+from templates_krea2 import krea2_sample, krea2_teacher_preview, krea2_train
 from templates_report_card import report_card
 
 WORKFLOWS = {
@@ -44,6 +45,9 @@ WORKFLOWS = {
         klein_sample,
         klein_edit_train,
         klein_edit_sample,
+        krea2_teacher_preview,
+        krea2_train,
+        krea2_sample,
         compare,
         report_card,
     )
@@ -99,7 +103,8 @@ def look(page: ComfyPage, name: str) -> None:
 
 def pretend_files(base: Path) -> None:
     """Empty files of the names that the workflows ask for, so that the page does not call them missing."""
-    loras = [f"loras/{name}_00001_.safetensors" for name in ("my_concept", "my_concept_klein", "my_edit_klein")]
+    names = ("my_concept", "my_concept_klein", "my_edit_klein", "my_concept_krea2")
+    loras = [f"loras/{name}_00001_.safetensors" for name in names]
     for name in (*(f"{model['directory']}/{file}" for file, model in MODELS.items()), *loras):
         path = base / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The shipped workflows: which nodes, where, with which values, and where to download the models' files.
 
-`make_workflows.py` builds them in ComfyUI's page. FLUX.2-klein's are in `templates_klein.py`.
+`make_workflows.py` builds them in ComfyUI's page. FLUX.2-klein's are in `templates_klein.py`, Krea 2's in
+`templates_krea2.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ _PLACES = (
     ("diffusion_models", "flux-2-klein-4b", "flux2-klein/resolve/main/split_files"),
     ("text_encoders", "qwen_3_4b", "z_image_turbo/resolve/main/split_files"),
     ("text_encoders", "qwen3vl_4b_fp8_scaled", "Qwen3-VL/resolve/main"),
+    ("diffusion_models", "krea2_turbo_fp8_scaled", "Krea-2/resolve/main"),
     ("vae", "ae", "z_image_turbo/resolve/main/split_files"),
     ("vae", "flux2-vae", "flux2-dev/resolve/main/split_files"),
+    ("vae", "qwen_image_vae", "Krea-2/resolve/main"),
 )
 MODELS = {
     f"{file}.safetensors": {
@@ -69,13 +72,11 @@ def note(pos: tuple[int, int], size: tuple[int, int], text: str) -> Node:
     return Node("MarkdownNote", pos, size, {"": text})
 
 
-def loaders(model: str, clip_type: str, vae: str, top: int = 60) -> dict[str, Node]:
+def loaders(model: str, clip_type: str, vae: str, top: int = 60, clip: str = "qwen_3_4b") -> dict[str, Node]:
     """A family's three files, as in ComfyUI's own template."""
     return {
         "model": Node("UNETLoader", (0, top), (340, 90), {"unet_name": f"{model}.safetensors"}),
-        "clip": Node(
-            "CLIPLoader", (0, top + 140), (340, 110), {"clip_name": "qwen_3_4b.safetensors", "type": clip_type}
-        ),
+        "clip": Node("CLIPLoader", (0, top + 140), (340, 110), {"clip_name": f"{clip}.safetensors", "type": clip_type}),
         "vae": Node("VAELoader", (0, top + 300), (340, 60), {"vae_name": f"{vae}.safetensors"}),
     }
 

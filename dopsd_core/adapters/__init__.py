@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ..options import Registry
 from .base import Adapter
+from .dora import Dora
+from .lokr import Lokr
 from .lora import Lora
 
-__all__ = ["ADAPTERS", "Adapter", "Lora"]
+__all__ = ["ADAPTERS", "Adapter", "Dora", "Lokr", "Lora"]
 
-ADAPTERS: Registry[Adapter] = Registry("adapter", Lora)
+ADAPTERS: Registry[Adapter] = Registry("adapter", Lora, Dora, Lokr)

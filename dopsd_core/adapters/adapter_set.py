@@ -1,15 +1,12 @@
-"""LoRA on a frozen network: student and teacher weights share ONE copy of the base.
+"""Adapters on a frozen network: student and teacher weights share ONE copy of the base.
 
 The mechanism is the same for every host: each Linear gets a `forward` as an instance attribute. No module is wrapped,
 renamed or copied, so module paths and the state dict do not change; removing the attribute restores the network.
-
-y = W x + (alpha / rank) * B (A x), A [rank, in], B [rows, rank]. A fused projection has one A and B per part; the As
-are stacked, [parts * rank, in], for a single GEMM. Master weights are fp32, cast to the compute dtype in the forward.
+What an adapter computes on one Linear is in its `SiteWeights`: lora_weights.py, dora_weights.py, lokr_weights.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,15 +14,14 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..denoiser import LinearSite, SitePart
 from ..teachers import TEACHERS, Teacher
 from ..trainable import Mode, Role
 from .frozen_linear import frozen_linear
 from .lora import Lora
+from .site_weights import DERIVED, SiteWeights
 
 log = logging.getLogger("dopsd")
 
@@ -33,48 +29,16 @@ _OWNER = "_dopsd_adapter_set"
 
 
 @dataclass(frozen=True, eq=False)
-class _Weights:
-    """A [parts * rank, in_features], stacked; B one [rows, rank] per part."""
-
-    a: Tensor
-    b: tuple[Tensor, ...]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.a, *self.b]
-
-    def detached(self) -> _Weights:
-        return _Weights(self.a.detach(), tuple(b.detach() for b in self.b))
-
-
-@dataclass(frozen=True, eq=False)
 class _SiteAdapter:
-    """The adapted parts of one site."""
+    """The adapted parts of one site, with the weights of both roles."""
 
     site: LinearSite
-    parts: tuple[SitePart, ...]
-    student: _Weights
-    teacher: _Weights | None
-
-    def apply(self, weights: _Weights, base: Tensor, x: Tensor, scale: float) -> Tensor:
-        """base [..., out_features] plus the low-rank update of x [..., in_features]; W + BA is never formed."""
-        base_2d = base.reshape(-1, base.shape[-1])
-        hidden = F.linear(x.reshape(-1, x.shape[-1]), weights.a.to(x.dtype)).to(base.dtype)
-        by_part = rearrange(hidden, "tokens (part rank) -> part tokens rank", part=len(self.parts))
-        segments: list[Tensor] = []
-        end = 0
-        for part, h, b in zip(self.parts, by_part, weights.b, strict=True):
-            if part.start > end:
-                segments.append(base_2d[:, end : part.start])
-            segments.append(torch.addmm(base_2d[:, part.rows], h, b.to(base.dtype).t(), alpha=scale))
-            end = part.stop
-        if end < base_2d.shape[1]:
-            segments.append(base_2d[:, end:])
-        out = segments[0] if len(segments) == 1 else torch.cat(segments, dim=1)
-        return out.reshape(base.shape)
+    student: SiteWeights
+    teacher: SiteWeights | None
 
 
 class AdapterSet:
-    """The trainable LoRA of the student, the teacher's weights, and the switch between them, on one network.
+    """The trainable weights of the student, the teacher's weights, and the switch between them, on one network.
 
     Example::
 
@@ -83,11 +47,12 @@ class AdapterSet:
             with adapters.use("teacher"), torch.no_grad():
                 target = denoiser.predict_x0(x, sigma, conditions)
 
-    Initialization: A ~ N(0, 1/rank^2) (peft's "gaussian") and B = 0, so the student starts bit-identical to the base.
-    Each part's A is a function of (seed, part name) only: fused and split hosts start from the same weights.
+    The student starts bit-identical to the base. The weights of each part are a function of (seed, part name) only:
+    fused and split hosts start from the same weights.
 
     Raises:
-        ValueError: a target matches nothing, two sites share a module, or two parts share a name.
+        ValueError: the adapter does not work with a site, a target matches nothing, two sites share a module, or two
+            parts share a name.
     """
 
     def __init__(
@@ -104,6 +69,8 @@ class AdapterSet:
         self.config = config
         self.teacher: Teacher = TEACHERS.validated(teacher)
         self._mode: Mode = "student"
+        self.strength = 1.0
+        """Factor of the change that the adapter makes, for sampling; 1 in training."""
         self._sites = tuple(sites)
         chosen = config.chosen(sites)
         self._adapters = [
@@ -117,19 +84,9 @@ class AdapterSet:
     def _new_adapter(
         self, site: LinearSite, parts: tuple[SitePart, ...], seed: int, device: torch.device
     ) -> _SiteAdapter:
-        rank = self.config.rank
-        rows = []
-        for part in parts:
-            generator = torch.Generator().manual_seed(part_seed(seed, part.name))
-            rows.append(torch.randn(rank, site.in_features, generator=generator) / rank)
-        a = torch.cat(rows).to(device)
-        student = _Weights(
-            nn.Parameter(a), tuple(nn.Parameter(torch.zeros(p.out_features, rank, device=device)) for p in parts)
-        )
-        teacher = None
-        if self.has_teacher:
-            teacher = _Weights(a.clone(), tuple(torch.zeros_like(b, requires_grad=False) for b in student.b))
-        return _SiteAdapter(site, parts, student, teacher)
+        student = self.config.site_weights(site, parts, seed, device)
+        teacher = student.mapped(lambda tensor: tensor.detach().clone()) if self.has_teacher else None
+        return _SiteAdapter(site, student, teacher)
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
@@ -185,14 +142,15 @@ class AdapterSet:
             self.detach()
 
     def _make_override(self, site: LinearSite, adapter: _SiteAdapter | None) -> Callable[[Tensor], Tensor]:
-        scale = self.config.scale
-
         def forward(x: Tensor) -> Tensor:
             if not self.is_attached:
                 return site.forward(x)
             base = frozen_linear(x, site)
             weights = self._active(adapter) if adapter is not None else None
-            return base if adapter is None or weights is None else adapter.apply(weights, base, x, scale)
+            if weights is None:
+                return base
+            adapted = weights.apply(base, x)
+            return adapted if self.strength == 1 else base + self.strength * (adapted - base)
 
         setattr(forward, _OWNER, self)
         return forward
@@ -221,17 +179,20 @@ class AdapterSet:
         finally:
             self._mode = previous
 
-    def _active(self, adapter: _SiteAdapter) -> _Weights | None:
+    def _active(self, adapter: _SiteAdapter) -> SiteWeights | None:
         if self._mode == "off" or (self._mode == "teacher" and self.teacher.weights == "base"):
             return None
         if self._mode == "teacher":
-            return adapter.teacher or adapter.student.detached()
+            return adapter.teacher or adapter.student.mapped(Tensor.detach)
         return adapter.student
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """The student's A [parts * rank, in] and B [rows, rank], fp32, in site order, for the optimizer."""
+        """The student's trained tensors, fp32, in site order, for the optimizer; all are matrices.
+
+        For LoRA A [parts * rank, in] and B [rows, rank].
+        """
         return [t for adapter in self._adapters for t in adapter.student.tensors() if isinstance(t, nn.Parameter)]
 
     @torch.no_grad()
@@ -248,14 +209,16 @@ class AdapterSet:
 
     def part_names(self) -> list[str]:
         """The adapted parts, in site order."""
-        return [part.name for adapter in self._adapters for part in adapter.parts]
+        return [part.name for adapter in self._adapters for part in adapter.student.parts]
 
     def state(self, which: Role = "student") -> dict[str, Tensor]:
-        """Copies on the CPU, fp32: "<part>.lora_A.weight" [rank, in], "<part>.lora_B.weight" [rows, rank].
+        """Copies on the CPU, fp32. For LoRA "<part>.lora_A.weight" [rank, in], "<part>.lora_B.weight" [rows, rank].
 
-        alpha is NOT folded in. Empty for a teacher without weights of its own.
+        alpha is NOT folded in. The student's contains what files need besides (`SiteWeights.derived`). Empty for a
+        teacher without weights of its own.
         """
-        return {key: t.detach().cpu().clone() for key, t in self._views(which).items()}
+        tensors = self._views(which) | (self._derived() if which == "student" else {})
+        return {key: t.detach().cpu().clone() for key, t in tensors.items()}
 
     @torch.no_grad()
     def load_state(self, which: Role, tensors: Mapping[str, Tensor]) -> None:
@@ -265,7 +228,8 @@ class AdapterSet:
             ValueError: keys are missing or unexpected, or a shape differs; nothing is loaded.
         """
         views = self._views(which)
-        missing, unexpected = sorted(views.keys() - tensors.keys()), sorted(tensors.keys() - views.keys())
+        missing = sorted(views.keys() - tensors.keys())
+        unexpected = sorted(key for key in tensors.keys() - views.keys() if not key.endswith(DERIVED))
         if missing or unexpected:
             raise ValueError(
                 f"LoRA weights of the {which} do not fit the targets: {len(missing)} missing {missing[:4]}, "
@@ -283,18 +247,12 @@ class AdapterSet:
         views: dict[str, Tensor] = {}
         for adapter in self._adapters:
             weights = adapter.student if which == "student" else adapter.teacher
-            if weights is None:
-                continue
-            by_part = rearrange(weights.a, "(part rank) inputs -> part rank inputs", part=len(adapter.parts))
-            for part, a, b in zip(adapter.parts, by_part, weights.b, strict=True):
-                views[f"{part.name}.lora_A.weight"] = a
-                views[f"{part.name}.lora_B.weight"] = b
+            if weights is not None:
+                views |= weights.views()
         return views
 
-
-def part_seed(seed: int, name: str) -> int:
-    """A seed in 0..2^63-1 for one part, a function of (seed, name) only."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+    def _derived(self) -> dict[str, Tensor]:
+        return {key: value for adapter in self._adapters for key, value in adapter.student.derived().items()}
 
 
 def _check_distinct(sites: Sequence[LinearSite]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -12,16 +12,22 @@ from ..options import Hint, Variant
 from .targets import match_targets
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from typing_extensions import Self
 
-    from ..denoiser import Denoiser, LinearSite
+    from ..denoiser import Denoiser, LinearSite, SitePart
     from ..teachers import Teacher
     from ..trainable import Trainable
+    from .lora_import import ImportedLora
+    from .site_weights import SiteWeights
 
 
 class Adapter(Variant):
     """How the trained weights change the network. In memory, "raw" tensors are those of `Trainable.state`."""
+
+    tensors_per_part: ClassVar[int] = 2
+    """Maximum number of tensors that a file has for each part."""
 
     targets: Annotated[tuple[str, ...], Hint(none="all attention and MLP layers of the blocks")] = Field(
         default=(), description="layers to train: names or patterns, such as layers.*.attention.*"
@@ -51,12 +57,41 @@ class Adapter(Variant):
         """Number of parameters of one part."""
         raise NotImplementedError
 
-    def part_activations(self) -> int:
+    def derived_bytes(self, sites: Sequence[LinearSite]) -> int:
+        """Maximum size in bytes of what a checkpoint or a LoRA file holds besides its parameters, in fp32 and bf16."""
+        return 0
+
+    def part_activations(self, in_features: int, out_features: int) -> int:
         """Elements per token that one part saves for its backward, besides its input."""
+        raise NotImplementedError
+
+    def require_sites(self, sites: Sequence[LinearSite]) -> None:
+        """Checks before any work on the device that the adapter works with the sites that it trains.
+
+        Raises:
+            ValueError: it does not; the message names a site.
+        """
+
+    def site_weights(
+        self, site: LinearSite, parts: tuple[SitePart, ...], seed: int, device: torch.device
+    ) -> SiteWeights:
+        """New weights of the parts of a site, with which the network is the base bit for bit.
+
+        Raises:
+            ValueError: the adapter does not work with this site.
+        """
         raise NotImplementedError
 
     def build(self, denoiser: Denoiser, teacher: Teacher, seed: int) -> Trainable:
         """Builds the trainable weights for the denoiser's network, on its device; not attached yet."""
+        raise NotImplementedError
+
+    def imported(self, tensors: Mapping[str, Tensor], sites: Sequence[LinearSite]) -> ImportedLora:
+        """A file of any trainer, tensors of any shape under its own names, for `start_state`.
+
+        Raises:
+            ValueError: it is of another kind or another model, or changes nothing that is trained.
+        """
         raise NotImplementedError
 
     def start_state(self, initial: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

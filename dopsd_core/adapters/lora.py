@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -12,12 +12,15 @@ from ..options import Hint
 from .base import Adapter
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from typing_extensions import Self
 
-    from ..denoiser import Denoiser
+    from ..denoiser import Denoiser, LinearSite, SitePart
     from ..teachers import Teacher
     from .adapter_set import AdapterSet
+    from .lora_import import ImportedLora
+    from .site_weights import SiteWeights
 
 _SCALE = 2.0  # alpha / rank where alpha is not given: the paper's, 128 / 64
 
@@ -59,15 +62,33 @@ class Lora(Adapter):
         """rank * (in + out)."""
         return self.rank * (in_features + out_features)
 
-    def part_activations(self) -> int:
+    def part_activations(self, in_features: int, out_features: int) -> int:
         """A x has rank elements per token."""
         return self.rank
+
+    def site_weights(
+        self, site: LinearSite, parts: tuple[SitePart, ...], seed: int, device: torch.device
+    ) -> SiteWeights:
+        """New weights of the parts of a site."""
+        from .lora_weights import LoraWeights
+
+        return LoraWeights.fresh(site, parts, self.rank, self.scale, seed, device)
 
     def build(self, denoiser: Denoiser, teacher: Teacher, seed: int) -> AdapterSet:
         """The adapter set on all of the denoiser's sites."""
         from .adapter_set import AdapterSet
 
         return AdapterSet(denoiser.sites(), self, seed=seed, device=denoiser.device, teacher=teacher)
+
+    def imported(self, tensors: Mapping[str, Tensor], sites: Sequence[LinearSite]) -> ImportedLora:
+        """A plain LoRA of any trainer under our part names, A [rank, in] and B [rows, rank].
+
+        Raises:
+            ValueError: it is not a plain LoRA, belongs to another model, or changes nothing that is trained.
+        """
+        from .lora_import import import_lora
+
+        return import_lora(tensors, sites, self.targets)
 
     def start_state(self, initial: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replaces the first components of `fresh` by `initial` (folded, see `lora_import.py`).
@@ -79,13 +100,13 @@ class Lora(Adapter):
         return start_state(initial, fresh, self)
 
     def exported(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Folds alpha / rank into B [rows, rank]; A [rank, in] is unchanged."""
+        """Folds alpha / rank into B [rows, rank], or into a factor of LoKr; the others, of any shape, are unchanged."""
         from .lora_file import fold_alpha
 
         return fold_alpha(state, self)
 
     def save(self, path: Path, state: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str]) -> None:
-        """Writes A [rank, in] and B [rows, rank] so that ComfyUI and diffusers load them at equal strength."""
+        """Writes the state, such as A [rank, in] and B [rows, rank], for equal strength in ComfyUI and diffusers."""
         from .lora_file import save_lora
 
         save_lora(path, state, self, prefix=prefix, metadata=metadata)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..files.atomic import write_atomic
 from ..files.disk import writing
+from ..sharing.model_spec import follows_spec, tensor_hash
 from ..text import printable
 from .lora import Lora
 
@@ -35,6 +36,9 @@ _PEFT_CONFIG = "adapter_config.json"
 _SUFFIXES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_down": "lora_A", "lora_up": "lora_B"}
 _KEY = re.compile(r"(?P<part>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up)(\.(?P<adapter>\w+))?\.weight")
 
+_SCALED = re.compile(r"\.lora_B\.|\.lokr_w2(_a)?$")
+_FULL_PRECISION = re.compile(r"\.(lora_magnitude_vector|dora_scale)$")  # rounded, they would be noise on the base
+
 _MAX_SHOWN = 120
 _MAX_PATTERN, _MAX_REPEATS = 500, 4
 _REPEATS = re.compile(r"[*+{]")  # each may multiply the matching time by the length of the name
@@ -42,14 +46,14 @@ _NESTED = re.compile(r"\)[*+{]")  # a repeated group may take exponential time
 
 
 def fold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
-    """Raw -> folded: multiplies every lora_B [rows, rank] by alpha / rank; lora_A [rank, in] is unchanged."""
+    """Raw -> folded: multiplies lora_B [rows, rank], or LoKr's w2 or w2_a, by alpha / rank; others are unchanged."""
     scale = config.scale
-    return {key: t * scale if ".lora_B." in key and scale != 1 else t for key, t in tensors.items()}
+    return {key: t * scale if scale != 1 and _SCALED.search(key) else t for key, t in tensors.items()}
 
 
 def unfold_alpha(tensors: Mapping[str, Tensor], config: Lora) -> dict[str, Tensor]:
     """Folded -> raw, for `AdapterSet.load_state` of a set with this config; fp32, the same shapes."""
-    return {key: t.float() / config.scale if ".lora_B." in key else t.float() for key, t in tensors.items()}
+    return {key: t.float() / config.scale if _SCALED.search(key) else t.float() for key, t in tensors.items()}
 
 
 def save_lora(
@@ -64,8 +68,8 @@ def save_lora(
     """Writes raw `tensors` (`AdapterSet.state()`) as one LoRA file, atomically.
 
     Args:
-        tensors: "<part>.lora_A.weight" [rank, in] and "<part>.lora_B.weight" [rows, rank].
-        metadata: extra metadata for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it.
+        tensors: those of a `SiteWeights`, such as "<part>.lora_A.weight" [rank, in]; DoRA's magnitudes stay in fp32.
+        metadata: for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it. ModelSpec's gets its hash.
 
     Raises:
         ValueError: no tensors, a non-finite one, or metadata that would change the strength in diffusers.
@@ -79,7 +83,9 @@ def save_lora(
     header = {"format": "pt", **{key: printable(value) for key, value in (metadata or {}).items()}}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, format_safetensors(_file_tensors(tensors, config, prefix, dtype), header))
+    stored = _file_tensors(tensors, config, prefix, dtype)
+    data = format_safetensors(stored, header)
+    write_atomic(path, format_safetensors(stored, header | tensor_hash(data)) if follows_spec(header) else data)
 
 
 def load_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -300,7 +306,8 @@ def _file_tensors(tensors: Mapping[str, Tensor], config: Lora, prefix: str, dtyp
         if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():  # torch: not for 8-bit floats
             raise ValueError(f"{key} is not finite; the LoRA is not saved")
     folded = fold_alpha(tensors, config)
-    return {prefix + key: folded[key].detach().to("cpu", dtype).contiguous() for key in sorted(folded)}
+    kinds = {key: torch.float32 if _FULL_PRECISION.search(key) else dtype for key in folded}
+    return {prefix + key: folded[key].detach().to("cpu", kinds[key]).contiguous() for key in sorted(folded)}
 
 
 def _folded(tensors: Mapping[str, Tensor], source: Path | str, scale: Any) -> dict[str, Tensor]:

@@ -75,17 +75,24 @@ class ImportedLora:
 
 @dataclass(frozen=True)
 class _Place:
-    """Rows of a Linear's output, as parts that follow one another."""
+    """Rows of a Linear's output, as parts that follow one another.
+
+    Attributes:
+        in_features: size of the Linear's input.
+        parts: the parts.
+    """
 
     in_features: int
     parts: tuple[SitePart, ...]
 
     @property
     def first(self) -> int:
+        """The first row."""
         return self.parts[0].start
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return self.parts[-1].stop - self.first
 
 
@@ -201,7 +208,9 @@ def _places(sites: Sequence[LinearSite]) -> dict[str, _Place]:
     for site in sites:
         for name, parts in {site.name: site.parts, **{part.name: (part,) for part in site.parts}}.items():
             places[name.replace(".", "_")] = _Place(site.in_features, parts)
-    return places
+    # some tools write to_out for to_out.0; in FLUX.2 the single-stream blocks have a to_out of their own
+    short = {name.removesuffix("_0"): place for name, place in places.items() if name.endswith("_to_out_0")}
+    return short | places
 
 
 def _flat(module: str) -> str:
@@ -280,9 +289,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
     halves: dict[str, dict[bool, dict[str, str]]] = {}
     for key in tensors:
         if _OTHER_KINDS.search(key):
-            raise ValueError(
-                f"{_IT} holds {shown(key)}, of DoRA, LoHa, LoKr or the like; only a plain LoRA can be the start"
-            )
+            raise ValueError(f"{_IT} holds {shown(key)}, {_other_kind(key)}; only a plain LoRA can be the start")
         match = _match(key)
         if match is not None:
             found = halves.setdefault(match["module"], {}).setdefault(_IS_A[match["kind"]], {})
@@ -290,6 +297,14 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
                 raise ValueError(f"{_IT} holds several LoRAs: {shown(key)} is the second of its kind")
     pairs = {module: _fold(module, kinds, tensors) for module, kinds in halves.items()}
     return pairs, tensors.keys() - {key for pair in pairs.values() for key in pair.keys}
+
+
+def _other_kind(key: str) -> str:
+    if ".lokr_" in key:
+        return "of LoKr, which adapter lokr starts from"
+    if "magnitude_vector" in key or "dora_scale" in key:
+        return "of DoRA, which adapter dora starts from"
+    return "of LoHa, OFT or the like"
 
 
 def _fold(module: str, kinds: Mapping[bool, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> _Pair:

@@ -29,15 +29,18 @@ class Condition:
     Attributes:
         features: [L, D], hidden states of the text encoder.
         reference_latents: each [C, h, w], for families that edit.
+        slots: for each reference the number of features before it, in families whose text names its references; () in
+            those whose references follow the image.
     """
 
     features: Tensor
     reference_latents: tuple[Tensor, ...] = ()
+    slots: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
         """The condition on another device or in another dtype; shares memory where nothing changes."""
         latents = tuple(to_device(latent, device, dtype) for latent in self.reference_latents)
-        return Condition(to_device(self.features, device, dtype), latents)
+        return replace(self, features=to_device(self.features, device, dtype), reference_latents=latents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,16 @@ class ReadsFiles(Protocol):
 
     def identity_for(self, caption: str) -> str:
         """`identity` for this caption; it changes with the contents of the files that the caption names."""
+        ...
+
+
+@runtime_checkable
+class ReadsReferences(Protocol):
+    """An encoder whose text encoder also sees the images that the network gets as references."""
+
+    def encode_with_references(self, images: Sequence[Tensor], caption: str) -> Condition:
+        """Features [L, D] of the caption after images, each [3, H, W] in [0, 1], without the images' own features, and
+        the `slots` of the images."""
         ...
 
 
@@ -187,12 +200,13 @@ def _compose(request: EncodeRequest, teacher: TeacherView, parts: _Parts) -> Dua
     if teacher.edits and not request.sources:
         raise ValueError(f"the teacher {teacher.name!r} needs a source image, and {request.caption!r} has none")
     shown = request.shown or request.target
-    sources = tuple(parts.latent(image) for image in request.sources) if teacher.edits else ()
+    sources = request.sources if teacher.edits else ()
     if teacher.sees == "features":
-        seeing = _with_references(parts.seen(shown, teacher.text(request.caption)), sources)
+        latents = tuple(parts.latent(image) for image in sources)
+        seeing = _with_references(parts.seen(shown, teacher.text(request.caption)), latents)
     else:
-        seeing = _with_references(parts.text(teacher.text(request.caption)), (*sources, parts.latent(shown)))
-    student = _with_references(parts.text(request.caption), sources)
+        seeing = parts.referring((*sources, shown), teacher.text(request.caption))
+    student = parts.referring(sources, request.caption)
     images = [request.target, shown, *request.sources]
     facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}
     if (reads := parts.identity_for(teacher.sentence)) != parts.encoder.identity:  # it names a file
@@ -230,6 +244,21 @@ class _Parts:
         return _unpack(
             self._get(key, what, lambda: _pack(self.encoder.encode_image_text(_pixels(image, what), caption)))
         )
+
+    def referring(self, images: Sequence[ImageInput], caption: str) -> Condition:
+        """Features of the caption, which refers to the images, with their latents."""
+        latents = tuple(self.latent(image) for image in images)
+        encoder = self.encoder
+        if not images or not isinstance(encoder, ReadsReferences):
+            return _with_references(self.text(caption), latents)
+        digests, settings = "/".join(image.digest for image in images), [dict(image.settings) for image in images]
+        key = cache_key("referring", digests, caption, self.identity_for(caption), {"images": settings})
+        what = f"{len(images)} images and {caption!r}"
+
+        def encode() -> dict[str, Tensor]:
+            return _pack(encoder.encode_with_references([_pixels(image, what) for image in images], caption))
+
+        return _with_references(_unpack(self._get(key, what, encode)), latents)
 
     def latent(self, image: ImageInput) -> Tensor:
         """[C, h, w] fp32 of the image."""
@@ -274,8 +303,11 @@ def _pack(condition: Condition) -> dict[str, Tensor]:
     if condition.features.ndim != 2:
         raise ValueError(f"features must be [L, D], got {tuple(condition.features.shape)}")
     references = {f"reference.{i}": latent for i, latent in enumerate(condition.reference_latents)}
-    return {"features": condition.features, **references}
+    slots = {"slots": torch.tensor(condition.slots)} if condition.slots else {}
+    return {"features": condition.features, **references, **slots}
 
 
 def _unpack(tensors: Mapping[str, Tensor]) -> Condition:
-    return Condition(tensors["features"], tuple(tensors[f"reference.{i}"] for i in range(len(tensors) - 1)))
+    count = sum(name.startswith("reference.") for name in tensors)
+    slots = tensors["slots"].tolist() if "slots" in tensors else ()
+    return Condition(tensors["features"], tuple(tensors[f"reference.{i}"] for i in range(count)), tuple(slots))

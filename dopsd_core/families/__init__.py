@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 from .base import Family
 from .flux2_klein import FLUX2_KLEIN
+from .krea2 import KREA2
+from .qwen_image21 import QWEN_IMAGE21
 from .z_image import Z_IMAGE
 
-__all__ = ["FAMILIES", "FLUX2_KLEIN", "Z_IMAGE", "Family", "get_family"]
+__all__ = ["FAMILIES", "FLUX2_KLEIN", "KREA2", "QWEN_IMAGE21", "Z_IMAGE", "Family", "get_family"]
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (Z_IMAGE, FLUX2_KLEIN)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (Z_IMAGE, FLUX2_KLEIN, KREA2, QWEN_IMAGE21)}
 
 
 def get_family(name: str) -> Family:

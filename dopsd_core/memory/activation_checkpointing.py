@@ -7,6 +7,7 @@ activations of the others are freed, so the recomputed activations need no addit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -116,18 +117,26 @@ def block_bytes(
 
     kept = batch * L * (W + r * P) * itemsize + r * (I + O) * c,  entry = batch * L * D * itemsize
 
-    with L tokens, W elements per token saved by the block without LoRA (`Family.block_shape`), width D of the network,
-    rank r, P adapted parts of the block, and I, O the sums of their inputs and outputs. A part saves A x. c is the
+    for LoRA (others: `Adapter.part_activations`), with L tokens, W elements per token saved by the block without it
+    (`Family.block_shape`), width D of the network, rank r, P adapted parts of the block, and I, O the sums of their
+    inputs and outputs. A part saves A x. c is the
     itemsize of a compute dtype narrower than fp32, to which the LoRA is cast in each forward, else 0. Assumes torch's
-    fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32).
+    fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32). Blocks before the first
+    adapted one save nothing: no gradient reaches them.
     """
     names = adapter.chosen(sites)
-    out = []
+    out: list[BlockBytes] = []
+    has_gradient = False
     for shape, inside in block_shapes(blocks, sites, family, image_tokens, text_tokens):
         adapted = [(part, site) for site in inside for part in site.parts if part.name in names]
+        has_gradient = has_gradient or bool(adapted)
+        if not has_gradient:
+            out.append(BlockBytes(0, 0))
+            continue
         # the As of a Linear are stacked and cast together; the sums are the same
         parameters = sum(adapter.part_parameters(site.in_features, part.out_features) for part, site in adapted)
-        kept = batch * shape.tokens * (shape.kept + adapter.part_activations() * len(adapted)) * itemsize
+        saved = sum(adapter.part_activations(site.in_features, part.out_features) for part, site in adapted)
+        kept = batch * shape.tokens * (shape.kept + saved) * itemsize
         cast = parameters * itemsize if itemsize < 4 else 0
         out.append(BlockBytes(kept + cast, batch * shape.tokens * shape.width * itemsize))
     return out
@@ -147,7 +156,5 @@ def block_shapes(
 
 
 def _tail(name: str) -> str:
-    """A part's name within its block: "layers.3.attention.to_q" -> "attention.to_q"."""
-    head, _, rest = name.partition(".")
-    index, _, tail = rest.partition(".")
-    return tail if index.isdigit() else name
+    """A part's name within its block, which a number names: "layers.3.attention.to_q" -> "attention.to_q"."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[-1]

@@ -115,12 +115,12 @@ class SavedBytes:
     lora: int
 
 
-def saved_bytes(elements: int, tensors: int, teacher: Teacher, optimizer: Optimizer) -> SavedBytes:
-    """Size of the files of a run whose LoRA has this many elements and tensors."""
+def saved_bytes(elements: int, tensors: int, teacher: Teacher, optimizer: Optimizer, derived: int = 0) -> SavedBytes:
+    """Size of the files of a run whose LoRA has this many elements and tensors, and `Adapter.derived_bytes`."""
     header = _HEADER * tensors + _HEADERS
     student, average = 4 * elements, 4 * elements if teacher.weights == "copy" else 0
     state = optimizer.saved_bytes(elements, tensors)
-    return SavedBytes(checkpoint=student + average + state + 4 * header, lora=2 * elements + header)
+    return SavedBytes(checkpoint=student + average + state + derived + 4 * header, lora=2 * elements + derived + header)
 
 
 def _widest(denoiser: Denoiser, family: Family, tokens: tuple[int, int]) -> int:

@@ -136,7 +136,7 @@ class Objective(Variant):
     """Approximate cost of an optimizer step relative to D-OPSD."""
 
     needs_few_steps: ClassVar[bool] = True
-    """Whether it trains the few steps of a distilled model, and is pointless on an undistilled one."""
+    """Whether it trains on what the model draws in its few steps, and is pointless on an undistilled one."""
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Adds loss_scale * dL/dtheta to the gradients of `inputs.adapters.parameters()`; does not change the mode."""
@@ -159,6 +159,10 @@ class Objective(Variant):
     def drawn_images(self) -> int:
         """Number of images that the untouched model draws from the anchors before training."""
         return 0
+
+    def remarks(self) -> Sequence[str]:
+        """Warnings about options that are valid but rarely meant, one sentence each."""
+        return ()
 
     @property
     def wants_anchors(self) -> bool:

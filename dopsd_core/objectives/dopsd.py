@@ -98,6 +98,14 @@ class DOPSD(Objective):
             problems.append(f"band_low is {self.band_low}; set it to at most band_high ({self.band_high})")
         return problems
 
+    def remarks(self) -> Sequence[str]:
+        """Reports that every batch is a prior anchor."""
+        if self.anchor_probability < 1:
+            return ()
+        return (
+            "anchor_probability is 1: every batch is a prior anchor, so no image is trained; lower it, such as to 0.5",
+        )
+
     @property
     def anchor_share(self) -> float:
         """The share of batches that are prior anchors."""

@@ -35,7 +35,6 @@ class DreamBooth(FlowMatching):
     summary: ClassVar[str] = "ordinary fine-tuning that also trains on images which the untouched model draws first"
     prefix: ClassVar[str] = "dreambooth_"
     relative_cost: ClassVar[float] = 0.7
-    needs_few_steps: ClassVar[bool] = False
 
     prior_weight: Annotated[float, Hint(step=0.1, most=100.0)] = Field(
         default=1.0, gt=0, description="weight of the loss on the class images"

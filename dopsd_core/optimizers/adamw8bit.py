@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..options import ConfigError
 from .adamw import AdamW
@@ -24,19 +24,17 @@ class AdamW8bit(AdamW):
     summary: ClassVar[str] = "AdamW with 8-bit moments; requires the package bitsandbytes and an NVIDIA GPU"
     bytes_per_parameter: ClassVar[int] = 2
 
+    def require_packages(self) -> None:
+        """Raises ConfigError if bitsandbytes cannot be imported."""
+        _adamw8bit()
+
     def build(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """bitsandbytes' AdamW8bit on the parameters, of any shape.
 
         Raises:
             ConfigError: bitsandbytes cannot be imported.
         """
-        try:
-            from bitsandbytes.optim import AdamW8bit as Optimizer8bit  # type: ignore[import-not-found]
-        except Exception as error:  # bitsandbytes fails in its own ways where its CUDA library is missing
-            raise ConfigError(
-                (f"optimizer adamw8bit needs bitsandbytes ({error}); install it, or set optimizer to adamw",)
-            ) from error
-        return Optimizer8bit(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return _adamw8bit()(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def saved_bytes(self, parameters: int, tensors: int) -> int:
         """Small tensors stay in 32 bits; each of the others has additional tables."""
@@ -45,3 +43,13 @@ class AdamW8bit(AdamW):
     def leaner(self) -> Optimizer | None:
         """None."""
         return None
+
+
+def _adamw8bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit as Imported  # type: ignore[import-not-found]
+    except Exception as error:  # bitsandbytes fails in its own ways where its CUDA library is missing
+        raise ConfigError(
+            (f"optimizer adamw8bit needs bitsandbytes ({error}); install it, or set optimizer to adamw",)
+        ) from error
+    return Imported

@@ -27,6 +27,13 @@ class Optimizer(Variant):
         description="learning rate after warm-up; the paper uses 1e-4, and 2e-5 for FLUX.2-klein",
     )
 
+    def require_packages(self) -> None:
+        """Checks that what the optimizer needs is installed, before any work on the device.
+
+        Raises:
+            ConfigError: a required package is missing, or too old.
+        """
+
     def build(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Builds the torch optimizer on the parameters, of any shape.
 

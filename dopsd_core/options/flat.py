@@ -91,7 +91,9 @@ def _chosen(current: Variant, registry: Registry[Any], left: dict[str, Any]) -> 
     given = _take(wanted, left)
     if wanted is type(current):
         return current.with_options(**given) if given else current
-    shared = {current.prefix + field: getattr(current, field) for field in type(current).model_fields}
+    common = _take(type(current), {wanted.prefix + field: value for field, value in given.items()})
+    moved = current.with_options(**common) if common else current  # options that depend on these follow them
+    shared = {moved.prefix + field: getattr(moved, field) for field in type(moved).model_fields}
     return wanted(**(_take(wanted, shared) | given))
 
 

@@ -103,7 +103,7 @@ class Option:
             return f"none: {self.hint.none}"
         if self.is_many:
             return ", ".join(self.default)
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default) or "empty"
 
 
 def own_options(cls: type[BaseModel], prefix: str = "", values: BaseModel | None = None) -> list[Option]:

@@ -12,6 +12,8 @@ DTYPES = ("bf16", "fp16", "fp32")
 QUANTISATIONS = ("none", "bnb-nf4", "bnb-int8", "torchao-int8", "quanto-int8")
 """none, or the backend of diffusers and what it stores."""
 
+TRACKERS = ("auto", "none", "tensorboard", "wandb")
+
 MODEL_HELP = (
     "demo, demo-undistilled (the demo model before its distillation, for training with the objective sft), or "
     "Z-Image-Turbo or FLUX.2-klein: a Hugging Face id such as Tongyi-MAI/Z-Image-Turbo, a local folder in "

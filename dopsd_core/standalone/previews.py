@@ -105,8 +105,8 @@ class TrainingPreview:
         self._shapes = [latent_shape(dual) for dual in shown]
         self._before: list[Tensor] | None = None
 
-    def write(self, step: int, adapters: Trainable) -> Path:
-        """Draws the sheet of a step and returns its file; the untrained model is drawn once."""
+    def write(self, step: int, adapters: Trainable) -> Image.Image:
+        """Draws the sheet of a step, writes it and returns it; the untrained model is drawn once."""
         alone = [dual.student for dual in self._shown]
         if self._before is None:
             self._before = self._draw(adapters, "off", alone)
@@ -117,8 +117,9 @@ class TrainingPreview:
         ]
         path = self._folder / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(f"step {step}", rows, tile=TILE).save(path)
-        return path
+        sheet = contact_sheet(f"step {step}", rows, tile=TILE)
+        sheet.save(path)
+        return sheet
 
     def most_bytes(self, sheets: int) -> int:
         """The largest size on disk of that many sheets."""

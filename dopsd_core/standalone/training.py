@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ from .hosts.source import find_family
 from .model_options import DEMO, ModelOptions
 from .previews import Painter, TrainingPreview, encode_shown, preview_texts
 from .texts import say, warn
+from .tracking import Tracking, chosen_trackers, open_tracking
 
 STOPPED = 143
 """Exit code of a run that SIGTERM stopped: 128 + 15, as by a shell."""
@@ -50,6 +51,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     options = ModelOptions.of(args)
+    args.trackers = chosen_trackers(args.track)
     with joined_world(device_of(options).type == "cpu") as world:
         peers = Peers(world)
         if not peers.is_first:
@@ -99,7 +101,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         )
     if options.is_undistilled and config.objective.needs_few_steps:
         raise ValueError(
-            f"objective {config.objective.name} trains the few steps of the distilled model; choose --objective sft "
+            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
             f"for --model {options.model}, or --model {DEMO}"
         )
     report = read_images(args, family, options)
@@ -205,7 +207,11 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, b
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
         preview = TrainingPreview(painter, prepared.shown, args.output)
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
-    with tqdm(total=config.steps, unit="step", disable=not is_first) as bar, _watching(bar, preview) as callbacks:
+    with (
+        tqdm(total=config.steps, unit="step", disable=not is_first) as bar,
+        closing(_tracking(args, config, is_first)) as tracking,
+        _watching(bar, preview, tracking) as callbacks,
+    ):
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
             facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
@@ -216,6 +222,10 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, b
         if ModelOptions.of(args).is_undistilled:
             say(f"It was trained on {args.model}; use it on the distilled model, as sample --lora does.")
     return STOPPED if result.stopped else 0
+
+
+def _tracking(args: argparse.Namespace, config: TrainConfig, is_first: bool) -> Tracking:
+    return open_tracking(args.trackers if is_first else (), args.output, config)
 
 
 def _say_result(result: TrainResult) -> None:
@@ -235,10 +245,10 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
 
 
 class _Watcher(NoCallbacks):
-    """Shows progress, writes previews, and stops after SIGTERM."""
+    """Shows progress, writes previews, passes both on to trackers, and stops after SIGTERM."""
 
-    def __init__(self, bar: tqdm, preview: TrainingPreview | None) -> None:
-        self._bar, self._preview = bar, preview
+    def __init__(self, bar: tqdm, preview: TrainingPreview | None, tracking: Tracking) -> None:
+        self._bar, self._preview, self._tracking = bar, preview, tracking
         self.is_stopped = False
 
     def on_class_image(self, done: int, total: int) -> None:
@@ -248,19 +258,20 @@ class _Watcher(NoCallbacks):
         self._bar.update(report.step - self._bar.n)
         if report.relative_gap is not None:
             self._bar.set_postfix_str(f"gap to teacher {report.relative_gap:.3f}")
+        self._tracking.on_step(report)
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
         if self._preview is not None:
-            self._preview.write(step, adapters)
+            self._tracking.on_preview(step, self._preview.write(step, adapters))
 
     def should_stop(self) -> bool:
         return self.is_stopped
 
 
 @contextmanager
-def _watching(bar: tqdm, preview: TrainingPreview | None) -> Iterator[_Watcher]:
+def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking) -> Iterator[_Watcher]:
     """The callbacks of the run; inside the `with` block SIGTERM, which cluster managers send, stops it after a step."""
-    watcher = _Watcher(bar, preview)
+    watcher = _Watcher(bar, preview, tracking)
 
     def stop(number: int, frame: object) -> None:
         watcher.is_stopped = True

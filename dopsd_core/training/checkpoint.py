@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
@@ -124,24 +123,6 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def flatten_state(state: Mapping[Any, Any]) -> tuple[dict[str, Tensor], str]:
-    """Splits an optimizer's `state_dict()` into tensors of any shape by path ("state/3/exp_avg") and JSON of the rest.
-
-    Types of containers and keys and their order are preserved. Tensors that share memory, such as the tables of 8-bit
-    optimizers, become copies.
-
-    Raises:
-        TypeError: the state contains something other than tensors, containers and plain values.
-    """
-    tensors: dict[str, Tensor] = {}
-    return tensors, json.dumps(_flatten(state, "", tensors))
-
-
-def unflatten_state(tensors: Mapping[str, Tensor], rest: str) -> dict[Any, Any]:
-    """The inverse of `flatten_state`, with tensors in the same shapes."""
-    return _unflatten(json.loads(rest), tensors)
-
-
 def unflatten_paths(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[Any, Any]:
     """An optimizer's "state" from release 0.2: tensors of any shape and plain values by path, with digits for ints."""
     state: dict[Any, Any] = {}
@@ -152,41 +133,6 @@ def unflatten_paths(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) ->
             place = place.setdefault(parent, {})
         place[last] = value
     return state
-
-
-def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        while path in tensors:  # keys that differ only in their kind, such as 0 and "0"
-            path += "~"
-        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": path}
-    if isinstance(value, Mapping):
-        return {"mapping": [[key, _flatten(inner, _below(path, key), tensors)] for key, inner in value.items()]}
-    if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_flatten(inner, _below(path, i), tensors) for i, inner in enumerate(value)]}
-    raise TypeError(f"the optimizer's state contains a {type(value).__name__} at {path}, which cannot be saved")
-
-
-def _below(path: str, key: Any) -> str:
-    if isinstance(key, bool) or not isinstance(key, int | str):
-        raise TypeError(f"the optimizer's state has the key {key!r} at {path or 'its top'}; use a str or an int")
-    name = str(key).replace("~", "~0").replace("/", "~1")
-    return f"{path}/{name}" if path else name
-
-
-def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, inner),) = value.items()
-    if kind == "tensor":
-        return tensors[inner]
-    if kind == "mapping":
-        return {key: _unflatten(item, tensors) for key, item in inner}
-    items = [_unflatten(item, tensors) for item in inner]
-    return tuple(items) if kind == "tuple" else items
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

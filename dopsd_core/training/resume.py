@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, changes_that_forbid_resuming
-from .checkpoint import Checkpoint, StateError, unflatten_paths, unflatten_state
+from ..optimizers.state import resumed_state, unflatten_state
+from .checkpoint import Checkpoint, StateError, unflatten_paths
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,4 @@ def optimizer_state(checkpoint: Checkpoint, fresh: dict[str, Any]) -> dict[str, 
     facts = checkpoint.facts
     if "optimizer_state" not in facts:  # release 0.2 saved only the state
         return {**fresh, "state": unflatten_paths(checkpoint.optimizer, facts["optimizer"])}
-    saved = unflatten_state(checkpoint.optimizer, facts["optimizer_state"])
-    groups = [{**new, **old} for new, old in zip(fresh["param_groups"], saved["param_groups"], strict=True)]
-    return {**saved, "param_groups": groups}
+    return resumed_state(fresh, unflatten_state(checkpoint.optimizer, facts["optimizer_state"]))

@@ -18,8 +18,9 @@ from ..config import TrainConfig
 from ..denoiser import Denoiser
 from ..objectives import ObjectiveOutput
 from ..optimizers import evaluating, start_training
+from ..optimizers.state import flatten_state
 from .batches import Batches
-from .checkpoint import Checkpoint, StateError, flatten_state
+from .checkpoint import Checkpoint, StateError
 from .class_images import ClassImages, OnDrawn
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale

@@ -189,5 +189,7 @@ class UnusedFolder(RunFolder):
 
 
 def _sizes(config: TrainConfig, denoiser: Denoiser) -> SavedBytes:
-    parts, elements = config.adapter.size(denoiser.sites())
-    return saved_bytes(elements, 2 * parts, config.teacher, config.optimizer)
+    adapter, sites = config.adapter, denoiser.sites()
+    parts, elements = adapter.size(sites)
+    tensors, derived = adapter.tensors_per_part * parts, adapter.derived_bytes(sites)
+    return saved_bytes(elements, tensors, config.teacher, config.optimizer, derived)

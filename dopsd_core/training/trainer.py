@@ -10,6 +10,7 @@ attention backward sums in arbitrary order.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ __all__ = [
     "check_run",
     "train",
 ]
+
+log = logging.getLogger("dopsd")
 
 
 class Callbacks(Protocol):
@@ -158,6 +161,8 @@ def train(
     with peers.ending_together(), torch.inference_mode(False), torch.enable_grad():
         _check_share(config, peers.world.size)
         peers.first(lambda: check_run(config, denoiser, data, run_dir, host_bytes))
+        for remark in config.objective.remarks() if peers.world.rank == 0 else ():
+            log.warning(remark)
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
         run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
         return _to_the_end(run, callbacks, resume, checkpoint_blocks)
@@ -172,6 +177,8 @@ def check_run(
         ConfigError, DiskError, ValueError: as in `train`.
     """
     _check_data(config, data)
+    config.optimizer.require_packages()
+    config.adapter.require_sites(denoiser.sites())
     if config.deterministic and (problem := obstacle(denoiser.device)):
         raise ConfigError((problem,))
     check_run_folder(config, denoiser, Path(run_dir), host_bytes)

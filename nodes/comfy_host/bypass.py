@@ -55,7 +55,7 @@ def through_hooks(site: LinearSite, hooks: Sequence[Hook]) -> LinearSite:
                 stack.enter_context(_thawed(hook.adapter))
             return torch.autograd.grad(hooks[0]._bypass_forward(x), x, grad)[0]
 
-    return replace(site, forward=forward, grad_input=grad_input)
+    return replace(site, forward=forward, grad_input=grad_input, weight=None)
 
 
 @contextmanager

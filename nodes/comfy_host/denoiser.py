@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -24,7 +25,7 @@ from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.denoiser import LinearSite
 from ...dopsd_core.text import printable
 from .bypass import kept_injected
-from .families import family_of, in_comfyui
+from .families import block_lists, family_of, in_comfyui, with_time, without_time
 from .gradients import norms_on_clones, plain_attention, thawed_small_parameters
 from .linears import linear_sites, require_adjoints
 
@@ -56,6 +57,8 @@ class ComfyDenoiser:
     def __init__(self, model: Any) -> None:
         self.family = family_of(model)
         self._patcher = model.clone()
+        self._called: set[str] = set()  # Linears that the forward in progress has called, while that is being checked
+        self._is_checked = False
 
     @property
     def device(self) -> torch.device:
@@ -88,20 +91,30 @@ class ComfyDenoiser:
 
     def sites(self) -> Sequence[LinearSite]:
         """Every Linear (plain, cast or quantised), with its LoRA parts under diffusers' names."""
-        return linear_sites(self._network, self.family)
+        return [self._recorded(site) for site in linear_sites(self._network, self.family)]
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks of the network, in the order of the forward."""
-        network: Any = self._network
-        return [block for name in in_comfyui(self.family).blocks for block in getattr(network, name)]
+        return [block for blocks in block_lists(self._network, self.family).values() for block in blocks]
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         """x [B, C, h, w] fp32 in model space -> x0_hat, same shape. Raises InterruptProcessingException when cancelled.
 
         Conditions of one length go through the network together. Z-Image has no text mask, so padding to a common
         length would change the result.
+
+        Raises:
+            ValueError: in the first forward with gradients, if the network computes with a layer of a block without
+                calling it, so that a LoRA on it would have no effect.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self._called.clear()
+        x0 = self._predict(x, sigma, conditions)
+        if self._called and not self._is_checked and torch.is_grad_enabled():
+            self._require_all_called()
+        return x0
+
+    def _predict(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         groups = _equal_shapes(conditions)
         if len(groups) == 1:
             return self._forward(x, sigma, conditions)
@@ -116,11 +129,12 @@ class ComfyDenoiser:
         model = self._patcher.model
         features = torch.stack([condition.features for condition in conditions]).to(x.device)
         references = [
-            model.process_latent_out(torch.stack(latents).to(x.device))
+            self.to_vae_space(torch.stack(latents).to(x.device))
             for latents in zip(*(condition.reference_latents for condition in conditions), strict=True)
         ]
         extra = {"reference_latents": references} if references else {}
-        conds = model.extra_conds(cross_attn=features, noise=x, device=x.device, **extra)
+        latents = with_time(x, self.family)
+        conds = model.extra_conds(cross_attn=features, noise=latents, device=x.device, **extra)
         inputs = {name: cond.process_cond(batch_size=len(x), area=None).cond for name, cond in conds.items()}
         sigmas = torch.full((len(x),), sigma, device=x.device)
         options = {
@@ -129,11 +143,34 @@ class ComfyDenoiser:
             "cond_or_uncond": [0],
             "optimized_attention_override": plain_attention,
         }
-        return model.apply_model(x, sigmas, transformer_options=options, **inputs).float()
+        x0 = model.apply_model(latents, sigmas, transformer_options=options, **inputs).float()
+        return without_time(x0, self.family)
+
+    def _recorded(self, site: LinearSite) -> LinearSite:
+        """The site, whose forward is noted until the first check."""
+
+        def forward(x: Tensor) -> Tensor:
+            if not self._is_checked:
+                self._called.add(site.name)
+            return site.forward(x)
+
+        return replace(site, forward=forward)
+
+    def _require_all_called(self) -> None:
+        """Newer networks fuse layers with what is before them and read their weights: nothing else would notice."""
+        inside = {module for block in self.blocks() for module in block.modules()}
+        missed = [site.name for site in self.sites() if site.module in inside and site.name not in self._called]
+        if missed:
+            raise ValueError(
+                f"this ComfyUI computes with {len(missed)} layers of the MODEL, such as {missed[0]}, without calling "
+                "them, so a LoRA on them would not be trained: update ComfyUI-DOPSD, or remove nodes that replace the "
+                "MODEL's layers"
+            )
+        self._is_checked = True
 
     def to_vae_space(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] in model space -> latents of the same shape for ComfyUI's VAE."""
-        return self._patcher.model.process_latent_out(latents)
+        """latents [B, C, h, w] in model space -> latents for ComfyUI's VAE, [B, C, 1, h, w] with a time axis."""
+        return self._patcher.model.process_latent_out(with_time(latents, self.family))
 
     # -- in memory, and ready for gradients ---------------------------------------------------------------------------
 

@@ -3,9 +3,8 @@
 Objectives that do not need few steps, such as sft, may train an undistilled one on purpose: its LoRA is then used on
 the distilled model.
 
-Z-Image and Z-Image-Turbo have the same architecture, so only hints distinguish them: the file's name, and a flag of
-ComfyUI's own detection. It allows fp16 only if the norm weights of the second to last block are small, as they are in
-Turbo and not in the base model (Comfy-Org/ComfyUI pull request 12065, issue 12176).
+A distilled checkpoint and its base have the same architecture, so only hints distinguish them: the file's name, and for
+some families an entry of ComfyUI's own detection (`ComfyFamily.undistilled`, `undistilled_config`).
 """
 
 from __future__ import annotations
@@ -13,15 +12,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ...dopsd_core.families import Z_IMAGE
 from .denoiser import base_name
-from .families import family_of, in_comfyui
+from .families import ComfyFamily, family_of, in_comfyui
 
 _DE_DISTILLED = re.compile(r"de[-_ ]?(turbo|distill)|undistill")
 _DISTILLED = re.compile(r"turbo|distill|lightning|(?<!\d)[48][-_ ]?step")
-_BASE = re.compile(
-    r"(?<![a-z])base(?![a-z])|z[-_]?image([-_](bf16|fp\w+|int\w+|mxfp\w+|nvfp\w+|scaled|convrot|q\d\w*))*\.\w+"
-)
 
 
 def warn_if_undistilled(model: Any) -> str | None:
@@ -35,34 +30,32 @@ def warn_if_undistilled(model: Any) -> str | None:
     )
 
 
-def note_if_undistilled(model: Any, objective: str, draws_images: bool) -> str | None:
-    """The same for an objective that can train such a MODEL: what its LoRA is for.
-
-    draws_images: whether the objective trains on images that the MODEL draws in few steps.
-    """
+def note_if_undistilled(model: Any, objective: str) -> str | None:
+    """The same for an objective that can train such a MODEL: what its LoRA is for."""
     if not (reason := why_undistilled(model)):
         return None
-    distilled = in_comfyui(family_of(model)).distilled
-    note = f"{_looks(model, reason)}: {objective} trains it; use the LoRA on the distilled model ({distilled})"
-    drawn = "class images and previews" if draws_images else "previews"
-    return f"{note}; {drawn} drawn by this one in so few steps are not usable"
+    return (
+        f"{_looks(model, reason)}: {objective} trains it; use the LoRA on the distilled model "
+        f"({in_comfyui(family_of(model)).distilled}); previews drawn by this one in so few steps are not usable"
+    )
 
 
 def why_undistilled(model: Any) -> str:
     """What the MODEL is recognised by as undistilled; empty if it is not, or if there is no hint."""
-    return _reason(base_name(model).lower(), family_of(model) is Z_IMAGE, model) or ""
+    entry = in_comfyui(family_of(model))
+    return _reason(base_name(model).lower(), entry, model.model.model_config.unet_config) or ""
 
 
 def _looks(model: Any, reason: str) -> str:
     return f"{base_name(model) or 'this model'} looks like an undistilled checkpoint ({reason})"
 
 
-def _reason(name: str, is_z_image: bool, model: Any) -> str | None:
+def _reason(name: str, entry: ComfyFamily, config: Any) -> str | None:
     if _DE_DISTILLED.search(name):
         return "by its name, the distillation was removed"
     if _DISTILLED.search(name):
         return None
-    if _BASE.search(name) and (is_z_image or "base" in name):
+    if re.search(entry.undistilled, name):
         return "by its name"
-    small_norms = model.model.model_config.unet_config.get("allow_fp16")
-    return "by its norm weights" if is_z_image and small_norms is False else None
+    is_base = any(key in config and config[key] == value for key, value in entry.undistilled_config.items())
+    return "by its weights" if is_base else None

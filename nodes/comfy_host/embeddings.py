@@ -1,15 +1,37 @@
-"""Reports embeddings (`embedding:name` in a text) that ComfyUI leaves out: it only logs those that it does not find."""
+"""Embeddings (`embedding:name` in a text): those that ComfyUI leaves out, of which it only logs that it does not find
+them, and whether their files have changed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import folder_paths
 from torch import Tensor
+
+from ...dopsd_core.text import hashable
+from .paths import stamp_of
 
 EMBEDDING = "embedding:"
 _NAMED = re.compile(rf"(?:(?<=\s)|^){EMBEDDING}([^\s,<\[]+)")
+
+
+def embeddings_fingerprint() -> str:
+    """For `fingerprint_inputs`: changes when a file in models/embeddings is added, removed or replaced.
+
+    Which of them the texts name is not known beforehand: captions come over a link.
+    """
+    digest = hashlib.sha256()
+    for name in folder_paths.get_filename_list("embeddings"):
+        try:
+            facts = stamp_of(folder_paths.get_full_path_or_raise("embeddings", name))
+        except OSError:  # removed since the list was made
+            continue
+        digest.update(hashable(f"{facts}\n"))
+    return digest.hexdigest()
 
 
 def embedding_notes(clip: Any, texts: Iterable[tuple[str, str]]) -> tuple[str, ...]:

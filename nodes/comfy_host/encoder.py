@@ -12,10 +12,10 @@ from ...dopsd_core.conditioning.cache import plain_cpu
 from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.teachers import TeacherView, choose_teacher
 from .embeddings import EMBEDDING
-from .families import family_of_clip, in_comfyui
+from .families import family_of_clip, in_comfyui, without_time
 from .fits import require_training_vae
 from .identity import identity_of
-from .vision import TeacherVision, count_tokens, encode_image_text, image_tokens, text_encoder
+from .vision import TeacherVision, count_tokens, encode_image_text, has_tower, image_tokens, text_encoder
 
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> TeacherView:
@@ -50,9 +50,9 @@ class ComfyEncoder:
     def __init__(self, clip: Any, vae: Any, vision: TeacherVision | None) -> None:
         self.family = family_of_clip(clip)
         require_training_vae(vae, clip)
-        self._clip, self._vae, self._vision = clip, vae, vision
+        self._clip, self._vae, self._vision = clip, vae, None if has_tower(clip) else vision
         self._latent_format = in_comfyui(self.family).model.latent_format()
-        rounding, found = str(comfy.model_management.intermediate_dtype()), identity_of(clip, vae, vision)
+        rounding, found = str(comfy.model_management.intermediate_dtype()), identity_of(clip, vae, self._vision)
         self._identity = "/".join(("comfyui", self.family.name, rounding, found.digest))
         self.notes = found.notes
 
@@ -67,19 +67,13 @@ class ComfyEncoder:
             return self._identity
         return f"{self._identity}/{identity_of(self._clip.tokenize(caption)).digest}"
 
-    def require_vision(self) -> TeacherVision:
-        """The vision tower.
+    def require_vision(self) -> None:
+        """Checks that the teacher can see images.
 
         Raises:
-            ValueError: none is connected, or it does not belong to the CLIP.
+            ValueError: the CLIP holds no vision tower, and none is connected or it does not belong to the CLIP.
         """
-        if self._vision is None:
-            raise ValueError(
-                "the teacher needs a vision tower: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or "
-                "Load Demo Models"
-            )
         text_encoder(self._clip, self._vision)
-        return self._vision
 
     @torch.inference_mode()
     def encode_text(self, caption: str) -> Condition:
@@ -92,7 +86,7 @@ class ComfyEncoder:
     def encode_image_text(self, image: Tensor, caption: str) -> Condition:
         """The teacher's condition for image [3, H, W] in [0, 1] and caption, features [L, D]; a long caption is cut."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return Condition(plain_cpu(encode_image_text(self._clip, self.require_vision(), caption, image)))
+        return Condition(plain_cpu(encode_image_text(self._clip, self._vision, caption, image)))
 
     @torch.inference_mode()
     def encode_latent(self, image: Tensor) -> Tensor:
@@ -102,7 +96,8 @@ class ComfyEncoder:
             ValueError: the VAE gives latents of another shape than the family's.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
-        latent = self._latent_format.process_in(self._vae.encode(image.movedim(0, -1)[None]))[0].float()
+        encoded = self._latent_format.process_in(self._vae.encode(image.movedim(0, -1)[None]))
+        latent = without_time(encoded, self.family)[0].float()
         wanted = self.family.latent_shape(image.shape[2], image.shape[1])
         if tuple(latent.shape) != wanted:
             raise ValueError(
@@ -119,4 +114,4 @@ class ComfyEncoder:
 
     def count_image(self, width: int, height: int) -> int:
         """Tokens of the vision tower for an image of this size in pixels."""
-        return image_tokens(self.require_vision(), width, height)
+        return image_tokens(self._vision, width, height)

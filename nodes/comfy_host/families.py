@@ -5,15 +5,40 @@ What training needs of a family is in `dopsd_core/families`; a new family also n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.supported_models
 import comfy.text_encoders.flux
+import comfy.text_encoders.krea2
 import comfy.text_encoders.z_image
+from torch import Tensor, nn
 
-from ...dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
+from ...dopsd_core.families import FLUX2_KLEIN, KREA2, Z_IMAGE, Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReader:
+    """The language model in a CLIP that can read an image together with its caption.
+
+    Attributes:
+        encoder: its name in the CLIP and in the tokenizer.
+        title: its name for users.
+        has_tower: whether the CLIP holds the vision tower too; else it comes from Load Teacher Vision.
+    """
+
+    encoder: str
+    title: str
+    has_tower: bool = False
+
+
+_BASE = r"(?<![a-z])base(?![a-z])"
+_FORMAT = r"([-_](bf16|fp\w+|int\w+|mxfp\w+|nvfp\w+|scaled|convrot|q\d\w*))*"
+"""What a file's name says of its format, behind the name of the model."""
+
+QWEN3_4B = ImageReader(encoder="qwen3_4b", title="Qwen3-4B")
+QWEN3VL_4B = ImageReader(encoder="qwen3vl_4b", title="Qwen3-VL-4B", has_tower=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +51,16 @@ class ComfyFamily:
         tokenizer: class of the CLIP's tokenizer.
         clip_files: files of the text encoder, and the type to load them with.
         vae_file: file of the VAE.
-        text_width: key in the MODEL's configuration of the width of its text features.
+        reader: what reads images for the teacher; a CLIP of the family may lack it (FLUX.2-klein 9B).
+        text_width: keys in the MODEL's configuration whose product is the width of its text features.
         text_encoders: file for each width of text features.
         text_tokens: longest prompt, with template, that the model was made for; ComfyUI also reads longer ones.
-        blocks: names of the network's lists of transformer blocks, in the order of the forward.
+        blocks: paths of the network's lists of transformer blocks, in the order of the forward.
         overwritten: names of norms whose input the network overwrites later.
         sampler: sampler of ComfyUI's own templates; training always uses Euler.
         distilled: names of the checkpoints that were distilled for few steps.
+        undistilled: regular expression for the names, in lower case, of checkpoints that were not.
+        undistilled_config: entries of the MODEL's configuration that only an undistilled checkpoint has.
     """
 
     family: Family
@@ -40,13 +68,21 @@ class ComfyFamily:
     tokenizer: type
     clip_files: str
     vae_file: str
-    text_width: str
+    reader: ImageReader
+    text_width: tuple[str, ...]
     text_encoders: Mapping[int, str]
     text_tokens: int = 512
     blocks: tuple[str, ...]
     overwritten: frozenset[str] = frozenset()
     sampler: str
     distilled: str
+    undistilled: str = _BASE
+    undistilled_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def latent_axes(self) -> int:
+        """Axes of an image's latent behind the channels: 2, or 3 for h and w behind a time axis of length 1."""
+        return self.model.latent_format.latent_dimensions
 
 
 _ALL = (
@@ -56,11 +92,16 @@ _ALL = (
         tokenizer=comfy.text_encoders.z_image.ZImageTokenizer,
         clip_files="qwen_3_4b with type lumina2",
         vae_file="ae.safetensors",
-        text_width="cap_feat_dim",
+        reader=QWEN3_4B,
+        text_width=("cap_feat_dim",),
         text_encoders={2560: "qwen_3_4b with type lumina2"},
         blocks=("noise_refiner", "context_refiner", "layers"),
         sampler="res_multistep",
         distilled="z_image_turbo_bf16 or its fp8 or int8 variant",
+        undistilled=rf"{_BASE}|z[-_]?image{_FORMAT}\.\w+",
+        # ComfyUI allows fp16 only if the norm weights of the second to last block are small, as in Turbo (its pull
+        # request 12065, issue 12176)
+        undistilled_config={"allow_fp16": False},
     ),
     ComfyFamily(
         family=FLUX2_KLEIN,
@@ -68,14 +109,35 @@ _ALL = (
         tokenizer=comfy.text_encoders.flux.KleinTokenizer,
         clip_files="qwen_3_4b or qwen_3_8b with type flux2",
         vae_file="flux2-vae.safetensors",
-        text_width="context_in_dim",
+        reader=QWEN3_4B,
+        text_width=("context_in_dim",),
         text_encoders={7680: "qwen_3_4b with type flux2", 12288: "qwen_3_8b with type flux2"},
         blocks=("double_blocks", "single_blocks"),
         overwritten=frozenset({"img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm"}),
         sampler="euler",
         distilled="flux-2-klein-4b or -9b, not their -base-",
     ),
+    ComfyFamily(
+        family=KREA2,
+        model=comfy.supported_models.Krea2,
+        tokenizer=comfy.text_encoders.krea2.Krea2Tokenizer,
+        clip_files="qwen3vl_4b_fp8_scaled with type krea2",
+        vae_file="qwen_image_vae.safetensors",
+        reader=QWEN3VL_4B,
+        text_width=("txtlayers", "txtdim"),
+        text_encoders={30720: "qwen3vl_4b_fp8_scaled with type krea2"},
+        text_tokens=546,  # 512 and the system's 34, which the encoder cuts off
+        blocks=("txtfusion.layerwise_blocks", "txtfusion.refiner_blocks", "blocks"),
+        sampler="euler",
+        distilled="krea2_turbo_fp8_scaled or its bf16 or int8 variant, not Krea-2-Raw",
+        undistilled=rf"{_BASE}|(?<![a-z])raw(?![a-z])",
+    ),
 )
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else "".join(names)
 
 
 def all_families() -> tuple[Family, ...]:
@@ -88,6 +150,30 @@ def in_comfyui(family: Family) -> ComfyFamily:
     return next(entry for entry in _ALL if entry.family is family)
 
 
+def block_lists(network: nn.Module, family: Family) -> Mapping[str, Sequence[nn.Module]]:
+    """The network's lists of transformer blocks by path, in the order of the forward."""
+    lists: dict[str, Any] = {path: network.get_submodule(path) for path in in_comfyui(family).blocks}
+    return lists
+
+
+def with_time(latents: Tensor, family: Family) -> Tensor:
+    """Latents [B, C, h, w] as ComfyUI has the family's: [B, C, 1, h, w] where it has a time axis."""
+    return latents.unsqueeze(2) if in_comfyui(family).latent_axes == 3 else latents
+
+
+def without_time(latents: Tensor, family: Family) -> Tensor:
+    """The inverse of `with_time`.
+
+    Raises:
+        ValueError: the latents [B, C, t, h, w] are of several images, t > 1.
+    """
+    if in_comfyui(family).latent_axes == 2 or latents.ndim == 4:
+        return latents
+    if latents.shape[2] != 1:
+        raise ValueError(f"latents of one image are expected, these are of {latents.shape[2]}: {list(latents.shape)}")
+    return latents.squeeze(2)
+
+
 def family_of(model: Any) -> Family:
     """The family of a MODEL (ModelPatcher).
 
@@ -98,7 +184,7 @@ def family_of(model: Any) -> Family:
     for entry in _ALL:
         if isinstance(config, entry.model):
             return entry.family
-    titles = " and ".join(entry.family.title for entry in _ALL)
+    titles = listed([entry.family.title for entry in _ALL])
     raise ValueError(f"this MODEL is a {type(config).__name__}; D-OPSD trains {titles}: load one of them")
 
 

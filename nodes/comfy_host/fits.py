@@ -5,14 +5,16 @@ Otherwise a mismatch would be torch's error about two shapes, or no error at all
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import comfy.taesd.taehv
 import comfy.taesd.taesd
 
 from ...dopsd_core.demo.model_files import TEXT_WIDTH
 from ...dopsd_core.families import Z_IMAGE, Family
 from .demo_models import DemoLatents, DemoTextModel
-from .families import all_families, family_of, family_of_clip, in_comfyui
+from .families import all_families, block_lists, family_of, family_of_clip, in_comfyui
 from .linears import require_known_layers
 from .sockets import Conditions
 
@@ -35,7 +37,8 @@ def require_trainable(model: Any, conditions: Conditions, vae: Any | None = None
     require_text_width(model, conditions.data.pairs[0].student.features.shape[-1], "the conditions have features")
     if vae is not None:
         require_vae(vae, family, is_demo_model(model))
-    require_known_layers(model.model.diffusion_model, in_comfyui(family).blocks)
+    network = model.model.diffusion_model
+    require_known_layers(network, block_lists(network, family))
 
 
 def require_text_width(model: Any, width: int, whose: str) -> None:
@@ -59,7 +62,9 @@ def require_text_width(model: Any, width: int, whose: str) -> None:
 
 def text_width(model: Any) -> int | None:
     """The width of the text features that the MODEL reads; None if its configuration does not say."""
-    return model.model.model_config.unet_config.get(in_comfyui(family_of(model)).text_width)
+    config = model.model.model_config.unet_config
+    sizes = [config.get(key) for key in in_comfyui(family_of(model)).text_width]
+    return None if None in sizes else math.prod(sizes)
 
 
 def is_demo_model(model: Any) -> bool:
@@ -114,9 +119,9 @@ def _misfit(vae: Any, family: Family, demo: bool) -> str | None:
     """What the VAE is instead; None if it fits, or if that is not known."""
     if isinstance(getattr(vae, "first_stage_model", None), DemoLatents):
         return None if demo else "the demo model's"
-    dimensions, channels = getattr(vae, "latent_dim", 2), getattr(vae, "latent_channels", None)
-    if dimensions != 2:
-        return f"one for {'sound' if dimensions == 1 else 'video'}"
+    axes, channels = getattr(vae, "latent_dim", 2), getattr(vae, "latent_channels", None)
+    if axes == 1:
+        return "one for sound"
     if channels is None:
         return "another model's" if demo else None
     scale = vae.spacial_compression_encode()
@@ -124,12 +129,16 @@ def _misfit(vae: Any, family: Family, demo: bool) -> str | None:
     owners = [
         other
         for other in all_families()
-        if other.latent_channels == channels and (other.downscale == scale or _is_taesd(vae))
+        if (in_comfyui(other).latent_axes, other.latent_channels) == (axes, channels)
+        and (other.downscale == scale or _is_taesd(vae))
     ]
     if owners == [family] and not demo:
         return None
+    if axes == 3 and not owners:
+        return "one for video"
     return f"{owners[0].title}'s" if owners else f"one of {channels} channels at 1/{scale} of the image's size"
 
 
 def _is_taesd(vae: Any) -> bool:
-    return isinstance(getattr(vae, "first_stage_model", None), comfy.taesd.taesd.TAESD)
+    kinds = (comfy.taesd.taesd.TAESD, comfy.taesd.taehv.TAEHV)
+    return isinstance(getattr(vae, "first_stage_model", None), kinds)

@@ -16,7 +16,7 @@ from .families import in_comfyui
 from .vision import MAX_TOKENS
 
 MOST_NOTES = 20
-_TEMPLATE = 32
+_TEMPLATE = 64
 """More tokens than a template has without text and image. A text has at most one token per byte."""
 
 

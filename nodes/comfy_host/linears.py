@@ -9,7 +9,7 @@ Legend: x [..., in_features], g [..., out_features], W [out_features, in_feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,11 @@ from ...dopsd_core.families import Family
 from .bypass import bypass_hooks, through_hooks
 
 _KNOWN_PACKAGES = ("torch", "comfy")
-_TOLERANCE = 0.2
+_TOLERANCE = 0.08
 """Of the adjoint test. Activations in 8 or 4 bits are off by a few percent, a wrong weight by about 100 %."""
+_FACTOR, _NONLINEAR = -8.0, 0.015
+"""Of the linearity test: the scale of a second input, by which activations in few bits scale too, and the tolerance
+beside rounding."""
 
 
 class UnknownLayer(ValueError):
@@ -98,26 +101,30 @@ def _site(name: str, module: Any, family: Family) -> LinearSite:
         with cast_parameters(module, flat) as (weight, _):
             return (flat @ weight).reshape(*grad.shape[:-1], -1)
 
+    def weight(device: torch.device) -> Tensor:
+        with torch.no_grad(), cast_parameters(module, torch.zeros(1, columns, device=device)) as (cast, _):
+            return cast.to(torch.float32, copy=True)
+
     rows, columns = module.out_features, module.in_features
-    site = LinearSite(name, module, columns, rows, family.native_parts(name, rows), forward, grad_input)
+    site = LinearSite(name, module, columns, rows, family.native_parts(name, rows), forward, grad_input, weight)
     return through_hooks(site, hooks) if hooks else site
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def require_known_layers(network: nn.Module, block_lists: Sequence[str]) -> None:
+def require_known_layers(network: nn.Module, block_lists: Mapping[str, Sequence[nn.Module]]) -> None:
     """Checks every layer without running it.
 
     Args:
-        block_lists: names of the network's lists of transformer blocks.
+        block_lists: the network's lists of transformer blocks by path.
 
     Raises:
         UnknownLayer: a Linear's cast weight is not [out_features, in_features], a Linear is wrapped, or a layer with
             matrices is neither torch's nor ComfyUI's.
     """
-    for name in block_lists:
-        _require_alike(name, getattr(network, name))
+    for name, blocks in block_lists.items():
+        _require_alike(name, blocks)
     checked: set[object] = set()
     for path, module in network.named_modules():
         name = _path(path)
@@ -135,20 +142,29 @@ def require_known_layers(network: nn.Module, block_lists: Sequence[str]) -> None
 def require_adjoints(sites: Sequence[LinearSite], device: torch.device, dtype: torch.dtype) -> None:
     """Checks with one token that the backward fits the forward, in every layer that is not torch's or ComfyUI's own.
 
-    With y = W x, <g @ W, x> = <y, y> must hold for g = y.
+    With y(x) = W x, <g @ W, x> = <y, y> must hold for g = y(x), and y(-8 x) = -8 y(x).
 
     Raises:
-        UnknownLayer: it does not hold for a layer.
+        UnknownLayer: one of them does not hold for a layer.
     """
     with torch.inference_mode(False), torch.no_grad():  # as in training
         for site in sites:
             if not _is_known(site.module):
                 generator = torch.Generator().manual_seed(0)
                 x = torch.randn(1, 1, site.in_features, generator=generator).to(device, dtype)
-                y = (site.forward(x) - site.forward(torch.zeros_like(x))).float()
+                bias, out, other = (site.forward(x * scale).float() for scale in (0.0, 1.0, _FACTOR))
+                y = out - bias
                 wanted, got = y.square().sum(), (site.grad_input(y.to(dtype)).float() * x.float()).sum()
-                if not (wanted - got).abs() <= _TOLERANCE * wanted:
+                is_adjoint = (wanted - got).abs() <= _TOLERANCE * wanted
+                if not (is_adjoint and _is_linear(bias, out, other, torch.finfo(dtype).eps)):
                     raise UnknownLayer(site.name, site.module, "its forward is not x @ W.T + b")
+
+
+def _is_linear(bias: Tensor, out: Tensor, other: Tensor, rounding: float) -> bool:
+    """Whether y(-8 x) = -8 y(x), for a layer's outputs [..., out_features] at 0, x and -8 x."""
+    wanted = _FACTOR * (out - bias)
+    rounded = rounding / 2 * (other.norm() + abs(_FACTOR) * (out.norm() + bias.norm()))
+    return bool((other - bias - wanted).norm() <= _NONLINEAR * wanted.norm() + rounded)
 
 
 def _require_alike(name: str, blocks: Sequence[nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Which tensors of a LoRA ComfyUI's own loader applies to a MODEL.
+"""Which tensors of a LoRA ComfyUI's own loader applies to a MODEL, and whether they are finite.
 
 ComfyUI loads what it finds by name, and only logs a tensor of the wrong shape and continues: the demo model has the
 same names as the real one. Where two entries are for one weight, it applies the last.
@@ -14,7 +14,10 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import comfy.weight_adapter
+import torch
 from torch import Tensor
+
+from ...dopsd_core.adapters.lora_file import shown
 
 _PLAIN = (".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight")
 """Ends of the names of tensors that are added to a weight, or replace it, as they are."""
@@ -43,6 +46,19 @@ def used_keys(model: Any, tensors: Mapping[str, Tensor]) -> frozenset[str]:
         return frozenset(used)
     renamed = {id(converted[key]) for key in used}
     return frozenset(key for key, tensor in tensors.items() if id(tensor) in renamed)
+
+
+def require_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Checks the tensors, of any shape, of the LoRA with that name: images drawn with others are black or noise.
+
+    Raises:
+        ValueError: one has NaN or infinity.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ValueError(
+                f"{name} is damaged: its tensor {shown(key)} contains NaN or infinity; choose another file"
+            )
 
 
 def _applied(model: Any, tensors: Mapping[str, Tensor]) -> set[str]:

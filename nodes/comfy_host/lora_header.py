@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Mapping
 
 from ...dopsd_core import __version__
+from ...dopsd_core.sharing.model_spec import Description, spec_header, trigger_of
+
+__all__ = ["header_for", "kept_header", "trigger_of"]
 
 _PEFT = "lora_adapter_metadata"
 _OF_THE_BYTES = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Only valid for one file: written anew or not at all."""
 
-_TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
+_DIFFUSERS = (
+    *(f".lora_{half}.weight" for half in "AB"),
+    *(f".lokr_{factor}" for factor in ("w1", "w2", "w2_a", "w2_b")),
+    ".lora_magnitude_vector",
+    ".dora_scale",
+)
+"""Ends of the names that diffusers loads; dora_scale is ComfyUI's, and beside the magnitudes diffusers skips it."""
 
 
 def kept_header(header: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -29,29 +37,15 @@ def kept_header(header: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, .
     return kept, tuple(notes)
 
 
-def header_for(title: str, keys: Iterable[str], facts: Mapping[str, str]) -> dict[str, str]:
-    """The header of a new file: all of `facts`, and the fields of Stability AI's ModelSpec that they lack.
+def header_for(title: str, keys: Iterable[str], facts: Mapping[str, str], given: Description) -> dict[str, str]:
+    """The header of a new file: what the user says, all of `facts`, and the fields of ModelSpec that they lack.
 
     Args:
-        title: used if `facts` have none.
+        title: used if there is none.
         keys: names of the tensors; the implementation is diffusers only if all of them are diffusers' names.
+        given: what the user says; replaces what `facts` say.
     """
-    ours = "dopsd_family" in facts
-    known = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{facts.get('dopsd_family', 'unknown')}/lora",
-        "modelspec.title": title,
-        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    if all(key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys):
-        known["modelspec.implementation"] = "diffusers"
-    if ours:
-        known["dopsd_version"] = __version__
-    if trigger := trigger_of(facts):
-        known["modelspec.trigger_phrase"] = trigger
-    return known | dict(kept_header(facts)[0])
-
-
-def trigger_of(header: Mapping[str, str]) -> str:
-    """The trigger word of a LoRA; "" if its header has none."""
-    return next((header[key] for key in _TRIGGERS if header.get(key)), "")
+    is_diffusers = all(key.startswith("transformer.") and key.endswith(_DIFFUSERS) for key in keys)
+    header = spec_header(kept_header(facts)[0], given, title, is_diffusers)
+    ours = {"dopsd_version": __version__} if "dopsd_family" in facts else {}
+    return ours | header

@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 from torch import Tensor
 
-from .lora_fit import used_keys
+from .lora_fit import require_finite, used_keys
 from .paths import never_the_same, stamp_of
 
 NONE = "none"
@@ -42,7 +42,7 @@ def parse_strengths(text: str) -> list[float]:
     found: list[float] = []
     for word in (word.strip() for word in words if word.strip()):
         try:
-            value = float(word)
+            value = float(word if "_" not in word else "")  # Python reads 1_0 as 10
         except ValueError:
             raise ValueError(
                 f"strengths: {word!r} is not a number; write numbers separated by commas: 0.5, 1.0"
@@ -79,12 +79,18 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
     """How many tensors (as in `chosen_lora`, of any shape) ComfyUI's loader will apply, and one that it will not.
 
     Raises:
-        ValueError: it will apply none.
+        ValueError: it will apply none, or one that is not finite.
     """
     used = used_keys(model, tensors)
-    rest = [key for key in tensors if key not in used]
+    require_finite(name, {key: tensors[key] for key in tensors if key in used})
+    rest = [key for key in tensors if key not in used and _comfyuis(key) not in used]
     line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
     return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
+
+
+def _comfyuis(key: str) -> str:
+    """What ComfyUI reads instead of this magnitude of a DoRA; the key itself for any other."""
+    return key.replace(".lora_magnitude_vector", ".dora_scale")
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Tensor], strength: float) -> Any:

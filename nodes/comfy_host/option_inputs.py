@@ -53,7 +53,7 @@ def _input(option: Option, advanced: bool | None) -> Any:
     about: dict[str, Any] = {"tooltip": tooltip(option), "advanced": advanced, "optional": True}
     if option.choices:
         return io.Combo.Input(option.name, options=list(option.choices), default=option.default, **about)
-    if option.is_many:
+    if option.is_many or option.kind is str:
         return io.String.Input(option.name, default=widget_value(option, option.default), **about)
     if option.kind is bool:
         return io.Boolean.Input(option.name, default=option.default, **about)

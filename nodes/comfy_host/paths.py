@@ -162,7 +162,7 @@ def store_dataset(name: str, write: Callable[[Path], None]) -> Path:
             with writing(folder):
                 draft.mkdir(parents=True)
                 write(draft)
-                (draft / _WRITTEN).write_text(json.dumps(_sizes(draft)))
+                (draft / _WRITTEN).write_text(json.dumps(_sizes(draft)), encoding="utf-8")
                 shutil.rmtree(folder, ignore_errors=True)
                 draft.rename(folder)
         except BaseException:

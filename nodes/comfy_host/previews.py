@@ -23,6 +23,7 @@ from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.rng import make_generator
 from ...dopsd_core.training.training_set import TeacherImage, encode_request, latent_shape, shown_to_teacher
 from .denoiser import ComfyDenoiser
+from .sampling import decode_image
 from .sockets import Conditions, PreviewPrompt
 
 log = logging.getLogger("dopsd")
@@ -130,7 +131,7 @@ class PreviewPainter:
 
     def _decode(self, latent: Tensor) -> Tensor:
         with torch.inference_mode():
-            image = self._vae.decode(self.denoiser.to_vae_space(latent[None]))[0]
+            image = decode_image(self._vae, self.denoiser.to_vae_space(latent[None]))
         return image.movedim(-1, 0).float().cpu().clamp(0, 1)
 
 

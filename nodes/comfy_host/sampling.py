@@ -22,6 +22,12 @@ def sampler_name(sampler: str, family: Family) -> str:
     return in_comfyui(family).sampler if sampler == "template" else sampler
 
 
+def decode_image(vae: Any, latents: Tensor) -> Tensor:
+    """The first image [H, W, 3] of latents [B, C, h, w], or [B, C, 1, h, w] where the VAE's have a time axis."""
+    images = vae.decode(latents)
+    return images.reshape(-1, *images.shape[-3:])[0]
+
+
 def few_step_sample(
     model: Any,
     positive: Any,
@@ -32,6 +38,8 @@ def few_step_sample(
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
 ) -> Tensor:
     """Latents [B, C, h, w] of MODEL and CONDITIONING at CFG 1, without a negative prompt.
+
+    Where ComfyUI's latents have a time axis, so do these: [B, C, 1, h, w].
 
     Args:
         latent: [B, C, h, w]; zeros for a new image.

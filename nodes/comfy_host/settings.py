@@ -9,8 +9,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...dopsd_core.config import TrainConfig
-from ...dopsd_core.families import FAMILIES, Family
+from ...dopsd_core.families import Family
 from ...dopsd_core.options import Option, all_options
+from .families import all_families
 from .option_inputs import option_inputs, option_values, widget_value
 from .presets import PRESETS, preset_settings
 
@@ -20,7 +21,17 @@ OPTIONS: Mapping[str, Option] = {option.name: option for option in all_options(T
 _ELSEWHERE = frozenset({"family", "steps", "seed", "preview_every", "caption_dropout"})
 """Options that are on D-OPSD Train LoRA or Load Dataset, or follow from the MODEL."""
 
-FAMILY_TITLES: Mapping[str, Family] = {family.title: family for family in FAMILIES.values()}
+_LATER = (
+    *("states", "regression_target", "magnitude_weight", "band_low", "band_high", "sft_anchor_probability"),
+    *("dreambooth_sigmas", "dreambooth_shift", "dreambooth_prior_weight", "dreambooth_class_images"),
+    *("pso_form", "pso_beta", "pso_loser_images"),
+    *("factor", "muon_momentum", "prodigy_lr", "prodigy_weight_decay", "prodigy_d_coef", "prodigy_safeguard_warmup"),
+    *("custom_path", "custom_options", "custom_lr"),
+)
+"""Options that came after the first version of Training Settings. They are at its end in this order, since saved graphs
+fill in widgets by position."""
+
+FAMILY_TITLES: Mapping[str, Family] = {family.title: family for family in all_families()}
 
 
 @dataclass(frozen=True)
@@ -39,9 +50,10 @@ class TrainingSettings:
 
 
 def listed_options() -> list[Option]:
-    """The options on Training Settings: choices with their own options first, then those of the run."""
-    shown = [option for name, option in OPTIONS.items() if name not in _ELSEWHERE]
-    return sorted(shown, key=lambda option: not (option.setting or option.choices))
+    """The options on Training Settings: choices with their own options, those of the run, those that came later."""
+    shown = [option for name, option in OPTIONS.items() if name not in (*_ELSEWHERE, *_LATER)]
+    first = sorted(shown, key=lambda option: not (option.setting or option.choices))
+    return [*first, *(OPTIONS[name] for name in _LATER)]
 
 
 def shown_options() -> list[Option]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...dopsd_core.adapters.lora_import import import_lora, lora_digest
+from ...dopsd_core.adapters.lora_import import lora_digest
 from ...dopsd_core.config import TrainConfig
 from .denoiser import ComfyDenoiser
 from .lora_header import trigger_of
@@ -43,11 +43,12 @@ def start_of(
         base_model: of the run; a note says if the LoRA's differs.
 
     Raises:
-        ValueError: it is not a plain LoRA, belongs to another model, or changes no layer that is trained.
+        ValueError: it is of another kind than the run's adapter, belongs to another model, or changes no layer that is
+            trained.
     """
     if lora is None:
         return Start()
-    imported = import_lora(lora, denoiser.sites(), config.adapter.targets)
+    imported = config.adapter.imported(lora, denoiser.sites())
     notes = _differences(getattr(lora, "facts", {}), trigger, base_model)
     if imported.left_out:
         notes.append(f"initial_lora: {imported.describe_left_out()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,11 @@ from .distilled import note_if_undistilled, warn_if_undistilled, why_undistilled
 from .identity import identity_of
 from .memory_plan import MemoryPlan, OutOfMemory, advice, free_device_memory, is_out_of_memory, plan_memory
 from .model_patches import unused_patches
-from .paths import condition_cache, run_folder
+from .paths import condition_cache
 from .presets import make_config, merged_settings, run_digest
 from .previews import TILE, PreviewPainter, TrainingPreview, load_sheets
 from .report import Notes
+from .run_folders import folder_of_run
 from .sockets import Conditions, TrainedLora
 from .start import start_of
 from .targets import require_blocks
@@ -156,13 +158,13 @@ def _planned(
     settings = merged_settings(wanted.preset, conditions.family, has_anchors, wanted.chosen)
     drawing = (f"class images in {default_steps(model)} steps",) if config.objective.drawn_images else ()
     facts = (conditions.data.fingerprint(), identity.digest, *start.identity, *drawing)
-    digest = run_digest(config, *facts, settings=settings)
+    folder = folder_of_run(wanted.run_name, config, lambda cut: run_digest(cut, *facts, settings=settings))
     unused = unused_settings(wanted.preset, wanted.chosen, config, conditions, has_vae)
     return _PlannedRun(
         denoiser=denoiser,
         conditions=conditions,
         plan=plan,
-        folder=run_folder(f"{wanted.run_name}-{digest}"),
+        folder=folder,
         shape=(
             config.objective.forward_batch(config.batch_size),
             *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area),
@@ -190,8 +192,15 @@ def _metadata(model: Any, fingerprint: str, conditions: Conditions, run_name: st
         "dopsd_trigger": conditions.trigger,
         "dopsd_teacher_sees": conditions.teacher.name,
         "dopsd_name": run_name,
+        "dopsd_resolution": _resolution(conditions),
         **({"dopsd_undistilled": reason} if (reason := why_undistilled(model)) else {}),
     }
+
+
+def _resolution(conditions: Conditions) -> str:
+    """The size in pixels of the largest training image, such as 1024x768."""
+    height, width = max((shape[-2:] for shape in conditions.data.shapes()), key=math.prod)
+    return f"{width * conditions.family.downscale}x{height * conditions.family.downscale}"
 
 
 def _watched(watcher: Watcher, run: _PlannedRun) -> TrainResult:
@@ -247,7 +256,7 @@ def _model_notes(model: Any, objective: Objective) -> tuple[str, ...]:
     if objective.needs_few_steps:
         undistilled = warn_if_undistilled(model)
     else:
-        undistilled = note_if_undistilled(model, objective.name, objective.drawn_images > 0)
+        undistilled = note_if_undistilled(model, objective.name)
     return (*((undistilled,) if undistilled else ()), *unused_patches(model))
 
 

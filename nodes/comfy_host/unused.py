@@ -114,6 +114,8 @@ def _of_previews_and_probe(config: TrainConfig, conditions: Conditions, has_vae:
 def _of_the_data(config: TrainConfig, conditions: Conditions) -> Iterator[str]:
     epoch = sum(example.repeats for example in conditions.data.examples)
     trained = config.steps * config.grad_accumulation * config.batch_size
+    if config.objective.anchor_share == 1:  # a remark of its own
+        return
     trained = round(trained * (1 - config.objective.anchor_share))
     if trained < epoch:
         yield (

@@ -1,14 +1,14 @@
-"""The teacher's vision tower: Qwen3-VL's, used with the language model of the CLIP.
+"""The teacher reads an image together with its caption: with the CLIP's own vision tower, or with Qwen3-VL's.
 
-The text encoder of Z-Image and FLUX.2-klein 4B is Qwen3-4B, the language model that Qwen3-VL-4B was trained from. With
-the vision tower (0.8 GB) and Qwen3-VL's positions, it reads an image together with its caption. No second language
-model is loaded. Template, hidden states and padding are the CLIP's own: the teacher's features only differ from the
-student's by the image.
+Some families' text encoder is a whole vision-language model (Krea 2): the CLIP encodes the image itself. The text
+encoder of Z-Image and FLUX.2-klein 4B is Qwen3-4B, the language model that Qwen3-VL-4B was trained from. With the
+vision tower (0.8 GB) and Qwen3-VL's positions, it reads an image; no second language model is loaded. `ComfyFamily`
+says which of the two it is. Template, hidden states and padding are the CLIP's own: the teacher's features only differ
+from the student's by the image.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,10 @@ from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders import llama, qwen3vl
 from torch import Tensor, nn
 
-from ...dopsd_core.demo.model_files import IMAGE_PAD, VISION_CELL, resize_for_vision, vision_size
+from ...dopsd_core.conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
+from ...dopsd_core.conditioning.teachers import TEACHER_VIEWS
+from ...dopsd_core.demo.model_files import IMAGE_PAD, VISION_CELL, resize_for_vision
+from .families import ImageReader, family_of_clip, in_comfyui
 
 MAX_TOKENS = 1024  # of image and caption together; the image's come first
 _IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -52,12 +55,12 @@ def qwen3vl_4b() -> VisionSpec:
     """Qwen3-VL-4B, which sees images at 512^2 to 768^2 pixels, like the paper's teacher for Z-Image-Turbo."""
     config = llama.Qwen3VL_4BConfig()
     sizes = {**qwen3vl.QWEN3VL_VISION_COMMON, **qwen3vl.QWEN3VL_VISION["qwen3vl_4b"]}
-    return VisionSpec("Qwen3-VL-4B", {**sizes, "out_hidden_size": config.hidden_size}, config, 512 * 512, 768 * 768)
+    return VisionSpec("Qwen3-VL-4B", {**sizes, "out_hidden_size": config.hidden_size}, config, MIN_PIXELS, MAX_PIXELS)
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherVision:
-    """A loaded vision tower.
+    """A loaded vision tower that the CLIP does not hold.
 
     Attributes:
         model: the network.
@@ -93,25 +96,65 @@ def new_vision(state: Mapping[str, Tensor], spec: VisionSpec, ops: Any, dtype: t
 
 
 @torch.inference_mode()
-def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor) -> Tensor:
+def encode_image_text(clip: Any, vision: TeacherVision | None, text: str, image: Tensor) -> Tensor:
     """The teacher's features [L, D] fp32 (CPU) of image [3, H, W] in [0, 1] and its caption; L <= `MAX_TOKENS`.
 
-    The end of a caption that is too long is cut off, never the end of the template. The language model runs with
-    Qwen3-VL's rotary positions meanwhile; with its own, the features would be off by 1 %.
+    The end of a caption that is too long is cut off, never the end of the template.
+
+    Args:
+        vision: the tower; None if the CLIP holds it.
 
     Raises:
-        ValueError: the CLIP does not belong to the vision tower.
+        ValueError: there is no tower, or the CLIP does not belong to it.
     """
     encoder = text_encoder(clip, vision)
-    language_model, reader = encoder.transformer.model, _Reader(encoder.transformer, vision.model)
-    size = seen_size(image.shape[1], image.shape[2], vision.min_pixels, vision.max_pixels)
+    size = seen_size(image.shape[1], image.shape[2], *_pixels(vision))
     resized = resize_for_vision(image.float(), size).movedim(0, -1)[None]
-    tokens = _tokens(clip, text, resized)
+    ids = _tokens(clip, text, resized)
+    features = _read_by_clip(clip, ids) if vision is None else _read_with_tower(clip, encoder, vision, ids)
+    return features.float().cpu()
+
+
+def image_tokens(vision: TeacherVision | None, width: int, height: int) -> int:
+    """How many of the `MAX_TOKENS` an image of this size in pixels takes; vision as in `encode_image_text`."""
+    rows, columns = seen_size(height, width, *_pixels(vision))
+    return rows * columns // VISION_CELL**2
+
+
+def count_tokens(clip: Any, text: str, seen: int | None = None) -> int:
+    """Tokens of the text in the CLIP's own template, without padding; seen: tokens of an image before it."""
+    template = _template(clip) if seen is not None else clip.tokenizer.llama_template
+    (ids,) = next(iter(clip.tokenize(text, llama_template=template, min_length=1).values()))
+    return len(ids) if seen is None else len(ids) + seen - 1
+
+
+def _pixels(vision: TeacherVision | None) -> tuple[int, int]:
+    """(smallest, largest) size at which an image is seen."""
+    limits = vision or qwen3vl_4b()
+    return limits.min_pixels, limits.max_pixels
+
+
+# -- by the CLIP alone ------------------------------------------------------------------------------------------------
+
+
+def _read_by_clip(clip: Any, ids: list[Any]) -> Tensor:
+    """Features [L, D] by the CLIP's own encoding, which also cuts off the system's part of the template."""
+    weighted = {_reader(clip).encoder: [[(token, 1.0) for token in ids]]}
+    return clip.encode_from_tokens(weighted, return_dict=True)["cond"][0]
+
+
+# -- with a tower from elsewhere --------------------------------------------------------------------------------------
+
+
+def _read_with_tower(clip: Any, encoder: Any, vision: TeacherVision, ids: list[Any]) -> Tensor:
+    """Features [L, D]. The language model runs with Qwen3-VL's rotary positions meanwhile; with its own, the features
+    would be off by 1 %."""
+    language_model, reader = encoder.transformer.model, _Reader(encoder.transformer, vision.model)
     device = clip.patcher.load_device
     comfy.model_management.load_models_gpu([clip.patcher, vision.patcher])
     with comfy.model_management.cuda_device_context(device), _config(language_model, vision.lm_config):
         holder: Any = SimpleNamespace(special_tokens={"pad": _PAD}, transformer=reader)
-        embeds, mask, _, info = SDClipModel.process_tokens(holder, tokens, device)
+        embeds, mask, _, info = SDClipModel.process_tokens(holder, [ids], device)
         positions, is_image, deepstack = reader.build_image_inputs(embeds, info)
         states = _hidden_states(clip, encoder)
         final, chosen = language_model(
@@ -126,39 +169,7 @@ def encode_image_text(clip: Any, vision: TeacherVision, text: str, image: Tensor
             deepstack_embeds=deepstack,
         )[:2]
     hidden = final[0] if states is None else chosen[0]  # [L, D], or [states, L, D]
-    hidden = hidden.movedim(0, 1).flatten(1) if hidden.ndim == 3 else hidden
-    return hidden.float().cpu()
-
-
-def image_tokens(vision: TeacherVision, width: int, height: int) -> int:
-    """How many of the `MAX_TOKENS` an image of this size in pixels takes."""
-    rows, columns = seen_size(height, width, vision.min_pixels, vision.max_pixels)
-    return rows * columns // VISION_CELL**2
-
-
-def count_tokens(clip: Any, text: str, seen: int | None = None) -> int:
-    """Tokens of the text in the CLIP's own template, without padding; seen: tokens of an image before it."""
-    template = _template(clip) if seen is not None else clip.tokenizer.llama_template
-    (ids,) = next(iter(clip.tokenize(text, llama_template=template, min_length=1).values()))
-    return len(ids) if seen is None else len(ids) + seen - 1
-
-
-def seen_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width at which an image is seen: multiples of 32 within the limits, aspect ratio about kept.
-
-    The rule of Qwen3-VL's own image processor; if both limits are equal, the demo's (`vision_size`).
-    """
-    if min_pixels == max_pixels:
-        return vision_size(height, width, min_pixels)
-    cell, area = VISION_CELL, height * width
-    rows, columns = round(height / cell), round(width / cell)
-    if rows * columns * cell * cell > max_pixels:
-        shrink = math.sqrt(area / max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
-    elif rows * columns * cell * cell < min_pixels:
-        grow = math.sqrt(min_pixels / area)
-        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
-    return rows * cell, columns * cell
+    return hidden.movedim(0, 1).flatten(1) if hidden.ndim == 3 else hidden
 
 
 class _Reader:
@@ -171,22 +182,37 @@ class _Reader:
         self.visual, self.get_input_embeddings = visual, language_model.get_input_embeddings
 
 
-def text_encoder(clip: Any, vision: TeacherVision) -> Any:
-    """The CLIP's text encoder.
+def _reader(clip: Any) -> ImageReader:
+    return in_comfyui(family_of_clip(clip)).reader
+
+
+def has_tower(clip: Any) -> bool:
+    """Whether the CLIP holds the vision tower, so that none has to be connected."""
+    return _reader(clip).has_tower
+
+
+def text_encoder(clip: Any, vision: TeacherVision | None) -> Any:
+    """The language model of the CLIP that reads images.
 
     Raises:
-        ValueError: it does not belong to the vision tower.
+        ValueError: the CLIP has none, or the tower is missing, or it belongs to another language model.
     """
-    if hasattr(clip.cond_stage_model, "qwen3_8b"):
-        raise ValueError(
-            "this CLIP is Qwen3-8B, the text encoder of FLUX.2-klein 9B, and the vision tower belongs to Qwen3-4B: "
-            "use the mode edit, which needs no vision tower"
-        )
-    encoder = getattr(clip.cond_stage_model, "qwen3_4b", None)
+    family = family_of_clip(clip)
+    entry, reader = in_comfyui(family), _reader(clip)
+    encoder = getattr(clip.cond_stage_model, reader.encoder, None)
     if encoder is None:
+        others = [name for name in family.teachers if TEACHER_VIEWS[name].sees != "features"]
+        instead = f"; or use the mode {others[0]}, which needs no vision tower" if others else ""
         raise ValueError(
-            "this CLIP is not Qwen3-4B, which the vision tower belongs to: load qwen_3_4b, with type lumina2 for "
-            "Z-Image-Turbo or type flux2 for FLUX.2-klein 4B"
+            f"the text encoder in this CLIP is not {reader.title}, which the vision tower of the mode vlm belongs to: "
+            f"load {entry.clip_files}{instead}"
+        )
+    if reader.has_tower:
+        return encoder
+    if vision is None:
+        raise ValueError(
+            "the teacher needs a vision tower: connect `vision` of Load Teacher Vision (Qwen3-VL-4B) or "
+            "Load Demo Models"
         )
     width, wanted = encoder.transformer.model.config.hidden_size, vision.lm_config.hidden_size
     if width != wanted:
@@ -198,24 +224,30 @@ def text_encoder(clip: Any, vision: TeacherVision) -> Any:
 
 
 def _template(clip: Any) -> str:
-    """The CLIP's own template with an image before the text."""
+    """The CLIP's own template with an image before the text.
+
+    Without it, the tokenizer of a vision-language model would take another template, of whose tokens the encoder of
+    Krea 2 cuts off the image.
+    """
     return clip.tokenizer.llama_template.replace("{}", _IMAGE_TEXT + "{}")
 
 
-def _tokens(clip: Any, text: str, image: Tensor) -> list[list[Any]]:
+def _tokens(clip: Any, text: str, image: Tensor) -> list[Any]:
     """Token ids of the CLIP's own template with image [1, H, W, 3] before the text, padded like its texts."""
+    name, template = _reader(clip).encoder, _template(clip)
+    tokenizer = getattr(clip.tokenizer, name)
     cells = image.shape[1] * image.shape[2] // VISION_CELL**2  # tokens that replace the one image token
-    least = clip.tokenizer.qwen3_4b.min_length - (cells - 1)
-    ids: list[Any] = [
-        token[0] for token in clip.tokenize(text, llama_template=_template(clip), min_length=least)["qwen3_4b"][0]
-    ]
+    least = tokenizer.min_length - (cells - 1)
+    ids: list[Any] = [token[0] for token in clip.tokenize(text, llama_template=template, min_length=least)[name][0]]
+    if IMAGE_PAD not in ids:  # ComfyUI takes a text that starts like a template for a whole one
+        raise ValueError(f"the caption {text[:40]!r} replaces the prompt's template: write it without <|im_start|>")
     over = len(ids) + cells - 1 - MAX_TOKENS
     if over > 0:
-        ending = len(clip.tokenizer.qwen3_4b.tokenizer(_template(clip).rpartition("{}")[2])["input_ids"])
+        ending = len(tokenizer.tokenizer(template.rpartition("{}")[2])["input_ids"])
         end = len(ids) - ending
         del ids[max(end - over, ids.index(IMAGE_PAD) + 2) : end]
     ids[ids.index(IMAGE_PAD)] = {"type": "image", "data": image, "original_type": "image"}
-    return [ids]
+    return ids
 
 
 def _hidden_states(clip: Any, encoder: Any) -> list[int] | int | None:

@@ -41,6 +41,11 @@ FORMS: Mapping[str, Form] = {
     "klein bf16": Form("flux-2-klein-4b", torch.bfloat16, "bf16_unet"),
     "klein fp16": Form("flux-2-klein-4b", torch.float16, "fp16_unet"),
     "klein fp8": Form("flux-2-klein-4b-fp8", "TensorCoreFP8E4M3Layout"),
+    "krea 2": Form("krea2_turbo_bf16", torch.float32, "fp32_unet"),
+    "krea 2 bf16": Form("krea2_turbo_bf16", torch.bfloat16, "bf16_unet"),
+    "krea 2 fp16": Form("krea2_turbo_bf16", torch.float16, "fp16_unet"),
+    "krea 2 fp8": Form("krea2_turbo_fp8_scaled", "TensorCoreFP8E4M3Layout"),
+    "krea 2 int8 convrot": Form("krea2_turbo_int8_convrot", "TensorWiseINT8Layout"),
 }
 CENTRAL = ("bf16", "fp8", "int8 convrot", "klein", "klein fp8")
 """Those that differ most; the modes of less use are run with these alone (`-m central`)."""
@@ -78,7 +83,10 @@ def form_of(model: Any) -> Any:
     from comfy.quant_ops import QuantizedTensor
 
     network = model.model.diffusion_model
-    linear = network.layers[0].attention.qkv if hasattr(network, "layers") else network.single_blocks[0].linear1
+    names = {"layers": "attention.qkv", "single_blocks": "linear1", "blocks": "attn.wq"}
+    (linear,) = [
+        getattr(network, name)[0].get_submodule(path) for name, path in names.items() if hasattr(network, name)
+    ]
     weight = linear.weight
     return weight._layout_cls if isinstance(weight, QuantizedTensor) else weight.dtype
 
@@ -92,7 +100,7 @@ def made_conditions(comfyui: ComfyUI, model: Any) -> Any:
         comfyui.core("conditioning.encode"),
         comfyui.module("nodes.comfy_host.denoiser").family_of(model),
     )
-    width = 64 if family.name == "z_image" else 192
+    width = comfyui.module("nodes.comfy_host.fits").text_width(model)
     generator, pairs = torch.Generator().manual_seed(3), []
     for number in range(2):
         student, teacher = (torch.randn(length, width, generator=generator) for length in (11, 20))

@@ -14,16 +14,11 @@ Between = Callable[[Any, Tensor], None]
 """(denoiser, x): what happens between a forward and its backward."""
 
 
-def text_width(model: Any) -> int:
-    """Of the features that the MODEL reads."""
-    config = model.model.model_config.unet_config
-    return config.get("cap_feat_dim") or config["context_in_dim"]
-
-
 def features(comfyui: ComfyUI, model: Any, *lengths: int) -> list[Any]:
     """Random conditions of so many tokens each, on the CPU."""
     condition, generator = comfyui.core("conditioning.encode").Condition, torch.Generator().manual_seed(3)
-    return [condition(torch.randn(length, text_width(model), generator=generator)) for length in lengths]
+    width = comfyui.module("nodes.comfy_host.fits").text_width(model)
+    return [condition(torch.randn(length, width, generator=generator)) for length in lengths]
 
 
 def gradients(comfyui: ComfyUI, model: Any, between: Between | None = None, recompute: int = 0) -> list[Tensor]:

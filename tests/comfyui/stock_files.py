@@ -2,7 +2,8 @@
 
 Names, dtypes, head sizes and quantisation are those of the files that users have; what is small is the width and the
 number of blocks. Widths are what ComfyUI tells models by, so inside `thin()` three of its tables know the small ones
-too. FLUX.2-klein and the autoencoders it detects at any width as it is.
+too. FLUX.2-klein and the autoencoders it detects at any width as it is; Krea 2 too, but for the heads of its text
+fusion, of which there are always 20.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ State = dict[str, Tensor]
 
 Z_IMAGE_WIDTH, TEXT_WIDTH = 256, 64
 TEXT = {
-    "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers": 28, "num_attention_heads": 2,
+    "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers": 36, "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }  # fmt: skip
-"""FLUX.2-klein reads hidden states up to 27."""
+"""FLUX.2-klein reads hidden states up to 27, Krea 2 up to 35."""
+FUSION_HEADS = {"txtheads": 2, "txtkvheads": 2}
 VISION = {
     "hidden_size": 64, "intermediate_size": 128, "depth": 3, "deepstack_visual_indexes": [0, 1, 2], "num_heads": 1,
 }  # fmt: skip
@@ -47,6 +49,8 @@ def thin() -> Iterator[None]:
     from comfy.text_encoders import llama, qwen3vl
 
     def detect_unet_config(state: State, prefix: str, metadata: Any = None) -> Any:
+        if state.get(f"{prefix}txtfusion.layerwise_blocks.0.prenorm.scale", torch.empty(0)).shape[0] == TEXT_WIDTH:
+            return {**detect_unet(state, prefix, metadata=metadata), **FUSION_HEADS}
         name = f"{prefix}cap_embedder.1.weight"
         if name not in state or state[name].shape[0] != Z_IMAGE_WIDTH:
             return detect_unet(state, prefix, metadata=metadata)
@@ -56,9 +60,9 @@ def thin() -> Iterator[None]:
         return {**found, "dim": Z_IMAGE_WIDTH, "n_heads": heads, "n_kv_heads": heads}
 
     def detect_te_model(state: State) -> Any:
-        name = "model.layers.0.post_attention_layernorm.weight"
-        shown = name in state and state[name].shape[0] == TEXT_WIDTH
-        return detect_te({**state, name: torch.empty(2560, device="meta")} if shown else state)
+        names = ("model.layers.0.post_attention_layernorm.weight", "model.visual.merger.linear_fc2.weight")
+        small = [name for name in names if name in state and state[name].shape[0] == TEXT_WIDTH]
+        return detect_te({**state, **{name: torch.empty(2560, device="meta") for name in small}})
 
     detect_unet, detect_te = comfy.model_detection.detect_unet_config, comfy.sd.detect_te_model
     with pytest.MonkeyPatch.context() as patch:
@@ -68,6 +72,7 @@ def thin() -> Iterator[None]:
         for name in ("Qwen3_4BConfig", "Qwen3VL_4BConfig"):
             fields = [(field, type(value), value) for field, value in TEXT.items()]
             patch.setattr(llama, name, dataclasses.make_dataclass(name, fields, bases=(getattr(llama, name),)))
+        patch.setitem(qwen3vl.QWEN3VL_CONFIGS, "qwen3vl_4b", llama.Qwen3VL_4BConfig)
         patch.setitem(qwen3vl.QWEN3VL_VISION, "qwen3vl_4b", VISION)
         yield
 
@@ -98,6 +103,20 @@ def klein() -> State:
     return _state(model)
 
 
+def krea2() -> State:
+    """The same for Krea 2, of two blocks."""
+    import comfy.supported_models
+
+    config = comfy.supported_models.Krea2(
+        {
+            "image_model": "krea2", "features": 256, "channels": 16, "patch": 2, "layers": 2, "heads": 2, "kvheads": 1,
+            "txtlayers": 12, "txtdim": TEXT_WIDTH, **FUSION_HEADS,
+        }
+    )  # fmt: skip
+    config.set_inference_dtype(torch.float32, None)
+    return _state(toy.network(config).diffusion_model)
+
+
 def qwen3() -> State:
     """Qwen3-4B under Hugging Face's names, in bf16. It was trained without a head of its own."""
     import comfy.ops
@@ -107,13 +126,13 @@ def qwen3() -> State:
 
 
 def qwen3vl() -> State:
-    """Qwen3-VL-4B: the tower, and a language model without its embedding, which nothing here reads."""
+    """Qwen3-VL-4B: the tower and the language model, under Hugging Face's names."""
     import comfy.ops
     from comfy.text_encoders import qwen3vl
 
     config = {**qwen3vl.QWEN3VL_VISION_COMMON, **VISION, "out_hidden_size": TEXT_WIDTH}
     tower = _state(qwen3vl.Qwen3VLVisionModel(config, device="cpu", dtype=torch.float32, ops=comfy.ops.manual_cast))
-    language = {name: value for name, value in qwen3().items() if "embed_tokens" not in name}
+    language = {name.replace("model.", "model.language_model.", 1): value for name, value in qwen3().items()}
     return {**language, **{f"model.visual.{name}": value for name, value in tower.items()}}
 
 
@@ -140,6 +159,14 @@ def autoencoder(channels: int) -> State:
             decoder_config={"target": f"{place}.Decoder", "params": decoder},
         )
     )
+
+
+def qwen_image_vae() -> State:
+    """Qwen-Image's and Krea 2's, which ComfyUI takes in any width."""
+    from comfy.ldm.wan.vae import WanVAE
+
+    sizes = {"dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": []}
+    return _state(WanVAE(**sizes, temperal_downsample=[False, True, True], dropout=0.0))
 
 
 def _state(model: nn.Module) -> State:
@@ -253,11 +280,15 @@ FILES: Mapping[str, tuple[Maker, Quantiser | None]] = {
     "diffusion_models/z_image_turbo_int8_convrot": (z_image, int8_convrot),
     "diffusion_models/flux-2-klein-4b": (klein, None),
     "diffusion_models/flux-2-klein-4b-fp8": (klein, fp8_in_header),
+    "diffusion_models/krea2_turbo_bf16": (krea2, None),
+    "diffusion_models/krea2_turbo_fp8_scaled": (krea2, fp8_in_header),
+    "diffusion_models/krea2_turbo_int8_convrot": (krea2, int8_convrot),
     "text_encoders/qwen_3_4b": (qwen3, None),
     "text_encoders/qwen_3_4b_fp8_mixed": (qwen3, fp8_in_header),
     "text_encoders/qwen3vl_4b_fp8_scaled": (qwen3vl, fp8_in_header),
     "vae/ae": (lambda: autoencoder(16), None),
     "vae/flux2-vae": (lambda: autoencoder(32), None),
+    "vae/qwen_image_vae": (qwen_image_vae, None),
 }
 """Below ComfyUI's `models`, without the ending: what is in it, and how it is quantised."""
 

@@ -29,6 +29,9 @@ DISTILLED = [
     ("z_image_turbo_based_on_photos.safetensors", "ZImage"),
     ("flux-2-klein-4b.safetensors", "Flux2"),
     ("flux-2-klein-9b-fp8.safetensors", "Flux2"),
+    ("krea2_turbo_fp8_scaled.safetensors", "Krea2"),
+    ("Krea-2-Turbo-bf16.safetensors", "Krea2"),
+    ("krea2_drawn_in_crawl.safetensors", "Krea2"),
     ("my_finetune.safetensors", "ZImage"),
     ("database_style.safetensors", "ZImage"),
     ("", "ZImage"),
@@ -43,6 +46,9 @@ UNDISTILLED = [
     ("Z-Image-De-Turbo.safetensors", "ZImage"),
     ("flux-2-klein-base-4b.safetensors", "Flux2"),
     ("flux-2-klein-base-9b-fp8.safetensors", "Flux2"),
+    ("krea2_raw_bf16.safetensors", "Krea2"),
+    ("Krea-2-Raw.safetensors", "Krea2"),
+    ("krea2_raw_int8_convrot.safetensors", "Krea2"),
 ]
 
 
@@ -55,12 +61,13 @@ def test_distilled_or_unknown_names_pass(comfyui: ComfyUI, name: str, family: st
 def test_undistilled_names_are_warned_of(comfyui: ComfyUI, name: str, family: str) -> None:
     warning = comfyui.module("nodes.comfy_host.distilled").warn_if_undistilled(made_of(name, family))
     assert warning and warning.startswith(name) and "by its name" in warning and "\n" not in warning
-    assert ("z_image_turbo_bf16" if family == "ZImage" else "flux-2-klein-4b") in warning
+    right = {"ZImage": "z_image_turbo_bf16", "Flux2": "flux-2-klein-4b", "Krea2": "krea2_turbo_fp8_scaled"}
+    assert right[family] in warning
 
 
 def test_the_weights_tell_where_the_name_does_not(comfyui: ComfyUI) -> None:
     warn = comfyui.module("nodes.comfy_host.distilled").warn_if_undistilled
-    assert "by its norm weights" in warn(made_of("my_finetune.safetensors", allow_fp16=False))
+    assert "by its weights" in warn(made_of("my_finetune.safetensors", allow_fp16=False))
     assert warn(made_of("", allow_fp16=False)).startswith("this model looks like")
     assert warn(made_of("my_finetune.safetensors", allow_fp16=True)) is None
     assert warn(made_of("z_image_turbo_bf16.safetensors", allow_fp16=False)) is None  # its maker should know

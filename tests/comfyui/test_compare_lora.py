@@ -9,6 +9,7 @@ import pytest
 import torch
 import toy
 from loras import demo_lora, give, random_lora
+from safetensors.torch import save_file
 
 TILE, LEFT, TOP, STEP = 128, 210, 44 + 17, 128 + 6  # the grid's geometry for 64x64 images
 PROMPTS = "a [V] badge, top, on a sand background\n\n a red star badge, left, on a navy background "
@@ -185,6 +186,27 @@ def test_a_damaged_file_is_named(comfyui) -> None:
     assert run.status == "error" and run.error.startswith("damaged.safetensors cannot be read"), run.error
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("loader", [True, False], ids=["Load LoRA", "lora_name"])
+def test_a_file_that_is_not_finite_is_named(comfyui, tensors, value: float, loader: bool) -> None:
+    """Its images would be black or noise, without a word from ComfyUI."""
+    path, key = comfyui.base / "models" / "loras" / "diverged.safetensors", min(tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({**tensors, key: torch.full_like(tensors[key], value).to(torch.bfloat16)}, path)
+    nodes = graph(lora=["0", 0]) if loader else graph(lora_name=path.name)
+    nodes["0"] = {"class_type": "DOPSD_LoadLoRA", "inputs": {"lora_name": path.name}}
+    run = comfyui.execute(nodes)
+    path.unlink()
+    assert run.status == "error", run.status
+    assert run.error.startswith(f"diverged.safetensors is damaged: its tensor '{key}' contains NaN or infinity")
+
+
+def test_what_does_not_fit_need_not_be_finite(comfyui, tensors) -> None:
+    model = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
+    mixed = {**tensors, "transformer.nowhere.lora_A.weight": torch.full((1, 1), torch.nan)}
+    assert "1 are not, such as" in comfyui.module("nodes.compare_lora").used_line("it", model, mixed)
+
+
 def test_every_strength_has_a_column(comfyui, tensors) -> None:
     few, many = (
         comfyui.execute(with_lora(comfyui, tensors, strengths=strengths, prompts="a badge", steps=1)).value("2")
@@ -213,6 +235,7 @@ def test_what_is_missing_is_one_sentence(comfyui, inputs: dict, sentence: str) -
         ("", "strengths: give 1 to 8 numbers separated by commas, there are 0"),
         ("0.5, strong", "strengths: 'strong' is not a number; write numbers separated by commas: 0.5, 1.0"),
         ("1 2", "strengths: '1 2' is not a number"),
+        ("1_0", "strengths: '1_0' is not a number"),
         ("11", "strengths: 11 is not within -10..10"),
         ("nan", "strengths: nan is not within"),
         ("1,2,3,4,5,6,7,8,9", "there are 9"),

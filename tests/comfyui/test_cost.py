@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 from inprocess import CHECKOUT, ROOT
 
-FEW_BLOCKS = {"zimage_cost": ("--layers", "1"), "klein_cost": ("--double", "1", "--single", "2")}
+FEW_BLOCKS = {
+    "zimage_cost": ("--layers", "1"),
+    "klein_cost": ("--double", "1", "--single", "2"),
+    "krea2_cost": ("--blocks", "3"),
+}
 
 
 @pytest.mark.parametrize("name", FEW_BLOCKS)

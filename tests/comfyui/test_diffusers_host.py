@@ -67,7 +67,7 @@ def write_folder(folder: Path, family: str, clip: Any, transformer: Any, vae: An
     for name, part in {**parts, "tokenizer": tokenizer}.items():
         part.save_pretrained(folder / name)
     pipeline = "ZImagePipeline" if family == "z_image" else "Flux2KleinPipeline"
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
     return folder
 
 
@@ -201,7 +201,7 @@ def training_set(comfyui: ComfyUI, hosts: Any, encoder: Any, folder: Path) -> An
         image = Image.new("RGB", (64, 64), colour)
         image.paste("white", (10, 20, 40, 50))
         image.save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"a [V] badge, {name}")
+        (folder / f"{name}.txt").write_text(f"a [V] badge, {name}", encoding="utf-8")
     pairs = comfyui.core("data.dataset").read_dataset(folder, pixel_budget=64 * 64, multiple=16).pairs
     views = comfyui.core("conditioning.teachers").TEACHER_VIEWS
     view = views[hosts.model.teachers[0]]

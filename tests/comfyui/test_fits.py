@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import krea2_twins
 import pytest
 import stock_files
 import torch
@@ -40,10 +41,16 @@ def made_vae(kind: str) -> Any:
 
     if kind == "pixels":
         return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
-    if kind == "video":  # Wan's and Qwen-Image's has 16 channels at an eighth of the size, as Z-Image's
+    if kind in ("qwen image", "video"):  # the first has 16 channels at an eighth of the size, as Z-Image's
         sizes = {"dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": []}
         network = comfy.ldm.wan.vae.WanVAE(**sizes, temperal_downsample=[False, True, True], dropout=0.0)
-        return comfy.sd.VAE(sd=network.state_dict())
+        vae = comfy.sd.VAE(sd=network.state_dict())
+        vae.latent_channels = 16 if kind == "qwen image" else 48  # Wan 2.2's
+        return vae
+    if kind == "krea 2's preview":
+        import comfy.taesd.taehv
+
+        return comfy.sd.VAE(sd=comfy.taesd.taehv.TAEHV(latent_channels=16).state_dict())
     channels = {"sdxl's preview": 4, "flux's preview": 16, "klein's preview": 128}[kind]
     network = comfy.taesd.taesd.TAESD(latent_channels=channels)
     return comfy.sd.VAE(sd=network.state_dict(), metadata={"tae_latent_channels": channels})
@@ -52,6 +59,7 @@ def made_vae(kind: str) -> Any:
 WRONG = {
     # a CLIP's family and a VAE; what the message calls it, and what it says to load
     ("z_image", "pixels"): ("one of 3 channels at 1/1 of the image's size", "ae.safetensors"),
+    ("z_image", "qwen image"): ("Krea 2 Turbo's", "ae.safetensors.*qwen3vl_4b_fp8_scaled with type krea2"),
     ("z_image", "video"): ("one for video", "ae.safetensors"),
     ("z_image", "sdxl's preview"): ("one of 4 channels at 1/8", "ae.safetensors"),
     ("z_image", "klein's preview"): ("FLUX.2-klein's", "ae.safetensors.*qwen_3_4b or qwen_3_8b with type flux2"),
@@ -60,6 +68,9 @@ WRONG = {
     ("klein", "video"): ("one for video", "flux2-vae.safetensors"),
     ("z_image", "flux's preview"): (r"a small preview VAE \(TAESD\)", "ae.safetensors"),
     ("klein", "klein's preview"): (r"a small preview VAE \(TAESD\)", "flux2-vae.safetensors"),
+    ("krea2", "flux's preview"): ("Z-Image-Turbo's", "qwen_image_vae.safetensors"),
+    ("krea2", "video"): ("one for video", "qwen_image_vae.safetensors"),
+    ("krea2", "krea 2's preview"): (r"a small preview VAE \(TAESD\)", "qwen_image_vae.safetensors"),
 }
 
 
@@ -68,7 +79,8 @@ def test_training_images_are_encoded_by_the_models_own_vae_only(
     comfyui: ComfyUI, family: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, wanted = WRONG[family, kind]
-    clip, vae = comfyui.call(towers.clip, family), comfyui.call(made_vae, kind)
+    make = krea2_twins.clips if family == "krea2" else lambda: (towers.clip(family),)
+    (clip, *_), vae = comfyui.call(make), comfyui.call(made_vae, kind)
     monkeypatch.setattr(vae, "encode", lambda *_: pytest.fail("something was encoded"))
     with pytest.raises(ValueError, match=f"^the input vae is {found}.*{wanted}"):
         comfyui.module("nodes.comfy_host.encoder").ComfyEncoder(clip, vae, None)

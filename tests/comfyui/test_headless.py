@@ -221,5 +221,6 @@ def test_what_stands_where_a_link_belongs_is_named(comfyui: ComfyUI) -> None:
             with pytest.raises(inputs.InputError, match=f"{name} is .*; connect it to a node that gives"):
                 inputs.completed(schemas[node], {name: value})
     for value in ([[torch.zeros(1), {}]], {"a": torch.zeros(1)}, object()):
-        assert inputs.completed(schemas["DOPSD_TeacherPreview"], {"conditions": value})["conditions"] is value
+        with pytest.raises(inputs.InputError, match="conditions is connected to a .*; connect it to a node that gives"):
+            inputs.completed(schemas["DOPSD_TeacherPreview"], {"conditions": value})
     assert inputs.completed(schemas["DOPSD_TrainLoRA"], {"vae": None})["vae"] is None  # it is optional

@@ -197,5 +197,5 @@ def test_other_models_are_refused_by_name(comfyui: ComfyUI) -> None:
         pass
 
     model = SimpleNamespace(model=SimpleNamespace(model_config=SD15()))
-    with pytest.raises(ValueError, match="a SD15; D-OPSD trains Z-Image-Turbo and FLUX.2-klein"):
+    with pytest.raises(ValueError, match="a SD15; D-OPSD trains Z-Image-Turbo, FLUX.2-klein and Krea 2 Turbo"):
         comfyui.module("nodes.comfy_host.families").family_of(model)

@@ -82,7 +82,8 @@ def test_gradients_are_those_of_a_model_that_is_loaded_whole(
         assert equal(gradients(comfyui, model, looks, recompute), wanted)
     if not model.is_dynamic():
         names = left_in_ram(model)
-        assert names and (share < 1 or any("norm" in name for name in names))
+        # Krea 2's norms are not ComfyUI's: they are loaded always
+        assert names and (share < 1 or "krea 2" in form or any("norm" in name for name in names))
     unload(comfyui)
     assert same(held(model.model), before)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import klein_twins
+import krea2_twins
 import pytest
 import torch
 import twins
@@ -35,7 +36,11 @@ class Toy:
     def linears(self, native: bool) -> dict[str, tuple[int, int]]:
         """(rows, columns) of every Linear of the blocks under the original or diffusers' names; no line of ours."""
         weights = {k.removesuffix(".weight"): v.shape for k, v in self.model.model.diffusion_model.state_dict().items()}
-        own = {name: tuple(shape) for name, shape in weights.items() if name.endswith(self.kinds)}
+        own = {
+            name: tuple(shape)
+            for name, shape in weights.items()
+            if name.endswith(self.kinds) and not name.startswith("txtfusion.")
+        }
         if native:
             return own
         there = {name.removesuffix(".weight") for name in self.in_diffusers()}
@@ -51,6 +56,8 @@ class Toy:
         """ComfyUI's table has names of several versions of FLUX; these are the network's."""
         if self.latent[1] == 128:
             return klein_twins.diffusers_klein(self.model).state_dict()
+        if "first.weight" in self.table.values():
+            return krea2_twins.diffusers_krea2(self.model).state_dict()
         return self.table
 
 
@@ -72,7 +79,18 @@ def flux2_klein() -> Toy:
     return Toy(model, table, kinds, (1, 128, 5, 3), (512, 96))
 
 
-@pytest.fixture(scope="module", params=[z_image, flux2_klein], ids=["z_image", "flux2_klein"])
+def krea2() -> Toy:
+    """The text fusion is not among the targets, and its Linears end as those of the blocks do."""
+    from comfy.utils import krea2_to_diffusers
+
+    model = krea2_twins.model()
+    table = krea2_to_diffusers(model.model.model_config.unet_config)
+    kinds = tuple(f".{name}" for name in ("wq", "wk", "wv", "wo", "attn.gate", "mlp.gate", "mlp.up", "mlp.down"))
+    width = krea2_twins.TEXT_LAYERS * krea2_twins.TEXT_WIDTH
+    return Toy(model, table, kinds, (1, 16, 10, 6), (19, width))
+
+
+@pytest.fixture(scope="module", params=[z_image, flux2_klein, krea2], ids=lambda make: make.__name__)
 def toy(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Toy:
     return request.param()
 
@@ -98,6 +116,10 @@ def flat(prefix: str) -> Callable[[str], str]:
     return lambda name: prefix + name.replace(".", "_")
 
 
+def without_0(prefix: str) -> Callable[[str], str]:
+    return lambda name: prefix + name.replace("to_out.0", "to_out")
+
+
 AB, DOWN_UP = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")
 OF_BOTH = {
     "ours and diffusers": (False, dotted("transformer."), *AB),
@@ -112,6 +134,8 @@ OF_BOTH = {
 OF_ONE = {
     "ai-toolkit": (z_image, (False, dotted("diffusion_model."), *AB)),
     "ai-toolkit with alpha": (z_image, (False, dotted("diffusion_model."), *AB, ALPHA)),
+    "ai-toolkit on krea 2": (krea2, (True, dotted("diffusion_model."), *AB)),
+    "a tool that drops the 0 of to_out": (krea2, (False, without_0("transformer."), *AB, ALPHA)),
     "onetrainer": (flux2_klein, (False, flat("lora_transformer_"), *DOWN_UP, ALPHA)),
 }
 NOT_IN_COMFYUI = {

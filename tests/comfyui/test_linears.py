@@ -19,6 +19,10 @@ WHERE = "layers.1.feed_forward.w2"
 BLOCKS = ("noise_refiner", "context_refiner", "layers")
 
 
+def lists(model: Any) -> dict[str, Any]:
+    return {name: getattr(model.model.diffusion_model, name) for name in BLOCKS}
+
+
 def at(model: Any, path: str) -> Any:
     return model.model.diffusion_model.get_submodule(path)
 
@@ -114,7 +118,7 @@ def test_a_layer_that_cannot_be_trained_through_is_named(comfyui: ComfyUI, refus
     model, kind, reason = refused
     linears = comfyui.module("nodes.comfy_host.linears")
     with pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} of this MODEL is a .*\.?{kind}.*{reason}.*ComfyUI-GGUF"):
-        linears.require_known_layers(model.model.diffusion_model, BLOCKS)
+        linears.require_known_layers(model.model.diffusion_model, lists(model))
 
 
 @pytest.mark.parametrize("node", ["train", "look"])
@@ -147,7 +151,7 @@ def test_a_forward_that_the_weight_does_not_explain_is_found_before_step_0(comfy
 
     host, linears = comfyui.module("nodes.comfy_host.denoiser"), comfyui.module("nodes.comfy_host.linears")
     model = exchange(toy.z_image(), WHERE, derived(comfyui, forward=doubled))
-    linears.require_known_layers(model.model.diffusion_model, BLOCKS)
+    linears.require_known_layers(model.model.diffusion_model, lists(model))
     denoiser = host.ComfyDenoiser(model)
     named = pytest.raises(linears.UnknownLayer, match=rf"^{WHERE} .*OtherLinear.*its forward is not x @ W.T")
     with named, denoiser.trainable((1, 16, 8, 8)):
@@ -167,6 +171,59 @@ def test_a_forward_that_some_node_has_replaced_is_found(comfyui: ComfyUI) -> Non
     layer.forward = lambda x: plain(x)
     with host.ComfyDenoiser(model).trainable((1, 16, 8, 8)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("bent", "size"),
+    [
+        (lambda y: y + 0.1 * torch.tanh(y), 0.1),
+        (lambda y: y + 0.1 * torch.tanh(y), 1.0),
+        (lambda y: y + 0.02 * y * y.abs(), 0.1),
+        (lambda y: nn.functional.leaky_relu(y, 0.8), 10.0),
+        (lambda y: y.clamp(-3, 3), 1.0),
+        (lambda y: 1.1 * y, 1.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_that_is_almost_the_weights_is_found(
+    comfyui: ComfyUI, bent: Callable[[Tensor], Tensor], size: float, dtype: torch.dtype
+) -> None:
+    """Its gradients would be wrong by a tenth. size: of the layer's outputs."""
+    linears = comfyui.module("nodes.comfy_host.linears")
+    layer, generator = linear_class(comfyui)(64, 32, bias=True), torch.Generator().manual_seed(0)
+    weight, bias = size * torch.randn(32, 64, generator=generator) / 8, size * torch.randn(32, generator=generator)
+
+    def check(function: Callable[[Tensor], Tensor]) -> None:
+        def forward(x: Tensor) -> Tensor:
+            return function(x @ weight.t().to(x)) + bias.to(x)
+
+        site = SimpleNamespace(
+            name="w", module=layer, in_features=64, forward=forward, grad_input=lambda grad: grad @ weight.to(grad)
+        )
+        linears.require_adjoints([site], torch.device("cpu"), dtype)
+
+    check(lambda y: y)
+    with pytest.raises(linears.UnknownLayer, match=r"^w of this MODEL .*its forward is not x @ W.T"):
+        check(bent)
+
+
+def test_a_layer_whose_activations_are_rounded_to_few_bits_trains(comfyui: ComfyUI) -> None:
+    """Each token's activations in 4 bits, of the scale that it needs; so are they in the kernels of such layers."""
+    linears = comfyui.module("nodes.comfy_host.linears")
+    layer = linear_class(comfyui)(256, 64, bias=False)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 256, generator=generator) / 16
+    layer.weight = nn.Parameter(weight, False)
+
+    def forward(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-6) / 7
+        return (x / scale).round() * scale @ weight.t().to(x)
+
+    site = SimpleNamespace(
+        name="w", module=layer, in_features=256, forward=forward, grad_input=lambda g: g @ weight.to(g)
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        linears.require_adjoints([site], torch.device("cpu"), dtype)
 
 
 def test_a_layer_of_another_class_that_computes_the_same_trains(comfyui: ComfyUI) -> None:

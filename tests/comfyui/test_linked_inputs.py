@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import training
 from inprocess import ComfyUI
 from PIL import Image
 
@@ -52,6 +53,24 @@ def test_a_dataset_whose_folder_comes_over_a_link_is_read_anew(comfyui: ComfyUI,
         run = comfyui.execute(copy.deepcopy(whole), keep_cache=True)
         assert run.status == "success", run.error
         assert run.value("data").report.pairs[0].captions == (caption,)
+
+
+def test_conditions_are_encoded_again_after_an_embedding_was_replaced(comfyui: ComfyUI) -> None:
+    """A caption may name it, which only the dataset knows."""
+    whole = training("embedded")
+    del whole["train"]
+    whole["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["conditions", 0]}}
+    file = comfyui.base / "models" / "embeddings" / "mine.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    encoded = []
+    for content in (b"one", b"one", b"another"):
+        if not file.exists() or file.read_bytes() != content:
+            file.write_bytes(content)
+        run = comfyui.execute(copy.deepcopy(whole), keep_cache=True)
+        assert run.status == "success", run.error
+        encoded.append(bool(run.of("text", "conditions")))
+    file.unlink()
+    assert encoded == [True, False, True]
 
 
 def test_files_whose_names_come_over_a_link_are_never_taken_for_the_same(comfyui: ComfyUI) -> None:

@@ -123,7 +123,9 @@ def test_cancelling_stops_between_images_and_leaves_the_model(comfyui, tensors) 
             comfyui.interrupt()
 
     run = comfyui.execute(graph(comfyui, tensors), on_event=cancel)
-    assert run.status == "interrupted" and len(run.of("progress", "card")) == 10
+    assert run.status == "interrupted"
+    last = run.of("progress", "card")[-1].data  # ComfyUI reports some of the images only
+    assert 10 <= last["value"] < last["max"]
     assert not run.value("models").patches
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import towers
 from graphs import drawing, training
 from inprocess import ComfyUI
 from loras import demo_lora, give, give_values
@@ -231,6 +232,16 @@ def notes_of(comfyui: ComfyUI, preset: str = "standard", anchors: int = 2, heldo
     return "\n".join(
         comfyui.module("nodes.comfy_host.unused").unused_settings(preset, chosen, config, conditions, has_vae)
     )
+
+
+def test_a_run_of_prior_anchors_only_says_that_no_image_is_trained(comfyui: ComfyUI) -> None:
+    graph = training("anchors only", steps=1, warmup=0, preview_every=0, probe_every=0, anchor_probability=1.0)
+    graph["conditions"]["inputs"]["anchor_prompts"] = "a red badge"
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    lines = run.texts("train")[-1].splitlines()
+    assert sum("anchor_probability is 1: every batch is a prior anchor" in line for line in lines) == 1
+    assert not any("one epoch" in line for line in lines)
 
 
 def test_defaults_leave_nothing_unused(comfyui: ComfyUI) -> None:
@@ -489,7 +500,8 @@ def test_build_teacher_condition_names_an_embedding_that_is_not_there(comfyui: C
 
 def test_build_teacher_condition_names_encoders_that_are_not_used(comfyui: ComfyUI) -> None:
     conditions, teachers = comfyui.module("nodes.build_teacher_condition"), comfyui.core("conditioning.teachers")
-    clip = SimpleNamespace(use_clip_schedule=False, apply_hooks_to_conds=None)
+    tokenizer = comfyui.call(towers.clip, "z_image").tokenizer
+    clip = SimpleNamespace(use_clip_schedule=False, apply_hooks_to_conds=None, tokenizer=tokenizer)
     assert conditions.unused_encoders(teachers.VLM, clip, object()) == ()
     (note,) = conditions.unused_encoders(teachers.EDIT, clip, object())
     assert note.startswith("vision is not used: the teacher edit ")

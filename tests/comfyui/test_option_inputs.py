@@ -80,13 +80,14 @@ def test_every_option_has_its_widget(comfyui: ComfyUI, inputs: Any) -> None:
         "default": 1e-4, "min": 0, "max": 0.1, "step": 1e-6, "round": False, "tooltip": "",
     }  # fmt: skip
     assert made["grad_steps"][1]["default"] == made["grad_steps"][1]["min"] == 0
+    assert made["custom_path"][0] == "STRING" and made["custom_options"][1]["default"] == "{}"
     assert made["targets"][0] == "STRING" and made["targets"][1]["default"] == ""
 
 
 def test_tooltips_say_what_an_option_counts_for_and_what_nothing_stands_for(comfyui: ComfyUI, inputs: Any) -> None:
     tooltips = {name: about["tooltip"] for name, (_, about) in widgets(inputs, options_of(comfyui)).items()}
     assert tooltips["sft_shift"].endswith(" Counts with objective sft.")
-    assert tooltips["lr"].endswith(" Counts with optimizer adamw or adamw8bit.")
+    assert tooltips["lr"].endswith(" Counts with optimizer adamw or adamw8bit or adafactor or muon.")
     assert " 0: all of the steps." in tooltips["grad_steps"]
     assert " Empty: all attention and MLP layers of the blocks." in tooltips["targets"]
     assert "ema: a moving average of the student's" in tooltips["teacher"]
@@ -123,4 +124,4 @@ def test_a_new_objective_and_a_new_optimizer_are_there(comfyui: ComfyUI, inputs:
     kind, about = made["momentum"]
     assert (kind, about["default"], about["min"], about["max"]) == ("FLOAT", 0.9, 0, 1)
     assert about["tooltip"] == "Share of the last direction that is kept. Counts with optimizer signs."
-    assert made["optimizer"][1]["options"] == ["adamw", "adamw8bit", "signs"]
+    assert made["optimizer"][1]["options"] == ["adamw", "adamw8bit", "adafactor", "muon", "prodigy", "custom", "signs"]

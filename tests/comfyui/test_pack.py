@@ -39,7 +39,12 @@ FROZEN = {
         " sft_sigmas:COMBO? sft_shift:FLOAT? adapter:COMBO? targets:STRING? rank:INT? alpha:FLOAT? optimizer:COMBO?"
         " lr:FLOAT? weight_decay:FLOAT? schedule:COMBO? warmup:INT? teacher:COMBO? ema_decay:FLOAT? batch_size:INT?"
         " grad_accumulation:INT? max_grad_norm:FLOAT? rollout_steps:INT? checkpoint_every:INT? keep_checkpoints:INT?"
-        " probe_every:INT? probe_pairs:INT? deterministic:BOOLEAN?",
+        " probe_every:INT? probe_pairs:INT? deterministic:BOOLEAN?"
+        " states:COMBO? regression_target:COMBO? magnitude_weight:FLOAT? band_low:FLOAT? band_high:FLOAT?"
+        " sft_anchor_probability:FLOAT? dreambooth_sigmas:COMBO? dreambooth_shift:FLOAT? dreambooth_prior_weight:FLOAT?"
+        " dreambooth_class_images:INT? pso_form:COMBO? pso_beta:FLOAT? pso_loser_images:INT?"
+        " factor:INT? muon_momentum:FLOAT? prodigy_lr:FLOAT? prodigy_weight_decay:FLOAT? prodigy_d_coef:FLOAT?"
+        " prodigy_safeguard_warmup:BOOLEAN? custom_path:STRING? custom_options:STRING? custom_lr:FLOAT?",
         "settings:DOPSD_SETTINGS",
     ),
     "DOPSD_FewStepSampler": (
@@ -47,7 +52,8 @@ FROZEN = {
         "latent:LATENT sigmas:SIGMAS",
     ),
     "DOPSD_SaveLoRA": (
-        "lora:LORA_MODEL filename_prefix:STRING? dtype:COMBO? peft_folder:BOOLEAN?",
+        "lora:LORA_MODEL filename_prefix:STRING? dtype:COMBO? peft_folder:BOOLEAN? title:STRING? description:STRING?"
+        " author:STRING? license:STRING? hub_folder:BOOLEAN? thumbnail:IMAGE?",
         "lora_path:STRING",
     ),
     "DOPSD_CompareLoRA": (

@@ -137,7 +137,7 @@ def test_absolute_paths_inside_are_fine(comfyui, paths, extra) -> None:
 def test_the_demo_is_drawn_once_and_equal_each_time(comfyui, paths) -> None:
     folder = paths.resolve_dataset(paths.DEMO)
     assert folder.is_relative_to(comfyui.temp.resolve())
-    assert sorted(path.suffix for path in folder.iterdir()) == [".png"] * 4 + [".txt"] * 4
+    assert sorted(path.suffix for path in folder.glob("[!.]*")) == [".png"] * 4 + [".txt"] * 4
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     stamp = (folder / "target_1.png").stat().st_mtime_ns
     assert paths.resolve_dataset(paths.DEMO) == folder and (folder / "target_1.png").stat().st_mtime_ns == stamp
@@ -196,11 +196,14 @@ def exchange(path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="keeps no time of the last change of any kind")
 def test_a_file_exchanged_under_its_name_size_and_time_is_read_again(comfyui, paths) -> None:
-    """Load Dataset, Load LoRA, Compare LoRA and Load Teacher Vision, whose files ComfyUI caches by these."""
-    lora, vision = (comfyui.base / "models" / kind / "exchanged.safetensors" for kind in ("loras", "text_encoders"))
+    """Load Dataset, Load LoRA, Compare LoRA and Load Teacher Vision, whose files ComfyUI caches by these, and the nodes
+    that encode texts, which may name an embedding."""
+    lora, vision, embedding = (
+        comfyui.base / "models" / kind / "exchanged.safetensors" for kind in ("loras", "text_encoders", "embeddings")
+    )
     folder = comfyui.input / "exchanged"
     write_pair(folder)
-    for path in (lora, vision):
+    for path in (lora, vision, embedding):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(100))
     nodes = {name: node.fingerprint_inputs for name, node in comfyui.pack_nodes.items()}
@@ -212,6 +215,11 @@ def test_a_file_exchanged_under_its_name_size_and_time_is_read_again(comfyui, pa
             nodes["DOPSD_CompareLoRA"](lora_name=lora.name, strengths="1"),
         ),
         vision: lambda: nodes["DOPSD_LoadTeacherVision"](vision_name=vision.name),
+        embedding: lambda: (
+            nodes["DOPSD_BuildTeacherCondition"](preview_prompts="", mode="auto"),
+            nodes["DOPSD_CompareLoRA"](lora_name="none", prompts="a embedding:exchanged"),
+            nodes["DOPSD_CompareLoRA"](lora_name=lora.name, prompts=None),
+        ),
     }
     for path, ask in asked.items():
         before = ask()
@@ -219,9 +227,9 @@ def test_a_file_exchanged_under_its_name_size_and_time_is_read_again(comfyui, pa
         exchange(path)
         after = ask()
         assert after != before, path
-        if path == lora:
+        if path in (lora, embedding):
             assert all(one != other for one, other in zip(before, after, strict=True))
-    for path in (lora, vision):
+    for path in (lora, vision, embedding):
         path.unlink()
 
 

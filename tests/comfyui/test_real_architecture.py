@@ -32,6 +32,7 @@ OF_KLEIN = (
     r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 )
+OF_KREA2 = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_gate|to_out\.0)|ff\.(gate|up|down))"
 MODELS = {
     "z_image": Real(
         {}, OF_Z_IMAGE, 34 * 7, 158_760_960,
@@ -63,15 +64,26 @@ MODELS = {
         OF_KLEIN, 8 * 12 + 24 * 2, 174_063_616,
         {("transformer_blocks.*.attn.*",): 8 * 8, ("single_transformer_blocks.*",): 24 * 2},
     ),
+    "krea2": Real(
+        {}, OF_KREA2, 28 * 8, 214_695_936,
+        {
+            ("text_fusion.*_blocks.*",): 4 * 8,
+            ("text_fusion.refiner_blocks.*.attn.*",): 2 * 5,
+            ("transformer_blocks.*.attn.*",): 28 * 5,
+            ("attn.to_q",): 28 + 4,
+        },
+    ),
 }  # fmt: skip
-"""In fp32 0.64, 0.39 and 0.70 GB; files of 318, 193 and 348 MB in bf16."""
+"""In fp32 0.64, 0.39, 0.70 and 0.86 GB; files of 318, 193, 348 and 429 MB in bf16."""
 
 
 def diffusers_network(name: str) -> Any:
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+    from diffusers.models.transformers.transformer_krea2 import Krea2Transformer2DModel
     from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
-    kind = ZImageTransformer2DModel if name == "z_image" else Flux2Transformer2DModel
+    kinds = {"z_image": ZImageTransformer2DModel, "krea2": Krea2Transformer2DModel}
+    kind = kinds.get(name, Flux2Transformer2DModel)
     with torch.device("meta"):
         return kind(**MODELS[name].sizes)
 
@@ -111,6 +123,18 @@ def klein_shapes(theirs: Any) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in state.items()}
 
 
+def krea2_shapes(theirs: Any) -> dict[str, list[int]]:
+    """The same of Krea 2."""
+    from comfy.ldm.krea2.model import SingleStreamDiT
+    from comfy.ops import disable_weight_init
+    from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers as converted
+
+    state = SingleStreamDiT(operations=disable_weight_init, device=torch.device("meta")).state_dict()
+    diffusers = {name: value.shape for name, value in theirs.state_dict().items()}
+    assert {name: value.shape for name, value in converted(dict(state)).items()} == diffusers
+    return {name: list(value.shape) for name, value in state.items()}
+
+
 @pytest.fixture(scope="module", params=list(MODELS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -124,7 +148,8 @@ def theirs(comfyui: ComfyUI, name: str) -> Any:
 @pytest.fixture(scope="module")
 def denoiser(comfyui: ComfyUI, name: str, theirs: Any) -> Any:
     """ComfyUI's network as its own detection configures it from the shapes of a checkpoint."""
-    return detected(comfyui, z_image_shapes(theirs) if name == "z_image" else klein_shapes(theirs))
+    shapes = {"z_image": z_image_shapes, "krea2": krea2_shapes}.get(name, klein_shapes)
+    return detected(comfyui, shapes(theirs))
 
 
 def detected(comfyui: ComfyUI, shapes: Mapping[str, list[int]]) -> Any:
@@ -168,10 +193,10 @@ def test_what_gets_a_lora(comfyui: ComfyUI, denoiser: Any, theirs: Any, name: st
 
 
 def test_nothing_in_a_block_is_forgotten(denoiser: Any) -> None:
-    """The Linears of the blocks without a LoRA are those that turn the time into scales and shifts."""
+    """The Linears of the blocks without a LoRA turn the time into scales and shifts, or are Krea 2's text fusion."""
     config, inside = denoiser.family.lora_config(), {m for block in denoiser.blocks() for m in block.modules()}
     names = [part.name for site in denoiser.sites() if site.module in inside for part in site.parts]
-    left = {name for name in names if not any(name.endswith("." + target) for target in config.targets)}
+    left = [name for name in names if name not in config.chosen(denoiser.sites()) and "text_fusion." not in name]
     assert all(name.split(".")[-2:] == ["adaLN_modulation", "0"] for name in left)
 
 

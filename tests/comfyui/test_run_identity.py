@@ -208,5 +208,22 @@ def test_another_preview_prompt_resumes_and_measures_against_its_own_start(comfy
     assert all((resumed.value("train")[key] == value).all() for key, value in whole.value("train").items())
 
 
+def test_a_run_whose_warmup_was_cut_to_its_steps_resumes_with_more_steps(comfyui: ComfyUI, folders: None) -> None:
+    """The warm-up that a run really has is in its folder's name, and becomes longer with its steps."""
+
+    def run(steps: int, warmup: int, name: str = "raised") -> Run:
+        done = comfyui.execute(graph(run_name=name, steps=steps, warmup=warmup), keep_cache=True)
+        assert done.status == "success", done.error
+        return done
+
+    short, longer, whole, again = run(2, 4), run(3, 4), run(6, 4), run(6, 4)
+    assert len({done.value("train", 2) for done in (short, longer, whole, again)}) == 1
+    assert "resumed at step 2" in longer.texts("train")[-1] and "resumed at step 3" in whole.texts("train")[-1]
+    assert [json.loads(line)["step"] for line in log_of(again)] == [1, 2, 3, 4, 5, 6]
+    assert run(6, 2).value("train", 2) != whole.value("train", 2), "another warm-up that was asked for is another run"
+    asked = run(6, 1, "asked")
+    assert run(6, 3, "asked").value("train", 2) != asked.value("train", 2)
+
+
 def log_of(run: Run) -> list[str]:
     return (Path(run.value("train", 2)) / "train.jsonl").read_text(encoding="utf-8").splitlines()

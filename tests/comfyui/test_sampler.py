@@ -216,9 +216,9 @@ def test_a_wrong_size_is_one_sentence(comfyui: ComfyUI):
 
 
 def test_other_models_are_refused(comfyui: ComfyUI):
-    other = SimpleNamespace(model=SimpleNamespace(model_config=SimpleNamespace()))
+    other = SimpleNamespace(model=SimpleNamespace(model_config=SimpleNamespace()), model_options={})
     node = comfyui.module("nodes.few_step_sampler").FewStepSampler
-    with pytest.raises(ValueError, match="Z-Image-Turbo and FLUX.2-klein"):
+    with pytest.raises(ValueError, match="Z-Image-Turbo, FLUX.2-klein and Krea 2 Turbo"):
         node.execute(other, [[torch.zeros(1, 1, 1), {}]], 0, 0, 64, 64, 1, "euler")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from loras import demo_lora, give
+from graphs import training
+from loras import demo_lora, give, give_values
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -135,6 +136,55 @@ def test_what_is_no_lora_is_not_saved(comfyui, save, lora: dict, sentence: str) 
     assert not list((comfyui.output / "refused").glob("*"))
 
 
+# -- for others --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_it_is_in_the_file_and_in_the_folder_for_the_hub(comfyui, tensors) -> None:
+    facts = FACTS | {"dopsd_base_model": "z_image_turbo_bf16.safetensors", "dopsd_trigger": "ohwx"}
+    lora = comfyui.module("nodes.comfy_host.sockets").TrainedLora(tensors, facts)
+    said = {"title": "My Lamp", "description": "A lamp.", "author": "Jo", "license": "cc-by-4.0"}
+    graph = {
+        "given": give_values(comfyui, ("LORA_MODEL", "IMAGE"), [lora, torch.rand(2, 40, 30, 3)]),
+        "save": {
+            "class_type": "DOPSD_SaveLoRA",
+            "inputs": {
+                "lora": ["given", 0], "filename_prefix": "loras/shared", "hub_folder": True, "thumbnail": ["given", 1],
+                **said,
+            },
+        },
+    }  # fmt: skip
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    path = Path(run.value("save"))
+    folder = path.with_name("shared_00001_hub")
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "shared_00001.safetensors", "thumbnail.jpg"]
+    assert f"output/loras/{folder.name}/" in run.texts("save")[-1]
+    for file in (path, folder / "shared_00001.safetensors"):
+        stored, header = read(file)
+        assert stored.keys() == tensors.keys()
+        assert {name: header[f"modelspec.{name}"] for name in said} == said
+        assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+        assert header["modelspec.base_model"] == "Tongyi-MAI/Z-Image-Turbo" and header["trained_words"] == '["ohwx"]'
+        assert len(header["modelspec.hash_sha256"]) == 66
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "# My Lamp" in card and 'base_model: "Tongyi-MAI/Z-Image-Turbo"' in card and "<Gallery />" in card
+
+
+def test_comfyuis_assets_read_base_and_trigger(comfyui, save, tensors) -> None:
+    extract = pytest.importorskip("app.assets.services.metadata_extract")
+    facts = FACTS | {"dopsd_trigger": "ohwx", "dopsd_base_model": "flux-2-klein-4b.safetensors"}
+    lora = comfyui.module("nodes.comfy_host.sockets").TrainedLora(tensors, facts | {"dopsd_family": "flux2_klein"})
+    path = save(lora).value("1")
+    found = extract.extract_file_metadata(path)
+    assert (found.base_model, found.trained_words) == ("black-forest-labs/FLUX.2-klein-4B", ["ohwx"])
+
+
+def test_a_run_says_the_size_of_its_images(comfyui) -> None:
+    run = comfyui.execute(training("sized", steps=1, preview_every=0))
+    assert run.status == "success", run.error
+    assert run.value("train").facts["dopsd_resolution"] == "64x64"
+
+
 # -- from file to file -------------------------------------------------------------------------------------------------
 
 KOHYA = {
@@ -172,7 +222,8 @@ def test_another_trainers_header_is_kept(comfyui) -> None:
     run, path = load_and_save(comfyui, tensors, KOHYA | HASHES)
     stored, header = read(path)
     assert all(torch.equal(stored[key], tensors[key]) for key in tensors)
-    assert header.items() >= KOHYA.items() and not header.keys() & HASHES.keys()
+    assert header.items() >= KOHYA.items() and "sshs_model_hash" not in header
+    assert len(header["modelspec.hash_sha256"]) == 66  # of the new file
     assert "trigger: zwx" in run.texts("load")[-1] and "trigger: zwx" in run.texts("save")[-1]
     assert "modelspec.hash_sha256, sshs_model_hash" in run.texts("load")[-1]
 

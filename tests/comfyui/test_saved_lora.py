@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import klein_twins
+import krea2_twins
 import pytest
 import torch
 import twins
@@ -38,12 +39,13 @@ class Twins:
     parts: int
 
     def velocity(self, network: Any, x: Tensor, sigma: float) -> Tensor:
-        library = klein_twins if self.is_klein else twins
+        library = {"z_image": twins, "flux2_klein": klein_twins, "krea2": krea2_twins}[self.family]
         return library.velocity(network, x, sigma, [self.features])
 
     @property
-    def is_klein(self) -> bool:
-        return "Flux2" in type(self.network).__name__
+    def family(self) -> str:
+        kinds = {"ZImage": "z_image", "Flux2": "flux2_klein", "Krea2": "krea2"}
+        return kinds[type(self.model.model.model_config).__name__]
 
 
 def text(length: int, width: int) -> Tensor:
@@ -60,7 +62,13 @@ def flux2_klein() -> Twins:
     return Twins(klein_twins.diffusers_klein(model), model, text(512, 96), 4, 12 * 2 + 2 * 3)
 
 
-@pytest.fixture(scope="module", params=[z_image, flux2_klein], ids=["z_image", "flux2_klein"])
+def krea2() -> Twins:
+    model = krea2_twins.model(3)
+    features = text(31, krea2_twins.TEXT_LAYERS * krea2_twins.TEXT_WIDTH)
+    return Twins(krea2_twins.diffusers_krea2(model), model, features, 8, 8 * 3)
+
+
+@pytest.fixture(scope="module", params=[z_image, flux2_klein, krea2], ids=lambda make: make.__name__)
 def pair(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Twins:
     return request.param()
 
@@ -146,20 +154,34 @@ def test_comfyuis_loader_uses_every_key(comfyui: ComfyUI, pair: Twins, saved: Pa
     assert run.status == "success", run.error
     assert "not loaded" not in caplog.text.lower()
     assert sum(len(entries) for entries in run.value("lora").patches.values()) == pair.parts
-    assert_same(pair.model.model.process_latent_in(run.value("sample")["samples"]), students)
+    latents = pair.model.model.process_latent_in(run.value("sample")["samples"])
+    assert_same(latents.reshape(students[0].shape), students)  # without the time axis, where there is one
 
 
 def test_diffusers(pair: Twins, saved: Path, students: Any, noise: Tensor) -> None:
-    pipeline = klein_pipeline(pair) if pair.is_klein else z_image_pipeline(pair)
+    pipeline = PIPELINES[pair.family](pair)
+    inputs: dict[str, Any] = {"prompt_embeds": pair.features[None], "latents": noise}
+    if pair.family == "z_image":
+        inputs["prompt_embeds"] = [pair.features]
+    if pair.family == "krea2":
+        inputs = {
+            "prompt_embeds": pair.features.unflatten(-1, (krea2_twins.TEXT_LAYERS, -1))[None],
+            "prompt_embeds_mask": torch.ones(1, len(pair.features), dtype=torch.bool),
+            "latents": pipeline._pack_latents(noise, *noise.shape),
+        }
     pipeline.load_lora_weights(str(saved.parent), weight_name=saved.name)
     try:
         latents = pipeline(
-            prompt_embeds=pair.features[None] if pair.is_klein else [pair.features], latents=noise, width=WIDTH,
-            height=HEIGHT, num_inference_steps=pair.steps, guidance_scale=0.0, output_type="latent",
+            **inputs, width=WIDTH, height=HEIGHT, num_inference_steps=pair.steps, guidance_scale=0.0,
+            output_type="latent",
         ).images  # fmt: skip
     finally:
         pipeline.unload_lora_weights()
-    assert_same(klein_twins.in_model_space(pipeline, latents) if pair.is_klein else latents, students)
+    if pair.family == "flux2_klein":
+        latents = klein_twins.in_model_space(pipeline, latents)
+    elif pair.family == "krea2":
+        latents = pipeline._unpack_latents(latents, HEIGHT, WIDTH).squeeze(2)
+    assert_same(latents, students)
 
 
 def z_image_pipeline(pair: Twins) -> Any:
@@ -175,6 +197,13 @@ def z_image_pipeline(pair: Twins) -> Any:
 
 def klein_pipeline(pair: Twins) -> Any:
     return klein_twins.pipeline(pair.network, klein_twins.vaes()[1])
+
+
+def krea2_pipeline(pair: Twins) -> Any:
+    return krea2_twins.pipeline(pair.network, krea2_twins.vaes()[1])
+
+
+PIPELINES = {"z_image": z_image_pipeline, "flux2_klein": klein_pipeline, "krea2": krea2_pipeline}
 
 
 def test_peft(comfyui: ComfyUI, pair: Twins, saved: Path, students: Any, noise: Tensor) -> None:

@@ -25,9 +25,10 @@ PAIRS = {
     "z_image_turbo_train": "z_image_turbo_sample",
     "klein_train": "klein_sample",
     "klein_edit_train": "klein_edit_sample",
+    "krea2_train": "krea2_sample",
 }
 """A workflow that trains, and the one that samples with its LoRA."""
-LOOKS = ("z_image_turbo_teacher_preview", "compare", "report_card")
+LOOKS = ("z_image_turbo_teacher_preview", "krea2_teacher_preview", "compare", "report_card")
 """Those that only show images, of the dataset and of the LoRA of z_image_turbo_train."""
 UP_TO_CONDITIONS = (
     "CLIPLoader", "VAELoader", "DOPSD_LoadTeacherVision", "DOPSD_LoadDataset", "DOPSD_BuildTeacherCondition",

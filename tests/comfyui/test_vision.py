@@ -115,8 +115,7 @@ def test_of_a_long_caption_the_end_is_cut_and_not_the_templates(vision, models, 
     tail = tokenize(ending)["input_ids"]
 
     def ids(words: int) -> list[Any]:
-        (tokens,) = vision._tokens(models.clip, " star" * words, image)
-        return tokens
+        return vision._tokens(models.clip, " star" * words, image)
 
     fitting = next(n for n in range(1000) if len(ids(n)) + 256 - 1 == LONGEST)
     assert vision.count_tokens(models.clip, " star" * fitting, 256) == LONGEST
@@ -179,13 +178,13 @@ def test_a_layer_that_another_clip_has_set_is_not_used(vision, models):
 def test_clips_without_qwen3_4b_are_refused(vision, models):
     """FLUX.2-klein 9B has a teacher, another one."""
     tower, image = models("klein").vision, seeded(3, 64, 64)
-    with pytest.raises(ValueError, match="Qwen3-8B.*klein 9B.*use the mode edit"):
+    with pytest.raises(ValueError, match="not Qwen3-4B.*load qwen_3_4b.*use the mode edit, which needs no vision"):
         vision.encode_image_text(towers.clip("klein_9b"), tower, TEXT, image)
-    other: Any = SimpleNamespace(cond_stage_model=SimpleNamespace())
-    with pytest.raises(
-        ValueError, match="qwen_3_4b, with type lumina2 for Z-Image-Turbo or type flux2 for FLUX.2-klein 4B"
-    ):
+    other: Any = SimpleNamespace(cond_stage_model=SimpleNamespace(), tokenizer=SimpleNamespace())
+    with pytest.raises(ValueError, match="has a SimpleNamespace; load qwen_3_4b with type lumina2 for Z-Image-Turbo"):
         vision.encode_image_text(other, tower, TEXT, image)
+    with pytest.raises(ValueError, match="the teacher needs a vision tower: connect `vision`"):
+        vision.encode_image_text(models("z_image").clip, None, TEXT, image)
 
 
 def test_images_are_seen_at_the_size_of_qwens_own_processor(vision):

@@ -21,6 +21,7 @@ NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 Z_IMAGE = ("z_image_turbo_teacher_preview", "z_image_turbo_train", "z_image_turbo_sample")
 ON_DEMO = ("quickstart", *Z_IMAGE, "compare", "report_card")
 KLEIN = ("klein_train", "klein_sample", "klein_edit_train", "klein_edit_sample")
+KREA2 = ("krea2_teacher_preview", "krea2_train", "krea2_sample")
 TRAINS = ("quickstart", "z_image_turbo_train")
 DEMO_SLOTS = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2, "DOPSD_LoadTeacherVision": 3}
 
@@ -41,7 +42,7 @@ def on_the_demo_model(graph: dict) -> dict:
 
 
 def test_all_are_there_with_thumbnail_and_api_form() -> None:
-    assert set(NAMES) == {*ON_DEMO, *KLEIN}
+    assert set(NAMES) == {*ON_DEMO, *KLEIN, *KREA2}
     for name in NAMES:
         assert (ROOT / "workflows" / f"{name}.jpg").stat().st_size > 5000
         assert shipped(name)

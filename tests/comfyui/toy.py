@@ -20,7 +20,8 @@ def fill(module: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.ndim >= 2:
                 values = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel())
             else:
-                values = torch.rand(parameter.shape, generator=generator) * 0.4 + (0.8 if "norm" in name else -0.2)
+                around_1 = "norm" in name and not name.endswith(".scale")  # Krea 2's norms add 1 to their scale
+                values = torch.rand(parameter.shape, generator=generator) * 0.4 + (0.8 if around_1 else -0.2)
             parameter.copy_(values.to(parameter.dtype))
     return module
 

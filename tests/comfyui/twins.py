@@ -98,29 +98,36 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-def new_adapters(comfyui: ComfyUI, denoiser: Any, rank: int, alpha: float) -> Any:
-    """The family's own targets, the student alone."""
+def new_adapters(
+    comfyui: ComfyUI, denoiser: Any, rank: int, alpha: float, targets: tuple[str, ...] | None = None
+) -> Any:
+    """The student alone, on these targets or the family's own."""
     config = denoiser.family.lora_config(rank, alpha)
+    config = config if targets is None else config.replace(targets=targets)
     return comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), config, teacher="frozen")
 
 
-def random_student(comfyui: ComfyUI, model: Any, rank: int, seed: int = 3) -> dict[str, Tensor]:
+def random_student(
+    comfyui: ComfyUI, model: Any, rank: int, seed: int = 3, targets: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
     """The raw state of a student whose every weight does something."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = new_adapters(comfyui, comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model), rank, 1.0).state()
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
+    shapes = new_adapters(comfyui, denoiser, rank, 1.0, targets).state()
     return {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in shapes.items()}
 
 
 def our_gradients(
     comfyui: ComfyUI, model: Any, start: dict[str, Tensor], alpha: int, x: Tensor, sigma: float,
     conditions: Sequence[Any], weight: Tensor, num_checkpointed: int = 0,
+    targets: tuple[str, ...] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The velocity v [B, C, h, w] of a student, and the gradients of (v * weight).sum(); called as a node is."""
     denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
     recomputing = comfyui.core("memory.activation_checkpointing").checkpointed(denoiser.blocks(), num_checkpointed)
     rank = next(value.shape[0] for key, value in start.items() if ".lora_A." in key)
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(x.shape):
-        adapters = new_adapters(comfyui, denoiser, rank, alpha)
+        adapters = new_adapters(comfyui, denoiser, rank, alpha, targets)
         adapters.load_state("student", start)
         with adapters.attached(), recomputing:
             v = (x - denoiser.predict_x0(x, sigma, conditions)) / sigma

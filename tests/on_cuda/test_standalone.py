@@ -21,15 +21,15 @@ from dopsd_core.standalone.model_options import ModelOptions
 from dopsd_core.standalone.previews import Painter
 from dopsd_core.training.trainer import train
 from dopsd_core.training.training_set import TrainingSet, build_training_set
-from tests import model_folders
+from tests.model_folders import write_klein, write_vision, write_z_image
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    model_folders.write_z_image(folder / "z_image")
-    model_folders.write_klein(folder / "flux2_klein")
-    model_folders.write_vision(folder / "vision")
+    write_z_image(folder / "z_image")
+    write_klein(folder / "flux2_klein")
+    write_vision(folder / "vision")
     write_dataset(make_concept(0), folder / "photos")
     return folder
 

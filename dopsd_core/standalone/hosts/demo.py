@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3VLModel
 
-from ...adapters import Lora
-from ...adapters.adapter_set import AdapterSet
-from ...adapters.lora_file import load_lora
+from ...adapters.lora_application import applied_lora
 from ...conditioning.encode import Condition
 from ...demo.autoencoder import DemoAutoencoder
 from ...demo.model_files import (
@@ -172,12 +170,7 @@ def with_lora(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Iterator
     Raises:
         ValueError: it is not a LoRA file, or it is for other layers.
     """
-    tensors, _ = load_lora(path)
-    rank = max(value.shape[0] for name, value in tensors.items() if ".lora_A." in name)
-    targets = tuple(dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors))
-    config = Lora(rank=rank, alpha=rank * strength if strength else 1.0, targets=targets)
-    adapters = AdapterSet(denoiser.sites(), config, device=denoiser.device, teacher="frozen")
-    adapters.load_state("student", {name: value.float() for name, value in tensors.items()})
+    adapters = applied_lora(denoiser.sites(), path, strength, denoiser.device)
     with adapters.attached(), adapters.use("student" if strength else "off"):
         yield
 

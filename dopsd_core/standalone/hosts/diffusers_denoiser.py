@@ -60,4 +60,4 @@ def _with_own_backward(site: LinearSite) -> LinearSite:
             x.requires_grad_(True)
             return torch.autograd.grad(site.forward(x), x, grad)[0]
 
-    return replace(site, grad_input=grad_input)
+    return replace(site, grad_input=grad_input, weight=None)  # its tensor is packed

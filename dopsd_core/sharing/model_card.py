@@ -1,0 +1,122 @@
+"""The card (README.md) of a LoRA for the Hugging Face Hub, from the header of its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..families import FAMILIES, Family
+from .model_spec import hub_base_model, trigger_of
+
+_PAPER = "https://arxiv.org/abs/2605.05204"
+
+
+def model_card(header: Mapping[str, str], file_name: str, thumbnail: str = "") -> str:
+    """The card: YAML front matter, and how to use the LoRA in ComfyUI and diffusers.
+
+    Args:
+        header: the file's header (`spec_header`).
+        file_name: of the LoRA, beside the card.
+        thumbnail: file name of an image beside the card; "" for none.
+    """
+    front = "\n".join(_front_matter(header, thumbnail))
+    body = "\n\n".join(section for section in _sections(header, file_name, thumbnail) if section)
+    return f"---\n{front}\n---\n\n{body}\n"
+
+
+def _front_matter(header: Mapping[str, str], thumbnail: str) -> Iterator[str]:
+    """Lines of YAML; every text is quoted as in JSON, which is YAML too."""
+    trigger, base = trigger_of(header), hub_base_model(header)
+    yield "library_name: diffusers"
+    yield "pipeline_tag: text-to-image"
+    yield from ("tags:", "- text-to-image", "- lora", "- diffusers", "- template:diffusion-lora", "- d-opsd")
+    if base:
+        yield f"base_model: {_quoted(base)}"
+        yield "base_model_relation: adapter"
+    if trigger:
+        yield f"instance_prompt: {_quoted(trigger)}"
+    if given := header.get("modelspec.license", ""):
+        yield f"license: {_quoted(given.lower())}"
+    if thumbnail:
+        yield from ("widget:", f"- text: {_quoted(trigger or '-')}", "  output:", f"    url: {_quoted(thumbnail)}")
+
+
+def _sections(header: Mapping[str, str], file_name: str, thumbnail: str) -> Iterator[str]:
+    family = FAMILIES.get(header.get("dopsd_family", ""))
+    trigger = trigger_of(header)
+    yield f"# {_line(header.get('modelspec.title', '') or file_name)}"
+    yield "<Gallery />" if thumbnail else ""
+    yield header.get("modelspec.description", "")
+    if trigger:
+        yield f"**Trigger word:** write `{_line(trigger)}` in the prompt."
+    yield _usage(header, file_name, family)
+    yield _training(header, family)
+
+
+def _usage(header: Mapping[str, str], file_name: str, family: Family | None) -> str:
+    few = f"Sample with the model's own {family.sample_steps} steps and no guidance (cfg 1). " if family else ""
+    comfyui = (
+        f"**ComfyUI:** put `{file_name}` into `models/loras` and load it with *Load LoRA*, strength 1. {few}".strip()
+    )
+    base = hub_base_model(header)
+    if family is None or not base:
+        return f"## Use\n\n{comfyui}"
+    prompt = f"{trigger_of(header)} ..." if trigger_of(header) else "..."
+    code = (
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16).to("cuda")',
+        f'pipe.load_lora_weights(".", weight_name={_quoted(file_name)})  # or the name of this repository',
+        f"image = pipe({_quoted(prompt)}, num_inference_steps={family.sample_steps}, guidance_scale=0.0).images[0]",
+    )
+    return f"## Use\n\n{comfyui}\n\n**diffusers:**\n\n```python\n" + "\n".join(code) + "\n```"
+
+
+def _training(header: Mapping[str, str], family: Family | None) -> str:
+    if "dopsd_family" not in header:
+        return ""
+    objective = header.get("dopsd_objective", "")
+    how = f"on-policy self-distillation ([D-OPSD]({_PAPER}))" if objective == "dopsd" else objective
+    base = hub_base_model(header) or header.get("dopsd_base_model", "")
+    rows = [
+        ("method", how),
+        ("base model", base or (family.title if family else "")),
+        ("steps", header.get("dopsd_step", "")),
+        ("resolution", header.get("dopsd_resolution", "")),
+        *_configured(header.get("dopsd_config", "")),
+        ("trained with", f"ComfyUI-DOPSD {header['dopsd_version']}" if "dopsd_version" in header else ""),
+    ]
+    return "## Training\n\n" + _table([(name, value) for name, value in rows if value])
+
+
+def _configured(text: str) -> list[tuple[str, str]]:
+    """Adapter, optimizer and batch from a run's config.json, of any release; [] if it cannot be read."""
+    try:
+        config: Any = json.loads(text)
+        adapter, optimizer = config["adapter"], config["optimizer"]
+        batch = config["batch_size"] * config["grad_accumulation"]
+        return [
+            ("adapter", f"{adapter['name']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}"),
+            ("optimizer", f"{optimizer['name']}, learning rate {optimizer['lr']:g}"),
+            ("batch size", str(batch)),
+        ]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

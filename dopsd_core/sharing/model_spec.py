@@ -1,0 +1,109 @@
+"""Stability AI's ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec): the header that managers show.
+
+Also the keys that ComfyUI's asset browser reads: `modelspec.base_model` and `trained_words`.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+VERSION = "1.0.1"
+
+_TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
+_BASE_MODELS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "z_image": (("zimageturbo", "Tongyi-MAI/Z-Image-Turbo"),),
+    "flux2_klein": (
+        ("klein4b", "black-forest-labs/FLUX.2-klein-4B"),
+        ("klein9b", "black-forest-labs/FLUX.2-klein-9B"),
+    ),
+}
+"""Family -> (part of the base's file name without punctuation, repository on the Hugging Face Hub)."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the user says of a LoRA; empty for what is not said.
+
+    Attributes:
+        title: its name for others.
+        description: what it does, in Markdown.
+        author: who made it.
+        license: its licence.
+        thumbnail: a JPEG, see `jpeg_thumbnail`.
+    """
+
+    title: str = ""
+    description: str = ""
+    author: str = ""
+    license: str = ""
+    thumbnail: bytes = b""
+
+
+def spec_header(facts: Mapping[str, str], given: Description, title: str, is_diffusers: bool) -> dict[str, str]:
+    """The header of a new file: what the user says, then the file's own `facts`, then what follows from these.
+
+    The hash of the tensors is added when the file is written (`lora_file.save_lora`).
+
+    Args:
+        facts: the header that the LoRA has already, such as that of a run.
+        given: what the user says; replaces what `facts` say.
+        title: used if neither has one.
+        is_diffusers: whether all tensors have diffusers' names.
+    """
+    known = {
+        "modelspec.sai_model_spec": VERSION,
+        "modelspec.architecture": f"{facts.get('dopsd_family', 'unknown')}/lora",
+        "modelspec.title": title,
+        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if is_diffusers:
+        known["modelspec.implementation"] = "diffusers"
+    if base := facts.get("dopsd_base_model"):
+        known["modelspec.base_model"] = hub_base_model(facts) or base
+    if resolution := facts.get("dopsd_resolution"):
+        known["modelspec.resolution"] = resolution
+    if trigger := trigger_of(facts):
+        known["modelspec.trigger_phrase"] = trigger
+        known["modelspec.usage_hint"] = f"Trigger word: {trigger}"
+        known["trained_words"] = json.dumps([trigger], ensure_ascii=False)
+    return known | dict(facts) | _said(given)
+
+
+def follows_spec(header: Mapping[str, str]) -> bool:
+    """Whether the header is one of ModelSpec."""
+    return "modelspec.sai_model_spec" in header
+
+
+def tensor_hash(data: bytes) -> dict[str, str]:
+    """ModelSpec's hash of the tensors in the bytes of a safetensors file, without its header, as an entry for that."""
+    content = memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
+    return {"modelspec.hash_sha256": f"0x{hashlib.sha256(content).hexdigest()}"}
+
+
+def trigger_of(header: Mapping[str, str]) -> str:
+    """The trigger word of a LoRA; "" if its header has none."""
+    return next((header[key] for key in _TRIGGERS if header.get(key)), "")
+
+
+def hub_base_model(facts: Mapping[str, str]) -> str:
+    """The base model's repository on the Hugging Face Hub, from the name of its file; "" if that is not known."""
+    name = "".join(letter for letter in facts.get("dopsd_base_model", "").lower() if letter.isalnum())
+    known = _BASE_MODELS.get(facts.get("dopsd_family", ""), ())
+    return next((repository for part, repository in known if part in name), "")
+
+
+def _said(given: Description) -> dict[str, str]:
+    said = {
+        "modelspec.title": given.title,
+        "modelspec.description": given.description,
+        "modelspec.author": given.author,
+        "modelspec.license": given.license,
+    }
+    if given.thumbnail:
+        said["modelspec.thumbnail"] = f"data:image/jpeg;base64,{base64.b64encode(given.thumbnail).decode()}"
+    return {key: value.strip() for key, value in said.items() if value.strip()}
