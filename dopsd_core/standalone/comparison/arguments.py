@@ -33,6 +33,7 @@ def add_compare(commands: Any) -> None:
         "--regimes", nargs="+", choices=REGIMES, default=REGIMES, metavar="REGIME",
         help="what is equal: steps, time, error (default: all)",
     )  # fmt: skip
+    parser.add_argument("--style", action="store_true", help="learn styles instead of subjects")
     _add_number(parser, "--concepts", 5, "number of concepts")
     _add_number(parser, "--first-concept", 0, "seed of the first concept", low=0)
     _add_number(parser, "--seeds", 4, "training runs per concept and method")

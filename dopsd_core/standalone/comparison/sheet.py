@@ -23,7 +23,7 @@ _SHOWN = {"unseen": 4, "described": 2, "generic": 2}
 
 def draw_comparison(plan: Plan, outcomes: Outcomes, output: Path) -> Image.Image:
     """The images of the first concept and seed at equal steps, with concept error and leakage of each method."""
-    concept = make_concept(plan.concepts[0])
+    concept = make_concept(plan.concepts[0], style=plan.style)
     real = Samples(*(render(prompts.scenes) for prompts in (*_prompts(concept), concept.named)))
     rows = [Row("renders", "what the prompts say", _picked(concept, real), _captions(concept))]
     for method in (*REFERENCES, *plan.methods):
