@@ -21,7 +21,8 @@ from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, reco
 Report = Mapping[str, Any]
 
 FIGURES = (
-    "concept_error", "prompt_following", "sharpness", "frechet_trigger", "frechet_prior", "prior_error", "names_wrong", "leak",
+    "concept_error", "prompt_following", "sharpness", "frechet_trigger", "frechet_prior", "prior_error", "names_wrong",
+    "leak",
 )  # fmt: skip
 
 
