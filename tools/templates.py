@@ -249,7 +249,7 @@ def quickstart() -> Workflow:
             "DOPSD_TrainLoRA",
             (880, 60),
             (460, 1120),
-            {"run_name": "demo_badge", "preset": "demo model", "steps": 120, "preview_every": 20},
+            {"run_name": "demo_badge", "preset": "demo model", "steps": 60, "preview_every": 10},
             {"model": model, "conditions": ("conditions", 0), "vae": vae},
         ),
         "save": Node(

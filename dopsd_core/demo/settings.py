@@ -9,7 +9,7 @@ from ..teachers import EmaTeacher
 from .model_files import SAMPLE_STEPS
 
 
-def demo_config(steps: int = 120, seed: int = 0) -> TrainConfig:
+def demo_config(steps: int = 60, seed: int = 0) -> TrainConfig:
     """The settings of the demo's D-OPSD run, also the defaults of `train --model demo`."""
     return TrainConfig(
         family="z_image",

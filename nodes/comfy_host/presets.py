@@ -51,7 +51,7 @@ PRESETS: Mapping[str, Preset] = {
     "quick look": Preset(steps=250, rank=16, alpha=32.0),
     "paper": Preset(steps=0, rank=64, alpha=128.0, grad_accumulation=4, anchor_probability=0.0),
     "demo model": Preset(
-        steps=120, rank=16, alpha=16.0, lr=2e-3, batch_size=4, rollout_steps=2, warmup=10, ema_decay=0.999
+        steps=60, rank=16, alpha=16.0, lr=2e-3, batch_size=4, rollout_steps=2, warmup=10, ema_decay=0.999
     ),
 }
 """paper: the authors' settings, with their 4 GPUs as gradient accumulation. demo model: for Load Demo Models only."""
