@@ -55,10 +55,10 @@ class Plan:
     concepts: tuple[int, ...]
     seeds: tuple[int, ...]
     style: bool = False
-    steps: int = 120
+    steps: int = 60
     regimes: tuple[Regime, ...] = ("steps", "time", "error")
     level: float = 0.05
-    max_steps: int = 480
+    max_steps: int = 240
     check_every: int = 10
 
 
