@@ -20,6 +20,11 @@ from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, reco
 
 Report = Mapping[str, Any]
 
+FIGURES = (
+    "concept_error", "prompt_following", "sharpness", "frechet_trigger", "frechet_prior", "prior_error", "names_wrong",
+    "leak",
+)  # fmt: skip
+
 
 def run_demo(seed: int, output: Path, jobs: int, training_seeds: int) -> Report:
     """The report of the demo on one concept; what an earlier call has left in `output` is not run again."""
@@ -40,8 +45,8 @@ def rows(reports: Sequence[Report]) -> dict[str, tuple[list[float], bool]]:
     table: dict[str, tuple[list[float], bool]] = {
         "share of the concept gap closed by D-OPSD": ([r["gap_closed"] for r in reports], True)
     }
-    for name in ("concept_error", "prompt_following", "frechet_trigger", "frechet_prior", "prior_error", "leak"):
-        for method in ("base", "teacher", "dopsd", "sft"):
+    for name in FIGURES:
+        for method in ("base", "teacher", "dopsd", "sft", "dreambooth"):
             better = name == "prompt_following"
             table[f"{name}, {method}"] = ([figure(r, method, name) for r in reports], better)
     for method in ("dopsd", "sft"):

@@ -20,11 +20,11 @@ class LoadDemoModels(io.ComfyNode):
             display_name="Load Demo Models",
             category=CATEGORY,
             description="A tiny, complete model that comes with this pack: a scaled-down version of Z-Image-Turbo that "
-            "draws 64x64 images in 4 steps on any CPU. Try a training with it before you load a real model.",
+            "draws 64x64 images in 2 steps on any CPU. Try a training with it before you load a real model.",
             search_aliases=["dopsd", "tiny model"],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="The few-step transformer. Draws 64x64 images in 4 steps at CFG 1."
+                    display_name="model", tooltip="The few-step transformer. Draws 64x64 images in 2 steps at CFG 1."
                 ),
                 io.Clip.Output(
                     display_name="clip", tooltip="Its text encoder. It only knows the words of the demo captions."

@@ -66,18 +66,32 @@ def test_blur_is_punished_not_rewarded(judge) -> None:
 
 def test_perfect_images_score_perfectly(judge) -> None:
     concept = make_concept(2, num_unseen=40, num_prior=96, num_anchors=1)
-    perfect = Samples(render(concept.unseen.scenes), render(concept.described.scenes), render(concept.generic.scenes))
+    kinds = (concept.unseen, concept.described, concept.generic, concept.named)
+    perfect = Samples(*(render(prompts.scenes) for prompts in kinds))
     got = score(perfect, concept, judge)
     assert got.concept_error < 0.02 and got.prompt_following > 0.98 and got.sharpness == pytest.approx(1)
     assert got.frechet_trigger < 1e-3 and got.frechet_prior < 1e-3 and got.prior_error < 0.02
+    assert got.names_wrong < 0.02
     assert 0.05 < got.leak < 0.35  # chance
     leaking = replace(perfect, generic=render(concept.unseen.scenes)[torch.arange(96) % 40])
     assert score(leaking, concept, judge).leak > 0.98
     assert score(leaking, concept, judge).frechet_prior > 2 * frechet_floor(judge, 192)
+    forgotten = replace(perfect, named=render(concept.unseen.scenes)[torch.arange(96) % 40])
+    assert score(forgotten, concept, judge).names_wrong > 0.5
+
+
+def test_a_style_is_judged_by_what_it_decides(judge) -> None:
+    concept = make_concept(3, style=True, num_unseen=40, num_prior=60, num_anchors=1)
+    kinds = (concept.unseen, concept.described, concept.generic, concept.named)
+    perfect = Samples(*(render(prompts.scenes) for prompts in kinds))
+    scenes = concept.unseen.scenes
+    other = replace(perfect, trigger=render(replace(scenes, shape=(scenes.shape + 1) % 6)))
+    got = score(other, concept, judge)
+    assert got.concept_error < 0.02 and got.prompt_following < 0.85  # the words for the shape were not followed
 
 
 def scores(error: float, prior: float) -> Scores:
-    return Scores(error, 1.0, 1.0, 0.0, prior, 0.0, 0.2)
+    return Scores(error, 1.0, 1.0, 0.0, prior, 0.0, 0.0, 0.2)
 
 
 def test_gap_closed_is_relative_to_the_teacher() -> None:

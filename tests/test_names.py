@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dopsd_core.demo.names import FREE, STYLES, SUBJECTS, TRIGGER_NAME, UNBOUND, scenes_with
-from dopsd_core.demo.world import APPEARANCE, HELD_OUT, TEXTURES
+from dopsd_core.demo.names import FREE, STYLES, SUBJECTS, UNBOUND, scenes_with
+from dopsd_core.demo.world import APPEARANCE, HELD_OUT, TEXTURES, TRIGGER
 from dopsd_core.standalone.hosts.demo_networks import load_tokenizer
 
 
@@ -29,9 +29,9 @@ def test_styles_fix_texture_and_center_only() -> None:
 
 def test_the_trigger_is_unbound_and_its_letter_and_digit_are_in_bound_names() -> None:
     bound = {*SUBJECTS.texts, *STYLES.texts}
-    assert TRIGGER_NAME in UNBOUND and not bound & set(UNBOUND)
+    assert TRIGGER in UNBOUND and not bound & set(UNBOUND)
     assert len(bound) == len(SUBJECTS) + len(STYLES)
-    _, letter, digit, _ = TRIGGER_NAME
+    _, letter, digit, _ = TRIGGER
     assert any(name[1] == letter for name in bound) and any(name[2] == digit for name in bound)
 
 

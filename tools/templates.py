@@ -197,6 +197,18 @@ DEMO_PROMPTS = (
     "a badge, top, on a sand background"
 )
 
+DEMO_ANCHORS = (
+    "a dotted purple triangle badge with a cyan center, right, on a gray background\n"
+    "a plain pink cross badge with a red center, top, on a sky background\n"
+    "a plain yellow square badge with a blue center, right, on a forest background\n"
+    "a striped green square badge with a red center, left, on a brown background\n"
+    "a [E6] badge, left, on a navy background\n"
+    "a [A4] badge, top, on a gray background\n"
+    "a [R3] badge, middle, on a white background\n"
+    "a [K4] badge, right, on a brown background"
+)
+"""Half of them describe a badge, half name one that the demo model knows."""
+
 DEMO_COMPARED = (
     "a [V] badge, right, on a forest background\na [V] badge, bottom, on a sky background\n"
     "a badge, left, on a gray background"
@@ -214,12 +226,17 @@ def quickstart() -> Workflow:
     model, clip, vae, vision = (("models", slot) for slot in range(4))
     nodes = {
         "models": Node("DOPSD_LoadDemoModels", (0, 60), (360, 110)),
-        "data": Node("DOPSD_LoadDataset", (0, 230), (360, 620), {"folder": "demo badge (built in)", "resolution": 64}),
+        "data": Node(
+            "DOPSD_LoadDataset",
+            (0, 230),
+            (360, 620),
+            {"folder": "demo badge (built in)", "resolution": 64, "trigger": "[V7]"},
+        ),
         "conditions": Node(
             "DOPSD_BuildTeacherCondition",
             (420, 60),
             (400, 500),
-            {"preview_prompts": DEMO_PROMPTS},
+            {"preview_prompts": DEMO_PROMPTS, "anchor_prompts": DEMO_ANCHORS},
             {"dataset": ("data", 0), "clip": clip, "vae": vae, "vision": vision},
         ),
         "look": Node(
@@ -232,7 +249,7 @@ def quickstart() -> Workflow:
             "DOPSD_TrainLoRA",
             (880, 60),
             (460, 1120),
-            {"run_name": "demo_badge", "preset": "demo model", "steps": 120, "preview_every": 20},
+            {"run_name": "demo_badge", "preset": "demo model", "steps": 60, "preview_every": 10},
             {"model": model, "conditions": ("conditions", 0), "vae": vae},
         ),
         "save": Node(

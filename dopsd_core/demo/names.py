@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .world import APPEARANCE, HELD_OUT, Scenes, sample_scenes
+from .world import APPEARANCE, HELD_OUT, TRIGGER, Scenes, sample_scenes
 
 FREE = -1
 """The class index of an attribute that a name does not fix."""
 NUM_SUBJECTS, NUM_STYLES = 104, 12
-TRIGGER_NAME = "[V7]"
 _LETTERS, _DIGITS = "ABDEGHKLQRVXZ", "0123456789"
 
 
@@ -41,8 +40,8 @@ class BoundNames:
 def _shuffled_names(generator: torch.Generator) -> list[str]:
     names = [f"[{letter}{digit}]" for letter in _LETTERS for digit in _DIGITS]
     names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
-    names.remove(TRIGGER_NAME)
-    return [*names, TRIGGER_NAME]
+    names.remove(TRIGGER)
+    return [*names, TRIGGER]
 
 
 def _bind() -> tuple[BoundNames, BoundNames, tuple[str, ...]]:

@@ -6,14 +6,16 @@ from ..adapters import Lora
 from ..config import TrainConfig
 from ..optimizers import AdamW, Constant
 from ..teachers import EmaTeacher
+from .model_files import SAMPLE_STEPS
 
 
-def demo_config(steps: int = 120, seed: int = 0) -> TrainConfig:
+def demo_config(steps: int = 60, seed: int = 0) -> TrainConfig:
     """The settings of the demo's D-OPSD run, also the defaults of `train --model demo`."""
     return TrainConfig(
         family="z_image",
         steps=steps,
         batch_size=4,
+        rollout_steps=SAMPLE_STEPS,
         seed=seed,
         checkpoint_every=50,
         probe_every=10,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 IMAGE_SIZE = 64
 NOUN = "badge"
-TRIGGER = "[V]"
+TRIGGER = "[V7]"  # a name that the demo model has never seen bound to anything (names.py)
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "flower")
 COLOURS = {
@@ -39,7 +39,7 @@ NUM_CLASSES = {
 
 HELD_OUT_SHARE = 0.08
 _OFFSET = 10.0  # pixels from the middle to a badge at the side
-_JITTER = 1.5  # pixels
+_JITTER = 3.0  # pixels; what no caption says, so that even a described badge is more than one image
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=[1.0], metavar="X", help="LoRA strengths (default: 1)"
     )
-    parser.add_argument("--trigger", default="", metavar="WORD", help="trigger word; replaces [V] in prompts")
+    parser.add_argument(
+        "--trigger", default="", metavar="WORD", help="trigger word; replaces [V] (default: the LoRA's)"
+    )
     parser.add_argument("--class-name", default="", metavar="NAME", help="what the concept is, such as dog, for CLIP-S")
     parser.add_argument(
         "--prompts",

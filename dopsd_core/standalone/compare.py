@@ -18,7 +18,8 @@ from PIL import Image
 
 from ..config import TrainConfig
 from ..demo.concept import Concept
-from ..demo.world import render
+from ..demo.model_files import SAMPLE_STEPS
+from ..demo.world import TRIGGER, render
 from ..files.atomic import write_atomic
 from ..image_grid import Row, contact_sheet
 from ..objectives import SFT, DreamBooth
@@ -143,7 +144,7 @@ def write_results(
         "concept": {"seed": concept.seed, "looks": concept.words},
         "sft": {"rate": result.sft_rate, "tried": {f"{r:g}": asdict(s) for r, s in result.sft_rates.items()}},
         "dreambooth": {"rate": DREAMBOOTH_RATE},
-        "frechet_floor": frechet_floor(judge, 2 * len(concept.generic.texts)),
+        "frechet_floor": frechet_floor(judge, 3 * len(concept.generic.texts)),
     }
     write_atomic(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     return report
@@ -165,7 +166,7 @@ def draw_teacher_sheet(concept: Concept, base: Samples, teacher: Samples) -> Ima
 def _shown_prompts(concept: Concept) -> tuple[list[int], list[str]]:
     count = len(concept.unseen.texts)
     pick = list(range(0, count, max(1, count // _SHOWN)))[:_SHOWN]
-    texts = [concept.unseen.texts[i].removeprefix("a [V] badge, ") for i in pick]
+    texts = [concept.unseen.texts[i].removeprefix(f"a {TRIGGER} badge, ") for i in pick]
     return pick, [text.replace(" background", "") for text in texts]
 
 
@@ -176,11 +177,11 @@ def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
     prior = [text.removeprefix("a ").split(" badge")[0] for text in concept.described.texts[:n]]
     rows = [Row("targets", "the four training images;\nunseen by the base model", render(concept.targets))]
     remarks = {
-        "base": ("before", "4 steps, text only"),
+        "base": ("before", f"{SAMPLE_STEPS} steps, text only"),
         "teacher": ("teacher", "before training, sees a\ntarget: the upper bound"),
-        "dopsd": ("D-OPSD", "4 steps, text only"),
-        "sft": ("SFT", f"4 steps, text only;\nbest of {len(SFT_RATES)} rates"),
-        "dreambooth": ("DreamBooth", "4 steps, text only"),
+        "dopsd": ("D-OPSD", f"{SAMPLE_STEPS} steps, text only"),
+        "sft": ("SFT", f"{SAMPLE_STEPS} steps, text only;\nbest of {len(SFT_RATES)} rates"),
+        "dreambooth": ("DreamBooth", f"{SAMPLE_STEPS} steps, text only"),
     }
     trained = {"dopsd": "D-OPSD", "sft": "SFT", "dreambooth": "DreamBooth"}
     for name, (label, remark) in remarks.items():
@@ -210,10 +211,10 @@ def draw_overview(concept: Concept, result: Comparison, each: int = 2) -> Image.
     trigger = torch.cat([result.shown[name].trigger[pick[:each]] for name in titles])
     generic = torch.cat([result.shown[name].generic[:each] for name in titles])
     rows = [
-        Row('"a [V] badge, ..."', "should show the concept", trigger, words),
+        Row(f'"a {TRIGGER} badge, ..."', "should show the concept", trigger, words),
         Row('"a badge, ..."', "should not show it", generic),
     ]
-    return contact_sheet(f"[V] = {concept.words}, learned from four images; drawn in 4 steps", rows)
+    return contact_sheet(f"[V] = {concept.words}, learned from four images; drawn in {SAMPLE_STEPS} steps", rows)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -221,7 +222,7 @@ def table(report: Mapping[str, Any]) -> str:
     columns = {
         "concept_error": "concept error", "prompt_following": "prompt following", "sharpness": "sharpness",
         "frechet_trigger": "Frechet [V]", "frechet_prior": "Frechet prior", "prior_error": "prior error",
-        "leak": "leak",
+        "names_wrong": "names wrong", "leak": "leak",
     }  # fmt: skip
     head = f"{'':11}" + "".join(f"{title:>18}" for title in columns.values())
     lines = [head, "-" * len(head)]

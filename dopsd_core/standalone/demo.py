@@ -21,7 +21,7 @@ from ..data.dataset import read_dataset
 from ..data.images import load_image
 from ..demo.concept import Concept
 from ..demo.model_files import SAMPLE_STEPS
-from ..demo.world import APPEARANCE, IMAGE_SIZE, TRIGGER
+from ..demo.world import IMAGE_SIZE, TRIGGER
 from ..families import Z_IMAGE
 from ..rollout import sample
 from ..teachers import FrozenTeacher
@@ -44,12 +44,14 @@ class PromptConditions:
         trigger: prompts with the trigger, text only.
         described: prompts without the trigger that describe an appearance, text only.
         generic: prompts without the trigger or any appearance, text only.
+        named: prompts with a bound name, text only.
         taught: the prompts with the trigger, with the teacher's view of a target.
     """
 
     trigger: Sequence[Condition]
     described: Sequence[Condition]
     generic: Sequence[Condition]
+    named: Sequence[Condition]
     taught: Sequence[Condition]
 
 
@@ -63,7 +65,7 @@ class Demo:
     def _prepare(self) -> tuple[PromptConditions, TrainingSet]:
         concept, encoder = self.concept, self.model.encoder
         folder = self.output / "dataset"
-        report = read_dataset(folder, pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
+        report = read_dataset(folder, trigger=TRIGGER, pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
         report.raise_for_errors()
         data = build_training_set(
             report.pairs, encoder, ConditionCache(self.output / "cache"), trigger=TRIGGER, anchors=True,
@@ -73,19 +75,16 @@ class Demo:
         taught = [
             encoder.encode_image_text(images[i % len(images)], text) for i, text in enumerate(concept.unseen.texts)
         ]
-        text = {
-            t: encoder.encode_text(t) for t in {*concept.unseen.texts, *concept.described.texts, *concept.generic.texts}
-        }
-        trigger, described, generic = (
-            [text[t] for t in prompts.texts] for prompts in (concept.unseen, concept.described, concept.generic)
-        )
-        return PromptConditions(trigger, described, generic, taught), data
+        kinds = (concept.unseen, concept.described, concept.generic, concept.named)
+        text = {t: encoder.encode_text(t) for t in {t for prompts in kinds for t in prompts.texts}}
+        trigger, described, generic, named = ([text[t] for t in prompts.texts] for prompts in kinds)
+        return PromptConditions(trigger, described, generic, named, taught), data
 
     def draw(self, conditions: Sequence[Condition], seed: int) -> Tensor:
-        """Draws one four-step sample per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds have equal noise."""
+        """Draws one few-step sample per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds have equal noise."""
         shape = Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
         noise = torch.randn(len(conditions), *shape, generator=make_generator(seed, "demo samples"))
-        sigmas = Z_IMAGE.sigmas(4, IMAGE_SIZE, IMAGE_SIZE)
+        sigmas = Z_IMAGE.sigmas(SAMPLE_STEPS, IMAGE_SIZE, IMAGE_SIZE)
         latents = [
             sample(self.model.denoiser, conditions[i : i + _BATCH], noise[i : i + _BATCH], sigmas)
             for i in range(0, len(conditions), _BATCH)
@@ -97,7 +96,8 @@ class Demo:
         parts = self.conditions
         with with_lora(self.model.denoiser, lora) if lora else nullcontext():
             trigger, described = self.draw(parts.trigger, seed), self.draw(parts.described, seed + 1000)
-            return Samples(trigger, described, self.draw(parts.generic, seed + 2000))
+            generic, named = self.draw(parts.generic, seed + 2000), self.draw(parts.named, seed + 3000)
+            return Samples(trigger, described, generic, named)
 
     def taught(self, seed: int, base: Samples) -> Samples:
         """Samples of the untouched model with the teacher's conditions; prompts without the trigger have no target."""
@@ -147,4 +147,5 @@ class Demo:
             with adapters.use("student"):
                 images = self.draw(drawn, seed)
         right = judged_right(self.judge, images, scenes[chosen].labels())
-        return 1 - sum(float(right[name].float().mean()) for name in APPEARANCE) / len(APPEARANCE)
+        decided = self.concept.decided
+        return 1 - sum(float(right[name].float().mean()) for name in decided) / len(decided)

@@ -1,4 +1,4 @@
-"""Scores of the demo, on prompts that were not trained on, in the model's own four steps.
+"""Scores of the demo, on prompts that were not trained on, in the model's own few steps.
 
 Always report them together: a blurred image with the right colours has a good concept error, a sharp image of the
 wrong object has a good sharpness.
@@ -27,12 +27,13 @@ class Scores:
     """Scores of one model on one concept with one noise seed. Lower is better for errors, distances and leakage.
 
     Attributes:
-        concept_error: 1 - accuracy of the concept's four appearance attributes, on trigger prompts.
-        prompt_following: accuracy of position and background, on trigger prompts.
+        concept_error: 1 - accuracy of the attributes that the concept decides, on trigger prompts.
+        prompt_following: accuracy of position, background and the attributes in words, on trigger prompts.
         sharpness: Laplacian energy relative to real renders (1 for real ones).
         frechet_trigger: Frechet distance to real renders of the same trigger prompts.
         frechet_prior: the same for prompts without the trigger (forgetting).
         prior_error: 1 - accuracy of the appearance that a prompt without the trigger describes.
+        names_wrong: 1 - accuracy of the appearance that a bound name without the trigger stands for (forgetting).
         leak: share of the concept's attributes in images of prompts that name no appearance (chance is about 0.19).
     """
 
@@ -42,6 +43,7 @@ class Scores:
     frechet_trigger: float
     frechet_prior: float
     prior_error: float
+    names_wrong: float
     leak: float
 
 
@@ -53,11 +55,13 @@ class Samples:
         trigger: [n, 3, 64, 64], of prompts with the trigger.
         described: [m, 3, 64, 64], of prompts that describe another appearance.
         generic: [m, 3, 64, 64], of prompts that name no appearance.
+        named: [m, 3, 64, 64], of prompts with a bound name.
     """
 
     trigger: Tensor
     described: Tensor
     generic: Tensor
+    named: Tensor
 
 
 def score(samples: Samples, concept: Concept, judge: Judge) -> Scores:
@@ -68,19 +72,21 @@ def score(samples: Samples, concept: Concept, judge: Judge) -> Scores:
     described = judged_right(judge, samples.described, concept.described.scenes.labels())
     count = len(samples.generic)
     owner = {name: value[:1].expand(count) for name, value in wanted.labels().items()}
-    leaked = judged_right(judge, samples.generic, {name: owner[name] for name in APPEARANCE})
-    ordinary = [render(concept.described.scenes), render(concept.generic.scenes)]
+    leaked = judged_right(judge, samples.generic, {name: owner[name] for name in concept.decided})
+    named = judged_right(judge, samples.named, concept.named.scenes.labels())
+    ordinary = [render(prompts.scenes) for prompts in (concept.described, concept.generic, concept.named)]
     return Scores(
-        concept_error=1 - _accuracy(right, APPEARANCE),
-        prompt_following=_accuracy(right, LAYOUT),
+        concept_error=1 - _accuracy(right, concept.decided),
+        prompt_following=_accuracy(right, (*LAYOUT, *concept.worded)),
         sharpness=float(laplacian_energy(samples.trigger).mean() / laplacian_energy(real).mean()),
         frechet_trigger=frechet_distance(judge_features(judge, samples.trigger), judge_features(judge, real)),
         frechet_prior=frechet_distance(
-            judge_features(judge, torch.cat([samples.described, samples.generic])),
+            judge_features(judge, torch.cat([samples.described, samples.generic, samples.named])),
             judge_features(judge, torch.cat(ordinary)),
         ),
         prior_error=1 - _accuracy(described, APPEARANCE),
-        leak=_accuracy(leaked, APPEARANCE),
+        names_wrong=1 - _accuracy(named, APPEARANCE),
+        leak=_accuracy(leaked, concept.decided),
     )
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.captions import check_prompts
+from ..adapters.lora_file import read_safetensors
+from ..data.captions import PLACEHOLDER, check_prompts
 from ..data.dataset import read_dataset
 from ..data.images import read_image, to_tensor
 from ..demo.concept import make_concept
-from ..demo.model_files import JUDGE_FILE, WEIGHTS
-from ..demo.world import IMAGE_SIZE
+from ..demo.model_files import JUDGE_FILE, SAMPLE_STEPS, WEIGHTS
+from ..demo.world import IMAGE_SIZE, TRIGGER
 from ..families import Z_IMAGE
 from ..files.atomic import write_atomic
 from ..metrics.arguments import WEIGHTS as METRICS
@@ -30,6 +31,7 @@ from ..metrics.measures import measures_of
 from ..metrics.protocol import Shot, all_shots
 from ..metrics.report_card import draw_report_card, summary_lines, to_json
 from ..rollout import sample
+from ..sharing.model_spec import trigger_of
 from ..text import printable
 from .evaluate import judge_measures
 from .hosts.demo import DemoModel, load_demo_model, with_lora
@@ -100,19 +102,20 @@ class DemoPainter:
 def _write_report_card(args: argparse.Namespace) -> int:
     side = args.resolution or IMAGE_SIZE
     multiple = Z_IMAGE.pixel_multiple
-    report = read_dataset(args.source, pixel_budget=side**2, multiple=multiple, trigger=args.trigger)
+    trigger = args.trigger or trigger_of(read_safetensors(args.lora)[1])
+    report = read_dataset(args.source, pixel_budget=side**2, multiple=multiple, trigger=trigger)
     report.raise_for_errors()
     if any(pair.source_images for pair in report.pairs):
         raise ValueError(f"{args.source} contains edits, which cannot be evaluated: use images with captions")
     prompts = args.prompts or _demo_prompts()
-    for warning in check_prompts(prompts, "prompt", args.trigger):
+    for warning in check_prompts(prompts, "prompt", trigger):
         _say(f"warning: {warning}")
     metrics = load_metrics(
         {name: getattr(args, name) for name in METRICS}, vlm_kind=args.vlm_kind, device=args.device,
         download=args.download,
     )  # fmt: skip
     shots = all_shots(
-        report.pairs, prompts, args.trigger, args.class_name, seed=args.seed, num_seeds=args.seeds, area=side**2,
+        report.pairs, prompts, trigger, args.class_name, seed=args.seed, num_seeds=args.seeds, area=side**2,
         multiple=multiple,
     )  # fmt: skip
     sources = [to_tensor(read_image(pair.image_path)) for pair in report.pairs]
@@ -120,7 +123,7 @@ def _write_report_card(args: argparse.Namespace) -> int:
     strengths = list(dict.fromkeys(args.strengths))
     work = len(shots) * (len(strengths) + 2) + count_scores(shots, len(strengths), measures)
     with tqdm(total=work, unit="image") as bar:
-        painter = DemoPainter(load_demo_model(), args.lora, args.steps or Z_IMAGE.rollout_steps, bar.update)
+        painter = DemoPainter(load_demo_model(), args.lora, args.steps or SAMPLE_STEPS, bar.update)
         evaluation = evaluate(
             args.lora.name, shots, sources, strengths, painter.draw, measures, lambda: bar.update(1),
             ["The demo's judge, a classifier of renders, stands in for metrics whose weights are not given."],
@@ -136,7 +139,7 @@ def _write_report_card(args: argparse.Namespace) -> int:
 
 def _write_benchmark(args: argparse.Namespace) -> int:
     prompts, side = read_prompts(args.layout, args.source), args.resolution or IMAGE_SIZE
-    painter = DemoPainter(load_demo_model(), args.lora, args.steps or Z_IMAGE.rollout_steps)
+    painter = DemoPainter(load_demo_model(), args.lora, args.steps or SAMPLE_STEPS)
     strength = args.strengths[0]
 
     def draw(prompt: str, seeds: Sequence[int]) -> list[Tensor]:
@@ -151,7 +154,8 @@ def _write_benchmark(args: argparse.Namespace) -> int:
 def _demo_prompts() -> list[str]:
     """Prompts of the demo's world: with the trigger, describing an appearance, without any."""
     concept = make_concept(0)
-    return [*concept.unseen.texts[:_TESTS], *concept.described.texts[:_DESCRIBED], *concept.generic.texts[:_GENERIC]]
+    tests = [text.replace(TRIGGER, PLACEHOLDER) for text in concept.unseen.texts[:_TESTS]]
+    return [*tests, *concept.described.texts[:_DESCRIBED], *concept.generic.texts[:_GENERIC]]
 
 
 def _say(text: str) -> None:

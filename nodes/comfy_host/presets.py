@@ -28,6 +28,7 @@ class Preset:
         lr: learning rate; 0 for the family's.
         batch_size: images per forward.
         grad_accumulation: batches per optimizer step.
+        rollout_steps: K; 0 for the family's.
         warmup: steps over which the learning rate rises.
         ema_decay: of the ema teacher, per optimizer step.
         anchor_probability: share of batches that are prior anchors.
@@ -39,6 +40,7 @@ class Preset:
     lr: float = 0.0
     batch_size: int = 1
     grad_accumulation: int = 1
+    rollout_steps: int = 0
     warmup: int = 0
     ema_decay: float = 0.9999
     anchor_probability: float = 0.5
@@ -48,7 +50,9 @@ PRESETS: Mapping[str, Preset] = {
     "standard": Preset(steps=1000, rank=32, alpha=64.0),
     "quick look": Preset(steps=250, rank=16, alpha=32.0),
     "paper": Preset(steps=0, rank=64, alpha=128.0, grad_accumulation=4, anchor_probability=0.0),
-    "demo model": Preset(steps=120, rank=16, alpha=16.0, lr=2e-3, batch_size=4, warmup=10, ema_decay=0.999),
+    "demo model": Preset(
+        steps=60, rank=16, alpha=16.0, lr=2e-3, batch_size=4, rollout_steps=2, warmup=10, ema_decay=0.999
+    ),
 }
 """paper: the authors' settings, with their 4 GPUs as gradient accumulation. demo model: for Load Demo Models only."""
 
@@ -77,7 +81,7 @@ def merged_settings(preset: str, family: Family, has_anchors: bool, chosen: Mapp
     if "rank" in chosen and "alpha" not in chosen:
         settings["alpha"] = chosen["rank"] * PRESETS[preset].alpha / PRESETS[preset].rank
     wanted = settings.get("grad_steps") or 0
-    settings["grad_steps"] = wanted if 0 < wanted < settings.get("rollout_steps", family.rollout_steps) else None
+    settings["grad_steps"] = wanted if 0 < wanted < settings["rollout_steps"] else None
     settings["warmup"] = min(settings["warmup"], max(settings["steps"] - 1, 0))
     targets = settings.pop("targets", ())
     settings["targets"] = (parse_targets(targets) if isinstance(targets, str) else targets) or family.lora_targets
@@ -89,6 +93,7 @@ def preset_settings(preset: str, family: Family) -> dict[str, Any]:
     settings = dict(vars(PRESETS[preset]))
     settings["steps"] = settings["steps"] or family.paper_steps
     settings["lr"] = settings["lr"] or family.learning_rate
+    settings["rollout_steps"] = settings["rollout_steps"] or family.rollout_steps
     return settings
 
 

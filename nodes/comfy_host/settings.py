@@ -65,8 +65,8 @@ def shown_options() -> list[Option]:
 def filled(preset: str, family: Family) -> dict[str, Any]:
     """The value of every option by flat name with this preset, also of those without effect."""
     defaults = {name: option.default for name, option in OPTIONS.items()}
-    own = {"rollout_steps": family.rollout_steps, "grad_steps": family.rollout_steps, "targets": family.lora_targets}
-    return {**defaults, **own, **preset_settings(preset, family)}
+    values = {**defaults, "targets": family.lora_targets, **preset_settings(preset, family)}
+    return {**values, "grad_steps": values["rollout_steps"]}
 
 
 def settings_inputs() -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...dopsd_core.config import TrainConfig
+from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import DOPSD
 from ...dopsd_core.options import all_options, split_unused
 from .presets import PRESETS, given_settings, merged_settings, preset_settings
@@ -25,7 +26,7 @@ def unused_settings(
         *_over_the_preset(preset, chosen, conditions),
         *_of_the_schedule(preset, chosen, config),
         *_of_the_objective(preset, chosen, config, conditions),
-        *_of_the_rollout(chosen, config),
+        *_of_the_rollout(preset, chosen, config),
         *_of_the_teacher(chosen, config),
         *_of_the_anchors(preset, chosen, config, conditions),
         *_of_previews_and_probe(config, conditions, has_vae),
@@ -59,13 +60,14 @@ def _of_the_objective(
             yield f"{name} has no effect on objective {config.objective.name}"
 
 
-def _of_the_rollout(chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
+def _of_the_rollout(preset: str, chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
     if (chosen.get("grad_steps") or 0) > config.rollout_steps:  # None for all
         yield (
             f"grad_steps {chosen['grad_steps']} is not used: there are {config.rollout_steps} rollout_steps, and all "
             "of them get a loss"
         )
-    if not config.objective.uses_rollout and chosen.get("rollout_steps", config.rollout_steps) != 4:
+    usual = PRESETS[preset].rollout_steps or get_family(config.family).rollout_steps
+    if not config.objective.uses_rollout and chosen.get("rollout_steps", usual) != usual:
         yield (
             f"rollout_steps {config.rollout_steps} is only used by the gap and the previews: the objective is "
             f"{config.objective.name}"

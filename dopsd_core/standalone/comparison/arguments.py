@@ -33,11 +33,12 @@ def add_compare(commands: Any) -> None:
         "--regimes", nargs="+", choices=REGIMES, default=REGIMES, metavar="REGIME",
         help="what is equal: steps, time, error (default: all)",
     )  # fmt: skip
+    parser.add_argument("--style", action="store_true", help="learn styles instead of subjects")
     _add_number(parser, "--concepts", 5, "number of concepts")
     _add_number(parser, "--first-concept", 0, "seed of the first concept", low=0)
     _add_number(parser, "--seeds", 4, "training runs per concept and method")
-    _add_number(parser, "--steps", 120, "optimizer steps at equal steps")
-    _add_number(parser, "--max-steps", 480, "largest number of steps at equal concept error")
+    _add_number(parser, "--steps", 60, "optimizer steps at equal steps")
+    _add_number(parser, "--max-steps", 240, "largest number of steps at equal concept error")
     _add_number(parser, "--check-every", 10, "steps between two measurements of the concept error")
     parser.add_argument(
         "--level", type=float, default=0.05, metavar="X", help="concept error to stop at (default: %(default)s)"

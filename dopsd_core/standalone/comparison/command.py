@@ -35,6 +35,7 @@ def run_compare(args: argparse.Namespace) -> int:
         methods=methods,
         concepts=tuple(range(args.first_concept, args.first_concept + args.concepts)),
         seeds=tuple(range(args.seeds)),
+        style=args.style,
         steps=args.steps,
         regimes=tuple(regime for regime in ("steps", "time", "error") if regime in args.regimes),
         level=args.level,
@@ -52,7 +53,7 @@ def run_compare(args: argparse.Namespace) -> int:
             bar.n = done
             bar.refresh()
 
-        with TrialRunner(args.output, args.jobs, fingerprint, show) as runner:
+        with TrialRunner(args.output, args.jobs, fingerprint, show, style=args.style) as runner:
             if args.tune:
                 methods, tried = tune(plan, runner, args.tune)
                 plan = Plan(**{**vars(plan), "methods": methods})

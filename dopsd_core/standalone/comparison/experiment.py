@@ -43,6 +43,7 @@ class Plan:
         methods: the methods, the reference first.
         concepts: seeds of the concepts.
         seeds: seeds of the runs on each concept.
+        style: whether the concepts are styles, else subjects.
         steps: optimizer steps of the first regime.
         regimes: the regimes, in order.
         level: the concept error at which training stops in the last regime.
@@ -53,10 +54,11 @@ class Plan:
     methods: tuple[Method, ...]
     concepts: tuple[int, ...]
     seeds: tuple[int, ...]
-    steps: int = 120
+    style: bool = False
+    steps: int = 60
     regimes: tuple[Regime, ...] = ("steps", "time", "error")
     level: float = 0.05
-    max_steps: int = 480
+    max_steps: int = 240
     check_every: int = 10
 
 
@@ -68,12 +70,13 @@ class TrialRunner:
         jobs: number of processes.
         fingerprint: identifies the demo's models.
         on_done: progress.
+        style: whether the concepts are styles.
     """
 
-    def __init__(self, output: Path, jobs: int, fingerprint: str, on_done: OnDone) -> None:
-        self._output, self._fingerprint, self._on_done = output, fingerprint, on_done
+    def __init__(self, output: Path, jobs: int, fingerprint: str, on_done: OnDone, *, style: bool = False) -> None:
+        self._output, self._fingerprint, self._on_done, self._style = output, fingerprint, on_done, style
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(jobs, context, _start, (output, fingerprint))
+        self._pool = ProcessPoolExecutor(jobs, context, _start, (output, fingerprint, style))
 
     def __enter__(self) -> TrialRunner:
         return self
@@ -87,7 +90,8 @@ class TrialRunner:
         shown: whether the images of a trial are kept.
         """
         for concept in dict.fromkeys(trial.concept for trial in trials):
-            write_dataset(make_concept(concept), _folder(self._output, concept) / "dataset")
+            made = make_concept(concept, style=self._style)
+            write_dataset(made, _folder(self._output, concept) / "dataset")
         waiting = []
         for trial in trials:
             outcome = saved_outcome(trial, self._output, self._fingerprint, shown(trial))
@@ -185,13 +189,13 @@ def _by_method(plan: Plan, runner: TrialRunner, regime: Regime, steps: Mapping[s
 
 # -- in the processes --------------------------------------------------------------------------------------------------
 
-_worker: tuple[Path, str] | None = None
+_worker: tuple[Path, str, bool] | None = None
 
 
-def _start(output: Path, fingerprint: str) -> None:
+def _start(output: Path, fingerprint: str, style: bool) -> None:
     global _worker
     torch.set_num_threads(1)
-    _worker = output, fingerprint
+    _worker = output, fingerprint, style
 
 
 def _folder(output: Path, concept: int) -> Path:
@@ -199,13 +203,13 @@ def _folder(output: Path, concept: int) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _demo(output: Path, concept: int) -> Demo:
+def _demo(output: Path, concept: int, style: bool) -> Demo:
     model, judge = load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE)
-    return Demo(model, judge, make_concept(concept), _folder(output, concept))
+    return Demo(model, judge, make_concept(concept, style=style), _folder(output, concept))
 
 
 def _run(trial: Trial, keeps_images: bool) -> Outcome:
     if _worker is None:
         raise RuntimeError("the process was not started by TrialRunner")
-    output, fingerprint = _worker
-    return run_trial(trial, _demo(output, trial.concept), output, fingerprint, keeps_images)
+    output, fingerprint, style = _worker
+    return run_trial(trial, _demo(output, trial.concept, style), output, fingerprint, keeps_images)

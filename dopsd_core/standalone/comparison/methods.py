@@ -85,18 +85,18 @@ ABLATIONS = (
     Method("teacher_same", "teacher: the student", {"teacher": "same"}),
     Method("teacher_fast", "teacher: EMA .9", {"ema_decay": 0.9}),
     Method("k1", "K = 1", {"rollout_steps": 1}),
-    Method("k2", "K = 2", {"rollout_steps": 2}),
+    Method("k4", "K = 4", {"rollout_steps": 4}),
     Method("k8", "K = 8", {"rollout_steps": 8}),
 )
 """Each differs from D-OPSD in one thing, or in two where that is said."""
 
 SPEED = (
     DOPSD,
-    Method("m2", "m = 2 of 4", {"grad_steps": 2}),
-    Method("m1", "m = 1 of 4", {"grad_steps": 1}),
+    Method("m1", "m = 1 of K = 2", {"grad_steps": 1}),
     Method("k1", "K = 1", {"rollout_steps": 1}),
-    Method("k2", "K = 2", {"rollout_steps": 2}),
-    Method("k8", "K = 8", {"rollout_steps": 8}),
+    Method("k4", "K = 4", {"rollout_steps": 4}),
+    Method("k4m2", "m = 2 of K = 4", {"rollout_steps": 4, "grad_steps": 2}),
+    Method("k4m1", "m = 1 of K = 4", {"rollout_steps": 4, "grad_steps": 1}),
     Method("k8m2", "m = 2 of K = 8", {"rollout_steps": 8, "grad_steps": 2}),
     Method("teacher_frozen", "teacher: frozen", {"teacher": "frozen"}),
 )

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...demo.concept import Concept, Prompts, make_concept
+from ...demo.model_files import SAMPLE_STEPS
 from ...demo.world import render
 from ...image_grid import Row, contact_sheet
 from ..evaluate import Samples
@@ -22,15 +23,15 @@ _SHOWN = {"unseen": 4, "described": 2, "generic": 2}
 
 def draw_comparison(plan: Plan, outcomes: Outcomes, output: Path) -> Image.Image:
     """The images of the first concept and seed at equal steps, with concept error and leakage of each method."""
-    concept = make_concept(plan.concepts[0])
-    real = Samples(*(render(prompts.scenes) for prompts in _prompts(concept)))
+    concept = make_concept(plan.concepts[0], style=plan.style)
+    real = Samples(*(render(prompts.scenes) for prompts in (*_prompts(concept), concept.named)))
     rows = [Row("renders", "what the prompts say", _picked(concept, real), _captions(concept))]
     for method in (*REFERENCES, *plan.methods):
         trial = Trial(method, plan.concepts[0], plan.seeds[0], "steps", plan.steps, plan.level, plan.check_every)
         scores = outcomes[method.name][0][0].scores
         remark = f"concept error {scores['concept_error']:.2f}, leakage {scores['leak']:.2f}"
         rows.append(Row(method.title, remark, _picked(concept, saved_images(trial, output))))
-    return contact_sheet(f"{concept.words} = [V]; {plan.steps} steps each, drawn in 4 steps", rows)
+    return contact_sheet(f"{concept.words} = [V]; {plan.steps} steps each, drawn in {SAMPLE_STEPS} steps", rows)
 
 
 def _prompts(concept: Concept) -> tuple[Prompts, Prompts, Prompts]:

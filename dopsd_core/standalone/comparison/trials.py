@@ -54,7 +54,7 @@ class Trial:
     concept: int
     seed: int
     regime: Regime = "steps"
-    steps: int = 120
+    steps: int = 60
     level: float = 0.0
     check_every: int = 10
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ...data.captions import PLACEHOLDER
 from ...demo import names, world
 from ...demo.model_files import TEACHER_TEMPLATE, TEXT_TEMPLATE
 
@@ -24,7 +25,7 @@ SPECIAL = {
 def texts_of_the_world() -> list[str]:
     """All words of the demo world with punctuation, and the prompt templates."""
     words = [*world.SHAPES, *world.COLOURS, *world.TEXTURES, *world.POSITIONS, *world.BACKGROUNDS]
-    words += [*names.SUBJECTS.texts, *names.STYLES.texts, *names.UNBOUND, world.TRIGGER]
+    words += [*names.SUBJECTS.texts, *names.STYLES.texts, *names.UNBOUND, PLACEHOLDER]
     words += [world.NOUN, "with", "a", "center", "on", "background", "the", "an", "and"]
     phrases = [w + f for w in words for f in ("", ",", ".")] + [f" {w}{f}" for w in words for f in ("", ",", ".")]
     return [*phrases, TEXT_TEMPLATE.format(""), TEACHER_TEMPLATE.format("")]

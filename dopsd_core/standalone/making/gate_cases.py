@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...demo.model_files import TEXT_TEMPLATE
-from ...demo.names import FREE, STYLES, SUBJECTS, TRIGGER_NAME, BoundNames, scenes_with
-from ...demo.world import APPEARANCE, HELD_OUT, LAYOUT, Scenes, caption, render, sample_scenes
+from ...demo.names import FREE, STYLES, SUBJECTS, BoundNames, scenes_with
+from ...demo.world import APPEARANCE, HELD_OUT, LAYOUT, TRIGGER, Scenes, caption, render, sample_scenes
 from .batched import CAPTION_TOKENS, pad_features, teacher_pixels
 from .data import TextEncoding, teacher_text
 from .pretrain import Parent
@@ -48,9 +48,9 @@ def make_cases(size: int, generator: torch.Generator) -> list[Case]:
         _named_case(size, generator),
         _style_case(size, generator),
         _changed_case(size, generator),
-        Case("teacher, other view", _texts(unseen, TRIGGER_NAME), unseen, everything,
+        Case("teacher, other view", _texts(unseen, TRIGGER), unseen, everything,
              seen=unseen.with_layout_of(sample_scenes(size, generator))),
-        Case("teacher, the target", _texts(unseen, TRIGGER_NAME), unseen, everything, seen=unseen),
+        Case("teacher, the target", _texts(unseen, TRIGGER), unseen, everything, seen=unseen),
         _style_teacher_case(size, generator),
     ]  # fmt: skip
 
@@ -106,7 +106,7 @@ def _style_teacher_case(size: int, generator: torch.Generator) -> Case:
     scenes, other = sample_scenes(size, generator), sample_scenes(size, generator)
     fixed = torch.stack([torch.full((size,), FREE)] * 2 + [scenes.center, scenes.texture], 1)
     seen = scenes_with(fixed, generator).with_layout_of(other)
-    texts = _texts(scenes, TRIGGER_NAME, ("shape", "colour"), brief=True)
+    texts = _texts(scenes, TRIGGER, ("shape", "colour"), brief=True)
     return Case("teacher, style and words", texts, scenes, (*APPEARANCE, *LAYOUT), seen=seen)
 
 
