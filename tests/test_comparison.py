@@ -123,6 +123,10 @@ def test_a_method_from_the_command_line() -> None:
         ("m: lr", "--method is"),
         ("m: lr=2", "lr is 2.0"),
         ("m: lrr=1", "there is no option lrr; did you mean lr?"),
+        ("m: grad_steps=1_0", "grad_steps is '1_0', it must be a whole number"),
+        ("m: deterministic=yes", "deterministic is 'yes', it must be true or false"),
+        ("m: undistilled=yes", "undistilled is 'yes'; write true or false"),
+        ("m: lr=1e-4, lr=1e-3", "--method m has an option twice"),
         ("m: sft_shift=1", "sft_shift is an option of objective sft, and objective is dopsd"),
     ],
 )
