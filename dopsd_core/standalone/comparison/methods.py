@@ -113,12 +113,12 @@ def parse_method(text: str) -> Method:
     """
     name, colon, rest = (part.strip() for part in text.partition(":"))
     words = [word.strip() for word in rest.split(",") if word.strip()]
-    pairs = [tuple(part.strip() for part in word.split("=", 1)) for word in words if "=" in word]
+    pairs = [word.partition("=") for word in words if "=" in word]
     if not colon or not name.replace("_", "").isalnum() or len(pairs) != len(words):
         raise ConfigError(
             (f'--method is {text!r}; write "name: option=value, option=value" with a name in a-z, 0-9, _',)
         )
-    texts = dict(pairs)
+    texts = {key.strip(): value.strip() for key, _, value in pairs}
     if len(texts) < len(pairs):
         raise ConfigError((f"--method {name} has an option twice; keep one",))
     undistilled = texts.pop("undistilled", "false").lower()
