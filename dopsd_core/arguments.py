@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .conditioning.teachers import TEACHER_VIEWS
 from .config import TrainConfig
 from .demo.settings import demo_config
 from .metrics.arguments import add_evaluate
+from .number_text import float_argument, int_argument
 from .options import Option, all_options, changed
 from .standalone.comparison.arguments import add_compare
 from .standalone.model_options import MODEL_HELP, TRACKERS, add_model_arguments
@@ -22,22 +23,6 @@ from .standalone.model_options import MODEL_HELP, TRACKERS, add_model_arguments
 COMMANDS = ("demo", "train", "sample", "teacher-preview", "compare", "evaluate", "inspect-dataset")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
-_NONE = "none"
-
-
-def _number(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-    """Reads a number as `kind` does, but not 1_0, which Python reads as 10."""
-
-    def read(text: str) -> Any:
-        try:
-            return kind(text if "_" not in text else "")
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}") from None
-
-    return read
-
-
-_INT, _FLOAT = _number(int, "whole number"), _number(float, "number")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,15 +75,10 @@ def _train_options() -> list[Option]:
 
 
 def _value(option: Option, given: Any) -> Any:
-    """Converts a given value to the option's type if possible; otherwise the configuration reports it."""
+    """The value of an option; argparse has a text for most, a list of them or a bool for others."""
     if option.is_many:
         return tuple(given)
-    if option.is_optional and given == _NONE:
-        return None
-    try:
-        return {int: _INT, float: _FLOAT}.get(option.kind, option.kind)(given)
-    except (ValueError, argparse.ArgumentTypeError):
-        return given
+    return option.from_text(given) if isinstance(given, str) else given
 
 
 def _read_text(file: Path) -> str:
@@ -122,12 +102,14 @@ def _add_demo(commands: Any) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
-        "--concept-seed", type=_INT, default=0, metavar="N", help="selects the unseen concept (default 0)"
+        "--concept-seed", type=int_argument(), default=0, metavar="N", help="selects the unseen concept (default 0)"
     )
-    parser.add_argument("--seeds", type=_INT, default=3, metavar="N", help="training runs to average (default 3)")
-    parser.add_argument("--steps", type=_INT, metavar="N", help="optimizer steps, the same for every method")
     parser.add_argument(
-        "--jobs", type=_INT, default=2, metavar="N", help="parallel runs, one CPU core each (default 2)"
+        "--seeds", type=int_argument(1), default=3, metavar="N", help="training runs to average (default 3)"
+    )
+    parser.add_argument("--steps", type=int_argument(1), metavar="N", help="optimizer steps, the same for every method")
+    parser.add_argument(
+        "--jobs", type=int_argument(1), default=2, metavar="N", help="parallel runs, one CPU core each (default 2)"
     )
 
 
@@ -158,14 +140,16 @@ def _add_train(commands: Any) -> None:
         "(default: auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--checkpoint-blocks", type=_INT, metavar="N",
+        "--checkpoint-blocks", type=int_argument(0), metavar="N",
         help="number of blocks with gradient checkpointing; default: as few as fit into the GPU's memory",
     )  # fmt: skip
     parser.add_argument(
         "--heldout-caption", metavar="TEXT", help="a caption that is not trained on, to measure the gap to the teacher"
     )
     parser.add_argument("--fresh", action="store_true", help="fail if --output already contains a run")
-    parser.add_argument("--threads", type=_INT, metavar="N", help="number of CPU threads; default: torch's choice")
+    parser.add_argument(
+        "--threads", type=int_argument(1), metavar="N", help="number of CPU threads; default: torch's choice"
+    )
     add_model_arguments(parser)
     groups: dict[str, Any] = {}
     for option in _train_options():
@@ -214,14 +198,20 @@ def _add_sample(commands: Any) -> None:
     add_model_arguments(parser)
     parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA file to apply")
     parser.add_argument(
-        "--strength", type=_FLOAT, default=1.0, metavar="X", help="LoRA strength (default: %(default)s)"
+        "--strength", type=float_argument(), default=1.0, metavar="X", help="LoRA strength (default: %(default)s)"
     )
     parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="image for the teacher to see")
     _add_teacher_view(parser)
-    parser.add_argument("--count", type=_INT, default=1, metavar="N", help="images per prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=_INT, metavar="N", help="sampling steps; default: the model's")
-    parser.add_argument("--seed", type=_INT, default=0, metavar="N", help="seed of image 1 (default: %(default)s)")
-    parser.add_argument("--size", type=_INT, nargs=2, metavar=("WIDTH", "HEIGHT"), help="pixels; default: the model's")
+    parser.add_argument(
+        "--count", type=int_argument(1), default=1, metavar="N", help="images per prompt (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int_argument(1), metavar="N", help="sampling steps; default: the model's")
+    parser.add_argument(
+        "--seed", type=int_argument(), default=0, metavar="N", help="seed of image 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=int_argument(1), nargs=2, metavar=("WIDTH", "HEIGHT"), help="pixels; default: the model's"
+    )
 
 
 def _add_teacher_preview(commands: Any) -> None:
@@ -237,9 +227,13 @@ def _add_teacher_preview(commands: Any) -> None:
         "--output", type=Path, default=Path("teacher.png"), metavar="FILE", help="the sheet (default: %(default)s)"
     )
     _add_view(parser)
-    parser.add_argument("--count", type=_INT, default=4, metavar="N", help="images to show (default: %(default)s)")
-    parser.add_argument("--steps", type=_INT, metavar="N", help="sampling steps; default: the model's")
-    parser.add_argument("--seed", type=_INT, default=0, metavar="N", help="seed of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--count", type=int_argument(1), default=4, metavar="N", help="images to show (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int_argument(1), metavar="N", help="sampling steps; default: the model's")
+    parser.add_argument(
+        "--seed", type=int_argument(), default=0, metavar="N", help="seed of the noise (default: %(default)s)"
+    )
     add_model_arguments(parser)
 
 
@@ -273,7 +267,10 @@ def _add_inspect(commands: Any) -> None:
     )
     _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's, or 1024")
     parser.add_argument(
-        "--multiple", type=_INT, metavar="N", help="sizes are multiples of N pixels; default: the model's, or 16"
+        "--multiple",
+        type=int_argument(1),
+        metavar="N",
+        help="sizes are multiples of N pixels; default: the model's, or 16",
     )
     parser.add_argument("--model", metavar="MODEL", help=f"model whose sizes to use: {MODEL_HELP.rpartition(' (')[0]}")
 
@@ -286,9 +283,9 @@ def _add_dataset(parser: argparse.ArgumentParser, resolution_help: str, resoluti
         help="folder of images and .txt captions, folder of edits in source/ and target/, or .jsonl file",
     )
     parser.add_argument("--trigger", default="", metavar="WORD", help="trigger word; replaces [V] in captions")
-    parser.add_argument("--resolution", type=_INT, default=resolution, metavar="N", help=resolution_help)
+    parser.add_argument("--resolution", type=int_argument(1), default=resolution, metavar="N", help=resolution_help)
     parser.add_argument(
-        "--repeats", type=_INT, default=1, metavar="N", help="repeats of each image per epoch, up to 1000"
+        "--repeats", type=int_argument(1), default=1, metavar="N", help="repeats of each image per epoch, up to 1000"
     )
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="folder that must contain all images; default: DATASET's"

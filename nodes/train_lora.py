@@ -15,6 +15,7 @@ from .comfy_host.memory_plan import MEMORY_CHOICES
 from .comfy_host.model_patches import require_own_sampling
 from .comfy_host.paths import require_run_name
 from .comfy_host.presets import PRESETS, preset_steps
+from .comfy_host.sent_values import unread_inputs
 from .comfy_host.settings import TrainingSettings
 from .comfy_host.shared_inputs import conditions_input, seed_input
 from .comfy_host.sockets import CATEGORY, Conditions, SettingsSocket
@@ -70,8 +71,9 @@ class TrainLoRA(io.ComfyNode):
         """Trains or resumes; `widgets` are the other inputs by id."""
         require_trainable(model, conditions, vae)
         require_own_sampling(model)
-        chosen = chosen_settings(preset, settings, widgets, conditions)
-        run = run_training(cls, model, conditions, vae, Wanted(run_name, memory, *chosen), initial_lora)
+        preset, changes, unused = chosen_settings(preset, settings, widgets, conditions)
+        wanted = Wanted(run_name, memory, preset, changes, (*unread_inputs(cls), *unused))
+        run = run_training(cls, model, conditions, vae, wanted, initial_lora)
         reports, lora = read_log(run.folder / LOG_NAME), trained_lora(run.result, run.config)
         return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), run.sheets)
 

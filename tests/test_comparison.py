@@ -20,8 +20,8 @@ from dopsd_core.config import ConfigError
 from dopsd_core.demo.concept import make_concept
 from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS
 from dopsd_core.demo.world import APPEARANCE
+from dopsd_core.metrics.intervals import nested_bootstrap
 from dopsd_core.options import flattened
-from dopsd_core.standalone.comparison.bootstrap import interval
 from dopsd_core.standalone.comparison.command import load_grids
 from dopsd_core.standalone.comparison.experiment import (
     Plan,
@@ -52,19 +52,19 @@ from dopsd_core.teachers import FrozenTeacher
 def test_intervals_by_hand() -> None:
     """Two concepts with 0 and 1: resampled means are 0, 1/2 and 1 with probability 1/4, 1/2 and 1/4."""
     two = torch.tensor([[0.0], [1.0]])
-    assert interval(two) == replace(interval(two), mean=0.5, low=0.0, high=1.0)
-    assert interval(two, level=0.4) == replace(interval(two), mean=0.5, low=0.5, high=0.5)
-    assert interval(two.T) == interval(two)  # two seeds of one concept
-    constant = interval(torch.full((3, 2), 0.25))
+    assert nested_bootstrap(two) == replace(nested_bootstrap(two), mean=0.5, low=0.0, high=1.0)
+    assert nested_bootstrap(two, level=0.4) == replace(nested_bootstrap(two), mean=0.5, low=0.5, high=0.5)
+    assert nested_bootstrap(two.T) == nested_bootstrap(two)  # two seeds of one concept
+    constant = nested_bootstrap(torch.full((3, 2), 0.25))
     assert (constant.mean, constant.low, constant.high, constant.excludes_zero) == (0.25, 0.25, 0.25, True)
-    assert not interval(two).excludes_zero and interval(-1 - two).excludes_zero
-    assert not interval(torch.full((2, 2), -3.7e-9)).excludes_zero
+    assert not nested_bootstrap(two).excludes_zero and nested_bootstrap(-1 - two).excludes_zero
+    assert not nested_bootstrap(torch.full((2, 2), -3.7e-9)).excludes_zero
 
 
 def test_intervals_have_the_width_of_the_concepts_spread() -> None:
     """With equal seeds only the concepts count: the bootstrap's standard error is that of a mean over C values."""
     concepts = torch.randn(40, 1, generator=torch.Generator().manual_seed(0)).expand(40, 4)
-    found = interval(concepts)
+    found = nested_bootstrap(concepts)
     error = concepts[:, 0].std(unbiased=False).item() / math.sqrt(40)
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.06)
     assert found.mean == pytest.approx(concepts.mean().item())
@@ -72,14 +72,14 @@ def test_intervals_have_the_width_of_the_concepts_spread() -> None:
 
 def test_seeds_of_a_concept_count_as_less_than_other_concepts() -> None:
     values = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    assert interval(values).low == 0.0  # eight values that look like four each, and are two
-    assert interval(values.reshape(8, 1)).low > 0.0
+    assert nested_bootstrap(values).low == 0.0  # eight values that look like four each, and are two
+    assert nested_bootstrap(values.reshape(8, 1)).low > 0.0
 
 
 @pytest.mark.parametrize("values", [torch.zeros(0, 2), torch.zeros(2), torch.tensor([[math.nan]])])
 def test_intervals_of_nothing_are_refused(values: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="finite values"):
-        interval(values)
+        nested_bootstrap(values)
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------
@@ -123,6 +123,10 @@ def test_a_method_from_the_command_line() -> None:
         ("m: lr", "--method is"),
         ("m: lr=2", "lr is 2.0"),
         ("m: lrr=1", "there is no option lrr; did you mean lr?"),
+        ("m: grad_steps=1_0", "grad_steps is '1_0', it must be a whole number"),
+        ("m: deterministic=yes", "deterministic is 'yes', it must be true or false"),
+        ("m: undistilled=yes", "undistilled is 'yes'; write true or false"),
+        ("m: lr=1e-4, lr=1e-3", "--method m has an option twice"),
         ("m: sft_shift=1", "sft_shift is an option of objective sft, and objective is dopsd"),
     ],
 )

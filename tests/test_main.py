@@ -133,7 +133,42 @@ def test_digits_that_are_joined_by_underscores_are_no_number(capsys: pytest.Capt
         (["train", "photos", "--output", "run", "--repeats", "1_0"], "--repeats: '1_0' is not a whole number"),
         (["sample", "a badge", "--strength", "0.5_"], "--strength: '0.5_' is not a number"),
         (["sample", "a badge", "--size", "64", "6_4"], "--size: '6_4' is not a whole number"),
+        (["evaluate", "photos", "--seeds", "1_0"], "--seeds: '1_0' is not a whole number"),
+        (["evaluate", "photos", "--strengths", "1", "1_0"], "--strengths: '1_0' is not a number"),
+        (["compare", "--seeds", "1_0"], "--seeds: '1_0' is not a whole number"),
+        (["compare", "--level", "0.0_5"], "--level: '0.0_5' is not a number"),
     ):
         with pytest.raises(SystemExit):
             arguments.parse_args(words)
         assert reported in capsys.readouterr().err
+
+
+def test_no_argument_is_read_by_pythons_own_int_and_float() -> None:
+    """int and float take 1_0, and float takes nan."""
+    root = Path(arguments.__file__).parent
+    own = [str(file) for file in root.rglob("*.py") if re.search(r"type=(int|float)\b", file.read_text("utf-8"))]
+    assert not own, "use number_text.int_argument and float_argument"
+
+
+@pytest.mark.parametrize(
+    ("words", "reported"),
+    [
+        (["sample", "a badge", "--steps", "0"], "--steps: 0 is too small; give at least 1"),
+        (["sample", "a badge", "--count", "0"], "--count: 0 is too small"),
+        (["sample", "a badge", "--strength", "nan"], "--strength: 'nan' is not a number"),
+        (["teacher-preview", "photos", "--count", "-1"], "--count: -1 is too small"),
+        (["train", "photos", "--output", "run", "--resolution", "0"], "--resolution: 0 is too small"),
+        (["train", "photos", "--output", "run", "--checkpoint-blocks", "-1"], "--checkpoint-blocks: -1 is too small"),
+        (["evaluate", "photos", "--steps", "0"], "--steps: 0 is too small"),
+        (["evaluate", "photos", "--seeds", "0"], "--seeds: 0 is too small"),
+        (["inspect-dataset", "photos", "--multiple", "0"], "--multiple: 0 is too small"),
+        (["compare", "--seeds", "0"], "--seeds: 0 is too small"),
+        (["demo", "--jobs", "0"], "--jobs: 0 is too small"),
+    ],
+)
+def test_a_zero_is_not_taken_for_the_default(
+    words: list[str], reported: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        arguments.parse_args(words)
+    assert reported in capsys.readouterr().err

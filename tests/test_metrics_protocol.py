@@ -171,8 +171,9 @@ def test_pairs_remove_what_both_share() -> None:
     shared = [random.Random(i).gauss(0, 10) for i in range(40)]
     ours = [value + 0.5 + 0.1 * random.Random(100 + i).gauss(0, 1) for i, value in enumerate(shared)]
     found = paired_difference(ours, shared)
-    assert found.leaves_zero and found.low < 0.5 < found.high and found.high - found.low < 0.1
-    assert not paired_difference(shared[::-1], shared).leaves_zero
+    assert found.excludes_zero and found.low < 0.5 < found.high and found.high - found.low < 0.1
+    assert not paired_difference(shared[::-1], shared).excludes_zero
+    assert not paired_difference([3.7e-9, 3.7e-9], [0.0, 0.0]).excludes_zero  # rounding
 
 
 def test_equal_seeds_give_equal_intervals() -> None:

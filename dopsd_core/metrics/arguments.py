@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..number_text import float_argument, int_argument
+
 WEIGHTS = {
     "dino": "DINO-D: folder or hub id of a DINOv3",
     "lpips": "LPIPS-D: file, folder or hub id of VGG-16",
@@ -36,7 +38,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--lora", type=Path, metavar="FILE", help="the LoRA; only with --layout it may be missing")
     parser.add_argument("--model", default="demo", choices=("demo",), help="default: %(default)s")
     parser.add_argument(
-        "--strengths", type=float, nargs="+", default=[1.0], metavar="X", help="LoRA strengths (default: 1)"
+        "--strengths", type=float_argument(), nargs="+", default=[1.0], metavar="X", help="LoRA strengths (default: 1)"
     )
     parser.add_argument(
         "--trigger", default="", metavar="WORD", help="trigger word; replaces [V] (default: the LoRA's)"
@@ -50,10 +52,14 @@ def add_evaluate(commands: Any) -> None:
         "default: the demo's",
     )
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="images per prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the model's")
-    parser.add_argument("--resolution", type=int, metavar="N", help="images have about N x N pixels")
+    parser.add_argument(
+        "--seed", type=int_argument(), default=0, metavar="N", help="seed of the noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=int_argument(1), default=2, metavar="N", help="images per prompt (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int_argument(1), metavar="N", help="sampling steps; default: the model's")
+    parser.add_argument("--resolution", type=int_argument(1), metavar="N", help="images have about N x N pixels")
     parser.add_argument("--layout", choices=("geneval", "dpg"), help="write the images of this benchmark instead")
     parser.add_argument(
         "--vlm-kind", default="instance", choices=("instance", "style"), help="what the concept is, for VLM-J"

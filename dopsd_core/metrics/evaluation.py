@@ -129,7 +129,7 @@ class Measured:
             return Verdict(mean, change, share, "kept" if mean.mean == 0 else _retention_word(share))
         if self.better == "near 1":
             return Verdict(mean, change, None, _sharpness_word(mean))
-        clear = change.leaves_zero and abs(change.mean) > (self.floor or 0)
+        clear = change.excludes_zero and abs(change.mean) > (self.floor or 0)
         improved = (change.mean > 0) == (self.better == "higher")
         return Verdict(mean, change, None, ("better" if improved else "worse") if clear else "no clear change")
 

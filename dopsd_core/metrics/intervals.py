@@ -1,4 +1,4 @@
-"""Paired bootstrap: the mean difference of two variants over the same prompts, with its interval."""
+"""Bootstrap intervals of means: over prompts (a report card), or over concepts and their seeds (a comparison)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..training.rng import make_generator
 
-RESAMPLES = 2000
+RESAMPLES, NESTED_RESAMPLES = 2000, 10_000
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Interval:
     count: int
 
     @property
-    def leaves_zero(self) -> bool:
-        """Whether zero is outside the interval: only then a difference counts as one."""
-        return self.low > 0 or self.high < 0
+    def excludes_zero(self) -> bool:
+        """Whether zero is outside the interval: only then a difference counts as one; rounding does not."""
+        return self.low > _ROUNDING or self.high < -_ROUNDING
 
 
 def bootstrap(
@@ -68,9 +70,33 @@ def bootstrap(
     sizes = torch.tensor([len(part) for part in members.values()], dtype=torch.float64)
     draw = torch.randint(len(members), (resamples, len(members)), generator=make_generator(seed, "bootstrap"))
     means = sums[draw].sum(1) / sizes[draw].sum(1)
-    edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(means, edges).tolist()
-    return Interval(float(sums.sum() / sizes.sum()), low, high, len(known))
+    return _interval(float(sums.sum() / sizes.sum()), means, level, len(known))
+
+
+def nested_bootstrap(
+    values: Tensor, *, level: float = 0.95, seed: int = 0, resamples: int = NESTED_RESAMPLES
+) -> Interval:
+    """Percentile bootstrap of the mean of values [concepts, seeds], for example of differences between two methods.
+
+    Concepts are resampled, and within each its seeds: the few seeds of one concept are no independent evidence for
+    others.
+
+    Args:
+        values: finite.
+        level: share of the resampled means inside the interval, in 0..1.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: there are no values, or some are not finite.
+    """
+    if values.ndim != 2 or not values.numel() or not torch.isfinite(values).all():
+        raise ValueError(f"finite values of at least one concept and seed are needed, got {values}")
+    values = values.double()
+    concepts, seeds = values.shape
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(concepts, (resamples, concepts, 1), generator=generator)
+    within = torch.randint(seeds, (resamples, concepts, seeds), generator=generator)
+    return _interval(values.mean().item(), values[chosen, within].mean((1, 2)), level, values.numel())
 
 
 def paired_difference(
@@ -92,3 +118,10 @@ def paired_difference(
         raise ValueError(f"there are {len(ours)} and {len(theirs)} values; a pair needs one of each")
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     return bootstrap(differences, groups, level=level, seed=seed, resamples=resamples)
+
+
+def _interval(mean: float, means: Tensor, level: float, count: int) -> Interval:
+    """From the resampled means [resamples], float64."""
+    edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(means, edges).tolist()
+    return Interval(mean, low, high, count)

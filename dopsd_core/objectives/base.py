@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from ..lazy import lazy
 from ..options import Variant
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..trainable import Mode, Trainable
 else:
     torch, F = lazy("torch"), lazy("torch.nn.functional")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ class Objective(Variant):
 
     def data_problems(self, pairs: Sequence[DualCondition], anchors: Sequence[Condition]) -> Sequence[str]:
         """Problems with the training data, one sentence each; by default missing anchors."""
-        return (_missing_anchors(self),) if self.wants_anchors and not anchors else ()
+        return (missing_anchors(self),) if self.wants_anchors and not anchors else ()
 
     @property
     def anchor_share(self) -> float:
@@ -192,7 +194,8 @@ class Objective(Variant):
         return self
 
 
-def _missing_anchors(objective: Objective) -> str:
+def missing_anchors(objective: Objective) -> str:
+    """What to do where an objective needs anchor captions and there are none."""
     if objective.drawn_images:
         return (
             f"objective {objective.name} draws class images from the anchor captions, and there are none; add some, or "
@@ -204,6 +207,11 @@ def _missing_anchors(objective: Objective) -> str:
 
 
 # -- helpers of objectives --------------------------------------------------------------------------------------------
+
+
+def draw(choices: Sequence[T], count: int, generator: torch.Generator) -> list[T]:
+    """`count` of the choices at random, with replacement."""
+    return [choices[place] for place in torch.randint(len(choices), (count,), generator=generator).tolist()]
 
 
 def predictor(inputs: ObjectiveInputs, mode: Mode, conditions: Sequence[Condition]) -> PredictX0:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from ..lazy import lazy
 from ..rollout import RolloutStep, rollout
 from ..transfer import to_device
-from .base import ObjectiveInputs, ObjectiveOutput, compare, predict, predictor
+from .base import ObjectiveInputs, ObjectiveOutput, compare, draw, predict, predictor
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +60,7 @@ class Sides:
     @classmethod
     def of_anchors(cls, inputs: ObjectiveInputs) -> Sides:
         """As many random anchors as there are pairs, against the untouched network; draws from the generator."""
-        chosen = torch.randint(len(inputs.anchors), (len(inputs.pairs),), generator=inputs.generator)
-        conditions = [inputs.anchors[i] for i in chosen.tolist()]
+        conditions = draw(inputs.anchors, len(inputs.pairs), inputs.generator)
         return cls(conditions, conditions, "off")
 
 
@@ -147,23 +146,6 @@ def distill(
             (loss * (inputs.loss_scale / len(selected))).backward()
         stats.append((step.index, step.sigma, compare(step, x0_target, loss)))
     return stats
-
-
-def draw_anchor(inputs: ObjectiveInputs, probability: float, option: str = "anchor_probability") -> bool:
-    """Whether this batch is a prior anchor; draws from the generator.
-
-    Raises:
-        ValueError: the probability is above 0, but there are no anchors.
-    """
-    if probability > 0 and not inputs.anchors:
-        raise ValueError(f"{option} is above 0, but there are no anchor captions; add some, or set it to 0")
-    return torch.rand((), generator=inputs.generator).item() < probability
-
-
-def anchor_batch(inputs: ObjectiveInputs, selected: Collection[int], form: LossForm = "x0") -> ObjectiveOutput:
-    """A prior anchor: on its own trajectory of ordinary prompts, the student is pulled to the untouched network."""
-    stats = distill(inputs, Sides.of_anchors(inputs), selected, Teaching(form))
-    return ObjectiveOutput.of(stats, UNTOUCHED, is_anchor=True)
 
 
 def measure_gap(

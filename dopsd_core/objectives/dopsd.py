@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ..lazy import lazy
 from ..options import Hint
-from .base import Objective, ObjectiveInputs, ObjectiveOutput
+from .base import ObjectiveInputs, ObjectiveOutput
 from .distillation import (
     IMAGE,
     TEACHER,
@@ -25,10 +25,9 @@ from .distillation import (
     States,
     Target,
     Teaching,
-    anchor_batch,
     distill,
-    draw_anchor,
 )
+from .prior_anchors import WithPriorAnchors
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ else:
     torch = lazy("torch")
 
 
-class DOPSD(Objective):
+class DOPSD(WithPriorAnchors):
     """On-policy self-distillation along the student's rollout (arXiv 2605.05204, Eq. 7)."""
 
     name: ClassVar[str] = "dopsd"
@@ -107,18 +106,9 @@ class DOPSD(Objective):
         )
 
     @property
-    def anchor_share(self) -> float:
-        """The share of batches that are prior anchors."""
-        return self.anchor_probability
-
-    @property
     def uses_teacher(self) -> bool:
         """Whether the teacher's predictions are trained on or lead to the states."""
         return "teacher" in (self.states, self.regression_target)
-
-    def without_anchors(self) -> Self:
-        """The same objective without prior anchors."""
-        return self.replace(anchor_probability=0.0)
 
     def on_fewer_steps(self, count: int, rollout_steps: int) -> Self:
         """Sets `grad_steps` if it is not set."""
@@ -133,8 +123,8 @@ class DOPSD(Objective):
         """
         # Steps are sampled before the anchor, so that runs with and without anchors use the same gradient steps.
         selected = self._draw_steps(inputs)
-        if draw_anchor(inputs, self.anchor_probability):
-            return anchor_batch(inputs, selected, self.loss)
+        if self.draw_anchor(inputs):
+            return self.anchor_batch(inputs, selected, self.loss)
         band = self.band_low, self.band_high
         teaching = Teaching(self.loss, self.states, self.regression_target, self.magnitude_weight, band)
         stats = distill(inputs, Sides.of_pairs(inputs), selected, teaching)

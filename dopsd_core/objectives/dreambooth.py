@@ -8,7 +8,7 @@ Legend: B batch, C latent channels, h w latent size; `sigma` as in `sigmas.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -17,7 +17,7 @@ from pydantic import Field
 from ..lazy import lazy
 from ..options import Hint
 from ..transfer import to_device
-from .base import ClassImage, ObjectiveInputs, ObjectiveOutput
+from .base import ClassImage, ObjectiveInputs, ObjectiveOutput, draw
 from .distillation import IMAGE
 from .flow_matching import FlowMatching, regress
 
@@ -59,14 +59,10 @@ class DreamBooth(FlowMatching):
         if not inputs.class_images:
             raise ValueError("dreambooth needs class images; train with anchor captions to draw them from")
         output = ObjectiveOutput.of(self.regress_pairs(inputs), IMAGE)
-        prior = torch.stack([self._regress_prior(inputs, drawn) for drawn in self._draw(inputs)]).mean().item()
+        drawn = draw(inputs.class_images, len(inputs.pairs), inputs.generator)
+        prior = torch.stack([self._regress_prior(inputs, image) for image in drawn]).mean().item()
         metrics: Mapping[str, float] = {**output.metrics, "concept_loss": output.loss, "prior_loss": prior}
         return replace(output, loss=output.loss + self.prior_weight * prior, metrics=metrics)
-
-    def _draw(self, inputs: ObjectiveInputs) -> Sequence[ClassImage]:
-        """As many class images as there are pairs."""
-        chosen = torch.randint(len(inputs.class_images), (len(inputs.pairs),), generator=inputs.generator)
-        return [inputs.class_images[i] for i in chosen.tolist()]
 
     def _regress_prior(self, inputs: ObjectiveInputs, drawn: ClassImage) -> Tensor:
         """The loss on a class image, a scalar."""

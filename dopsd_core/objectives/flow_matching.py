@@ -14,7 +14,7 @@ from ..lazy import lazy
 from ..options import Hint
 from ..rollout import RolloutStep
 from ..sigmas import shift_sigma
-from .base import Objective, ObjectiveInputs, compare
+from .base import Objective, ObjectiveInputs, compare, draw
 from .distillation import target_latents
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class FlowMatching(Objective):
     def draw_sigma(self, grid: Sequence[float], generator: torch.Generator) -> float:
         """Samples a sigma in (0, 1]. Only "grid" uses `grid`, without its final 0."""
         if self.sigmas == "grid":
-            return grid[int(torch.randint(len(grid) - 1, (), generator=generator).item())]
+            return draw(grid[:-1], 1, generator)[0]
         if self.sigmas == "uniform":
             u = torch.rand((), generator=generator).item()
         else:

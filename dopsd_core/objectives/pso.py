@@ -22,7 +22,7 @@ from ..lazy import lazy
 from ..options import Hint
 from ..rollout import RolloutStep
 from ..transfer import to_device
-from .base import Objective, ObjectiveInputs, ObjectiveOutput, compare
+from .base import Objective, ObjectiveInputs, ObjectiveOutput, compare, draw
 from .distillation import IMAGE, target_latents
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class PSO(Objective):
         winners = target_latents(inputs, self.name)
         for pair, winner, noise in zip(inputs.pairs, winners, inputs.noise.float(), strict=True):
             images = torch.stack([winner, _draw_loser(inputs, winner)])
-            place = int(torch.randint(len(inputs.sigmas) - 1, (), generator=inputs.generator).item())
+            (place,) = draw(range(len(inputs.sigmas) - 1), 1, inputs.generator)
             contest = _Contest(images, noise, inputs.sigmas[place], pair.student)
             x0 = contest.predict(inputs, "student")
             errors = contest.errors(x0)
@@ -152,5 +152,4 @@ def _draw_loser(inputs: ObjectiveInputs, winner: Tensor) -> Tensor:
         raise ValueError(
             f"pso needs losers of shape {tuple(winner.shape)}; train with anchor captions to draw them from"
         )
-    chosen = int(torch.randint(len(fitting), (), generator=inputs.generator).item())
-    return to_device(fitting[chosen], winner.device, torch.float32)
+    return to_device(draw(fitting, 1, inputs.generator)[0], winner.device, torch.float32)

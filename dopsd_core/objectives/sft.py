@@ -6,20 +6,18 @@ Legend: B batch, C latent channels, h w latent size; `sigma` as in `sigmas.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from ..options import Hint
 from .base import ObjectiveInputs, ObjectiveOutput
-from .distillation import IMAGE, anchor_batch, draw_anchor
+from .distillation import IMAGE
 from .flow_matching import FlowMatching
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .prior_anchors import WithPriorAnchors
 
 
-class SFT(FlowMatching):
+class SFT(FlowMatching, WithPriorAnchors):
     """Flow matching on the target latent: x = (1 - sigma) x0 + sigma noise at a random sigma, regress noise - x0."""
 
     name: ClassVar[str] = "sft"
@@ -37,18 +35,9 @@ class SFT(FlowMatching):
     )
 
     @property
-    def anchor_share(self) -> float:
-        """The share of batches that are prior anchors."""
-        return self.anchor_probability
-
-    @property
     def uses_rollout(self) -> bool:
         """Whether there are prior anchors or sigmas on the grid."""
         return self.anchor_probability > 0 or super().uses_rollout
-
-    def without_anchors(self) -> Self:
-        """The same objective without prior anchors."""
-        return self.replace(anchor_probability=0.0)
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """One backward per sample, each at its own sigma, with `inputs.noise`; or a prior anchor along the rollout.
@@ -56,6 +45,6 @@ class SFT(FlowMatching):
         Raises:
             ValueError: a pair has no target latent, or there are no anchors although anchor_probability is above 0.
         """
-        if self.anchor_probability > 0 and draw_anchor(inputs, self.anchor_probability, "sft_anchor_probability"):
-            return anchor_batch(inputs, range(len(inputs.sigmas) - 1))
+        if self.anchor_probability > 0 and self.draw_anchor(inputs):
+            return self.anchor_batch(inputs, range(len(inputs.sigmas) - 1))
         return ObjectiveOutput.of(self.regress_pairs(inputs), IMAGE)

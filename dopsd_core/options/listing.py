@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from ..number_text import read_float, read_int
 from .registry import Registry
 
 if TYPE_CHECKING:
@@ -98,12 +99,35 @@ class Option:
         bounds = str(self.bounds)
         return (f"{bounds}; " if bounds else "") + f"default {self._default_text()}"
 
+    def from_text(self, text: str) -> Any:
+        """The value that a text stands for; the text itself where it stands for none, for the configuration to report.
+
+        "none" is None of an optional option; several values are separated by spaces.
+        """
+        if self.is_many:
+            return tuple(text.split())
+        if self.is_optional and text == "none":
+            return None
+        try:
+            return _READERS.get(self.kind, str)(text)
+        except ValueError:
+            return text
+
     def _default_text(self) -> str:
         if self.default is None or (self.is_many and not self.default):
             return f"none: {self.hint.none}"
         if self.is_many:
             return ", ".join(self.default)
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default) or "empty"
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+_READERS: Mapping[type, Callable[[str], Any]] = {int: read_int, float: read_float, bool: _read_bool}
 
 
 def own_options(cls: type[BaseModel], prefix: str = "", values: BaseModel | None = None) -> list[Option]:

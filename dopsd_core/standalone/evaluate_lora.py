@@ -55,8 +55,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         return _write_benchmark(args)
     if args.lora is None:
         raise ValueError("there is no LoRA to evaluate: give --lora")
-    if args.seeds < 1:
-        raise ValueError(f"--seeds is {args.seeds}; give 1 or more images per prompt")
     if wrong := [strength for strength in args.strengths if not strength > 0]:
         raise ValueError(f"--strengths: {wrong[0]:g} is not above 0; the untouched model is always drawn beside them")
     return _write_report_card(args)

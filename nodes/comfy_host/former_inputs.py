@@ -61,7 +61,8 @@ AFTER_INITIAL_LORA: Mapping[str, Former] = {
 }
 """By input name; after the input initial_lora."""
 
-_ALL = {**BEFORE_MEMORY, **AFTER_INITIAL_LORA}
+FORMER_INPUTS: Mapping[str, Former] = {**BEFORE_MEMORY, **AFTER_INITIAL_LORA}
+"""All of them."""
 
 
 def former_inputs(former: Mapping[str, Former]) -> list[Any]:
@@ -73,7 +74,7 @@ def former_choices(widgets: Mapping[str, Any]) -> dict[str, Any]:
     """The options, by flat name, that these widgets set; a widget at its default sets none."""
     return {
         entry.option: widgets[name]
-        for name, entry in _ALL.items()
+        for name, entry in FORMER_INPUTS.items()
         if name in widgets and not _is_untouched(entry, widgets[name])
     }
 

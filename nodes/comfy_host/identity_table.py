@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .former_inputs import FORMER_INPUTS
+from .settings import OPTIONS
+
 
 @dataclass(frozen=True)
 class Row:
@@ -197,23 +200,6 @@ _RUN = (
         initial_lora="Train LoRA: the initial weights",
         preset="Train LoRA: the settings that it sets",
         seed="Train LoRA: the LoRA's initial weights, the order of the images and all noise",
-        learning_rate="Train LoRA: a setting",
-        rank="Train LoRA: a setting",
-        alpha="Train LoRA: a setting",
-        batch_size="Train LoRA: a setting",
-        grad_accumulation="Train LoRA: a setting",
-        warmup="Train LoRA: a setting",
-        rollout_steps="Train LoRA: a setting",
-        grad_steps="Train LoRA: a setting",
-        loss="Train LoRA: a setting",
-        teacher="Train LoRA: a setting",
-        ema_decay="Train LoRA: a setting",
-        anchor_probability="Train LoRA: a setting",
-        objective="Train LoRA: a setting",
-        schedule="Train LoRA: a setting",
-        optimizer="Train LoRA: a setting",
-        targets="Train LoRA: a setting",
-        deterministic="Train LoRA: a setting",
         memory="Train LoRA: the settings that it changes to save memory",
         settings="Train LoRA: the options of Training Settings",
     ),
@@ -225,8 +211,10 @@ _RUN = (
         run_name="Train LoRA: the start of the folder's name",
         steps="Train LoRA: a run may be extended",
         preview_every="Train LoRA: when previews are drawn",
-        checkpoint_every="Train LoRA: when checkpoints are written",
-        probe_every="Train LoRA: when the gap is measured",
+    ),
+    *(
+        Row(name, not OPTIONS[entry.option].hint.may_change, "Train LoRA: an option of release 0.2")
+        for name, entry in FORMER_INPUTS.items()
     ),
 )
 

@@ -10,6 +10,7 @@ import comfy.utils
 import folder_paths
 from torch import Tensor
 
+from ...dopsd_core.number_text import read_float
 from .lora_fit import require_finite, used_keys
 from .paths import never_the_same, stamp_of
 
@@ -42,7 +43,7 @@ def parse_strengths(text: str) -> list[float]:
     found: list[float] = []
     for word in (word.strip() for word in words if word.strip()):
         try:
-            value = float(word if "_" not in word else "")  # Python reads 1_0 as 10
+            value = read_float(word)
         except ValueError:
             raise ValueError(
                 f"strengths: {word!r} is not a number; write numbers separated by commas: 0.5, 1.0"

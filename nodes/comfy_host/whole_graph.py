@@ -19,10 +19,11 @@ import execution
 from comfy_execution.graph_utils import is_link
 from server import PromptServer
 
+from .sent_values import OURS, checked_graph
+
 Graph = Mapping[str, Mapping[str, Any]]
 """A prompt in API form: node id -> class_type and inputs."""
 
-_OURS = "DOPSD_"
 _CHECKED = "dopsd_checked"
 """Key in a prompt's extra_data: it has been checked by `refuse_in_part`."""
 
@@ -87,17 +88,20 @@ def register() -> None:
 
 
 def refuse_in_part(request: dict[str, Any]) -> dict[str, Any]:
-    """The body of POST /prompt, changed if ComfyUI would drop output nodes that need a node of ours.
+    """The body of POST /prompt, with the constants of our nodes in their kinds (`sent_values`).
 
-    ComfyUI then only validates these nodes and answers with HTTP 400 and their errors.
+    If ComfyUI would drop output nodes that need a node of ours, it then only validates these nodes and answers with
+    HTTP 400 and their errors.
     """
     graph, extra = request.get("prompt"), request.setdefault("extra_data", {})
     if not isinstance(graph, dict) or not isinstance(extra, dict):
         return request
     graph = copy.deepcopy(graph)
     PromptServer.instance.node_replace_manager.apply_replacements(graph)
+    graph = checked_graph(graph)
     found = find_left_out(graph, request.get("partial_execution_targets"))
     extra[_CHECKED] = True
+    request = request | {"prompt": graph}
     return request | {"partial_execution_targets": list(found.outputs)} if found else request
 
 
@@ -148,7 +152,7 @@ def _wrapped(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_ours(graph: Graph, node: str) -> bool:
-    return str(graph[node].get("class_type", "")).startswith(_OURS)
+    return str(graph[node].get("class_type", "")).startswith(OURS)
 
 
 def _is_output(graph: Graph, node: str) -> bool:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ...number_text import float_argument, int_argument
 from .methods import PRESETS
 
 REGIMES = ("steps", "time", "error")
@@ -41,7 +42,11 @@ def add_compare(commands: Any) -> None:
     _add_number(parser, "--max-steps", 240, "largest number of steps at equal concept error")
     _add_number(parser, "--check-every", 10, "steps between two measurements of the concept error")
     parser.add_argument(
-        "--level", type=float, default=0.05, metavar="X", help="concept error to stop at (default: %(default)s)"
+        "--level",
+        type=float_argument(0.0),
+        default=0.05,
+        metavar="X",
+        help="concept error to stop at (default: %(default)s)",
     )
     _add_number(parser, "--tune", 0, "find each method's learning rate on N other concepts first; 0: as given", low=0)
     _add_number(parser, "--jobs", 2, "parallel runs, one CPU core each")
@@ -49,10 +54,6 @@ def add_compare(commands: Any) -> None:
 
 
 def _add_number(parser: argparse.ArgumentParser, name: str, default: int, about: str, low: int = 1) -> None:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is too small; give at least {low}")
-        return value
-
-    parser.add_argument(name, type=number, default=default, metavar="N", help=f"{about} (default: %(default)s)")
+    parser.add_argument(
+        name, type=int_argument(low), default=default, metavar="N", help=f"{about} (default: %(default)s)"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...config import ConfigError, TrainConfig
 from ...demo.settings import demo_config
-from ...options import Option, all_options, changed
+from ...options import all_options, changed
 
 RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 """Learning rates that are tried for each method."""
@@ -113,15 +113,20 @@ def parse_method(text: str) -> Method:
     """
     name, colon, rest = (part.strip() for part in text.partition(":"))
     words = [word.strip() for word in rest.split(",") if word.strip()]
-    pairs = dict(word.split("=", 1) for word in words if "=" in word)
+    pairs = [word.partition("=") for word in words if "=" in word]
     if not colon or not name.replace("_", "").isalnum() or len(pairs) != len(words):
         raise ConfigError(
             (f'--method is {text!r}; write "name: option=value, option=value" with a name in a-z, 0-9, _',)
         )
-    undistilled = pairs.pop("undistilled", "false").strip().lower() == "true"
+    texts = {key.strip(): value.strip() for key, _, value in pairs}
+    if len(texts) < len(pairs):
+        raise ConfigError((f"--method {name} has an option twice; keep one",))
+    undistilled = texts.pop("undistilled", "false").lower()
+    if undistilled not in ("true", "false"):
+        raise ConfigError((f"--method {name}: undistilled is {undistilled!r}; write true or false",))
     options = {option.name: option for option in all_options(TrainConfig)}
-    values = {key.strip(): _value(options.get(key.strip()), value.strip()) for key, value in pairs.items()}
-    method = Method(name, name, values, undistilled)
+    values = {key: options[key].from_text(text) if key in options else text for key, text in texts.items()}
+    method = Method(name, name, values, undistilled == "true")
     method.config(1, 0)
     return method
 
@@ -141,19 +146,3 @@ def chosen_methods(preset: str, names: Sequence[str], own: Sequence[str]) -> tup
     if twice := {m.name for m in methods if sum(m.name == other.name for other in methods) > 1}:
         raise ConfigError((f"the method {', '.join(sorted(twice))} is given twice; choose another name",))
     return tuple(methods)
-
-
-def _value(option: Option | None, text: str) -> Any:
-    """The text as a value of the option's type; the configuration reports what does not fit."""
-    if option is None:
-        return text
-    if option.is_optional and text == "none":
-        return None
-    if option.is_many:
-        return tuple(text.split())
-    if option.kind is bool:
-        return text.lower() == "true"
-    try:
-        return option.kind(text)
-    except ValueError:
-        return text

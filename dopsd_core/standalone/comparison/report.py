@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bootstrap import Interval, interval
+from ...metrics.intervals import nested_bootstrap
 from .experiment import Outcomes, Plan
 from .methods import REFERENCES
 from .trials import outcome_values
@@ -117,12 +117,12 @@ def _notes(plan: Plan, regime: str, outcomes: Outcomes) -> tuple[str, ...]:
 
 
 def _mean(figures: Tensor) -> str:
-    found = interval(figures)
+    found = nested_bootstrap(figures)
     return f"{_number(found.mean)} [{_number(found.low)}, {_number(found.high)}]"
 
 
 def _difference(differences: Tensor) -> str:
-    found: Interval = interval(differences)
+    found = nested_bootstrap(differences)
     text = f"{_signed(found.mean)} [{_signed(found.low)}, {_signed(found.high)}]"
     return f"**{text}**" if found.excludes_zero else text
 

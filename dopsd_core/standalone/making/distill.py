@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...demo.model_files import VAE_FILE
+from ...number_text import float_argument, int_argument
 from ...sigmas import z_image_turbo_sigmas
 from .batched import BatchedTransformer
 from .captions import DISTILLATION
@@ -154,14 +155,14 @@ def train(twins: Twins, args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=24, help="per worker")
-    parser.add_argument("--guidance", type=float, default=Guidance.described)
-    parser.add_argument("--open-guidance", type=float, default=Guidance.open)
-    parser.add_argument("--rescale", type=float, default=Guidance.rescale)
-    parser.add_argument("--muon-lr", type=float, default=1e-3)
-    parser.add_argument("--adamw-lr", type=float, default=5e-4)
-    parser.add_argument("--minutes", type=float, default=0.0, help="checkpoint and stop after this long")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int_argument(), default=500)
+    parser.add_argument("--batch", type=int_argument(), default=24, help="per worker")
+    parser.add_argument("--guidance", type=float_argument(), default=Guidance.described)
+    parser.add_argument("--open-guidance", type=float_argument(), default=Guidance.open)
+    parser.add_argument("--rescale", type=float_argument(), default=Guidance.rescale)
+    parser.add_argument("--muon-lr", type=float_argument(), default=1e-3)
+    parser.add_argument("--adamw-lr", type=float_argument(), default=5e-4)
+    parser.add_argument("--minutes", type=float_argument(), default=0.0, help="checkpoint and stop after this long")
+    parser.add_argument("--workers", type=int_argument(), default=2)
     args = parser.parse_args()
     launch(train, args, workers=args.workers, port=29713)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...demo.model_files import JUDGE_FILE, VAE_FILE
 from ...demo.world import APPEARANCE, render
 from ...files.atomic import write_atomic
+from ...number_text import float_argument, int_argument
 from ...sigmas import z_image_turbo_sigmas
 from ..judge import Judge, frechet_distance, judge_features, judged_right, laplacian_energy, load_judge
 from .batched import BatchedTransformer
@@ -181,13 +182,13 @@ def run(args: argparse.Namespace) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=512, help="prompts of each kind")
+    parser.add_argument("--size", type=int_argument(), default=512, help="prompts of each kind")
     parser.add_argument("--only", default="", help="measure only kinds of prompts that begin so")
     parser.add_argument("--parent-average", action="store_true", help="use the average of an unfinished joint run")
     parser.add_argument("--distilled", choices=("no", "result", "average"), default="result")
-    parser.add_argument("--guidance", type=float, default=Guidance.described)
-    parser.add_argument("--open-guidance", type=float, default=Guidance.open)
-    parser.add_argument("--rescale", type=float, default=Guidance.rescale)
+    parser.add_argument("--guidance", type=float_argument(), default=Guidance.described)
+    parser.add_argument("--open-guidance", type=float_argument(), default=Guidance.open)
+    parser.add_argument("--rescale", type=float_argument(), default=Guidance.rescale)
     parser.add_argument("--shipped", type=Path, help="folder with the exported files, whose size is a gate too")
     args = parser.parse_args()
     torch.set_num_threads(1)

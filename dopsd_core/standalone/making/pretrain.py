@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...demo.model_files import MODEL_FILE, TEXT_ENCODER_FILE, TEXT_TEMPLATE, TEXT_WIDTH, VAE_FILE
 from ...demo.world import APPEARANCE, NUM_CLASSES
+from ...number_text import float_argument, int_argument
 from ..hosts.demo_networks import load_tokenizer, new_text_encoder, new_transformer
 from ..hosts.demo_weight_files import load_text_encoder, load_transformer
 from .batched import IMAGE_START, IMAGE_TOKENS, BatchedEncoder, BatchedTransformer, pad_features, teacher_pixels
@@ -204,15 +205,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("vision", "joint"), required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--steps", type=int_argument(), required=True)
     parser.add_argument(
         "--start", type=Path, help="folder with a shipped model to continue from, without a vision stage"
     )
-    parser.add_argument("--batch", type=int, default=64, help="per worker")
-    parser.add_argument("--muon-lr", type=float, default=3e-3)
-    parser.add_argument("--adamw-lr", type=float, default=1.5e-3)
-    parser.add_argument("--decay", type=float, default=0.4)
-    parser.add_argument("--minutes", type=float, default=0.0, help="checkpoint and stop after this long")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch", type=int_argument(), default=64, help="per worker")
+    parser.add_argument("--muon-lr", type=float_argument(), default=3e-3)
+    parser.add_argument("--adamw-lr", type=float_argument(), default=1.5e-3)
+    parser.add_argument("--decay", type=float_argument(), default=0.4)
+    parser.add_argument("--minutes", type=float_argument(), default=0.0, help="checkpoint and stop after this long")
+    parser.add_argument("--workers", type=int_argument(), default=2)
     args = parser.parse_args()
     launch(train, args.stage, args, workers=args.workers)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...demo.world import NUM_CLASSES, render, sample_scenes
+from ...number_text import float_argument, int_argument
 from ..judge import Judge, judged_right, load_judge
 from .optim import SharedMuon
 from .stage import Stage, StageRun
@@ -50,9 +51,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="file of a judge that is trained further")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--peak", type=float, default=2e-3)
-    parser.add_argument("--minutes", type=float, default=0.0, help="checkpoint and stop after this long")
+    parser.add_argument("--steps", type=int_argument(), default=800)
+    parser.add_argument("--peak", type=float_argument(), default=2e-3)
+    parser.add_argument("--minutes", type=float_argument(), default=0.0, help="checkpoint and stop after this long")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     launch(train, args, workers=1)

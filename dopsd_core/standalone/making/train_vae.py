@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...demo.autoencoder import DemoAutoencoder
 from ...demo.model_files import load_vae
 from ...demo.world import BACKGROUNDS, render, sample_scenes
+from ...number_text import float_argument, int_argument
 from ..judge import laplacian_energy
 from .optim import SharedMuon
 from .stage import Stage, StageRun
@@ -118,11 +119,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="file of an autoencoder whose decoder is trained further")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=8, help="per worker")
-    parser.add_argument("--peak", type=float, default=1.5e-3)
-    parser.add_argument("--minutes", type=float, default=0.0, help="checkpoint and stop after this long")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int_argument(), default=2400)
+    parser.add_argument("--batch", type=int_argument(), default=8, help="per worker")
+    parser.add_argument("--peak", type=float_argument(), default=1.5e-3)
+    parser.add_argument("--minutes", type=float_argument(), default=0.0, help="checkpoint and stop after this long")
+    parser.add_argument("--workers", type=int_argument(), default=2)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     launch(train, args, workers=args.workers)
