@@ -212,7 +212,10 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="prompts; --count images each")
     parser.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="default: %(default)s")
     add_model_arguments(parser)
-    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA file to apply")
+    parser.add_argument(
+        "--lora", type=Path, metavar="FILE",
+        help="LoRA file to apply; a run's folder for one sheet of the LoRAs that --save-every kept, steps by prompts",
+    )  # fmt: skip
     parser.add_argument(
         "--strength", type=_FLOAT, default=1.0, metavar="X", help="LoRA strength (default: %(default)s)"
     )

@@ -61,6 +61,17 @@ class TrainConfig(Options):
     keep_checkpoints: Annotated[int, Hint(most=1000, may_change=True)] = Field(
         default=2, ge=1, description="number of latest checkpoints to keep"
     )
+    save_every: Annotated[int, _MAY_CHANGE] = Field(
+        default=0,
+        ge=0,
+        description="steps between LoRA files that stay in the run's folder loras, named by step; 0 for none",
+    )
+    keep_loras: Annotated[int, Hint(most=1000, may_change=True)] = Field(
+        default=0,
+        ge=0,
+        description="number of latest of these files to keep, besides the one with the smallest gap on the unseen "
+        "prompt; 0 for all",
+    )
     probe_every: Annotated[int, _MAY_CHANGE] = Field(
         default=25,
         ge=0,

@@ -232,6 +232,10 @@ def _say_result(result: TrainResult) -> None:
     stopped = "stopped after " if result.stopped else ""
     resumes = "; the same command resumes" if result.stopped else ""
     say(f"{stopped}{result.step} steps{resumes}; LoRA: {result.lora_path}")
+    best = result.best
+    if best and (best.path or best.step != result.step):
+        where = best.path or "no LoRA of that step is kept: use --save-every"
+        say(f"smallest gap on the unseen prompt: {best.gap:.3f} at step {best.step}; {where}")
 
 
 def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:

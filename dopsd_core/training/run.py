@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..adapters.lora_import import lora_digest
 from ..config import TrainConfig
 from ..denoiser import Denoiser
@@ -29,7 +28,9 @@ from .probe import Probe
 from .resume import RunIdentity, optimizer_state, require_same_run
 from .rng import DataOrder
 from .run_folder import RunFolder, UnusedFolder
+from .saved_loras import facts_of, is_due
 from .training_set import TrainingSet
+from .unseen_gap import BestStep
 from .world import Peers
 
 log = logging.getLogger("dopsd")
@@ -67,12 +68,14 @@ class Run:
         self.step = 0
         self.start: Gaps | None = None
         self.last: Gaps | None = None
+        self.best: BestStep | None = None
         self.is_between_steps = True
         self._class_images = class_images or ClassImages()
         base, start = self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
         self._identity = RunIdentity(data.fingerprint(), base, start, self._class_images.digest)
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
+        self.heldout_since = 0  # the gaps up to this step are of another held-out pair
         wants_anchors = config.objective.wants_anchors
         anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
         self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
@@ -196,18 +199,18 @@ class Run:
             DiskError: it could not be written; an older file is untouched.
         """
         self._require_finite()
-        metadata = self._facts | {
-            "dopsd_version": __version__,
-            "dopsd_dataset": self._identity.data,
-            "dopsd_config": self.config.to_json(),
-            "dopsd_step": str(self.step),
-            "dopsd_objective": self.config.objective.name,
-            "dopsd_family": self.config.family,
-        }
-        if self._identity.initial:
-            metadata["dopsd_initial"] = self._identity.initial
         with evaluating(self.optimizer):
-            return self.folder.save_lora(self.step, self.adapters.state(), metadata)
+            return self.folder.save_lora(self.step, self.adapters.state(), self._metadata())
+
+    def save_lora_of_step(self) -> None:
+        """Writes the student as the LoRA file of this step, which stays in the run's folder.
+
+        Raises:
+            NonFiniteError, DiskError: as in `save_lora`.
+        """
+        self._require_finite()
+        with evaluating(self.optimizer):
+            self.folder.save_lora_of_step(self.step, self.adapters.state(), self._metadata(), self.heldout_since)
 
     def save_all(self) -> tuple[Path, Path]:
         """Writes the LoRA file and a checkpoint, unless they exist for this step, and returns their paths.
@@ -287,6 +290,9 @@ class Run:
                 raise NonFiniteError(self.step, "gap to the teacher", gap, remedy=self._remedy())
         return gaps
 
+    def _metadata(self) -> dict[str, str]:
+        return self._facts | facts_of(self.config, self._identity, self.step)
+
     def _checkpoint(self) -> Checkpoint:
         tensors, rest = flatten_state(self.optimizer.state_dict())
         facts = {
@@ -294,6 +300,7 @@ class Run:
             "data": self._identity.data,
             "model": self._identity.model,
             "heldout": self._heldout,
+            "heldout_since": self.heldout_since,
             "initial": self._identity.initial,
             "class_images": self._identity.class_images,
             "optimizer_state": rest,
@@ -306,8 +313,8 @@ class Run:
     def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
         config = self.config
         relative, heldout = None, None
-        is_due = config.probe_every and self.peers.is_first
-        if is_due and (self.step % config.probe_every == 0 or self.step == config.steps):
+        is_on = config.probe_every and self.peers.is_first
+        if is_on and (self.step % config.probe_every == 0 or is_due(config, self.step) or self.step == config.steps):
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
@@ -334,6 +341,7 @@ class Run:
         self.start = Gaps(*facts["start"]) if facts["start"] else None
         self.last = Gaps(*facts["last"]) if facts["last"] else None
         self._is_other_heldout = facts.get("heldout", "") != self._heldout
+        self.heldout_since = self.step if self._is_other_heldout else facts.get("heldout_since", 0)
         log.info("resuming %s at step %d", folder, self.step)
 
 

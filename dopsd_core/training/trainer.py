@@ -2,10 +2,10 @@
 
     result = train(config, denoiser, TrainingSet(pairs), "runs/dog", callbacks)
 
-All files of a run are in one folder: `config.json`, `train.jsonl`, `checkpoints/`, and the current or final LoRA,
-`lora.safetensors`. Calling `train` again with the same folder resumes the run. On a CPU the result is bit-identical to
-an uninterrupted run; on a GPU only with `TrainConfig.deterministic`, and otherwise up to rounding, because the fastest
-attention backward sums in arbitrary order.
+All files of a run are in one folder: `config.json`, `train.jsonl`, `checkpoints/`, the current or final LoRA,
+`lora.safetensors`, and those along the way, `loras/`. Calling `train` again with the same folder resumes the run. On a
+CPU the result is bit-identical to an uninterrupted run; on a GPU only with `TrainConfig.deterministic`, and otherwise
+up to rounding, because the fastest attention backward sums in arbitrary order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
 from .run import Run
 from .run_folder import CLASS_IMAGES_NAME, check_run_folder
+from .saved_loras import is_due
 from .training_set import TrainingSet
+from .unseen_gap import BestStep
 from .world import PeerError, Peers, World
 
 __all__ = [
@@ -63,6 +65,11 @@ class Callbacks(Protocol):
         pair; `adapters.use(...)` selects the weights to sample with."""
         ...
 
+    def on_best(self, best: BestStep) -> None:
+        """Called when another step has the smallest gap on the unseen prompt, after its LoRA file is written if it has
+        one; also at the start of a resumed run."""
+        ...
+
     def on_class_image(self, done: int, total: int) -> None:
         """Called before the untouched model draws an image for the objective, with the number of those it has, and
         after the last one."""
@@ -80,6 +87,9 @@ class NoCallbacks:
         """Does nothing."""
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
+        """Does nothing."""
+
+    def on_best(self, best: BestStep) -> None:
         """Does nothing."""
 
     def on_class_image(self, done: int, total: int) -> None:
@@ -101,6 +111,8 @@ class TrainResult:
         checkpoint_path: the checkpoint to resume from.
         start_gaps: gaps to the teacher on fixed noise before training; None if not measured.
         end_gaps: the last measured gaps; None if not measured.
+        best: the step with the smallest gap on the unseen prompt, of those with a LoRA file if there are any; None if
+            it was not measured, or on another rank than 0.
     """
 
     step: int
@@ -109,6 +121,7 @@ class TrainResult:
     checkpoint_path: Path
     start_gaps: Gaps | None
     end_gaps: Gaps | None
+    best: BestStep | None = None
 
 
 def train(
@@ -190,7 +203,7 @@ def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpoint_blocks:
         with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpoint_blocks):
             stopped = _loop(run, callbacks)
         lora_path, checkpoint_path = run.peers.all(run.save_all)[0]
-        return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last)
+        return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last, run.best)
     except DiskError as error:
         run.save_before_leaving()
         raise DiskError(f"{error}; {run.folder.kept()}", error.is_full) from error
@@ -211,20 +224,39 @@ def _loop(run: Run, callbacks: Callbacks) -> bool:
         callbacks.on_step(run.measure_start())
     if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
         _preview(run, callbacks)
+    _find_best(run, callbacks)
     while run.step < config.steps:
         if any(run.peers.all(callbacks.should_stop)):
             return True
         with deterministic_algorithms(config.deterministic):
             report = run.make_step()
         callbacks.on_step(report)
-        if run.step == config.steps:
-            run.save_all()
-        elif run.step % config.checkpoint_every == 0:
-            run.save()
-            run.folder.hold_room()
+        _save(run)
+        if report.heldout_relative_gap is not None:
+            _find_best(run, callbacks)
         if config.preview_every and (run.step % config.preview_every == 0 or run.step == config.steps):
             _preview(run, callbacks)
     return False
+
+
+def _save(run: Run) -> None:
+    """Writes what is due after a step."""
+    config, is_last = run.config, run.step == run.config.steps
+    if keeps := is_due(config, run.step, is_last):  # before the checkpoint, after which it would not be written again
+        run.save_lora_of_step()
+    if is_last:
+        run.save_all()
+        return
+    if saves := run.step % config.checkpoint_every == 0:
+        run.save()
+    if keeps or saves:
+        run.folder.hold_room()
+
+
+def _find_best(run: Run, callbacks: Callbacks) -> None:
+    before, run.best = run.best, run.folder.best(run.heldout_since)
+    if run.best is not None and run.best != before:
+        callbacks.on_best(run.best)
 
 
 def _class_images(
