@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapters.lora_import import lora_digest
 from ..config import TrainConfig
 from ..denoiser import Denoiser
+from ..memory.in_use import memory_in_use
 from ..objectives import ObjectiveOutput
 from ..optimizers import evaluating, start_training
 from ..optimizers.state import flatten_state
@@ -319,9 +320,10 @@ class Run:
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
         counted = [output for output in outputs if not output.is_anchor] or list(outputs)
+        losses, memory = [output.loss for output in counted], memory_in_use(self.denoiser.device)
         return StepReport(
             step=self.step,
-            loss=_mean([output.loss for output in counted]),
+            loss=sum(losses) / len(losses),
             metrics=mean_metrics([output.metrics for output in counted]),
             relative_gap=relative,
             heldout_relative_gap=heldout,
@@ -329,6 +331,8 @@ class Run:
             grad_norm=grad_norm,
             anchors=sum(output.is_anchor for output in outputs),
             seconds=seconds,
+            gpu_gb=memory.gpu_gb,
+            ram_gb=memory.ram_gb,
         )
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -343,7 +347,3 @@ class Run:
         self._is_other_heldout = facts.get("heldout", "") != self._heldout
         self.heldout_since = self.step if self._is_other_heldout else facts.get("heldout_since", 0)
         log.info("resuming %s at step %d", folder, self.step)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

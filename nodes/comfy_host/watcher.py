@@ -112,7 +112,7 @@ class Watcher(NoCallbacks):
 
     def finished(self, result: TrainResult) -> None:
         """Shows the summary on the node and writes the report."""
-        if not self._has_begun:
+        if not self._has_begun and not result.at_plateau:
             self._notes.add(
                 f"all {result.step} steps were already done: nothing was trained, and the existing LoRA is used"
             )

@@ -153,3 +153,25 @@ def test_of_many_files_some_are_drawn(comfyui: ComfyUI) -> None:
     evenly = comfyui.module("nodes.compare_lora").evenly
     assert evenly(range(5), 12) == [0, 1, 2, 3, 4]
     assert evenly(range(100), 3) == [0, 50, 99] and evenly(range(9), 1) == [8]
+
+
+# -- a run that watches itself -----------------------------------------------------------------------------------------
+
+
+def test_what_the_run_says_of_itself_is_a_note(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "burn: the student's velocities are 1.20 times as large"
+    monkeypatch.setattr(comfyui.core("training.health"), "burning", lambda reports, batches: line)
+    run = comfyui.execute(saving(comfyui, "burning", save_every=0))
+    assert run.texts("train")[-1].splitlines().count(line) == 1 and report_of(run)["notes"].count(line) == 1
+
+
+def test_a_plateau_ends_the_run_and_the_report_says_why(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    health = comfyui.core("training.health")
+    monkeypatch.setattr(health, "is_plateau", lambda reports, patience, after: reports[-1].step == 4 and patience == 3)
+    for _ in range(2):  # also when it is run again
+        run = comfyui.execute(saving(comfyui, "flat", stop_at_plateau=3))
+        assert run.status == "success", run.error
+        text, report = run.texts("train")[-1], report_of(run)
+        assert text.startswith("4 steps done") and "already done" not in text
+        assert report["state"] == "finished" and report["step"] == 4
+        assert sum(note.startswith("stopped at step 4 of 6: the last 3 measurements") for note in report["notes"]) == 1
