@@ -149,6 +149,11 @@ def _add_train(commands: Any) -> None:
         "--anchor-prompts", nargs="+", metavar="TEXT", help="further ordinary prompts for the prior anchors"
     )
     parser.add_argument(
+        "--regularisation", type=Path, metavar="DIR",
+        help="folder of ordinary images with captions, which should not change: their captions are prior anchors too, "
+        "and for dreambooth the images are its class images",
+    )  # fmt: skip
+    parser.add_argument(
         "--preview-prompts", nargs="+", metavar="TEXT",
         help="prompts to draw with --preview-every; default: the captions of the first images",
     )  # fmt: skip

@@ -19,7 +19,7 @@ from ..memory.in_use import memory_in_use
 from ..objectives import ObjectiveOutput
 from ..optimizers import evaluating, start_training
 from ..optimizers.state import flatten_state
-from .batches import Batches
+from .batches import Batches, on_device
 from .checkpoint import Checkpoint, StateError
 from .class_images import ClassImages, OnDrawn
 from .log import Gaps, StepReport, mean_metrics
@@ -77,8 +77,7 @@ class Run:
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
         self.heldout_since = 0  # the gaps up to this step are of another held-out pair
-        wants_anchors = config.objective.wants_anchors
-        anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
+        anchors = on_device(data.anchors, denoiser.device) if config.objective.wants_anchors else []
         self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
         self.loss_scale = LossScale(denoiser.compute_dtype)
         self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None

@@ -27,11 +27,12 @@ from ..files.disk import DiskError
 from ..memory.activation_checkpointing import checkpointed
 from ..optimizers import evaluating
 from ..trainable import Trainable
-from .class_images import ClassImages, plan_class_images
+from .class_images import ClassImages, given_images, plan_class_images
 from .determinism import deterministic_algorithms, obstacle
 from .health import Monitor
 from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
+from .regularisation import regularisation_remarks
 from .run import Run
 from .run_folder import CLASS_IMAGES_NAME, check_run_folder
 from .saved_loras import is_due
@@ -294,7 +295,7 @@ def _class_images(
     if cache is None or not model:  # images of an unknown model belong to this run only
         cache = ConditionCache(run_dir / CLASS_IMAGES_NAME)
     planned = plan_class_images(config, data, model, steps or get_family(config.family).sample_steps)
-    return ClassImages(planned, config.seed, cache)
+    return ClassImages(planned, config.seed, cache, given_images(config, data))
 
 
 def _draw_class_images(run: Run, callbacks: Callbacks) -> bool:
@@ -318,7 +319,7 @@ def _preview(run: Run, callbacks: Callbacks) -> None:
 
 
 def _remarks(config: TrainConfig, data: TrainingSet) -> list[str]:
-    remarks = list(config.objective.remarks())
+    remarks = [*config.objective.remarks(), *regularisation_remarks(config, data)]
     if config.stop_at_plateau and (data.heldout is None or not config.probe_every):
         why = "probe_every is 0" if not config.probe_every else "there is no unseen prompt"
         remarks.append(f"stop_at_plateau {config.stop_at_plateau} is not used: {why}")
