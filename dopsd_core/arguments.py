@@ -131,6 +131,11 @@ def _add_train(commands: Any) -> None:
         "--anchor-prompts", nargs="+", metavar="TEXT", help="further ordinary prompts for the prior anchors"
     )
     parser.add_argument(
+        "--regularisation", type=Path, metavar="DIR",
+        help="folder of ordinary images with captions, which should not change: their captions are prior anchors too, "
+        "and for dreambooth the images are its class images",
+    )  # fmt: skip
+    parser.add_argument(
         "--preview-prompts", nargs="+", metavar="TEXT",
         help="prompts to draw with --preview-every; default: the captions of the first images",
     )  # fmt: skip
@@ -196,7 +201,10 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="prompts; --count images each")
     parser.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="default: %(default)s")
     add_model_arguments(parser)
-    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA file to apply")
+    parser.add_argument(
+        "--lora", type=Path, metavar="FILE",
+        help="LoRA file to apply; a run's folder for one sheet of the LoRAs that --save-every kept, steps by prompts",
+    )  # fmt: skip
     parser.add_argument(
         "--strength", type=float_argument(), default=1.0, metavar="X", help="LoRA strength (default: %(default)s)"
     )

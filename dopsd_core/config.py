@@ -61,6 +61,23 @@ class TrainConfig(Options):
     keep_checkpoints: Annotated[int, Hint(most=1000, may_change=True)] = Field(
         default=2, ge=1, description="number of latest checkpoints to keep"
     )
+    save_every: Annotated[int, _MAY_CHANGE] = Field(
+        default=0,
+        ge=0,
+        description="steps between LoRA files that stay in the run's folder loras, named by step; 0 for none",
+    )
+    keep_loras: Annotated[int, Hint(most=1000, may_change=True)] = Field(
+        default=0,
+        ge=0,
+        description="number of latest of these files to keep, besides the one with the smallest gap on the unseen "
+        "prompt; 0 for all",
+    )
+    stop_at_plateau: Annotated[int, Hint(most=1000, may_change=True)] = Field(
+        default=0,
+        ge=0,
+        description="stop after this many measurements in which the gap on the unseen prompt is not at least 1 % below "
+        "its smallest value; 0 to train all steps",
+    )
     probe_every: Annotated[int, _MAY_CHANGE] = Field(
         default=25,
         ge=0,

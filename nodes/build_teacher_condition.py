@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -12,6 +12,8 @@ from comfy_api.latest import io
 from ..dopsd_core.conditioning.cache import ConditionCache
 from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, TeacherView
 from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
+from ..dopsd_core.data.dataset import Pair
+from ..dopsd_core.training.regularisation import check_regularisation
 from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
@@ -33,12 +35,14 @@ def build_conditions(
     teacher_image: TeacherImage,
     previews: str,
     anchors: str,
+    regularisation: Sequence[Pair] = (),
 ) -> Conditions:
     """Everything that training and previews need, encoded or read from the cache.
 
     Args:
         previews: the prompts for previews, one per line.
         anchors: the prompts for the prior anchor, one per line.
+        regularisation: ordinary images, whose captions are prior anchors too.
 
     Raises:
         ValueError: the dataset does not fit the teacher, or a prompt is not valid text.
@@ -57,6 +61,7 @@ def build_conditions(
         caption_dropout=dataset.caption_dropout > 0,
         anchors=True,
         anchor_prompts=split_lines(anchors),
+        regularisation=regularisation,
         heldout_caption=unseen,
         on_encoded=_progress(),
     )
@@ -95,9 +100,9 @@ def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> 
     return [f"warning: {message}" for message in found]
 
 
-def named_texts(dataset: Dataset, sentence: str, previews: str, anchors: str) -> Iterator[tuple[str, str]]:
-    """(what it is, the text) of every text that is encoded, for notes."""
-    for pair in dataset.report.pairs:
+def named_texts(pairs: Sequence[Pair], sentence: str, previews: str, anchors: str) -> Iterator[tuple[str, str]]:
+    """(what it is, the text) of every text that is encoded, for notes; pairs: with the regularisation images."""
+    for pair in pairs:
         yield from ((f"the caption of {pair.image_path.name}", caption) for caption in pair.captions)
     yield from ((f"preview prompt {number}", text) for number, text in enumerate(split_lines(previews), 1))
     yield from ((f"anchor prompt {number}", text) for number, text in enumerate(split_lines(anchors), 1))
@@ -154,20 +159,24 @@ class BuildTeacherCondition(io.ComfyNode):
         vision=None,
         teacher_image: TeacherImage = "own",
         teacher_sentence="",
+        regularisation: Dataset | None = None,
     ) -> io.NodeOutput:
         """Encodes the dataset and the prompts, and shows counts and notes on the node."""
+        ordinary = () if regularisation is None else regularisation.report.pairs
+        pairs, others = dataset.report.pairs, () if regularisation is None else regularisation.notes
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
+        remarks += [f"warning: {message}" for message in check_regularisation(ordinary, pairs, dataset.trigger)]
         sentence, warnings = put_trigger(teacher_sentence, dataset.trigger), Notes()
         with warnings.with_warnings():
             encoder = ComfyEncoder(clip, vae, vision)
             teacher = teacher_for(encoder, mode, dataset.is_edits, sentence, teacher_image == "other")
-            prompts = (teacher_image, preview_prompts, anchor_prompts)
+            prompts = (teacher_image, preview_prompts, anchor_prompts, ordinary)
             conditions = build_conditions(dataset, encoder, ConditionCache(condition_cache()), teacher, *prompts)
-        lost = embedding_notes(clip, named_texts(dataset, sentence, preview_prompts, anchor_prompts))
+        lost = embedding_notes(clip, named_texts((*pairs, *ordinary), sentence, preview_prompts, anchor_prompts))
         unused = unused_encoders(teacher, clip, vision)
         notes = Notes((*conditions.notes, *remarks, *lost, *unused, *encoder.notes, *warnings.lines))
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
-        return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *notes.lines)))
+        return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *others, *notes.lines)))
 
 
 def _inputs() -> list[Any]:
@@ -226,5 +235,12 @@ def _inputs() -> list[Any]:
             tooltip="A sentence that only the teacher reads, after the caption, in the modes edit and "
             "edit_target. Empty: a default sentence that asks it to follow the reference image. A single - : "
             "no sentence.",
+        ),
+        DatasetSocket.Input(
+            "regularisation",
+            optional=True,
+            tooltip="Ordinary images with captions, which should not change, from a second Load Dataset. Their "
+            "captions are prior anchors too; with the objective dreambooth the images are its class images, and none "
+            "are drawn.",
         ),
     ]

@@ -1,9 +1,12 @@
-"""The node Compare LoRA: a grid of images, prompts against strengths."""
+"""The node Compare LoRA: a grid of images, prompts against strengths, or against the steps of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.utils
@@ -22,15 +25,19 @@ from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
 from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, stamp_of_choice, used_line
 from .comfy_host.model_patches import unused_schedule
+from .comfy_host.paths import stamp_of
+from .comfy_host.run_folders import existing_run, loras_of_run
 from .comfy_host.sampling import decode_image, few_step_sample
 from .comfy_host.shared_inputs import sampling_steps_input, seed_input, size_inputs
 from .comfy_host.sockets import CATEGORY
 
-MAX_PROMPTS = 32
+MAX_PROMPTS, MAX_COLUMNS = 32, 12
+
+T = TypeVar("T")
 
 
 class CompareLoRA(io.ComfyNode):
-    """A grid of images: one row per prompt, one column per strength."""
+    """A grid of images: one row per prompt, one column per strength or per step of a run."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -39,9 +46,10 @@ class CompareLoRA(io.ComfyNode):
             node_id="DOPSD_CompareLoRA",
             display_name="Compare LoRA",
             category=CATEGORY,
-            description="Draws every prompt without the LoRA and with it at each strength, from the same noise, in one "
-            "labelled grid. ComfyUI's own loader applies the LoRA, so you see what you will get elsewhere.",
-            search_aliases=["d-opsd", "lora grid", "xy plot", "test lora"],
+            description="Draws every prompt without the LoRA and with it at each strength, or with each LoRA that a "
+            "run kept along the way, from the same noise, in one labelled grid. ComfyUI's own loader applies the LoRA, "
+            "so you see what you will get elsewhere.",
+            search_aliases=["d-opsd", "lora grid", "xy plot", "test lora", "epochs", "checkpoints"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=_inputs(),
@@ -49,42 +57,55 @@ class CompareLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, strengths: str | None = None, prompts: str | None = None) -> bool | str:
-        """True, or what is wrong with strengths or prompts."""
+    def validate_inputs(
+        cls, strengths: str | None = None, prompts: str | None = None, run_folder: str | None = None
+    ) -> bool | str:
+        """True, or what is wrong with strengths, prompts or the run."""
         try:
             if isinstance(strengths, str):  # else it comes over a link
                 parse_strengths(strengths)
             if isinstance(prompts, str):
                 parse_prompts(prompts)
+            if isinstance(run_folder, str) and run_folder.strip():
+                loras_of_run(run_folder)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = NONE, prompts: str | None = "", **others: Any) -> Any:
-        """Changes when the file or an embedding is replaced, so that ComfyUI runs the node again."""
+    def fingerprint_inputs(
+        cls, lora_name: str | None = NONE, prompts: str | None = "", run_folder: str | None = "", **others: Any
+    ) -> Any:
+        """Changes when a file or an embedding is replaced, so that ComfyUI runs the node again."""
         embeddings = embeddings_fingerprint() if prompts is None or EMBEDDING in prompts else ""  # None: over a link
+        if run_folder is None or run_folder.strip():  # linked to a training, which ComfyUI knows the inputs of
+            saves = loras_of_run(run_folder) if run_folder else []
+            return (embeddings, tuple(stamp_of(saved.path) for saved in saves))
         stamp = stamp_of_choice(lora_name, "lora" in others)
         return (embeddings, stamp) if stamp == stamp else stamp  # a NaN stays one
 
     @classmethod
     @checked
     def execute(
-        cls, model, clip, vae, prompts, strengths, seed, steps, width, height, lora_name, lora=None, reference=None
-    ) -> io.NodeOutput:
+        cls, model, clip, vae, prompts, strengths, seed, steps, width, height, lora_name, lora=None, reference=None,
+        run_folder="",
+    ) -> io.NodeOutput:  # fmt: skip
         """Draws the grid and shows which part of the LoRA fits the model."""
         texts, wanted = parse_prompts(prompts), parse_strengths(strengths)
         require_vae(vae, family_of(model), is_demo_model(model))
         if reference is not None:
             require_editing(model)
-        name, tensors = chosen_lora(lora_name, lora, "compare")
-        send_text(cls, "\n".join((used_line(name, model, tensors), *unused_inputs(model, lora_name, lora, reference))))
-        variants = {"base": model}
-        for strength in wanted:
-            variants[f"strength {strength}".removesuffix(".0")] = apply_lora(model, tensors, strength)
-        images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(variants), reference)
-        columns = [images.draw(variant, texts, seed) for variant in variants.values()]
-        image = to_pixels(draw_grid(f"{name}, seed {seed}", texts, list(variants), columns))
+        if run_folder.strip():
+            grid = run_columns(model, run_folder, wanted)
+        else:
+            grid = strength_columns(model, *chosen_lora(lora_name, lora, "compare"), wanted)
+        notes = unused_inputs(model, lora_name, lora, reference, run_folder)
+        send_text(cls, "\n".join((*grid.notes, *notes)))
+        titles = ["base", *(column.title for column in grid.columns)]
+        images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(titles), reference)
+        columns = [images.draw(model, texts, seed)]
+        columns += [images.draw(column.with_lora(), texts, seed) for column in grid.columns]
+        image = to_pixels(draw_grid(f"{grid.name}, seed {seed}", texts, titles, columns))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -124,6 +145,13 @@ def _inputs() -> list[Any]:
             tooltip="For edit LoRAs (FLUX.2-klein): the image that the prompts edit. It is cropped to width "
             "and height.",
         ),
+        io.String.Input(
+            "run_folder",
+            default="",
+            optional=True,
+            tooltip="run_folder of D-OPSD Train LoRA, or the name of a run in output/dopsd: one column per LoRA that "
+            "save_every kept, by step. Replaces lora and lora_name. Empty: one column per strength.",
+        ),
     ]
 
 
@@ -139,12 +167,94 @@ def parse_prompts(text: str) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of the grid.
+
+    Attributes:
+        title: above it.
+        with_lora: the MODEL with the LoRA; called when the column is drawn, so that one LoRA is in memory at a time.
+    """
+
+    title: str
+    with_lora: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is drawn besides the untouched model.
+
+    Attributes:
+        name: of the LoRA or the run.
+        columns: from left to right.
+        notes: for the user, one line each.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    notes: tuple[str, ...]
+
+
+def strength_columns(model: Any, name: str, tensors: Mapping[str, Tensor], strengths: Sequence[float]) -> Grid:
+    """One column per strength of a LoRA, of tensors such as lora_A [rank, in] and lora_B [out, rank].
+
+    Raises:
+        ValueError: it does not fit the MODEL.
+    """
+    titles = [f"strength {strength}".removesuffix(".0") for strength in strengths]
+    columns = [
+        Column(title, partial(apply_lora, model, tensors, strength))
+        for title, strength in zip(titles, strengths, strict=True)
+    ]
+    return Grid(name, tuple(columns), (used_line(name, model, tensors),))
+
+
+def run_columns(model: Any, run_folder: str, strengths: Sequence[float]) -> Grid:
+    """One column per LoRA that a run kept, by step; for several strengths one for each of them.
+
+    Raises:
+        ValueError: there is no such run, it kept none, or they do not fit the MODEL.
+    """
+    saves, folder = loras_of_run(run_folder), existing_run(run_folder)
+    shown = evenly(saves, max(1, MAX_COLUMNS // len(strengths)))
+    titled = [(f", strength {strength:g}" if len(strengths) > 1 else "", strength) for strength in strengths]
+    columns = [
+        Column(f"step {saved.step}{ending}", partial(_with_file, model, saved.path, strength))
+        for saved in shown
+        for ending, strength in titled
+    ]
+    notes = [used_line(saves[-1].path.name, model, comfy.utils.load_torch_file(str(saves[-1].path), safe_load=True))]
+    if len(shown) < len(saves):
+        notes.append(f"of {len(saves)} LoRAs of the run {len(shown)} are shown, the first and the last among them")
+    return Grid(folder.name, tuple(columns), tuple(notes))
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` (at least 1) of the items at even distances, the last one always, and the first one if there is
+    room for two."""
+    if len(items) <= most:
+        return list(items)
+    if most == 1:
+        return [items[-1]]
+    return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
+
+
+def _with_file(model: Any, path: Path, strength: float) -> Any:
+    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    used_line(path.name, model, tensors)  # refuses what does not fit
+    return apply_lora(model, tensors, strength)
+
+
 def unused_inputs(
-    model: Any, lora_name: str, lora: Mapping[str, Tensor] | None, reference: Tensor | None
+    model: Any, lora_name: str, lora: Mapping[str, Tensor] | None, reference: Tensor | None, run_folder: str = ""
 ) -> tuple[str, ...]:
     """One line for each input of Compare LoRA that is not used; reference [n, H, W, 3]."""
     notes = list(unused_schedule(model))
-    if lora is not None and lora_name != NONE:
+    if run_folder.strip() and lora is not None:
+        notes.append("the connected lora is not used: run_folder is given")
+    if run_folder.strip() and lora_name != NONE:
+        notes.append(f"lora_name {lora_name} is not read: run_folder is given")
+    elif lora is not None and lora_name != NONE:
         notes.append(f"lora_name {lora_name} is not read: a lora is connected")
     if reference is not None and len(reference) > 1:
         notes.append(f"of {len(reference)} reference images only the first is used")

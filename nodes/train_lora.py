@@ -19,7 +19,7 @@ from .comfy_host.sent_values import unread_inputs
 from .comfy_host.settings import TrainingSettings
 from .comfy_host.shared_inputs import conditions_input, seed_input
 from .comfy_host.sockets import CATEGORY, Conditions, SettingsSocket
-from .comfy_host.training import Wanted, losses, run_training, trained_lora
+from .comfy_host.training import Wanted, best_lora, losses, run_training, trained_lora
 
 
 class TrainLoRA(io.ComfyNode):
@@ -49,6 +49,11 @@ class TrainLoRA(io.ComfyNode):
                     tooltip="The folder of the run: settings, log, checkpoints, previews and the LoRA.",
                 ),
                 io.Image.Output(display_name="previews", tooltip="All preview sheets, in the order of their steps."),
+                io.LoraModel.Output(
+                    display_name="best_lora",
+                    tooltip="The LoRA of the step with the smallest gap on the unseen prompt, of those that save_every "
+                    "(Training Settings) keeps. Without it, the same as lora.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -75,7 +80,8 @@ class TrainLoRA(io.ComfyNode):
         wanted = Wanted(run_name, memory, preset, changes, (*unread_inputs(cls), *unused))
         run = run_training(cls, model, conditions, vae, wanted, initial_lora)
         reports, lora = read_log(run.folder / LOG_NAME), trained_lora(run.result, run.config)
-        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), run.sheets)
+        best = best_lora(run.result, run.config)
+        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), run.sheets, best)
 
 
 def chosen_settings(

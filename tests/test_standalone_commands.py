@@ -69,7 +69,9 @@ def training(place: Path, output: Path, *words: object, launcher: tuple[str, ...
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
     """A run of four steps in one process."""
-    result = call(training(place, place / "run", "--steps", 4, "--preview-every", 4, "--trigger", "sks"))
+    result = call(
+        training(place, place / "run", "--steps", 4, "--preview-every", 4, "--trigger", "sks", "--save-every", 2)
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 usable images" in result.stdout and "4 steps; LoRA:" in result.stdout
     return place / "run"
@@ -92,6 +94,17 @@ def test_train_writes_a_lora_of_the_family(trained: Path) -> None:
     usual = family_config("z_image")
     assert config.optimizer == usual.optimizer and config.teacher == usual.teacher and config.family == "z_image"
     assert sorted(file.name for file in (trained / "previews").iterdir()) == ["step-000000.png", "step-000004.png"]
+
+
+def test_sample_of_a_run_is_a_strip_of_its_steps(place: Path, trained: Path) -> None:
+    words = ("a [V] badge", "a lamp", "--output", place / "strip", "--size", 64, 64, "--steps", 1)
+    result = call(command(place, "sample", *words, "--lora", trained))
+    assert result.returncode == 0, result.stderr
+    assert "strip.png: 2 prompts at 2 steps of run" in result.stdout
+    sheet = Image.open(place / "strip" / "strip.png")
+    assert sheet.width > 3 * 256 and sheet.height > 2 * 256  # the untouched model and two steps; two prompts
+    result = call(command(place, "sample", "a lamp", "--output", place / "strip", "--lora", place / "photos"))
+    assert result.returncode == 1 and "has no LoRA files along the way: train with --save-every" in result.stderr
 
 
 def test_sample_and_teacher_preview(place: Path, trained: Path) -> None:

@@ -187,6 +187,28 @@ def encode_texts(
     return conditions
 
 
+def encode_captioned(
+    requests: Sequence[EncodeRequest],
+    encoder: Encoder,
+    cache: ConditionCache | None,
+    on_encoded: OnEncoded | None = None,
+) -> list[tuple[Condition, Tensor]]:
+    """(condition [L, D] of the caption, latent [C, h, w] of the target) of every request, on the CPU; no teacher.
+
+    Raises:
+        ValueError: the encoder returns a wrong shape or a non-finite value.
+    """
+    parts = _Parts(encoder, cache)
+    latents = [parts.latent(request.target) for request in requests]
+    encoded = []
+    for done, (request, latent) in enumerate(zip(requests, latents, strict=True), 1):
+        before = parts.computed
+        encoded.append((parts.text(request.caption), latent))
+        if on_encoded is not None:
+            on_encoded(done, len(requests), parts.computed == before)
+    return encoded
+
+
 # -- a pair from its parts --------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,8 @@ class ObjectiveInputs:
         sigmas: the grid, K + 1 values.
         generator: a CPU generator.
         anchors: conditions without the trigger to sample from.
-        class_images: images that the untouched model drew before training; as many as `Objective.drawn_images`.
+        class_images: images that the untouched model drew before training, as many as `Objective.drawn_images`, or the
+            regularisation images.
         loss_scale: factor of the losses before the backward: 1 / gradient accumulation, times the factor of
             `training/loss_scale.py` for fp16.
     """
@@ -59,10 +60,10 @@ class ObjectiveInputs:
 
 @dataclass(frozen=True, eq=False)
 class ClassImage:
-    """An image that the untouched model drew.
+    """An image that the untouched model drew, or a regularisation image.
 
     Attributes:
-        condition: what it was drawn from, an anchor.
+        condition: what it was drawn from, an anchor; the caption of a regularisation image.
         latent: [C, h, w] fp32 in model space.
     """
 
@@ -139,6 +140,9 @@ class Objective(Variant):
 
     needs_few_steps: ClassVar[bool] = True
     """Whether it trains on what the model draws in its few steps, and is pointless on an undistilled one."""
+
+    takes_regularisation: ClassVar[bool] = False
+    """Whether regularisation images, if there are any, are its class images in place of drawn ones."""
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Adds loss_scale * dL/dtheta to the gradients of `inputs.adapters.parameters()`; does not change the mode."""

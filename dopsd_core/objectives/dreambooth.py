@@ -1,7 +1,8 @@
 """DreamBooth (arXiv 2208.12242): supervised fine-tuning with prior preservation on the untouched model's own images.
 
 Before training, the untouched model draws images of ordinary prompts, the anchor captions, in its own few steps
-(`training/class_images.py`). Each step regresses the training images and, with a weight, as many of these.
+(`training/class_images.py`), unless there are regularisation images. Each step regresses the training images and, with
+a weight, as many of these.
 
 Legend: B batch, C latent channels, h w latent size; `sigma` as in `sigmas.py`.
 """
@@ -35,6 +36,7 @@ class DreamBooth(FlowMatching):
     summary: ClassVar[str] = "ordinary fine-tuning that also trains on images which the untouched model draws first"
     prefix: ClassVar[str] = "dreambooth_"
     relative_cost: ClassVar[float] = 0.7
+    takes_regularisation: ClassVar[bool] = True
 
     prior_weight: Annotated[float, Hint(step=0.1, most=100.0)] = Field(
         default=1.0, gt=0, description="weight of the loss on the class images"
@@ -71,4 +73,4 @@ class DreamBooth(FlowMatching):
         device = inputs.noise.device
         target, noise = (to_device(latent, device, torch.float32)[None] for latent in (drawn.latent, noise))
         weight = self.prior_weight * inputs.loss_scale / len(inputs.pairs)
-        return regress(inputs, drawn.condition, target, noise, sigma, weight)[0]
+        return regress(inputs, drawn.condition.to(device), target, noise, sigma, weight)[0]

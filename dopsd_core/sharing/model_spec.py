@@ -9,7 +9,7 @@ import base64
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 VERSION = "1.0.1"
@@ -23,6 +23,14 @@ _BASE_MODELS: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 """Family -> (part of the base's file name without punctuation, repository on the Hugging Face Hub)."""
+
+_DIFFUSERS = (
+    *(f".lora_{half}.weight" for half in "AB"),
+    *(f".lokr_{factor}" for factor in ("w1", "w2", "w2_a", "w2_b")),
+    ".lora_magnitude_vector",
+    ".dora_scale",
+)
+"""Ends of the names that diffusers loads; dora_scale is ComfyUI's, and beside the magnitudes diffusers skips it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,11 @@ def spec_header(facts: Mapping[str, str], given: Description, title: str, is_dif
         known["modelspec.usage_hint"] = f"Trigger word: {trigger}"
         known["trained_words"] = json.dumps([trigger], ensure_ascii=False)
     return known | dict(facts) | _said(given)
+
+
+def has_diffusers_names(keys: Iterable[str]) -> bool:
+    """Whether all tensors of a file have names that diffusers loads."""
+    return all(key.startswith("transformer.") and key.endswith(_DIFFUSERS) for key in keys)
 
 
 def follows_spec(header: Mapping[str, str]) -> bool:

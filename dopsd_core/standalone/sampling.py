@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..conditioning.cache import digest_bytes
 from ..conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset
@@ -15,15 +18,17 @@ from ..data.buckets import Bucket
 from ..data.captions import check_prompts, put_trigger
 from ..data.images import decode, load_image, to_tensor
 from ..families import Family
-from ..image_grid import to_images
+from ..image_grid import Row, contact_sheet, to_images
 from ..rollout import sample
 from ..training.rng import make_generator
+from ..training.saved_loras import SavedLora, saved_loras
+from .datasets import read_images
 from .hosts.demo import with_lora
 from .hosts.model import HostModel, load_model, sees_images
 from .model_options import ModelOptions
-from .previews import MAX_PROMPTS, Painter, encode_shown, teacher_sheet
+from .previews import MAX_PROMPTS, TILE, Painter, encode_shown, teacher_sheet
 from .texts import say, warn
-from .training import family_of, read_images, view_of
+from .training import family_of, view_of
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -32,7 +37,8 @@ def run_sample(args: argparse.Namespace) -> int:
     family = family_of(options)
     view = choose_teacher(("vlm",) if options.is_demo else family.teachers, args.teacher_view, edits=False)
     if args.lora and not args.lora.exists():
-        raise FileNotFoundError(f"{args.lora} does not exist; give a LoRA file that training wrote")
+        raise FileNotFoundError(f"{args.lora} does not exist; give a LoRA file that training wrote, or a run's folder")
+    saves = _saves_of(args.lora) if args.lora and args.lora.is_dir() else []
     model = load_model(options, sees_images(view) and args.teacher_image is not None)
     width, height = args.size or (model.side, model.side)
     shape = family.latent_shape(width, height)
@@ -41,6 +47,9 @@ def run_sample(args: argparse.Namespace) -> int:
     conditions = _conditions(args, model, view, prompts, (width, height))
     args.output.mkdir(parents=True, exist_ok=True)
     denoiser = model.denoiser
+    if saves:
+        draw = partial(_draw_all, args, model, conditions, (width, height))
+        return _write_strip(args.output / "strip.png", prompts, args.lora.name, saves, draw)
     sigmas = family.sigmas(args.steps or model.sample_steps, width, height)
     for number, (prompt, condition) in enumerate(zip(prompts, conditions, strict=True), 1):
         seeds = range(args.seed, args.seed + args.count)
@@ -52,6 +61,50 @@ def run_sample(args: argparse.Namespace) -> int:
             path = args.output / f"{number:02d}_seed{seed}.png"
             drawn.save(path)
             say(f"{path}  {prompt}")
+    return 0
+
+
+def _saves_of(run: Path) -> list[SavedLora]:
+    if saves := saved_loras(run):
+        return saves
+    raise ValueError(f"{run} has no LoRA files along the way: train with --save-every, or give a LoRA file")
+
+
+def _draw_all(
+    args: argparse.Namespace,
+    model: HostModel,
+    conditions: Sequence[Condition],
+    size: tuple[int, int],
+    lora: Path | None,
+) -> list[Tensor]:
+    """One image [3, H, W] in [0, 1] per condition; each row has noise of its own, the same with every LoRA."""
+    denoiser, family = model.denoiser, model.family
+    sigmas, shape, images = family.sigmas(args.steps or model.sample_steps, *size), family.latent_shape(*size), []
+    with with_lora(denoiser, lora, args.strength) if lora else nullcontext():
+        for row, condition in enumerate(conditions):
+            noise = torch.randn(1, *shape, generator=make_generator(args.seed + row, "sample")).to(denoiser.device)
+            latent = sample(denoiser, [condition.to(denoiser.device)], noise, sigmas)
+            images.append(model.encoder.decode(latent)[0])
+    return images
+
+
+def _write_strip(
+    path: Path,
+    prompts: Sequence[str],
+    run: str,
+    saves: Sequence[SavedLora],
+    draw: Callable[[Path | None], Sequence[Tensor]],
+) -> int:
+    """Writes a sheet: a row per prompt, a column without a LoRA, then one per LoRA of the run.
+
+    draw: the images [3, H, W] in [0, 1] of all prompts with a LoRA file.
+    """
+    titles = ["base", *(f"step {saved.step}" for saved in saves)]
+    columns = [draw(None), *(draw(saved.path) for saved in saves)]
+    lines = zip(prompts, zip(*columns, strict=True), strict=True)
+    rows = [Row(text, "", images, () if number else titles) for number, (text, images) in enumerate(lines)]
+    contact_sheet(run, rows, tile=TILE).save(path)
+    say(f"{path}: {len(prompts)} prompts at {len(saves)} steps of {run}")
     return 0
 
 

@@ -21,6 +21,7 @@ TRACKING_NAME = "tracking"
 _PACKAGES: Mapping[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb"}
 _MEASURED = (
     "loss", "relative_gap", "heldout_relative_gap", "lr", "grad_norm", "anchors", "loss_scale", "overflows", "seconds",
+    "gpu_gb", "ram_gb",
 )  # fmt: skip
 
 

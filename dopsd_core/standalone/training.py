@@ -18,17 +18,19 @@ from ..conditioning.encode import DualCondition
 from ..conditioning.teachers import TeacherView, choose_teacher
 from ..config import TrainConfig
 from ..data.captions import check_prompts
-from ..data.dataset import DatasetReport, read_dataset
+from ..data.dataset import DatasetReport, Pair
 from ..denoiser import Denoiser
 from ..families import Family, get_family
 from ..memory.footprint import Footprint, estimate
 from ..objectives import SFT
 from ..trainable import Trainable
 from ..training.log import StepReport
+from ..training.regularisation import check_regularisation
 from ..training.trainer import NoCallbacks, TrainResult, train
 from ..training.training_set import TrainingSet, build_training_set, latent_shape
 from ..training.world import Peers, World
 from .accelerate_world import joined_world
+from .datasets import read_images, read_regularisation
 from .hosts.model import HostModel, device_of, load_model, sees_images
 from .hosts.source import find_family
 from .model_options import DEMO, ModelOptions
@@ -105,15 +107,20 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
             f"for --model {options.model}, or --model {DEMO}"
         )
     report = read_images(args, family, options)
+    regularisation = read_regularisation(args, family, options)
+    ordinary = regularisation.pairs if regularisation else ()
     view = view_of(args, family, report, options)
     model = load_model(options, sees_images(view))
     if peers.is_first:
         say(report.describe())
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
+        if regularisation:
+            say(f"regularisation: {regularisation.describe()}")
+            warn(check_regularisation(ordinary, report.pairs, args.trigger))
     cache = ConditionCache(args.output / "cache")
 
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
-        data = _encoded(args, model, report, view, config, cache)
+        data = _encoded(args, model, report.pairs, ordinary, view, config, cache)
         texts = preview_texts(args.preview_prompts, report.pairs, args.trigger)
         wanted = peers.is_first and config.preview_every
         return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
@@ -133,25 +140,6 @@ def family_of(options: ModelOptions) -> Family:
     return get_family("z_image") if options.is_demo else get_family(find_family(options).family)
 
 
-def read_images(args: argparse.Namespace, family: Family, options: ModelOptions) -> DatasetReport:
-    """The dataset at the model's resolution.
-
-    Raises:
-        ValueError: it has errors, or edits that the model cannot learn.
-    """
-    from ..demo.world import IMAGE_SIZE
-
-    side = args.resolution or (IMAGE_SIZE if options.is_demo else round(family.pixel_budget**0.5))
-    report = read_dataset(
-        args.dataset, pixel_budget=side**2, multiple=family.pixel_multiple, trigger=args.trigger,
-        repeats=args.repeats, root=args.root,
-    )  # fmt: skip
-    report.raise_for_errors()
-    if options.is_demo and any(pair.source_images for pair in report.pairs):
-        raise ValueError(f"{args.dataset} contains edits, but the demo model cannot edit: use images with captions")
-    return report
-
-
 def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, options: ModelOptions) -> TeacherView:
     """The teacher's view that the arguments select.
 
@@ -165,23 +153,23 @@ def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, opt
 
 
 def _encoded(
-    args: argparse.Namespace, model: HostModel, report: DatasetReport, view: TeacherView, config: TrainConfig,
-    cache: ConditionCache,
+    args: argparse.Namespace, model: HostModel, pairs: Sequence[Pair], ordinary: Sequence[Pair], view: TeacherView,
+    config: TrainConfig, cache: ConditionCache,
 ) -> TrainingSet:  # fmt: skip
     if args.heldout_caption is not None:
         warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
     # SFT does not use anchors, but they are part of the fingerprint of saved runs
     anchors = config.objective.wants_anchors or isinstance(config.objective, SFT)
-    with tqdm(unit="image", desc="encoding", disable=None if len(report.pairs) > MANY else True) as bar:
+    with tqdm(unit="image", desc="encoding", disable=None if len(pairs) + len(ordinary) > MANY else True) as bar:
 
         def on_encoded(done: int, total: int, cached: bool) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         return build_training_set(
-            report.pairs, model.encoder, cache, teacher=view, trigger=args.trigger, teacher_image=args.teacher_image,
+            pairs, model.encoder, cache, teacher=view, trigger=args.trigger, teacher_image=args.teacher_image,
             caption_dropout=config.caption_dropout > 0, anchors=anchors, anchor_prompts=args.anchor_prompts or (),
-            heldout_caption=args.heldout_caption, on_encoded=on_encoded,
+            regularisation=ordinary, heldout_caption=args.heldout_caption, on_encoded=on_encoded,
         )  # fmt: skip
 
 
@@ -232,6 +220,10 @@ def _say_result(result: TrainResult) -> None:
     stopped = "stopped after " if result.stopped else ""
     resumes = "; the same command resumes" if result.stopped else ""
     say(f"{stopped}{result.step} steps{resumes}; LoRA: {result.lora_path}")
+    best = result.best
+    if best and (best.path or best.step != result.step):
+        where = best.path or "no LoRA of that step is kept: use --save-every"
+        say(f"smallest gap on the unseen prompt: {best.gap:.3f} at step {best.step}; {where}")
 
 
 def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..conditioning.encode import Condition, DualCondition
 from ..config import TrainConfig
 from ..denoiser import Denoiser
@@ -14,6 +16,13 @@ from ..trainable import Trainable
 from ..transfer import to_device
 from .rng import DataOrder, draw_noise, draw_variant, make_generator
 from .training_set import TrainingSet, latent_shape, pair_to
+
+
+def on_device(conditions: Sequence[Condition], device: torch.device) -> list[Condition]:
+    """The conditions on a device; those that share their features [L, D], since they repeat, share them there too."""
+    keys = [tuple(map(id, (condition.features, *condition.reference_latents))) for condition in conditions]
+    moved = {key: condition.to(device) for key, condition in dict(zip(keys, conditions, strict=True)).items()}
+    return [moved[key] for key in keys]
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,13 +50,13 @@ class PlannedImage:
 
 
 def plan_class_images(config: TrainConfig, data: TrainingSet, model: str, steps: int) -> tuple[PlannedImage, ...]:
-    """The images that the objective needs; none if it needs none, or if there are no anchors.
+    """The images that the objective needs; none if it needs none, if there are no anchors, or if it is given some.
 
     Args:
         model: fingerprint of the base model.
         steps: number of steps that the model was distilled for.
     """
-    if not config.objective.drawn_images or not data.anchors:
+    if not config.objective.drawn_images or not data.anchors or given_images(config, data):
         return ()
     shapes = tuple(dict.fromkeys(data.shapes()))
     order = torch.randperm(len(data.anchors), generator=make_generator(config.seed, "class captions")).tolist()
@@ -71,6 +71,11 @@ def plan_class_images(config: TrainConfig, data: TrainingSet, model: str, steps:
     return tuple(planned)
 
 
+def given_images(config: TrainConfig, data: TrainingSet) -> Sequence[ClassImage]:
+    """The regularisation images, if the objective takes them in place of drawn ones."""
+    return data.regularisation if config.objective.takes_regularisation else ()
+
+
 class ClassImages:
     """The class images of a run: which ones it needs, and the images after `draw`.
 
@@ -78,19 +83,24 @@ class ClassImages:
         planned: as from `plan_class_images`.
         seed: the run's seed.
         cache: drawn images are kept there; None keeps none.
+        given: images that are there already, in place of planned ones.
 
     Attributes:
         digest: identifies the set, with the number and order of the images; "" if none are needed.
-        images: the images; empty before `draw`.
+        images: the images; the drawn ones only after `draw`.
     """
 
     def __init__(
-        self, planned: Sequence[PlannedImage] = (), seed: int = 0, cache: ConditionCache | None = None
+        self,
+        planned: Sequence[PlannedImage] = (),
+        seed: int = 0,
+        cache: ConditionCache | None = None,
+        given: Sequence[ClassImage] = (),
     ) -> None:
         self._planned, self._seed, self._cache = tuple(planned), seed, cache
         keys = "".join(image.key for image in self._planned)
         self.digest = hashlib.sha256(keys.encode()).hexdigest() if keys else ""
-        self.images: tuple[ClassImage, ...] = ()
+        self.images: tuple[ClassImage, ...] = tuple(given)
 
     def draw(self, conditions: Sequence[Condition], denoiser: Denoiser, on_drawn: OnDrawn) -> bool:
         """Draws the images that are not cached; returns False if `on_drawn` stopped it.
@@ -103,6 +113,8 @@ class ClassImages:
         Raises:
             NonFiniteError: the network's predictions are not finite.
         """
+        if not self._planned:
+            return True
         images, total = [], len(self._planned)
         for done, image in enumerate(self._planned):
             condition = conditions[image.anchor]
@@ -115,7 +127,7 @@ class ClassImages:
                     self._cache.keep(image.key, found)
             images.append(ClassImage(condition, found["latent"]))
         self.images = tuple(images)
-        return not images or on_drawn(total, total)
+        return on_drawn(total, total)
 
 
 def _draw(image: PlannedImage, condition: Condition, denoiser: Denoiser, seed: int) -> Tensor:

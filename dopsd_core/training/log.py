@@ -39,6 +39,8 @@ class StepReport:
         loss_scale: factor of the losses for networks in fp16; None for others.
         overflows: how often the step was repeated with half the scale because a gradient overflowed; None for others.
         seconds: wall time of this step, without probe and checkpoint.
+        gpu_gb: memory in use on the device after this step, in 10^9 bytes; None on a CPU.
+        ram_gb: the same of the process in RAM; None if unknown.
     """
 
     step: int
@@ -52,6 +54,8 @@ class StepReport:
     loss_scale: float | None = None
     overflows: int | None = None
     seconds: float | None = None
+    gpu_gb: float | None = None
+    ram_gb: float | None = None
 
     def __post_init__(self) -> None:
         if taken := sorted(self.metrics.keys() & _FIELDS):

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..adapters.lora_import import lora_digest
 from ..config import TrainConfig
 from ..denoiser import Denoiser
+from ..memory.in_use import memory_in_use
 from ..objectives import ObjectiveOutput
 from ..optimizers import evaluating, start_training
 from ..optimizers.state import flatten_state
-from .batches import Batches
+from .batches import Batches, on_device
 from .checkpoint import Checkpoint, StateError
 from .class_images import ClassImages, OnDrawn
 from .log import Gaps, StepReport, mean_metrics
@@ -29,7 +29,9 @@ from .probe import Probe
 from .resume import RunIdentity, optimizer_state, require_same_run
 from .rng import DataOrder
 from .run_folder import RunFolder, UnusedFolder
+from .saved_loras import facts_of, is_due
 from .training_set import TrainingSet
+from .unseen_gap import BestStep
 from .world import Peers
 
 log = logging.getLogger("dopsd")
@@ -67,14 +69,15 @@ class Run:
         self.step = 0
         self.start: Gaps | None = None
         self.last: Gaps | None = None
+        self.best: BestStep | None = None
         self.is_between_steps = True
         self._class_images = class_images or ClassImages()
         base, start = self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
         self._identity = RunIdentity(data.fingerprint(), base, start, self._class_images.digest)
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
-        wants_anchors = config.objective.wants_anchors
-        anchors = [anchor.to(denoiser.device) for anchor in data.anchors] if wants_anchors else []
+        self.heldout_since = 0  # the gaps up to this step are of another held-out pair
+        anchors = on_device(data.anchors, denoiser.device) if config.objective.wants_anchors else []
         self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
         self.loss_scale = LossScale(denoiser.compute_dtype)
         self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
@@ -196,18 +199,18 @@ class Run:
             DiskError: it could not be written; an older file is untouched.
         """
         self._require_finite()
-        metadata = self._facts | {
-            "dopsd_version": __version__,
-            "dopsd_dataset": self._identity.data,
-            "dopsd_config": self.config.to_json(),
-            "dopsd_step": str(self.step),
-            "dopsd_objective": self.config.objective.name,
-            "dopsd_family": self.config.family,
-        }
-        if self._identity.initial:
-            metadata["dopsd_initial"] = self._identity.initial
         with evaluating(self.optimizer):
-            return self.folder.save_lora(self.step, self.adapters.state(), metadata)
+            return self.folder.save_lora(self.step, self.adapters.state(), self._metadata())
+
+    def save_lora_of_step(self) -> None:
+        """Writes the student as the LoRA file of this step, which stays in the run's folder.
+
+        Raises:
+            NonFiniteError, DiskError: as in `save_lora`.
+        """
+        self._require_finite()
+        with evaluating(self.optimizer):
+            self.folder.save_lora_of_step(self.step, self.adapters.state(), self._metadata(), self.heldout_since)
 
     def save_all(self) -> tuple[Path, Path]:
         """Writes the LoRA file and a checkpoint, unless they exist for this step, and returns their paths.
@@ -287,6 +290,9 @@ class Run:
                 raise NonFiniteError(self.step, "gap to the teacher", gap, remedy=self._remedy())
         return gaps
 
+    def _metadata(self) -> dict[str, str]:
+        return self._facts | facts_of(self.config, self._identity, self.step)
+
     def _checkpoint(self) -> Checkpoint:
         tensors, rest = flatten_state(self.optimizer.state_dict())
         facts = {
@@ -294,6 +300,7 @@ class Run:
             "data": self._identity.data,
             "model": self._identity.model,
             "heldout": self._heldout,
+            "heldout_since": self.heldout_since,
             "initial": self._identity.initial,
             "class_images": self._identity.class_images,
             "optimizer_state": rest,
@@ -306,15 +313,16 @@ class Run:
     def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
         config = self.config
         relative, heldout = None, None
-        is_due = config.probe_every and self.peers.is_first
-        if is_due and (self.step % config.probe_every == 0 or self.step == config.steps):
+        is_on = config.probe_every and self.peers.is_first
+        if is_on and (self.step % config.probe_every == 0 or is_due(config, self.step) or self.step == config.steps):
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
         counted = [output for output in outputs if not output.is_anchor] or list(outputs)
+        losses, memory = [output.loss for output in counted], memory_in_use(self.denoiser.device)
         return StepReport(
             step=self.step,
-            loss=_mean([output.loss for output in counted]),
+            loss=sum(losses) / len(losses),
             metrics=mean_metrics([output.metrics for output in counted]),
             relative_gap=relative,
             heldout_relative_gap=heldout,
@@ -322,6 +330,8 @@ class Run:
             grad_norm=grad_norm,
             anchors=sum(output.is_anchor for output in outputs),
             seconds=seconds,
+            gpu_gb=memory.gpu_gb,
+            ram_gb=memory.ram_gb,
         )
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -334,8 +344,5 @@ class Run:
         self.start = Gaps(*facts["start"]) if facts["start"] else None
         self.last = Gaps(*facts["last"]) if facts["last"] else None
         self._is_other_heldout = facts.get("heldout", "") != self._heldout
+        self.heldout_since = self.step if self._is_other_heldout else facts.get("heldout_since", 0)
         log.info("resuming %s at step %d", folder, self.step)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

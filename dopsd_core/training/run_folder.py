@@ -1,6 +1,7 @@
 """The folder of a run: lock, log, checkpoints, LoRA file, and the disk space reserved for the next save.
 
-It contains `config.json`, `train.jsonl`, `checkpoints/`, `lora.safetensors`, and for some objectives `class_images/`.
+It contains `config.json`, `train.jsonl`, `checkpoints/`, `lora.safetensors`, with `save_every` the LoRA files along the
+way in `loras/`, and for some objectives `class_images/`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from ..files.disk import DiskError, Reserve, require_room, require_writable, wri
 from ..files.lock import FolderLock
 from ..memory.footprint import SavedBytes, saved_bytes
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
-from .log import LOG_NAME, RunLog, StepReport
+from .log import LOG_NAME, RunLog, StepReport, read_log
+from .saved_loras import described, lora_of_step, most_files, remove_saved, saved_loras, superfluous
+from .unseen_gap import BestStep, best_step
 
 CONFIG_NAME = "config.json"
 LORA_NAME = "lora.safetensors"
@@ -48,19 +51,20 @@ def check_run_folder(config: TrainConfig, denoiser: Denoiser, folder: Path, host
         return
     saves = -(-(config.steps - max(steps, default=0)) // config.checkpoint_every)
     further = max(min(config.keep_checkpoints + 1 - len(steps), saves), 1)  # the oldest is removed after the newest
-    require_room(folder, further * size.checkpoint + 2 * size.lora + host_bytes)
+    loras = 2 + most_files(config, max(steps, default=0))
+    require_room(folder, further * size.checkpoint + loras * size.lora + host_bytes)
 
 
 class RunFolder:
     """Writes the files of a run.
 
-    The space of one checkpoint and one LoRA file is reserved from `open` on and released only to write them, so that no
-    step is lost if other programs fill the disk.
+    The space of one checkpoint and its LoRA files is reserved from `open` on and released only to write them, so that
+    no step is lost if other programs fill the disk.
     """
 
     def __init__(self, path: Path, config: TrainConfig, denoiser: Denoiser) -> None:
         self.path, self._config = path, config
-        self._lora_bytes = (size := _sizes(config, denoiser)).lora
+        self._lora_bytes = (size := _sizes(config, denoiser)).lora * (2 if config.save_every else 1)
         self._checkpoint_bytes = size.checkpoint  # replaced by the actual size after the first one
         self._lock = FolderLock(path)
         self._reserve = Reserve(path)
@@ -88,6 +92,7 @@ class RunFolder:
         """
         self._checkpoint_step = -1 if is_new else step
         write_atomic(self.path / CONFIG_NAME, self._config.to_json().encode())
+        remove_saved(self.path, 0 if is_new else step)
         self._log = RunLog(self.path / LOG_NAME, -1 if is_new else step)
         if step < self._config.steps:
             self.hold_room()
@@ -145,6 +150,39 @@ class RunFolder:
         self._lora_step = step
         return path
 
+    def save_lora_of_step(
+        self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], after: int = 0
+    ) -> None:
+        """Writes the student's raw tensors ([rank, in], [rows, rank]) as the LoRA file of this step, which stays.
+
+        Removes older ones that are not to be kept. after: as for `best`.
+
+        Raises:
+            DiskError: it could not be written; older ones are untouched.
+        """
+        adapter, prefix = self._config.adapter, get_family(self._config.family).key_prefix
+        keys = [prefix + key for key in adapter.exported(tensors)]
+        self._reserve.release()
+        adapter.save(lora_of_step(self.path, step), tensors, prefix, described(metadata, keys, self.path))
+        best, saved = self.best(after), saved_loras(self.path)
+        unwanted = superfluous([lora.step for lora in saved], self._config.keep_loras, best.step if best else None)
+        for lora in saved:
+            if lora.step in unwanted:
+                lora.path.unlink(missing_ok=True)
+
+    def reports(self) -> list[StepReport]:
+        """The reports of the steps so far."""
+        return read_log(self.path / LOG_NAME)
+
+    def best(self, after: int = 0) -> BestStep | None:
+        """The step with the smallest gap on the unseen prompt: of those with a LoRA file, else of all measured ones.
+
+        after: only steps after this one; the earlier ones had another unseen prompt.
+        """
+        reports, paths = self.reports(), {saved.step: saved.path for saved in saved_loras(self.path)}
+        found = best_step(reports, paths, after) or best_step(reports, None, after)
+        return BestStep(*found, paths.get(found[0])) if found else None
+
     def kept(self) -> str:
         """What is saved of the run, as the end of a sentence."""
         kept = f"the run resumes at step {self._checkpoint_step}" if self._checkpoint_step >= 0 else "no step is saved"
@@ -182,6 +220,19 @@ class UnusedFolder(RunFolder):
     def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
         """The file that the other process writes from the tensors, [rank, in] and [rows, rank]."""
         return self.path / LORA_NAME
+
+    def save_lora_of_step(
+        self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], after: int = 0
+    ) -> None:
+        """Does nothing with the tensors, [rank, in] and [rows, rank]."""
+
+    def reports(self) -> list[StepReport]:
+        """None: the other process has them."""
+        return []
+
+    def best(self, after: int = 0) -> BestStep | None:
+        """None: the other process knows."""
+        return None
 
     def kept(self) -> str:
         """Where the state of the run is, as the end of a sentence."""

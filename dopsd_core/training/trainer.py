@@ -2,10 +2,10 @@
 
     result = train(config, denoiser, TrainingSet(pairs), "runs/dog", callbacks)
 
-All files of a run are in one folder: `config.json`, `train.jsonl`, `checkpoints/`, and the current or final LoRA,
-`lora.safetensors`. Calling `train` again with the same folder resumes the run. On a CPU the result is bit-identical to
-an uninterrupted run; on a GPU only with `TrainConfig.deterministic`, and otherwise up to rounding, because the fastest
-attention backward sums in arbitrary order.
+All files of a run are in one folder: `config.json`, `train.jsonl`, `checkpoints/`, the current or final LoRA,
+`lora.safetensors`, and those along the way, `loras/`. Calling `train` again with the same folder resumes the run. On a
+CPU the result is bit-identical to an uninterrupted run; on a GPU only with `TrainConfig.deterministic`, and otherwise
+up to rounding, because the fastest attention backward sums in arbitrary order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +27,17 @@ from ..files.disk import DiskError
 from ..memory.activation_checkpointing import checkpointed
 from ..optimizers import evaluating
 from ..trainable import Trainable
-from .class_images import ClassImages, plan_class_images
+from .class_images import ClassImages, given_images, plan_class_images
 from .determinism import deterministic_algorithms, obstacle
+from .health import Monitor
 from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
+from .regularisation import regularisation_remarks
 from .run import Run
 from .run_folder import CLASS_IMAGES_NAME, check_run_folder
+from .saved_loras import is_due
 from .training_set import TrainingSet
+from .unseen_gap import BestStep
 from .world import PeerError, Peers, World
 
 __all__ = [
@@ -50,6 +54,9 @@ __all__ = [
 
 log = logging.getLogger("dopsd")
 
+Ending = Literal["finished", "stopped", "plateau"]
+"""How the loop ended: after all steps, by the host, or because the gap on the unseen prompt no longer fell."""
+
 
 class Callbacks(Protocol):
     """Hooks that a host implements. An exception in any of them ends the run after saving its state."""
@@ -61,6 +68,11 @@ class Callbacks(Protocol):
     def on_preview(self, step: int, adapters: Trainable) -> None:
         """Called at step 0, every `preview_every` steps, after the last, and if a run is resumed with another held-out
         pair; `adapters.use(...)` selects the weights to sample with."""
+        ...
+
+    def on_best(self, best: BestStep) -> None:
+        """Called when another step has the smallest gap on the unseen prompt, after its LoRA file is written if it has
+        one; also at the start of a resumed run."""
         ...
 
     def on_class_image(self, done: int, total: int) -> None:
@@ -82,6 +94,9 @@ class NoCallbacks:
     def on_preview(self, step: int, adapters: Trainable) -> None:
         """Does nothing."""
 
+    def on_best(self, best: BestStep) -> None:
+        """Does nothing."""
+
     def on_class_image(self, done: int, total: int) -> None:
         """Does nothing."""
 
@@ -97,10 +112,13 @@ class TrainResult:
     Attributes:
         step: optimizer steps done.
         stopped: whether the host stopped the run before the last step.
+        at_plateau: whether `stop_at_plateau` ended it there.
         lora_path: the LoRA file for ComfyUI and diffusers.
         checkpoint_path: the checkpoint to resume from.
         start_gaps: gaps to the teacher on fixed noise before training; None if not measured.
         end_gaps: the last measured gaps; None if not measured.
+        best: the step with the smallest gap on the unseen prompt, of those with a LoRA file if there are any; None if
+            it was not measured, or on another rank than 0.
     """
 
     step: int
@@ -109,6 +127,8 @@ class TrainResult:
     checkpoint_path: Path
     start_gaps: Gaps | None
     end_gaps: Gaps | None
+    best: BestStep | None = None
+    at_plateau: bool = False
 
 
 def train(
@@ -161,7 +181,7 @@ def train(
     with peers.ending_together(), torch.inference_mode(False), torch.enable_grad():
         _check_share(config, peers.world.size)
         peers.first(lambda: check_run(config, denoiser, data, run_dir, host_bytes))
-        for remark in config.objective.remarks() if peers.world.rank == 0 else ():
+        for remark in _remarks(config, data) if peers.world.rank == 0 else ():
             log.warning(remark)
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
         run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
@@ -188,9 +208,10 @@ def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpoint_blocks:
     try:
         run.open(resume)
         with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpoint_blocks):
-            stopped = _loop(run, callbacks)
+            ending = _loop(run, callbacks)
         lora_path, checkpoint_path = run.peers.all(run.save_all)[0]
-        return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last)
+        stopped, at_plateau = ending == "stopped", ending == "plateau"
+        return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last, run.best, at_plateau)
     except DiskError as error:
         run.save_before_leaving()
         raise DiskError(f"{error}; {run.folder.kept()}", error.is_full) from error
@@ -201,30 +222,65 @@ def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpoint_blocks:
         run.close()
 
 
-def _loop(run: Run, callbacks: Callbacks) -> bool:
-    """Runs the steps until the last one or a stop; returns True if stopped."""
+def _loop(run: Run, callbacks: Callbacks) -> Ending:
+    """Runs the steps until the last one, a plateau or a stop."""
     config = run.config
     if run.step < config.steps and not _draw_class_images(run, callbacks):
-        return True
+        return "stopped"
     is_other_heldout = run.peers.is_first and run.meet_heldout()
     if run.step == 0 and run.start is None and config.probe_every and run.peers.is_first:
         callbacks.on_step(run.measure_start())
     if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
         _preview(run, callbacks)
-    while run.step < config.steps:
+    _find_best(run, callbacks)
+    monitor = Monitor(config, run.folder.reports(), run.heldout_since)
+    is_last = _ends_here(run, monitor)
+    while not is_last:
         if any(run.peers.all(callbacks.should_stop)):
-            return True
+            return "stopped"
         with deterministic_algorithms(config.deterministic):
             report = run.make_step()
         callbacks.on_step(report)
-        if run.step == config.steps:
-            run.save_all()
-        elif run.step % config.checkpoint_every == 0:
-            run.save()
-            run.folder.hold_room()
-        if config.preview_every and (run.step % config.preview_every == 0 or run.step == config.steps):
+        monitor.add(report)
+        is_last = _ends_here(run, monitor)
+        _save(run, is_last)
+        if report.heldout_relative_gap is not None:
+            _find_best(run, callbacks)
+        for line in monitor.new_lines(run.best):
+            log.warning(line)
+        if config.preview_every and (run.step % config.preview_every == 0 or is_last):
             _preview(run, callbacks)
-    return False
+    return "finished" if run.step == config.steps else "plateau"
+
+
+def _ends_here(run: Run, monitor: Monitor) -> bool:
+    """Whether this was the last step, or the gap on the unseen prompt no longer falls, on every rank."""
+    if run.step == run.config.steps:
+        return True
+    reason = run.peers.first(monitor.plateau) if run.config.stop_at_plateau else None
+    if reason and run.peers.is_first:
+        log.warning(reason)
+    return reason is not None
+
+
+def _save(run: Run, is_last: bool) -> None:
+    """Writes what is due after a step."""
+    config = run.config
+    if keeps := is_due(config, run.step, is_last):  # before the checkpoint, after which it would not be written again
+        run.save_lora_of_step()
+    if is_last:
+        run.save_all()
+        return
+    if saves := run.step % config.checkpoint_every == 0:
+        run.save()
+    if keeps or saves:
+        run.folder.hold_room()
+
+
+def _find_best(run: Run, callbacks: Callbacks) -> None:
+    before, run.best = run.best, run.folder.best(run.heldout_since)
+    if run.best is not None and run.best != before:
+        callbacks.on_best(run.best)
 
 
 def _class_images(
@@ -239,7 +295,7 @@ def _class_images(
     if cache is None or not model:  # images of an unknown model belong to this run only
         cache = ConditionCache(run_dir / CLASS_IMAGES_NAME)
     planned = plan_class_images(config, data, model, steps or get_family(config.family).sample_steps)
-    return ClassImages(planned, config.seed, cache)
+    return ClassImages(planned, config.seed, cache, given_images(config, data))
 
 
 def _draw_class_images(run: Run, callbacks: Callbacks) -> bool:
@@ -260,6 +316,14 @@ def _preview(run: Run, callbacks: Callbacks) -> None:
         return
     with evaluating(run.optimizer):
         callbacks.on_preview(run.step, run.adapters)
+
+
+def _remarks(config: TrainConfig, data: TrainingSet) -> list[str]:
+    remarks = [*config.objective.remarks(), *regularisation_remarks(config, data)]
+    if config.stop_at_plateau and (data.heldout is None or not config.probe_every):
+        why = "probe_every is 0" if not config.probe_every else "there is no unseen prompt"
+        remarks.append(f"stop_at_plateau {config.stop_at_plateau} is not used: {why}")
+    return remarks
 
 
 def _check_share(config: TrainConfig, size: int) -> None:

@@ -19,6 +19,7 @@ from ..conditioning.encode import (
     EncodeRequest,
     ImageInput,
     OnEncoded,
+    encode_captioned,
     encode_dataset,
     encode_texts,
 )
@@ -27,6 +28,7 @@ from ..data.buckets import Bucket
 from ..data.captions import put_trigger
 from ..data.dataset import Example, Pair, plan_encoding
 from ..data.images import ImageError, load_image
+from ..objectives import ClassImage
 from ..text import printable
 
 TeacherImage = Literal["own", "other"]
@@ -46,6 +48,7 @@ class TrainingSet:
     Attributes:
         pairs: every (image, caption) with both conditions and a target latent [C, h, w].
         anchors: conditions [L, D] of captions without the concept, for the prior anchor.
+        regularisation: ordinary images with their captions, latents [C, h, w]; the class images of some objectives.
         heldout: a training image with a caption that is not trained on, for the probe.
         examples: which pairs belong to the same image (`plan_encoding`); by default each pair is an example.
 
@@ -57,6 +60,7 @@ class TrainingSet:
     anchors: Sequence[Condition] = ()
     heldout: DualCondition | None = None
     examples: Sequence[Example] = ()
+    regularisation: Sequence[ClassImage] = ()
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -81,13 +85,18 @@ class TrainingSet:
         return tuple(latent_shape(self.pairs[example.variants[0]]) for example in self.examples)
 
     def fingerprint(self) -> str:
-        """A digest of pairs, anchors and examples in order; without the held-out pair, which is not trained on."""
+        """A digest of pairs, anchors, examples and regularisation images in order; without the held-out pair, which is
+        not trained on."""
         digest = hashlib.sha256()
         for pair in self.pairs:
             digest.update(f"{pair.key}|{pair.caption}|{latent_shape(pair)}\n".encode())
         for anchor in self.anchors:
             digest.update(f"{tuple(anchor.features.shape)}\n".encode())
             digest.update(anchor.features.detach().cpu().float().contiguous().numpy().tobytes())
+        for image in self.regularisation:
+            for tensor in (image.condition.features, image.latent):
+                digest.update(f"{tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         digest.update(repr((len(self.pairs), len(self.anchors), tuple(self.examples))).encode())
         return digest.hexdigest()
 
@@ -103,6 +112,7 @@ def build_training_set(
     caption_dropout: bool = False,
     anchors: bool = False,
     anchor_prompts: Sequence[str] = (),
+    regularisation: Sequence[Pair] = (),
     heldout_caption: str | None = None,
     on_encoded: OnEncoded | None = None,
 ) -> TrainingSet:
@@ -118,6 +128,7 @@ def build_training_set(
         caption_dropout: whether to encode the empty caption too.
         anchors: whether to encode captions without the concept, for the prior anchor.
         anchor_prompts: further ordinary prompts for the prior anchor; `[V]` stands for the trigger.
+        regularisation: ordinary images; their captions are anchors too, with the images for some objectives.
         heldout_caption: a caption that is not in the data, for the first image; `[V]` stands for the trigger.
         on_encoded: called after each request.
 
@@ -139,13 +150,25 @@ def build_training_set(
             raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
         requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
-    prompts = [put_trigger(prompt, trigger) for prompt in anchor_prompts]
+    ordinary = dict.fromkeys(caption for pair in regularisation for caption in pair.captions)
+    prompts = [*(put_trigger(prompt, trigger) for prompt in anchor_prompts), *ordinary]
     return TrainingSet(
         pairs=encoded[: sum(map(len, copies))],
         anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
+        regularisation=_encoded_images(regularisation, encoder, cache, on_encoded),
     )
+
+
+def _encoded_images(
+    pairs: Sequence[Pair], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None
+) -> tuple[ClassImage, ...]:
+    """Each image with each of its captions, as often as it repeats."""
+    drawn = [(pair, caption) for pair in pairs for caption in dict.fromkeys(pair.captions)]
+    requests = [encode_request(pair, caption) for pair, caption in drawn]
+    images = [ClassImage(*encoded) for encoded in encode_captioned(requests, encoder, cache, on_encoded)]
+    return tuple(image for image, (pair, _) in zip(images, drawn, strict=True) for _ in range(pair.repeats))
 
 
 def _require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage) -> None:

@@ -196,6 +196,7 @@ _RUN = (
         teacher_image="Build Teacher Condition: which image the teacher sees",
         teacher_sentence="Build Teacher Condition: the sentence that only the teacher reads",
         anchor_prompts="Build Teacher Condition: they are trained on",
+        regularisation="Build Teacher Condition: its images and captions, which may be trained on",
         model="Train LoRA: as in the tables of patcher, network and config",
         initial_lora="Train LoRA: the initial weights",
         preset="Train LoRA: the settings that it sets",

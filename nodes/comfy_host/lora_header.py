@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ...dopsd_core import __version__
-from ...dopsd_core.sharing.model_spec import Description, spec_header, trigger_of
+from ...dopsd_core.sharing.model_spec import Description, has_diffusers_names, spec_header, trigger_of
 
 __all__ = ["header_for", "kept_header", "trigger_of"]
 
 _PEFT = "lora_adapter_metadata"
 _OF_THE_BYTES = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Only valid for one file: written anew or not at all."""
-
-_DIFFUSERS = (
-    *(f".lora_{half}.weight" for half in "AB"),
-    *(f".lokr_{factor}" for factor in ("w1", "w2", "w2_a", "w2_b")),
-    ".lora_magnitude_vector",
-    ".dora_scale",
-)
-"""Ends of the names that diffusers loads; dora_scale is ComfyUI's, and beside the magnitudes diffusers skips it."""
 
 
 def kept_header(header: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -45,7 +37,6 @@ def header_for(title: str, keys: Iterable[str], facts: Mapping[str, str], given:
         keys: names of the tensors; the implementation is diffusers only if all of them are diffusers' names.
         given: what the user says; replaces what `facts` say.
     """
-    is_diffusers = all(key.startswith("transformer.") and key.endswith(_DIFFUSERS) for key in keys)
-    header = spec_header(kept_header(facts)[0], given, title, is_diffusers)
+    header = spec_header(kept_header(facts)[0], given, title, has_diffusers_names(keys))
     ours = {"dopsd_version": __version__} if "dopsd_family" in facts else {}
     return ours | header

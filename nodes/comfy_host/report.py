@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from ...dopsd_core.files.atomic import write_atomic
 from ...dopsd_core.text import printable
+from ...dopsd_core.training.unseen_gap import BestStep
+from .paths import shown
 
 REPORT_NAME = "report.json"
 
@@ -63,6 +65,10 @@ class RunReport:
         steps: optimizer steps wanted.
         relative_gap: last measured gap to the teacher on training captions, over the one before training; or None.
         heldout_relative_gap: the same on the unseen prompt.
+        best_step: the step with the smallest gap on the unseen prompt, of those with a LoRA file if there are any; None
+            if it was not measured.
+        best_heldout_relative_gap: the gap after that step.
+        best_lora: name of its LoRA file in the run's folder; empty if none is kept.
         modules: number of layers with a LoRA.
         parameters: number of trained parameters.
         base_model: file name of the MODEL.
@@ -78,6 +84,9 @@ class RunReport:
     steps: int
     relative_gap: float | None
     heldout_relative_gap: float | None
+    best_step: int | None
+    best_heldout_relative_gap: float | None
+    best_lora: str
     modules: int
     parameters: int
     base_model: str
@@ -105,3 +114,11 @@ def gap_line(relative: float, heldout: float | None) -> str:
     """The gap to the teacher as text, the same everywhere."""
     unseen = f", unseen prompt {heldout:.3f}" if heldout is not None else ""
     return f"gap to the teacher {relative:.3f}{unseen}  (1 = before training)"
+
+
+def best_line(best: BestStep, last: int) -> str:
+    """The step with the smallest gap on the unseen prompt and its file; "" if it is the last one and has none."""
+    if best.path is None and best.step == last:
+        return ""
+    where = shown(best.path) if best.path else "no LoRA of that step is kept: set save_every in Training Settings"
+    return f"smallest gap on the unseen prompt: {best.gap:.3f} at step {best.step}; {where}"

@@ -104,11 +104,11 @@ class Conditions:
 
     def describe(self) -> str:
         """The counts, as text for the node."""
-        data = self.data
+        data, ordinary = self.data, len(self.data.regularisation)
         return (
             f"{self.family.title}, teacher {self.teacher.name}: {len(data.pairs)} pairs, "
             f"{len(set(data.anchors))} prior anchors, {len(self.previews)} preview prompts"
-        )
+        ) + (f", {ordinary} regularisation images" if ordinary else "")
 
 
 class TrainedLora(dict[str, Tensor]):

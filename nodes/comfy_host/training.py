@@ -12,6 +12,7 @@ import comfy.model_management
 from safetensors import safe_open
 from torch import Tensor
 
+from ...dopsd_core.adapters.lora_file import read_safetensors
 from ...dopsd_core.conditioning.cache import ConditionCache
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import get_family
@@ -23,6 +24,7 @@ from ...dopsd_core.training.training_set import latent_shape
 from .denoiser import ComfyDenoiser, base_name, default_steps
 from .distilled import note_if_undistilled, warn_if_undistilled, why_undistilled
 from .identity import identity_of
+from .lora_header import kept_header
 from .memory_plan import MemoryPlan, OutOfMemory, advice, free_device_memory, is_out_of_memory, plan_memory
 from .model_patches import unused_patches
 from .paths import condition_cache
@@ -290,6 +292,15 @@ def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
     with safe_open(result.lora_path, "pt") as file:
         facts = file.metadata() or {}
     return TrainedLora({prefix + key: tensors[key] for key in sorted(tensors)}, facts)
+
+
+def best_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
+    """The LoRA file of the step with the smallest gap on the unseen prompt; the trained LoRA if none is kept."""
+    best = result.best
+    if best is None or best.path is None or best.step == result.step:
+        return trained_lora(result, config)
+    tensors, header = read_safetensors(best.path)
+    return TrainedLora(tensors, kept_header(header)[0])
 
 
 def losses(reports: Sequence[StepReport]) -> list[float]:

@@ -16,10 +16,11 @@ from ...dopsd_core.files.disk import writing
 from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.trainer import NoCallbacks, TrainResult
+from ...dopsd_core.training.unseen_gap import BestStep
 from .denoiser import send_text
 from .paths import shown
 from .previews import TrainingPreview
-from .report import Notes, RunReport, State, gap_line
+from .report import Notes, RunReport, State, best_line, gap_line
 from .targets import size_text
 
 PREVIEWS_NAME = "previews"
@@ -62,6 +63,7 @@ class Watcher(NoCallbacks):
         self._text_at = 0.0
         self._has_begun = False
         self._gaps: tuple[float | None, float | None] = (None, None)
+        self._best: BestStep | None = None
         self._drawn = 0
         self.step = 0
 
@@ -88,6 +90,10 @@ class Watcher(NoCallbacks):
             self._text_at = now
             send_text(self._node, self._text(report, now))
 
+    def on_best(self, best: BestStep) -> None:
+        """Remembers the step, for the summary and the report."""
+        self._best = best
+
     def on_preview(self, step: int, adapters: Trainable) -> None:
         """Draws the preview sheet, saves it in the run folder and shows it on the node."""
         if self._preview is None:
@@ -106,7 +112,7 @@ class Watcher(NoCallbacks):
 
     def finished(self, result: TrainResult) -> None:
         """Shows the summary on the node and writes the report."""
-        if not self._has_begun:
+        if not self._has_begun and not result.at_plateau:
             self._notes.add(
                 f"all {result.step} steps were already done: nothing was trained, and the existing LoRA is used"
             )
@@ -136,11 +142,12 @@ class Watcher(NoCallbacks):
         if self._has_begun or state == "finished":  # otherwise the folder may belong to another run, or not exist
             self._report(state, error).write(facts.folder)
         lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
+        lines += [line for line in [best_line(self._best, self.step) if self._best else ""] if line]
         lines += [size_text(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
         send_text(self._node, "\n".join(lines))
 
     def _report(self, state: State, error: str) -> RunReport:
-        facts, (gap, heldout) = self._facts, self._gaps
+        facts, (gap, heldout), best = self._facts, self._gaps, self._best
         return RunReport(
             state=state,
             error=error,
@@ -148,6 +155,9 @@ class Watcher(NoCallbacks):
             steps=self._steps,
             relative_gap=gap,
             heldout_relative_gap=heldout,
+            best_step=best.step if best else None,
+            best_heldout_relative_gap=best.gap if best else None,
+            best_lora=best.path.relative_to(facts.folder).as_posix() if best and best.path else "",
             modules=facts.modules,
             parameters=facts.parameters,
             base_model=facts.base_model,

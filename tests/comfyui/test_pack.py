@@ -19,7 +19,7 @@ FROZEN = {
     ),
     "DOPSD_BuildTeacherCondition": (
         "dataset:DOPSD_DATASET clip:CLIP vae:VAE mode:COMBO? preview_prompts:STRING? anchor_prompts:STRING?"
-        " vision:DOPSD_VISION? teacher_image:COMBO? teacher_sentence:STRING?",
+        " vision:DOPSD_VISION? teacher_image:COMBO? teacher_sentence:STRING? regularisation:DOPSD_DATASET?",
         "conditions:DOPSD_CONDITIONS",
     ),
     "DOPSD_TeacherPreview": (
@@ -32,7 +32,7 @@ FROZEN = {
         " rollout_steps:INT? grad_steps:INT? loss:COMBO? teacher:COMBO? ema_decay:FLOAT? anchor_probability:FLOAT?"
         " objective:COMBO? schedule:COMBO? optimizer:COMBO? checkpoint_every:INT? probe_every:INT? memory:COMBO?"
         " vae:VAE? initial_lora:LORA_MODEL? targets:STRING? deterministic:BOOLEAN? settings:DOPSD_SETTINGS?",
-        "lora:LORA_MODEL loss:LOSS_MAP run_folder:STRING previews:IMAGE",
+        "lora:LORA_MODEL loss:LOSS_MAP run_folder:STRING previews:IMAGE best_lora:LORA_MODEL",
     ),
     "DOPSD_TrainingSettings": (
         "model_family:COMBO? preset:COMBO? objective:COMBO? grad_steps:INT? loss:COMBO? anchor_probability:FLOAT?"
@@ -44,7 +44,8 @@ FROZEN = {
         " sft_anchor_probability:FLOAT? dreambooth_sigmas:COMBO? dreambooth_shift:FLOAT? dreambooth_prior_weight:FLOAT?"
         " dreambooth_class_images:INT? pso_form:COMBO? pso_beta:FLOAT? pso_loser_images:INT?"
         " factor:INT? muon_momentum:FLOAT? prodigy_lr:FLOAT? prodigy_weight_decay:FLOAT? prodigy_d_coef:FLOAT?"
-        " prodigy_safeguard_warmup:BOOLEAN? custom_path:STRING? custom_options:STRING? custom_lr:FLOAT?",
+        " prodigy_safeguard_warmup:BOOLEAN? custom_path:STRING? custom_options:STRING? custom_lr:FLOAT?"
+        " save_every:INT? keep_loras:INT? stop_at_plateau:INT?",
         "settings:DOPSD_SETTINGS",
     ),
     "DOPSD_FewStepSampler": (
@@ -58,7 +59,7 @@ FROZEN = {
     ),
     "DOPSD_CompareLoRA": (
         "model:MODEL clip:CLIP vae:VAE prompts:STRING? strengths:STRING? seed:INT? steps:INT? width:INT? height:INT?"
-        " lora_name:COMBO? lora:LORA_MODEL? reference:IMAGE?",
+        " lora_name:COMBO? lora:LORA_MODEL? reference:IMAGE? run_folder:STRING?",
         "image:IMAGE",
     ),
     "DOPSD_LoRAReportCard": (

@@ -53,7 +53,7 @@ INPUTS: dict[str, tuple[str, Any]] = {
     "targets": ("train", "layers.*.attention.*"),
     "deterministic": ("train", True),
 }
-OWN = {"images", "texts", "clip", "vae", "vision", "model", "initial_lora"}
+OWN = {"images", "texts", "clip", "vae", "vision", "model", "initial_lora", "regularisation"}
 """Changed in tests of their own."""
 ELSEWHERE = {
     "mode": "tests/test_conditioning.py",
@@ -175,6 +175,21 @@ def test_the_lora_that_it_starts_from_counts(comfyui: ComfyUI, taken: Any, usual
         changed["train"]["inputs"]["initial_lora"] = ["first", 0]
         found.add(taken(changed, keep_cache=False))
     assert len(found) == 2 and usual not in found
+
+
+def test_regularisation_images_and_their_captions_count(comfyui: ComfyUI, taken: Any, usual: str) -> None:
+    import torch
+    from loras import give_values
+
+    found = []
+    for shade, text in ((0.2, "a lamp"), (0.2, "a red lamp"), (0.3, "a lamp"), (0.2, "a lamp")):
+        changed = graph()
+        changed["given"] = give_values(comfyui, ("IMAGE", "STRING"), (torch.full((1, 64, 64, 3), shade), text))
+        inputs = {**changed["data"]["inputs"], "images": ["given", 0], "texts": ["given", 1]}
+        changed["ordinary"] = {"class_type": "DOPSD_LoadDataset", "inputs": inputs}
+        changed["conditions"]["inputs"]["regularisation"] = ["ordinary", 0]
+        found.append(taken(changed, keep_cache=False))
+    assert len({usual, *found}) == 4 and found[0] == found[3]
 
 
 def test_connected_images_and_texts_count(comfyui: ComfyUI, taken: Any) -> None:

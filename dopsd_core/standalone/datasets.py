@@ -1,0 +1,45 @@
+"""The images that a command is given, at the model's resolution."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..data.dataset import DatasetReport, read_dataset
+from ..families import Family
+from .model_options import ModelOptions
+
+
+def read_images(args: argparse.Namespace, family: Family, options: ModelOptions) -> DatasetReport:
+    """The dataset at the model's resolution.
+
+    Raises:
+        ValueError: it has errors, or edits that the model cannot learn.
+    """
+    report = read_dataset(
+        args.dataset, pixel_budget=_side(args, family, options) ** 2, multiple=family.pixel_multiple,
+        trigger=args.trigger, repeats=args.repeats, root=args.root,
+    )  # fmt: skip
+    report.raise_for_errors()
+    if options.is_demo and any(pair.source_images for pair in report.pairs):
+        raise ValueError(f"{args.dataset} contains edits, but the demo model cannot edit: use images with captions")
+    return report
+
+
+def read_regularisation(args: argparse.Namespace, family: Family, options: ModelOptions) -> DatasetReport | None:
+    """The regularisation images at the model's resolution; None unless a folder is given.
+
+    Raises:
+        ValueError: they have errors.
+    """
+    if args.regularisation is None:
+        return None
+    budget = _side(args, family, options) ** 2
+    report = read_dataset(args.regularisation, pixel_budget=budget, multiple=family.pixel_multiple)
+    report.raise_for_errors()
+    return report
+
+
+def _side(args: argparse.Namespace, family: Family, options: ModelOptions) -> int:
+    from ..demo.world import IMAGE_SIZE
+
+    return args.resolution or (IMAGE_SIZE if options.is_demo else round(family.pixel_budget**0.5))
