@@ -1,5 +1,8 @@
-"""Qwen-Image 2.1 inside ComfyUI, on a stand-in for the model of a newer ComfyUI, against diffusers' network and our host
-without ComfyUI with the same weights. Nothing here has run on ComfyUI's own classes for this model."""
+"""Qwen-Image 2.1 inside ComfyUI, on a stand-in for the model of a newer ComfyUI.
+
+It is compared with diffusers' network and our host without ComfyUI, which have the same weights. Nothing here has run
+on ComfyUI's own classes for this model.
+"""
 
 from __future__ import annotations
 
@@ -163,9 +166,7 @@ def test_gradients_of_a_lora(comfyui: ComfyUI, ours: SimpleNamespace, case: str,
     x, condition = inputs(comfyui, case)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     start = twins.random_student(comfyui, ours.model, RANK)
-    got_v, got = twins.our_gradients(
-        comfyui, ours.model, start, ALPHA, x, SIGMA, [condition], weight, num_checkpointed
-    )
+    got_v, got = twins.our_gradients(comfyui, ours.model, start, ALPHA, x, SIGMA, [condition], weight, num_checkpointed)
 
     def predict() -> Tensor:
         return (x - ours.denoiser.predict_x0(x, SIGMA, [condition])) / SIGMA
@@ -387,11 +388,10 @@ def test_a_lora_file_in_comfyui_is_what_was_trained(comfyui: ComfyUI, ours: Simp
     denoiser = denoisers.ComfyDenoiser(ours.model)
     adapters = twins.new_adapters(comfyui, denoiser, RANK, ALPHA)
     adapters.load_state("student", start)
-    with torch.inference_mode(), denoiser.loaded(x.shape), torch.inference_mode(False), denoiser.trainable(x.shape):
-        with torch.no_grad():
-            base = denoiser.predict_x0(x, SIGMA, [condition])
-            with adapters.attached():
-                wanted = denoiser.predict_x0(x, SIGMA, [condition])
+    with torch.inference_mode(False), torch.no_grad(), denoiser.trainable(x.shape):
+        base = denoiser.predict_x0(x, SIGMA, [condition])
+        with adapters.attached():
+            wanted = denoiser.predict_x0(x, SIGMA, [condition])
     folded = comfyui.core("adapters.lora_file").fold_alpha(adapters.state(), adapters.config)
     file = {f"{denoiser.family.key_prefix}{key}": value for key, value in folded.items()}
     patches = comfy.lora.load_lora(dict(file), keys_of(ours.model))
