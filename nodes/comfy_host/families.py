@@ -79,7 +79,7 @@ class ComfyFamily:
         distilled: names of the checkpoints that were distilled for few steps.
         undistilled: regular expression for the names, in lower case, of checkpoints that were not.
         undistilled_config: entries of the MODEL's configuration that only an undistilled checkpoint has.
-        remark: what the user is told with every dataset and run; "" for nothing.
+        remark: a sentence for the notes of every dataset and run; "" for none.
     """
 
     family: Family

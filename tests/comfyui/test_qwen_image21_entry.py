@@ -109,7 +109,7 @@ def test_a_comfyui_with_the_model_uses_it(comfyui: ComfyUI, ours: SimpleNamespac
     assert ours.encoder.family is family
 
 
-def test_the_user_is_told_that_it_is_untested(comfyui: ComfyUI, ours: SimpleNamespace) -> None:
+def test_the_notes_say_that_it_is_untested(comfyui: ComfyUI, ours: SimpleNamespace) -> None:
     assert any("has not run in a real ComfyUI" in note for note in ours.encoder.notes)
 
 
