@@ -402,3 +402,41 @@ def test_a_lora_file_in_comfyui_is_what_was_trained(comfyui: ComfyUI, ours: Simp
         got = in_comfyui(comfyui, other.predict_x0, x, SIGMA, [condition])
     assert twins.relative(wanted, base) > 0.01
     assert (got - wanted).norm() < 1e-3 * (wanted - base).norm()
+
+
+FORMATS = {
+    "diffusers": ("transformer.{}", ("lora_A", "lora_B"), False, False),
+    "no prefix, with alpha": ("{}", ("lora_A", "lora_B"), False, True),
+    "comfyui's trainer": ("diffusion_model.{}", ("lora_down", "lora_up"), True, True),
+    "ai-toolkit": ("diffusion_model.{}", ("lora_A", "lora_B"), False, False),
+    "kohya": ("lora_unet_{}", ("lora_down", "lora_up"), True, True),
+    "simpletuner": ("lycoris_{}", ("lora_down", "lora_up"), False, True),
+}
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_loras_of_other_trainers(comfyui: ComfyUI, ours: SimpleNamespace, kind: str) -> None:
+    """Whole as an initial LoRA, at the strength that the file states; native files have both halves as one."""
+    named, (down, up), is_native, has_alpha = FORMATS[kind]
+    is_flat = named.startswith(("lora_unet_", "lycoris_"))
+    sites = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(ours.model).sites()
+    generator, file, wanted = torch.Generator().manual_seed(7), {}, {}
+    for site in sites:
+        if not site.name.startswith("transformer_blocks."):
+            continue
+        whole = torch.zeros(site.out_features, site.in_features)
+        places = {site.name: slice(None)} if is_native else {part.name: part.rows for part in site.parts}
+        for name, rows in places.items():
+            key = named.format(name.replace(".", "_") if is_flat else name)
+            a = torch.randn(4, site.in_features, generator=generator)
+            b = torch.randn(len(whole[rows]), 4, generator=generator)
+            file |= {f"{key}.{down}.weight": a, f"{key}.{up}.weight": b}
+            file |= {f"{key}.alpha": torch.tensor(2.0)} if has_alpha else {}
+            whole[rows] = b @ a * (2.0 / 4 if has_alpha else 1)
+        wanted |= {part.name: whole[part.rows] for part in site.parts}
+    targets = comfyui.core("families").QWEN_IMAGE21.lora_targets
+    imported = comfyui.core("adapters.lora_import").import_lora(file, sites, targets)
+    assert imported.left_out == () and len(imported.tensors) == 2 * len(wanted) == 2 * 2 * len(PARTS)
+    for name, delta in wanted.items():
+        got = imported.tensors[f"{name}.lora_B.weight"] @ imported.tensors[f"{name}.lora_A.weight"]
+        assert twins.relative(got, delta) < 1e-5, name
