@@ -237,6 +237,17 @@ def test_a_folder_without_its_tokenizer_is_one_sentence(made: Made, tmp_path: Pa
         load(made, model=str(folder))
 
 
+@pytest.mark.parametrize(("stated", "count"), [(None, 0), (True, 0), (False, 1)])
+def test_an_undistilled_folder_is_recognised(made: Made, tmp_path: Path, stated: bool | None, count: int) -> None:
+    """Krea-2-Raw's index says so; others say nothing."""
+    folder = tmp_path / "raw"
+    shutil.copytree(made.folder, folder)
+    index = {**json.loads((folder / "model_index.json").read_text()), "is_distilled": stated}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    found = load(made, model=str(folder)).doubts([])
+    assert len(found) == count and all("was not distilled for few steps" in line for line in found)
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 

@@ -244,8 +244,14 @@ class DiffusersModel:
         return self._classes.denoiser(transformer)
 
     def doubts(self, captions: Iterable[str]) -> Sequence[str]:
-        """Nothing is known about words."""
-        return ()
+        """That the model was not distilled, if its files say so. Nothing is known about words."""
+        files = self._parts.files
+        if not files.is_undistilled:
+            return ()
+        return [
+            f"{self.title} was not distilled for few steps, by its model_index.json: train {files.known.hub_id}, or "
+            "use --objective sft and the LoRA on the distilled model"
+        ]
 
 
 def load_model(options: ModelOptions, sees: bool) -> HostModel:

@@ -77,6 +77,11 @@ class ModelFiles:
         file: Path | None = getattr(self, part)
         return (file,) if file is not None else weight_files(self.base / part)
 
+    @property
+    def is_undistilled(self) -> bool:
+        """Whether the folder's index says that its transformer was not distilled; single files say nothing."""
+        return self.transformer is None and _read_json(self.base / INDEX).get("is_distilled") is False
+
 
 def find_family(options: ModelOptions) -> KnownModel:
     """The family of a model, from its index or the names of its tensors; of an id, only the index is downloaded.
