@@ -440,3 +440,73 @@ def test_loras_of_other_trainers(comfyui: ComfyUI, ours: SimpleNamespace, kind: 
     for name, delta in wanted.items():
         got = imported.tensors[f"{name}.lora_B.weight"] @ imported.tensors[f"{name}.lora_A.weight"]
         assert twins.relative(got, delta) < 1e-5, name
+
+
+# -- sampling, settings, memory ----------------------------------------------------------------------------------------
+
+
+def test_images(comfyui: ComfyUI, ours: SimpleNamespace) -> None:
+    """Few-Step Sampler in ComfyUI's own sampling, which caches the prefix, against our host without ComfyUI."""
+    width, height, seed = 96, 64, 5
+    model = ours.model.clone()  # ComfyUI 0.28's own attention on a CPU adds boolean masks as numbers
+    plain = comfyui.module("nodes.comfy_host.gradients").plain_attention
+    model.model_options["transformer_options"] = {"optimized_attention_override": plain}
+    graph: dict[str, Any] = {
+        "given": give_values(comfyui, ("MODEL", "CLIP", "VAE"), [model, ours.clip, ours.vae]),
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["given", 1], "text": PROMPT}},
+        "sample": {
+            "class_type": "DOPSD_FewStepSampler",
+            "inputs": {
+                "model": ["given", 0], "positive": ["text", 0], "seed": seed, "steps": 0, "width": width,
+                "height": height, "batch_size": 1, "sampler": "template",
+            },
+        },
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["given", 2]}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["decode", 0]}},
+    }  # fmt: skip
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    family, core = ours.encoder.family, comfyui.core("rollout")
+    noise = torch.randn(1, *family.latent_shape(width, height), generator=torch.manual_seed(seed))
+    with torch.no_grad():
+        condition = ours.alone.encode_text(PROMPT)
+        wanted = core.sample(ours.denoiser, [condition], noise, family.sigmas(8, width, height))
+    latents = ours.model.model.process_latent_in(run.value("sample")["samples"])
+    assert twins.relative(latents, wanted) < 1e-4
+    assert twins.relative(run.value("decode")[0, ..., :3].permute(2, 0, 1), ours.alone.decode(wanted)[0]) < 1e-3
+
+
+def test_training_settings_and_presets_know_it(comfyui: ComfyUI, ours: SimpleNamespace) -> None:
+    settings, presets = (comfyui.module(f"nodes.comfy_host.{name}") for name in ("settings", "presets"))
+    for preset in presets.PRESETS:
+        values = settings.filled(preset, ours.encoder.family)
+        assert values["targets"] == ours.encoder.family.lora_targets and values["lr"] > 0
+
+
+def test_saved_bytes_are_not_more_than_planned(comfyui: ComfyUI, ours: SimpleNamespace, stand_in: Any) -> None:
+    """The memory plan uses the formula of diffusers' network."""
+    saved = [saved_bytes(comfyui, stand_in.model(layers)) for layers in (2, 3)]
+    denoiser, family = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(ours.model), ours.encoder.family
+    (planned, *_) = comfyui.core("memory.activation_checkpointing").block_bytes(
+        denoiser.blocks(), denoiser.sites(), family, family.lora_config(4), 96, 40, itemsize=4
+    )
+    assert 0.6 * planned.kept < saved[1] - saved[0] < planned.kept
+
+
+def saved_bytes(comfyui: ComfyUI, model: Any) -> int:
+    """Bytes of the distinct storages that autograd saves in a forward, weights left out."""
+    denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
+    condition = comfyui.core("conditioning.encode").Condition(torch.randn(40, 64))
+    kept: dict[int, Tensor] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with torch.inference_mode(False), torch.enable_grad(), denoiser.trainable((1, 64, 8, 12)):
+        adapters = twins.new_adapters(comfyui, denoiser, 4, 8.0)
+        known = {p.untyped_storage().data_ptr() for p in adapters.parameters()}
+        with adapters.attached(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            denoiser.predict_x0(torch.randn(1, 64, 8, 12), SIGMA, [condition])
+    sizes = {place: value.untyped_storage().nbytes() for place, value in kept.items() if place not in known}
+    return sum(sizes.values())
