@@ -18,7 +18,7 @@ from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
 from .comfy_host.embeddings import embedding_notes, embeddings_fingerprint
-from .comfy_host.encoder import ComfyEncoder, teacher_for
+from .comfy_host.encoder import ComfyEncoder, new_encoder, teacher_for
 from .comfy_host.lengths import length_notes
 from .comfy_host.paths import condition_cache
 from .comfy_host.previews import encode_previews, preview_texts, split_lines
@@ -168,7 +168,7 @@ class BuildTeacherCondition(io.ComfyNode):
         remarks += [f"warning: {message}" for message in check_regularisation(ordinary, pairs, dataset.trigger)]
         sentence, warnings = put_trigger(teacher_sentence, dataset.trigger), Notes()
         with warnings.with_warnings():
-            encoder = ComfyEncoder(clip, vae, vision)
+            encoder = new_encoder(clip, vae, vision)
             teacher = teacher_for(encoder, mode, dataset.is_edits, sentence, teacher_image == "other")
             prompts = (teacher_image, preview_prompts, anchor_prompts, ordinary)
             conditions = build_conditions(dataset, encoder, ConditionCache(condition_cache()), teacher, *prompts)

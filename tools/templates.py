@@ -131,6 +131,17 @@ def train(begun: dict[str, Node], run_name: str, text: str) -> Workflow:
     return Workflow(nodes, frames("4 · Save", (380, 440, 500, 500), 1290))
 
 
+def preview(begun: dict[str, Node], text: str) -> Workflow:
+    """Teacher Preview alone behind `begun`: the loaders, "data" and "conditions"."""
+    links = {"model": ("model", 0), "conditions": ("conditions", 0), "vae": ("vae", 0)}
+    nodes = {
+        **begun,
+        "look": Node("DOPSD_TeacherPreview", (880, 60), (760, 1200), links=links),
+        "note": note((420, 680), (400, 580), text),
+    }
+    return Workflow(nodes)
+
+
 def frames(last: str, widths: tuple[int, ...], height: int) -> list[tuple[str, tuple[int, int, int, int], str]]:
     """The four frames of a training from left to right; last: the title of the last one."""
     titles = ("1 · Model and images", "2 · Look at the teacher", "3 · Train", last)
@@ -177,6 +188,7 @@ def sample(begun: dict[str, Node], run_name: str, steps: str, **values: str) -> 
     return Workflow(nodes)
 
 
+PREVIEWS = "a photo of [V] on a wooden table\na photo of [V] in the snow"
 IMAGES = (
     "1. Make a folder in ComfyUI's `input`, say `my_concept`: 4 to 30 images, and for each a `.txt` of the same name "
     "with its caption. Write `[V]` where the concept is named.\n"
@@ -273,49 +285,39 @@ def quickstart() -> Workflow:
     return Workflow(nodes, frames("4 · Save and compare", (400, 440, 500, 980), 1210))
 
 
-def z_image_turbo_train() -> Workflow:
-    """A concept of one's own on Z-Image-Turbo."""
-    begun = {
+def z_image_begun() -> dict[str, Node]:
+    """Files, dataset and conditions."""
+    return {
         **z_image_loaders(),
         "vision": z_image_vision(),
         "data": data(600, 1260, "my_concept"),
-        "conditions": conditions("a photo of [V] on a wooden table\na photo of [V] in the snow", ("vision", 0)),
+        "conditions": conditions(PREVIEWS, ("vision", 0)),
     }
+
+
+def z_image_turbo_train() -> Workflow:
+    """A concept of one's own on Z-Image-Turbo."""
     text = (
         f"## Your concept on Z-Image-Turbo\n\n{IMAGES}{LOOK}{GO}"
         "Of `qwen3vl_4b` only the vision encoder is used, for the teacher; prompts are read by Z-Image's own "
         "`qwen_3_4b`.\n\n"
         "These settings follow the paper. Nobody has trained the real model with this pack yet."
     )
-    return train(begun, "my_concept", text)
+    return train(z_image_begun(), "my_concept", text)
 
 
 def z_image_turbo_teacher_preview() -> Workflow:
     """Only the teacher's images for that."""
-    nodes = {
-        **z_image_loaders(),
-        "vision": z_image_vision(),
-        "data": data(600, 1260, "my_concept"),
-        "conditions": conditions("a photo of [V] on a wooden table\na photo of [V] in the snow", ("vision", 0)),
-        "look": Node(
-            "DOPSD_TeacherPreview",
-            (880, 60),
-            (760, 1200),
-            links={"model": ("model", 0), "conditions": ("conditions", 0), "vae": ("vae", 0)},
-        ),
-        "note": note(
-            (420, 680),
-            (400, 580),
-            "## Look at the teacher first\n\nTop row: your images. Second row: the teacher, what the untouched model "
-            "draws when it **sees** the image and reads the caption. Third row: the student, what it draws from the "
-            "caption alone.\n\nTraining brings the third row to the second, and no further.\n\n"
-            "- **Good:** the second row has your concept, sharp, and follows the caption.\n"
-            "- **Bad:** it looks like the third row, is blurred or garbled, or shows the wrong thing. Change images "
-            "and captions before you train.\n\n"
-            "Then open *z_image_turbo_train* with the same data: what was encoded here is kept on disk.",
-        ),
-    }
-    return Workflow(nodes)
+    return preview(
+        z_image_begun(),
+        "## Look at the teacher first\n\nTop row: your images. Second row: the teacher, what the untouched model "
+        "draws when it **sees** the image and reads the caption. Third row: the student, what it draws from the "
+        "caption alone.\n\nTraining brings the third row to the second, and no further.\n\n"
+        "- **Good:** the second row has your concept, sharp, and follows the caption.\n"
+        "- **Bad:** it looks like the third row, is blurred or garbled, or shows the wrong thing. Change images "
+        "and captions before you train.\n\n"
+        "Then open *z_image_turbo_train* with the same data: what was encoded here is kept on disk.",
+    )
 
 
 def z_image_turbo_sample() -> Workflow:

@@ -6,6 +6,7 @@ from templates import (
     GO,
     IMAGES,
     LOOK,
+    PREVIEWS,
     Node,
     Workflow,
     conditions,
@@ -32,7 +33,7 @@ def klein_train() -> Workflow:
     begun = {
         **klein_loaders(),
         "data": data(480, 1260, "my_concept"),
-        "conditions": conditions("a photo of [V] on a wooden table\na photo of [V] in the snow"),
+        "conditions": conditions(PREVIEWS),
     }
     text = (
         f"## Your concept on FLUX.2-klein\n\n{IMAGES}{LOOK}{GO}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from templates import GO, IMAGES, LOOK, Node, Workflow, conditions, data, loaders, lora_of, note, train
+from templates import GO, IMAGES, LOOK, PREVIEWS, Node, Workflow, conditions, data, loaders, preview, sample, train
 from templates_klein import UNTRIED
-
-PREVIEWS = "a photo of [V] on a wooden table\na photo of [V] in the snow"
 
 
 def krea2_loaders() -> dict[str, Node]:
@@ -30,49 +28,18 @@ def krea2_train() -> Workflow:
 
 def krea2_teacher_preview() -> Workflow:
     """What the teacher draws before any training."""
-    nodes = {
-        **begun(),
-        "look": Node(
-            "DOPSD_TeacherPreview",
-            (880, 60),
-            (760, 1200),
-            links={"model": ("model", 0), "conditions": ("conditions", 0), "vae": ("vae", 0)},
-        ),
-        "note": note(
-            (420, 680),
-            (400, 580),
-            "## Look at the teacher first\n\nTop row: your images. Second row: the teacher, what the untrained model "
-            "draws when its text encoder **sees** the image and reads the caption. Third row: the student, what it "
-            "draws from the caption alone.\n\nTraining brings the third row to the second, and no further.\n\n"
-            "- **Good:** the second row has your concept, sharp, and follows the caption.\n"
-            "- **Bad:** it looks like the third row, is blurred or garbled, or shows the wrong thing. Change images "
-            "and captions before you train. If it never resembles the images, this teacher cannot teach it.\n\n"
-            "Then open *krea2_train* with the same data: what was encoded here is kept on disk.",
-        ),
-    }
-    return Workflow(nodes, [])
+    return preview(
+        begun(),
+        "## Look at the teacher first\n\nTop row: your images. Second row: the teacher, what the untrained model "
+        "draws when its text encoder **sees** the image and reads the caption. Third row: the student, what it "
+        "draws from the caption alone.\n\nTraining brings the third row to the second, and no further.\n\n"
+        "- **Good:** the second row has your concept, sharp, and follows the caption.\n"
+        "- **Bad:** it looks like the third row, is blurred or garbled, or shows the wrong thing. Change images "
+        "and captions before you train. If it never resembles the images, this teacher cannot teach it.\n\n"
+        "Then open *krea2_train* with the same data: what was encoded here is kept on disk.",
+    )
 
 
 def krea2_sample() -> Workflow:
     """Images with the LoRA."""
-    nodes = {
-        **krea2_loaders(),
-        "lora": lora_of("my_concept_krea2"),
-        "prompt": Node(
-            "CLIPTextEncode", (400, 200), (340, 160), {"text": "a photo of ohwx in the snow"}, {"clip": ("clip", 0)}
-        ),
-        "sample": Node(
-            "DOPSD_FewStepSampler", (800, 60), (320, 300), links={"model": ("lora", 0), "positive": ("prompt", 0)}
-        ),
-        "decode": Node("VAEDecode", (800, 410), (320, 60), links={"samples": ("sample", 0), "vae": ("vae", 0)}),
-        "save": Node(
-            "SaveImage", (1180, 60), (420, 480), {"filename_prefix": "dopsd/image"}, {"images": ("decode", 0)}
-        ),
-        "note": note(
-            (400, 410),
-            (340, 130),
-            "Choose your LoRA (press R after saving one). Eight steps, no guidance, no negative prompt: as the model "
-            "was made.",
-        ),
-    }
-    return Workflow(nodes, [])
+    return sample(krea2_loaders(), "my_concept_krea2", "Eight")

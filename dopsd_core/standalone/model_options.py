@@ -16,8 +16,8 @@ TRACKERS = ("auto", "none", "tensorboard", "wandb")
 
 MODEL_HELP = (
     "demo, demo-undistilled (the demo model before its distillation, for training with the objective sft), or "
-    "Z-Image-Turbo or FLUX.2-klein: a Hugging Face id such as Tongyi-MAI/Z-Image-Turbo, a local folder in "
-    "diffusers' layout, or a single file as ComfyUI uses it (default: demo)"
+    "Z-Image-Turbo, FLUX.2-klein, Krea 2 Turbo or Qwen-Image 2.1 Turbo: a Hugging Face id such as "
+    "Tongyi-MAI/Z-Image-Turbo, a local folder in diffusers' layout, or a single file as ComfyUI uses it (default: demo)"
 )
 
 
@@ -75,8 +75,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae", type=Path, metavar="FILE", help="single file of the VAE")
     group.add_argument(
         "--vision", default=defaults.vision, metavar="MODEL",
-        help="file, folder or Hugging Face id of Qwen3-VL, whose vision tower the teacher vlm sees with; its language "
-        "weights are not used (default: %(default)s)",
+        help="file, folder or Hugging Face id of Qwen3-VL, whose vision tower the teacher vlm sees with, for "
+        "Z-Image-Turbo and FLUX.2-klein 4B; its language weights are not used (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--dtype", choices=DTYPES, default=defaults.dtype, help="dtype of the weights (default: %(default)s)"

@@ -21,7 +21,7 @@ from ...dopsd_core.training.rng import make_generator
 from .denoiser import ComfyDenoiser, default_steps
 from .families import family_of
 from .lora_use import apply_lora
-from .sampling import few_step_sample
+from .sampling import decode_image, few_step_sample
 from .sockets import Conditions, Dataset, PreviewPrompt
 
 MAX_IMAGES = 1000
@@ -165,7 +165,7 @@ class _Painter:
     def _decode(self, latent: Tensor) -> Tensor:
         """Half precision, finer than 8 bits: a report keeps all of its images."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return self._lora.vae.decode(latent)[0].movedim(-1, 0).float().cpu().clamp(0, 1).half()
+        return decode_image(self._lora.vae, latent).movedim(-1, 0).float().cpu().clamp(0, 1).half()
 
     def _encode(self, text: str) -> None:
         if text not in self._texts:

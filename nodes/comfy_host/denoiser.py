@@ -26,7 +26,7 @@ from ...dopsd_core.denoiser import LinearSite
 from ...dopsd_core.text import printable
 from .bypass import kept_injected
 from .families import block_lists, family_of, in_comfyui, with_time, without_time
-from .gradients import norms_on_clones, plain_attention, thawed_small_parameters
+from .gradients import norms_on_clones, plain_attention, thawed_small_parameters, without_allocation_graphs
 from .linears import linear_sites, require_adjoints
 
 STEPS_OPTION = "dopsd_steps"
@@ -132,7 +132,9 @@ class ComfyDenoiser:
             self.to_vae_space(torch.stack(latents).to(x.device))
             for latents in zip(*(condition.reference_latents for condition in conditions), strict=True)
         ]
-        extra = {"reference_latents": references} if references else {}
+        extra: dict[str, Any] = {"reference_latents": references} if references else {}
+        if slots := conditions[0].slots:
+            extra["image_slots"] = list(slots)
         latents = with_time(x, self.family)
         conds = model.extra_conds(cross_attn=features, noise=latents, device=x.device, **extra)
         inputs = {name: cond.process_cond(batch_size=len(x), area=None).cond for name, cond in conds.items()}
@@ -191,10 +193,17 @@ class ComfyDenoiser:
         try:
             with torch.inference_mode():
                 self._patcher.pre_run()
+            self._switch_off()
             yield self
         finally:
             with torch.inference_mode():  # hooks restore weights, which may be inference tensors
                 self._patcher.cleanup()
+
+    def _switch_off(self) -> None:
+        """What `pre_run` switches on for a sampling, and `cleanup` off again."""
+        for flag in in_comfyui(self.family).switched_off:
+            if hasattr(self._network, flag):
+                setattr(self._network, flag, False)
 
     @contextmanager
     def trainable(self, shape: Sequence[int], reserve: int = 0) -> Iterator[ComfyDenoiser]:
@@ -210,6 +219,7 @@ class ComfyDenoiser:
         with (
             self.loaded(shape, reserve),
             kept_injected(self._patcher),
+            without_allocation_graphs(),
             thawed_small_parameters(self._network),
             norms_on_clones(self._network, overwritten),
         ):
@@ -224,6 +234,6 @@ class ComfyDenoiser:
 def _equal_shapes(conditions: Sequence[Condition]) -> list[list[int]]:
     groups: dict[object, list[int]] = {}
     for row, condition in enumerate(conditions):
-        shape = (condition.features.shape, tuple(latent.shape for latent in condition.reference_latents))
+        shape = (condition.features.shape, condition.slots, tuple(r.shape for r in condition.reference_latents))
         groups.setdefault(shape, []).append(row)
     return list(groups.values())

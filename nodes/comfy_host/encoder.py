@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -15,7 +17,15 @@ from .embeddings import EMBEDDING
 from .families import family_of_clip, in_comfyui, without_time
 from .fits import require_training_vae
 from .identity import identity_of
-from .vision import TeacherVision, count_tokens, encode_image_text, has_tower, image_tokens, text_encoder
+from .vision import (
+    TeacherVision,
+    count_tokens,
+    encode_image_text,
+    encode_with_references,
+    has_tower,
+    image_tokens,
+    text_encoder,
+)
 
 
 def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> TeacherView:
@@ -51,10 +61,11 @@ class ComfyEncoder:
         self.family = family_of_clip(clip)
         require_training_vae(vae, clip)
         self._clip, self._vae, self._vision = clip, vae, None if has_tower(clip) else vision
-        self._latent_format = in_comfyui(self.family).model.latent_format()
+        entry = in_comfyui(self.family)
+        self._latent_format = entry.model.latent_format()
         rounding, found = str(comfy.model_management.intermediate_dtype()), identity_of(clip, vae, self._vision)
         self._identity = "/".join(("comfyui", self.family.name, rounding, found.digest))
-        self.notes = found.notes
+        self.notes = (*found.notes, *((entry.remark,) if entry.remark else ()))
 
     @property
     def identity(self) -> str:
@@ -115,3 +126,28 @@ class ComfyEncoder:
     def count_image(self, width: int, height: int) -> int:
         """Tokens of the vision tower for an image of this size in pixels."""
         return image_tokens(self._vision, width, height)
+
+
+class ReferringEncoder(ComfyEncoder):
+    """One whose text encoder also reads the images that the network gets as references."""
+
+    @torch.inference_mode()
+    def encode_with_references(self, images: Sequence[Tensor], caption: str) -> Condition:
+        """Features [L, D] of the caption after images, each [3, H, W] in [0, 1], and their `slots`.
+
+        Raises:
+            ValueError: a side is not a multiple of 32, or the CLIP does not report where the images stand.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        condition = encode_with_references(self._clip, images, caption)
+        return replace(condition, features=plain_cpu(condition.features))
+
+
+def new_encoder(clip: Any, vae: Any, vision: TeacherVision | None) -> ComfyEncoder:
+    """The encoder of the CLIP's family.
+
+    Raises:
+        ValueError: CLIP and VAE do not belong to the same supported family.
+    """
+    referring = in_comfyui(family_of_clip(clip)).reader.sees_references
+    return (ReferringEncoder if referring else ComfyEncoder)(clip, vae, vision)

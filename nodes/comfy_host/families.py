@@ -5,8 +5,10 @@ What training needs of a family is in `dopsd_core/families`; a new family also n
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import comfy.supported_models
@@ -15,7 +17,7 @@ import comfy.text_encoders.krea2
 import comfy.text_encoders.z_image
 from torch import Tensor, nn
 
-from ...dopsd_core.families import FLUX2_KLEIN, KREA2, Z_IMAGE, Family
+from ...dopsd_core.families import FLUX2_KLEIN, KREA2, QWEN_IMAGE21, Z_IMAGE, Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,18 @@ class ImageReader:
         encoder: its name in the CLIP and in the tokenizer.
         title: its name for users.
         has_tower: whether the CLIP holds the vision tower too; else it comes from Load Teacher Vision.
+        heading: what the model's template writes before an image.
+        keeping: entries beside the tokens with which the CLIP keeps the features of an image.
+        sees_references: whether it also reads the images that the network gets as references, and reports their places
+            in the text.
     """
 
     encoder: str
     title: str
     has_tower: bool = False
+    heading: str = ""
+    keeping: Mapping[str, Any] = field(default_factory=dict)
+    sees_references: bool = False
 
 
 _BASE = r"(?<![a-z])base(?![a-z])"
@@ -39,6 +48,14 @@ _FORMAT = r"([-_](bf16|fp\w+|int\w+|mxfp\w+|nvfp\w+|scaled|convrot|q\d\w*))*"
 
 QWEN3_4B = ImageReader(encoder="qwen3_4b", title="Qwen3-4B")
 QWEN3VL_4B = ImageReader(encoder="qwen3vl_4b", title="Qwen3-VL-4B", has_tower=True)
+QWEN3VL_8B = ImageReader(
+    encoder="qwen3vl_8b",
+    title="Qwen3-VL-8B",
+    has_tower=True,
+    heading="<image1>",
+    keeping={"keep_vision": True},
+    sees_references=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +74,12 @@ class ComfyFamily:
         text_tokens: longest prompt, with template, that the model was made for; ComfyUI also reads longer ones.
         blocks: paths of the network's lists of transformer blocks, in the order of the forward.
         overwritten: names of norms whose input the network overwrites later.
+        switched_off: flags of the network that are False while D-OPSD uses it, where it has them.
         sampler: sampler of ComfyUI's own templates; training always uses Euler.
         distilled: names of the checkpoints that were distilled for few steps.
         undistilled: regular expression for the names, in lower case, of checkpoints that were not.
         undistilled_config: entries of the MODEL's configuration that only an undistilled checkpoint has.
+        remark: a sentence for the notes of every dataset and run; "" for none.
     """
 
     family: Family
@@ -74,10 +93,12 @@ class ComfyFamily:
     text_tokens: int = 512
     blocks: tuple[str, ...]
     overwritten: frozenset[str] = frozenset()
+    switched_off: tuple[str, ...] = ()
     sampler: str
     distilled: str
     undistilled: str = _BASE
     undistilled_config: Mapping[str, Any] = field(default_factory=dict)
+    remark: str = ""
 
     @property
     def latent_axes(self) -> int:
@@ -135,19 +156,50 @@ _ALL = (
 )
 
 
+@cache
+def _qwen_image21(model: type) -> ComfyFamily:
+    """Of a ComfyUI newer than those that this pack is tested with."""
+    return ComfyFamily(
+        family=QWEN_IMAGE21,
+        model=model,
+        tokenizer=importlib.import_module("comfy.text_encoders.qwen_image21").QwenImage21Tokenizer,
+        clip_files="qwen3vl_8b_int8_convrot with type qwen_image",
+        vae_file="qwen_image_2.1_vae_bf16.safetensors",
+        reader=QWEN3VL_8B,
+        text_width=("context_in_dim",),
+        text_encoders={4096: "qwen3vl_8b_int8_convrot with type qwen_image"},
+        text_tokens=1 << 20,  # diffusers' pipeline has no limit
+        blocks=("transformer_blocks",),
+        overwritten=frozenset({"img_norm1", "img_norm2"}),
+        # keys and values of text and references are those of the first step: without gradients, of an older LoRA
+        switched_off=("prefix_cache_enabled",),
+        sampler="euler",
+        distilled="qwen_image_2.1_turbo_bf16 or its int8 variant",
+        undistilled=rf"{_BASE}|qwen[-_ ]?image[-_ ]?2[._]?1{_FORMAT}\.\w+",
+        remark="Qwen-Image 2.1 Turbo has not run in a real ComfyUI with this pack, only on a stand-in for ComfyUI's "
+        "model: check the previews, and the saved LoRA in Few-Step Sampler",
+    )
+
+
+def _entries() -> tuple[ComfyFamily, ...]:
+    """The families that this ComfyUI knows."""
+    model = getattr(comfy.supported_models, "QwenImage21", None)
+    return _ALL if model is None else (*_ALL, _qwen_image21(model))
+
+
 def listed(names: Sequence[str]) -> str:
     """ "a, b and c"."""
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else "".join(names)
 
 
 def all_families() -> tuple[Family, ...]:
-    """Every supported family."""
-    return tuple(entry.family for entry in _ALL)
+    """Every supported family that this ComfyUI knows."""
+    return tuple(entry.family for entry in _entries())
 
 
 def in_comfyui(family: Family) -> ComfyFamily:
     """The entry of a family."""
-    return next(entry for entry in _ALL if entry.family is family)
+    return next(entry for entry in _entries() if entry.family is family)
 
 
 def block_lists(network: nn.Module, family: Family) -> Mapping[str, Sequence[nn.Module]]:
@@ -181,10 +233,10 @@ def family_of(model: Any) -> Family:
         ValueError: D-OPSD cannot train this family.
     """
     config = model.model.model_config
-    for entry in _ALL:
+    for entry in _entries():
         if isinstance(config, entry.model):
             return entry.family
-    titles = listed([entry.family.title for entry in _ALL])
+    titles = listed([entry.family.title for entry in _entries()])
     raise ValueError(f"this MODEL is a {type(config).__name__}; D-OPSD trains {titles}: load one of them")
 
 
@@ -194,8 +246,8 @@ def family_of_clip(clip: Any) -> Family:
     Raises:
         ValueError: D-OPSD cannot train this family.
     """
-    for entry in _ALL:
+    for entry in _entries():
         if isinstance(clip.tokenizer, entry.tokenizer):
             return entry.family
-    choices = ", or ".join(f"{entry.clip_files} for {entry.family.title}" for entry in _ALL)
+    choices = ", or ".join(f"{entry.clip_files} for {entry.family.title}" for entry in _entries())
     raise ValueError(f"this CLIP has a {type(clip.tokenizer).__name__}; load {choices}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import comfy.cli_args
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,6 +42,20 @@ def norms_on_clones(network: nn.Module, names: Collection[str]) -> AbstractConte
     """
     modules = (m for path, m in network.named_modules() if path.rpartition(".")[2] in names)
     return overridden(modules, _on_clone)
+
+
+@contextmanager
+def without_allocation_graphs() -> Iterator[None]:
+    """Inside the `with`, a ComfyUI that replays the allocations of a block does not: activations outlive the block."""
+    args, name = comfy.cli_args.args, "disable_comfy_compiler"
+    before = getattr(args, name, None)  # None in a ComfyUI that does not
+    if before is not None:
+        setattr(args, name, True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(args, name, before)
 
 
 def plain_attention(

@@ -23,9 +23,12 @@ def sampler_name(sampler: str, family: Family) -> str:
 
 
 def decode_image(vae: Any, latents: Tensor) -> Tensor:
-    """The first image [H, W, 3] of latents [B, C, h, w], or [B, C, 1, h, w] where the VAE's have a time axis."""
+    """The first image [H, W, 3] of latents [B, C, h, w], or [B, C, 1, h, w] where the VAE's have a time axis.
+
+    The alpha of an RGBA VAE is left out.
+    """
     images = vae.decode(latents)
-    return images.reshape(-1, *images.shape[-3:])[0]
+    return images.reshape(-1, *images.shape[-3:])[0, ..., :3]
 
 
 def few_step_sample(

@@ -9,7 +9,7 @@ from the student's by the image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders import llama, qwen3vl
 from torch import Tensor, nn
 
+from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
 from ...dopsd_core.conditioning.teachers import TEACHER_VIEWS
 from ...dopsd_core.demo.model_files import IMAGE_PAD, VISION_CELL, resize_for_vision
@@ -115,6 +116,28 @@ def encode_image_text(clip: Any, vision: TeacherVision | None, text: str, image:
     return features.float().cpu()
 
 
+@torch.inference_mode()
+def encode_with_references(clip: Any, images: Sequence[Tensor], text: str) -> Condition:
+    """Features [L, D] of the text, which has read images [3, H, W] in [0, 1] at their own sizes, and their `slots`.
+
+    For CLIPs whose `ImageReader.sees_references`: the images' own features make room for their latents.
+
+    Raises:
+        ValueError: a side is not a multiple of 32, or the CLIP does not report where the images stand.
+    """
+    if any(side % VISION_CELL for image in images for side in image.shape[1:]):
+        raise ValueError(f"reference images need sides that are multiples of {VISION_CELL} pixels: crop them")
+    tokens = clip.tokenize(text, images=[image.float().movedim(0, -1)[None] for image in images])
+    encoded = clip.encode_from_tokens(tokens, return_dict=True)
+    slots = tuple(encoded.get("image_slots", ()))
+    if len(slots) != len(images):
+        raise ValueError(
+            f"the text encoder read {len(slots)} of {len(images)} reference images with {text[:40]!r}: write the "
+            "caption without <|im_start|>, or update ComfyUI"
+        )
+    return Condition(encoded["cond"][0], slots=slots)
+
+
 def image_tokens(vision: TeacherVision | None, width: int, height: int) -> int:
     """How many of the `MAX_TOKENS` an image of this size in pixels takes; vision as in `encode_image_text`."""
     rows, columns = seen_size(height, width, *_pixels(vision))
@@ -139,7 +162,8 @@ def _pixels(vision: TeacherVision | None) -> tuple[int, int]:
 
 def _read_by_clip(clip: Any, ids: list[Any]) -> Tensor:
     """Features [L, D] by the CLIP's own encoding, which also cuts off the system's part of the template."""
-    weighted = {_reader(clip).encoder: [[(token, 1.0) for token in ids]]}
+    reader = _reader(clip)
+    weighted = {reader.encoder: [[(token, 1.0) for token in ids]], **reader.keeping}
     return clip.encode_from_tokens(weighted, return_dict=True)["cond"][0]
 
 
@@ -229,7 +253,7 @@ def _template(clip: Any) -> str:
     Without it, the tokenizer of a vision-language model would take another template, of whose tokens the encoder of
     Krea 2 cuts off the image.
     """
-    return clip.tokenizer.llama_template.replace("{}", _IMAGE_TEXT + "{}")
+    return clip.tokenizer.llama_template.replace("{}", f"{_reader(clip).heading}{_IMAGE_TEXT}{{}}")
 
 
 def _tokens(clip: Any, text: str, image: Tensor) -> list[Any]:

@@ -3,6 +3,7 @@ teacher sees, latents and images."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import twins
 from inprocess import ComfyUI
+from safetensors.torch import save_file
 from torch import Tensor
 
 CAPTION = "a badge in the style of [V], top"
@@ -85,3 +87,19 @@ def test_latents_and_images(comfyui: ComfyUI, hosts: SimpleNamespace) -> None:
     decode_image = comfyui.module("nodes.comfy_host.sampling").decode_image
     wanted = in_comfyui(comfyui, lambda: decode_image(hosts.vae, denoiser.to_vae_space(latent[None])))
     assert twins.relative(hosts.encoder.decode(latent[None])[0].movedim(0, -1), wanted.float()) < 1e-4
+
+
+def test_comfyuis_single_file_of_the_transformer(comfyui: ComfyUI, hosts: SimpleNamespace, tmp_path: Path) -> None:
+    """As `--model` reads it: under ComfyUI's names, with the configuration of a folder in diffusers' layout."""
+    network = hosts.model.model.diffusion_model
+    file, folder = tmp_path / "krea2_turbo_bf16.safetensors", tmp_path / "base"
+    save_file({name: value.clone() for name, value in network.state_dict().items()}, file)
+    hosts.denoiser.transformer.save_config(folder / "transformer")
+    source, parts = (comfyui.core(f"standalone.hosts.{name}") for name in ("source", "parts"))
+    options = comfyui.core("standalone.model_options").ModelOptions(model=str(file), dtype="fp32", device="cpu")
+    known = source.find_family(options)
+    loaded = parts.ModelParts(source.ModelFiles(known, folder, transformer=file), options)
+    got = loaded.transformer(type(hosts.denoiser.transformer)).state_dict()
+    wanted = hosts.denoiser.transformer.state_dict()
+    assert known.family == "krea2" and got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())

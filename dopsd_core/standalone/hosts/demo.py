@@ -34,7 +34,7 @@ from ...demo.model_files import (
 from ...denoiser import Denoiser
 from .demo_networks import load_tokenizer
 from .demo_weight_files import load_text_encoder, load_transformer
-from .teacher_reader import patches_of
+from .qwen3vl import image_patches
 from .z_image import ZImageDenoiser
 
 
@@ -177,4 +177,4 @@ def with_lora(denoiser: Denoiser, path: Path, strength: float = 1.0) -> Iterator
 
 def vision_patches(image: Tensor) -> tuple[Tensor, Tensor]:
     """image [3, H, W] in [0, 1] -> (patches [N, 1536], grid [[1, h, w]]) at the demo's size."""
-    return patches_of(image, vision_size(*image.shape[1:]))
+    return image_patches(image, vision_size(*image.shape[1:]))

@@ -120,7 +120,7 @@ class DiffusersEncoder:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return self._parts.tokenizer()
+        return self._parts.tokenizer(needs_template=True)
 
     @cached_property
     def _vae(self) -> Any:

@@ -12,9 +12,10 @@ Legend: B batch, h w latent size, H W pixels, L tokens, D = 12 * 2560 features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.models.transformers.transformer_krea2 import Krea2Transformer2DModel
 from einops import rearrange
@@ -23,9 +24,12 @@ from transformers import Qwen3VLModel
 
 from ...conditioning.encode import Condition
 from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
+from ...families import KREA2, Family
 from ...families.krea2 import TEXT_LAYERS
 from .diffusers_denoiser import DiffusersDenoiser
+from .parts import ModelParts
 from .qwen3vl import image_patches
+from .qwen3vl_encoder import FileParts, GivenParts, Qwen3VLEncoder
 
 TAPS = tuple(range(2, 36, 3))
 """The hidden states in the features, of 36 layers; 0 is the embedding."""
@@ -68,7 +72,7 @@ def krea2(blocks: int = 28, heads: int = 48, **settings: Any) -> Krea2Denoiser:
     return Krea2Denoiser(Krea2Transformer2DModel(**sizes, intermediate_size=hidden, **settings))
 
 
-class Krea2Encoder:
+class Krea2Encoder(Qwen3VLEncoder):
     """transformers' Qwen3-VL and diffusers' Qwen-Image VAE as an Encoder; the teacher sees through Qwen3-VL's tower.
 
     Args:
@@ -76,14 +80,15 @@ class Krea2Encoder:
         identity: a name that is equal for equal weights.
     """
 
+    family: ClassVar[Family] = KREA2
+
     def __init__(self, model: Qwen3VLModel, tokenizer: Any, vae: AutoencoderKLQwenImage, identity: str) -> None:
-        self.model, self.vae = model.eval().requires_grad_(False), vae.eval().requires_grad_(False)
-        self._tokenizer, self._identity = tokenizer, identity
+        super().__init__(GivenParts(model, tokenizer, vae, identity))
 
     @property
     def identity(self) -> str:
         """Names the weights, the hidden states and the image size."""
-        return f"krea2/{self._identity}/{TAPS}/{MIN_PIXELS}-{MAX_PIXELS}"
+        return f"{super().identity}/{TAPS}"
 
     @torch.no_grad()
     def encode_text(self, caption: str) -> Condition:
@@ -99,46 +104,42 @@ class Krea2Encoder:
         text = f"{_SYSTEM}<|vision_start|>{marks}<|vision_end|>{caption}{_ENDING}"
         return Condition(self._hidden(text, pixel_values=pixels, image_grid_thw=grid))
 
-    @torch.no_grad()
-    def encode_latent(self, image: Tensor) -> Tensor:
-        """image [3, H, W] in [0, 1] -> latent [16, H/8, W/8] fp32."""
-        pixels = (image * 2 - 1)[None, :, None].to(self.vae.device, self.vae.dtype)
-        mean, std = self._statistics()
-        encoded: Any = self.vae.encode(pixels)
-        return (encoded.latent_dist.mode()[0, :, 0].float() - mean) / std
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, 16, h, w] -> images [B, 3, 8h, 8w] in [0, 1]."""
-        mean, std = self._statistics()
-        values = (latents.to(mean.device) * std + mean).to(self.vae.dtype)
-        decoded: Any = self.vae.decode(values.unsqueeze(2), return_dict=False)[0]
-        return decoded[:, :, 0].float().add(1).div(2).clamp(0, 1)
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's latents, each [16, 1, 1]."""
-        config: Any = self.vae.config
-        values = (config.latents_mean, config.latents_std)
-        mean, std = (torch.tensor(v, device=self.vae.device).view(-1, 1, 1) for v in values)
-        return mean, std
-
     def _hidden(self, text: str, **vision: Tensor) -> Tensor:
         """Features [L, D] fp32 (CPU) behind the system's part of the template: the inputs of the layers in `TAPS`."""
-        ids = self._tokenizer(text, return_tensors="pt")["input_ids"].to(self.model.device)
-        system = len(self._tokenizer(_SYSTEM)["input_ids"])
+        model, tokenizer = self._parts.model, self._parts.tokenizer
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        system = len(tokenizer(_SYSTEM)["input_ids"])
         if vision:
-            mark = self._tokenizer.convert_tokens_to_ids("<|image_pad|>")
-            vision = {name: value.to(self.model.device) for name, value in vision.items()}
+            mark = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            vision = {name: value.to(model.device) for name, value in vision.items()}
             vision["mm_token_type_ids"] = (ids == mark).long()
         states: list[Tensor] = []
-        layers = [self.model.language_model.layers[number] for number in TAPS]
+        layers = [model.language_model.layers[number] for number in TAPS]
         hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0][0])) for layer in layers]
         try:
-            self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **vision)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **vision)
         finally:
             for hook in hooks:
                 hook.remove()
         return torch.cat(states, dim=-1)[system:].float().cpu()
+
+
+class Krea2FileEncoder(Krea2Encoder):
+    """The same, from files; each model is loaded when it is needed.
+
+    Args:
+        parts: the files.
+        device: where it encodes.
+        sees: not used, the text encoder holds the vision tower.
+    """
+
+    def __init__(self, parts: ModelParts, device: torch.device, sees: bool) -> None:
+        Qwen3VLEncoder.__init__(self, FileParts(parts, device, AutoencoderKLQwenImage, _converted))
+
+
+def _converted(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """The single file's tensors under diffusers' names; shapes as diffusers'."""
+    return convert_wan_vae_to_diffusers(state)
 
 
 def _positions(text: int, height: int, width: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from .demo import StandaloneDenoiser, load_demo_model, load_undistilled
 from .diffusers_encoder import DiffusersEncoder
 from .parts import ModelParts
 from .source import find_family, find_files
+
+if TYPE_CHECKING:
+    from .krea2 import Krea2FileEncoder
+    from .qwen_image21 import QwenImage21FileEncoder
 
 _UNDISTILLED_STEPS = 32
 """Steps in which the demo model before its distillation draws class images."""
@@ -141,12 +145,12 @@ class DiffusersFamily:
     Attributes:
         transformer: class of the transformer.
         denoiser: makes a Denoiser of one.
-        encoder: class of the encoder.
+        encoder: class of the encoder, made of the files, the device and whether images are read with captions.
     """
 
     transformer: Any
     denoiser: Callable[[Any], Denoiser]
-    encoder: type[DiffusersEncoder]
+    encoder: type[DiffusersEncoder | Krea2FileEncoder | QwenImage21FileEncoder]
 
 
 def _z_image() -> DiffusersFamily:
@@ -167,7 +171,28 @@ def _klein() -> DiffusersFamily:
     return DiffusersFamily(Flux2Transformer2DModel, KleinDenoiser, KleinEncoder)
 
 
-DIFFUSERS_FAMILIES: Mapping[str, Callable[[], DiffusersFamily]] = {"z_image": _z_image, "flux2_klein": _klein}
+def _krea2() -> DiffusersFamily:
+    from diffusers.models.transformers.transformer_krea2 import Krea2Transformer2DModel
+
+    from .krea2 import Krea2Denoiser, Krea2FileEncoder
+
+    return DiffusersFamily(Krea2Transformer2DModel, Krea2Denoiser, Krea2FileEncoder)
+
+
+def _qwen_image21() -> DiffusersFamily:
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Transformer2DModel
+
+    from .qwen_image21 import QwenImage21Denoiser, QwenImage21FileEncoder
+
+    return DiffusersFamily(QwenImage21Transformer2DModel, QwenImage21Denoiser, QwenImage21FileEncoder)
+
+
+DIFFUSERS_FAMILIES: Mapping[str, Callable[[], DiffusersFamily]] = {
+    "z_image": _z_image,
+    "flux2_klein": _klein,
+    "krea2": _krea2,
+    "qwen_image21": _qwen_image21,
+}
 """By the family's name; imported when needed."""
 
 
@@ -219,8 +244,14 @@ class DiffusersModel:
         return self._classes.denoiser(transformer)
 
     def doubts(self, captions: Iterable[str]) -> Sequence[str]:
-        """Nothing is known about words."""
-        return ()
+        """That the model was not distilled, if its files say so. Nothing is known about words."""
+        files = self._parts.files
+        if not files.is_undistilled:
+            return ()
+        return [
+            f"{self.title} was not distilled for few steps, by its model_index.json: train {files.known.hub_id}, or "
+            "use --objective sft and the LoRA on the distilled model"
+        ]
 
 
 def load_model(options: ModelOptions, sees: bool) -> HostModel:

@@ -17,6 +17,9 @@ from .source import ModelFiles
 from .teacher_reader import TeacherReader, VisionFiles, find_vision
 from .weight_files import digest_files, read_plain
 
+Converted = Callable[[dict[str, Tensor], Any], dict[str, Tensor]]
+"""(a single file's tensors [...], the configuration) -> diffusers' names, same shapes."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,7 +51,7 @@ class ModelParts:
     def digest_tokenizer(self) -> str:
         """16 hex digits of the tokenizer's files, with its chat template."""
         digest = hashlib.sha256()
-        for file in sorted((self.files.base / "tokenizer").iterdir()):
+        for file in sorted((self.files.base / self.files.known.tokenizer).iterdir()):
             digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()[:16]
 
@@ -91,18 +94,22 @@ class ModelParts:
         _assign(model, {name.removeprefix("model."): value for name, value in state.items()}, file)
         return model.eval().requires_grad_(False)
 
-    def tokenizer(self) -> Any:
-        """transformers' tokenizer, with its chat template."""
+    def tokenizer(self, needs_template: bool = False) -> Any:
+        """transformers' tokenizer.
+
+        Raises:
+            ValueError: it cannot be loaded, or has no chat template though one is needed.
+        """
         from transformers import AutoTokenizer
 
-        folder = self.files.base / "tokenizer"
+        folder = self.files.base / self.files.known.tokenizer
         tokenizer = _loaded(folder, lambda: AutoTokenizer.from_pretrained(folder), needs_weights=False)
-        if not tokenizer.chat_template:
+        if needs_template and not tokenizer.chat_template:
             raise ValueError(f"{folder} has no chat template: download the model again")
         return tokenizer
 
-    def vae(self, cls: Any, converted: Callable[[dict[str, Tensor], Any], dict[str, Tensor]]) -> Any:
-        """The VAE in fp32; converted: (single file's tensors [...], configuration) -> diffusers' names, same shapes.
+    def vae(self, cls: Any, converted: Converted) -> Any:
+        """The VAE in fp32; converted: for a single file.
 
         Raises:
             ValueError: the weights do not fit.

@@ -14,7 +14,7 @@ Legend: B batch, h w latent size, H W pixels, L tokens, D = 4096 features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import AutoencoderKLQwenImage21
@@ -24,8 +24,11 @@ from transformers import Qwen3VLModel
 
 from ...conditioning.encode import Condition
 from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
+from ...families import QWEN_IMAGE21, Family
 from .diffusers_denoiser import DiffusersDenoiser
+from .parts import ModelParts
 from .qwen3vl import image_patches
+from .qwen3vl_encoder import FileParts, GivenParts, Qwen3VLEncoder
 
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 _START, _ENDING = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -89,7 +92,7 @@ def _with_room(conditions: Sequence[Condition], image_slots: int) -> tuple[Tenso
     return torch.cat(pieces, dim=1), torch.tensor([marks])
 
 
-class QwenImage21Encoder:
+class QwenImage21Encoder(Qwen3VLEncoder):
     """transformers' Qwen3-VL and diffusers' RGBA VAE as an Encoder that also `ReadsReferences`.
 
     Args:
@@ -97,15 +100,11 @@ class QwenImage21Encoder:
         identity: a name that is equal for equal weights.
     """
 
-    def __init__(self, model: Qwen3VLModel, tokenizer: Any, vae: AutoencoderKLQwenImage21, identity: str) -> None:
-        self.model, self.vae = model.eval().requires_grad_(False), vae.eval().requires_grad_(False)
-        self._tokenizer, self._identity = tokenizer, identity
-        self._mark = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    family: ClassVar[Family] = QWEN_IMAGE21
+    channels: ClassVar[int] = 4
 
-    @property
-    def identity(self) -> str:
-        """Names the weights and the image size of the teacher `vlm`."""
-        return f"qwen_image21/{self._identity}/{MIN_PIXELS}-{MAX_PIXELS}"
+    def __init__(self, model: Qwen3VLModel, tokenizer: Any, vae: AutoencoderKLQwenImage21, identity: str) -> None:
+        super().__init__(GivenParts(model, tokenizer, vae, identity))
 
     @torch.no_grad()
     def encode_text(self, caption: str) -> Condition:
@@ -133,29 +132,6 @@ class QwenImage21Encoder:
         starts = [place for place in range(1, len(text)) if is_image[place] and text[place - 1]]
         return Condition(features[text], slots=tuple(int(text[:place].sum()) for place in starts))
 
-    @torch.no_grad()
-    def encode_latent(self, image: Tensor) -> Tensor:
-        """image [3, H, W] in [0, 1] -> latent [64, H/16, W/16] fp32; its alpha is opaque."""
-        pixels = torch.cat([image, torch.ones_like(image[:1])]) * 2 - 1
-        encoded: Any = self.vae.encode(pixels[None, :, None].to(self.vae.device, self.vae.dtype))
-        mean, std = self._statistics()
-        return (encoded.latent_dist.mode()[0, :, 0].float() - mean) / std
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, 64, h, w] -> images [B, 3, 16h, 16w] in [0, 1], without their alpha."""
-        mean, std = self._statistics()
-        values = (latents.to(mean.device) * std + mean).to(self.vae.dtype)
-        decoded: Any = self.vae.decode(values.unsqueeze(2), return_dict=False)[0]
-        return decoded[:, :3, 0].float().add(1).div(2).clamp(0, 1)
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's latents, each [64, 1, 1]."""
-        config: Any = self.vae.config
-        values = (config.latents_mean, config.latents_std)
-        mean, std = (torch.tensor(v, device=self.vae.device).view(-1, 1, 1) for v in values)
-        return mean, std
-
     def _read(self, images: Sequence[tuple[Tensor, Tensor]], caption: str) -> tuple[Tensor, Tensor]:
         """Features [L, D] fp32 (CPU) behind the system's turn, and which are of an image [L]; images: patches and grid.
 
@@ -167,18 +143,32 @@ class QwenImage21Encoder:
             for number, count in enumerate(counts, 1)
         )
         text = f"{_SYSTEM}{_START}{names}{caption or ' '}{_ENDING}"
-        ids = self._tokenizer(text, return_tensors="pt")["input_ids"].to(self.model.device)
-        is_image = ids == self._mark
+        model, tokenizer = self._parts.model, self._parts.tokenizer
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        is_image = ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")
         seen: dict[str, Tensor] = {}
         if images:
-            patches, grids = (torch.cat(parts).to(self.model.device) for parts in zip(*images, strict=True))
+            patches, grids = (torch.cat(parts).to(model.device) for parts in zip(*images, strict=True))
             seen = {"pixel_values": patches, "image_grid_thw": grids, "mm_token_type_ids": is_image.long()}
         states: list[Tensor] = []
-        norm: Any = self.model.language_model.norm
+        norm: Any = model.language_model.norm
         hook = norm.register_forward_pre_hook(lambda _, args: states.append(args[0][0]))
         try:
-            self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **seen)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **seen)
         finally:
             hook.remove()
-        system = len(self._tokenizer(_SYSTEM)["input_ids"])
+        system = len(tokenizer(_SYSTEM)["input_ids"])
         return states[-1][system:].float().cpu(), is_image[0, system:].cpu()
+
+
+class QwenImage21FileEncoder(QwenImage21Encoder):
+    """The same, from files; each model is loaded when it is needed.
+
+    Args:
+        parts: the files.
+        device: where it encodes.
+        sees: not used, the text encoder holds the vision tower.
+    """
+
+    def __init__(self, parts: ModelParts, device: torch.device, sees: bool) -> None:
+        Qwen3VLEncoder.__init__(self, FileParts(parts, device, AutoencoderKLQwenImage21, None))

@@ -32,18 +32,24 @@ class KnownModel:
         pipeline: class in model_index.json.
         hub_id: its own repository.
         mark: end of the name of a tensor that only its single file has.
+        tokenizer: folder of the tokenizer.
     """
 
     family: str
     pipeline: str
     hub_id: str
     mark: str
+    tokenizer: str = "tokenizer"
 
 
 KNOWN_MODELS: Sequence[KnownModel] = (
     KnownModel("z_image", "ZImagePipeline", "Tongyi-MAI/Z-Image-Turbo", "cap_embedder.1.weight"),
     KnownModel(
         "flux2_klein", "Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-4B", "single_stream_modulation.lin.weight"
+    ),
+    KnownModel("krea2", "Krea2Pipeline", "krea/Krea-2-Turbo", "txtfusion.projector.weight"),
+    KnownModel(
+        "qwen_image21", "QwenImage21Pipeline", "Qwen/Qwen-Image-2.1-Turbo", "txt_in.text_norm.weight", "processor"
     ),
 )
 
@@ -70,6 +76,11 @@ class ModelFiles:
         """The files with the weights of "transformer", "text_encoder" or "vae"."""
         file: Path | None = getattr(self, part)
         return (file,) if file is not None else weight_files(self.base / part)
+
+    @property
+    def is_undistilled(self) -> bool:
+        """Whether the folder's index says that its transformer was not distilled; single files say nothing."""
+        return self.transformer is None and _read_json(self.base / INDEX).get("is_distilled") is False
 
 
 def find_family(options: ModelOptions) -> KnownModel:
@@ -101,11 +112,11 @@ def find_files(options: ModelOptions, known: KnownModel) -> ModelFiles:
     base = (options.base or known.hub_id) if transformer else options.model
     given = {"transformer": transformer, "text_encoder": options.text_encoder, "vae": options.vae}
     parts = [part for part in _WEIGHTS if given[part] is None]
-    folder = _local_folder(base, parts)
+    folder = _local_folder(base, parts, known)
     found = _family_of_index(_read_json(folder / INDEX), base)
     if found != known:
         raise ValueError(f"{base} is a {found.pipeline}, and {options.model} needs a {known.pipeline}: choose --base")
-    _require_complete(folder, parts)
+    _require_complete(folder, parts, known)
     return ModelFiles(known, folder, transformer, options.text_encoder, options.vae)
 
 
@@ -197,7 +208,8 @@ def _family_of_index(index: Mapping[str, Any], name: str) -> KnownModel:
 
 
 def _supported() -> str:
-    return " and ".join(f"{known.pipeline} ({known.hub_id})" for known in KNOWN_MODELS)
+    *others, last = (f"{known.pipeline} ({known.hub_id})" for known in KNOWN_MODELS)
+    return f"{', '.join(others)} and {last}"
 
 
 def _index_of(name: str) -> Mapping[str, Any]:
@@ -211,24 +223,24 @@ def _index_of(name: str) -> Mapping[str, Any]:
     return _read_json(Path(fetch(name, lambda hub: hub.hf_hub_download(name, INDEX))))
 
 
-def _local_folder(base: str, parts: Sequence[str]) -> Path:
+def _local_folder(base: str, parts: Sequence[str], known: KnownModel) -> Path:
     if Path(base).is_dir() or not is_hub_id(base):
         _index_of(base)  # reports a folder that is none
         return Path(base)
-    wanted = [INDEX, "tokenizer/*", *(f"{part}/*.json" for part in _WEIGHTS)]
+    wanted = [INDEX, f"{known.tokenizer}/*", *(f"{part}/*.json" for part in _WEIGHTS)]
     wanted += [f"{part}/*.safetensors" for part in parts]
     return Path(fetch(base, lambda hub: hub.snapshot_download(base, allow_patterns=wanted)))
 
 
-def _require_complete(folder: Path, parts: Sequence[str]) -> None:
+def _require_complete(folder: Path, parts: Sequence[str], known: KnownModel) -> None:
     for part in _WEIGHTS:
         if not (folder / part / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is incomplete: {part}/config.json is missing; download the model again")
     for part in parts:
         weight_files(folder / part)
-    if not any((folder / "tokenizer" / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / known.tokenizer / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(
-            f"{folder} is incomplete: tokenizer/{_TOKENIZER_FILES[0]} is missing; download the model again"
+            f"{folder} is incomplete: {known.tokenizer}/{_TOKENIZER_FILES[0]} is missing; download the model again"
         )
 
 

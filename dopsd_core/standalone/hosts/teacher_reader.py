@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import repeat
 from torch import Tensor, nn
 
 from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
-from ...demo.model_files import IMAGE_PAD, VISION_CELL, resize_for_vision
+from ...demo.model_files import IMAGE_PAD, VISION_CELL
+from .qwen3vl import image_patches
 from .source import fetch, is_hub_id, weight_files
 from .weight_files import digest_files, read_plain
 
@@ -131,7 +131,7 @@ class TeacherReader:
             states: indices of the hidden states.
         """
         size = seen_size(image.shape[1], image.shape[2], MIN_PIXELS, MAX_PIXELS)
-        patches, grid = patches_of(image, size)
+        patches, grid = image_patches(image, size)
         rows = _expanded(list(ids), size[0] * size[1] // VISION_CELL**2, ending)
         padding = max(0, least - len(rows))
         tokens = torch.tensor([rows + [pad] * padding])
@@ -146,17 +146,6 @@ class TeacherReader:
             output_hidden_states=True, use_cache=False,
         )  # fmt: skip
         return torch.cat([out.hidden_states[state][0] for state in states], dim=-1)
-
-
-def patches_of(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """image [3, H, W] in [0, 1] -> (patches [N, 1536] in merge order, two equal frames, in [-1, 1]; grid [[1, h, w]]).
-
-    Like Qwen3-VL's image processor at this size in pixels: mean and std 0.5, patches of 16, merge 2.
-    """
-    big = resize_for_vision(image, size) * 2 - 1
-    rows, columns = (side // VISION_CELL for side in size)
-    patches = repeat(big, "c (y j p) (x i q) -> (y x j i) (c frames p q)", j=2, p=16, i=2, q=16, frames=2)
-    return patches, torch.tensor([[1, 2 * rows, 2 * columns]])
 
 
 def _expanded(ids: list[int], cells: int, ending: int) -> list[int]:
