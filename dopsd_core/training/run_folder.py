@@ -1,6 +1,7 @@
 """The folder of a run: lock, log, checkpoints, LoRA file, and the disk space reserved for the next save.
 
-It contains `config.json`, `train.jsonl`, `checkpoints/`, `lora.safetensors`, and for some objectives `class_images/`.
+It contains `config.json`, `train.jsonl`, `checkpoints/`, `lora.safetensors` (or, of all weights, `model.safetensors`),
+and for some objectives `class_images/`.
 """
 
 from __future__ import annotations
@@ -137,11 +138,11 @@ class RunFolder:
         Raises:
             DiskError: it could not be written; an older file is untouched.
         """
-        path, prefix = self.path / LORA_NAME, get_family(self._config.family).key_prefix
+        path, family = self.path / self._config.adapter.file_name, get_family(self._config.family)
         if step == self._lora_step:
             return path
         self._reserve.release()
-        self._config.adapter.save(path, tensors, prefix, metadata)
+        self._config.adapter.save(path, tensors, family, metadata)
         self._lora_step = step
         return path
 
@@ -149,7 +150,8 @@ class RunFolder:
         """What is saved of the run, as the end of a sentence."""
         kept = f"the run resumes at step {self._checkpoint_step}" if self._checkpoint_step >= 0 else "no step is saved"
         if self._lora_step > self._checkpoint_step:
-            kept += f", and the LoRA of step {self._lora_step} is in {self.path / LORA_NAME}"
+            adapter = self._config.adapter
+            kept += f", and the {adapter.product} of step {self._lora_step} is in {self.path / adapter.file_name}"
         return kept
 
 
@@ -190,6 +192,6 @@ class UnusedFolder(RunFolder):
 
 def _sizes(config: TrainConfig, denoiser: Denoiser) -> SavedBytes:
     adapter, sites = config.adapter, denoiser.sites()
-    parts, elements = adapter.size(sites)
+    parts, elements = adapter.trained(denoiser)
     tensors, derived = adapter.tensors_per_part * parts, adapter.derived_bytes(sites)
-    return saved_bytes(elements, tensors, config.teacher, config.optimizer, derived)
+    return saved_bytes(elements, tensors, config.teacher, config.optimizer, derived, adapter.file_bytes(elements))
