@@ -65,6 +65,7 @@ def train(place: Path, model: str, output: Path, *words: object) -> int:
         "none",
     )
     chosen = ("--model", place / model, "--vision", place / "vision", "--device", "cpu", "--resolution", 64)
+    quick = (*quick, "--anchor-probability", 0)
     return run("train", place / "photos", "--output", output, "--adapter", "full", *quick, *chosen, *words)
 
 
