@@ -59,6 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
 def config_from_args(args: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
     """The configuration of `train`: the given options on top of --config or `defaults`.
 
+    With an adapter that trains the network, in place of one that does not, the learning rate is the usual one for it
+    unless it is given.
+
     Raises:
         ConfigError: values are invalid; the message lists every problem.
         ValueError: the file of --config is not UTF-8.
@@ -66,7 +69,11 @@ def config_from_args(args: argparse.Namespace, defaults: TrainConfig) -> TrainCo
     """
     base = TrainConfig.from_json(_read_text(args.config)) if args.config else defaults
     given = {option.name: option for option in _train_options() if option.name in args}
-    return changed(base, {name: _value(option, getattr(args, name)) for name, option in given.items()})
+    made = changed(base, {name: _value(option, getattr(args, name)) for name, option in given.items()})
+    has_own_rate = "lr" in given or bool(made.optimizer.prefix)
+    if has_own_rate or made.adapter.trains_network == base.adapter.trains_network:
+        return made
+    return made.replace(optimizer=made.optimizer.replace(lr=made.adapter.usual_rate(made.optimizer.lr)))
 
 
 def _train_options() -> list[Option]:

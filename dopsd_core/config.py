@@ -125,6 +125,28 @@ class TrainConfig(Options):
         family = FAMILIES.get(info.data.get("family", ""))
         return adapter if family is None else adapter.for_targets(family.lora_targets)
 
+    @field_validator("adapter")
+    @classmethod
+    def _fits_files_along_the_way(cls, adapter: Adapter, info: ValidationInfo) -> Adapter:
+        if adapter.trains_network and info.data.get("save_every"):
+            raise ConfigError(
+                (f"save_every keeps LoRA files, and adapter {adapter.name} trains a whole model; set save_every to 0",)
+            )
+        return adapter
+
+    @field_validator("optimizer")
+    @classmethod
+    def _fits_the_weights(cls, optimizer: Optimizer, info: ValidationInfo) -> Optimizer:
+        adapter = info.data.get("adapter")
+        if adapter is not None and adapter.trains_network and optimizer.needs_matrices:
+            raise ConfigError(
+                (
+                    f"optimizer {optimizer.name} trains matrices only, and adapter {adapter.name} trains norms and "
+                    "biases too; set optimizer to adamw",
+                )
+            )
+        return optimizer
+
     @field_validator("schedule")
     @classmethod
     def _warms_up_in_time(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:

@@ -141,6 +141,15 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class WholeNetwork(Protocol):
+    """A `Denoiser` that holds all weights of its network in plain, resident tensors, so that they can be trained."""
+
+    def network(self) -> nn.Module:
+        """The network, whose parameters have diffusers' names and do not require gradients."""
+        ...
+
+
 def whole_site(name: str, out_features: int) -> tuple[SitePart, ...]:
     """The `PartsOf` of a network with diffusers' names: one part with all rows."""
     return (SitePart(name, 0, out_features),)

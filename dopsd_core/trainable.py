@@ -1,4 +1,4 @@
-"""The interface of trainable weights: adapters on a frozen network, or the network's own weights in the future."""
+"""The interface of trainable weights: adapters on a frozen network, or the network's own weights."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .comfy_host.checked_inputs import checked
-from .comfy_host.settings import settings_from, settings_inputs
+from .comfy_host.settings import adapter_problem, settings_from, settings_inputs
 from .comfy_host.sockets import CATEGORY, SettingsSocket
 
 
@@ -25,6 +25,11 @@ class TrainingSettings(io.ComfyNode):
             inputs=settings_inputs(),
             outputs=[SettingsSocket.Output(display_name="settings", tooltip="For D-OPSD Train LoRA.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, adapter: str | None = None) -> bool | str:
+        """Checks the adapter; None for a linked input."""
+        return (adapter_problem(adapter) if adapter is not None else None) or True
 
     @classmethod
     @checked

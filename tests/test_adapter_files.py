@@ -37,7 +37,7 @@ def saved(config: Lora, folder: Path, dtype: torch.dtype | None = None) -> tuple
     denoiser, adapters = trained_set(config)
     path = folder / "x.safetensors"
     if dtype is None:
-        config.save(path, adapters.state(), "transformer.", {"a": "b"})
+        config.save(path, adapters.state(), Z_IMAGE, {"a": "b"})
     else:
         save_file({f"transformer.{k}": v.to(dtype) for k, v in config.exported(adapters.state()).items()}, path)
     return denoiser, adapters, path

@@ -126,7 +126,7 @@ def test_mistakes_in_json() -> None:
 
 
 def test_targets_are_the_familys_unless_given() -> None:
-    assert TrainConfig().adapter.targets == Z_IMAGE.lora_targets
+    assert TrainConfig().adapter == Lora(targets=Z_IMAGE.lora_targets)
     assert TrainConfig(family="flux2_klein", adapter=Lora(rank=2)).adapter == FLUX2_KLEIN.lora_config(rank=2)
     assert TrainConfig(adapter=LORA).adapter is LORA
 

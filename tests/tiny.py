@@ -57,10 +57,11 @@ def killable_data() -> TrainingSet:
     return make_data(5, anchors=anchors, heldout=make_pair(99))
 
 
-def killable_config(steps: int) -> TrainConfig:
+def killable_config(steps: int, adapter: str = "lora") -> TrainConfig:
     """Everything that draws: anchors, m of K, accumulation, batches of two shapes, warm-up and cosine."""
     return make_config(
         steps=steps,
+        adapter=adapter,
         anchor_probability=0.3,
         grad_steps=2,
         grad_accumulation=2,
@@ -70,13 +71,13 @@ def killable_config(steps: int) -> TrainConfig:
     )
 
 
-def run_to_the_end(folder: str, steps: int) -> None:
+def run_to_the_end(folder: str, steps: int, adapter: str = "lora") -> None:
     """The run that tests kill; called in a process of its own."""
     torch.set_num_threads(1)
-    train(killable_config(steps), TinyDenoiser(), killable_data(), folder)
+    train(killable_config(steps, adapter), TinyDenoiser(), killable_data(), folder)
 
 
-def run_until_call(folder: str, steps: int, name: str, number: int) -> None:
+def run_until_call(folder: str, steps: int, name: str, number: int, adapter: str = "lora") -> None:
     """As `run_to_the_end`, and this process is killed at the n-th call of `os.<name>`, before the call."""
     real = getattr(os, name)
     calls = 0
@@ -89,14 +90,15 @@ def run_until_call(folder: str, steps: int, name: str, number: int) -> None:
         return real(*args, **kwargs)
 
     setattr(os, name, counted)
-    run_to_the_end(folder, steps)
+    run_to_the_end(folder, steps, adapter)
 
 
 def saved_bytes(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves but the wall times: LoRA, and the tensors of its newest checkpoint."""
+    """All that a run leaves but the wall times: LoRA or model, and the tensors of its newest checkpoint."""
     newest = max((folder / "checkpoints").iterdir())
     saved = {f"checkpoint/{file.name}": file.read_bytes() for file in sorted(newest.glob("*.safetensors"))}
-    lora = (folder / "lora.safetensors").read_bytes()
+    (final,) = folder.glob("*.safetensors")
+    lora = final.read_bytes()
     end = 8 + int.from_bytes(lora[:8], "little")
     header = json.dumps(json.loads(lora[8:end]), sort_keys=True)  # safetensors writes its metadata in random order
     return saved | {"step": newest.name.encode(), "header": header.encode(), "lora": lora[end:]}

@@ -102,6 +102,9 @@ class ToyDenoiser:
         self.compute_dtype = torch.float32
         self.grad_modes: list[bool] = []
 
+    def network(self) -> ToyNet:
+        return self.net
+
     def sites(self) -> list[LinearSite]:
         return plain_linear_sites(self.net, parts_of=Z_IMAGE.native_parts)
 
@@ -134,6 +137,9 @@ class TinyDenoiser(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.enter.weight.dtype
+
+    def network(self) -> nn.Module:
+        return self
 
     def sites(self) -> Sequence[LinearSite]:
         return plain_linear_sites(self)

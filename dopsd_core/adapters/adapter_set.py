@@ -102,7 +102,7 @@ class AdapterSet:
             RuntimeError: this or another set is already attached to one of the modules; nothing is changed.
         """
         for site in self._sites:
-            owner = getattr(site.module.__dict__.get("forward"), _OWNER, None)
+            owner = owner_of(site.module)
             if owner is not None:
                 whose = "this" if owner is self else "another"
                 raise RuntimeError(f"{whose} adapter set is already attached to {site.name!r}; detach() it first")
@@ -253,6 +253,11 @@ class AdapterSet:
 
     def _derived(self) -> dict[str, Tensor]:
         return {key: value for adapter in self._adapters for key, value in adapter.student.derived().items()}
+
+
+def owner_of(module: nn.Module) -> AdapterSet | None:
+    """The adapter set that is attached to the module, if there is one."""
+    return getattr(module.__dict__.get("forward"), _OWNER, None)
 
 
 def _check_distinct(sites: Sequence[LinearSite]) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from ..options import Hint, Variant
-from .targets import match_targets
+from ..options import Variant
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..denoiser import Denoiser, LinearSite, SitePart
+    from ..families import Family
     from ..teachers import Teacher
     from ..trainable import Trainable
     from .lora_import import ImportedLora
@@ -29,13 +27,25 @@ class Adapter(Variant):
     tensors_per_part: ClassVar[int] = 2
     """Maximum number of tensors that a file has for each part."""
 
-    targets: Annotated[tuple[str, ...], Hint(none="all attention and MLP layers of the blocks")] = Field(
-        default=(), description="layers to train: names or patterns, such as layers.*.attention.*"
-    )
+    trains_network: ClassVar[bool] = False
+    """Whether the network's own weights are trained, for which a host needs all of them in plain tensors."""
+
+    product: ClassVar[str] = "LoRA"
+    """What is trained, in messages."""
+
+    file_name: ClassVar[str] = "lora.safetensors"
+    """The final file in the folder of a run."""
+
+    memory_hint: ClassVar[str] = "a lower --resolution or --rank, or --quantise"
+    """What needs less memory, in messages of the command line."""
 
     def for_targets(self, targets: Sequence[str]) -> Self:
-        """Fills in these targets if none are set."""
-        return self if self.targets else self.replace(targets=tuple(targets))
+        """Fills in these targets if the adapter has targets and none are set."""
+        return self
+
+    def usual_rate(self, lora_rate: float) -> float:
+        """The learning rate to start with, where `lora_rate` is that of a LoRA."""
+        return lora_rate
 
     def chosen(self, sites: Sequence[LinearSite]) -> frozenset[str]:
         """The names of the parts to train.
@@ -43,9 +53,11 @@ class Adapter(Variant):
         Raises:
             ValueError: there are no targets, or one of them matches nothing.
         """
-        if not self.targets:
-            raise ValueError("targets are empty; pass the family's, families.FAMILIES[name].lora_targets")
-        return match_targets([part.name for site in sites for part in site.parts], self.targets)
+        raise NotImplementedError
+
+    def trained(self, denoiser: Denoiser) -> tuple[int, int]:
+        """(number of parts to train, total number of parameters) on the denoiser's network."""
+        return self.size(denoiser.sites())
 
     def size(self, sites: Sequence[LinearSite]) -> tuple[int, int]:
         """(number of parts to train, total number of parameters); a part is a module of the unfused network."""
@@ -57,16 +69,36 @@ class Adapter(Variant):
         """Number of parameters of one part."""
         raise NotImplementedError
 
+    def part_casts(self, in_features: int, out_features: int) -> int:
+        """Number of parameters of one part that are cast to the compute dtype in each forward."""
+        return self.part_parameters(in_features, out_features)
+
+    def cast_bytes(self, itemsize: int, has_teacher: bool) -> int:
+        """Bytes per parameter of copies in a compute dtype of this size, besides the fp32 weights."""
+        return 0
+
     def derived_bytes(self, sites: Sequence[LinearSite]) -> int:
         """Maximum size in bytes of what a checkpoint or a LoRA file holds besides its parameters, in fp32 and bf16."""
         return 0
+
+    def file_bytes(self, parameters: int) -> int:
+        """Size in bytes of these parameters in the final file."""
+        return 2 * parameters
 
     def part_activations(self, in_features: int, out_features: int) -> int:
         """Elements per token that one part saves for its backward, besides its input."""
         raise NotImplementedError
 
+    def require_host(self, denoiser: Denoiser) -> None:
+        """Checks before any work on the device that the adapter works with the network as the host has it.
+
+        Raises:
+            ValueError: it does not; the message names a site or a weight.
+        """
+        self.require_sites(denoiser.sites())
+
     def require_sites(self, sites: Sequence[LinearSite]) -> None:
-        """Checks before any work on the device that the adapter works with the sites that it trains.
+        """Checks that the adapter works with the sites that it trains.
 
         Raises:
             ValueError: it does not; the message names a site.
@@ -75,7 +107,7 @@ class Adapter(Variant):
     def site_weights(
         self, site: LinearSite, parts: tuple[SitePart, ...], seed: int, device: torch.device
     ) -> SiteWeights:
-        """New weights of the parts of a site, with which the network is the base bit for bit.
+        """New weights of the parts of a site, with which the network is the base bit for bit; for an `AdapterSet`.
 
         Raises:
             ValueError: the adapter does not work with this site.
@@ -106,13 +138,13 @@ class Adapter(Variant):
         """A raw state in the form of the file: self-contained, under part names and in the same shapes, fp32."""
         raise NotImplementedError
 
-    def save(self, path: Path, state: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str]) -> None:
+    def save(self, path: Path, state: Mapping[str, Tensor], family: Family, metadata: Mapping[str, str]) -> None:
         """Writes a raw state as the final file, atomically.
 
         Args:
             path: the file.
             state: tensors in the shapes of `Trainable.state`.
-            prefix: prepended to the part names.
+            family: the model's, which has the names in files.
             metadata: facts for the header.
 
         Raises:

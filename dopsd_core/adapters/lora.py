@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ..options import Hint
 from .base import Adapter
+from .targets import match_targets
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..denoiser import Denoiser, LinearSite, SitePart
+    from ..families import Family
     from ..teachers import Teacher
     from .adapter_set import AdapterSet
     from .lora_import import ImportedLora
@@ -31,6 +33,9 @@ class Lora(Adapter):
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "a low-rank update of each layer"
 
+    targets: Annotated[tuple[str, ...], Hint(none="all attention and MLP layers of the blocks")] = Field(
+        default=(), description="layers to train: names or patterns, such as layers.*.attention.*"
+    )
     rank: int = Field(default=16, ge=1, le=1024, description="rank of the LoRA")
     alpha: Annotated[float, Hint(step=0.5, most=4096.0)] = Field(
         default=_SCALE * 16,
@@ -57,6 +62,20 @@ class Lora(Adapter):
         if isinstance(rank, int) and "alpha" not in changes:
             changes["alpha"] = self.scale * rank
         return self.replace(**changes)
+
+    def for_targets(self, targets: Sequence[str]) -> Self:
+        """Fills in these targets if none are set."""
+        return self if self.targets else self.replace(targets=tuple(targets))
+
+    def chosen(self, sites: Sequence[LinearSite]) -> frozenset[str]:
+        """The names of the parts that the targets select.
+
+        Raises:
+            ValueError: there are no targets, or one of them matches nothing.
+        """
+        if not self.targets:
+            raise ValueError("targets are empty; pass the family's, families.FAMILIES[name].lora_targets")
+        return match_targets([part.name for site in sites for part in site.parts], self.targets)
 
     def part_parameters(self, in_features: int, out_features: int) -> int:
         """rank * (in + out)."""
@@ -105,8 +124,8 @@ class Lora(Adapter):
 
         return fold_alpha(state, self)
 
-    def save(self, path: Path, state: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, str]) -> None:
+    def save(self, path: Path, state: Mapping[str, Tensor], family: Family, metadata: Mapping[str, str]) -> None:
         """Writes the state, such as A [rank, in] and B [rows, rank], for equal strength in ComfyUI and diffusers."""
         from .lora_file import save_lora
 
-        save_lora(path, state, self, prefix=prefix, metadata=metadata)
+        save_lora(path, state, self, prefix=family.key_prefix, metadata=metadata)

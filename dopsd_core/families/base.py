@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..adapters.lora import Lora
 from ..denoiser import BlockShape, PartsOf, SitePart
+from .single_file import SingleFile
 
 if TYPE_CHECKING:
     from ..conditioning.encode import Condition
@@ -38,6 +39,7 @@ class Family:
         learning_rate: learning rate in the paper.
         paper_steps: optimizer steps in the paper.
         pixel_budget: default number of pixels of a training image.
+        single_file: layout of the whole network in a file for ComfyUI; None if there is none.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Family:
     learning_rate: float = 1e-4
     paper_steps: int = 2000
     pixel_budget: int = 1024 * 1024
+    single_file: SingleFile | None = None
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) of an image of width x height pixels.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ..denoiser import BlockShape, SitePart
 from ..sigmas import flux2_klein_sigmas
 from .base import Family, split_rows
+from .single_file import SingleFile, swapped_halves
 
 _DOUBLE = {
     "img_attn.proj": "attn.to_out.0",
@@ -52,6 +53,35 @@ def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_to
     return BlockShape(tokens, dim, 12 * dim + 4 * inputs["ff.linear_out"])
 
 
+_SINGLE_FILE = SingleFile(
+    names=(
+        (r"^x_embedder\.", "img_in."),
+        (r"^context_embedder\.", "txt_in."),
+        (r"^time_guidance_embed\.timestep_embedder\.linear_1\.", "time_in.in_layer."),
+        (r"^time_guidance_embed\.timestep_embedder\.linear_2\.", "time_in.out_layer."),
+        (r"^(\w+_stream_modulation\w*)\.linear\.", r"\1.lin."),
+        (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
+        (r"^proj_out\.", "final_layer.linear."),
+        (r"^single_transformer_blocks\.(\d+)\.attn\.norm_q\.weight", r"single_blocks.\1.norm.query_norm.scale"),
+        (r"^single_transformer_blocks\.(\d+)\.attn\.norm_k\.weight", r"single_blocks.\1.norm.key_norm.scale"),
+        *(
+            (rf"^single_transformer_blocks\.(\d+)\.{re.escape(ours)}\.", rf"single_blocks.\1.{own}.")
+            for own, ours in _SINGLE.items()
+        ),
+        (r"^transformer_blocks\.(\d+)\.attn\.norm_q\.weight", r"double_blocks.\1.img_attn.norm.query_norm.scale"),
+        (r"^transformer_blocks\.(\d+)\.attn\.norm_k\.weight", r"double_blocks.\1.img_attn.norm.key_norm.scale"),
+        (r"^transformer_blocks\.(\d+)\.attn\.norm_added_q\.weight", r"double_blocks.\1.txt_attn.norm.query_norm.scale"),
+        (r"^transformer_blocks\.(\d+)\.attn\.norm_added_k\.weight", r"double_blocks.\1.txt_attn.norm.key_norm.scale"),
+        *(
+            (rf"^transformer_blocks\.(\d+)\.{re.escape(ours)}\.", rf"double_blocks.\1.{own}.")
+            for own, ours in _DOUBLE.items()
+        ),
+        (r"^transformer_blocks\.(\d+)\.((?:img|txt)_attn\.qkv)\.", r"double_blocks.\1.\2."),
+    ),
+    fused=tuple((parts, whole) for whole, parts in _QKV.items()),
+    values=((r"^final_layer\.adaLN_modulation\.1\.", swapped_halves),),
+)
+
 FLUX2_KLEIN = Family(
     name="flux2_klein",
     title="FLUX.2-klein",
@@ -82,5 +112,6 @@ FLUX2_KLEIN = Family(
     sample_steps=4,
     learning_rate=2e-5,
     paper_steps=3000,
+    single_file=_SINGLE_FILE,
 )
 """Attention and MLPs of the double-stream AND the single-stream blocks (the reference scripts miss the latter)."""

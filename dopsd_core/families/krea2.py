@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ..denoiser import BlockShape, SitePart
 from ..sigmas import krea2_turbo_sigmas
 from .base import Family
+from .single_file import SingleFile, flattened
 
 TEXT_LAYERS = 12
 """Hidden states of the text encoder in the features of one token; the layerwise blocks read each as a token."""
@@ -52,6 +53,29 @@ def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_to
     return BlockShape(image_tokens + text_tokens, dim, 15 * dim + dim // 2 + 4 * hidden)
 
 
+_SINGLE_FILE = SingleFile(
+    names=(
+        (r"^img_in\.", "first."),
+        (r"^time_embed\.linear_1\.", "tmlp.0."),
+        (r"^time_embed\.linear_2\.", "tmlp.2."),
+        (r"^time_mod_proj\.", "tproj.1."),
+        (r"^txt_in\.norm\.weight", "txtmlp.0.scale"),
+        (r"^txt_in\.linear_1\.", "txtmlp.1."),
+        (r"^txt_in\.linear_2\.", "txtmlp.3."),
+        (r"^final_layer\.linear\.", "last.linear."),
+        (r"^final_layer\.norm\.weight", "last.norm.scale"),
+        (r"^final_layer\.scale_shift_table", "last.modulation.lin"),
+        (r"^text_fusion\.", "txtfusion."),
+        (r"^transformer_blocks\.", "blocks."),
+        (r"\.attn\.norm_(q|k)\.weight", r".attn.qknorm.\1norm.scale"),
+        (r"\.norm1\.weight", ".prenorm.scale"),
+        (r"\.norm2\.weight", ".postnorm.scale"),
+        (r"\.scale_shift_table", ".mod.lin"),
+        *((rf"\.{re.escape(ours)}\.", f".{own}.") for own, ours in _NAMES.items()),
+    ),
+    values=((r"\.mod\.lin$", flattened),),
+)
+
 KREA2 = Family(
     name="krea2",
     title="Krea 2 Turbo",
@@ -66,6 +90,7 @@ KREA2 = Family(
     patch=2,
     sample_steps=8,
     learning_rate=1e-4,
+    single_file=_SINGLE_FILE,
 )
 """Attention and MLPs of the 28 blocks: 224 Linears. `text_fusion.*_blocks.*` selects those of the text fusion.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..denoiser import BlockShape, SitePart
 from ..sigmas import z_image_turbo_sigmas
 from .base import Family, split_rows
+from .single_file import SingleFile
 
 
 def native_parts(name: str, out_features: int) -> tuple[SitePart, ...]:
@@ -31,6 +32,16 @@ def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_to
     return BlockShape(tokens, dim, 13 * dim + 4 * hidden)
 
 
+_SINGLE_FILE = SingleFile(
+    names=(
+        (r"^all_final_layer\.2-1\.", "final_layer."),
+        (r"^all_x_embedder\.2-1\.", "x_embedder."),
+        (r"\.attention\.norm_(q|k)\.", r".attention.\1_norm."),
+        (r"\.attention\.to_out\.0\.", ".attention.out."),
+    ),
+    fused=((("attention.to_q", "attention.to_k", "attention.to_v"), "attention.qkv"),),
+)
+
 Z_IMAGE = Family(
     name="z_image",
     title="Z-Image-Turbo",
@@ -53,5 +64,6 @@ Z_IMAGE = Family(
     patch=2,
     sample_steps=8,
     learning_rate=1e-4,
+    single_file=_SINGLE_FILE,
 )
 """Attention and MLPs of `layers`, `noise_refiner` and `context_refiner`: 238 Linears of the full model."""

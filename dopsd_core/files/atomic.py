@@ -6,7 +6,10 @@ import contextlib
 import glob
 import os
 import secrets
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +34,31 @@ def write_atomic(path: Path, data: bytes) -> None:
             break
         time.sleep(0.01)
     sync_folder(path.parent)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill inside the `with` block, which then takes the place of `folder`.
+
+    After an exception the new one is removed and the old one is untouched. A power failure while the two are exchanged
+    may leave neither under its name.
+
+    Raises:
+        OSError: the folder beside it cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.new")
+    old = new.with_suffix(".old")
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    sync_folder(folder.parent)
 
 
 def _written(path: Path, data: bytes, *, is_last: bool) -> bool:

@@ -134,7 +134,7 @@ def block_bytes(
             out.append(BlockBytes(0, 0))
             continue
         # the As of a Linear are stacked and cast together; the sums are the same
-        parameters = sum(adapter.part_parameters(site.in_features, part.out_features) for part, site in adapted)
+        parameters = sum(adapter.part_casts(site.in_features, part.out_features) for part, site in adapted)
         saved = sum(adapter.part_activations(site.in_features, part.out_features) for part, site in adapted)
         kept = batch * shape.tokens * (shape.kept + saved) * itemsize
         cast = parameters * itemsize if itemsize < 4 else 0

@@ -24,13 +24,14 @@ _HEADER, _HEADERS = 512, 2**16
 class Footprint:
     """Device memory of an optimizer step in bytes.
 
-    P: number of adapter parameters (for LoRA, r * sum over the adapted parts of (inputs + outputs), with rank r);
+    P: number of trained parameters (for LoRA, r * sum over the adapted parts of (inputs + outputs), with rank r);
     L: tokens; D: width of the network; I: widest input in a block.
 
     Attributes:
         weights: the base, as loaded.
         lora: 4 P, fp32 master weights.
-        training: gradients 4 P, optimizer state (8 P for Adam's moments, 2 P in 8 bits), EMA teacher 4 P.
+        training: gradients 4 P, optimizer state (8 P for Adam's moments, 2 P in 8 bits), EMA teacher 4 P, and with full
+            weights in 16 bits the copies that the network computes with, 2 P of the student and 2 P of the teacher.
         working: activations of embedders and output layer, 4 * batch * L * D * itemsize, plus twice the largest weight
             in the compute dtype for weights that are cast or streamed.
         forward: transient workspace per block, 5.5 * batch * L * I * itemsize, for the longer of the two sequences.
@@ -85,16 +86,17 @@ def estimate(
         optimizer: AdamW by default.
     """
     sites, blocks = denoiser.sites(), denoiser.blocks()
-    _, elements = adapter.size(sites)
+    _, elements = adapter.trained(denoiser)
     moments = (optimizer or AdamW()).bytes_per_parameter
-    average = 4 if (weights_of_teacher or EmaTeacher()).weights == "copy" else 0
+    has_teacher = (weights_of_teacher or EmaTeacher()).weights == "copy"
+    average, casts = 4 * has_teacher, adapter.cast_bytes(itemsize, has_teacher)
     longer = (max(student[0], teacher[0]), max(student[1], teacher[1]))
     largest = max(site.in_features * site.out_features for site in sites)
     width = max(shape.tokens * shape.width for shape, _ in block_shapes(blocks, sites, family, *student))
     return Footprint(
         weights=weights,
         lora=4 * elements,
-        training=(4 + moments + average) * elements,
+        training=(4 + moments + average + casts) * elements,
         working=(_OUTSIDE * batch * width + 2 * largest) * itemsize,
         forward=int(_FORWARD * batch * _widest(denoiser, family, longer) * itemsize),
         backward=int(_BACKWARD * batch * _widest(denoiser, family, student) * itemsize),
@@ -108,19 +110,25 @@ class SavedBytes:
 
     Attributes:
         checkpoint: student 4 P, EMA teacher 4 P, Adam's two moments 8 P (2 P and their tables in 8 bits), headers.
-        lora: the LoRA file in bf16, 2 P.
+        lora: the LoRA file in bf16, 2 P, or the whole model.
     """
 
     checkpoint: int
     lora: int
 
 
-def saved_bytes(elements: int, tensors: int, teacher: Teacher, optimizer: Optimizer, derived: int = 0) -> SavedBytes:
-    """Size of the files of a run whose LoRA has this many elements and tensors, and `Adapter.derived_bytes`."""
+def saved_bytes(
+    elements: int, tensors: int, teacher: Teacher, optimizer: Optimizer, derived: int = 0, in_file: int | None = None
+) -> SavedBytes:
+    """Size of the files of a run whose LoRA has this many elements and tensors, and `Adapter.derived_bytes`.
+
+    in_file: `Adapter.file_bytes`; by default 2 bytes per element.
+    """
     header = _HEADER * tensors + _HEADERS
     student, average = 4 * elements, 4 * elements if teacher.weights == "copy" else 0
     state = optimizer.saved_bytes(elements, tensors)
-    return SavedBytes(checkpoint=student + average + state + derived + 4 * header, lora=2 * elements + derived + header)
+    stored = 2 * elements if in_file is None else in_file
+    return SavedBytes(checkpoint=student + average + state + derived + 4 * header, lora=stored + derived + header)
 
 
 def _widest(denoiser: Denoiser, family: Family, tokens: tuple[int, int]) -> int:

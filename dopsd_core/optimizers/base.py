@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from ..lazy import lazy
 from ..options import Hint, Variant
 
 if TYPE_CHECKING:
     import torch
+else:
+    torch = lazy("torch")
 
 
 class Optimizer(Variant):
@@ -19,6 +22,9 @@ class Optimizer(Variant):
 
     bytes_per_parameter: ClassVar[int]
     """Size of its state per parameter in bytes, for the memory estimate."""
+
+    needs_matrices: ClassVar[bool] = False
+    """Whether it trains matrices only, as adapters have them; a network has vectors too."""
 
     lr: Annotated[float, Hint(step=1e-6)] = Field(
         default=1e-4,
@@ -72,7 +78,16 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
         return
     switch.eval()
+    _mark_changed(optimizer)
     try:
         yield
     finally:
         switch.train()
+        _mark_changed(optimizer)
+
+
+def _mark_changed(optimizer: torch.optim.Optimizer) -> None:
+    """Counts a change of the parameters, which an optimizer that writes to their `data` does not."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            torch.autograd.graph.increment_version(parameter)

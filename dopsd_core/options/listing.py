@@ -130,34 +130,45 @@ def _read_bool(text: str) -> bool:
 _READERS: Mapping[type, Callable[[str], Any]] = {int: read_int, float: read_float, bool: _read_bool}
 
 
-def own_options(cls: type[BaseModel], prefix: str = "", values: BaseModel | None = None) -> list[Option]:
+Offers = Callable[["type[Variant]"], bool]
+"""Whether a host offers this variant of a choice."""
+
+
+def own_options(
+    cls: type[BaseModel], prefix: str = "", values: BaseModel | None = None, offers: Offers = bool
+) -> list[Option]:
     """The options that a class declares, in order; includes choices, but not the options of their variants.
 
-    values: an instance whose values are shown as the defaults.
+    Args:
+        prefix: of their flat names.
+        values: an instance whose values are shown as the defaults.
+        offers: which variants are listed; by default all.
     """
     made = []
     for name, declared in cls.model_fields.items():
         default = declared.get_default(call_default_factory=True) if values is None else getattr(values, name)
-        made.append(_option(prefix + name, name, declared, default))
+        made.append(_option(prefix + name, name, declared, default, offers))
     return made
 
 
-def all_options(cls: type[BaseModel], values: BaseModel | None = None) -> list[Option]:
+def all_options(cls: type[BaseModel], values: BaseModel | None = None, offers: Offers = bool) -> list[Option]:
     """All options of a class: its own, and after each choice those of all its variants.
 
-    values: an instance whose values are shown as the defaults.
+    Args:
+        values: an instance whose values are shown as the defaults.
+        offers: which variants are listed; by default all.
 
     Raises:
         TypeError: two options with different declarations have the same flat name.
     """
     options: dict[str, Option] = {}
-    for option in own_options(cls, values=values):
+    for option in own_options(cls, values=values, offers=offers):
         _add(options, option)
         registry = registry_of(cls.model_fields[option.field])
         if registry is None:
             continue
         kept = {} if values is None else _values(getattr(values, option.field))
-        for variant in registry.values():
+        for variant in filter(offers, registry.values()):
             for inner in own_options(variant, variant.prefix):
                 default = kept.get(inner.name, inner.default)
                 _add(options, replace(inner, default=default, setting=option.name, variants=(variant.name,)))
@@ -192,14 +203,14 @@ def _add(options: dict[str, Option], option: Option) -> None:
     options[option.name] = replace(there, variants=there.variants + option.variants)
 
 
-def _option(name: str, field_name: str, declared: FieldInfo, default: Any) -> Option:
+def _option(name: str, field_name: str, declared: FieldInfo, default: Any, offers: Offers) -> Option:
     registry = registry_of(declared)
     hint = next((part for part in declared.metadata if isinstance(part, Hint)), Hint())
     about = declared.description or ""
     if registry is not None:
-        summaries = [f"{variant.name}: {variant.summary}" for variant in registry.values() if variant.summary]
-        about = ". ".join([about, *summaries])
-        return Option(name, field_name, str, default.name, about, choices=tuple(registry), hint=hint)
+        variants = list(filter(offers, registry.values()))
+        about = ". ".join([about, *(f"{v.name}: {v.summary}" for v in variants if v.summary)])
+        return Option(name, field_name, str, default.name, about, choices=tuple(v.name for v in variants), hint=hint)
     kind, choices, is_optional, is_many = _kind(declared.annotation)
     limits: dict[type, Any] = {type(part): part for part in declared.metadata}
     bounds = Bounds(

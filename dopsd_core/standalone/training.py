@@ -1,4 +1,4 @@
-"""The command train: a LoRA on any model of the standalone host, in one process or several."""
+"""The command train: a LoRA, or all weights, of any model of the standalone host, in one process or several."""
 
 from __future__ import annotations
 
@@ -106,6 +106,11 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
             f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
             f"for --model {options.model}, or --model {DEMO}"
         )
+    if config.adapter.trains_network and options.quantise != "none":
+        raise ValueError(
+            f"adapter {config.adapter.name} trains the weights themselves, which --quantise {options.quantise} packs: "
+            "leave out --quantise, or choose --adapter lora"
+        )
     report = read_images(args, family, options)
     regularisation = read_regularisation(args, family, options)
     ordinary = regularisation.pairs if regularisation else ()
@@ -206,8 +211,10 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, b
             checkpoint_blocks=blocks, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
-        _say_result(result)
-        if ModelOptions.of(args).is_undistilled:
+        _say_result(result, config)
+        if config.adapter.trains_network:
+            _write_folder(args, prepared, result)
+        elif ModelOptions.of(args).is_undistilled:
             say(f"It was trained on {args.model}; use it on the distilled model, as sample --lora does.")
     return STOPPED if result.stopped else 0
 
@@ -216,10 +223,16 @@ def _tracking(args: argparse.Namespace, config: TrainConfig, is_first: bool) -> 
     return open_tracking(args.trackers if is_first else (), args.output, config)
 
 
-def _say_result(result: TrainResult) -> None:
+def _write_folder(args: argparse.Namespace, prepared: Prepared, result: TrainResult) -> None:
+    folder = args.output / "transformer"
+    if prepared.model.write_network(result.lora_path, folder):
+        say(f"In diffusers' layout: {folder}")
+
+
+def _say_result(result: TrainResult, config: TrainConfig) -> None:
     stopped = "stopped after " if result.stopped else ""
     resumes = "; the same command resumes" if result.stopped else ""
-    say(f"{stopped}{result.step} steps{resumes}; LoRA: {result.lora_path}")
+    say(f"{stopped}{result.step} steps{resumes}; {config.adapter.product}: {result.lora_path}")
     best = result.best
     if best and (best.path or best.step != result.step):
         where = best.path or "no LoRA of that step is kept: use --save-every"
@@ -293,8 +306,8 @@ def _blocks_to_checkpoint(prepared: Prepared, denoiser: Denoiser, peers: Peers) 
     if footprint.total(blocks) > free:
         gb = 10**9
         warn([
-            f"training needs about {footprint.total(blocks) / gb:.1f} GB and the GPU has {free / gb:.1f}: use a lower "
-            "--resolution or --rank, or --quantise"
+            f"training needs about {footprint.total(blocks) / gb:.1f} GB and the GPU has {free / gb:.1f}: use "
+            f"{prepared.config.adapter.memory_hint}"
         ])  # fmt: skip
     return blocks
 

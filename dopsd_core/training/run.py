@@ -234,7 +234,7 @@ class Run:
 
     def _require_finite(self) -> None:
         if not self._is_finite():
-            raise NonFiniteError(self.step, "LoRA's weights after the optimizer", math.nan)
+            raise NonFiniteError(self.step, f"{self.config.adapter.product}'s weights after the optimizer", math.nan)
 
     def _is_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.adapters.parameters())

@@ -1,7 +1,7 @@
 """The folder of a run: lock, log, checkpoints, LoRA file, and the disk space reserved for the next save.
 
-It contains `config.json`, `train.jsonl`, `checkpoints/`, `lora.safetensors`, with `save_every` the LoRA files along the
-way in `loras/`, and for some objectives `class_images/`.
+It contains `config.json`, `train.jsonl`, `checkpoints/`, `lora.safetensors` (or, of all weights, `model.safetensors`),
+with `save_every` the LoRA files along the way in `loras/`, and for some objectives `class_images/`.
 """
 
 from __future__ import annotations
@@ -142,11 +142,11 @@ class RunFolder:
         Raises:
             DiskError: it could not be written; an older file is untouched.
         """
-        path, prefix = self.path / LORA_NAME, get_family(self._config.family).key_prefix
+        path, family = self.path / self._config.adapter.file_name, get_family(self._config.family)
         if step == self._lora_step:
             return path
         self._reserve.release()
-        self._config.adapter.save(path, tensors, prefix, metadata)
+        self._config.adapter.save(path, tensors, family, metadata)
         self._lora_step = step
         return path
 
@@ -160,10 +160,10 @@ class RunFolder:
         Raises:
             DiskError: it could not be written; older ones are untouched.
         """
-        adapter, prefix = self._config.adapter, get_family(self._config.family).key_prefix
-        keys = [prefix + key for key in adapter.exported(tensors)]
+        adapter, family = self._config.adapter, get_family(self._config.family)
+        keys = [family.key_prefix + key for key in adapter.exported(tensors)]
         self._reserve.release()
-        adapter.save(lora_of_step(self.path, step), tensors, prefix, described(metadata, keys, self.path))
+        adapter.save(lora_of_step(self.path, step), tensors, family, described(metadata, keys, self.path))
         best, saved = self.best(after), saved_loras(self.path)
         unwanted = superfluous([lora.step for lora in saved], self._config.keep_loras, best.step if best else None)
         for lora in saved:
@@ -187,7 +187,8 @@ class RunFolder:
         """What is saved of the run, as the end of a sentence."""
         kept = f"the run resumes at step {self._checkpoint_step}" if self._checkpoint_step >= 0 else "no step is saved"
         if self._lora_step > self._checkpoint_step:
-            kept += f", and the LoRA of step {self._lora_step} is in {self.path / LORA_NAME}"
+            adapter = self._config.adapter
+            kept += f", and the {adapter.product} of step {self._lora_step} is in {self.path / adapter.file_name}"
         return kept
 
 
@@ -241,6 +242,6 @@ class UnusedFolder(RunFolder):
 
 def _sizes(config: TrainConfig, denoiser: Denoiser) -> SavedBytes:
     adapter, sites = config.adapter, denoiser.sites()
-    parts, elements = adapter.size(sites)
+    parts, elements = adapter.trained(denoiser)
     tensors, derived = adapter.tensors_per_part * parts, adapter.derived_bytes(sites)
-    return saved_bytes(elements, tensors, config.teacher, config.optimizer, derived)
+    return saved_bytes(elements, tensors, config.teacher, config.optimizer, derived, adapter.file_bytes(elements))

@@ -198,7 +198,7 @@ def check_run(
     """
     _check_data(config, data)
     config.optimizer.require_packages()
-    config.adapter.require_sites(denoiser.sites())
+    config.adapter.require_host(denoiser)
     if config.deterministic and (problem := obstacle(denoiser.device)):
         raise ConfigError((problem,))
     check_run_folder(config, denoiser, Path(run_dir), host_bytes)

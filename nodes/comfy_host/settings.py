@@ -8,14 +8,21 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ...dopsd_core.adapters import ADAPTERS
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import Family
-from ...dopsd_core.options import Option, all_options
+from ...dopsd_core.options import Option, Variant, all_options
 from .families import all_families
 from .option_inputs import option_inputs, option_values, widget_value
 from .presets import PRESETS, preset_settings
 
-OPTIONS: Mapping[str, Option] = {option.name: option for option in all_options(TrainConfig)}
+
+def is_offered(variant: type[Variant]) -> bool:
+    """Whether a choice works inside ComfyUI: not one that trains the network's own weights, which are ComfyUI's."""
+    return not getattr(variant, "trains_network", False)
+
+
+OPTIONS: Mapping[str, Option] = {option.name: option for option in all_options(TrainConfig, offers=is_offered)}
 """Every option by flat name."""
 
 _ELSEWHERE = frozenset({"family", "steps", "seed", "preview_every", "caption_dropout"})
@@ -103,6 +110,19 @@ def settings_from(model_family: str, preset: str, widgets: Mapping[str, Any]) ->
     if "rank" in changes:  # alpha is shown as a number, so it must not follow the rank as it does for a preset
         changes["alpha"] = values["alpha"]
     return TrainingSettings(family, preset, changes)
+
+
+def adapter_problem(adapter: str) -> str | None:
+    """Why an adapter cannot be trained here, such as one that a graph from elsewhere names; None if it can."""
+    offered = [name for name, variant in ADAPTERS.items() if is_offered(variant)]
+    if adapter in offered:
+        return None
+    if adapter not in ADAPTERS:
+        return f"adapter is {adapter!r}; choose one of {', '.join(offered)}"
+    return (
+        f"adapter {adapter} trains the network's own weights, which ComfyUI may stream or quantise: choose "
+        f"{', '.join(offered)}, or train with python -m dopsd_core train --adapter {adapter}"
+    )
 
 
 def _widgets(preset: str, family: Family) -> dict[str, Any]:

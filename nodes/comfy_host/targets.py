@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...dopsd_core.adapters import Adapter
+from ...dopsd_core.adapters import Adapter, Lora
 from ...dopsd_core.adapters.targets import match_targets
 from .denoiser import ComfyDenoiser
 
@@ -16,7 +16,7 @@ def require_blocks(denoiser: ComfyDenoiser, adapter: Adapter) -> None:
     inside = {module for block in denoiser.blocks() for module in block.modules()}
     parts = [(part.name, site.module in inside) for site in denoiser.sites() for part in site.parts]
     kinds = list(dict.fromkeys(f"{name.partition('.')[0]}.*" for name, is_inside in parts if is_inside))
-    for target in adapter.targets:
+    for target in adapter.targets if isinstance(adapter, Lora) else ():
         chosen = match_targets([name for name, _ in parts], (target,))
         outside = [name for name, is_inside in parts if name in chosen and not is_inside]
         if outside:

@@ -30,7 +30,8 @@ def test_the_defaults_are_the_first_presets(comfyui: ComfyUI) -> None:
 
 
 def test_every_option_is_on_one_of_the_two_nodes(comfyui: ComfyUI) -> None:
-    listed = comfyui.core("options").all_options(comfyui.core("config").TrainConfig)
+    offers = comfyui.module("nodes.comfy_host.settings").is_offered
+    listed = comfyui.core("options").all_options(comfyui.core("config").TrainConfig, offers=offers)
     shown = {
         entry.id
         for name in ("DOPSD_TrainingSettings", "DOPSD_TrainLoRA", "DOPSD_LoadDataset")

@@ -16,7 +16,6 @@ from pretend_cuda.watch import watching
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dopsd_core.adapters.lora_import import import_lora
 from dopsd_core.config import TrainConfig
 from dopsd_core.data.dataset import Pair, read_dataset
 from dopsd_core.data.images import load_image
@@ -184,8 +183,7 @@ def test_a_run_of_the_device_resumes_on_a_cpu(
 
 
 def test_a_run_starts_from_a_lora(on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, whole: Path) -> None:
-    sites, targets = on_cuda.denoiser.sites(), CONFIG.adapter.targets
-    initial = import_lora(load_file(whole), sites, targets).tensors
+    initial = CONFIG.adapter.imported(load_file(whole), on_cuda.denoiser.sites()).tensors
     run = train(CONFIG, on_cuda.denoiser, data, tmp_path, initial=initial)
     assert run.step == CONFIG.steps and 0 < largest_difference(run.lora_path, whole) < 2
 

@@ -13,16 +13,9 @@ from torch import Tensor
 from transformers import Qwen3VLModel
 
 from ...demo.model_files import TOKEN_IDS, read_weights
+from ...families import Z_IMAGE
 from ...files.atomic import write_atomic
 from .demo_networks import new_text_encoder, new_transformer
-
-_COMFY_NAMES = {  # diffusers -> the single-file layout
-    "all_final_layer.2-1.": "final_layer.",
-    "all_x_embedder.2-1.": "x_embedder.",
-    ".attention.norm_k.": ".attention.k_norm.",
-    ".attention.norm_q.": ".attention.q_norm.",
-    ".attention.to_out.0.": ".attention.out.",
-}  # fmt: skip
 
 
 def transformer_to_single_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -30,17 +23,8 @@ def transformer_to_single_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
     The inverse of diffusers' reader; other tensors keep their shapes.
     """
-    out = {}
-    for name, value in state.items():
-        if ".attention.to_k." in name or ".attention.to_v." in name:
-            continue
-        if ".attention.to_q." in name:
-            parts = [state[name.replace(".to_q.", f".to_{x}.")] for x in "qkv"]
-            name, value = name.replace(".to_q.", ".qkv."), torch.cat(parts)
-        for ours, theirs in _COMFY_NAMES.items():
-            name = name.replace(ours, theirs)
-        out[name] = value
-    return out
+    assert Z_IMAGE.single_file is not None
+    return Z_IMAGE.single_file.from_diffusers(state)
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:

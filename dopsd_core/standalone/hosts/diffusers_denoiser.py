@@ -32,6 +32,10 @@ class DiffusersDenoiser(Generic[Transformer]):
         """dtype of the transformer."""
         return self.transformer.dtype
 
+    def network(self) -> nn.Module:
+        """The transformer."""
+        return self.transformer
+
     def sites(self) -> Sequence[LinearSite]:
         """Every Linear of the transformer."""
         return [_with_own_backward(site) for site in plain_linear_sites(self.transformer)]

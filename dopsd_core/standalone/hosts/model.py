@@ -17,6 +17,7 @@ from ...demo.model_files import SAMPLE_STEPS
 from ...demo.world import IMAGE_SIZE
 from ...denoiser import Denoiser
 from ...families import Z_IMAGE, Family, get_family
+from ...files.atomic import replaced_folder
 from ..model_options import DEMO, UNDISTILLED, ModelOptions
 from .demo import StandaloneDenoiser, load_demo_model, load_undistilled
 from .diffusers_encoder import DiffusersEncoder
@@ -86,6 +87,17 @@ class HostModel(Protocol):
         """What the user should know about these captions, one line each."""
         ...
 
+    def write_network(self, file: Path, folder: Path) -> bool:
+        """Writes the whole network that a training left in `file` as a folder in the host's own layout.
+
+        Returns False if the host has no such layout. An older folder is replaced when the new one is complete.
+
+        Raises:
+            ValueError: the file does not fit.
+            OSError: the folder cannot be written.
+        """
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class DemoHostModel:
@@ -136,6 +148,10 @@ class DemoHostModel:
         """The words that the model does not know."""
         unknown = self._model.encoder.unknown_words(captions)
         return [f"the demo model was not trained on these words: {', '.join(unknown)}"] if unknown else []
+
+    def write_network(self, file: Path, folder: Path) -> bool:
+        """False: the demo model is single files."""
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +268,14 @@ class DiffusersModel:
             f"{self.title} was not distilled for few steps, by its model_index.json: train {files.known.hub_id}, or "
             "use --objective sft and the LoRA on the distilled model"
         ]
+
+    def write_network(self, file: Path, folder: Path) -> bool:
+        """Writes the network in diffusers' layout; raises ValueError or OSError."""
+        is_single = self.family.single_file is not None
+        transformer = self._parts.trained_transformer(self._classes.transformer, file, is_single)
+        with replaced_folder(folder) as place:
+            transformer.save_pretrained(place)
+        return True
 
 
 def load_model(options: ModelOptions, sees: bool) -> HostModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,30 @@ class ModelParts:
         if file is None:
             folder = self.files.base / "transformer"
             return _loaded(folder, lambda: cls.from_pretrained(folder, torch_dtype=self.dtype, **extra))
-        state, base = read_plain([file], self.dtype), str(self.files.base)
+        return self._from_single_file(cls, file, self.dtype, extra)
+
+    def trained_transformer(self, cls: Any, file: Path, is_single: bool) -> Any:
+        """A whole network that a training wrote, on the CPU in the file's dtype.
+
+        is_single: whether it has the names of the original single file, or else diffusers'.
+
+        Raises:
+            ValueError: the weights do not fit.
+        """
+        state = read_plain([file], None)
+        dtype = next(iter(state.values())).dtype
+        if is_single:
+            return self._from_single_file(cls, file, dtype, {})
+        network = cls.from_config(cls.load_config(self.files.base, subfolder="transformer"))
+        _assign(network, state, file)
+        return network
+
+    def _from_single_file(self, cls: Any, file: Path, dtype: torch.dtype, extra: Mapping[str, Any]) -> Any:
+        state, base = read_plain([file], dtype), str(self.files.base)
         return _loaded(
             file,
             lambda: cls.from_single_file(
-                state, config=base, subfolder="transformer", torch_dtype=self.dtype, local_files_only=True, **extra
+                state, config=base, subfolder="transformer", torch_dtype=dtype, local_files_only=True, **extra
             ),
         )
 

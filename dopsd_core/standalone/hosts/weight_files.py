@@ -20,9 +20,9 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 def read_plain(
-    files: Sequence[Path], dtype: torch.dtype, wanted: Callable[[str], bool] = lambda name: True
+    files: Sequence[Path], dtype: torch.dtype | None, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Tensor]:
-    """Tensors in their own shapes by name, floating-point ones in `dtype`.
+    """Tensors in their own shapes by name, floating-point ones in `dtype`; None for the file's own, fp8 as fp32.
 
     fp8 weights are multiplied by their scales, under which names ComfyUI's files have them; prefixes of whole
     checkpoints are removed. wanted: of which names; scales follow their weights.
@@ -57,7 +57,7 @@ def _bare(name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
 
 
-def _plain(name: str, found: dict[str, Tensor], dtype: torch.dtype, file: Path) -> Tensor:
+def _plain(name: str, found: dict[str, Tensor], dtype: torch.dtype | None, file: Path) -> Tensor:
     value = found[name]
     if value.dtype in _FP8:
         layer = name.removesuffix(".weight")
@@ -65,4 +65,4 @@ def _plain(name: str, found: dict[str, Tensor], dtype: torch.dtype, file: Path) 
         value = value.to(torch.float32) if scale is None else value.to(torch.float32) * scale.to(torch.float32)
     elif not value.is_floating_point() and name.endswith(".weight"):
         raise ValueError(f"{file} is quantised to {value.dtype}: use a bf16 or fp8 file, and --quantise to save memory")
-    return value.to(dtype) if value.is_floating_point() else value
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
