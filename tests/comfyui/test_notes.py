@@ -50,14 +50,14 @@ def noted(comfyui: ComfyUI) -> Run:
 
 LINES = (
     "ema_decay 0.9 is not used: the teacher is frozen",
-    "grad_steps 9 is not used: there are 4 rollout_steps",
+    "grad_steps 9 is not used: there are 2 rollout_steps",
     "warmup 50 is cut to 5: the run has 6 steps",
     "vae is not used: preview_every is 0",
     "diffusion_model.x_embedder.diff_b",  # of initial_lora
-    "initial_lora was trained with the trigger 'zwx', the dataset has none",
+    "initial_lora was trained with the trigger 'zwx', the dataset has '[V7]'",
     "the MODEL's patched sampling (shift 7.5) is not used",
     "the MODEL has a guidance function, which training and previews do not use",
-    "changed from the preset demo model: steps 6 instead of 120, rank 4 instead of 16, warmup 50 instead of 10, "
+    "changed from the preset demo model: steps 6 instead of 60, rank 4 instead of 16, warmup 50 instead of 10, "
     "ema_decay 0.9 instead of 0.999",
 )
 
@@ -76,7 +76,7 @@ def test_the_report_says_how_the_run_went(comfyui: ComfyUI, noted: Run) -> None:
     report = report_of(comfyui, "noted")
     assert (report["state"], report["error"], report["step"], report["steps"]) == ("finished", "", 6, 6)
     assert report["relative_gap"] > 0 and f"gap to the teacher {report['relative_gap']:.3f}" in noted.texts("train")[-1]
-    assert report["teacher"] == "vlm" and report["trigger"] == "" and report["memory"] == "24 GB"
+    assert report["teacher"] == "vlm" and report["trigger"] == "[V7]" and report["memory"] == "24 GB"
     assert report["parameters"] == sum(tensor.numel() for tensor in noted.value("train").values())
     assert report["modules"] == len(noted.value("train")) / 2
 

@@ -127,7 +127,7 @@ def test_runs_of_release_0_2_are_found_again(comfyui: ComfyUI, presets: Any) -> 
             {"objective": "sft", "loss": "velocity", "grad_steps": 2, "anchor_probability": 0.3},
             "0dc344f6",
         ),
-        ("demo model", True, {"teacher": "frozen"}, "6da86ad1"),
+        ("demo model", True, {"teacher": "frozen", "rollout_steps": 4, "steps": 120}, "6da86ad1"),
         ("standard", True, {"teacher": "same", "ema_decay": 0.5, "deterministic": True}, "39838f3c"),
         ("paper", False, {"objective": "sft", "teacher": "frozen"}, "052a2d05"),
     ],
