@@ -9,9 +9,9 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from .conditioning.teachers import TEACHER_VIEWS
+from .conditioning.teachers import TEACHER_VIEWS, Background
 from .config import TrainConfig
 from .demo.settings import demo_config
 from .metrics.arguments import add_evaluate
@@ -258,6 +258,11 @@ def _add_view(parser: argparse.ArgumentParser) -> None:
         help="which image the teacher sees: the training image itself, or up to three others of the dataset in turn",
     )  # fmt: skip
     _add_teacher_view(parser)
+    parser.add_argument(
+        "--teacher-background", choices=get_args(Background), default="keep",
+        help="what the teacher sees around the subject of images with a mask, a.mask.png or their transparency; remove "
+        "leaves white (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--teacher-sentence", default="", metavar="TEXT",
         help="appended to the caption that the teacher reads, for edits; - for none; default: the view's own",

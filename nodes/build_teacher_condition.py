@@ -10,11 +10,11 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..dopsd_core.conditioning.cache import ConditionCache
-from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, TeacherView
+from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, Background, TeacherView
 from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.data.dataset import Pair
 from ..dopsd_core.training.regularisation import check_regularisation
-from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set
+from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set, mask_remarks
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
 from .comfy_host.embeddings import embedding_notes, embeddings_fingerprint
@@ -66,8 +66,10 @@ def build_conditions(
         on_encoded=_progress(),
     )
     prompts = encode_previews(texts, pairs, encoder, cache, teacher, teacher_image)
-    notes = length_notes(encoder, teacher, pairs, teacher_image, texts, dataset.report.source)
-    return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dataset.caption_dropout, notes)
+    lengths = length_notes(encoder, teacher, pairs, teacher_image, texts, dataset.report.source)
+    notes = (*lengths, *mask_remarks(pairs, teacher.background))
+    dropout = dataset.caption_dropout
+    return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dropout, notes, teacher_image)
 
 
 def _progress() -> Callable[[int, int, bool], None]:
@@ -160,23 +162,24 @@ class BuildTeacherCondition(io.ComfyNode):
         teacher_image: TeacherImage = "own",
         teacher_sentence="",
         regularisation: Dataset | None = None,
+        teacher_background: Background = "keep",
     ) -> io.NodeOutput:
         """Encodes the dataset and the prompts, and shows counts and notes on the node."""
         ordinary = () if regularisation is None else regularisation.report.pairs
-        pairs, others = dataset.report.pairs, () if regularisation is None else regularisation.notes
+        pairs, notes_on_them = dataset.report.pairs, () if regularisation is None else regularisation.notes
         remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
         remarks += [f"warning: {message}" for message in check_regularisation(ordinary, pairs, dataset.trigger)]
         sentence, warnings = put_trigger(teacher_sentence, dataset.trigger), Notes()
         with warnings.with_warnings():
-            encoder = new_encoder(clip, vae, vision)
-            teacher = teacher_for(encoder, mode, dataset.is_edits, sentence, teacher_image == "other")
+            encoder, others = new_encoder(clip, vae, vision), teacher_image == "other"
+            teacher = teacher_for(encoder, mode, dataset.is_edits, sentence, others, teacher_background)
             prompts = (teacher_image, preview_prompts, anchor_prompts, ordinary)
             conditions = build_conditions(dataset, encoder, ConditionCache(condition_cache()), teacher, *prompts)
         lost = embedding_notes(clip, named_texts((*pairs, *ordinary), sentence, preview_prompts, anchor_prompts))
         unused = unused_encoders(teacher, clip, vision)
         notes = Notes((*conditions.notes, *remarks, *lost, *unused, *encoder.notes, *warnings.lines))
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
-        return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *others, *notes.lines)))
+        return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *notes_on_them, *notes.lines)))
 
 
 def _inputs() -> list[Any]:
@@ -211,6 +214,12 @@ def _inputs() -> list[Any]:
             tooltip="Ordinary prompts, one per line, whose images should not change (prior anchor, against "
             "forgetting and leakage). Your captions without the trigger are used as well.",
         ),
+        *_optional_inputs(),
+    ]
+
+
+def _optional_inputs() -> list[Any]:
+    return [
         VisionSocket.Input(
             "vision",
             optional=True,
@@ -242,5 +251,15 @@ def _inputs() -> list[Any]:
             tooltip="Ordinary images with captions, which should not change, from a second Load Dataset. Their "
             "captions are prior anchors too; with the objective dreambooth the images are its class images, and none "
             "are drawn.",
+        ),
+        io.Combo.Input(
+            "teacher_background",
+            options=list(get_args(Background)),
+            default="keep",
+            optional=True,
+            advanced=True,
+            tooltip="What the teacher sees around the subject of images with a mask: a.mask.png beside a.png, white "
+            "where the subject is, or the image's transparency. keep: the whole image. blur, grey, remove (white): the "
+            "subject alone, so that it cannot copy the background. Look at Teacher Preview.",
         ),
     ]

@@ -103,7 +103,7 @@ def test_captions_of_other_images_are_no_near_misses(tmp_path: Path) -> None:
     pair(tmp_path / "more", "a.png", colour=(5, 5, 5))
     assert read(tmp_path).errors[0].message == "no caption: write it to a.txt beside it"
     mask = image_file(tmp_path / "more" / "a-mask.png", colour=(7, 7, 7))
-    assert "a mask of a.png? masks are not used" in messages(read(tmp_path).errors)[mask.name]
+    assert "a mask of a.png? rename it to a.mask.png, or move it out" in messages(read(tmp_path).errors)[mask.name]
     assert path.name in messages(read(tmp_path).errors)
 
 

@@ -15,6 +15,9 @@ from typing import Literal
 
 NO_SENTENCE = "-"
 
+Background = Literal["keep", "blur", "grey", "remove"]
+"""What the teacher sees around the subject, where an image has a mask; "remove" leaves white."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherView:
@@ -27,6 +30,7 @@ class TeacherView:
         of_others: replaces `sentence` where the teacher sees other images than the pair's own, which share only the
             subject.
         edits: whether student and teacher get the pair's source images as references; needs data with sources.
+        background: what it sees around the subject.
     """
 
     name: str
@@ -34,6 +38,7 @@ class TeacherView:
     sentence: str = ""
     of_others: str = ""
     edits: bool = False
+    background: Background = "keep"
 
     def text(self, caption: str) -> str:
         """The teacher's text for a caption."""
@@ -49,10 +54,24 @@ class TeacherView:
         """
         sentence = sentence.strip()
         if not sentence:
+            others = others or self.background != "keep"  # then the sentence may not name the background either
             return replace(self, sentence=self.of_others) if others and self.of_others else self
         if self.sees == "features" and sentence != NO_SENTENCE:
             raise ValueError(f"the teacher {self.name!r} reads only the caption; leave its sentence empty")
         return replace(self, sentence="" if sentence == NO_SENTENCE else sentence)
+
+    def with_background(self, background: Background) -> TeacherView:
+        """Sets what it sees around the subject; call it before `with_sentence`, whose default depends on it.
+
+        Raises:
+            ValueError: the teacher sees the wanted result of an edit, which is whole.
+        """
+        if self.edits and background != "keep":
+            raise ValueError(
+                f"the teacher {self.name!r} sees the wanted result of an edit, whose background belongs to it: set "
+                "teacher_background to keep"
+            )
+        return replace(self, background=background)
 
 
 VLM = TeacherView(name="vlm", sees="features")

@@ -109,7 +109,11 @@ class CaptionFiles:
             return away[:1], f"there is {away[0].relative_to(self.root)}: move it beside the image"
         masked = _MASK.sub("", image.stem)
         whole = self.images.get((image.parent, folded(masked))) if masked != image.stem else None
-        return [], f"a mask of {whole[0].name}? masks are not used, move it out of the folder" if whole else ""
+        return [], _of_a_mask(whole[0], image) if whole else ""
+
+
+def _of_a_mask(whole: Path, mask: Path) -> str:
+    return f"a mask of {whole.name}? rename it to {whole.stem}.mask{mask.suffix}, or move it out of the folder"
 
 
 def _grouped(items: Iterable[tuple[Key, Path]]) -> dict[Key, list[Path]]:

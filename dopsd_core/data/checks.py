@@ -11,6 +11,7 @@ from typing import Literal
 from .buckets import Bucket, cover_box, must_enlarge, nearest_bucket
 from .folder import Entry
 from .images import ImageError, decode, pixel_digest
+from .masks import masks_beside, read_mask
 from .problems import Problems
 
 MAX_LOSS = 0.2
@@ -25,19 +26,22 @@ class Fit:
         width: width in pixels.
         height: height in pixels.
         bucket: the size that it is trained at.
+        mask: the file that says where the subject is: a mask, or the image itself if it is transparent.
     """
 
     width: int
     height: int
     bucket: Bucket
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Looked:
-    """A decoded image's (width, height) and pixel digest."""
+    """A decoded image's (width, height), pixel digest, and whether it is transparent somewhere."""
 
     size: tuple[int, int]
     digest: str
+    has_alpha: bool
 
 
 @dataclass
@@ -83,7 +87,7 @@ class ImageChecker:
             if not enlarged and must_enlarge(*source.size, bucket):  # the target's warning is enough
                 self._warn_of_size(entry, path, source.size, f"its target's bucket {bucket}")
             self._warn_of_loss(entry, path, source.size, bucket, "its target's bucket")
-        return Fit(width, height, bucket)
+        return Fit(width, height, bucket, self._mask(entry, target))
 
     def _look(self, entry: Entry, path: Path) -> _Looked | None:
         real = self._inside(entry, path)
@@ -95,7 +99,7 @@ class ImageChecker:
             except ImageError as error:
                 self.looked[real] = str(error)
             else:
-                self.looked[real] = _Looked(decoded.image.size, pixel_digest(decoded.image))
+                self.looked[real] = _Looked(decoded.image.size, pixel_digest(decoded.image), decoded.alpha is not None)
                 if decoded.frames > 1:
                     self._note("warning", entry, path, f"animated: only the first of {decoded.frames} frames is used")
                 for remark in decoded.remarks:
@@ -105,6 +109,21 @@ class ImageChecker:
             self._note("error", entry, path, found)
             return None
         return found
+
+    def _mask(self, entry: Entry, target: _Looked) -> Path | None:
+        """The file with the mask, or None without one or after reporting what is wrong with it."""
+        masks = masks_beside(entry.image)
+        if len(masks) > 1:
+            names = ", ".join(path.name for path in masks)
+            self._note("error", entry, entry.image, f"{len(masks)} masks: {names}; keep one")
+        if len(masks) != 1 or self._inside(entry, masks[0]) is None:
+            return entry.image if target.has_alpha and not masks else None
+        try:
+            read_mask(masks[0], entry.image)
+        except ImageError as error:
+            self._note("error", entry, masks[0], str(error))
+            return None
+        return masks[0]
 
     def _is_repeated(self, entry: Entry, target: str, sources: tuple[str, ...]) -> bool:
         """Whether the image or edit is a duplicate, or the edit changes nothing. Several sources for one target are

@@ -48,6 +48,7 @@ class Pair:
         caption_file: the file that contains the captions.
         caption_line: the line of a JSONL file; None for a caption file.
         source_images: the source images of an edit, in order, cropped to the bucket of the target; empty for an image.
+        mask: the file that says where the subject is: a mask, or the image itself if it is transparent; or None.
     """
 
     image_path: Path
@@ -59,6 +60,7 @@ class Pair:
     caption_file: Path
     caption_line: int | None = None
     source_images: tuple[Path, ...] = ()
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ class DatasetReport:
             lines.append(f"  {repeated:4d} repeated, {sum(pair.repeats for pair in self.pairs)} visits per epoch")
         if sources:
             lines.append(f"  {len(sources):4d} source images, cropped to the buckets of their targets")
+        masked = sum(pair.mask not in (None, pair.image_path) for pair in self.pairs)
+        if masked:
+            lines.append(f"  {masked:4d} with a mask")
         varied = sum(len(pair.captions) > 1 for pair in self.pairs)
         if varied:
             lines.append(f"  {varied:4d} with several captions")
@@ -137,7 +142,8 @@ def read_dataset(
     Args:
         source: a folder of images with .txt captions of the same name (subfolders too; one named `10_anything` repeats
             its images 10 times, up to MAX_REPEATS); a folder of edits with such a folder target/ and the source images
-            at the same paths in source/; or a .jsonl file with one row per image or edit.
+            at the same paths in source/; or a .jsonl file with one row per image or edit. a.mask.png is the mask of
+            a.png (`masks.py`).
         pixel_budget: maximum number of pixels of a training image.
         multiple: the sides of a training image are multiples of it.
         trigger: replaces `[V]` in the captions; "" keeps `[V]`.
@@ -205,6 +211,7 @@ def _make_pair(entry: Entry, fit: Fit, trigger: str, repeats: int) -> Pair:
         caption_file=entry.caption_file,
         caption_line=entry.caption_line,
         source_images=entry.source_images,
+        mask=fit.mask,
     )
 
 

@@ -2,6 +2,7 @@
 
 photos/a.png            an image
 photos/a.txt            its caption
+photos/a.mask.png       its mask, if there is one (`masks.py`)
 
 edits/target/a.png      the target of an edit
 edits/target/a.txt      its instruction
@@ -21,6 +22,7 @@ from pathlib import Path
 from .caption_files import CaptionFiles, Place, composed, folded, place_of
 from .captions import CaptionError, Kind, read_caption_file
 from .images import SUFFIXES
+from .masks import is_named_as_mask, masks_beside
 from .problems import Problem, Problems
 from .repeats import NamedRepeats
 
@@ -63,7 +65,7 @@ def read_folder(folder: Path, problems: Problems) -> list[Entry]:
     In a folder with the subfolders source/ and target/ only these two are read, as edits.
     """
     files = [file for file in _walk(folder, problems) if _NO_DATA.fullmatch(file.name) is None]
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    images = _without_masks([file for file in files if file.suffix.lower() in SUFFIXES])
     halves = edit_folders(folder)
     captioned = images if halves is None else [file for file in images if file.is_relative_to(halves[1])]
     reader = _FolderReader(folder, files, CaptionFiles.sort(folder, files, captioned, SUFFIXES), problems)
@@ -74,6 +76,12 @@ def read_folder(folder: Path, problems: Problems) -> list[Entry]:
     reader.note_shared_captions()
     reader.note_unread()
     return entries
+
+
+def _without_masks(images: Sequence[Path]) -> list[Path]:
+    """The images without the masks of others among them."""
+    masks = {mask for image in images if not is_named_as_mask(image) for mask in masks_beside(image)}
+    return [image for image in images if image not in masks]
 
 
 def edit_folders(folder: Path) -> tuple[Path, Path] | None:

@@ -61,11 +61,13 @@ class Decoded:
         image: the first frame, with EXIF rotation applied; RGB in sRGB, 8 bits per channel.
         frames: number of frames in the file.
         remarks: warnings about what could not be decoded exactly.
+        alpha: the opacity as a grey image with EXIF rotation applied; None if the image is opaque everywhere.
     """
 
     image: Image.Image
     frames: int
     remarks: tuple[str, ...] = ()
+    alpha: Image.Image | None = None
 
 
 def read_image(path: Path) -> Image.Image:
@@ -96,7 +98,8 @@ def decode(path: Path, draft: int | None = None) -> Decoded:
         colours = colours_of(image, profile, parts.coding if parts else None)
         upright, turned = _upright(image)
         rgb, converted = _converted(upright, colours)
-        return Decoded(rgb, frames, tuple(remark for remark in (colours.remark, converted, turned) if remark))
+        remarks = tuple(remark for remark in (colours.remark, converted, turned) if remark)
+        return Decoded(rgb, frames, remarks, _alpha(upright))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -172,6 +175,13 @@ def _upright(image: Image.Image) -> tuple[Image.Image, str]:
     except Exception:  # damaged EXIF raises nearly anything
         return image, "its EXIF data is damaged: a rotation in it is not applied"
     return (image if method is None else image.transpose(method)), ""
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    if image.mode.startswith("I") or not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def _converted(image: Image.Image, colours: Colours) -> tuple[Image.Image, str]:

@@ -69,7 +69,9 @@ def encode_shown(
     requests = []
     for number, text in enumerate(texts):
         index = number % len(pairs)
-        requests.append(encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0]))
+        requests.append(
+            encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0], view.background)
+        )
     return encode_dataset(requests, model.encoder, cache, teacher=view)
 
 
@@ -80,8 +82,13 @@ def preview_texts(given: Sequence[str] | None, pairs: Sequence[Pair], trigger: s
     return list(dict.fromkeys(pair.captions[0] for pair in pairs[:MAX_PROMPTS]))
 
 
-def teacher_sheet(painter: Painter, shown: Sequence[DualCondition], pairs: Sequence[Pair]) -> Image.Image:
-    """Target, teacher and student of the untrained model side by side; for edits the source images too."""
+def teacher_sheet(
+    painter: Painter, shown: Sequence[DualCondition], pairs: Sequence[Pair], seen: Sequence[Tensor] = ()
+) -> Image.Image:
+    """Target, teacher and student of the untrained model side by side; for edits the source images too.
+
+    seen: what the teacher sees, [3, H, W] in [0, 1] each, if that is not the whole target.
+    """
     shapes, texts = [latent_shape(dual) for dual in shown], [dual.caption for dual in shown]
     teacher = painter.draw([dual.teacher for dual in shown], shapes)
     student = painter.draw([dual.student for dual in shown], shapes)
@@ -91,6 +98,7 @@ def teacher_sheet(painter: Painter, shown: Sequence[DualCondition], pairs: Seque
     rows = [
         *([Row("source", "the image before the edit", sources, texts)] if sources else []),
         Row("target", "the training image", targets, () if sources else texts),
+        *([Row("seen", "what the teacher sees", seen)] if seen else []),
         Row("teacher", "the untrained model,\nsees the image", teacher),
         Row("student", f"the untrained model,\n{reads}", student),
     ]

@@ -22,6 +22,7 @@ from ..image_grid import Row, contact_sheet, to_images
 from ..rollout import sample
 from ..training.rng import make_generator
 from ..training.saved_loras import SavedLora, saved_loras
+from ..training.training_set import mask_remarks, seen_images
 from .datasets import read_images
 from .hosts.demo import with_lora
 from .hosts.model import HostModel, load_model, sees_images
@@ -143,6 +144,8 @@ def run_teacher_preview(args: argparse.Namespace) -> int:
     shown = encode_shown(texts, report.pairs, model, None, view, args.teacher_image)
     painter = Painter(model, args.steps or model.sample_steps, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    teacher_sheet(painter, shown, pairs).save(args.output)
+    warn(mask_remarks(report.pairs, view.background))
+    seen = seen_images(report.pairs, len(pairs), args.teacher_image, view.background)
+    teacher_sheet(painter, shown, pairs, seen).save(args.output)
     say(f"{args.output}: the student can only become as good as the row of the teacher")
     return 0

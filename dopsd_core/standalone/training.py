@@ -27,7 +27,7 @@ from ..trainable import Trainable
 from ..training.log import StepReport
 from ..training.regularisation import check_regularisation
 from ..training.trainer import NoCallbacks, TrainResult, train
-from ..training.training_set import TrainingSet, build_training_set, latent_shape
+from ..training.training_set import TrainingSet, build_training_set, latent_shape, mask_remarks, require_masks
 from ..training.world import Peers, World
 from .accelerate_world import joined_world
 from .datasets import read_images, read_regularisation
@@ -119,6 +119,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
     if peers.is_first:
         say(report.describe())
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
+        warn(mask_remarks(report.pairs, view.background))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, args.trigger))
@@ -149,12 +150,14 @@ def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, opt
     """The teacher's view that the arguments select.
 
     Raises:
-        ValueError: the model does not support it.
+        ValueError: the model does not support it, or there are no masks for it.
     """
     edits = any(pair.source_images for pair in report.pairs)
     known = ("vlm",) if options.is_demo else family.teachers
     others = args.teacher_image == "other"
-    return choose_teacher(known, args.teacher_view, edits).with_sentence(args.teacher_sentence, others)
+    require_masks(report.pairs, args.teacher_background)
+    view = choose_teacher(known, args.teacher_view, edits).with_background(args.teacher_background)
+    return view.with_sentence(args.teacher_sentence, others)
 
 
 def _encoded(
@@ -245,6 +248,7 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
         "dopsd_base_fingerprint": prepared.model.fingerprint,
         "dopsd_trigger": args.trigger,
         "dopsd_teacher_sees": prepared.view.name,
+        **({"dopsd_teacher_background": view} if (view := prepared.view.background) != "keep" else {}),
         **({"dopsd_undistilled": args.model} if ModelOptions.of(args).is_undistilled else {}),
     }
 

@@ -23,11 +23,12 @@ from ..conditioning.encode import (
     encode_dataset,
     encode_texts,
 )
-from ..conditioning.teachers import VLM, TeacherView
+from ..conditioning.teachers import VLM, Background, TeacherView
 from ..data.buckets import Bucket
 from ..data.captions import put_trigger
 from ..data.dataset import Example, Pair, plan_encoding
 from ..data.images import ImageError, load_image
+from ..data.masks import load_mask, subject_alone
 from ..objectives import ClassImage
 from ..text import printable
 
@@ -139,16 +140,17 @@ def build_training_set(
     """
     _require_fit(pairs, teacher, teacher_image)
     plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
+    view = teacher.background
     shown = {id(pair): shown_to_teacher(pairs, index, teacher_image) for index, pair in enumerate(pairs)}
     requests, copies = [], []
     for pair, text in plan.requests:
         copies.append(range(len(requests), len(requests) + len(shown[id(pair)])))
-        requests += [encode_request(pair, text, other) for other in shown[id(pair)]]
+        requests += [encode_request(pair, text, other, view) for other in shown[id(pair)]]
     if heldout_caption is not None:
         text = put_trigger(heldout_caption, trigger)
         if any(text == caption for _, caption in plan.requests):
             raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
-        requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0]))
+        requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0], view))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
     ordinary = dict.fromkeys(caption for pair in regularisation for caption in pair.captions)
     prompts = [*(put_trigger(prompt, trigger) for prompt in anchor_prompts), *ordinary]
@@ -185,6 +187,7 @@ def _require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: Tea
         )
     if teacher_image == "other" and teacher.edits:
         raise ValueError("an edit has only one target: set teacher_image to own for the teacher edit_target")
+    require_masks(pairs, teacher.background)
     if teacher_image == "other" and len(pairs) < 2:
         raise ValueError("teacher_image other needs at least two images; add some, or set it to own")
 
@@ -213,14 +216,69 @@ def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[s
     return [*list(stripped) * repeats, *prompts]
 
 
-def encode_request(pair: Pair, caption: str, shown: Pair | None = None) -> EncodeRequest:
+def require_masks(pairs: Sequence[Pair], background: Background) -> None:
+    """Checks that the background can be changed.
+
+    Raises:
+        ValueError: no image has a mask.
+    """
+    if background != "keep" and all(pair.mask is None for pair in pairs):
+        raise ValueError(
+            f"teacher_background {background} needs masks, and no image has one: put a.mask.png beside a.png, white "
+            "where the subject is, or set it to keep"
+        )
+
+
+def mask_remarks(pairs: Sequence[Pair], background: Background) -> list[str]:
+    """Which masks are not used, and which images have none, as sentences."""
+    if background == "keep":
+        unused = sum(pair.mask not in (None, pair.image_path) for pair in pairs)
+        return [f"the masks of {unused} images are not used: teacher_background is keep"] if unused else []
+    lacking = sum(pair.mask is None for pair in pairs)
+    return [f"{lacking} of {len(pairs)} images have no mask: the teacher sees them whole"] if lacking else []
+
+
+def encode_request(
+    pair: Pair, caption: str, shown: Pair | None = None, background: Background = "keep"
+) -> EncodeRequest:
     """A request for the pair with a caption; source images are cropped like the target, as by the authors.
 
-    shown: the pair whose image the teacher sees; None for the same pair.
+    Args:
+        shown: the pair whose image the teacher sees; None for the same pair.
+        background: what the teacher sees around the subject, where that image has a mask.
     """
     sources = tuple(_image_input(path, pair.bucket) for path in pair.source_images)
-    other = None if shown is None or shown is pair else _image_input(shown.image_path, shown.bucket)
+    seen, is_whole = shown or pair, background == "keep" or (shown or pair).mask is None
+    other = None if seen is pair and is_whole else seen_by_teacher(seen, background)
     return EncodeRequest(_image_input(pair.image_path, pair.bucket), caption, sources, other)
+
+
+def seen_images(pairs: Sequence[Pair], count: int, teacher_image: TeacherImage, background: Background) -> list[Tensor]:
+    """What the teacher sees for the first `count` pairs, [3, H, W] in [0, 1] each; none if it sees whole images."""
+    if background == "keep":
+        return []
+    seen = [shown_to_teacher(pairs, index, teacher_image)[0] for index in range(min(count, len(pairs)))]
+    return [seen_by_teacher(pair, background).load() for pair in seen]
+
+
+def seen_by_teacher(pair: Pair, background: Background) -> ImageInput:
+    """The pair's image as the teacher sees it: the subject alone, where there is a mask."""
+    whole, mask = _image_input(pair.image_path, pair.bucket), pair.mask
+    if background == "keep" or mask is None:
+        return whole
+    digest = digest_bytes(mask.read_bytes())
+
+    def load() -> Tensor:
+        image = whole.load()
+        try:
+            subject = load_mask(mask, pair.image_path, pair.bucket)
+        except ImageError as error:
+            raise ImageError(printable(f"{mask}: {error}")) from error
+        if digest_bytes(mask.read_bytes()) != digest:
+            raise ImageError(printable(f"{mask} was changed while the dataset was being encoded: run again"))
+        return subject_alone(image, subject, background)
+
+    return ImageInput(whole.digest, load, {**whole.settings, "background": background, "mask": digest})
 
 
 def _image_input(path: Path, bucket: Bucket) -> ImageInput:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...dopsd_core.conditioning.cache import plain_cpu
 from ...dopsd_core.conditioning.encode import Condition
-from ...dopsd_core.conditioning.teachers import TeacherView, choose_teacher
+from ...dopsd_core.conditioning.teachers import Background, TeacherView, choose_teacher
 from .embeddings import EMBEDDING
 from .families import family_of_clip, in_comfyui, without_time
 from .fits import require_training_vae
@@ -28,17 +28,27 @@ from .vision import (
 )
 
 
-def teacher_for(encoder: ComfyEncoder, mode: str, edits: bool, sentence: str, others: bool = False) -> TeacherView:
+def teacher_for(
+    encoder: ComfyEncoder,
+    mode: str,
+    edits: bool,
+    sentence: str,
+    others: bool = False,
+    background: Background = "keep",
+) -> TeacherView:
     """The teacher that `mode` selects for the encoder's family, with the user's sentence.
 
     Args:
         edits: whether the dataset has source images.
         others: whether the teacher sees other images than the one being trained.
+        background: what it sees around the subject of images with a mask.
 
     Raises:
-        ValueError: there is no such teacher, or it needs a vision tower and none is connected.
+        ValueError: there is no such teacher, it sees edits with another background, or it needs a vision tower and
+            none is connected.
     """
-    teacher = choose_teacher(encoder.family.teachers, mode, edits).with_sentence(sentence, others)
+    chosen = choose_teacher(encoder.family.teachers, mode, edits).with_background(background)
+    teacher = chosen.with_sentence(sentence, others)
     if teacher.sees == "features":
         encoder.require_vision()
     return teacher

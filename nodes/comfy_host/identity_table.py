@@ -194,6 +194,7 @@ _RUN = (
         vision="Build Teacher Condition: as in the table of vision",
         mode="Build Teacher Condition: the teacher that it selects",
         teacher_image="Build Teacher Condition: which image the teacher sees",
+        teacher_background="Build Teacher Condition: what the teacher sees around the subject, and the masks",
         teacher_sentence="Build Teacher Condition: the sentence that only the teacher reads",
         anchor_prompts="Build Teacher Condition: they are trained on",
         regularisation="Build Teacher Condition: its images and captions, which may be trained on",

@@ -25,6 +25,7 @@ import folder_paths
 from ...dopsd_core.data.folder import ROW_SUFFIXES, edit_folders
 from ...dopsd_core.data.images import SUFFIXES
 from ...dopsd_core.data.jsonl import read_jsonl
+from ...dopsd_core.data.masks import masks_beside
 from ...dopsd_core.data.problems import Problems
 from ...dopsd_core.demo.concept import make_concept, write_dataset
 from ...dopsd_core.files.disk import writing
@@ -124,9 +125,11 @@ def _files_of(source: Path) -> Iterator[str]:
     if is_rows and (root := allowed_root(source)):
         entries = read_jsonl(source, Problems())
         named = {os.path.normpath(path) for entry in entries for path in (entry.image, *entry.source_images)}
-        yield from sorted(
+        images = sorted(
             path for path in named if Path(path).is_relative_to(root) and not Path(path).is_relative_to(folder)
         )
+        yield from images
+        yield from (str(mask) for image in images for mask in masks_beside(Path(image)))
 
 
 def stamp_of(path: Path | str) -> tuple[str, int, int, int]:

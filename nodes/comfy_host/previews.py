@@ -21,7 +21,13 @@ from ...dopsd_core.image_grid import Row, contact_sheet
 from ...dopsd_core.rollout import sample
 from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.rng import make_generator
-from ...dopsd_core.training.training_set import TeacherImage, encode_request, latent_shape, shown_to_teacher
+from ...dopsd_core.training.training_set import (
+    TeacherImage,
+    encode_request,
+    latent_shape,
+    seen_images,
+    shown_to_teacher,
+)
 from .denoiser import ComfyDenoiser
 from .sampling import decode_image
 from .sockets import Conditions, PreviewPrompt
@@ -68,20 +74,23 @@ def encode_previews(
     requests = []
     for number, text in enumerate(texts):
         index = number % len(pairs)
-        requests.append(encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0]))
+        requests.append(
+            encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0], teacher.background)
+        )
     encoded = encode_dataset(requests, encoder, cache, teacher=teacher)
     return tuple(PreviewPrompt(dual.caption, dual.student, dual.teacher, latent_shape(dual)) for dual in encoded)
 
 
 def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -> Image.Image:
     """A sheet with target, teacher and student of the untrained model for the first `count` training images; for edits
-    the source images too."""
+    the source images too, and what the teacher sees if that is not the whole image."""
     data = conditions.data
     chosen = [data.pairs[example.variants[0]] for example in data.examples[:count]]
     shapes = [latent_shape(pair) for pair in chosen]
     shown = conditions.pairs[:count]
     targets = [load_image(pair.image_path, pair.bucket) for pair in shown]
     sources = [load_image(pair.source_images[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
+    seen = seen_images(conditions.pairs, len(shown), conditions.teacher_image, conditions.teacher.background)
     with painter.denoiser.loaded((1, *shapes[0])):
         teacher = painter.draw([pair.teacher for pair in chosen], shapes)
         painter.denoiser.load((1, *shapes[0]))  # decoding may have unloaded it
@@ -90,6 +99,7 @@ def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -
     rows = [
         *([Row("source", "the image before the edit", sources, texts)] if sources else []),
         Row("target", "the training image", targets, () if sources else texts),
+        *([Row("seen", "what the teacher sees", seen)] if seen else []),
         Row("teacher", "the untrained model,\nsees the image", teacher),
         Row("student", f"the untrained model,\n{reads}", student),
     ]

@@ -13,7 +13,7 @@ from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.dataset import DatasetReport, Pair
 from ...dopsd_core.families import Family
-from ...dopsd_core.training.training_set import TrainingSet
+from ...dopsd_core.training.training_set import TeacherImage, TrainingSet
 
 if TYPE_CHECKING:
     from .vision import TeacherVision
@@ -91,6 +91,7 @@ class Conditions:
         trigger: as in `Dataset`.
         caption_dropout: as in `Dataset`.
         notes: for the user, one line each.
+        teacher_image: whether the teacher sees the image being trained, or others.
     """
 
     family: Family
@@ -101,6 +102,7 @@ class Conditions:
     trigger: str
     caption_dropout: float
     notes: tuple[str, ...] = ()
+    teacher_image: TeacherImage = "own"
 
     def describe(self) -> str:
         """The counts, as text for the node."""

@@ -193,6 +193,7 @@ def _metadata(model: Any, fingerprint: str, conditions: Conditions, run_name: st
         "dopsd_base_fingerprint": fingerprint,
         "dopsd_trigger": conditions.trigger,
         "dopsd_teacher_sees": conditions.teacher.name,
+        **({"dopsd_teacher_background": seen} if (seen := conditions.teacher.background) != "keep" else {}),
         "dopsd_name": run_name,
         "dopsd_resolution": _resolution(conditions),
         **({"dopsd_undistilled": reason} if (reason := why_undistilled(model)) else {}),

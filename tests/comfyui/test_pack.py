@@ -19,7 +19,8 @@ FROZEN = {
     ),
     "DOPSD_BuildTeacherCondition": (
         "dataset:DOPSD_DATASET clip:CLIP vae:VAE mode:COMBO? preview_prompts:STRING? anchor_prompts:STRING?"
-        " vision:DOPSD_VISION? teacher_image:COMBO? teacher_sentence:STRING? regularisation:DOPSD_DATASET?",
+        " vision:DOPSD_VISION? teacher_image:COMBO? teacher_sentence:STRING? regularisation:DOPSD_DATASET?"
+        " teacher_background:COMBO?",
         "conditions:DOPSD_CONDITIONS",
     ),
     "DOPSD_TeacherPreview": (

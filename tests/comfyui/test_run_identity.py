@@ -27,6 +27,7 @@ INPUTS: dict[str, tuple[str, Any]] = {
     "repeats": ("data", 2),
     "caption_dropout": ("data", 0.5),
     "teacher_image": ("conditions", "other"),
+    "teacher_background": ("conditions", "grey"),
     "anchor_prompts": ("conditions", "a badge, top, on a sand background"),
     "preview_prompts": ("conditions", "a [V] badge, middle, on a navy background\na badge"),
     "run_name": ("train", "another"),
@@ -74,6 +75,9 @@ def folders(comfyui: ComfyUI) -> Iterator[None]:
         folder.mkdir()
         for number, colour in enumerate(("red", "blue")):
             Image.new("RGB", (64, 64), colour).save(folder / f"{number}.png")
+            Image.new("L", (64, 64), 255).transform(
+                (64, 64), Image.Transform.AFFINE, (1, 0, 32, 0, 1, 0), fillcolor=0
+            ).save(folder / f"{number}.mask.png")
             (folder / f"{number}.txt").write_text(f"a [V] badge, {number}", encoding="utf-8")
     yield
     for name in (FOLDER, "identity_copies"):
