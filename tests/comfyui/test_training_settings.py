@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,52 @@ def test_what_is_changed_is_what_is_trained_with(
     config = comfyui.module("nodes.comfy_host.presets").make_config(preset, given.family, True, given.changes)
     found = comfyui.core("options").flattened(config)
     assert {name: found[name] for name in wanted} == wanted
+
+
+ORDER = (
+    *("model_family", "preset", "objective", "grad_steps", "loss", "anchor_probability", "sft_sigmas", "sft_shift"),
+    *("adapter", "targets", "rank", "alpha", "optimizer", "lr", "weight_decay", "schedule", "warmup", "teacher"),
+    *("ema_decay", "batch_size", "grad_accumulation", "max_grad_norm", "rollout_steps", "checkpoint_every"),
+    *("keep_checkpoints", "probe_every", "probe_pairs", "deterministic"),
+    *("states", "regression_target", "magnitude_weight", "band_low", "band_high", "sft_anchor_probability"),
+    *("dreambooth_sigmas", "dreambooth_shift", "dreambooth_prior_weight", "dreambooth_class_images", "pso_form"),
+    *("pso_beta", "pso_loser_images", "factor", "muon_momentum", "prodigy_lr", "prodigy_weight_decay"),
+    *("prodigy_d_coef", "prodigy_safeguard_warmup", "custom_path", "custom_options", "custom_lr"),
+)
+
+
+def test_widgets_stay_in_their_places(comfyui: ComfyUI) -> None:
+    """Saved graphs fill them in by position: what is new is at the end."""
+    inputs = comfyui.pack_nodes["DOPSD_TrainingSettings"].define_schema().inputs
+    assert tuple(entry.id for entry in inputs)[: len(ORDER)] == ORDER
+
+
+def test_each_option_that_is_changed_is_taken(comfyui: ComfyUI, settings: Any) -> None:
+    shown = filled_widgets(comfyui)
+    for option in settings.listed_options():
+        name, value = option.name, shown[option.name]
+        if option.choices:
+            other = next(choice for choice in option.choices if choice != value)
+        elif option.kind is bool:
+            other = not value
+        elif option.kind is str or option.is_many:
+            other = "x"
+        else:
+            other = value + 1
+        changes = dict(settings.settings_from("Z-Image-Turbo", "standard", {**shown, name: other}).changes)
+        if name == "rank":
+            assert changes.pop("alpha") == shown["alpha"]
+        assert changes == {name: ("x",) if option.is_many else other}, name
+
+
+def test_what_a_family_has_is_shown(comfyui: ComfyUI, settings: Any) -> None:
+    for title, family in settings.FAMILY_TITLES.items():
+        shown = filled_widgets(comfyui, title)
+        assert shown["targets"] == ", ".join(family.lora_targets) and shown["targets"]
+        assert shown["rollout_steps"] == shown["grad_steps"] == family.rollout_steps
+    slower = replace(family, rollout_steps=8)
+    values = settings.filled("standard", slower)
+    assert values["rollout_steps"] == values["grad_steps"] == 8
 
 
 def with_settings(comfyui: ComfyUI, run_name: str, family: str = "Z-Image-Turbo", **widgets: Any) -> dict[str, Any]:
