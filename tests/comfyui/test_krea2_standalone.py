@@ -103,3 +103,12 @@ def test_comfyuis_single_file_of_the_transformer(comfyui: ComfyUI, hosts: Simple
     wanted = hosts.denoiser.transformer.state_dict()
     assert known.family == "krea2" and got.keys() == wanted.keys()
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+def test_images_of_a_report_card_have_no_time_axis(comfyui: ComfyUI, hosts: SimpleNamespace) -> None:
+    lora = SimpleNamespace(vae=hosts.vae, model=hosts.model)
+    painter = comfyui.module("nodes.comfy_host.card")._Painter(lora, 8, lambda: None)
+    latent = torch.randn(1, 16, 1, 6, 8, generator=torch.Generator().manual_seed(2))
+    drawn = in_comfyui(comfyui, painter._decode, latent)
+    wanted = in_comfyui(comfyui, hosts.vae.decode, latent)[0, 0].permute(2, 0, 1)
+    assert drawn.shape == (3, 48, 64) and twins.relative(drawn.float(), wanted.float().clamp(0, 1)) < 1e-3
