@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Finds the rates, runs all trials and writes the section."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for what is done so far")
-    for name, default in (("steps", 300), ("images", 320), ("prompts", 256), ("domains", 3), ("seeds", 2), ("jobs", 2)):
+    for name, default in (("steps", 100), ("images", 320), ("prompts", 256), ("domains", 3), ("seeds", 2), ("jobs", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
     parser.add_argument("--dry", action="store_true", help="print the table instead of writing docs/results.md")
