@@ -20,11 +20,15 @@ from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.adapters.full_weights import FullWeights
 from dopsd_core.conditioning.encode import Condition
 from dopsd_core.config import ConfigError, TrainConfig
+from dopsd_core.families import Z_IMAGE
 from dopsd_core.memory.activation_checkpointing import checkpointed
+from dopsd_core.memory.footprint import estimate
 from dopsd_core.objectives import DOPSD
-from dopsd_core.optimizers import OPTIMIZERS
+from dopsd_core.optimizers import OPTIMIZERS, AdamW, Optimizer
+from dopsd_core.optimizers.adamw8bit import AdamW8bit
 from dopsd_core.optimizers.base import evaluating
 from dopsd_core.rollout import euler_step
+from dopsd_core.teachers import EmaTeacher, FrozenTeacher, Teacher
 from dopsd_core.training.checkpoint import load_checkpoint
 from dopsd_core.training.run import Run
 from dopsd_core.training.trainer import NoCallbacks, train
@@ -409,6 +413,37 @@ def test_the_sizes_are_those_of_the_network() -> None:
     assert config.adapter.trained(denoiser) == (len(sizes), sum(sizes))
     assert sum(sizes) == sum(parameter.numel() for parameter in denoiser.net.parameters())
     assert [config.adapter.cast_bytes(*case) for case in ((2, True), (2, False), (4, True))] == [4, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "teacher", "optimizer", "per_weight"),
+    [
+        (torch.bfloat16, EmaTeacher(), AdamW(), 24),
+        (torch.bfloat16, FrozenTeacher(), AdamW(), 18),
+        (torch.bfloat16, FrozenTeacher(), AdamW8bit(), 12),
+        (torch.float32, EmaTeacher(), AdamW(), 20),
+    ],
+)
+def test_the_planned_memory(dtype: torch.dtype, teacher: Teacher, optimizer: Optimizer, per_weight: int) -> None:
+    """Bytes per weight besides the network itself; no weight is cast in a forward."""
+    denoiser = InDtype(dtype)
+    count = sum(parameter.numel() for parameter in denoiser.net.parameters())
+    planned = estimate(
+        denoiser, Z_IMAGE, Full(), (16, 5), (16, 8), 0, itemsize=dtype.itemsize, weights_of_teacher=teacher,
+        optimizer=optimizer,
+    )  # fmt: skip
+    assert planned.lora + planned.training == per_weight * count
+    held = FullWeights(denoiser.network(), teacher)._weights
+    tensors = {
+        id(t): t for trained in held for t in (trained.master, trained.student, trained.average, trained.teacher)
+    }
+    own = sum(value.nbytes for value in tensors.values() if value is not None)
+    assert own == (per_weight - 4 - optimizer.bytes_per_parameter) * count
+    lora_blocks = estimate(denoiser, Z_IMAGE, lora(), (16, 5), (16, 8), 0, itemsize=dtype.itemsize).blocks
+    assert all(
+        ours.kept <= theirs.kept and ours.entry == theirs.entry
+        for ours, theirs in zip(planned.blocks, lora_blocks, strict=True)
+    )
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
