@@ -14,13 +14,14 @@ from ..dopsd_core.adapters import Lora
 from ..dopsd_core.adapters.lora_file import save_lora, save_peft
 from ..dopsd_core.files.atomic import write_atomic
 from ..dopsd_core.files.disk import writing
+from ..dopsd_core.files.lock import one_at_a_time
 from ..dopsd_core.sharing.model_card import model_card
 from ..dopsd_core.sharing.model_spec import Description
 from ..dopsd_core.sharing.thumbnail import jpeg_thumbnail
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
 from .comfy_host.lora_header import header_for, trigger_of
-from .comfy_host.paths import lora_file_path, require_lora_name, shown
+from .comfy_host.paths import lora_file_path, require_lora_name, saving_lock, shown
 from .comfy_host.sockets import CATEGORY
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -85,10 +86,20 @@ class SaveLoRA(io.ComfyNode):
     @checked
     def execute(cls, lora, filename_prefix, dtype, peft_folder, hub_folder, thumbnail=None, **said) -> io.NodeOutput:
         """Writes the file and shows its name, size and trigger; `said` are the texts for others by id."""
-        path, given = lora_file_path(filename_prefix), Description(**said, thumbnail=_jpeg(thumbnail))
-        lines = written(path, lora, DTYPES[dtype], given, peft_folder, hub_folder)
+        given = Description(**said, thumbnail=_jpeg(thumbnail))
+        path, lines = saved(filename_prefix, lora, DTYPES[dtype], given, peft_folder, hub_folder)
         send_text(cls, "\n".join(lines))
         return io.NodeOutput(str(path))
+
+
+def saved(prefix: str, lora: Mapping[str, Tensor], *how: Any) -> tuple[Path, list[str]]:
+    """The next free path of `lora_file_path` and what `written` says of it; `lora` and `how` as there.
+
+    Two servers on one output folder take turns: they would find the same number, and one LoRA would be lost.
+    """
+    with one_at_a_time(saving_lock()):
+        path = lora_file_path(prefix)
+        return path, written(path, lora, *how)
 
 
 def written(

@@ -4,17 +4,21 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from dopsd_core.files.atomic import write_atomic
+from dopsd_core.files.lock import FolderInUse, one_at_a_time
 
 ROOT = Path(__file__).parent.parent
 STUCK = """
 import os, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from dopsd_core.files.atomic import write_atomic
+from dopsd_core.files.lock import FolderInUse, one_at_a_time
 os.fsync = lambda descriptor: (print("writing", flush=True), time.sleep(60))
 write_atomic(Path(sys.argv[1]), b"half")
 """
@@ -88,3 +92,20 @@ def test_a_name_with_wildcards_is_meant_as_it_is(tmp_path):
     (tmp_path / ".a.0123456789abcdef.tmp").write_bytes(b"of another file")
     write_atomic(tmp_path / "[ab]*", b"new")
     assert sorted(file.name for file in tmp_path.iterdir()) == [".a.0123456789abcdef.tmp", "[ab]*"]
+
+
+def test_who_saves_at_the_same_time_waits_and_says_so_if_it_takes_too_long(tmp_path):
+    lock, order = tmp_path / ".saving", []
+
+    def second() -> None:
+        with one_at_a_time(lock):
+            order.append("second")
+
+    with ThreadPoolExecutor(1) as thread:
+        with one_at_a_time(lock):
+            with pytest.raises(FolderInUse, match="another process is writing into"), one_at_a_time(lock, seconds=0.0):
+                pass
+            waiting = thread.submit(second)
+            order.append("first")
+        waiting.result()
+    assert order == ["first", "second"]

@@ -1,8 +1,11 @@
-"""A lock on a folder: two trainers in the same folder would remove each other's checkpoints."""
+"""Locks: two trainers in the same folder would remove each other's checkpoints, two savers take the same number."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -42,6 +45,28 @@ class FolderLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+@contextmanager
+def one_at_a_time(path: Path, seconds: float = 120.0) -> Iterator[None]:
+    """Inside the `with` block, no other process or thread is in such a block with this lock file; waits for them.
+
+    It has no effect on file systems without locks.
+
+    Args:
+        path: the lock file; it stays.
+        seconds: how long to wait.
+
+    Raises:
+        FolderInUse: another one did not finish in that time.
+    """
+    deadline = time.monotonic() + seconds
+    with path.open("ab") as file:
+        while try_lock(file) is False:
+            if time.monotonic() > deadline:
+                raise FolderInUse(f"another process is writing into {path.parent}; wait for it, or stop it")
+            time.sleep(0.02)
+        yield
 
 
 def try_lock(file: IO[bytes]) -> bool | None:

@@ -291,6 +291,19 @@ def lora_file_path(prefix: str) -> Path:
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
+def saving_lock() -> Path:
+    """The file that is locked while a LoRA is saved into ComfyUI's output folder; creates its folder.
+
+    Raises:
+        DiskError: it cannot be created.
+    """
+    folder = Path(folder_paths.get_output_directory()) / "dopsd"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".saving").touch()
+    return folder / ".saving"
+
+
 def require_lora_name(prefix: str) -> list[str]:
     """The parts of a `filename_prefix` for `lora_file_path`; writes nothing.
 

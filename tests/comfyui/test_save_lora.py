@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +273,20 @@ def test_a_file_in_the_place_of_the_folder_is_named(comfyui, save) -> None:
     (comfyui.output / "a_file").write_text("x")
     run = save(prefix="a_file/mine")
     assert run.status == "error" and "a_file" in run.error and run.error.endswith("check the disk and the folder")
+
+
+def test_two_that_save_at_once_get_a_file_each(comfyui, tensors, monkeypatch) -> None:
+    """Two servers on one output folder: the second would find the first one's number free, and replace its LoRA."""
+    module = comfyui.module("nodes.save_lora")
+    write = module.write_lora
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.3)
+        return write(*given)
+
+    monkeypatch.setattr(module, "write_lora", slowly)
+    how = (torch.float32, module.Description(), False, False)
+    with ThreadPoolExecutor(3) as threads:
+        found = [threads.submit(module.saved, "loras/at_once", tensors, *how) for _ in range(3)]
+        paths = {str(each.result()[0]) for each in found}
+    assert len(paths) == 3 == len(list((comfyui.output / "loras").glob("at_once_*.safetensors")))
