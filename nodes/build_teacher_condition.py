@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import comfy.utils
@@ -27,28 +27,57 @@ from .comfy_host.sockets import CATEGORY, Conditions, ConditionsSocket, Dataset,
 from .comfy_host.vision import has_tower
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the node was asked for besides images and models, by the names of its inputs.
+
+    Attributes:
+        mode: how the teacher sees the images.
+        preview_prompts: the prompts for previews, one per line.
+        anchor_prompts: the prompts for the prior anchor, one per line.
+        teacher_image: which image the teacher sees.
+        teacher_sentence: the sentence that only the teacher reads.
+        teacher_background: what the teacher sees around the subject.
+    """
+
+    mode: str
+    preview_prompts: str
+    anchor_prompts: str
+    teacher_image: TeacherImage
+    teacher_sentence: str
+    teacher_background: Background
+
+    def sentence(self, trigger: str) -> str:
+        """The teacher's sentence with `[V]` replaced."""
+        return put_trigger(self.teacher_sentence, trigger)
+
+    def teacher(self, encoder: ComfyEncoder, dataset: Dataset) -> TeacherView:
+        """The teacher for the encoder's family and this dataset.
+
+        Raises:
+            ValueError: there is no such teacher, or it lacks a vision tower.
+        """
+        sentence, others = self.sentence(dataset.trigger), self.teacher_image == "other"
+        return teacher_for(encoder, self.mode, dataset.is_edits, sentence, others, self.teacher_background)
+
+
 def build_conditions(
     dataset: Dataset,
+    regularisation: Sequence[Pair],
     encoder: ComfyEncoder,
     cache: ConditionCache,
     teacher: TeacherView,
-    teacher_image: TeacherImage,
-    previews: str,
-    anchors: str,
-    regularisation: Sequence[Pair] = (),
+    wanted: Wanted,
 ) -> Conditions:
     """Everything that training and previews need, encoded or read from the cache.
 
-    Args:
-        previews: the prompts for previews, one per line.
-        anchors: the prompts for the prior anchor, one per line.
-        regularisation: ordinary images, whose captions are prior anchors too.
+    regularisation: ordinary images, whose captions are prior anchors too.
 
     Raises:
         ValueError: the dataset does not fit the teacher, or a prompt is not valid text.
     """
     pairs = dataset.report.pairs
-    texts = preview_texts(previews, pairs, dataset.trigger)
+    texts = preview_texts(wanted.preview_prompts, pairs, dataset.trigger)
     trained = {caption for pair in pairs for caption in pair.captions}
     unseen = next((text for text in texts if text not in trained), None)
     data: TrainingSet = build_training_set(
@@ -56,20 +85,27 @@ def build_conditions(
         encoder,
         cache,
         teacher=teacher,
-        teacher_image=teacher_image,
+        teacher_image=wanted.teacher_image,
         trigger=dataset.trigger,
         caption_dropout=dataset.caption_dropout > 0,
         anchors=True,
-        anchor_prompts=split_lines(anchors),
+        anchor_prompts=split_lines(wanted.anchor_prompts),
         regularisation=regularisation,
         heldout_caption=unseen,
         on_encoded=_progress(),
     )
-    prompts = encode_previews(texts, pairs, encoder, cache, teacher, teacher_image)
-    lengths = length_notes(encoder, teacher, pairs, teacher_image, texts, dataset.report.source)
-    notes = (*lengths, *mask_remarks(pairs, teacher.background))
-    dropout = dataset.caption_dropout
-    return Conditions(encoder.family, teacher, data, pairs, prompts, dataset.trigger, dropout, notes, teacher_image)
+    lengths = length_notes(encoder, teacher, pairs, wanted.teacher_image, texts, dataset.report.source)
+    return Conditions(
+        family=encoder.family,
+        teacher=teacher,
+        data=data,
+        pairs=pairs,
+        previews=encode_previews(texts, pairs, encoder, cache, teacher, wanted.teacher_image),
+        trigger=dataset.trigger,
+        caption_dropout=dataset.caption_dropout,
+        notes=(*lengths, *mask_remarks(pairs, teacher.background)),
+        teacher_image=wanted.teacher_image,
+    )
 
 
 def _progress() -> Callable[[int, int, bool], None]:
@@ -82,16 +118,16 @@ def _progress() -> Callable[[int, int, bool], None]:
     return show
 
 
-def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> list[str]:
+def prompt_remarks(wanted: Wanted, trigger: str) -> list[str]:
     """Warnings about the texts that a user typed.
 
     Raises:
         ValueError: a text has characters that are not valid.
     """
     texts = {
-        "preview prompt": split_lines(previews),
-        "anchor prompt": split_lines(anchors),
-        "teacher_sentence": [sentence],
+        "preview prompt": split_lines(wanted.preview_prompts),
+        "anchor prompt": split_lines(wanted.anchor_prompts),
+        "teacher_sentence": [wanted.teacher_sentence],
     }
     found = [remark for what, prompts in texts.items() for remark in check_prompts(prompts, what, trigger)]
     for number, prompt in enumerate(texts["anchor prompt"], 1):
@@ -99,15 +135,20 @@ def prompt_remarks(previews: str, anchors: str, sentence: str, trigger: str) -> 
             found.append(
                 f"anchor prompt {number}: it names the concept, so training would suppress it: remove the name"
             )
-    return [f"warning: {message}" for message in found]
+    return found
 
 
-def named_texts(pairs: Sequence[Pair], sentence: str, previews: str, anchors: str) -> Iterator[tuple[str, str]]:
-    """(what it is, the text) of every text that is encoded, for notes; pairs: with the regularisation images."""
+def named_texts(pairs: Sequence[Pair], wanted: Wanted, sentence: str) -> Iterator[tuple[str, str]]:
+    """(what it is, the text) of every text that is encoded, for notes.
+
+    Args:
+        pairs: with the regularisation images.
+        sentence: the teacher's.
+    """
     for pair in pairs:
         yield from ((f"the caption of {pair.image_path.name}", caption) for caption in pair.captions)
-    yield from ((f"preview prompt {number}", text) for number, text in enumerate(split_lines(previews), 1))
-    yield from ((f"anchor prompt {number}", text) for number, text in enumerate(split_lines(anchors), 1))
+    for kind, texts in (("preview", wanted.preview_prompts), ("anchor", wanted.anchor_prompts)):
+        yield from ((f"{kind} prompt {number}", text) for number, text in enumerate(split_lines(texts), 1))
     yield "teacher_sentence", sentence
 
 
@@ -151,35 +192,22 @@ class BuildTeacherCondition(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls,
-        dataset,
-        clip,
-        vae,
-        mode,
-        preview_prompts,
-        anchor_prompts,
-        vision=None,
-        teacher_image: TeacherImage = "own",
-        teacher_sentence="",
-        regularisation: Dataset | None = None,
-        teacher_background: Background = "keep",
+        cls, dataset, clip, vae, vision=None, regularisation: Dataset | None = None, **widgets: Any
     ) -> io.NodeOutput:
-        """Encodes the dataset and the prompts, and shows counts and notes on the node."""
-        ordinary = () if regularisation is None else regularisation.report.pairs
-        pairs, notes_on_them = dataset.report.pairs, () if regularisation is None else regularisation.notes
-        remarks = prompt_remarks(preview_prompts, anchor_prompts, teacher_sentence, dataset.trigger)
-        remarks += [f"warning: {message}" for message in check_regularisation(ordinary, pairs, dataset.trigger)]
-        sentence, warnings = put_trigger(teacher_sentence, dataset.trigger), Notes()
+        """Encodes the dataset and the prompts, and shows counts and notes on the node; `widgets` as in `Wanted`."""
+        wanted, pairs, warnings = Wanted(**widgets), dataset.report.pairs, Notes()
+        ordinary, theirs = (regularisation.report.pairs, regularisation.notes) if regularisation else ((), ())
+        remarks = [*prompt_remarks(wanted, dataset.trigger), *check_regularisation(ordinary, pairs, dataset.trigger)]
         with warnings.with_warnings():
-            encoder, others = new_encoder(clip, vae, vision), teacher_image == "other"
-            teacher = teacher_for(encoder, mode, dataset.is_edits, sentence, others, teacher_background)
-            prompts = (teacher_image, preview_prompts, anchor_prompts, ordinary)
-            conditions = build_conditions(dataset, encoder, ConditionCache(condition_cache()), teacher, *prompts)
-        lost = embedding_notes(clip, named_texts((*pairs, *ordinary), sentence, preview_prompts, anchor_prompts))
-        unused = unused_encoders(teacher, clip, vision)
-        notes = Notes((*conditions.notes, *remarks, *lost, *unused, *encoder.notes, *warnings.lines))
+            encoder = new_encoder(clip, vae, vision)
+            teacher = wanted.teacher(encoder, dataset)
+            cache = ConditionCache(condition_cache())
+            conditions = build_conditions(dataset, ordinary, encoder, cache, teacher, wanted)
+        notes = Notes((*conditions.notes, *(f"warning: {remark}" for remark in remarks)))
+        notes.add(*embedding_notes(clip, named_texts((*pairs, *ordinary), wanted, wanted.sentence(dataset.trigger))))
+        notes.add(*unused_encoders(teacher, clip, vision), *encoder.notes, *warnings.lines)
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
-        return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *notes_on_them, *notes.lines)))
+        return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *theirs, *notes.lines)))
 
 
 def _inputs() -> list[Any]:

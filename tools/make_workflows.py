@@ -25,11 +25,11 @@ from templates import (
     MODELS,
     Workflow,
     compare,
-    quickstart,
     z_image_turbo_sample,
     z_image_turbo_teacher_preview,
     z_image_turbo_train,
 )
+from templates_demo import quickstart
 from templates_klein import klein_edit_sample, klein_edit_train, klein_sample, klein_train
 from templates_krea2 import krea2_sample, krea2_teacher_preview, krea2_train
 from templates_report_card import report_card

@@ -54,7 +54,7 @@ LINES = (
     "warmup 50 is cut to 5: the run has 6 steps",
     "vae is not used: preview_every is 0",
     "diffusion_model.x_embedder.diff_b",  # of initial_lora
-    "initial_lora was trained with the trigger 'zwx', the dataset has '[V7]'",
+    "initial_lora was trained with the trigger 'zwx', the dataset's is '[V7]'",
     "the MODEL's patched sampling (shift 7.5) is not used",
     "the MODEL has a guidance function, which training and previews do not use",
     "changed from the preset demo model: steps 6 instead of 60, rank 4 instead of 16, warmup 50 instead of 10, "
