@@ -64,9 +64,8 @@ Written by the scripts in `benchmarks/` into results.json, and from there by `py
 
 What to keep in mind:
 
-- The demo's world is tiny, and its names mean nothing, which makes the leakage of a concept as bad as it can be. FLUX.2-klein's teacher is another than the demo's.
-- Without the prior anchor D-OPSD leaked into ordinary prompts as much as SFT did here. SFT with prior preservation (DreamBooth) is the fair rival of the anchor; `python -m benchmarks.compare` measures it.
-- SFT hardly blurred the trigger's images in this world; what it lost is the prior.
+- The demo's world is tiny: badges, a hundred names, two steps ([demo-model.md](demo-model.md)). FLUX.2-klein's teacher is another than the demo's.
+- A section with an older date was measured on the first demo model, which had four steps and names without meaning.
 """,  # noqa: E501
     ),
 }
