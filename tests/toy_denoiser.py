@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,7 @@ from .devices import DEVICE
 
 CHANNELS, FEATURES, WIDTH = 4, 6, 16
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
+_DRAWING = threading.Lock()  # torch's generator is shared by the threads that stand in for ranks
 
 
 class ToyAttention(nn.Module):
@@ -121,7 +123,7 @@ class TinyDenoiser(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with _DRAWING, torch.random.fork_rng():
             torch.manual_seed(seed)
             self.enter = nn.Linear(CHANNELS, WIDTH)
             self.read = nn.Linear(FEATURES, WIDTH)
