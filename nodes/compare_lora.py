@@ -17,6 +17,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
+from ..dopsd_core.data.captions import check_prompts
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
@@ -159,11 +160,12 @@ def parse_prompts(text: str) -> list[str]:
     """The lines that are not empty.
 
     Raises:
-        ValueError: there are none, or too many for one grid.
+        ValueError: there are none, too many for one grid, or one contains invalid characters.
     """
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not 1 <= len(found) <= MAX_PROMPTS:
         raise ValueError(f"prompts: give 1 to {MAX_PROMPTS} prompts, one per line, there are {len(found)}")
+    check_prompts(found, "prompts: line")
     return found
 
 

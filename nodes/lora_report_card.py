@@ -163,11 +163,12 @@ def card_prompts(text: str) -> tuple[str, ...]:
     """The lines that are not empty, without duplicates; there may be none.
 
     Raises:
-        ValueError: there are too many for one report.
+        ValueError: there are too many for one report, or one contains invalid characters.
     """
     found = split_lines(text)
     if len(found) > MAX_PROMPTS:
         raise ValueError(f"prompts: give at most {MAX_PROMPTS} prompts, one per line, there are {len(found)}")
+    check_prompts(found, "prompts: line")
     return tuple(found)
 
 

@@ -15,10 +15,8 @@ from dopsd_core.files.lock import FolderInUse, one_at_a_time
 ROOT = Path(__file__).parent.parent
 STUCK = """
 import os, sys, time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from dopsd_core.files.atomic import write_atomic
-from dopsd_core.files.lock import FolderInUse, one_at_a_time
 os.fsync = lambda descriptor: (print("writing", flush=True), time.sleep(60))
 write_atomic(Path(sys.argv[1]), b"half")
 """

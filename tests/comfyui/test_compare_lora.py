@@ -221,8 +221,9 @@ def test_every_strength_has_a_column(comfyui, tensors) -> None:
         ({}, "there is no LoRA to compare: choose a file in lora_name, or connect lora"),
         ({"prompts": " \n "}, "prompts: give 1 to 32 prompts, one per line, there are 0"),
         ({"prompts": "x\n" * 33}, "prompts: give 1 to 32 prompts, one per line, there are 33"),
+        ({"prompts": "a badge\na\0b"}, "prompts: line 2: the text contains NUL characters"),
     ],
-    ids=["no lora", "no prompts", "many prompts"],
+    ids=["no lora", "no prompts", "many prompts", "no text"],
 )
 def test_what_is_missing_is_one_sentence(comfyui, inputs: dict, sentence: str) -> None:
     run = comfyui.execute(graph(**inputs))
@@ -237,7 +238,7 @@ def test_what_is_missing_is_one_sentence(comfyui, inputs: dict, sentence: str) -
         ("1 2", "strengths: '1 2' is not a number"),
         ("1_0", "strengths: '1_0' is not a number"),
         ("11", "strengths: 11 is not within -10..10"),
-        ("nan", "strengths: nan is not within"),
+        ("nan", "strengths: 'nan' is not a number"),
         ("1,2,3,4,5,6,7,8,9", "there are 9"),
     ],
 )
