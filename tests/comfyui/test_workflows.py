@@ -5,6 +5,7 @@ Z-Image's run on the demo model here; on small files under the names that they a
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -68,6 +69,15 @@ def test_loaders_tell_where_the_files_are_had(name: str) -> None:
             (model,) = node["properties"]["models"]
             assert model == MODELS[node["widgets_values"][0]]
             assert model["url"].endswith(f"/{model['directory']}/{model['name']}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_covers_another(name: str) -> None:
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    title = 30  # pixels above a node's place
+    boxes = [(x, y - title, x + w, y + h) for (x, y), (w, h) in ((n["pos"], n["size"]) for n in workflow["nodes"])]
+    for (left, top, right, bottom), (x0, y0, x1, y1) in itertools.combinations(boxes, 2):
+        assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
 
 
 @pytest.fixture(scope="module")
