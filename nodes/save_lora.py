@@ -93,7 +93,9 @@ class SaveLoRA(io.ComfyNode):
 
 
 def saved(prefix: str, lora: Mapping[str, Tensor], *how: Any) -> tuple[Path, list[str]]:
-    """The next free path of `lora_file_path` and what `written` says of it; `lora` and `how` as there.
+    """The next free path of `lora_file_path` and what `written` says of it.
+
+    lora: tensors such as lora_A [rank, in]; this and `how` as for `written`.
 
     Two servers on one output folder take turns: they would find the same number, and one LoRA would be lost.
     """

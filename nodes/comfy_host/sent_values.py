@@ -37,7 +37,7 @@ class Unfit(str):
     __int__ = __float__ = __bool__ = __str__ = _refused  # type: ignore[assignment]
 
     def __format__(self, spec: str) -> str:
-        return str.__format__(self, spec)
+        return format("".join(self), spec)  # str.__format__ would ask __str__
 
     def __deepcopy__(self, memo: object) -> Unfit:
         return self
