@@ -30,8 +30,8 @@ from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.conditioning.encode import Condition
 from dopsd_core.config import TrainConfig
 from dopsd_core.data.dataset import read_dataset
-from dopsd_core.demo.model_files import JUDGE_FILE, MODEL_FILE, SAMPLE_STEPS, WEIGHTS
-from dopsd_core.demo.settings import demo_config
+from dopsd_core.demo.model_files import JUDGE_FILE, MODEL_FILE, WEIGHTS
+from dopsd_core.demo.settings import SAMPLE_STEPS, demo_config
 from dopsd_core.demo.world import IMAGE_SIZE, render
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.files.atomic import write_atomic

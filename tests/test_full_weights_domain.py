@@ -13,8 +13,8 @@ from benchmarks.full_weights import METHODS, REFERENCES, Scores, Size, Trial, to
 from benchmarks.full_weights_domain import anchor_prompts, make_domain, score, write_domain
 from dopsd_core.adapters import Full
 from dopsd_core.data.dataset import read_dataset
-from dopsd_core.demo.model_files import SAMPLE_STEPS
 from dopsd_core.demo.names import STYLES
+from dopsd_core.demo.settings import SAMPLE_STEPS
 from dopsd_core.demo.world import COLOURS, TEXTURES, render
 
 SIZE = Size(steps=5, images=24, prompts=40)

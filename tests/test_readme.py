@@ -27,7 +27,7 @@ def test_its_files_are_there() -> None:
 
 def test_its_python_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    short = code.replace("steps=120", "steps=2")
+    short = code.replace("steps=60", "steps=2")
     assert short != code
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", short], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -43,7 +43,7 @@ def test_its_figures_are_those_of_the_results() -> None:
     columns, rows = table["columns"], {row[0]: row for row in table["rows"]}
     block = README.partition("<!-- results:demo -->")[2].partition("<!-- /results -->")[0]
     lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in block.strip().splitlines()]
-    assert len(lines) == 6  # titles, rule, four methods
+    assert len(lines) == 7  # titles, rule, five methods
     for method, *figures in lines[2:]:
         wanted = [rows[method][columns.index(title)].partition(" ±")[0] for title in lines[0][1:]]
         assert figures == wanted, method

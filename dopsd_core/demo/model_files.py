@@ -26,7 +26,6 @@ TEACHER_TEMPLATE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|
 IMAGE_PAD = 151655
 VISION_PIXELS = 96 * 96  # the teacher sees images at this size; that of Z-Image-Turbo at 512^2..768^2
 VISION_CELL = 32  # pixels of one image token: patch 16, merged two by two
-SAMPLE_STEPS = 2
 
 TEXT_WIDTH = 128
 HEAD_DIM = 64

@@ -6,7 +6,9 @@ from ..adapters import Lora
 from ..config import TrainConfig
 from ..optimizers import AdamW, Constant
 from ..teachers import EmaTeacher
-from .model_files import SAMPLE_STEPS
+
+SAMPLE_STEPS = 2
+"""Sampling steps that the demo model was distilled to."""
 
 
 def demo_config(steps: int = 60, seed: int = 0) -> TrainConfig:

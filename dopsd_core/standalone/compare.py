@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..config import TrainConfig
 from ..demo.concept import Concept
-from ..demo.model_files import SAMPLE_STEPS
+from ..demo.settings import SAMPLE_STEPS
 from ..demo.world import TRIGGER, render
 from ..files.atomic import write_atomic
 from ..image_grid import Row, contact_sheet

@@ -20,7 +20,7 @@ from ..config import TrainConfig
 from ..data.dataset import read_dataset
 from ..data.images import load_image
 from ..demo.concept import Concept
-from ..demo.model_files import SAMPLE_STEPS
+from ..demo.settings import SAMPLE_STEPS
 from ..demo.world import IMAGE_SIZE, TRIGGER
 from ..families import Z_IMAGE
 from ..rollout import sample

@@ -19,7 +19,8 @@ from ..data.captions import PLACEHOLDER, check_prompts
 from ..data.dataset import read_dataset
 from ..data.images import read_image, to_tensor
 from ..demo.concept import make_concept
-from ..demo.model_files import JUDGE_FILE, SAMPLE_STEPS, WEIGHTS
+from ..demo.model_files import JUDGE_FILE, WEIGHTS
+from ..demo.settings import SAMPLE_STEPS
 from ..demo.world import IMAGE_SIZE, TRIGGER
 from ..families import Z_IMAGE
 from ..files.atomic import write_atomic

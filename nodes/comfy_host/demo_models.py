@@ -24,6 +24,7 @@ from comfy.text_encoders import llama
 from torch import Tensor, nn
 
 from ...dopsd_core.demo import model_files as demo
+from ...dopsd_core.demo.settings import SAMPLE_STEPS
 from .denoiser import STEPS_OPTION
 from .vision import TeacherVision, VisionSpec, new_vision
 
@@ -37,7 +38,7 @@ VOCABULARY = 151936  # the real tokenizer's; words outside the demo captions hav
 def load_model() -> comfy.model_patcher.ModelPatcher:
     """The distilled transformer as MODEL, with the number of steps that it was distilled for."""
     patcher = _model_patcher(str(demo.WEIGHTS / demo.MODEL_FILE))
-    patcher.model_options[STEPS_OPTION] = demo.SAMPLE_STEPS
+    patcher.model_options[STEPS_OPTION] = SAMPLE_STEPS
     return patcher
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...demo.concept import Concept, Prompts, make_concept
-from ...demo.model_files import SAMPLE_STEPS
+from ...demo.settings import SAMPLE_STEPS
 from ...demo.world import render
 from ...image_grid import Row, contact_sheet
 from ..evaluate import Samples

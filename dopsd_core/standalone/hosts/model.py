@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...conditioning.encode import Encoder
 from ...conditioning.teachers import TeacherView
-from ...demo.model_files import SAMPLE_STEPS
+from ...demo.settings import SAMPLE_STEPS
 from ...demo.world import IMAGE_SIZE
 from ...denoiser import Denoiser
 from ...families import Z_IMAGE, Family, get_family
