@@ -67,7 +67,7 @@ def test_they_are_what_the_users_model_draws(comfyui: ComfyUI, trained: Run) -> 
     config = comfyui.core("config").TrainConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
     with safe_open(folder / "lora.safetensors", "pt") as file:
         fingerprint = file.metadata()["dopsd_base_fingerprint"]
-    planned = images.plan_class_images(config, conditions.data, fingerprint, 4)
+    planned = images.plan_class_images(config, conditions.data, fingerprint, 2)
     assert len(planned) == 3
 
     def draw(image: Any) -> torch.Tensor:
