@@ -29,7 +29,7 @@ def write(folder: Path, **captions: str) -> str:
 def encode(comfyui: ComfyUI, folder: str, **inputs: Any) -> Run:
     graph = training()
     del graph["train"]
-    graph["data"]["inputs"]["folder"] = folder
+    graph["data"]["inputs"] |= {"folder": folder, "trigger": ""}
     graph["conditions"]["inputs"].update(inputs)
     graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["conditions", 0]}}
     run = comfyui.execute(graph)

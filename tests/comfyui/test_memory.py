@@ -426,7 +426,7 @@ def test_out_of_memory_says_what_to_do_and_keeps_the_run(
     monkeypatch.setattr(memory, "free_device_memory", lambda: freed.append(error.__traceback__ is None) or honest())
     settings = {"batch_size": 1, "preview_every": 0, "memory": "24 GB"}
     with monkeypatch.context() as patch:
-        out_of_memory_at(patch, comfyui, 9, error)  # four forwards with gradients in a step: in the third
+        out_of_memory_at(patch, comfyui, 5, error)  # two forwards with gradients in a step: in the third
         run = comfyui.execute(training(name, **settings))
     assert run.status == "error" and run.error.count("\n") == 0
     (folder,) = (comfyui.output / "dopsd").glob(f"{name}-*")
