@@ -194,7 +194,7 @@ def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
     for name, label in {"base": "before", **trained}.items():
         remark = '"a badge, ...": the concept\nshould not show here'
         rows.append(Row(f"no words, {label}", remark, result.shown[name].generic[:n]))
-    return contact_sheet(f"Concept {concept.seed}: {concept.words} = [V]", rows)
+    return contact_sheet(f"Concept {concept.seed}: {concept.words} = {TRIGGER}", rows)
 
 
 def draw_overview(concept: Concept, result: Comparison, each: int = 2) -> Image.Image:
@@ -214,7 +214,7 @@ def draw_overview(concept: Concept, result: Comparison, each: int = 2) -> Image.
         Row(f'"a {TRIGGER} badge, ..."', "should show the concept", trigger, words),
         Row('"a badge, ..."', "should not show it", generic),
     ]
-    return contact_sheet(f"[V] = {concept.words}, learned from four images; drawn in {SAMPLE_STEPS} steps", rows)
+    return contact_sheet(f"{TRIGGER} = {concept.words}, learned from four images; drawn in {SAMPLE_STEPS} steps", rows)
 
 
 def table(report: Mapping[str, Any]) -> str:
