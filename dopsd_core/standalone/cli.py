@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..demo.concept import make_concept, write_dataset
 from ..demo.model_files import JUDGE_FILE, WEIGHTS
 from ..demo.settings import demo_config
+from ..demo.world import TRIGGER
 from ..text import printable
 from .compare import compare, draw_teacher_sheet, dreambooth_job, plan, table, write_results
 from .evaluate import Samples
@@ -28,7 +29,7 @@ def run_demo(args: argparse.Namespace) -> int:
     concept, judge = make_concept(args.concept_seed), load_judge(WEIGHTS / JUDGE_FILE)
     config = demo_config() if args.steps is None else demo_config(steps=args.steps)
     say(f"Concept {concept.seed}: {concept.words}. The model knows the words, but has never seen this combination.")
-    say(f"It will learn it as [V] from four images in {args.output / 'dataset'}, without those words.")
+    say(f"It will learn it as {TRIGGER} from four images in {args.output / 'dataset'}, without those words.")
     write_dataset(concept, args.output / "dataset")
     jobs = plan(config, args.seeds)
     work = sum(job.work for part in jobs for job in part) + (args.seeds - 1) * jobs[-1][0].work

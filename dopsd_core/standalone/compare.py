@@ -154,7 +154,7 @@ def draw_teacher_sheet(concept: Concept, base: Samples, teacher: Samples) -> Ima
     """Draws the targets, the untouched student and its teacher on unseen prompts, before training."""
     pick, words = _shown_prompts(concept)
     return contact_sheet(
-        f"Before training: {concept.words} = [V]",
+        f"Before training: {concept.words} = {TRIGGER}",
         [
             Row("targets", "the training images", render(concept.targets)),
             Row("student", "text only", base.trigger[pick], words),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...demo.concept import Concept, Prompts, make_concept
 from ...demo.settings import SAMPLE_STEPS
-from ...demo.world import render
+from ...demo.world import TRIGGER, render
 from ...image_grid import Row, contact_sheet
 from ..evaluate import Samples
 from .experiment import Outcomes, Plan
@@ -31,7 +31,7 @@ def draw_comparison(plan: Plan, outcomes: Outcomes, output: Path) -> Image.Image
         scores = outcomes[method.name][0][0].scores
         remark = f"concept error {scores['concept_error']:.2f}, leakage {scores['leak']:.2f}"
         rows.append(Row(method.title, remark, _picked(concept, saved_images(trial, output))))
-    return contact_sheet(f"{concept.words} = [V]; {plan.steps} steps each, drawn in {SAMPLE_STEPS} steps", rows)
+    return contact_sheet(f"{concept.words} = {TRIGGER}; {plan.steps} steps each, drawn in {SAMPLE_STEPS} steps", rows)
 
 
 def _prompts(concept: Concept) -> tuple[Prompts, Prompts, Prompts]:
