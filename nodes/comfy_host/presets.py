@@ -11,9 +11,10 @@ from typing import Any
 
 from ...dopsd_core.adapters.targets import parse_targets
 from ...dopsd_core.config import TrainConfig
+from ...dopsd_core.demo.settings import demo_config
 from ...dopsd_core.families import Family
 from ...dopsd_core.old_config import former_identity
-from ...dopsd_core.options import changed, split_unused
+from ...dopsd_core.options import changed, flattened, split_unused
 from .paths import DIGEST_DIGITS
 
 
@@ -46,13 +47,16 @@ class Preset:
     anchor_probability: float = 0.5
 
 
+def _preset_of(config: TrainConfig) -> Preset:
+    values = flattened(config)
+    return Preset(**{field.name: values[field.name] for field in dataclasses.fields(Preset)})
+
+
 PRESETS: Mapping[str, Preset] = {
     "standard": Preset(steps=1000, rank=32, alpha=64.0),
     "quick look": Preset(steps=250, rank=16, alpha=32.0),
     "paper": Preset(steps=0, rank=64, alpha=128.0, grad_accumulation=4, anchor_probability=0.0),
-    "demo model": Preset(
-        steps=60, rank=16, alpha=16.0, lr=2e-3, batch_size=4, rollout_steps=2, warmup=10, ema_decay=0.999
-    ),
+    "demo model": _preset_of(demo_config()),
 }
 """paper: the authors' settings, with their 4 GPUs as gradient accumulation. demo model: for Load Demo Models only."""
 
