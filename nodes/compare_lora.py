@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +17,24 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..dopsd_core.data.captions import check_prompts
+from ..dopsd_core.data.captions import check_prompts, put_trigger
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.embeddings import EMBEDDING, embeddings_fingerprint
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
-from .comfy_host.lora_use import NONE, apply_lora, chosen_lora, parse_strengths, stamp_of_choice, used_line
+from .comfy_host.lora_header import trigger_of
+from .comfy_host.lora_use import (
+    NONE,
+    apply_lora,
+    chosen_lora,
+    header_of,
+    parse_strengths,
+    stamp_of_choice,
+    trigger_of_lora,
+    used_line,
+)
 from .comfy_host.model_patches import unused_schedule
 from .comfy_host.paths import stamp_of
 from .comfy_host.run_folders import existing_run, loras_of_run
@@ -100,6 +110,8 @@ class CompareLoRA(io.ComfyNode):
             grid = run_columns(model, run_folder, wanted)
         else:
             grid = strength_columns(model, *chosen_lora(lora_name, lora, "compare"), wanted)
+            grid = replace(grid, trigger=trigger_of_lora(lora_name, lora))
+        texts = [put_trigger(text, grid.trigger) for text in texts]
         notes = unused_inputs(model, lora_name, lora, reference, run_folder)
         send_text(cls, "\n".join((*grid.notes, *notes)))
         titles = ["base", *(column.title for column in grid.columns)]
@@ -120,8 +132,8 @@ def _inputs() -> list[Any]:
             multiline=True,
             default="",
             optional=True,
-            tooltip="One prompt per line. Use some with the trigger word, and some without it: those should "
-            "not change.",
+            tooltip="One prompt per line. Use some with the trigger word, for which [V] stands, and some without it: "
+            "those should not change.",
         ),
         io.String.Input(
             "strengths",
@@ -190,11 +202,13 @@ class Grid:
         name: of the LoRA or the run.
         columns: from left to right.
         notes: for the user, one line each.
+        trigger: what `[V]` in the prompts stands for; "" if the LoRA does not say.
     """
 
     name: str
     columns: tuple[Column, ...]
     notes: tuple[str, ...]
+    trigger: str = ""
 
 
 def strength_columns(model: Any, name: str, tensors: Mapping[str, Tensor], strengths: Sequence[float]) -> Grid:
@@ -228,7 +242,7 @@ def run_columns(model: Any, run_folder: str, strengths: Sequence[float]) -> Grid
     notes = [used_line(saves[-1].path.name, model, comfy.utils.load_torch_file(str(saves[-1].path), safe_load=True))]
     if len(shown) < len(saves):
         notes.append(f"of {len(saves)} LoRAs of the run {len(shown)} are shown, the first and the last among them")
-    return Grid(folder.name, tuple(columns), tuple(notes))
+    return Grid(folder.name, tuple(columns), tuple(notes), trigger_of(header_of(saves[-1].path)))
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:

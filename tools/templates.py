@@ -121,10 +121,10 @@ def train(begun: dict[str, Node], run_name: str, text: str) -> Workflow:
             {"model": model, "conditions": encoded, "vae": vae},
         ),
         "save": Node(
-            "DOPSD_SaveLoRA", (1400, 60), (460, 260), {"filename_prefix": f"loras/{run_name}"}, {"lora": ("train", 0)}
+            "DOPSD_SaveLoRA", (1400, 60), (460, 350), {"filename_prefix": f"loras/{run_name}"}, {"lora": ("train", 0)}
         ),
         "plot": Node(
-            "LossGraphNode", (1400, 390), (460, 290), {"filename_prefix": "loss_graph"}, {"loss": ("train", 1)}
+            "LossGraphNode", (1400, 470), (460, 220), {"filename_prefix": "loss_graph"}, {"loss": ("train", 1)}
         ),
         "note": note((1400, 730), (460, 530), text),
     }

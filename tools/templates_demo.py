@@ -66,12 +66,12 @@ def quickstart() -> Workflow:
             {"model": model, "conditions": ("conditions", 0), "vae": vae},
         ),
         "save": Node(
-            "DOPSD_SaveLoRA", (1400, 60), (420, 260), {"filename_prefix": "loras/demo_badge"}, {"lora": ("train", 0)}
+            "DOPSD_SaveLoRA", (1400, 60), (420, 350), {"filename_prefix": "loras/demo_badge"}, {"lora": ("train", 0)}
         ),
         "compare": Node(
             "DOPSD_CompareLoRA",
-            (1400, 390),
-            (420, 790),
+            (1400, 470),
+            (420, 710),
             {"prompts": DEMO_COMPARED, "strengths": "0.5, 1.0", "width": 64, "height": 64},
             {"model": model, "clip": clip, "vae": vae, "lora": ("train", 0)},
         ),

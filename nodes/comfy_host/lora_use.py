@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
 import comfy.utils
 import folder_paths
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...dopsd_core.number_text import read_float
 from .lora_fit import require_finite, used_keys
+from .lora_header import trigger_of
 from .paths import never_the_same, stamp_of
+from .sockets import TrainedLora
 
 NONE = "none"
 """The choice of no file."""
@@ -74,6 +78,22 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None, verb: str) ->
         return lora_name, dict(comfy.utils.load_torch_file(path, safe_load=True))
     except Exception as error:  # its readers raise nearly anything on damaged files
         raise ValueError(f"{lora_name} cannot be read, it is damaged or not a LoRA file: {error}") from error
+
+
+def trigger_of_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> str:
+    """The trigger in the header of the LoRA that `chosen_lora` reads; "" if it has none."""
+    if lora is not None:
+        return trigger_of(lora.facts) if isinstance(lora, TrainedLora) else ""
+    return trigger_of(header_of(folder_paths.get_full_path_or_raise("loras", lora_name)))
+
+
+def header_of(path: str | Path) -> Mapping[str, str]:
+    """The metadata of a safetensors file; empty for other files."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:

@@ -91,6 +91,24 @@ def test_a_file_and_the_connected_lora_give_the_same(comfyui, tensors) -> None:
         assert torch.equal(cell(from_file.value("2"), row, 1), cell(connected.value("2"), row, 1))
 
 
+def test_v_is_the_trigger_that_the_lora_names(comfyui, tensors) -> None:
+    """Connected, and in a file; the base is drawn with the same words."""
+    lora = comfyui.module("nodes.comfy_host.sockets").TrainedLora(tensors, {"dopsd_trigger": "[E6]"})
+    given = {"lora": ["0", 0], "filename_prefix": "loras/named", "dtype": "fp32", "peft_folder": False}
+    saving = {"0": give(comfyui, lora), "1": {"class_type": "DOPSD_SaveLoRA", "inputs": given}}
+    assert comfyui.execute(saving).status == "success"
+    placeholder, literal = (f"a {name} badge, top, on a sand background" for name in ("[V]", "[E6]"))
+    runs = [
+        comfyui.execute(with_lora(comfyui, tensors, strengths="1", prompts=literal)),
+        comfyui.execute(with_lora(comfyui, lora, strengths="1", prompts=placeholder)),
+        comfyui.execute(graph(lora_name="named_00001_.safetensors", strengths="1", prompts=placeholder)),
+    ]
+    assert all(run.status == "success" for run in runs), [run.error for run in runs]
+    for column in range(2):
+        wanted, *others = (cell(run.value("2"), 0, column) for run in runs)
+        assert all(torch.equal(other, wanted) for other in others)
+
+
 def weights_digest(model: Any) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.model.state_dict().items()):
