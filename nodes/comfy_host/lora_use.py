@@ -81,7 +81,7 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None, verb: str) ->
 
 
 def trigger_of_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> str:
-    """The trigger in the header of the LoRA that `chosen_lora` reads; "" if it has none."""
+    """The trigger in the header of the LoRA that `chosen_lora` reads, lora_A [rank, in]; "" if it has none."""
     if lora is not None:
         return trigger_of(lora.facts) if isinstance(lora, TrainedLora) else ""
     return trigger_of(header_of(folder_paths.get_full_path_or_raise("loras", lora_name)))
