@@ -27,6 +27,7 @@ from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
 from ...families import KREA2, Family
 from ...families.krea2 import TEXT_LAYERS
 from .diffusers_denoiser import DiffusersDenoiser
+from .fit import require_qwen3vl
 from .parts import ModelParts
 from .qwen3vl import image_patches
 from .qwen3vl_encoder import FileParts, GivenParts, Qwen3VLEncoder
@@ -131,9 +132,13 @@ class Krea2FileEncoder(Krea2Encoder):
         parts: the files.
         device: where it encodes.
         sees: not used, the text encoder holds the vision tower.
+
+    Raises:
+        ValueError: a part is damaged, or of another model.
     """
 
     def __init__(self, parts: ModelParts, device: torch.device, sees: bool) -> None:
+        require_qwen3vl(parts.files, width="text_hidden_dim", layers=TAPS[-1] + 1)
         Qwen3VLEncoder.__init__(self, FileParts(parts, device, AutoencoderKLQwenImage, _converted))
 
 

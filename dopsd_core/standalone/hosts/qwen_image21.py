@@ -26,6 +26,7 @@ from ...conditioning.encode import Condition
 from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
 from ...families import QWEN_IMAGE21, Family
 from .diffusers_denoiser import DiffusersDenoiser
+from .fit import require_qwen3vl
 from .parts import ModelParts
 from .qwen3vl import image_patches
 from .qwen3vl_encoder import FileParts, GivenParts, Qwen3VLEncoder
@@ -168,7 +169,11 @@ class QwenImage21FileEncoder(QwenImage21Encoder):
         parts: the files.
         device: where it encodes.
         sees: not used, the text encoder holds the vision tower.
+
+    Raises:
+        ValueError: a part is damaged, or of another model.
     """
 
     def __init__(self, parts: ModelParts, device: torch.device, sees: bool) -> None:
+        require_qwen3vl(parts.files, width="context_in_dim", layers=1)
         Qwen3VLEncoder.__init__(self, FileParts(parts, device, AutoencoderKLQwenImage21, None))
