@@ -27,6 +27,7 @@ pytest.importorskip("diffusers.models.transformers.transformer_qwenimage21")
 from tests.own_tower_folders import FAMILIES, Made, make_qwen_image21  # noqa: E402
 
 TEXT = "a [V] badge, top"
+KNOWN = {known.family: known for known in KNOWN_MODELS}
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -109,6 +110,24 @@ def test_one_model_at_a_time_is_on_the_device(made: Made, monkeypatch: pytest.Mo
     assert list(places.values()) == ["cuda", "cpu"]
     encoder.release()
     assert set(places.values()) == {"cpu"}
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["text", "with an image"])
+def test_a_caption_with_a_place_for_an_image_is_one_sentence(made: Made, seen: bool) -> None:
+    words, image = "see <|image_pad|>, a badge", drawn(3, 64, 64)
+    with pytest.raises(
+        ValueError, match=r"^the caption 'see .*' has a place for an image: write it without <\|image_pad"
+    ):
+        made.encoder.encode_image_text(image, words) if seen else made.encoder.encode_text(words)
+
+
+def test_a_tokenizer_of_another_model_is_one_sentence(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(made.folder, folder)
+    for file in (folder / KNOWN[made.encoder.family.name].tokenizer).iterdir():
+        file.write_text(file.read_text(encoding="utf-8").replace("image_pad", "other_pad"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the tokenizer has no <\|image_pad\|>: it is another model's"):
+        load(made, model=str(folder)).encoder.encode_text(TEXT)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -198,3 +217,11 @@ def test_train_and_sample(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
     lora = ["--lora", str(tmp_path / "run" / "lora.safetensors"), "--size", "64", "96"]
     assert main(["sample", "a ohwx badge", *lora, "--output", str(images), *model]) == 0, capsys.readouterr().err
     assert Image.open(images / "01_seed0.png").size == (64, 96)
+
+
+def test_sample_names_the_teachers_image_that_cannot_be_read(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", TEXT, "--teacher-image", str(tmp_path / "none.png"), "--model", str(made.folder)]
+    assert main([*words, "--dtype", "fp32", "--device", "cpu", "--size", "64", "64"]) == 1
+    assert f"error: {tmp_path / 'none.png'} cannot be read: No such file" in capsys.readouterr().err

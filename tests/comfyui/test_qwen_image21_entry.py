@@ -255,9 +255,9 @@ def test_texts_that_have_read_references(comfyui: ComfyUI, ours: SimpleNamespace
 def test_references_that_do_not_fit_are_one_sentence(comfyui: ComfyUI, ours: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="multiples of 32 pixels: crop them"):
         in_comfyui(comfyui, ours.encoder.encode_with_references, [pixels(64, 80)], PROMPT)
-    whole = "<|im_start|>system\nno<|im_end|>\n<|im_start|>user\nhello"
-    with pytest.raises(ValueError, match="read 0 of 1 reference images with .*: write the caption without"):
-        in_comfyui(comfyui, ours.encoder.encode_with_references, [pixels(64, 64)], whole)
+    for whole in ("<|im_start|>system\nno<|im_end|>\n<|im_start|>user\nhello", "<|im_start|>user\nhello"):
+        with pytest.raises(ValueError, match="read 0 of 1 reference images with .*: write the caption without"):
+            in_comfyui(comfyui, ours.encoder.encode_with_references, [pixels(64, 64)], whole)
 
 
 def test_other_families_do_not_read_references(comfyui: ComfyUI, ours: SimpleNamespace) -> None:
