@@ -109,8 +109,8 @@ def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> TeacherView:
         return TEACHER_VIEWS[fitting[0]]
     if mode == "auto":
         raise ValueError(
-            f"this model has no teacher for images with sources: choose {' or '.join(known)}, which trains on the "
-            "targets alone, or a dataset without sources"
+            "this model has no teacher for images with sources: load only the folder of the targets, or choose a model "
+            "that edits, such as FLUX.2-klein"
         )
     if mode not in known:
         raise ValueError(f"this model has no teacher {mode!r}; choose one of: {', '.join(('auto', *known))}")
