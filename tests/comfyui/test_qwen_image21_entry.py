@@ -147,9 +147,7 @@ def test_parts_of_krea2_are_one_sentence(comfyui: ComfyUI, ours: SimpleNamespace
     for here, there in ((ours.model, model), (model, ours.model)):
         denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(here)
         import_lora, targets = comfyui.core("adapters.lora_import").import_lora, denoiser.family.lora_targets
-        with pytest.raises(
-            ValueError, match=r"^the LoRA to start from is of another model: .* goes from \d+"
-        ):
+        with pytest.raises(ValueError, match=r"^the LoRA to start from is of another model: .* goes from \d+"):
             import_lora(random_lora(comfyui, there, 0.3, 2, 0), denoiser.sites(), targets)
 
 
