@@ -62,7 +62,7 @@ class CompareLoRA(io.ComfyNode):
             "so you see what you will get elsewhere.",
             search_aliases=["d-opsd", "lora grid", "xy plot", "test lora", "epochs", "checkpoints"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=_inputs(),
             outputs=[io.Image.Output(display_name="image", tooltip="The grid.")],
         )

@@ -46,7 +46,7 @@ class LoRAReportCard(io.ComfyNode):
             "prompts look as before. A change counts only if it is larger than what other noise alone changes.",
             search_aliases=["d-opsd", "evaluate lora", "metrics", "score lora", "forgetting"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.dynprompt],
             inputs=[*_sockets(), *_settings(), *_optional()],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The report card."),

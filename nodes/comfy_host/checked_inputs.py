@@ -15,6 +15,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .denoiser import send_text
+from .sent_values import unread_inputs
 from .whole_graph import require_whole_graph
 
 _WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -48,6 +50,8 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
     @functools.wraps(execute)
     def checking(cls: Any, *args: Any, **given: Any) -> io.NodeOutput:
         require_whole_graph(cls)
+        if unread_inputs(cls):
+            send_text(cls, "")  # for nodes that show no text; that of others has it too
         return execute(cls, **completed(cls, {**dict(zip(names, args, strict=False)), **given}))
 
     return checking

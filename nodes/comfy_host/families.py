@@ -43,7 +43,7 @@ class ImageReader:
 
 
 _BASE = r"(?<![a-z])base(?![a-z])"
-_FORMAT = r"([-_](bf16|fp\w+|int\w+|mxfp\w+|nvfp\w+|scaled|convrot|q\d\w*))*"
+_FORMAT = r"([-_](bf16|f\d+|fp\w+|int\w+|mxfp\w+|nvfp\w+|scaled|convrot|ud|i?q\d\w*))*"
 """What a file's name says of its format, behind the name of the model."""
 
 QWEN3_4B = ImageReader(encoder="qwen3_4b", title="Qwen3-4B")

@@ -21,7 +21,8 @@ from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.trainer import NonFiniteError, TrainResult, check_run, train
 from ...dopsd_core.training.training_set import latent_shape
-from .denoiser import ComfyDenoiser, base_name, default_steps
+from .base_name import UNKNOWN
+from .denoiser import ComfyDenoiser, default_steps
 from .distilled import note_if_undistilled, warn_if_undistilled, why_undistilled
 from .identity import identity_of
 from .lora_header import kept_header
@@ -51,6 +52,7 @@ class Wanted:
 
     Attributes:
         run_name: start of the run folder's name.
+        base: name of the MODEL's file; "" if it is not known.
         memory: one of `MEMORY_CHOICES`.
         preset: its name in `PRESETS`.
         chosen: options by flat name, as for `make_config`.
@@ -58,6 +60,7 @@ class Wanted:
     """
 
     run_name: str
+    base: str
     memory: str
     preset: str
     chosen: Mapping[str, Any]
@@ -139,7 +142,7 @@ def run_training(
     notes.add(*run.notes)
     check_run(run.plan.config, run.denoiser, conditions.data, run.folder, run.host_bytes)
     preview = None if vae is None else _preview(model, vae, run)
-    watcher = Watcher(node, _facts(run, model), notes, preview)
+    watcher = Watcher(node, _facts(run), notes, preview)
     with notes.with_warnings():
         result = _watched(watcher, run)
         sheets = load_sheets(run.folder / PREVIEWS_NAME)
@@ -156,7 +159,7 @@ def _planned(
     require_blocks(denoiser, config.adapter)
     plan = plan_memory(wanted.memory, denoiser, conditions, config)
     config = plan.config
-    start = start_of(initial_lora, denoiser, config, conditions.trigger, base_name(model))
+    start = start_of(initial_lora, denoiser, config, conditions.trigger, wanted.base)
     settings = merged_settings(wanted.preset, conditions.family, has_anchors, wanted.chosen)
     drawing = (f"class images in {default_steps(model)} steps",) if config.objective.drawn_images else ()
     facts = (conditions.data.fingerprint(), identity.digest, *start.identity, *drawing)
@@ -172,12 +175,12 @@ def _planned(
             *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area),
         ),
         sample_steps=default_steps(model),
-        metadata=_metadata(model, identity.digest, conditions, wanted.run_name),
+        metadata=_metadata(model, identity.digest, conditions, wanted),
         initial=start.tensors,
         host_bytes=_preview_bytes(config, conditions) if has_vae else 0,
         notes=(
             *conditions.notes,
-            *_model_notes(model, config.objective),
+            *_model_notes(model, wanted.base, config.objective),
             *identity.notes,
             *start.notes,
             *wanted.unused,
@@ -187,16 +190,17 @@ def _planned(
     )
 
 
-def _metadata(model: Any, fingerprint: str, conditions: Conditions, run_name: str) -> dict[str, str]:
+def _metadata(model: Any, fingerprint: str, conditions: Conditions, wanted: Wanted) -> dict[str, str]:
     return {
-        "dopsd_base_model": base_name(model),
+        "dopsd_base_model": wanted.base,
+        **({} if wanted.base else {"dopsd_base_model_note": UNKNOWN}),
         "dopsd_base_fingerprint": fingerprint,
         "dopsd_trigger": conditions.trigger,
         "dopsd_teacher_sees": conditions.teacher.name,
         **({"dopsd_teacher_background": seen} if (seen := conditions.teacher.background) != "keep" else {}),
-        "dopsd_name": run_name,
+        "dopsd_name": wanted.run_name,
         "dopsd_resolution": _resolution(conditions),
-        **({"dopsd_undistilled": reason} if (reason := why_undistilled(model)) else {}),
+        **({"dopsd_undistilled": reason} if (reason := why_undistilled(model, wanted.base)) else {}),
     }
 
 
@@ -255,12 +259,12 @@ def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainRe
         raise
 
 
-def _model_notes(model: Any, objective: Objective) -> tuple[str, ...]:
+def _model_notes(model: Any, name: str, objective: Objective) -> tuple[str, ...]:
     if objective.needs_few_steps:
-        undistilled = warn_if_undistilled(model)
+        undistilled = warn_if_undistilled(model, name)
     else:
-        undistilled = note_if_undistilled(model, objective.name)
-    return (*((undistilled,) if undistilled else ()), *unused_patches(model))
+        undistilled = note_if_undistilled(model, name, objective.name)
+    return (*(() if name else (UNKNOWN,)), *((undistilled,) if undistilled else ()), *unused_patches(model))
 
 
 def _preview(model: Any, vae: Any, run: _PlannedRun) -> TrainingPreview | None:
@@ -272,14 +276,14 @@ def _preview(model: Any, vae: Any, run: _PlannedRun) -> TrainingPreview | None:
     return TrainingPreview(painter, run.conditions.previews, lambda: denoiser.load(run.shape, during))
 
 
-def _facts(run: _PlannedRun, model: Any) -> RunFacts:
+def _facts(run: _PlannedRun) -> RunFacts:
     modules, parameters = run.plan.config.adapter.size(run.denoiser.sites())
     return RunFacts(
         folder=run.folder,
         config=run.plan.config,
         modules=modules,
         parameters=parameters,
-        base_model=base_name(model),
+        base_model=run.metadata["dopsd_base_model"],
         trigger=run.conditions.trigger,
         teacher=run.conditions.teacher.name,
         memory=run.plan.preset,
