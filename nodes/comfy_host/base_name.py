@@ -60,8 +60,8 @@ def _named_in_graph(graph: Mapping[str, GraphNode], id: str | None) -> str:
 
 def _files_of(graph: Mapping[str, GraphNode], id: str) -> Iterator[str]:
     """The model files that a node names itself, or gets the names of from the nodes at its inputs."""
-    texts = (source for source, output in links_of(graph[id]) if source in graph and _gives(_TEXT_KINDS, graph[source], output))
-    for place in (id, *texts):
+    links = [(source, output) for source, output in links_of(graph[id]) if source in graph]
+    for place in (id, *(source for source, output in links if _gives(_TEXT_KINDS, graph[source], output))):
         for value in graph[place].get("inputs", {}).values():
             if isinstance(value, str) and any(folder_paths.get_full_path(folder, value) for folder in _FOLDERS):
                 yield value

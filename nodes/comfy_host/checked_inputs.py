@@ -58,13 +58,16 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
 
 
 def completed(node: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, with defaults for missing inputs.
+    """`given`, with defaults for missing inputs and without those that the node does not have.
+
+    ComfyUI leaves out unknown constants, but passes on unknown links.
 
     Raises:
         InputError: with one sentence for each invalid input.
     """
     schema, own = node.define_schema(), _checked_by_the_node(node)
-    whole, problems = dict(given), []
+    known = {declared.id for declared in schema.inputs}
+    whole, problems = {name: value for name, value in given.items() if name in known}, []
     for declared in schema.inputs:
         default = getattr(declared, "default", None)
         if declared.id not in given:

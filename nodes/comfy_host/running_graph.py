@@ -43,7 +43,8 @@ def nodes_before(graph: Mapping[str, GraphNode], ids: Iterable[str], follow: Fol
         id = rest.pop()
         if id in graph and id not in found:
             found[id] = None
-            rest += [source for source, output in links_of(graph[id]) if source in graph and follow(graph[source], output)]
+            links = [(source, output) for source, output in links_of(graph[id]) if source in graph]
+            rest += [source for source, output in links if follow(graph[source], output)]
     return list(found)
 
 

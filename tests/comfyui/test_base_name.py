@@ -1,7 +1,7 @@
 """The name of the file that a MODEL comes from, by loader and by what lies between loader and training.
 
-ComfyUI's own loaders leave it on the MODEL. Those that build the MODEL from tensors, such as ComfyUI-GGUF's, do not: then
-the graph names it, or nobody does.
+ComfyUI's own loaders leave it on the MODEL. Those that build the MODEL from tensors, such as ComfyUI-GGUF's, do not:
+then the graph names it, or nobody does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from inprocess import ComfyUI
 from loras import give, random_lora
 from safetensors.torch import save_file
 
-GGUF, FILE = "z-image-Q8_0.gguf", "z_image_turbo_bf16.safetensors"
+GGUF, FILE, WHOLE = "z-image-Q8_0.gguf", "z_image_turbo_bf16.safetensors", "all in one.safetensors"
 
 Graph = dict[str, dict[str, Any]]
 
@@ -31,7 +31,7 @@ LOADERS: Mapping[str, tuple[dict[str, Any], str]] = {
     # the loader, and the name that is found
     "Load Diffusion Model": (node("UNETLoader", unet_name=FILE, weight_dtype="default"), FILE),
     "Load Diffusion Model in fp8": (node("UNETLoader", unet_name=FILE, weight_dtype="fp8_e4m3fn"), FILE),
-    "Load Checkpoint": (node("CheckpointLoaderSimple", ckpt_name="sub/all in one.safetensors"), "all in one.safetensors"),
+    "Load Checkpoint": (node("CheckpointLoaderSimple", ckpt_name=f"sub/{WHOLE}"), WHOLE),
     "Load Demo Models": (node("DOPSD_LoadDemoModels"), "dopsd_demo_turbo_bf16.safetensors"),
     "GGUF": (node("UnetLoaderGGUF", unet_name=GGUF), GGUF),
     "GGUF/Advanced": (
@@ -133,7 +133,7 @@ def files(comfyui: ComfyUI) -> Iterator[None]:
     probes = comfyui.call(make_probes, comfyui)
     comfyui.nodes.NODE_CLASS_MAPPINGS.update(probes)
     models = comfyui.base / "models"
-    folder, checkpoint = models / "diffusion_models", models / "checkpoints" / "sub" / "all in one.safetensors"
+    folder, checkpoint = models / "diffusion_models", models / "checkpoints" / "sub" / WHOLE
     with stock_files.thin():
         written = stock_files.write(models, "diffusion_models/z_image_turbo_bf16")
         gguf_files.write(folder / GGUF, stock_files.z_image(), "lumina2", "Q8_0")
@@ -147,8 +147,8 @@ def files(comfyui: ComfyUI) -> Iterator[None]:
         lora = {f"diffusion_model.layers.0.attention.out.lora_{half}.weight": value for half, value in halves.items()}
         save_file(lora, models / "loras" / "between.safetensors")
         yield
-    for path in (*written, folder / GGUF, folder / "sub" / FILE, folder / "other.safetensors", checkpoint,
-                 models / "loras" / "between.safetensors"):
+    own = (folder / GGUF, folder / "sub" / FILE, folder / "other.safetensors", checkpoint)
+    for path in (*written, *own, models / "loras" / "between.safetensors"):
         path.unlink()
     for kind in probes:
         del comfyui.nodes.NODE_CLASS_MAPPINGS[kind]
@@ -175,7 +175,7 @@ def test_what_lies_between_keeps_the_name(comfyui: ComfyUI, loader: str, between
     made, name = LOADERS[loader]
     graph = {"load": made, "last": BETWEEN[between]}
     if between == "LoRA and CLIP":  # whose file is none of the MODEL
-        graph["checkpoint"] = node("TestClip", file="sub/all in one.safetensors")
+        graph["checkpoint"] = node("TestClip", file=f"sub/{WHOLE}")
     if between == "LoRA of a link":
         model = comfyui.call(lambda: comfyui.nodes.UNETLoader().load_unet(FILE, "default")[0])
         graph["lora"] = give(comfyui, random_lora(comfyui, model, 0.5, 4, 0))
