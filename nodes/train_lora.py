@@ -20,7 +20,7 @@ from .comfy_host.sent_values import unread_before, unread_inputs
 from .comfy_host.settings import TrainingSettings
 from .comfy_host.shared_inputs import conditions_input, seed_input
 from .comfy_host.sockets import CATEGORY, Conditions, SettingsSocket
-from .comfy_host.training import Wanted, best_lora, losses, run_training, trained_lora
+from .comfy_host.training import Wanted, losses, run_training
 
 
 class TrainLoRA(io.ComfyNode):
@@ -81,9 +81,8 @@ class TrainLoRA(io.ComfyNode):
         unused = (*unread_inputs(cls), *unread_before(cls), *unused)
         wanted = Wanted(run_name, base_name(model, cls), memory, preset, changes, unused)
         run = run_training(cls, model, conditions, vae, wanted, initial_lora)
-        reports, lora = read_log(run.folder / LOG_NAME), trained_lora(run.result, run.config)
-        best = best_lora(run.result, run.config)
-        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), run.sheets, best)
+        loss = losses(read_log(run.folder / LOG_NAME))
+        return io.NodeOutput(run.lora, {"loss": loss}, str(run.folder), run.sheets, run.best)
 
 
 def chosen_settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import Objective
 from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
+from ...dopsd_core.training.own_files import is_foreign
 from ...dopsd_core.training.trainer import NonFiniteError, TrainResult, check_run, train
 from ...dopsd_core.training.training_set import latent_shape
 from .base_name import UNKNOWN
@@ -38,6 +40,8 @@ from .start import start_of
 from .targets import require_blocks
 from .unused import unused_settings
 from .watcher import PREVIEWS_NAME, RunFacts, Watcher
+
+log = logging.getLogger("dopsd")
 
 _ROWS = 4  # of a preview sheet: source, before, teacher, student
 
@@ -72,15 +76,15 @@ class FinishedRun:
     """A run whose steps are all done.
 
     Attributes:
-        result: of the core's `train`.
-        config: the configuration, with the memory plan's changes.
         folder: the run's folder.
+        lora: see `trained_lora`.
+        best: see `best_lora`.
         sheets: the preview sheets, [n, H, W, 3]; see `load_sheets`.
     """
 
-    result: TrainResult
-    config: TrainConfig
     folder: Path
+    lora: TrainedLora
+    best: TrainedLora
     sheets: Tensor
 
 
@@ -145,9 +149,10 @@ def run_training(
     watcher = Watcher(node, _facts(run), notes, preview)
     with notes.with_warnings():
         result = _watched(watcher, run)
+        lora, best = trained_lora(result, run.plan.config), best_lora(result, run.plan.config)
         sheets = load_sheets(run.folder / PREVIEWS_NAME)
         watcher.finished(result)
-    return FinishedRun(result, run.plan.config, run.folder, sheets)
+    return FinishedRun(run.folder, lora, best, sheets)
 
 
 def _planned(
@@ -295,17 +300,25 @@ def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
     tensors = config.adapter.exported(read_checkpoint_lora(result.checkpoint_path))
     prefix = get_family(config.family).key_prefix
     with safe_open(result.lora_path, "pt") as file:
-        facts = file.metadata() or {}
+        facts = kept_header(file.metadata() or {})[0]
     return TrainedLora({prefix + key: tensors[key] for key in sorted(tensors)}, facts)
 
 
 def best_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
     """The LoRA file of the step with the smallest gap on the unseen prompt; the trained LoRA if none is kept."""
-    best = result.best
+    best, trained = result.best, trained_lora(result, config)
     if best is None or best.path is None or best.step == result.step:
-        return trained_lora(result, config)
-    tensors, header = read_safetensors(best.path)
-    return TrainedLora(tensors, kept_header(header)[0])
+        return trained
+    if is_foreign(best.path, trained.facts, best.step):
+        problem = f"{best.path} was not written by this run"
+    else:
+        try:
+            tensors, header = read_safetensors(best.path)
+            return TrainedLora(tensors, kept_header(header)[0])
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    log.warning("%s: best_lora is the LoRA of step %d instead", problem, result.step)
+    return trained
 
 
 def losses(reports: Sequence[StepReport]) -> list[float]:
