@@ -250,4 +250,4 @@ def family_of_clip(clip: Any) -> Family:
         if isinstance(clip.tokenizer, entry.tokenizer):
             return entry.family
     choices = ", or ".join(f"{entry.clip_files} for {entry.family.title}" for entry in _entries())
-    raise ValueError(f"this CLIP has a {type(clip.tokenizer).__name__}; load {choices}")
+    raise ValueError(f"the input clip has a {type(clip.tokenizer).__name__}: load {choices}")
