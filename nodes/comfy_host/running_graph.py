@@ -52,7 +52,7 @@ def links_of(node: GraphNode) -> Iterator[tuple[str, int]]:
     """(node id, output) of each input of the node that is a link."""
     for value in node.get("inputs", {}).values():
         if is_link(value):
-            yield value[0], value[1]
+            yield value[0], int(value[1])
 
 
 def kind_of_output(kind: Any, output: int) -> str:
