@@ -20,6 +20,7 @@ from ..files.lock import FolderLock
 from ..memory.footprint import SavedBytes, saved_bytes
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
 from .log import LOG_NAME, RunLog, StepReport, read_log
+from .own_files import keep_foreign
 from .saved_loras import described, lora_of_step, most_files, remove_saved, saved_loras, superfluous
 from .unseen_gap import BestStep, best_step
 
@@ -139,6 +140,8 @@ class RunFolder:
     def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
         """Writes the student's raw tensors ([rank, in], [rows, rank]) as a LoRA file, once per step.
 
+        A file of that name which the run did not write stays under another name.
+
         Raises:
             DiskError: it could not be written; an older file is untouched.
         """
@@ -146,6 +149,8 @@ class RunFolder:
         if step == self._lora_step:
             return path
         self._reserve.release()
+        if self._lora_step < 0:
+            keep_foreign(path, metadata)
         self._config.adapter.save(path, tensors, family, metadata)
         self._lora_step = step
         return path
