@@ -36,6 +36,11 @@ class Trainable(Protocol):
         ...
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the weights, so that all ranks run the network and read states together."""
+        ...
+
+    @property
     def has_teacher(self) -> bool:
         """Whether the teacher has its own weights."""
         ...

@@ -23,7 +23,7 @@ class ThreadWorld:
     """A rank among threads of this process; each waits for the others as a process would."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[Any]) -> None:
-        self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
+        self.rank, self.size, self.mesh, self._barrier, self._slots = rank, size, None, barrier, slots
 
     def gather(self, value: Any) -> list[Any]:
         return [pickle.loads(sent) for sent in self._exchange(pickle.dumps(value))]
