@@ -261,19 +261,17 @@ class Run:
         """The outputs of all batches of the step, each computed by one rank; adds up the gradients of all ranks."""
 
         turns = self.peers.share([self._course(micro) for micro in range(self.config.grad_accumulation)])
-        every = self.peers.all(lambda: [(turn.number, self._backward(turn)) for turn in turns])
+        every = self.peers.all(lambda: [(turn, self._backward(turn)) for turn in turns])
         self.peers.sum_gradients(self.adapters.parameters())
-        outputs = {number: output for found in every for number, output in found if output is not None}
+        outputs = {turn.number: output for found in every for turn, output in found if turn.counts}
         return [outputs[number] for number in sorted(outputs)]
 
     def _course(self, micro: int) -> Hashable:
         """Which forwards a batch makes, if ranks have to make the same ones together."""
         return self.config.objective.course(self._inputs(Turn(micro))) if self.adapters.is_sharded else ()
 
-    def _backward(self, turn: Turn) -> ObjectiveOutput | None:
-        """The output of a batch; None if it does not count."""
-        output = self.config.objective.backward(self._inputs(turn))
-        return output if turn.counts else None
+    def _backward(self, turn: Turn) -> ObjectiveOutput:
+        return self.config.objective.backward(self._inputs(turn))
 
     def _inputs(self, turn: Turn) -> ObjectiveInputs:
         scale = self.loss_scale.value if turn.counts else 0.0

@@ -83,7 +83,7 @@ def load_sharded(checkpoint: Checkpoint, weights: Trainable, parameters: Sequenc
 
     def of_parameter(path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         match = _OF_PARAMETER.match(path)
-        like = parameters[int(match[1])] if match else None
+        like = parameters[int(match[1])] if match and int(match[1]) < len(parameters) else None
         if like is not None and is_sharded(like) and like.shape == shape:
             return torch.zeros_like(like.detach(), dtype=dtype)
         return torch.empty(shape, dtype=dtype)

@@ -165,6 +165,8 @@ class Peers:
         try:
             yield
         except BaseException as error:
+            if self._runs_in_step and _is_lost(error):
+                raise PeerError(f"another process of this run was lost ({_describe(error)})") from error
             if not self._is_over and not self._runs_in_step:
                 try:
                     self._meet(_Outcome(error=_describe(error)))
@@ -231,6 +233,12 @@ class Peers:
         except Exception as error:  # whatever the backend raises if a connection breaks
             self._is_over = True
             raise PeerError(f"another process of this run was lost ({_describe(error)})") from error
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether a communication inside a forward broke; gloo and NCCL raise a RuntimeError of their own words."""
+    words = ("connection closed", "connection reset", "nccl", "process group")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def _describe(error: BaseException) -> str:
