@@ -24,6 +24,7 @@ from dopsd_core.training.checkpoint import Checkpoint, StateError, load_checkpoi
 from dopsd_core.training.log import StepReport, curve, read_log
 from dopsd_core.training.run import Run
 from dopsd_core.training.trainer import NoCallbacks, NonFiniteError, TrainingSet, TrainResult, train
+from dopsd_core.training.world import Turn
 from tests.tiny import (
     TinyDenoiser,
     killable_config,
