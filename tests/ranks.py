@@ -23,7 +23,7 @@ class ThreadWorld:
     """A rank among threads of this process; each waits for the others as a process would."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[Any]) -> None:
-        self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
+        self.rank, self.size, self.mesh, self._barrier, self._slots = rank, size, None, barrier, slots
 
     def gather(self, value: Any) -> list[Any]:
         return [pickle.loads(sent) for sent in self._exchange(pickle.dumps(value))]
@@ -96,7 +96,7 @@ def on_processes(folder: Path, steps: int, size: int, killed_at: Sequence[int] =
     context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     if sys.platform != "win32":
         context.set_forkserver_preload(["tests.ranks"])  # type: ignore[attr-defined]
-    port = _free_port()
+    port = free_port()
     children = [
         context.Process(
             target=run_rank, args=(str(folder), steps, rank, size, port, dict(enumerate(killed_at)).get(rank, -1))
@@ -115,7 +115,7 @@ def on_processes(folder: Path, steps: int, size: int, killed_at: Sequence[int] =
     return [child.exitcode for child in children]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return opened.getsockname()[1]

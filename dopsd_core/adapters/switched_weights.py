@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 class SwitchedWeights(ABC):
     """Weights of student and teacher on one network, of which a forward uses those of the current mode."""
+
+    is_sharded: ClassVar[bool] = False
+    """Whether each rank holds a part of the weights, so that all ranks run the network and read states together."""
 
     def __init__(self, teacher: Teacher | str) -> None:
         """teacher: whose weights teach; a name selects that choice with its defaults."""

@@ -128,7 +128,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
         data = _encoded(args, model, report.pairs, ordinary, view, config, cache)
         texts = preview_texts(args.preview_prompts, report.pairs, args.trigger)
-        wanted = peers.is_first and config.preview_every
+        wanted = config.preview_every and (peers.is_first or _is_sharded(config, peers.world))
         return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
 
     kept: list[tuple[TrainingSet, Sequence[DualCondition]]] = []
@@ -199,14 +199,15 @@ def _without_missing_anchors(
 def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, blocks: int, world: World | None) -> int:
     config, is_first = prepared.config, world is None or world.rank == 0
     preview = None
-    if config.preview_every and is_first:
+    draws = is_first or _is_sharded(config, world)
+    if config.preview_every and draws:
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
         preview = TrainingPreview(painter, prepared.shown, args.output)
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
     with (
         tqdm(total=config.steps, unit="step", disable=not is_first) as bar,
         closing(_tracking(args, config, is_first)) as tracking,
-        _watching(bar, preview, tracking) as callbacks,
+        _watching(bar, preview, tracking, is_first) as callbacks,
     ):
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
@@ -220,6 +221,11 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, b
         elif ModelOptions.of(args).is_undistilled:
             say(f"It was trained on {args.model}; use it on the distilled model, as sample --lora does.")
     return STOPPED if result.stopped else 0
+
+
+def _is_sharded(config: TrainConfig, world: World | None) -> bool:
+    """Whether each process holds a part of the model, and all of them run it together."""
+    return config.adapter.trains_network and world is not None and world.size > 1
 
 
 def _tracking(args: argparse.Namespace, config: TrainConfig, is_first: bool) -> Tracking:
@@ -256,8 +262,8 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
 class _Watcher(NoCallbacks):
     """Shows progress, writes previews, passes both on to trackers, and stops after SIGTERM."""
 
-    def __init__(self, bar: tqdm, preview: TrainingPreview | None, tracking: Tracking) -> None:
-        self._bar, self._preview, self._tracking = bar, preview, tracking
+    def __init__(self, bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool) -> None:
+        self._bar, self._preview, self._tracking, self._writes = bar, preview, tracking, writes
         self.is_stopped = False
 
     def on_class_image(self, done: int, total: int) -> None:
@@ -270,17 +276,21 @@ class _Watcher(NoCallbacks):
         self._tracking.on_step(report)
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
-        if self._preview is not None:
-            self._tracking.on_preview(step, self._preview.write(step, adapters))
+        if self._preview is None:
+            return
+        if not self._writes:  # the model is in parts, and its other parts need this process
+            self._preview.draw(step, adapters)
+            return
+        self._tracking.on_preview(step, self._preview.write(step, adapters))
 
     def should_stop(self) -> bool:
         return self.is_stopped
 
 
 @contextmanager
-def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking) -> Iterator[_Watcher]:
+def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool) -> Iterator[_Watcher]:
     """The callbacks of the run; inside the `with` block SIGTERM, which cluster managers send, stops it after a step."""
-    watcher = _Watcher(bar, preview, tracking)
+    watcher = _Watcher(bar, preview, tracking, writes)
 
     def stop(number: int, frame: object) -> None:
         watcher.is_stopped = True
@@ -302,6 +312,8 @@ def _blocks_to_checkpoint(prepared: Prepared, denoiser: Denoiser, peers: Peers) 
     """The smallest number of blocks with gradient checkpointing that fits into the GPU's free memory; 0 on a CPU."""
     if denoiser.device.type != "cuda":
         return 0
+    if _is_sharded(prepared.config, peers.world):
+        return len(denoiser.blocks())
     footprint = footprint_of(prepared, denoiser)
     free = int(torch.cuda.mem_get_info(denoiser.device)[0] * _MARGIN) + footprint.weights  # those are loaded already
     blocks = max(peers.all(lambda: footprint.blocks_to_checkpoint(free)))

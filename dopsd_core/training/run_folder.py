@@ -22,7 +22,9 @@ from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_step
 from .log import LOG_NAME, RunLog, StepReport, read_log
 from .own_files import keep_foreign
 from .saved_loras import described, lora_of_step, most_files, remove_saved, saved_loras, superfluous
+from .sharded_checkpoint import save_sharded
 from .unseen_gap import BestStep, best_step
+from .world import Peers
 
 CONFIG_NAME = "config.json"
 LORA_NAME = "lora.safetensors"
@@ -123,8 +125,10 @@ class RunFolder:
         except DiskError:
             self._reserve.hold(size)
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
+    def save_checkpoint(self, checkpoint: Checkpoint, sharing: Peers | None = None) -> Path:
         """Writes a checkpoint, unless there is one of the same step, and returns its folder.
+
+        sharing: the ranks that hold a part of the tensors each, and all call this; None if they are whole.
 
         Raises:
             DiskError: it could not be written; older ones are untouched.
@@ -132,9 +136,10 @@ class RunFolder:
         self._reserve.release()
         if self._log is not None:
             self._log.sync()
-        path = save_checkpoint(self.path / CHECKPOINTS_NAME, checkpoint, self._config.keep_checkpoints)
+        folder, keep = self.path / CHECKPOINTS_NAME, self._config.keep_checkpoints
+        path = save_sharded(folder, checkpoint, keep, sharing) if sharing else save_checkpoint(folder, checkpoint, keep)
         self._checkpoint_step = checkpoint.step
-        self._checkpoint_bytes = sum(file.stat().st_size for file in path.iterdir()) + _SLACK
+        self._checkpoint_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) + _SLACK
         return path
 
     def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -219,8 +224,10 @@ class UnusedFolder(RunFolder):
     def hold_room(self) -> None:
         """Does nothing."""
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
-        """The folder of the checkpoint that the other process writes."""
+    def save_checkpoint(self, checkpoint: Checkpoint, sharing: Peers | None = None) -> Path:
+        """The folder of the checkpoint that the other process writes, or all of them if each holds a part."""
+        if sharing is not None:
+            return save_sharded(self.path / CHECKPOINTS_NAME, checkpoint, 1, sharing)
         return self.path / CHECKPOINTS_NAME / f"step-{checkpoint.step:06d}"
 
     def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
