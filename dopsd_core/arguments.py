@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_teacher_preview(commands)
     add_compare(commands)
-    add_evaluate(commands)
+    add_evaluate(commands, add_model_arguments)
     _add_inspect(commands)
     return parser
 

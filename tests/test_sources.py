@@ -131,7 +131,7 @@ def test_options_that_do_not_fit_a_source_are_refused(tmp_path: Path) -> None:
         open_source(str(tar), 8, columns=Columns(subset="small"))
 
 
-# -- Hugging Face datasets ----------------------------------------------------------------------------------------------
+# -- Hugging Face datasets --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
