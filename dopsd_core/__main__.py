@@ -1,4 +1,4 @@
-"""`python -m dopsd_core`: demo, train, sample, teacher-preview, compare, evaluate, inspect-dataset."""
+"""`python -m dopsd_core`: demo, train, encode, sample, teacher-preview, compare, evaluate, inspect-dataset."""
 
 from __future__ import annotations
 
@@ -109,6 +109,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .standalone.training import run_train
 
         return run_train
+    if name == "encode":
+        from .standalone.encoding import run_encode
+
+        return run_encode
     if name == "compare":
         from .standalone.comparison.command import run_compare
 

@@ -18,9 +18,10 @@ from .metrics.arguments import add_evaluate
 from .number_text import float_argument, int_argument
 from .options import Option, all_options, changed
 from .standalone.comparison.arguments import add_compare
+from .standalone.encoding_arguments import add_encode
 from .standalone.model_options import MODEL_HELP, TRACKERS, add_model_arguments
 
-COMMANDS = ("demo", "train", "sample", "teacher-preview", "compare", "evaluate", "inspect-dataset")
+COMMANDS = ("demo", "train", "encode", "sample", "teacher-preview", "compare", "evaluate", "inspect-dataset")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -48,10 +49,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_train(commands)
+    add_encode(commands, _add_teacher)
     _add_sample(commands)
     _add_teacher_preview(commands)
     add_compare(commands)
-    add_evaluate(commands)
+    add_evaluate(commands, add_model_arguments)
     _add_inspect(commands)
     return parser
 
@@ -125,10 +127,11 @@ def _add_train(commands: Any) -> None:
         "train",
         allow_abbrev=False,
         help="train a LoRA on a dataset",
-        description="Trains a LoRA on a folder of images with .txt captions beside them, or on a JSONL file. All files "
-        "of the run are in --output; run the same command again to resume a run that was stopped or killed. Ctrl-C "
-        "saves and stops. Defaults in parentheses are for the demo model; --config loads another run's settings. On "
-        "several GPUs: accelerate launch -m dopsd_core train ...; the processes share the batches of each step.",
+        description="Trains a LoRA on a folder of images with .txt captions beside them, on a JSONL file, or on what "
+        "encode wrote. All files of the run are in --output; run the same command again to resume a run that was "
+        "stopped or killed. Ctrl-C saves and stops. Defaults in parentheses are for the demo model; --config loads "
+        "another run's settings. On several GPUs: accelerate launch -m dopsd_core train ...; the processes share the "
+        "batches of each step.",
     )
     _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
@@ -257,6 +260,10 @@ def _add_view(parser: argparse.ArgumentParser) -> None:
         "--teacher-image", choices=("own", "other"), default="own",
         help="which image the teacher sees: the training image itself, or up to three others of the dataset in turn",
     )  # fmt: skip
+    _add_teacher(parser)
+
+
+def _add_teacher(parser: argparse.ArgumentParser) -> None:
     _add_teacher_view(parser)
     parser.add_argument(
         "--teacher-background", choices=get_args(Background), default="keep",

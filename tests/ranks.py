@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dopsd_core.conditioning.encode import Condition
+from dopsd_core.optimizers import AdamW8bit
 from dopsd_core.training.trainer import NoCallbacks, train
 from tests.tiny import TinyDenoiser, killable_config, killable_data
 
@@ -78,8 +80,29 @@ class KilledAt(NoCallbacks):
             os.kill(os.getpid(), 9)
 
 
-def run_rank(folder: str, steps: int, rank: int, size: int, port: int, killed_at: int = -1) -> None:
-    """The run that tests kill, as one process of `size`."""
+class Bf16Denoiser(TinyDenoiser):
+    """Its weights are bf16, and it computes in bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(torch.bfloat16)
+
+    def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+        return super().predict_x0(x.bfloat16(), sigma, [c.to(x.device, torch.bfloat16) for c in conditions]).float()
+
+
+def run_kind(kind: str, folder: str | Path, steps: int, callbacks: Any = None, world: Any = None) -> Any:
+    """A run of four batches per step; kind: "fp32", "bf16", or "adamw8bit", whose weights are enough for 8 bits."""
+    config, denoiser = killable_config(steps).replace(grad_accumulation=4), TinyDenoiser()
+    if kind == "bf16":
+        denoiser = Bf16Denoiser()
+    if kind == "adamw8bit":
+        config = config.replace(adapter=config.adapter.replace(rank=512, alpha=512.0), optimizer=AdamW8bit(lr=1e-2))
+    return train(config, denoiser, killable_data(), folder, callbacks, world=world)
+
+
+def run_rank(folder: str, steps: int, rank: int, size: int, port: int, killed_at: int = -1, kind: str = "") -> None:
+    """The run that tests kill, or one of a kind, as one process of `size`."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
@@ -88,18 +111,24 @@ def run_rank(folder: str, steps: int, rank: int, size: int, port: int, killed_at
 
     torch.set_num_threads(1)
     with joined_world(on_cpu=True) as world:
+        if kind:
+            run_kind(kind, folder, steps, KilledAt(killed_at), world)
+            return
         train(killable_config(steps), TinyDenoiser(), killable_data(), folder, KilledAt(killed_at), world=world)
 
 
-def on_processes(folder: Path, steps: int, size: int, killed_at: Sequence[int] = ()) -> list[int | None]:
-    """Exit codes of the ranks; killed_at: the step after which each is killed, -1 for never."""
+def on_processes(
+    folder: Path, steps: int, size: int, killed_at: Sequence[int] = (), kind: str = ""
+) -> list[int | None]:  # fmt: skip
+    """Exit codes of the ranks; killed_at: the step after which each is killed, -1 for never; kind: as of `run_kind`."""
     context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     if sys.platform != "win32":
         context.set_forkserver_preload(["tests.ranks"])  # type: ignore[attr-defined]
     port = free_port()
     children = [
         context.Process(
-            target=run_rank, args=(str(folder), steps, rank, size, port, dict(enumerate(killed_at)).get(rank, -1))
+            target=run_rank,
+            args=(str(folder), steps, rank, size, port, dict(enumerate(killed_at)).get(rank, -1), kind),
         )
         for rank in range(size)
     ]

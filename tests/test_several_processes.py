@@ -16,7 +16,7 @@ from dopsd_core.training.checkpoint import load_checkpoint
 from dopsd_core.training.log import StepReport, read_log
 from dopsd_core.training.trainer import NoCallbacks, PeerError, train
 from dopsd_core.training.world import Peers
-from tests.ranks import ThreadWorld, on_processes, on_threads
+from tests.ranks import ThreadWorld, on_processes, on_threads, run_kind
 from tests.stopping import StopAt
 from tests.tiny import TinyDenoiser, killable_config, killable_data, make_config, make_data, saved_bytes
 
@@ -305,3 +305,36 @@ def test_killed_processes_resume(tmp_path: Path, killed: tuple[int, int]) -> Non
         assert on_processes(tmp_path / "two", STEPS, 2) == [0, 0]
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert load_lora(tmp_path / "two" / "lora.safetensors")[1]["dopsd_step"] == str(STEPS)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "adamw8bit"])
+def test_four_processes_on_gloo_make_the_same_run(tmp_path: Path, kind: str) -> None:
+    """Also where the network computes in bf16, and where the optimizer keeps its moments in 8 bits."""
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    run_kind(kind, tmp_path / "one", STEPS)
+    assert on_processes(tmp_path / "four", STEPS, 4, kind=kind) == [0] * 4
+    assert_same_run(tmp_path / "four", tmp_path / "one", {"fp32": 1e-6, "bf16": 1e-5, "adamw8bit": 1e-3}[kind])
+    assert load_lora(tmp_path / "four" / "lora.safetensors")[1]["dopsd_step"] == str(STEPS)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "adamw8bit"])
+def test_four_killed_processes_resume_on_two(tmp_path: Path, kind: str) -> None:
+    """The moments in 8 bits come from the checkpoint in their bits."""
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    run_kind(kind, tmp_path / "one", STEPS)
+    codes = on_processes(tmp_path / "four", STEPS, 4, (4, 4, 4, 4), kind)
+    assert codes == [-9] * 4 and read_log(tmp_path / "four" / "train.jsonl")[-1].step in (4, 5)
+    assert on_processes(tmp_path / "four", STEPS, 2, kind=kind) == [0, 0]
+    assert_same_run(tmp_path / "four", tmp_path / "one", {"bf16": 1e-5, "adamw8bit": 1e-3}[kind])
+
+
+def test_moments_in_8_bits_resume_in_one_process_to_the_bit(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run_kind("adamw8bit", tmp_path / "one", STEPS)
+    run_kind("adamw8bit", tmp_path / "two", STEPS, Stop(3))
+    run_kind("adamw8bit", tmp_path / "two", STEPS)
+    checkpoint = load_checkpoint(tmp_path / "two" / "checkpoints")
+    assert checkpoint is not None and any(value.dtype == torch.uint8 for value in checkpoint.optimizer.values())
+    assert torch.equal(student(tmp_path / "two"), student(tmp_path / "one"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dopsd_core.__main__ import main
 from dopsd_core.adapters.lora_file import load_lora
@@ -115,6 +116,31 @@ def test_sample_and_teacher_preview(place: Path, trained: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert Image.open(sheet).height > 3 * 64
+
+
+def test_evaluate_draws_the_model_with_the_lora(place: Path, trained: Path, tmp_path: Path) -> None:
+    """Measures that need no weights; the demo's judge is for the demo model alone."""
+    words = ("--lora", trained / "lora.safetensors", "--resolution", 64, "--steps", 1, "--seeds", 1)
+    result = call(
+        command(place, "evaluate", place / "photos", *words, "--output", tmp_path, "--prompts", "a lamp", "a [V] cup")
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "report_card.json").read_text(encoding="utf-8"))
+    assert list(report["measures"]) == ["sharpness", "sharpness_prior", "pixel_retention"]
+    (distance,) = report["measures"]["pixel_retention"]["strengths"]["1"]["values"]
+    assert distance > 0 and report["measures"]["sharpness_prior"]["prompts"] == ["a lamp"]
+    assert Image.open(tmp_path / "report_card.png").width > 500
+
+
+def test_evaluate_refuses_a_lora_of_another_family(
+    place: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, facts = load_lora(trained / "lora.safetensors")
+    save_file(tensors, tmp_path / "other.safetensors", {**facts, "dopsd_family": "krea2"})
+    words = command(place, "evaluate", place / "photos", "--lora", tmp_path / "other.safetensors")
+    assert main(words[3:]) == 1
+    error = capsys.readouterr().err
+    assert "other.safetensors is a LoRA of the family krea2, and --model" in error and "is a Z-Image" in error
 
 
 def test_inspect_dataset_takes_the_models_sizes(place: Path) -> None:

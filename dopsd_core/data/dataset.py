@@ -156,31 +156,51 @@ def read_dataset(
     """
     if not 1 <= repeats <= MAX_REPEATS:
         raise ValueError(f"repeats ({repeats}) must be from 1 to {MAX_REPEATS}")
-    trigger = _checked_trigger(trigger)
+    trigger = checked_trigger(trigger)
     source = Path(source)
     problems = Problems()
-    entries = _read_entries(source, problems)
+    entries = read_entries(source, problems)
     checker = ImageChecker(
         root=Path(root) if root is not None else (source if source.is_dir() else source.parent),
         buckets=make_buckets(pixel_budget, multiple),
         problems=problems,
     )
-    pairs: list[Pair] = []
-    for done, entry in enumerate(entries, 1):
-        fit = checker.check(entry)
-        _warn_of_doubts(entry, trigger, problems)
-        if fit is not None and entry.captions:
-            pairs.append(_make_pair(entry, fit, trigger, repeats))
-        if progress is not None:
-            progress(done, len(entries))
-    _warn_without_trigger(pairs, trigger, problems)
+    pairs = check_entries(entries, checker, trigger, repeats, progress)
     if not entries and not any(problem.severity == "error" for problem in problems.found):
         wanted = "put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"
         problems.error(source, None, f"no images; {wanted if source.is_dir() else 'the file has no rows'}")
     return DatasetReport(source, tuple(pairs), tuple(problems.found))
 
 
-def _checked_trigger(trigger: str) -> str:
+def check_entries(
+    entries: Sequence[Entry],
+    checker: ImageChecker,
+    trigger: str = "",
+    repeats: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Pair]:
+    """The usable pairs of the entries; the checker's `problems` gets everything else. Arguments as of `read_dataset`.
+
+    The trigger must come from `checked_trigger`.
+    """
+    pairs: list[Pair] = []
+    for done, entry in enumerate(entries, 1):
+        fit = checker.check(entry)
+        _warn_of_doubts(entry, trigger, checker.problems)
+        if fit is not None and entry.captions:
+            pairs.append(_make_pair(entry, fit, trigger, repeats))
+        if progress is not None:
+            progress(done, len(entries))
+    _warn_without_trigger(pairs, trigger, checker.problems)
+    return pairs
+
+
+def checked_trigger(trigger: str) -> str:
+    """The trigger without surrounding spaces.
+
+    Raises:
+        ValueError: it contains invalid characters, or none that can be seen.
+    """
     try:
         check_text(trigger)
     except CaptionError as error:
@@ -190,7 +210,8 @@ def _checked_trigger(trigger: str) -> str:
     return trigger.strip()
 
 
-def _read_entries(source: Path, problems: Problems) -> list[Entry]:
+def read_entries(source: Path, problems: Problems) -> list[Entry]:
+    """The images of a folder or JSONL file with their captions, in order; the images are not opened."""
     if source.is_dir():
         return read_folder(source, problems)
     if source.suffix.lower() in ROW_SUFFIXES and source.is_file():

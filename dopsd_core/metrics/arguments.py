@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ WEIGHTS = {
 """Metrics of the paper, by the name of their option."""
 
 
-def add_evaluate(commands: Any) -> None:
-    """Adds the command to the parser's subparsers."""
+def add_evaluate(commands: Any, add_model: Callable[[Any], None]) -> None:
+    """Adds the command to the parser's subparsers; add_model: adds the options that choose a model."""
     parser = commands.add_parser(
         "evaluate",
         allow_abbrev=False,
@@ -36,7 +37,6 @@ def add_evaluate(commands: Any) -> None:
         "evaluation_metadata.jsonl, DPG-Bench's folder of prompts",
     )
     parser.add_argument("--lora", type=Path, metavar="FILE", help="the LoRA; only with --layout it may be missing")
-    parser.add_argument("--model", default="demo", choices=("demo",), help="default: %(default)s")
     parser.add_argument(
         "--strengths", type=float_argument(), nargs="+", default=[1.0], metavar="X", help="LoRA strengths (default: 1)"
     )
@@ -49,7 +49,7 @@ def add_evaluate(commands: Any) -> None:
         nargs="+",
         metavar="PROMPT",
         help="with [V] or the trigger: other scenes of the concept; without it: ordinary prompts, for retention; "
-        "default: the demo's",
+        "default: those of the demo's world for the demo model, none for others",
     )
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
@@ -64,7 +64,10 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--vlm-kind", default="instance", choices=("instance", "style"), help="what the concept is, for VLM-J"
     )
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="device of the metrics (default: %(default)s)")
+    parser.add_argument(
+        "--metrics-device", metavar="NAME", help="device of the metrics; default: that of --device, else cpu"
+    )
     parser.add_argument("--download", action="store_true", help="download weights that are given as hub ids")
     for name, text in WEIGHTS.items():
         parser.add_argument(f"--{name}", metavar="WEIGHTS", help=text)
+    add_model(parser)

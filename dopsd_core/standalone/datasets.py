@@ -16,7 +16,7 @@ def read_images(args: argparse.Namespace, family: Family, options: ModelOptions)
         ValueError: it has errors, or edits that the model cannot learn.
     """
     report = read_dataset(
-        args.dataset, pixel_budget=_side(args, family, options) ** 2, multiple=family.pixel_multiple,
+        args.dataset, pixel_budget=side_of(args, family, options) ** 2, multiple=family.pixel_multiple,
         trigger=args.trigger, repeats=args.repeats, root=args.root,
     )  # fmt: skip
     report.raise_for_errors()
@@ -33,13 +33,14 @@ def read_regularisation(args: argparse.Namespace, family: Family, options: Model
     """
     if args.regularisation is None:
         return None
-    budget = _side(args, family, options) ** 2
+    budget = side_of(args, family, options) ** 2
     report = read_dataset(args.regularisation, pixel_budget=budget, multiple=family.pixel_multiple)
     report.raise_for_errors()
     return report
 
 
-def _side(args: argparse.Namespace, family: Family, options: ModelOptions) -> int:
+def side_of(args: argparse.Namespace, family: Family, options: ModelOptions) -> int:
+    """Images have about this x this pixels: --resolution, or the model's own."""
     from ..demo.world import IMAGE_SIZE
 
     return args.resolution or (IMAGE_SIZE if options.is_demo else round(family.pixel_budget**0.5))

@@ -1,16 +1,12 @@
-"""The command `python -m dopsd_core evaluate`: a report card on the demo model, or the images of a benchmark."""
+"""The command `python -m dopsd_core evaluate`: a report card of a LoRA, or the images of a benchmark."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,26 +16,27 @@ from ..data.dataset import read_dataset
 from ..data.images import read_image, to_tensor
 from ..demo.concept import make_concept
 from ..demo.model_files import JUDGE_FILE, WEIGHTS
-from ..demo.settings import SAMPLE_STEPS
-from ..demo.world import IMAGE_SIZE, TRIGGER
-from ..families import Z_IMAGE
+from ..demo.world import TRIGGER
+from ..families import Family
 from ..files.atomic import write_atomic
 from ..metrics.arguments import WEIGHTS as METRICS
 from ..metrics.evaluation import count_scores, evaluate
 from ..metrics.layouts import read_prompts, write_layout
 from ..metrics.loading import load_metrics
 from ..metrics.measures import measures_of
-from ..metrics.protocol import Shot, all_shots
+from ..metrics.protocol import Shot, all_shots, split_prompts
 from ..metrics.report_card import draw_report_card, summary_lines, to_json
-from ..rollout import sample
 from ..sharing.model_spec import trigger_of
-from ..text import printable
+from .chosen import family_of
+from .datasets import side_of
 from .evaluate import judge_measures
-from .hosts.demo import DemoModel, load_demo_model, with_lora
+from .hosts.model import load_model
 from .judge import load_judge
+from .lora_painter import LoraPainter
+from .model_options import ModelOptions
+from .texts import say, warn
 
 CARD, REPORT = "report_card.png", "report_card.json"
-_BATCH = 32
 _TESTS, _DESCRIBED, _GENERIC = 8, 6, 6
 
 
@@ -53,92 +50,79 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.lora is not None and not args.lora.exists():
         raise FileNotFoundError(f"{args.lora} does not exist; give a LoRA file that training wrote")
     if args.layout is not None:
-        return _write_benchmark(args)
+        return _write_benchmark(args, ModelOptions.of(args))
     if args.lora is None:
         raise ValueError("there is no LoRA to evaluate: give --lora")
     if wrong := [strength for strength in args.strengths if not strength > 0]:
         raise ValueError(f"--strengths: {wrong[0]:g} is not above 0; the untouched model is always drawn beside them")
-    return _write_report_card(args)
+    return _write_report_card(args, ModelOptions.of(args))
 
 
-@dataclass(frozen=True)
-class DemoPainter:
-    """Draws images of the demo model, with or without a LoRA; `on_image` is called after each.
-
-    Attributes:
-        model: the demo model.
-        lora: the LoRA file; None to draw without.
-        steps: Euler steps.
-        on_image: called with the number of images that were drawn.
-    """
-
-    model: DemoModel
-    lora: Path | None
-    steps: int
-    on_image: Callable[[int], object] = lambda count: None
-
-    def draw(self, strength: float, shots: Sequence[Shot]) -> list[Tensor]:
-        """One image [3, H, W] in [0, 1] per shot, with the LoRA at a strength; without it at 0."""
-        applied = self.lora is not None and strength != 0
-        images: dict[int, Tensor] = {}
-        with with_lora(self.model.denoiser, self.lora, strength) if self.lora and applied else nullcontext():
-            for size in dict.fromkeys((shot.width, shot.height) for shot in shots):
-                places = [i for i, shot in enumerate(shots) if (shot.width, shot.height) == size]
-                for start in range(0, len(places), _BATCH):
-                    some = places[start : start + _BATCH]
-                    images.update(zip(some, self._draw([shots[i] for i in some], *size), strict=True))
-                    self.on_image(len(some))
-        return [images[i] for i in range(len(shots))]
-
-    def _draw(self, shots: Sequence[Shot], width: int, height: int) -> Tensor:
-        shape, encoder = Z_IMAGE.latent_shape(width, height), self.model.encoder
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(shot.seed)) for shot in shots]
-        conditions = [encoder.encode_text(shot.prompt) for shot in shots]
-        sigmas = Z_IMAGE.sigmas(self.steps, width, height)
-        return encoder.decode(sample(self.model.denoiser, conditions, torch.stack(noise), sigmas))
-
-
-def _write_report_card(args: argparse.Namespace) -> int:
-    side = args.resolution or IMAGE_SIZE
-    multiple = Z_IMAGE.pixel_multiple
-    trigger = args.trigger or trigger_of(read_safetensors(args.lora)[1])
-    report = read_dataset(args.source, pixel_budget=side**2, multiple=multiple, trigger=trigger)
+def _write_report_card(args: argparse.Namespace, options: ModelOptions) -> int:
+    family, facts = family_of(options), read_safetensors(args.lora)[1]
+    _require_family(args.lora, facts, family, options)
+    side, trigger = side_of(args, family, options), args.trigger or trigger_of(facts)
+    report = read_dataset(args.source, pixel_budget=side**2, multiple=family.pixel_multiple, trigger=trigger)
     report.raise_for_errors()
     if any(pair.source_images for pair in report.pairs):
         raise ValueError(f"{args.source} contains edits, which cannot be evaluated: use images with captions")
-    prompts = args.prompts or _demo_prompts()
-    for warning in check_prompts(prompts, "prompt", trigger):
-        _say(f"warning: {warning}")
+    prompts = args.prompts or (_demo_prompts() if options.is_demo else [])
+    warn(check_prompts(prompts, "prompt", trigger))
     metrics = load_metrics(
-        {name: getattr(args, name) for name in METRICS}, vlm_kind=args.vlm_kind, device=args.device,
+        {name: getattr(args, name) for name in METRICS}, vlm_kind=args.vlm_kind, device=_device_of_metrics(args),
         download=args.download,
     )  # fmt: skip
     shots = all_shots(
         report.pairs, prompts, trigger, args.class_name, seed=args.seed, num_seeds=args.seeds, area=side**2,
-        multiple=multiple,
+        multiple=family.pixel_multiple,
     )  # fmt: skip
     sources = [to_tensor(read_image(pair.image_path)) for pair in report.pairs]
-    measures = [*judge_measures(load_judge(WEIGHTS / JUDGE_FILE), sources), *measures_of(metrics)]
+    judged = judge_measures(load_judge(WEIGHTS / JUDGE_FILE), sources) if options.is_demo else []
+    measures = [*judged, *measures_of(metrics)]
     strengths = list(dict.fromkeys(args.strengths))
     work = len(shots) * (len(strengths) + 2) + count_scores(shots, len(strengths), measures)
+    model = load_model(options, sees=False)
     with tqdm(total=work, unit="image") as bar:
-        painter = DemoPainter(load_demo_model(), args.lora, args.steps or SAMPLE_STEPS, bar.update)
+        painter = LoraPainter.of(model, [shot.prompt for shot in shots], args.lora, args.steps, bar.update)
         evaluation = evaluate(
             args.lora.name, shots, sources, strengths, painter.draw, measures, lambda: bar.update(1),
-            ["The demo's judge, a classifier of renders, stands in for metrics whose weights are not given."],
+            _notes(options, prompts, trigger),
         )  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     card = io.BytesIO()
-    draw_report_card(evaluation, tile=128).save(card, format="PNG")
+    draw_report_card(evaluation, tile=128 if options.is_demo else 256).save(card, format="PNG")
     write_atomic(args.output / CARD, card.getvalue())
     write_atomic(args.output / REPORT, to_json(evaluation).encode())
-    _say("\n".join([*summary_lines(evaluation), "", str(args.output / CARD), str(args.output / REPORT)]))
+    say("\n".join([*summary_lines(evaluation), "", str(args.output / CARD), str(args.output / REPORT)]))
     return 0
 
 
-def _write_benchmark(args: argparse.Namespace) -> int:
-    prompts, side = read_prompts(args.layout, args.source), args.resolution or IMAGE_SIZE
-    painter = DemoPainter(load_demo_model(), args.lora, args.steps or SAMPLE_STEPS)
+def _require_family(lora: Path, facts: Mapping[str, str], family: Family, options: ModelOptions) -> None:
+    """Raises ValueError if the LoRA's header names another family, before anything is loaded."""
+    of = facts.get("dopsd_family", family.name)
+    if of != family.name:
+        raise ValueError(f"{lora} is a LoRA of the family {of}, and --model {options.model} is a {family.title}")
+
+
+def _device_of_metrics(args: argparse.Namespace) -> str:
+    return args.metrics_device or ("cpu" if args.device == "auto" else args.device)
+
+
+def _notes(options: ModelOptions, prompts: Sequence[str], trigger: str) -> list[str]:
+    if options.is_demo:
+        return ["The demo's judge, a classifier of renders, stands in for metrics whose weights are not given."]
+    if not split_prompts(prompts, trigger)[1]:
+        return ["No ordinary prompts were given, so retention was not measured: give some with --prompts."]
+    return []
+
+
+def _write_benchmark(args: argparse.Namespace, options: ModelOptions) -> int:
+    family = family_of(options)
+    if args.lora is not None:
+        _require_family(args.lora, read_safetensors(args.lora)[1], family, options)
+    prompts, side = read_prompts(args.layout, args.source), side_of(args, family, options)
+    model = load_model(options, sees=False)
+    painter = LoraPainter.of(model, [prompt.text for prompt in prompts], args.lora, args.steps)
     strength = args.strengths[0]
 
     def draw(prompt: str, seeds: Sequence[int]) -> list[Tensor]:
@@ -146,7 +130,7 @@ def _write_benchmark(args: argparse.Namespace) -> int:
 
     with tqdm(total=len(prompts), unit="prompt") as bar:
         write_layout(args.layout, prompts, draw, args.output, args.seed, lambda done, total: bar.update(done - bar.n))
-    _say(f"{len(prompts)} prompts: {args.output}, for the scorer of {args.layout}")
+    say(f"{len(prompts)} prompts: {args.output}, for the scorer of {args.layout}")
     return 0
 
 
@@ -155,8 +139,3 @@ def _demo_prompts() -> list[str]:
     concept = make_concept(0)
     tests = [text.replace(TRIGGER, PLACEHOLDER) for text in concept.unseen.texts[:_TESTS]]
     return [*tests, *concept.described.texts[:_DESCRIBED], *concept.generic.texts[:_GENERIC]]
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(printable(text) + "\n")
-    sys.stdout.flush()

@@ -23,13 +23,13 @@ from ..rollout import sample
 from ..training.rng import make_generator
 from ..training.saved_loras import SavedLora, saved_loras
 from ..training.training_set import mask_remarks, seen_images
+from .chosen import family_of, view_of
 from .datasets import read_images
 from .hosts.demo import with_lora
 from .hosts.model import HostModel, load_model, sees_images
 from .model_options import ModelOptions
 from .previews import MAX_PROMPTS, TILE, Painter, encode_shown, teacher_sheet
 from .texts import say, warn
-from .training import family_of, view_of
 
 
 def run_sample(args: argparse.Namespace) -> int:

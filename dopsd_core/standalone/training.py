@@ -6,35 +6,24 @@ import argparse
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from ..conditioning.cache import ConditionCache
-from ..conditioning.encode import DualCondition
-from ..conditioning.teachers import TeacherView, choose_teacher
 from ..config import TrainConfig
-from ..data.captions import check_prompts
-from ..data.dataset import DatasetReport, Pair
 from ..denoiser import Denoiser
-from ..families import Family, get_family
 from ..memory.footprint import Footprint, estimate
-from ..objectives import SFT
 from ..trainable import Trainable
 from ..training.log import StepReport
-from ..training.regularisation import check_regularisation
 from ..training.trainer import NoCallbacks, TrainResult, train
-from ..training.training_set import TrainingSet, build_training_set, latent_shape, mask_remarks, require_masks
 from ..training.world import Peers, World
 from .accelerate_world import joined_world
-from .datasets import read_images, read_regularisation
-from .hosts.model import HostModel, device_of, load_model, sees_images
-from .hosts.source import find_family
-from .model_options import DEMO, ModelOptions
-from .previews import Painter, TrainingPreview, encode_shown, preview_texts
+from .hosts.model import device_of
+from .model_options import ModelOptions
+from .prepared import Prepared, prepare, runs_together
+from .previews import Painter, TrainingPreview
 from .texts import say, warn
 from .tracking import Tracking, chosen_trackers, open_tracking
 
@@ -67,139 +56,10 @@ def run_train(args: argparse.Namespace) -> int:
         return _trained(args, prepared, denoiser, blocks, world)
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Everything that `train` is called with, apart from the network.
-
-    Attributes:
-        model: the model.
-        view: the teacher's view.
-        config: the configuration.
-        data: the encoded dataset.
-        cache: of conditions and class images.
-        shown: the prompts of previews, on rank 0.
-    """
-
-    model: HostModel
-    view: TeacherView
-    config: TrainConfig
-    data: TrainingSet
-    cache: ConditionCache
-    shown: Sequence[DualCondition]
-
-
-def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
-    """Reads the dataset and encodes it: rank 0 first, then the others read what it has cached.
-
-    Raises:
-        ValueError: options, dataset and model do not fit together.
-        OSError: files are missing or cannot be downloaded.
-    """
-    family = family_of(options)
-    if config.family != family.name:
-        raise ValueError(
-            f"the configuration is for {get_family(config.family).title} and --model {options.model} is a "
-            f"{family.title}: leave out --config, or choose another model"
-        )
-    if options.is_undistilled and config.objective.needs_few_steps:
-        raise ValueError(
-            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
-            f"for --model {options.model}, or --model {DEMO}"
-        )
-    if config.adapter.trains_network and options.quantise != "none":
-        raise ValueError(
-            f"adapter {config.adapter.name} trains the weights themselves, which --quantise {options.quantise} packs: "
-            "leave out --quantise, or choose --adapter lora"
-        )
-    report = read_images(args, family, options)
-    regularisation = read_regularisation(args, family, options)
-    ordinary = regularisation.pairs if regularisation else ()
-    view = view_of(args, family, report, options)
-    model = load_model(options, sees_images(view))
-    if peers.is_first:
-        say(report.describe())
-        warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
-        warn(mask_remarks(report.pairs, view.background))
-        if regularisation:
-            say(f"regularisation: {regularisation.describe()}")
-            warn(check_regularisation(ordinary, report.pairs, args.trigger))
-    cache = ConditionCache(args.output / "cache")
-
-    def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
-        data = _encoded(args, model, report.pairs, ordinary, view, config, cache)
-        texts = preview_texts(args.preview_prompts, report.pairs, args.trigger)
-        wanted = config.preview_every and (peers.is_first or _is_sharded(config, peers.world))
-        return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
-
-    kept: list[tuple[TrainingSet, Sequence[DualCondition]]] = []
-    peers.all(lambda: kept.append(encode()) if peers.is_first else None)
-    data, shown = kept[0] if kept else encode()
-    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown)
-
-
-def family_of(options: ModelOptions) -> Family:
-    """The family of the model.
-
-    Raises:
-        ValueError, OSError: as `source.find_family`.
-    """
-    return get_family("z_image") if options.is_demo else get_family(find_family(options).family)
-
-
-def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, options: ModelOptions) -> TeacherView:
-    """The teacher's view that the arguments select.
-
-    Raises:
-        ValueError: the model does not support it, or there are no masks for it.
-    """
-    edits = any(pair.source_images for pair in report.pairs)
-    known = ("vlm",) if options.is_demo else family.teachers
-    others = args.teacher_image == "other"
-    require_masks(report.pairs, args.teacher_background)
-    view = choose_teacher(known, args.teacher_view, edits).with_background(args.teacher_background)
-    return view.with_sentence(args.teacher_sentence, others)
-
-
-def _encoded(
-    args: argparse.Namespace, model: HostModel, pairs: Sequence[Pair], ordinary: Sequence[Pair], view: TeacherView,
-    config: TrainConfig, cache: ConditionCache,
-) -> TrainingSet:  # fmt: skip
-    if args.heldout_caption is not None:
-        warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
-    # SFT does not use anchors, but they are part of the fingerprint of saved runs
-    anchors = config.objective.wants_anchors or isinstance(config.objective, SFT)
-    with tqdm(unit="image", desc="encoding", disable=None if len(pairs) + len(ordinary) > MANY else True) as bar:
-
-        def on_encoded(done: int, total: int, cached: bool) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return build_training_set(
-            pairs, model.encoder, cache, teacher=view, trigger=args.trigger, teacher_image=args.teacher_image,
-            caption_dropout=config.caption_dropout > 0, anchors=anchors, anchor_prompts=args.anchor_prompts or (),
-            regularisation=ordinary, heldout_caption=args.heldout_caption, on_encoded=on_encoded,
-        )  # fmt: skip
-
-
-MANY = 20
-"""Datasets with more images have a progress bar while they are encoded."""
-
-
-def _without_missing_anchors(
-    args: argparse.Namespace, config: TrainConfig, data: TrainingSet, peers: Peers
-) -> TrainConfig:
-    asked_for = any(name.endswith("anchor_probability") for name in vars(args))
-    if not config.objective.anchor_share or data.anchors or asked_for:
-        return config
-    if peers.is_first:
-        warn(["no caption contains the trigger, so there are no anchors; anchor_probability is set to 0"])
-    return config.replace(objective=config.objective.without_anchors())
-
-
 def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, blocks: int, world: World | None) -> int:
     config, is_first = prepared.config, world is None or world.rank == 0
     preview = None
-    draws = is_first or _is_sharded(config, world)
+    draws = is_first or runs_together(config, world)
     if config.preview_every and draws:
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
         preview = TrainingPreview(painter, prepared.shown, args.output)
@@ -221,11 +81,6 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, b
         elif ModelOptions.of(args).is_undistilled:
             say(f"It was trained on {args.model}; use it on the distilled model, as sample --lora does.")
     return STOPPED if result.stopped else 0
-
-
-def _is_sharded(config: TrainConfig, world: World | None) -> bool:
-    """Whether each process holds a part of the model, and all of them run it together."""
-    return config.adapter.trains_network and world is not None and world.size > 1
 
 
 def _tracking(args: argparse.Namespace, config: TrainConfig, is_first: bool) -> Tracking:
@@ -312,7 +167,7 @@ def _blocks_to_checkpoint(prepared: Prepared, denoiser: Denoiser, peers: Peers) 
     """The smallest number of blocks with gradient checkpointing that fits into the GPU's free memory; 0 on a CPU."""
     if denoiser.device.type != "cuda":
         return 0
-    if _is_sharded(prepared.config, peers.world):
+    if runs_together(prepared.config, peers.world):
         return len(denoiser.blocks())
     footprint = footprint_of(prepared, denoiser)
     free = int(torch.cuda.mem_get_info(denoiser.device)[0] * _MARGIN) + footprint.weights  # those are loaded already
@@ -330,17 +185,11 @@ def _blocks_to_checkpoint(prepared: Prepared, denoiser: Denoiser, peers: Peers) 
 
 def footprint_of(prepared: Prepared, denoiser: Denoiser) -> Footprint:
     """The memory that training takes on each GPU."""
-    data, family, config = prepared.data, prepared.model.family, prepared.config
-    students = [family.tokens(latent_shape(pair), pair.student) for pair in data.pairs]
-    students += [(0, len(anchor.features)) for anchor in data.anchors]
-    teachers = [family.tokens(latent_shape(pair), pair.teacher) for pair in data.pairs]
+    family, config = prepared.model.family, prepared.config
+    most = prepared.data.most_tokens(family)
     weights = sum(parameter.nbytes for site in denoiser.sites() for parameter in site.module.parameters())
     return estimate(
-        denoiser, family, config.adapter, _most(students), _most(teachers), weights,
+        denoiser, family, config.adapter, most.student, most.teacher, weights,
         batch=config.objective.forward_batch(config.batch_size), itemsize=denoiser.compute_dtype.itemsize,
         weights_of_teacher=config.teacher, optimizer=config.optimizer,
     )  # fmt: skip
-
-
-def _most(tokens: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    return max(image for image, _ in tokens), max(text for _, text in tokens)

@@ -11,6 +11,7 @@ from ..conditioning.encode import Condition, DualCondition
 from ..config import TrainConfig
 from ..denoiser import Denoiser
 from ..families import get_family
+from ..lazy_sequence import Lazy
 from ..objectives import ClassImage, ObjectiveInputs
 from ..trainable import Trainable
 from ..transfer import to_device
@@ -18,8 +19,13 @@ from .rng import DataOrder, draw_noise, draw_variant, make_generator
 from .training_set import TrainingSet, latent_shape, pair_to
 
 
-def on_device(conditions: Sequence[Condition], device: torch.device) -> list[Condition]:
-    """The conditions on a device; those that share their features [L, D], since they repeat, share them there too."""
+def on_device(conditions: Sequence[Condition], device: torch.device) -> Sequence[Condition]:
+    """The conditions on a device; those that share their features [L, D], since they repeat, share them there too.
+
+    Those that are read from disk one by one are moved one by one.
+    """
+    if isinstance(conditions, Lazy):
+        return conditions.map(lambda condition: condition.to(device))
     keys = [tuple(map(id, (condition.features, *condition.reference_latents))) for condition in conditions]
     moved = {key: condition.to(device) for key, condition in dict(zip(keys, conditions, strict=True)).items()}
     return [moved[key] for key in keys]

@@ -7,6 +7,7 @@ Nothing here has state, and training never uses a global random generator. `step
 from __future__ import annotations
 
 import hashlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -64,14 +65,14 @@ class DataOrder:
     order, so that no example is skipped.
 
     Attributes:
-        shapes: the shape of each example; examples of different shapes never share a batch.
+        shapes: the shape of each example; examples of different shapes never share a batch. Hashable, like `repeats`.
         repeats: visits per epoch of each example.
         batch_size: examples per batch.
         seed: the run's seed.
     """
 
-    shapes: tuple[Hashable, ...]
-    repeats: tuple[int, ...]
+    shapes: Sequence[Hashable]
+    repeats: Sequence[int]
     batch_size: int
     seed: int
 
@@ -97,8 +98,8 @@ class _Group:
     """
 
     number: int
-    examples: tuple[int, ...]
-    ends: tuple[int, ...]
+    examples: Sequence[int]
+    ends: Sequence[int]
     first: int
     batch_size: int
 
@@ -121,13 +122,13 @@ class _Group:
 @lru_cache(maxsize=4)
 def _groups(order: DataOrder) -> tuple[_Group, ...]:
     """The groups in the order in which their shapes occur, without listing the visits."""
-    members: dict[Hashable, list[int]] = {}
+    members: dict[Hashable, array[int]] = {}  # arrays: there may be millions
     for index, shape in enumerate(order.shapes):
-        members.setdefault(shape, []).append(index)
+        members.setdefault(shape, array("q")).append(index)
     groups: list[_Group] = []
     for number, examples in enumerate(members.values()):
-        ends = tuple(accumulate(order.repeats[index] for index in examples))
-        groups.append(_Group(number, tuple(examples), ends, groups[-1].end if groups else 0, order.batch_size))
+        ends = array("q", accumulate(order.repeats[index] for index in examples))
+        groups.append(_Group(number, examples, ends, groups[-1].end if groups else 0, order.batch_size))
     return tuple(groups)
 
 
@@ -166,7 +167,7 @@ def _sorting(items: Iterable[tuple[int, int]], seed: int, *parts: object) -> Ten
     with every version of every library."""
     stem = _digest(seed, *parts)
     stem.update(b"/")
-    keys = []
+    keys = array("q")
     for item in items:
         digest = stem.copy()
         digest.update(str(item).encode())

@@ -90,8 +90,7 @@ class Run:
         self.optimizer = config.optimizer.build(self.adapters.parameters())
         start_training(self.optimizer)
         self.probe = Probe(config, denoiser, self.adapters, data)
-        repeats = tuple(example.repeats for example in data.examples)
-        self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
+        self.order = DataOrder(data.shapes(), data.repeats(), config.batch_size, config.seed)
         self._batches = Batches(config, denoiser, self.adapters, data, self.order, anchors)
 
     def open(self, resume: bool) -> None:

@@ -348,7 +348,7 @@ def _check_share(config: TrainConfig, world: World) -> None:
 
 
 def _check_data(config: TrainConfig, data: TrainingSet) -> None:
-    problems = list(config.objective.data_problems(data.pairs, data.anchors))
+    problems = list(config.objective.data_problems(data.sample(), data.anchors))
     if config.caption_dropout > 0 and any(example.dropped is None for example in data.examples):
         problems.append("caption_dropout is above 0, but no empty caption was encoded; encode one, or set it to 0")
     if problems:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,8 +29,10 @@ from ..data.captions import put_trigger
 from ..data.dataset import Example, Pair, plan_encoding
 from ..data.images import ImageError, load_image
 from ..data.masks import load_mask, subject_alone
+from ..families import Family
 from ..objectives import ClassImage
 from ..text import printable
+from .set_facts import MostTokens, most_of, tuple_in_parts
 
 TeacherImage = Literal["own", "other"]
 """Which image the teacher sees: the pair's own, or other images of the concept, which cannot be copied."""
@@ -85,12 +87,27 @@ class TrainingSet:
         """The latent shape of each example."""
         return tuple(latent_shape(self.pairs[example.variants[0]]) for example in self.examples)
 
+    def repeats(self) -> tuple[int, ...]:
+        """Visits per epoch of each example."""
+        return tuple(example.repeats for example in self.examples)
+
+    def sample(self) -> Sequence[DualCondition]:
+        """Pairs that show of which kinds there are: all of them, or some of a dataset whose pairs are of one kind."""
+        return self.pairs
+
+    def most_tokens(self, family: Family) -> MostTokens:
+        """The largest numbers of tokens of a forward."""
+        students = [family.tokens(latent_shape(pair), pair.student) for pair in self.pairs]
+        students += [(0, len(anchor.features)) for anchor in self.anchors]
+        teachers = [family.tokens(latent_shape(pair), pair.teacher) for pair in self.pairs]
+        return MostTokens(most_of(students), most_of(teachers))
+
     def fingerprint(self) -> str:
         """A digest of pairs, anchors, examples and regularisation images in order; without the held-out pair, which is
         not trained on."""
         digest = hashlib.sha256()
-        for pair in self.pairs:
-            digest.update(f"{pair.key}|{pair.caption}|{latent_shape(pair)}\n".encode())
+        for key, caption, shape in self._described():
+            digest.update(f"{key}|{caption}|{shape}\n".encode())
         for anchor in self.anchors:
             digest.update(f"{tuple(anchor.features.shape)}\n".encode())
             digest.update(anchor.features.detach().cpu().float().contiguous().numpy().tobytes())
@@ -98,8 +115,13 @@ class TrainingSet:
             for tensor in (image.condition.features, image.latent):
                 digest.update(f"{tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-        digest.update(repr((len(self.pairs), len(self.anchors), tuple(self.examples))).encode())
+        for text in tuple_in_parts(len(self.pairs), len(self.anchors), self.examples):
+            digest.update(text.encode())
         return digest.hexdigest()
+
+    def _described(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """(key, caption, latent shape) of every pair, in order."""
+        return ((pair.key, pair.caption, latent_shape(pair)) for pair in self.pairs)
 
 
 def build_training_set(
@@ -138,7 +160,8 @@ def build_training_set(
             values.
         ImageError: an image was changed or damaged after it was checked.
     """
-    _require_fit(pairs, teacher, teacher_image)
+    require_fit(pairs, teacher, teacher_image)
+    require_masks(pairs, teacher.background)
     plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
     view = teacher.background
     shown = {id(pair): shown_to_teacher(pairs, index, teacher_image) for index, pair in enumerate(pairs)}
@@ -152,28 +175,38 @@ def build_training_set(
             raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
         requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0], view))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
-    ordinary = dict.fromkeys(caption for pair in regularisation for caption in pair.captions)
-    prompts = [*(put_trigger(prompt, trigger) for prompt in anchor_prompts), *ordinary]
+    prompts = ordinary_prompts(anchor_prompts, regularisation, trigger)
     return TrainingSet(
         pairs=encoded[: sum(map(len, copies))],
         anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
-        regularisation=_encoded_images(regularisation, encoder, cache, on_encoded),
+        regularisation=encode_regularisation(regularisation, encoder, cache, on_encoded),
     )
 
 
-def _encoded_images(
-    pairs: Sequence[Pair], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None
+def ordinary_prompts(anchor_prompts: Sequence[str], regularisation: Sequence[Pair], trigger: str) -> list[str]:
+    """The prompts for the prior anchors that are not of the dataset."""
+    ordinary = dict.fromkeys(caption for pair in regularisation for caption in pair.captions)
+    return [*(put_trigger(prompt, trigger) for prompt in anchor_prompts), *ordinary]
+
+
+def encode_regularisation(
+    pairs: Sequence[Pair], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None = None
 ) -> tuple[ClassImage, ...]:
-    """Each image with each of its captions, as often as it repeats."""
+    """Each image with each of its captions, as often as it repeats: conditions [L, D], latents [C, h, w]."""
     drawn = [(pair, caption) for pair in pairs for caption in dict.fromkeys(pair.captions)]
     requests = [encode_request(pair, caption) for pair, caption in drawn]
     images = [ClassImage(*encoded) for encoded in encode_captioned(requests, encoder, cache, on_encoded)]
     return tuple(image for image, (pair, _) in zip(images, drawn, strict=True) for _ in range(pair.repeats))
 
 
-def _require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage) -> None:
+def require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage = "own") -> None:
+    """Checks that the pairs are what the teacher needs, apart from masks (`require_masks`).
+
+    Raises:
+        ValueError: they are not; the message says what to change.
+    """
     lacking = sum(not pair.source_images for pair in pairs)
     if teacher.edits and lacking:
         raise ValueError(
@@ -187,7 +220,6 @@ def _require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: Tea
         )
     if teacher_image == "other" and teacher.edits:
         raise ValueError("an edit has only one target: set teacher_image to own for the teacher edit_target")
-    require_masks(pairs, teacher.background)
     if teacher_image == "other" and len(pairs) < 2:
         raise ValueError("teacher_image other needs at least two images; add some, or set it to own")
 
@@ -210,10 +242,12 @@ def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[s
 
     These captions differ from the training captions only by the name, so leakage is strongest there.
     """
-    if not stripped or not prompts:
-        return [*stripped, *prompts]
-    repeats = max(1, round(len(prompts) * STRIPPED_SHARE / (1 - STRIPPED_SHARE) / len(stripped)))
-    return [*list(stripped) * repeats, *prompts]
+    return [*list(stripped) * stripped_repeats(len(stripped), len(prompts)), *prompts]
+
+
+def stripped_repeats(stripped: int, prompts: int) -> int:
+    """How often each caption without the concept's name is among the anchors, by the numbers of both kinds."""
+    return max(1, round(prompts * STRIPPED_SHARE / (1 - STRIPPED_SHARE) / stripped)) if stripped and prompts else 1
 
 
 def require_masks(pairs: Sequence[Pair], background: Background) -> None:

@@ -1,0 +1,44 @@
+"""Encodes the images of a shard, as `build_training_set` encodes a dataset whose teacher sees each pair's own image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..conditioning.encode import Encoder, OnEncoded, encode_dataset, encode_texts
+from ..conditioning.teachers import TeacherView
+from ..data.dataset import Pair, plan_encoding
+from ..training.training_set import encode_request, require_fit
+from .encoding import Encoding
+from .writer import EncodedImages
+
+
+def encode_images(
+    pairs: Sequence[Pair],
+    encoder: Encoder,
+    view: TeacherView,
+    encoding: Encoding,
+    *,
+    is_first: bool,
+    on_encoded: OnEncoded | None = None,
+) -> EncodedImages:
+    """Encodes pairs, captions without the concept's name and, in the first shard, the held-out pair.
+
+    Raises:
+        ValueError: the pairs do not fit the teacher, the held-out caption is among theirs, or the encoder returns
+            invalid values.
+        ImageError: an image was changed or damaged after it was checked.
+    """
+    if not pairs:
+        return EncodedImages()
+    require_fit(pairs, view)
+    plan = plan_encoding(pairs, trigger=encoding.trigger, caption_dropout=encoding.empty_captions)
+    if encoding.heldout and any(text == encoding.heldout for _, text in plan.requests):
+        raise ValueError(f"the held-out caption {encoding.heldout!r} is in the dataset; use one that is not trained on")
+    wanted = [*plan.requests, *([(pairs[0], encoding.heldout)] if encoding.heldout and is_first else [])]
+    requests = [encode_request(pair, text, pair, view.background) for pair, text in wanted]
+    encoded = encode_dataset(requests, encoder, None, on_encoded, view)
+    anchors = encode_texts(plan.anchors, encoder, None)
+    count = len(plan.requests)
+    return EncodedImages(
+        encoded[:count], plan.examples, tuple(zip(plan.anchors, anchors, strict=True)), (*encoded[count:], None)[0]
+    )

@@ -1,0 +1,45 @@
+"""The family and the teacher's view that a command's arguments choose."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..conditioning.teachers import TeacherView, choose_teacher
+from ..data.dataset import DatasetReport
+from ..families import Family, get_family
+from ..training.training_set import require_masks
+from .hosts.source import find_family
+from .model_options import ModelOptions
+
+
+def family_of(options: ModelOptions) -> Family:
+    """The family of the model.
+
+    Raises:
+        ValueError, OSError: as `source.find_family`.
+    """
+    return get_family("z_image") if options.is_demo else get_family(find_family(options).family)
+
+
+def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, options: ModelOptions) -> TeacherView:
+    """The teacher's view that the arguments select.
+
+    Raises:
+        ValueError: the model does not support it, or there are no masks for it.
+    """
+    require_masks(report.pairs, args.teacher_background)
+    edits = any(pair.source_images for pair in report.pairs)
+    return view_for(args, family, options, edits, others=args.teacher_image == "other")
+
+
+def view_for(
+    args: argparse.Namespace, family: Family, options: ModelOptions, edits: bool, *, others: bool
+) -> TeacherView:
+    """The teacher's view that the arguments select, for images or edits; others: whether it sees other images.
+
+    Raises:
+        ValueError: the model does not support it.
+    """
+    known = ("vlm",) if options.is_demo else family.teachers
+    view = choose_teacher(known, args.teacher_view, edits).with_background(args.teacher_background)
+    return view.with_sentence(args.teacher_sentence, others)

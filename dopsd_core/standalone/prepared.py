@@ -1,0 +1,195 @@
+"""What a training starts from: the model, the encoded dataset and the teacher's view."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from ..conditioning.cache import ConditionCache
+from ..conditioning.encode import DualCondition, encode_texts
+from ..conditioning.teachers import TeacherView
+from ..config import TrainConfig
+from ..data.captions import check_prompts
+from ..data.dataset import Pair
+from ..families import get_family
+from ..objectives import SFT
+from ..shards.index import is_encoded
+from ..shards.streamed_set import stream
+from ..training.regularisation import check_regularisation
+from ..training.training_set import (
+    TrainingSet,
+    build_training_set,
+    encode_regularisation,
+    mask_remarks,
+    ordinary_prompts,
+)
+from ..training.world import Peers, World
+from .chosen import family_of, view_of
+from .datasets import read_images, read_regularisation
+from .hosts.model import HostModel, load_model, sees_images
+from .model_options import DEMO, ModelOptions
+from .previews import MAX_PROMPTS, encode_shown, preview_texts
+from .streamed import open_shards, require_same_encoding, shown_of, view_of_shards
+from .texts import say, warn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything that `train` is called with, apart from the network.
+
+    Attributes:
+        model: the model.
+        view: the teacher's view.
+        config: the configuration.
+        data: the encoded dataset.
+        cache: of conditions and class images.
+        shown: the prompts of previews, on the ranks that draw them.
+    """
+
+    model: HostModel
+    view: TeacherView
+    config: TrainConfig
+    data: TrainingSet
+    cache: ConditionCache
+    shown: Sequence[DualCondition]
+
+
+def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
+    """Reads the dataset and encodes it: rank 0 first, then the others read what it has cached.
+
+    Raises:
+        ValueError: options, dataset and model do not fit together.
+        OSError: files are missing or cannot be downloaded.
+    """
+    family = family_of(options)
+    if config.family != family.name:
+        raise ValueError(
+            f"the configuration is for {get_family(config.family).title} and --model {options.model} is a "
+            f"{family.title}: leave out --config, or choose another model"
+        )
+    if options.is_undistilled and config.objective.needs_few_steps:
+        raise ValueError(
+            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
+            f"for --model {options.model}, or --model {DEMO}"
+        )
+    if config.adapter.trains_network and options.quantise != "none":
+        raise ValueError(
+            f"adapter {config.adapter.name} trains the weights themselves, which --quantise {options.quantise} packs: "
+            "leave out --quantise, or choose --adapter lora"
+        )
+    if is_encoded(args.dataset):
+        return prepare_streamed(args, options, config, peers)
+    report = read_images(args, family, options)
+    regularisation = read_regularisation(args, family, options)
+    ordinary = regularisation.pairs if regularisation else ()
+    view = view_of(args, family, report, options)
+    model = load_model(options, sees_images(view))
+    if peers.is_first:
+        say(report.describe())
+        warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
+        warn(mask_remarks(report.pairs, view.background))
+        if regularisation:
+            say(f"regularisation: {regularisation.describe()}")
+            warn(check_regularisation(ordinary, report.pairs, args.trigger))
+    cache = ConditionCache(args.output / "cache")
+
+    def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
+        data = _encoded(args, model, report.pairs, ordinary, view, config, cache)
+        texts = preview_texts(args.preview_prompts, report.pairs, args.trigger)
+        wanted = config.preview_every and (peers.is_first or runs_together(config, peers.world))
+        return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
+
+    data, shown = first_then_others(peers, encode)
+    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown)
+
+
+def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
+    """Opens an encoded dataset; captions that are not in it are encoded by rank 0 first.
+
+    Raises:
+        ValueError: it is incomplete or damaged, or was encoded with other options or another model.
+    """
+    family, shards = family_of(options), open_shards(args)
+    view = view_of_shards(args, family, options, shards.index.encoding)
+    model = load_model(options, sees_images(view))
+    require_same_encoding(args, model, view, shards)
+    regularisation = read_regularisation(args, family, options)
+    ordinary = regularisation.pairs if regularisation else ()
+    if peers.is_first:
+        say(shards.index.describe(args.dataset))
+        if regularisation:
+            say(f"regularisation: {regularisation.describe()}")
+            warn(check_regularisation(ordinary, (), args.trigger))
+    cache = ConditionCache(args.output / "cache")
+    wanted = _wants_anchors(config)
+
+    def encode() -> TrainingSet:
+        prompts = ordinary_prompts(args.anchor_prompts or (), ordinary, args.trigger) if wanted else ()
+        return stream(
+            shards, repeats=args.repeats, anchors=wanted,
+            prompts=encode_texts(prompts, model.encoder, cache) if prompts else (),
+            regularisation=encode_regularisation(ordinary, model.encoder, cache) if ordinary else (),
+        )  # fmt: skip
+
+    data = first_then_others(peers, encode)
+    draws = config.preview_every and (peers.is_first or runs_together(config, peers.world))
+    shown = shown_of(data, MAX_PROMPTS) if draws else ()
+    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown)
+
+
+def runs_together(config: TrainConfig, world: World | None) -> bool:
+    """Whether each process holds a part of the model, so that all of them draw the previews."""
+    return config.adapter.trains_network and world is not None and world.size > 1
+
+
+def first_then_others(peers: Peers, work: Callable[[], T]) -> T:
+    """The result of `work`, on rank 0 first, so that the others find in the cache what it encoded."""
+    kept: list[T] = []
+    peers.all(lambda: kept.append(work()) if peers.is_first else None)
+    return kept[0] if kept else work()
+
+
+def _wants_anchors(config: TrainConfig) -> bool:
+    # SFT does not use anchors, but they are part of the fingerprint of saved runs
+    return config.objective.wants_anchors or isinstance(config.objective, SFT)
+
+
+def _encoded(
+    args: argparse.Namespace, model: HostModel, pairs: Sequence[Pair], ordinary: Sequence[Pair], view: TeacherView,
+    config: TrainConfig, cache: ConditionCache,
+) -> TrainingSet:  # fmt: skip
+    if args.heldout_caption is not None:
+        warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
+    with tqdm(unit="image", desc="encoding", disable=None if len(pairs) + len(ordinary) > MANY else True) as bar:
+
+        def on_encoded(done: int, total: int, cached: bool) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return build_training_set(
+            pairs, model.encoder, cache, teacher=view, trigger=args.trigger, teacher_image=args.teacher_image,
+            caption_dropout=config.caption_dropout > 0, anchors=_wants_anchors(config),
+            anchor_prompts=args.anchor_prompts or (), regularisation=ordinary,
+            heldout_caption=args.heldout_caption, on_encoded=on_encoded,
+        )  # fmt: skip
+
+
+MANY = 20
+"""Datasets with more images have a progress bar while they are encoded."""
+
+
+def _without_missing_anchors(
+    args: argparse.Namespace, config: TrainConfig, data: TrainingSet, peers: Peers
+) -> TrainConfig:
+    asked_for = any(name.endswith("anchor_probability") for name in vars(args))
+    if not config.objective.anchor_share or data.anchors or asked_for:
+        return config
+    if peers.is_first:
+        warn(["no caption contains the trigger, so there are no anchors; anchor_probability is set to 0"])
+    return config.replace(objective=config.objective.without_anchors())
