@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ class Checkpoint:
     teacher: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     facts: Mapping[str, Any]
+
+    def copied(self) -> Checkpoint:
+        """The same on the CPU, independent of the run: the optimizer's tensors, of any shape, are its own otherwise."""
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.optimizer.items()}
+        return replace(self, optimizer=copies)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:

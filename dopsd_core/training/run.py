@@ -24,11 +24,11 @@ from .checkpoint import Checkpoint, StateError
 from .class_images import ClassImages, OnDrawn
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
-from .nonfinite import NonFiniteError, remedy
+from .nonfinite import NonFiniteError, all_finite, remedy
 from .probe import Probe
 from .resume import RunIdentity, optimizer_state, require_same_run
 from .rng import DataOrder
-from .run_folder import RunFolder, UnusedFolder
+from .run_folder import RunFolder, UnusedFolder, saves_in_background
 from .saved_loras import facts_of, is_due
 from .training_set import TrainingSet
 from .unseen_gap import BestStep
@@ -191,6 +191,11 @@ class Run:
         self._require_finite()
         return self.folder.save_checkpoint(self._checkpoint())
 
+    def save_meanwhile(self) -> None:
+        """Writes a checkpoint, on a GPU while the run continues; raises as `save`, also for the one begun before."""
+        self._require_finite()
+        self.folder.begin_checkpoint(self._checkpoint(), saves_in_background(self.config, self.denoiser.device))
+
     def save_lora(self) -> Path:
         """Writes the student as a LoRA file.
 
@@ -224,7 +229,7 @@ class Run:
 
     def save_before_leaving(self) -> None:
         """After an exception, saves the state if it is valid; never hides the exception."""
-        if self.step == 0 or not self.is_between_steps or not self._is_finite():
+        if self.step == 0 or not self.is_between_steps or not all_finite(self.adapters.parameters()):
             return
         for write in (self.save_lora, self.save):
             try:
@@ -233,11 +238,8 @@ class Run:
                 log.error("the state of step %d could not be saved: %s", self.step, error)
 
     def _require_finite(self) -> None:
-        if not self._is_finite():
+        if not all_finite(self.adapters.parameters()):
             raise NonFiniteError(self.step, f"{self.config.adapter.product}'s weights after the optimizer", math.nan)
-
-    def _is_finite(self) -> bool:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.adapters.parameters())
 
     def _set_weights(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         self.adapters.load_state("student", student)

@@ -268,14 +268,15 @@ def _ends_here(run: Run, monitor: Monitor) -> bool:
 def _save(run: Run, is_last: bool) -> None:
     """Writes what is due after a step."""
     config = run.config
+    run.folder.require_saved()
     if keeps := is_due(config, run.step, is_last):  # before the checkpoint, after which it would not be written again
         run.save_lora_of_step()
     if is_last:
         run.save_all()
         return
-    if saves := run.step % config.checkpoint_every == 0:
-        run.save()
-    if keeps or saves:
+    if run.step % config.checkpoint_every == 0:
+        run.save_meanwhile()
+    elif keeps:
         run.folder.hold_room()
 
 
