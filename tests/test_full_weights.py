@@ -33,6 +33,7 @@ from dopsd_core.training.checkpoint import load_checkpoint
 from dopsd_core.training.run import Run
 from dopsd_core.training.trainer import NoCallbacks, train
 from dopsd_core.training.training_set import TrainingSet
+from dopsd_core.training.world import Turn
 from tests.devices import DEVICE
 from tests.ranks import on_threads
 from tests.stopping import StopAt
@@ -275,7 +276,7 @@ def test_accumulated_batches_are_one_batch() -> None:
         run = Run(config, TinyDenoiser(), TrainingSet(pairs), Path("unused"))
         with run.adapters.attached():
             for micro in range(accumulation):
-                run._backward(micro)
+                run._backward(Turn(micro))
         gradients.append([parameter.grad for parameter in run.adapters.parameters()])
         assert all(gradient is not None and gradient.abs().max() > 1e-5 for gradient in gradients[-1])
     for other in gradients[1:]:

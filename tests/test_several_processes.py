@@ -333,7 +333,7 @@ def test_four_killed_processes_resume_on_two(tmp_path: Path, kind: str) -> None:
 def test_moments_in_8_bits_resume_in_one_process_to_the_bit(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     run_kind("adamw8bit", tmp_path / "one", STEPS)
-    run_kind("adamw8bit", tmp_path / "two", STEPS, Stop(3))
+    run_kind("adamw8bit", tmp_path / "two", STEPS, StopAt(3))
     run_kind("adamw8bit", tmp_path / "two", STEPS)
     checkpoint = load_checkpoint(tmp_path / "two" / "checkpoints")
     assert checkpoint is not None and any(value.dtype == torch.uint8 for value in checkpoint.optimizer.values())

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..denoiser import Denoiser
+from ..memory.checkpoint_plan import Checkpointing
 from ..memory.footprint import Footprint, estimate
 from ..trainable import Trainable
 from ..training.log import StepReport
@@ -50,13 +51,14 @@ def run_train(args: argparse.Namespace) -> int:
         with peers.ending_together():
             prepared = prepare(args, options, args.train_config, peers)
             denoiser = prepared.model.denoiser
-            blocks = args.checkpoint_blocks
-            if blocks is None:
-                blocks = _blocks_to_checkpoint(prepared, denoiser, peers)
-        return _trained(args, prepared, denoiser, blocks, world)
+            given = args.checkpoint_blocks
+            checkpointing = _checkpointing(prepared, denoiser, peers) if given is None else Checkpointing.full(given)
+        return _trained(args, prepared, denoiser, checkpointing, world)
 
 
-def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, blocks: int, world: World | None) -> int:
+def _trained(
+    args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, checkpointing: Checkpointing, world: World | None
+) -> int:
     config, is_first = prepared.config, world is None or world.rank == 0
     preview = None
     draws = is_first or runs_together(config, world)
@@ -72,7 +74,7 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, b
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
             facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
-            checkpoint_blocks=blocks, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
+            checkpointing=checkpointing, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
         _say_result(result, config)
@@ -163,24 +165,25 @@ def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, wr
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks_to_checkpoint(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> int:
-    """The smallest number of blocks with gradient checkpointing that fits into the GPU's free memory; 0 on a CPU."""
+def _checkpointing(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> Checkpointing:
+    """The least gradient checkpointing that fits into the GPU's free memory; none on a CPU."""
     if denoiser.device.type != "cuda":
-        return 0
+        return Checkpointing()
     if runs_together(prepared.config, peers.world):
-        return len(denoiser.blocks())
+        return Checkpointing.full(len(denoiser.blocks()))
     footprint = footprint_of(prepared, denoiser)
     free = int(torch.cuda.mem_get_info(denoiser.device)[0] * _MARGIN) + footprint.weights  # those are loaded already
-    blocks = max(peers.all(lambda: footprint.blocks_to_checkpoint(free)))
-    if peers.is_first and blocks:
-        say(f"gradient checkpointing on {blocks} of {len(footprint.blocks)} blocks (slower, same result)")
-    if footprint.total(blocks) > free:
+    every = peers.all(lambda: footprint.checkpointing(free))
+    chosen = max(every, key=lambda one: one.flops(footprint.blocks))  # that of the GPU with the least memory
+    if peers.is_first and chosen.count:
+        say(footprint.sentence(chosen))
+    if footprint.total(chosen) > free:
         gb = 10**9
         warn([
-            f"training needs about {footprint.total(blocks) / gb:.1f} GB and the GPU has {free / gb:.1f}: use "
+            f"training needs about {footprint.total(chosen) / gb:.1f} GB and the GPU has {free / gb:.1f}: use "
             f"{prepared.config.adapter.memory_hint}"
         ])  # fmt: skip
-    return blocks
+    return chosen
 
 
 def footprint_of(prepared: Prepared, denoiser: Denoiser) -> Footprint:

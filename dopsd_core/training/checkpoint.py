@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor]
     facts: Mapping[str, Any]
     shards: Path | None = None
+
+    def copied(self) -> Checkpoint:
+        """The same on the CPU, independent of the run: the optimizer's tensors, of any shape, are its own otherwise."""
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.optimizer.items()}
+        return replace(self, optimizer=copies)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:

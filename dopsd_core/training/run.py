@@ -27,11 +27,11 @@ from .checkpoint import Checkpoint, StateError
 from .class_images import ClassImages, OnDrawn
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
-from .nonfinite import NonFiniteError, remedy
+from .nonfinite import NonFiniteError, all_finite, remedy
 from .probe import Probe
 from .resume import RunIdentity, optimizer_state, require_same_run
 from .rng import DataOrder
-from .run_folder import RunFolder, UnusedFolder
+from .run_folder import RunFolder, UnusedFolder, saves_in_background
 from .saved_loras import facts_of, is_due
 from .sharded_checkpoint import divided_state, load_sharded
 from .training_set import TrainingSet
@@ -200,6 +200,14 @@ class Run:
         self._require_finite()
         return self.folder.save_checkpoint(self._checkpoint(), self.peers if self.adapters.is_sharded else None)
 
+    def save_meanwhile(self) -> None:
+        """Writes a checkpoint, on a GPU while the run continues; raises as `save`, also for the one begun before."""
+        if self.adapters.is_sharded:  # all ranks write together
+            self.save()
+            return
+        self._require_finite()
+        self.folder.begin_checkpoint(self._checkpoint(), saves_in_background(self.config, self.denoiser.device))
+
     def save_lora(self) -> Path:
         """Writes the student as a LoRA file.
 
@@ -246,10 +254,8 @@ class Run:
             raise NonFiniteError(self.step, f"{self.config.adapter.product}'s weights after the optimizer", math.nan)
 
     def _is_finite(self) -> bool:
-        finite = [torch.isfinite(local(parameter.detach())).all() for parameter in self.adapters.parameters()]
-        return (
-            all(self.peers.all(lambda: all(map(bool, finite)))) if self.adapters.is_sharded else all(map(bool, finite))
-        )
+        is_finite = all_finite([local(parameter.detach()) for parameter in self.adapters.parameters()])
+        return all(self.peers.all(lambda: is_finite)) if self.adapters.is_sharded else is_finite
 
     def _set_weights(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         self.adapters.load_state("student", student)

@@ -25,6 +25,7 @@ from ..denoiser import Denoiser
 from ..families import get_family
 from ..files.disk import DiskError
 from ..memory.activation_checkpointing import checkpointed
+from ..memory.checkpoint_plan import Checkpointing
 from ..optimizers import evaluating
 from ..trainable import Trainable
 from .class_images import ClassImages, given_images, plan_class_images
@@ -141,7 +142,7 @@ def train(
     resume: bool = True,
     facts: Mapping[str, str] | None = None,
     initial: Mapping[str, Tensor] | None = None,
-    checkpoint_blocks: int = 0,
+    checkpointing: Checkpointing | int = 0,
     host_bytes: int = 0,
     sample_steps: int | None = None,
     cache: ConditionCache | None = None,
@@ -160,7 +161,8 @@ def train(
         initial: LoRA that a new run starts from, for student and teacher: folded tensors "<part>.lora_A.weight"
             [rank, in] and "<part>.lora_B.weight" [rows, rank], with at most the rank of the configuration
             (`lora_import`). A "frozen" teacher remains the base. A run resumes only with the same initial LoRA.
-        checkpoint_blocks: number of blocks with gradient checkpointing (`activation_checkpointing.py`).
+        checkpointing: gradient checkpointing, with the same result (`Footprint.checkpointing`); a number is that of
+            blocks that keep their inputs alone.
         host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
         sample_steps: steps in which the model draws class images (`class_images.py`); default: the family's.
         cache: keeps class images for other runs on the same model; default: a folder in `run_dir`.
@@ -185,7 +187,7 @@ def train(
             log.warning(remark)
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
         run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
-        return _to_the_end(run, callbacks, resume, checkpoint_blocks)
+        return _to_the_end(run, callbacks, resume, checkpointing)
 
 
 def check_run(
@@ -204,10 +206,10 @@ def check_run(
     check_run_folder(config, denoiser, Path(run_dir), host_bytes)
 
 
-def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpoint_blocks: int) -> TrainResult:
+def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpointing: Checkpointing | int) -> TrainResult:
     try:
         run.open(resume)
-        with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpoint_blocks):
+        with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpointing):
             ending = _loop(run, callbacks)
         lora_path, checkpoint_path = (run.peers.all(save)[0] for save in (run.save_lora, run.save))
         stopped, at_plateau = ending == "stopped", ending == "plateau"
@@ -266,14 +268,15 @@ def _ends_here(run: Run, monitor: Monitor) -> bool:
 def _save(run: Run, is_last: bool) -> None:
     """Writes what is due after a step."""
     config = run.config
+    run.folder.require_saved()
     if keeps := is_due(config, run.step, is_last):  # before the checkpoint, after which it would not be written again
         run.save_lora_of_step()
     if is_last:
         run.save_all()
         return
-    if saves := run.step % config.checkpoint_every == 0:
-        run.save()
-    if keeps or saves:
+    if run.step % config.checkpoint_every == 0:
+        run.save_meanwhile()
+    elif keeps:
         run.folder.hold_room()
 
 

@@ -253,7 +253,7 @@ def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainRe
                 watcher,
                 facts=run.metadata,
                 initial=run.initial,
-                checkpoint_blocks=run.plan.checkpoint_blocks,
+                checkpointing=run.plan.checkpointing,
                 host_bytes=run.host_bytes,
                 sample_steps=run.sample_steps,
                 cache=ConditionCache(condition_cache()),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import twins
+from gradient import SELECTIVE
 from graphs import SHORT
 from inprocess import ComfyUI
 from loras import give_values, random_lora
@@ -179,7 +180,7 @@ def test_a_batch_of_different_places(comfyui: ComfyUI, ours: SimpleNamespace) ->
 
 
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("num_checkpointed", [0, 1, 2], ids=["none", "some", "all"])
+@pytest.mark.parametrize("num_checkpointed", [0, 1, 2, SELECTIVE], ids=["none", "some", "all", "selective"])
 def test_gradients_of_a_lora(comfyui: ComfyUI, ours: SimpleNamespace, case: str, num_checkpointed: int) -> None:
     """Ours through the stand-in in training mode, theirs through peft."""
     x, condition = inputs(comfyui, case)
