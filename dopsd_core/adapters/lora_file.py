@@ -69,8 +69,7 @@ def save_lora(
 
     Args:
         tensors: those of a `SiteWeights`, such as "<part>.lora_A.weight" [rank, in]; DoRA's magnitudes stay in fp32.
-        metadata: for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it. That of ModelSpec or a run gets
-            the hash of the tensors.
+        metadata: for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it. Some get a hash (`has_hash`).
 
     Raises:
         ValueError: no tensors, a non-finite one, or metadata that would change the strength in diffusers.
