@@ -82,7 +82,8 @@ def test_a_training_on_shards_has_the_bits_of_one_on_the_folder(place: Path, tmp
     logs = [(tmp_path / name / "train.jsonl").read_text(encoding="utf-8").splitlines() for name in ("shards", "folder")]
     for ours, theirs in zip(*map(lambda lines: map(json.loads, lines), logs), strict=True):
         for volatile in ("seconds", "ram_gb"):
-            ours.pop(volatile, None), theirs.pop(volatile, None)
+            ours.pop(volatile, None)
+            theirs.pop(volatile, None)
         assert ours == theirs
     states = [next((tmp_path / name / "checkpoints").glob("*/state.json")) for name in ("shards", "folder")]
     assert states[0].read_bytes() == states[1].read_bytes()

@@ -263,6 +263,30 @@ def test_images_that_are_the_same_are_counted(shards: Shards) -> None:
     assert done.remarks == ("4 images are the same as others of the dataset: remove them, or train with them",)
 
 
+def test_a_heldout_caption_without_an_image_is_refused(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    encoding = replace(ENCODING, heldout="a sks star")
+    begin(tmp_path, encoding, "photos")
+    for part, images in enumerate((EncodedImages(), images_of(1))):
+        facts = ShardRows(encoding.digest(), "", True)
+        write_shard(tmp_path, shard_name(part, 0), images, Z_IMAGE, facts)
+    with pytest.raises(ValueError, match="none of the first shard can be used"):
+        finish(tmp_path, encoding, "photos", 2)
+
+
+def test_a_shard_without_usable_images_is_passed_over(tmp_path: Path) -> None:
+    begin(tmp_path, ENCODING, "photos")
+    for part, images in enumerate((EncodedImages(), images_of(1), EncodedImages(), images_of(2))):
+        facts = ShardRows(ENCODING.digest(), "", True, lost=2 - part % 2)
+        write_shard(tmp_path, shard_name(part, 0), images, Z_IMAGE, facts)
+    done = finish(tmp_path, ENCODING, "photos", 4)
+    assert done.remarks == ("6 images were left out because of errors",)
+    data = stream(Shards(tmp_path, done.index), anchors=True)
+    assert_equal(data.pairs[4], images_of(2).pairs[0])
+    assert data.examples[2].variants == (4, 5, 4) and len(data.anchors) == 3
+
+
 def test_a_shard_without_rows_is_not_whole(tmp_path: Path) -> None:
     """So a kill between its two files costs the shard alone."""
     write_shard(tmp_path, "shard", images_of(0), Z_IMAGE, ShardRows("", "", True))

@@ -137,7 +137,7 @@ def test_options_that_do_not_fit_a_source_are_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def rows() -> dict[str, list[object]]:
     colours = ["red", "lime", "blue"]
-    images = [{"bytes": png(colour), "path": None} for colour in colours]
+    images: list[object] = [{"bytes": png(colour), "path": None} for colour in colours]
     return {"image": images, "text": [f"a {c}" for c in colours], "label": [1, 2, 3]}
 
 
