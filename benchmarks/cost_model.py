@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from dopsd_core.adapters import Lora
 from dopsd_core.denoiser import Denoiser, LinearSite
 from dopsd_core.families import Family
-from dopsd_core.families.krea2 import TEXT_LAYERS
-from dopsd_core.memory.activation_checkpointing import block_shapes
+from dopsd_core.memory.activation_checkpointing import block_products, block_shapes, tokens_of
+from dopsd_core.memory.checkpoint_plan import BlockBytes, Checkpointing
 
 FUSED_ATTENTION_BACKWARD = 2.5
 """Matrix products of attention's backward over those of its forward: 5 against 2, as scores are computed again."""
@@ -23,14 +23,14 @@ class PassCost:
         linears: the frozen Linears.
         attention: scores and values.
         lora: A and B.
-        blocks: all three of each block, for gradient checkpointing.
+        blocks: of each block that a gradient reaches what gradient checkpointing repeats; their bytes are left out.
         early: (Linears, attention) of the blocks before the first adapted one, which no gradient reaches.
     """
 
     linears: float
     attention: float
     lora: float
-    blocks: tuple[float, ...]
+    blocks: tuple[BlockBytes, ...]
     early: tuple[float, float] = (0.0, 0.0)
 
     def forward(self, with_lora: bool = True) -> float:
@@ -42,9 +42,9 @@ class PassCost:
         linears, attention = self.early
         return self.linears - linears + attention_factor * (self.attention - attention) + 2 * self.lora
 
-    def recompute(self, count: int) -> float:
-        """The forward of the first `count` blocks once more."""
-        return sum(self.blocks[:count])
+    def recompute(self, checkpointing: Checkpointing | int) -> float:
+        """What of the forward of the checkpointed blocks is repeated."""
+        return Checkpointing.of(checkpointing).flops(self.blocks)
 
 
 def pass_cost(denoiser: Denoiser, family: Family, lora: Lora, tokens: tuple[int, int]) -> PassCost:
@@ -60,20 +60,20 @@ def pass_cost(denoiser: Denoiser, family: Family, lora: Lora, tokens: tuple[int,
     early = (0.0, 0.0)
     blocks = []
     for shape, members in shapes:
-        own = low_rank = 0.0
-        has_streams = any("attn.add_" in part.name for site in members for part in site.parts)
-        for site in members:
-            length = _tokens(site, image, shape.tokens - image, shape.tokens) if has_streams else shape.tokens
-            length = 1 if any(word in site.parts[0].name for word in _OF_TIME) else length
-            widths = [site.in_features + part.out_features for part in site.parts if part.name in names]
-            own += 2.0 * length * site.in_features * site.out_features
-            low_rank += 2.0 * length * lora.rank * sum(widths)
-        reach = TEXT_LAYERS if "layerwise_blocks" in members[0].name else shape.tokens
-        scores = 4.0 * shape.tokens * reach * shape.width
-        linears, attention, adapters = linears + own, attention + scores, adapters + low_rank
-        is_early = adapters == 0
-        early = (early[0] + own, early[1] + scores) if is_early else early
-        blocks.append(0.0 if is_early else own + scores + low_rank)
+        *products, scores = block_products(shape, members, image)
+        own = sum(product.flops for product in products)
+        low_rank = sum(
+            2.0 * tokens_of(site, shape, image) * lora.rank * (site.in_features + part.out_features)
+            for site in members
+            for part in site.parts
+            if part.name in names
+        )
+        linears, attention, adapters = linears + own, attention + scores.flops, adapters + low_rank
+        if adapters == 0:
+            early = (early[0] + own, early[1] + scores.flops)
+            blocks.append(BlockBytes(0, 0))
+        else:
+            blocks.append(BlockBytes(0, 0, (*products, scores), low_rank))
     return PassCost(linears, attention, adapters, tuple(blocks), early)
 
 
@@ -83,21 +83,18 @@ _OF_TEXT = (
     "txt_in",
     "txtmlp",
     "projector",
-    "attn.add_",
-    "to_add_out",
-    "ff_context",
 )
 _OF_TIME = ("adaLN", "modulation", "t_embedder", "time_", "tmlp", "tproj", "norm_out")
 
 
 def _tokens(site: LinearSite, image: int, text: int, whole: int) -> int:
-    """How many tokens a Linear works on, by its name: those of one stream, one (the time), or the whole sequence."""
+    """How many tokens a Linear outside the blocks works on, by its name: those of the text, one (the time), or all."""
     name = site.parts[0].name
     if any(word in name for word in _OF_TEXT):
         return text
     if any(word in name for word in _OF_TIME):
         return 1
-    return image if name.startswith("transformer_blocks.") else whole
+    return whole
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class StepCost:
         teacher: a pass of the teacher.
         rollout_steps: K.
         grad_steps: how many of the K are backpropagated through.
-        checkpoint_blocks: how many blocks have gradient checkpointing.
+        checkpointing: gradient checkpointing; a number is that of blocks that keep their inputs alone.
         teacher_has_lora: the EMA teacher; a frozen one is the base only.
         attention_factor: FLOPs of attention's backward over those of its forward.
     """
@@ -118,7 +115,7 @@ class StepCost:
     teacher: PassCost
     rollout_steps: int = 4
     grad_steps: int = 4
-    checkpoint_blocks: int = 0
+    checkpointing: Checkpointing | int = 0
     teacher_has_lora: bool = True
     attention_factor: float = FUSED_ATTENTION_BACKWARD
 
@@ -133,7 +130,12 @@ class StepCost:
     @property
     def flops(self) -> float:
         """What is computed."""
-        return self.model_flops + self.grad_steps * self.student.recompute(self.checkpoint_blocks)
+        return self.model_flops + self.grad_steps * self.student.recompute(self.checkpointing)
+
+    @property
+    def repeated(self) -> float:
+        """What gradient checkpointing repeats, over the FLOPs of the step without it."""
+        return self.flops / self.model_flops - 1
 
     @property
     def forward_equivalents(self) -> float:

@@ -54,13 +54,15 @@ def flops_of_vae(side: int) -> float:
     """The encoder of FLUX.1's VAE, which Z-Image uses."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    settings: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
-        "use_quant_conv": False, "use_post_quant_conv": False,
-    }  # fmt: skip
+    shape: dict[str, Any] = {  # the constructor's annotations are of tuples of one
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+    }
     with torch.device(META):
-        vae = AutoencoderKL(**settings)
+        vae = AutoencoderKL(
+            **shape, layers_per_block=2, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False
+        )
         image = torch.empty(1, 3, side, side)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vae.encode(image)
@@ -100,7 +102,8 @@ def table() -> str:
             f"| {side} | {encoders / 1e12:.1f} | {vae / 1e12:.1f} | {1000 * gpu:.0f} | {1000 * cpu:.0f} | "
             f"{size / 1e6:.1f} MB | {size * IMAGES / 1e12:.1f} TB | {hours:.0f} h | {hours / 8:.0f} h |"
         )
-    head = "| side | encoders, TFLOP | VAE, TFLOP | GPU, ms | decoding, ms | an image | 1M images | one H200 | eight |"
+    titles = "side", "encoders, TFLOP", "VAE, TFLOP", "GPU, ms", "decoding, ms", "an image", "1M images"
+    head = f"| {' | '.join((*titles, 'on one H200', 'on eight'))} |"
     return "\n".join([head, "|---|---|---|---|---|---|---|---|---|", *rows])
 
 

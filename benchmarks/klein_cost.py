@@ -72,12 +72,14 @@ def by_formula(session: Session, larger: Subject) -> None:
     made = Session(larger, session.args, meta)
     network = made.new_network()
     for row in session.rows:
-        if row.variant in ("none", "all") and not row.note:
-            count = 0 if row.variant == "none" else len(network.denoiser.blocks())
+        if row.variant in real_size.VARIANTS and not row.note:
             bench = made.bench(network, row.side, made.config)
-            cost, peak = bench.cost(count), bench.footprint().total(count) / GB
+            footprint = bench.footprint()
+            checkpointing = real_size.known_checkpointing(row.variant, footprint)
+            cost, peak = bench.cost(checkpointing), footprint.total(checkpointing) / GB
             seconds = cost.model_flops / (session.rate * row.utilisation) if row.utilisation else None
-            say(Row(row.variant, row.side, row.rank, seconds, peak, count, cost.flops / 1e12).line())
+            count, repeated, tflop = checkpointing.count, cost.repeated, cost.flops / 1e12
+            say(Row(row.variant, row.side, row.rank, seconds, peak, count, repeated, tflop).line())
 
 
 def main() -> None:

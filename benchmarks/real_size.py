@@ -5,10 +5,10 @@ step, counters and the table.
     --device cpu    the same, reduced in size; the peak is that of tensors and FLOPs are counted, both op by op
     --device meta   a dry run at full size: no seconds, but peak and FLOPs counted as on a GPU (ComfyUI only)
 
-Variants: ours with gradient checkpointing on no block, on all blocks, and (ComfyUI only) with each memory preset; and
-the authors' loop: the graphs of all K steps in memory until one backward, checkpointing on all blocks, resident text
-encoders of the real shapes, run in every step. Their VAE is omitted, in their favour. Network: ComfyUI's own class with
-our node's denoiser if $COMFYUI_PATH (or ~/comfy/ComfyUI) is a checkout, else diffusers'.
+Variants: ours with gradient checkpointing on no block, selectively and fully on all blocks, and (ComfyUI only) with
+each memory preset; and the authors' loop: the graphs of all K steps in memory until one backward, checkpointing on all
+blocks, resident text encoders of the real shapes, run in every step. Their VAE is omitted, in their favour. Network:
+ComfyUI's own class with our node's denoiser if $COMFYUI_PATH (or ~/comfy/ComfyUI) is a checkout, else diffusers'.
 """
 
 from __future__ import annotations
@@ -37,10 +37,16 @@ from benchmarks.real_step import GB, Bench, Row, Subject, matmul_rate
 from dopsd_core import objectives
 from dopsd_core.conditioning.encode import DualCondition
 from dopsd_core.config import TrainConfig
+from dopsd_core.memory.checkpoint_plan import Checkpointing
+from dopsd_core.memory.footprint import Footprint
 
 HEAD = (
-    "| variant | side | rank | s/step | peak GB | recompute | TFLOP | utilisation | counted | |\n" + "|---" * 10 + "|\n"
+    "| variant | side | rank | s/step | peak GB | recompute | repeated | TFLOP | utilisation | counted | |\n"
+    + "|---" * 11
+    + "|\n"
 )
+
+VARIANTS = ("none", "selective", "all")
 
 
 class Session:
@@ -81,14 +87,17 @@ class Session:
     def ours(self, network: Network, row: Row) -> Row:
         """Measures our step."""
         bench = self.bench(network, row.side, self.config)
-        row.planned_gb = bench.footprint().total(row.recompute) / GB
-        return bench.measure(row, self.args.steps, self.rate, bench.ours)
+        footprint = bench.footprint()
+        checkpointing = known_checkpointing(row.variant, footprint)
+        row.planned_gb = footprint.total(checkpointing) / GB
+        return bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours)
 
     def authors(self, network: Network, encoders: AuthorsEncoders, row: Row) -> Row:
         """Measures the authors' step, with their encoders resident."""
         bench = self.bench(network, row.side, self.config)
         size = sum(p.numel() * p.itemsize for p in encoders.parameters())
-        bench.measure(row, self.args.steps, self.rate, lambda: bench.authors(encoders), beside=size)
+        every = Checkpointing.full(len(network.denoiser.blocks()))
+        bench.measure(row, every, self.args.steps, self.rate, lambda: bench.authors(encoders), beside=size)
         row.counted = None  # their encoders are not in the cost model
         return row
 
@@ -99,14 +108,21 @@ class Session:
         plan = make_plan(self.subject, network, row.variant, row.side, row.rank, self.config, free)
         config = TrainConfig.from_json(plan.config.to_json())
         bench = self.bench(network, row.side, config)
-        row.recompute, row.planned_gb = plan.checkpoint_blocks, plan.peak / GB
+        checkpointing, row.planned_gb = Checkpointing(plan.checkpointing.kept), plan.peak / GB
         row.note = f"{'fp8' if weights == torch.float8_e4m3fn else 'bf16'} base"
-        bench.measure(row, self.args.steps, self.rate, bench.ours, plan.reserve)
+        bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, plan.reserve)
         if self.device.type == "meta":
             row.peak_gb -= plan.streamed / GB
         if config.objective != self.config.objective:
             row.counted = None  # what m of K cost is an average over the draws
         return row
+
+
+def known_checkpointing(variant: str, footprint: Footprint) -> Checkpointing:
+    """That of the variants "none", "selective" and "all"."""
+    if variant == "selective":
+        return Checkpointing.selective(footprint.blocks)
+    return Checkpointing.full(0 if variant == "none" else len(footprint.blocks))
 
 
 def make_plan(
@@ -143,13 +159,13 @@ def run(subject: Subject, args: argparse.Namespace) -> Session:
         blocks = len(network.denoiser.blocks())
         say(f"network: {network.title}'s, {network.weight_bytes / GB:.2f} GB of weights, {blocks} blocks\n\n{HEAD}")
         for side in args.resolutions:
-            for variant, count in (("none", 0), ("all", blocks)):
-                session.add(Row(variant, side, args.rank, recompute=count), partial(session.ours, network))
+            for variant in VARIANTS:
+                session.add(Row(variant, side, args.rank), partial(session.ours, network))
         if args.baseline:
             kind = (subject.encoder, subject.vision is not None)
             encoders = AuthorsEncoders(*kind, session.device, session.dtype, args.encoder_layers)
             for side in args.resolutions:
-                row = Row("authors", side, args.rank, recompute=blocks)
+                row = Row("authors", side, args.rank)
                 session.add(row, partial(session.authors, network, encoders))
             del encoders
         presets = args.presets and session.device.type != "cpu" and network.memory is not None
@@ -181,7 +197,7 @@ def compare(rows: Sequence[Row]) -> None:
     known = {(row.variant, row.side): row for row in rows if row.peak_gb}
     say("\n")
     for (variant, side), theirs in known.items():
-        for name in ("none", "all"):
+        for name in VARIANTS:
             ours = known.get((name, side))
             if variant == "authors" and ours is not None:
                 say(f"{side}, {name} checkpointed: {ours.peak_gb / theirs.peak_gb:.2f} of the authors' peak memory")

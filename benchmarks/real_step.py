@@ -21,6 +21,7 @@ from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Family
 from dopsd_core.memory.activation_checkpointing import checkpointed
+from dopsd_core.memory.checkpoint_plan import Checkpointing
 from dopsd_core.memory.footprint import Footprint, estimate
 from dopsd_core.objectives import ObjectiveInputs, self_distillation_loss
 from dopsd_core.options import flattened
@@ -77,12 +78,14 @@ class Row:
     """One line of the table.
 
     Attributes:
-        variant: what is measured: "none" or "all" blocks checkpointed, "authors", or a memory preset.
+        variant: what is measured: "none" of the blocks checkpointed, "selective" (all, which keep all of their
+            products) or "all" (which keep their inputs alone); "authors"; or a memory preset.
         side: of the image in pixels.
         rank: of the LoRA.
         seconds: of a step; None in a dry run.
         peak_gb: includes weights.
         recompute: blocks with gradient checkpointing.
+        repeated: FLOPs that it repeats, over those of the step without it.
         tflop: of a step, by the cost model.
         utilisation: model FLOPs (without checkpointing) per second, relative to a large bf16 (on a CPU: fp32) matrix
             product measured in this run.
@@ -97,6 +100,7 @@ class Row:
     seconds: float | None = None
     peak_gb: float = 0.0
     recompute: int = 0
+    repeated: float = 0.0
     tflop: float = 0.0
     utilisation: float | None = None
     counted: float | None = None
@@ -109,7 +113,15 @@ class Row:
         used = "" if self.utilisation is None else f"{self.utilisation:.0%}"
         counted = "" if self.counted is None else f"{self.counted:.3f}"
         planned = "" if self.planned_gb is None else f" (planned {self.planned_gb:.2f})"
-        cells = (self.variant, self.side, self.rank, seconds, f"{self.peak_gb:.2f}{planned}", self.recompute)
+        cells = (
+            self.variant,
+            self.side,
+            self.rank,
+            seconds,
+            f"{self.peak_gb:.2f}{planned}",
+            self.recompute,
+            f"{self.repeated:.1%}",
+        )
         cells += (f"{self.tflop:.2f}", used, counted, "; ".join(filter(None, (self.note, target))))
         return "| " + " | ".join(map(str, cells)) + " |\n"
 
@@ -169,15 +181,15 @@ class Bench:
         self.optimizer.step()
         self.adapters.update_teacher()
 
-    def cost(self, checkpoint_blocks: int) -> StepCost:
-        """FLOPs of a step by the formula, with gradient checkpointing on so many blocks."""
+    def cost(self, checkpointing: Checkpointing | int) -> StepCost:
+        """FLOPs of a step by the formula, with this gradient checkpointing."""
         family, lora, k = self.subject.family, self.lora, self.config.rollout_steps
         student, teacher = (
             pass_cost(self.network.denoiser, family, lora, family.tokens(self.latent, condition))
             for condition in (self.student, self.teacher)
         )
         m = flattened(self.config)["grad_steps"] or k
-        return StepCost(student, teacher, k, m, checkpoint_blocks, self.config.teacher.weights == "copy")
+        return StepCost(student, teacher, k, m, checkpointing, self.config.teacher.weights == "copy")
 
     def footprint(self) -> Footprint:
         """What the formula says of memory."""
@@ -188,18 +200,25 @@ class Bench:
         return estimate(sites, family, lora, student, teacher, size, itemsize=itemsize, weights_of_teacher=whose)
 
     def measure(
-        self, row: Row, steps: int, rate: float, step: Callable[[], None], reserve: int = 0, beside: int = 0
+        self,
+        row: Row,
+        checkpointing: Checkpointing,
+        steps: int,
+        rate: float,
+        step: Callable[[], None],
+        reserve: int = 0,
+        beside: int = 0,
     ) -> Row:
         """Mean of `steps` after one that is not counted; peak over all of them. beside: bytes that are resident."""
-        cost = self.cost(row.recompute)
-        row.tflop = cost.flops / 1e12
+        cost = self.cost(checkpointing)
+        row.recompute, row.repeated, row.tflop = checkpointing.count, cost.repeated, cost.flops / 1e12
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.network.trainable((1, *self.latent), reserve))
             self.prepare()
             stack.enter_context(self.adapters.attached())
-            stack.enter_context(checkpointed(self.network.denoiser.blocks(), row.recompute))
+            stack.enter_context(checkpointed(self.network.denoiser.blocks(), checkpointing))
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             step()  # warm-up

@@ -96,11 +96,15 @@ class BlockShape:
         tokens: L, number of tokens of one sample.
         width: D, size of a token between blocks.
         kept: elements per token saved for the block's backward, without LoRA.
+        reach: number of tokens that each attends to; all if 0.
+        has_streams: whether image and text have Linears of their own.
     """
 
     tokens: int
     width: int
     kept: int
+    reach: int = 0
+    has_streams: bool = False
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +17,14 @@ Role = Literal["student", "teacher"]
 
 
 class Trainable(Protocol):
-    """The weights of student and teacher, and the switch between them and the untouched network."""
+    """The weights of student and teacher, and the switch between them and the untouched network.
+
+    Attributes:
+        is_sharded: whether each rank holds a part of the weights, so that all ranks run the network and read states
+            together.
+    """
+
+    is_sharded: ClassVar[bool]
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """The parameters for the optimizer, fp32, always the same objects in the same order."""

@@ -181,7 +181,7 @@ class BuildTeacherCondition(io.ComfyNode):
             outputs=[
                 ConditionsSocket.Output(display_name="conditions", tooltip="For Teacher Preview and D-OPSD Train LoRA.")
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.dynprompt],
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..dopsd_core.data.captions import check_prompts, put_trigger
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
+from ..dopsd_core.training.own_files import is_changed
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.embeddings import EMBEDDING, embeddings_fingerprint
@@ -62,7 +63,7 @@ class CompareLoRA(io.ComfyNode):
             "so you see what you will get elsewhere.",
             search_aliases=["d-opsd", "lora grid", "xy plot", "test lora", "epochs", "checkpoints"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=_inputs(),
             outputs=[io.Image.Output(display_name="image", tooltip="The grid.")],
         )
@@ -240,6 +241,9 @@ def run_columns(model: Any, run_folder: str, strengths: Sequence[float]) -> Grid
         for ending, strength in titled
     ]
     notes = [used_line(saves[-1].path.name, model, comfy.utils.load_torch_file(str(saves[-1].path), safe_load=True))]
+    for saved in shown:
+        if is_changed(saved.path, saved.step):
+            notes.append(f"{saved.path.name} is not as the run wrote it: its column is not that step of the run")
     if len(shown) < len(saves):
         notes.append(f"of {len(saves)} LoRAs of the run {len(shown)} are shown, the first and the last among them")
     return Grid(folder.name, tuple(columns), tuple(notes), trigger_of(header_of(saves[-1].path)))

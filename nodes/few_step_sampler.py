@@ -60,7 +60,7 @@ class FewStepSampler(io.ComfyNode):
                 io.Latent.Output(display_name="latent", tooltip="For VAE Decode."),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The noise schedule used, for other samplers."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.dynprompt],
         )  # fmt: skip
 
     @classmethod

@@ -55,7 +55,7 @@ class LoadDataset(io.ComfyNode):
             search_aliases=["d-opsd", "training data", "captions", "load images and texts"],
             is_input_list=True,
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=_inputs(),
             outputs=[
                 DatasetSocket.Output(display_name="dataset", tooltip="For Build Teacher Condition."),

@@ -32,7 +32,7 @@ class LoadDemoModels(io.ComfyNode):
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder; one latent cell is 8x8 pixels."),
                 VisionSocket.Output(display_name="vision", tooltip="Its vision tower, for Build Teacher Condition."),
             ],
-            hidden=[io.Hidden.prompt],
+            hidden=[io.Hidden.prompt, io.Hidden.dynprompt],
         )
 
     @classmethod

@@ -56,7 +56,7 @@ class LoadLoRA(io.ComfyNode):
                     display_name="lora", tooltip="For initial_lora of D-OPSD Train LoRA, or for Compare LoRA."
                 )
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.dynprompt],
         )
 
     @classmethod

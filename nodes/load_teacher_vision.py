@@ -39,7 +39,7 @@ class LoadTeacherVision(io.ComfyNode):
             outputs=[
                 VisionSocket.Output(display_name="vision", tooltip="The vision tower, for Build Teacher Condition.")
             ],
-            hidden=[io.Hidden.prompt],
+            hidden=[io.Hidden.prompt, io.Hidden.dynprompt],
         )
 
     @classmethod

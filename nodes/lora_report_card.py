@@ -8,7 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..dopsd_core.data.captions import check_prompts
+from ..dopsd_core.data.captions import CaptionError, check_prompts, check_text
 from ..dopsd_core.image_grid import to_pixels
 from ..dopsd_core.metrics.evaluation import Evaluation
 from ..dopsd_core.metrics.report_card import draw_report_card, summary_lines, to_json
@@ -46,7 +46,7 @@ class LoRAReportCard(io.ComfyNode):
             "prompts look as before. A change counts only if it is larger than what other noise alone changes.",
             search_aliases=["d-opsd", "evaluate lora", "metrics", "score lora", "forgetting"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.dynprompt],
             inputs=[*_sockets(), *_settings(), *_optional()],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The report card."),
@@ -55,13 +55,17 @@ class LoRAReportCard(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, strengths: str | None = None, prompts: str | None = None) -> bool | str:
-        """True, or what is wrong with strengths or prompts."""
+    def validate_inputs(
+        cls, strengths: str | None = None, prompts: str | None = None, class_name: str | None = None
+    ) -> bool | str:
+        """True, or what is wrong with strengths, prompts or class_name."""
         try:
             if isinstance(strengths, str):  # else it comes over a link
                 card_strengths(strengths)
             if isinstance(prompts, str):
                 card_prompts(prompts)
+            if isinstance(class_name, str):
+                card_class_name(class_name)
         except ValueError as error:
             return str(error)
         return True
@@ -125,7 +129,7 @@ def wanted_of(settings: Mapping[str, Any]) -> Wanted:
         num_seeds=settings["images_per_prompt"],
         steps=settings["steps"],
         resolution=settings["resolution"],
-        class_name=settings["class_name"],
+        class_name=card_class_name(settings["class_name"]),
     )
 
 
@@ -170,6 +174,19 @@ def card_prompts(text: str) -> tuple[str, ...]:
         raise ValueError(f"prompts: give at most {MAX_PROMPTS} prompts, one per line, there are {len(found)}")
     check_prompts(found, "prompts: line")
     return tuple(found)
+
+
+def card_class_name(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        ValueError: it contains invalid characters.
+    """
+    try:
+        check_text(text)
+    except CaptionError as error:
+        raise ValueError(f"class_name: {error}") from error
+    return text
 
 
 def _sockets() -> list[Any]:

@@ -42,7 +42,7 @@ class SaveLoRA(io.ComfyNode):
             "at the same strength. The file's metadata says how it was trained.",
             search_aliases=["d-opsd", "export lora", "save lora"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 io.LoraModel.Input(
                     "lora", tooltip="From D-OPSD Train LoRA. Other trainers' LoRAs are saved as they are."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..dopsd_core.image_grid import to_pixels
+from .comfy_host.base_name import base_name
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import ComfyDenoiser, default_steps, send_text
 from .comfy_host.distilled import warn_if_undistilled
@@ -51,7 +52,7 @@ class TeacherPreview(io.ComfyNode):
                     tooltip="The preview sheet: one column per image with target, teacher and student.",
                 )
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -62,7 +63,8 @@ class TeacherPreview(io.ComfyNode):
         require_own_sampling(model)
         painter = PreviewPainter(ComfyDenoiser(model), vae, steps or default_steps(model), seed)
         image = to_pixels(teacher_sheet(painter, conditions, pictures))
-        notes = [warn_if_undistilled(model), *conditions.notes, *unused_patches(model)]
+        name = base_name(model, cls)
+        notes = [warn_if_undistilled(model, name), *conditions.notes, *unused_patches(model)]
         notes.append("the student can only become as good as the teacher row")
         send_text(cls, "\n".join(filter(None, notes)))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

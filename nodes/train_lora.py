@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dopsd_core.training.log import LOG_NAME, read_log
+from .comfy_host.base_name import base_name
 from .comfy_host.checked_inputs import checked
 from .comfy_host.fits import require_trainable
 from .comfy_host.former_inputs import AFTER_INITIAL_LORA, BEFORE_MEMORY, former_choices, former_inputs
@@ -15,11 +16,11 @@ from .comfy_host.memory_plan import MEMORY_CHOICES
 from .comfy_host.model_patches import require_own_sampling
 from .comfy_host.paths import require_run_name
 from .comfy_host.presets import PRESETS, preset_steps
-from .comfy_host.sent_values import unread_inputs
+from .comfy_host.sent_values import unread_before, unread_inputs
 from .comfy_host.settings import TrainingSettings
 from .comfy_host.shared_inputs import conditions_input, seed_input
 from .comfy_host.sockets import CATEGORY, Conditions, SettingsSocket
-from .comfy_host.training import Wanted, best_lora, losses, run_training, trained_lora
+from .comfy_host.training import Wanted, losses, run_training
 
 
 class TrainLoRA(io.ComfyNode):
@@ -55,7 +56,7 @@ class TrainLoRA(io.ComfyNode):
                     "(Training Settings) keeps. Without it, the same as lora.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -77,11 +78,11 @@ class TrainLoRA(io.ComfyNode):
         require_trainable(model, conditions, vae)
         require_own_sampling(model)
         preset, changes, unused = chosen_settings(preset, settings, widgets, conditions)
-        wanted = Wanted(run_name, memory, preset, changes, (*unread_inputs(cls), *unused))
+        unused = (*unread_inputs(cls), *unread_before(cls), *unused)
+        wanted = Wanted(run_name, base_name(model, cls), memory, preset, changes, unused)
         run = run_training(cls, model, conditions, vae, wanted, initial_lora)
-        reports, lora = read_log(run.folder / LOG_NAME), trained_lora(run.result, run.config)
-        best = best_lora(run.result, run.config)
-        return io.NodeOutput(lora, {"loss": losses(reports)}, str(run.folder), run.sheets, best)
+        loss = losses(read_log(run.folder / LOG_NAME))
+        return io.NodeOutput(run.lora, {"loss": loss}, str(run.folder), run.sheets, run.best)
 
 
 def chosen_settings(

@@ -24,6 +24,7 @@ class TrainingSettings(io.ComfyNode):
             search_aliases=["d-opsd", "learning rate", "rank", "optimizer", "advanced"],
             inputs=settings_inputs(),
             outputs=[SettingsSocket.Output(display_name="settings", tooltip="For D-OPSD Train LoRA.")],
+            hidden=[io.Hidden.prompt, io.Hidden.dynprompt],
         )
 
     @classmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -172,3 +173,14 @@ def _save(path: Path, state: dict[str, Tensor]) -> Path:
 
 def _stored(value: Tensor) -> Tensor:
     return (value.bfloat16() if value.dtype == torch.float32 and value.ndim else value).contiguous()
+
+
+def write_photos(folder: Path, caption: str) -> Path:
+    """Two images of 64 x 64 with a caption each: the given one and the file's name."""
+    folder.mkdir(parents=True)
+    for name, colour in (("a", "red"), ("b", "navy")):
+        image = Image.new("RGB", (64, 64), colour)
+        image.paste("white", (10, 20, 40, 50))
+        image.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{caption}, {name}", encoding="utf-8")
+    return folder

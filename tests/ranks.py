@@ -25,7 +25,7 @@ class ThreadWorld:
     """A rank among threads of this process; each waits for the others as a process would."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[Any]) -> None:
-        self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
+        self.rank, self.size, self.mesh, self._barrier, self._slots = rank, size, None, barrier, slots
 
     def gather(self, value: Any) -> list[Any]:
         return [pickle.loads(sent) for sent in self._exchange(pickle.dumps(value))]
@@ -124,7 +124,7 @@ def on_processes(
     context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     if sys.platform != "win32":
         context.set_forkserver_preload(["tests.ranks"])  # type: ignore[attr-defined]
-    port = _free_port()
+    port = free_port()
     children = [
         context.Process(
             target=run_rank,
@@ -144,7 +144,7 @@ def on_processes(
     return [child.exitcode for child in children]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return opened.getsockname()[1]

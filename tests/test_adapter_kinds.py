@@ -19,9 +19,9 @@ from dopsd_core.memory.footprint import saved_bytes as planned_bytes
 from dopsd_core.optimizers import AdamW
 from dopsd_core.options import changed
 from dopsd_core.teachers import EmaTeacher
-from dopsd_core.training.log import StepReport
-from dopsd_core.training.trainer import NoCallbacks, train
+from dopsd_core.training.trainer import train
 from tests.devices import DEVICE
+from tests.stopping import StopAt
 from tests.tiny import TinyDenoiser, make_config, make_data, saved_bytes
 from tests.toy_denoiser import ToyDenoiser, ToyNet, assert_near, fuse_qkv, linear, make_pairs
 
@@ -239,24 +239,13 @@ FLAT: dict[str, dict[str, Any]] = {
 }
 
 
-class Stop(NoCallbacks):
-    def __init__(self, at: int) -> None:
-        self.at, self.step = at, 0
-
-    def on_step(self, report: StepReport) -> None:
-        self.step = report.step
-
-    def should_stop(self) -> bool:
-        return self.step == self.at
-
-
 @pytest.mark.parametrize("kind", FLAT)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, optimizer: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     config = make_config(**FLAT[kind], optimizer=optimizer)
     train(config, TinyDenoiser(), make_data(), tmp_path / "whole")
-    train(config, TinyDenoiser(), make_data(), tmp_path / "cut", Stop(7))
+    train(config, TinyDenoiser(), make_data(), tmp_path / "cut", StopAt(7))
     result = train(config, TinyDenoiser(), make_data(), tmp_path / "cut")
     assert saved_bytes(tmp_path / "cut") == saved_bytes(tmp_path / "whole")
     assert result.end_gaps is not None and result.start_gaps is not None

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dopsd_core.data.buckets import Bucket, cover_box, make_buckets, must_enlarge, nearest_bucket
@@ -13,6 +13,7 @@ multiples = st.sampled_from([1, 8, 16, 32])
 sides = st.integers(min_value=1, max_value=9000)
 
 
+@settings(deadline=None)
 @given(budget=budgets, multiple=multiples, max_aspect=st.floats(min_value=1, max_value=4))
 def test_buckets_fit_the_budget_and_waste_none_of_it(budget: int, multiple: int, max_aspect: float) -> None:
     buckets = make_buckets(budget, multiple, max_aspect)
@@ -28,6 +29,7 @@ def test_buckets_fit_the_budget_and_waste_none_of_it(budget: int, multiple: int,
             assert bucket.width * (bucket.height + multiple) > budget
 
 
+@settings(deadline=None)
 @given(width=sides, height=sides, budget=budgets, multiple=multiples)
 def test_the_nearest_aspect_wins(width: int, height: int, budget: int, multiple: int) -> None:
     buckets = make_buckets(budget, multiple)
@@ -36,6 +38,7 @@ def test_the_nearest_aspect_wins(width: int, height: int, budget: int, multiple:
     assert all(distance <= abs(math.log(other.aspect * height / width)) + 1e-12 for other in buckets)
 
 
+@settings(deadline=None)
 @given(width=sides, height=sides, budget=budgets)
 def test_the_part_kept_is_centred_and_as_large_as_can_be(width: int, height: int, budget: int) -> None:
     bucket = nearest_bucket(width, height, make_buckets(budget, 16))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counters import LiveBytes
 from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.frozen_linear import frozen_linear
+from dopsd_core.denoiser import plain_linear_sites
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.memory.activation_checkpointing import (
-    BlockBytes,
-    block_bytes,
-    blocks_to_checkpoint,
-    checkpointed,
-    peak_bytes,
-)
+from dopsd_core.kept_products import ATTENTION
+from dopsd_core.memory.activation_checkpointing import block_bytes, checkpointed
+from dopsd_core.memory.checkpoint_plan import BlockBytes, Checkpointing, Product, peak_bytes, plan_checkpointing
 from dopsd_core.objectives import DOPSD
 from dopsd_core.training.trainer import train
 
@@ -49,7 +54,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self._storages.values())
 
 
-def gradients(count: int, blocks: int = 3) -> list[torch.Tensor]:
+def gradients(count: Checkpointing | int, blocks: int = 3) -> list[torch.Tensor]:
     """Of a whole D-OPSD step, whose teacher and rollout run in other modes between the student's forwards."""
     denoiser = ToyDenoiser(ToyNet(num_blocks=blocks))
     adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
@@ -64,6 +69,19 @@ def test_gradients_are_the_same(count: int) -> None:
     wanted = gradients(0)
     assert wanted and all(grad.abs().max() > 0 for grad in wanted)
     assert all(torch.equal(one, other) for one, other in zip(gradients(count), wanted, strict=True))
+
+
+def of_toy(*kept: str) -> Checkpointing:
+    """On the toy network's three blocks, each of which keeps those of its products whose names end so."""
+    names = [site.name for site in ToyDenoiser(ToyNet(num_blocks=3)).sites()] + [ATTENTION]
+    return Checkpointing((frozenset(name for name in names if name.endswith(kept)),) * 3)
+
+
+@pytest.mark.parametrize("kept", [("",), ("to_q", "w2"), (ATTENTION,)], ids=["everything", "some", "attention"])
+def test_gradients_are_the_same_with_kept_products(kept: tuple[str, ...]) -> None:
+    wanted, plan = gradients(0), of_toy(*kept)
+    assert all(plan.kept)
+    assert all(torch.equal(one, other) for one, other in zip(gradients(plan), wanted, strict=True))
 
 
 def test_a_block_recomputes_once_per_backward_and_never_without_gradients() -> None:
@@ -145,40 +163,75 @@ def test_nothing_is_left_behind(ending: str) -> None:
 
 def test_training_ends_with_the_same_bits(tmp_path) -> None:
     for count in (0, 2):
-        train(make_config(steps=4), TinyDenoiser(), make_data(), tmp_path / str(count), checkpoint_blocks=count)
+        train(make_config(steps=4), TinyDenoiser(), make_data(), tmp_path / str(count), checkpointing=count)
     assert saved_bytes(tmp_path / "0") == saved_bytes(tmp_path / "2")
 
 
-# -- how many ---------------------------------------------------------------------------------------------------------
+# -- which ------------------------------------------------------------------------------------------------------------
 
-SIZES = st.lists(st.builds(BlockBytes, st.integers(20, 100), st.integers(0, 10)), max_size=8)
-
-
-@given(SIZES, st.integers(0, 900), st.integers(0, 90), st.integers(0, 90))
-def test_the_fewest_blocks_that_fit(blocks: list[BlockBytes], budget: int, forward: int, backward: int) -> None:
-    count = blocks_to_checkpoint(blocks, budget, forward, backward)
-    peaks = [peak_bytes(blocks, n, forward, backward) for n in range(len(blocks) + 1)]
-    assert peaks[count] <= budget or count == len(blocks)
-    assert all(peak > budget for peak in peaks[:count])
+PRODUCTS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 50)), max_size=3)
 
 
-@given(SIZES, st.integers(0, 90), st.integers(0, 90))
-def test_the_peak_is_that_of_a_simulated_step(blocks: list[BlockBytes], forward: int, backward: int) -> None:
+@st.composite
+def sizes(draw: st.DrawFn) -> list[BlockBytes]:
+    found = []
+    for _ in range(draw(st.integers(0, 6))):
+        products = tuple(Product(str(number), size, flops) for number, (size, flops) in enumerate(draw(PRODUCTS)))
+        found.append(BlockBytes(draw(st.integers(20, 100)), draw(st.integers(0, 10)), products, 1.0))
+    return found
+
+
+@given(sizes(), st.integers(0, 900), st.integers(0, 90), st.integers(0, 90))
+def test_what_is_planned_fits_if_anything_does(
+    blocks: list[BlockBytes], budget: int, forward: int, backward: int
+) -> None:
+    """And repeats no more than any number of fully checkpointed blocks that fits."""
+    plan = plan_checkpointing(blocks, budget, forward, backward)
+    simple = [Checkpointing.full(n) for n in range(len(blocks) + 1)]
+    fitting = [one for one in simple if peak_bytes(blocks, one, forward, backward) <= budget]
+    if not fitting:
+        assert plan == simple[-1]
+        return
+    assert peak_bytes(blocks, plan, forward, backward) <= budget
+    assert plan.flops(blocks) <= min(one.flops(blocks) for one in fitting)
+
+
+@given(sizes(), st.integers(0, 90), st.integers(0, 90), st.data())
+def test_the_peak_is_that_of_a_simulated_step(
+    blocks: list[BlockBytes], forward: int, backward: int, data: st.DataObject
+) -> None:
     """Walks forward, teacher and backward and keeps books, instead of the closed form."""
+    chosen = [frozenset(p.name for p in block.products if data.draw(st.booleans())) for block in blocks]
     for count in range(len(blocks) + 1):
-        alive = [block.entry if i < count else block.kept for i, block in enumerate(blocks)]
+        alive = [
+            b.saved(names) if i < count else b.kept for i, (b, names) in enumerate(zip(blocks, chosen, strict=True))
+        ]
         highest = sum(alive) + forward
         for i in reversed(range(len(blocks))):
-            recomputed = blocks[i].kept if i < count else 0
-            highest = max(highest, sum(alive) + recomputed + backward)
+            # what is repeated takes the place of what was kept of it
+            repeated = max(blocks[i].kept - (alive[i] - blocks[i].entry), 0) if i < count else 0
+            highest = max(highest, sum(alive) + repeated + backward)
             alive[i] = 0
-        assert peak_bytes(blocks, count, forward, backward) == max(highest, backward)
+        plan = Checkpointing(tuple(chosen[:count]))
+        assert peak_bytes(blocks, plan, forward, backward) == max(highest, backward)
 
 
 def test_equal_blocks_need_no_room_for_recomputing() -> None:
     """Checkpointing the first half of ten equal blocks costs five kept blocks and five entries, not six."""
     assert peak_bytes([BlockBytes(100, 4)] * 10, 5) == 5 * 100 + 5 * 4
     assert peak_bytes([BlockBytes(100, 4)] * 10, 10) == 100 + 10 * 4
+
+
+def test_products_that_save_most_per_byte_are_kept_first() -> None:
+    """Of all blocks before the next best of any; with room for all activations there is no checkpointing at all."""
+    block = BlockBytes(100, 4, (Product("wide", 10, 10.0), Product("deep", 10, 40.0)), 1.0)
+    assert plan_checkpointing([block] * 3, 300) == Checkpointing()
+    everything = peak_bytes([block] * 3, 3)
+    deep, both = frozenset({"deep"}), frozenset({"deep", "wide"})
+    assert plan_checkpointing([block] * 3, everything) == Checkpointing((frozenset(), frozenset()))
+    assert plan_checkpointing([block] * 3, everything + 25) == Checkpointing((deep, deep))
+    assert plan_checkpointing([block] * 3, everything + 35) == Checkpointing((deep, both))
+    assert plan_checkpointing([block] * 3, 100) == Checkpointing.full(3), "even that is too much"
 
 
 diffusers = pytest.importorskip("diffusers")
@@ -196,28 +249,120 @@ def test_attention_recomputes_the_way_the_host_had_it() -> None:
     assert seen == [False, False] and torch.backends.cuda.flash_sdp_enabled()
 
 
-@pytest.mark.parametrize("count", [0, 2, 6])
-def test_saved_bytes_are_as_predicted(count: int) -> None:
-    """The formula against what autograd saves, on diffusers' Z-Image; its attention is the fused one here."""
+def z_image_with_lora(layers: int = 4) -> tuple[Any, AdapterSet, Callable[[], torch.Tensor], list[BlockBytes]]:
+    """diffusers' Z-Image, a LoRA on it, its forward on 256 image and 40 text tokens, and the blocks by formula."""
     from dopsd_core.standalone.hosts.demo import StandaloneDenoiser
 
     torch.manual_seed(0)
     net = diffusers.ZImageTransformer2DModel(
-        in_channels=4, dim=64, n_layers=4, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
+        in_channels=4, dim=64, n_layers=layers, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
         axes_dims=[8, 12, 12], axes_lens=[512, 64, 64],
     )  # fmt: skip
-    torch.nn.Module.to(net, DEVICE)
-    denoiser = StandaloneDenoiser(net)
-    config = Z_IMAGE.lora_config(4)
+    torch.nn.Module.to(net, DEVICE).requires_grad_(False)
+    denoiser, config = StandaloneDenoiser(net), Z_IMAGE.lora_config(4)
     adapters = AdapterSet(denoiser.sites(), config, device=DEVICE)
+    randomise(adapters)
     x, text = torch.randn(4, 1, 32, 32, device=DEVICE, requires_grad=True), torch.randn(40, 12, device=DEVICE)
     predicted = block_bytes(denoiser.blocks(), denoiser.sites(), Z_IMAGE, config, 256, 40, itemsize=4)
-    known = [*net.parameters(), *adapters.parameters()]
+
+    def forward() -> torch.Tensor:
+        return net([x], torch.tensor([0.25], device=DEVICE), [text], return_dict=False)[0][0]
+
+    return denoiser, adapters, forward, predicted
+
+
+@pytest.mark.parametrize("count", [0, 2, 6])
+def test_saved_bytes_are_as_predicted(count: int) -> None:
+    """The formula against what autograd saves, on diffusers' Z-Image; its attention is the fused one here."""
+    denoiser, adapters, forward, predicted = z_image_with_lora()
+    known = [*denoiser.transformer.parameters(), *adapters.parameters()]
     with adapters.attached(), checkpointed(denoiser.blocks(), count), SavedBytes(known) as saved:
-        net([x], torch.tensor([0.25], device=DEVICE), [text], return_dict=False)
+        forward()
     kept = sum(block.kept for block in predicted[count:]) + sum(block.entry for block in predicted[:count])
     outside = 0.02 * sum(block.kept for block in predicted)  # embedders and the final layer
     assert kept * 0.95 < saved.total < kept * 1.05 + outside
+
+
+class Repeated(TorchDispatchMode):
+    """Inside the `with`, the bytes that are alive, and the ops of a forward by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def selective_run(how: int | str) -> tuple[list[torch.Tensor], Counter[str], Counter[str], int]:
+    """(gradients, calls of each Linear, calls of ops, bytes alive after the forward) of a forward and its backward.
+
+    how: the number of fully checkpointed blocks, or "selective".
+    """
+    denoiser, adapters, forward, predicted = z_image_with_lora()
+    plan = how if isinstance(how, int) else Checkpointing.selective(predicted)
+    calls: Counter[str] = Counter()
+
+    def counted(site: Any) -> Any:
+        return dataclasses.replace(site, forward=lambda x: calls.update([site.name]) or site.forward(x))
+
+    state = adapters.state()
+    adapters = AdapterSet([counted(site) for site in denoiser.sites()], adapters.config, device=DEVICE)
+    adapters.load_state("student", state)
+    with adapters.attached(), checkpointed(denoiser.blocks(), plan), Repeated() as seen:
+        with LiveBytes() as live:
+            out = forward()
+        kept = live.now
+        out.square().mean().backward()
+    found = [parameter.grad for parameter in adapters.parameters() if parameter.grad is not None]
+    return found, calls, seen.ops, kept
+
+
+def test_selective_checkpointing_repeats_no_product_and_changes_no_bit() -> None:
+    """Z-Image on 256 tokens: the fused attention and each Linear run once; bytes are between those of none and full."""
+    none, selective, full = (selective_run(how) for how in (0, "selective", 6))
+    for other in (selective, full):
+        assert all(torch.equal(one, two) for one, two in zip(none[0], other[0], strict=True))
+    assert all(grad.abs().max() > 0 for grad in none[0])
+    assert selective[1] == none[1] and sum(full[1].values()) > 1.5 * sum(none[1].values())
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert none[2][attention] == selective[2][attention] == 6 and full[2][attention] == 12
+    assert full[3] < 0.15 * none[3] and 0.4 * none[3] < selective[3] < 0.62 * none[3]
+
+
+def test_saved_bytes_of_selective_checkpointing_are_as_predicted() -> None:
+    _, _, _, predicted = z_image_with_lora()
+    kept = selective_run("selective")[3]
+    plan = Checkpointing.selective(predicted)
+    wanted = sum(block.saved(names) for block, names in zip(predicted, plan.kept, strict=True))
+    assert kept == pytest.approx(wanted, rel=0.05)
+
+
+class WritesIntoProducts(nn.Module):
+    """Overwrites the output of its Linear, as some networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        base = self.linear(x.sin())
+        base += 1.0
+        return x + base.sin()
+
+
+def test_a_product_that_is_overwritten_is_computed_again() -> None:
+    torch.manual_seed(0)
+    block, x = WritesIntoProducts().requires_grad_(False), torch.randn(3, 8, requires_grad=True)
+    (own,) = plain_linear_sites(block)
+    calls: list[None] = []
+    site = dataclasses.replace(own, forward=lambda x: calls.append(None) or own.forward(x))
+    block.linear.forward = lambda x: frozen_linear(x, site)  # type: ignore[method-assign]
+    (wanted,) = torch.autograd.grad(block(x).sum(), x)
+    with checkpointed([block], Checkpointing((frozenset({site.name}),))):
+        (got,) = torch.autograd.grad(block(x).sum(), x)
+    assert torch.equal(got, wanted) and len(calls) == 3
 
 
 def test_blocks_before_the_first_adapted_one_save_nothing() -> None:

@@ -56,7 +56,7 @@ def counted(denoiser, objective: DOPSD, teacher: str = "ema", count: int = 0) ->
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_a_whole_step(denoiser, count: int) -> None:
-    wanted = model(denoiser, checkpoint_blocks=count)
+    wanted = model(denoiser, checkpointing=count)
     assert counted(denoiser, DOPSD(anchor_probability=0), count=count) == pytest.approx(wanted.flops, rel=0.05)
     assert wanted.flops - model(denoiser).flops == pytest.approx(wanted.flops - wanted.model_flops)
 
@@ -133,5 +133,5 @@ def test_a_whole_step_of_klein(klein, name: str, count: int) -> None:
         DOPSD(anchor_probability=0).backward(inputs)
     seen, read = (pass_cost(klein, FLUX2_KLEIN, config, FLUX2_KLEIN.tokens(latent, c)) for c in (student, teacher))
     factor = WRITTEN_OUT_ATTENTION_BACKWARD
-    wanted = StepCost(seen, read, 2, 2, checkpoint_blocks=count, attention_factor=factor)
+    wanted = StepCost(seen, read, 2, 2, checkpointing=count, attention_factor=factor)
     assert counter.get_total_flops() == pytest.approx(wanted.flops, rel=0.02)

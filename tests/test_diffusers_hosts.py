@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dopsd_core.adapters.adapter_set import AdapterSet
@@ -345,9 +346,23 @@ def test_damaged_weights_are_one_sentence(folders: dict[str, Path], tmp_path: Pa
         file = next((folder / "transformer").glob("*.safetensors"))
         shutil.copy(next((folders["flux2_klein"] / "transformer").glob("*.safetensors")), file)
 
-    model = load_model(broken(folders, tmp_path, swap), False)
-    with pytest.raises(ValueError, match="transformer (cannot be loaded|lacks)"):
-        model.denoiser  # noqa: B018
+    with pytest.raises(
+        ValueError, match="transformer is of another model, or has its tensors under other names, such as"
+    ):
+        load_model(broken(folders, tmp_path, swap), False)
+
+
+def test_a_text_encoder_that_lacks_a_layer_is_one_sentence(folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers would fill it with random numbers."""
+
+    def lose(folder: Path) -> None:
+        file = next((folder / "text_encoder").glob("*.safetensors"))
+        state = {name: value for name, value in load_file(file).items() if ".1.mlp.up_proj" not in name}
+        save_file(state, file, {"format": "pt"})
+
+    encoder = load_model(broken(folders, tmp_path, lose), False).encoder
+    with pytest.raises(ValueError, match=r"text_encoder cannot be loaded.*: it lacks 1 tensors, such as .*up_proj"):
+        encoder.encode_text(TEXT)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./photos", "/no/such/file.safetensors"])

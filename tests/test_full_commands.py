@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,12 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_folders.write_z_image(folder / "z_image")
     model_folders.write_klein(folder / "flux2_klein")
     model_folders.write_vision(folder / "vision")
-    (folder / "photos").mkdir()
-    for name, colour in (("a", "red"), ("b", "navy")):
-        image = Image.new("RGB", (64, 64), colour)
-        image.paste("white", (10, 20, 40, 50))
-        image.save(folder / "photos" / f"{name}.png")
-        (folder / "photos" / f"{name}.txt").write_text(f"a badge, {name}", encoding="utf-8")
+    model_folders.write_photos(folder / "photos", "a badge")
     return folder
 
 

@@ -33,9 +33,11 @@ from dopsd_core.training.checkpoint import load_checkpoint
 from dopsd_core.training.run import Run
 from dopsd_core.training.trainer import NoCallbacks, train
 from dopsd_core.training.training_set import TrainingSet
+from dopsd_core.training.world import Turn
 from tests.devices import DEVICE
 from tests.ranks import on_threads
-from tests.test_new_choice import ScheduleFree, Stop, Switching
+from tests.stopping import StopAt
+from tests.test_new_choice import ScheduleFree, Switching
 from tests.test_several_processes import assert_same_run
 from tests.test_trainer import processes
 from tests.tiny import (
@@ -274,7 +276,7 @@ def test_accumulated_batches_are_one_batch() -> None:
         run = Run(config, TinyDenoiser(), TrainingSet(pairs), Path("unused"))
         with run.adapters.attached():
             for micro in range(accumulation):
-                run._backward(micro)
+                run._backward(Turn(micro))
         gradients.append([parameter.grad for parameter in run.adapters.parameters()])
         assert all(gradient is not None and gradient.abs().max() > 1e-5 for gradient in gradients[-1])
     for other in gradients[1:]:
@@ -341,7 +343,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     config = make_config(adapter="full", teacher=teacher, objective=objective, batch_size=2)
     data = make_data(anchors=[make_pair(number, seed=7).student for number in range(3)])
     train(config, make(), data, tmp_path / "whole")
-    train(config, make(), data, tmp_path / "cut", Stop(5))
+    train(config, make(), data, tmp_path / "cut", StopAt(5))
     result = train(config, make(), data, tmp_path / "cut")
     assert result.step == 12 and result.lora_path == tmp_path / "cut" / "model.safetensors"
     assert saved_bytes(tmp_path / "cut") == saved_bytes(tmp_path / "whole")
@@ -401,7 +403,7 @@ def test_the_file_is_the_whole_student(tmp_path: Path, saved_dtype: str) -> None
 
 
 def test_the_dtype_of_the_file_may_change_on_resuming(tmp_path: Path) -> None:
-    train(make_config(adapter="full"), TinyDenoiser(), make_data(), tmp_path, Stop(5))
+    train(make_config(adapter="full"), TinyDenoiser(), make_data(), tmp_path, StopAt(5))
     result = train(make_config(adapter="full", saved_dtype="fp32"), TinyDenoiser(), make_data(), tmp_path)
     assert next(iter(load_file(result.lora_path).values())).dtype == torch.float32
 

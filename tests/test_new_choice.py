@@ -23,8 +23,9 @@ from dopsd_core.objectives import OBJECTIVES, Objective, ObjectiveInputs, Object
 from dopsd_core.optimizers import OPTIMIZERS, AdamW, Optimizer
 from dopsd_core.trainable import Trainable
 from dopsd_core.training.checkpoint import StateError, load_checkpoint
-from dopsd_core.training.log import StepReport, read_log
+from dopsd_core.training.log import read_log
 from dopsd_core.training.trainer import NoCallbacks, train
+from tests.stopping import StopAt
 from tests.tiny import TinyDenoiser, make_config, make_data, saved_bytes
 
 
@@ -115,22 +116,11 @@ def test_their_options_are_set_and_checked() -> None:
     )
 
 
-class Stop(NoCallbacks):
-    def __init__(self, at: int) -> None:
-        self.at, self.step = at, 0
-
-    def on_step(self, report: StepReport) -> None:
-        self.step = report.step
-
-    def should_stop(self) -> bool:
-        return self.step == self.at
-
-
 def test_a_run_with_them_is_saved_and_resumed_in_the_same_bits(tmp_path: Path) -> None:
     chosen = {"objective": "one_level", "one_level": 0.25, "optimizer": "signs", "momentum": 0.5}
     config = make_config(**chosen, batch_size=2)
     train(config, TinyDenoiser(), make_data(), tmp_path / "whole")
-    train(config, TinyDenoiser(), make_data(), tmp_path / "cut", Stop(5))
+    train(config, TinyDenoiser(), make_data(), tmp_path / "cut", StopAt(5))
     written = json.loads((tmp_path / "cut" / "config.json").read_text(encoding="utf-8"))
     assert written["objective"] == {"name": "one_level", "level": 0.25}
     assert written["optimizer"] == {"name": "signs", "lr": 0.01, "momentum": 0.5}

@@ -19,8 +19,8 @@ from dopsd_core.optimizers import OPTIMIZERS, Adafactor, AdamW, AdamW8bit, Custo
 from dopsd_core.optimizers.state import resumes_exactly
 from dopsd_core.options import changed
 from dopsd_core.training.checkpoint import load_checkpoint
-from dopsd_core.training.log import StepReport
-from dopsd_core.training.trainer import NoCallbacks, check_run, train
+from dopsd_core.training.trainer import check_run, train
+from tests.stopping import StopAt
 from tests.tiny import TinyDenoiser, make_config, make_data, saved_bytes
 
 CPU = torch.device("cpu")
@@ -52,19 +52,6 @@ def problem_of(make: Callable[[], object]) -> str:
     return problem
 
 
-class Stop(NoCallbacks):
-    """Stops after a step."""
-
-    def __init__(self, at: int) -> None:
-        self.at, self.step = at, 0
-
-    def on_step(self, report: StepReport) -> None:
-        self.step = report.step
-
-    def should_stop(self) -> bool:
-        return self.step == self.at
-
-
 def test_every_optimizer_but_the_one_for_nvidia_is_tried_here() -> None:
     assert OPTIMIZERS.keys() - CHOICES.keys() == {AdamW8bit.name}
 
@@ -78,7 +65,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, tmp_path: Path) -> No
     config = make_config(optimizer=name, **CHOICES[name], schedule="cosine", warmup=3)
     train(config, TinyDenoiser(), make_data(), tmp_path / "whole")
     for step in (2, 7):
-        train(config, TinyDenoiser(), make_data(), tmp_path / "cut", Stop(step))
+        train(config, TinyDenoiser(), make_data(), tmp_path / "cut", StopAt(step))
     written = (tmp_path / "cut" / "config.json").read_text(encoding="utf-8")
     assert TrainConfig.from_json(written) == config
     train(config, TinyDenoiser(), make_data(), tmp_path / "cut")

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,81 +24,10 @@ from dopsd_core.standalone.model_options import ModelOptions
 from tests.toy_denoiser import assert_near
 
 pytest.importorskip("diffusers.models.transformers.transformer_qwenimage21")
-from tests import qwen_image21_twins as twins  # noqa: E402
+from tests.own_tower_folders import FAMILIES, Made, make_qwen_image21  # noqa: E402
 
 TEXT = "a [V] badge, top"
-KREA_WIDTH, KREA_LAYERS = 32, 36
-
-
-# -- small models ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """A model in memory, and the folder that it was written to."""
-
-    folder: Path
-    denoiser: Any
-    encoder: Any
-
-
-def krea2_text_encoder(words: Any) -> Any:
-    """As many layers as the real one has: the features come from the 2nd to the 35th."""
-    from transformers import Qwen3VLConfig, Qwen3VLModel
-
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    sizes: dict[str, Any] = {
-        "hidden_size": KREA_WIDTH, "intermediate_size": 48, "num_hidden_layers": KREA_LAYERS, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 32, "vocab_size": len(words), "rope_parameters": rope,
-    }  # fmt: skip
-    tower = {
-        "hidden_size": 32, "intermediate_size": 64, "depth": 3, "deepstack_visual_indexes": [0, 1], "num_heads": 2,
-        "num_position_embeddings": 36, "out_hidden_size": KREA_WIDTH, "patch_size": 16, "spatial_merge_size": 2,
-    }  # fmt: skip
-    mark = words.convert_tokens_to_ids("<|image_pad|>")
-    return twins.fill(Qwen3VLModel(Qwen3VLConfig(text_config=sizes, vision_config=tower, image_token_id=mark)), 1)
-
-
-def make_krea2(folder: Path) -> Made:
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
-    from diffusers.models.transformers.transformer_krea2 import Krea2Transformer2DModel
-
-    from dopsd_core.standalone.hosts.krea2 import Krea2Denoiser, Krea2Encoder
-
-    words = twins.tokenizer()
-    transformer = Krea2Transformer2DModel(
-        num_layers=2, num_attention_heads=2, num_key_value_heads=1, attention_head_dim=128, intermediate_size=128,
-        text_hidden_dim=KREA_WIDTH, num_text_layers=12, text_num_attention_heads=2, text_num_key_value_heads=2,
-        text_intermediate_size=64,
-    )  # fmt: skip
-    vae = AutoencoderKLQwenImage(base_dim=8)
-    parts: dict[str, Any] = {
-        "transformer": twins.fill(transformer, 0), "vae": twins.fill(vae, 2), "text_encoder": krea2_text_encoder(words)
-    }  # fmt: skip
-    write(folder, "Krea2Pipeline", parts)
-    words.save_pretrained(folder / "tokenizer")
-    encoder = Krea2Encoder(parts["text_encoder"], words, parts["vae"], "small")
-    return Made(folder, Krea2Denoiser(parts["transformer"]), encoder)
-
-
-def make_qwen_image21(folder: Path) -> Made:
-    from dopsd_core.standalone.hosts.qwen_image21 import QwenImage21Denoiser, QwenImage21Encoder
-
-    pipe = twins.pipeline()
-    write(folder, "QwenImage21Pipeline", {name: getattr(pipe, name) for name in ("transformer", "vae", "text_encoder")})
-    pipe.processor.save_pretrained(folder / "processor")
-    encoder = QwenImage21Encoder(pipe.text_encoder.model, pipe.processor.tokenizer, pipe.vae, "small")
-    return Made(folder, QwenImage21Denoiser(pipe.transformer), encoder)
-
-
-def write(folder: Path, pipeline: str, parts: dict[str, nn.Module]) -> None:
-    for name, model in parts.items():
-        saved: Any = model
-        saved.save_pretrained(folder / name)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
-
-
-FAMILIES: dict[str, Callable[[Path], Made]] = {"krea2": make_krea2, "qwen_image21": make_qwen_image21}
+KNOWN = {known.family: known for known in KNOWN_MODELS}
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -183,6 +110,24 @@ def test_one_model_at_a_time_is_on_the_device(made: Made, monkeypatch: pytest.Mo
     assert list(places.values()) == ["cuda", "cpu"]
     encoder.release()
     assert set(places.values()) == {"cpu"}
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["text", "with an image"])
+def test_a_caption_with_a_place_for_an_image_is_one_sentence(made: Made, seen: bool) -> None:
+    words, image = "see <|image_pad|>, a badge", drawn(3, 64, 64)
+    with pytest.raises(
+        ValueError, match=r"^the caption 'see .*' has a place for an image: write it without <\|image_pad"
+    ):
+        made.encoder.encode_image_text(image, words) if seen else made.encoder.encode_text(words)
+
+
+def test_a_tokenizer_of_another_model_is_one_sentence(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(made.folder, folder)
+    for file in (folder / KNOWN[made.encoder.family.name].tokenizer).iterdir():
+        file.write_text(file.read_text(encoding="utf-8").replace("image_pad", "other_pad"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the tokenizer has no <\|image_pad\|>: it is another model's"):
+        load(made, model=str(folder)).encoder.encode_text(TEXT)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -272,3 +217,11 @@ def test_train_and_sample(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
     lora = ["--lora", str(tmp_path / "run" / "lora.safetensors"), "--size", "64", "96"]
     assert main(["sample", "a ohwx badge", *lora, "--output", str(images), *model]) == 0, capsys.readouterr().err
     assert Image.open(images / "01_seed0.png").size == (64, 96)
+
+
+def test_sample_names_the_teachers_image_that_cannot_be_read(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", TEXT, "--teacher-image", str(tmp_path / "none.png"), "--model", str(made.folder)]
+    assert main([*words, "--dtype", "fp32", "--device", "cpu", "--size", "64", "64"]) == 1
+    assert f"error: {tmp_path / 'none.png'} cannot be read: No such file" in capsys.readouterr().err

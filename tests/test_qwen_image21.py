@@ -16,7 +16,9 @@ from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset
 from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, VLM
 from dopsd_core.families import QWEN_IMAGE21
+from dopsd_core.kept_products import ATTENTION
 from dopsd_core.memory.activation_checkpointing import block_bytes, checkpointed
+from dopsd_core.memory.checkpoint_plan import Checkpointing
 from dopsd_core.rollout import sample
 
 pytest.importorskip("diffusers.models.transformers.transformer_qwenimage21")
@@ -166,9 +168,9 @@ def test_what_does_not_fit_is_one_sentence(host: SimpleNamespace, condition: Con
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [0, 1, 2], ids=["none checkpointed", "some", "all"])
+@pytest.mark.parametrize("count", [0, 1, 2, "selective"], ids=["none checkpointed", "some", "all", "selective"])
 @pytest.mark.parametrize("edits", [False, True], ids=["text", "a reference"])
-def test_gradients_of_a_lora(host: SimpleNamespace, count: int, edits: bool) -> None:
+def test_gradients_of_a_lora(host: SimpleNamespace, count: Any, edits: bool) -> None:
     """Ours and peft's, of a LoRA that does something already."""
     from peft import LoraConfig
 
@@ -182,7 +184,9 @@ def test_gradients_of_a_lora(host: SimpleNamespace, count: int, edits: bool) -> 
     adapters = AdapterSet(host.denoiser.sites(), config, teacher="frozen")
     start = {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in adapters.state().items()}
     adapters.load_state("student", start)
-    with adapters.attached(), checkpointed(host.denoiser.blocks(), count):
+    names = [*(site.name for site in host.denoiser.sites()), ATTENTION]
+    plan = Checkpointing.keeping(2, names) if count == "selective" else count
+    with adapters.attached(), checkpointed(host.denoiser.blocks(), plan):
         x0 = host.denoiser.predict_x0(x, 0.7, [condition])
         (x0 * weight).sum().backward()
     ours = []

@@ -107,7 +107,7 @@ def our_training(host: SimpleNamespace, view: TeacherView, folder: Path) -> Trai
         objective=DOPSD(loss="x0", anchor_probability=0.0),
     )  # fmt: skip
     data = TrainingSet(encode_dataset(requests, host.encoder, None, teacher=view))
-    train(config, host.denoiser, data, folder, checkpoint_blocks=1)
+    train(config, host.denoiser, data, folder, checkpointing=1)
     last = folder / "checkpoints" / f"step-{STEPS:06d}"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     return Trained(

@@ -17,6 +17,7 @@ from dopsd_core.training.log import StepReport, read_log
 from dopsd_core.training.trainer import NoCallbacks, PeerError, train
 from dopsd_core.training.world import Peers
 from tests.ranks import ThreadWorld, on_processes, on_threads, run_kind
+from tests.stopping import StopAt
 from tests.tiny import TinyDenoiser, killable_config, killable_data, make_config, make_data, saved_bytes
 
 STEPS = 6
@@ -107,7 +108,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
     for number, sizes in enumerate([(2, 1, 4), (1, 4, 2)]):
         folder = tmp_path / str(number)
         for steps, size in zip((2, 4, STEPS), sizes, strict=True):
-            results = on_ranks(size, folder, config.replace(steps=STEPS), callbacks=Stop(steps))
+            results = on_ranks(size, folder, config.replace(steps=STEPS), callbacks=StopAt(steps))
             assert all(getattr(result, "step", None) == steps for result in results), results
         assert_same_run(folder, tmp_path / "one")
 
@@ -155,24 +156,11 @@ class Recorder(NoCallbacks):
 # -- ending together ---------------------------------------------------------------------------------------------------
 
 
-class Stop(NoCallbacks):
-    """Stops after a step."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._reached = step, 0
-
-    def on_step(self, report: StepReport) -> None:
-        self._reached = report.step
-
-    def should_stop(self) -> bool:
-        return self._reached >= self._step
-
-
 def test_a_stop_on_any_rank_stops_all(tmp_path: Path) -> None:
     config = killable_config(STEPS)
 
     def work(world: ThreadWorld) -> Any:
-        return run(tmp_path, config, world, Stop(3) if world.rank == 1 else None)
+        return run(tmp_path, config, world, StopAt(3) if world.rank == 1 else None)
 
     results = on_threads(2, work)
     assert [(result.step, result.stopped) for result in results] == [(3, True)] * 2
@@ -345,7 +333,7 @@ def test_four_killed_processes_resume_on_two(tmp_path: Path, kind: str) -> None:
 def test_moments_in_8_bits_resume_in_one_process_to_the_bit(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     run_kind("adamw8bit", tmp_path / "one", STEPS)
-    run_kind("adamw8bit", tmp_path / "two", STEPS, Stop(3))
+    run_kind("adamw8bit", tmp_path / "two", STEPS, StopAt(3))
     run_kind("adamw8bit", tmp_path / "two", STEPS)
     checkpoint = load_checkpoint(tmp_path / "two" / "checkpoints")
     assert checkpoint is not None and any(value.dtype == torch.uint8 for value in checkpoint.optimizer.values())

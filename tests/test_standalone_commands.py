@@ -37,12 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     model_folders.write_z_image(folder / "model")
     model_folders.write_vision(folder / "vision")
-    (folder / "photos").mkdir()
-    for name, colour in (("a", "red"), ("b", "navy")):
-        image = Image.new("RGB", (64, 64), colour)
-        image.paste("white", (10, 20, 40, 50))
-        image.save(folder / "photos" / f"{name}.png")
-        (folder / "photos" / f"{name}.txt").write_text(f"a [V] badge, {name}", encoding="utf-8")
+    model_folders.write_photos(folder / "photos", "a [V] badge")
     return folder
 
 

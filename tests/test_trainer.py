@@ -24,6 +24,7 @@ from dopsd_core.training.checkpoint import Checkpoint, StateError, load_checkpoi
 from dopsd_core.training.log import StepReport, curve, read_log
 from dopsd_core.training.run import Run
 from dopsd_core.training.trainer import NoCallbacks, NonFiniteError, TrainingSet, TrainResult, train
+from dopsd_core.training.world import Turn
 from tests.tiny import (
     TinyDenoiser,
     killable_config,
@@ -287,7 +288,7 @@ def test_four_batches_of_one_are_one_batch_of_four() -> None:
         run = Run(config, TinyDenoiser(), TrainingSet(pairs), Path("unused"))
         with run.adapters.attached():
             for micro in range(accumulation):
-                run._backward(micro)
+                run._backward(Turn(micro))
         gradients.append([parameter.grad for parameter in run.adapters.parameters()])
         assert any(gradient.abs().max() > 1e-4 for gradient in gradients[-1])
     for other in gradients[1:]:
@@ -301,7 +302,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported(tmp_path: Path) -> None:
     assert free.reports[1].grad_norm == clipped.reports[1].grad_norm
     run = Run(make_config(max_grad_norm=1e-3), TinyDenoiser(), make_data(), tmp_path)
     with run.adapters.attached():
-        run._check_and_clip([run._backward(0)])
+        run._check_and_clip([run._backward(Turn(0))])
     norm = torch.stack([parameter.grad.norm() for parameter in run.adapters.parameters()]).norm()  # type: ignore
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 

@@ -198,7 +198,7 @@ def test_the_mode_names_the_teacher_and_auto_goes_by_model_and_data() -> None:
     assert choose_teacher(klein, "vlm", edits=False) is VLM
     with pytest.raises(ValueError, match="no teacher 'edit'; choose one of: auto, vlm"):
         choose_teacher(z_image, "edit", edits=False)
-    with pytest.raises(ValueError, match="no teacher 'auto' for images with sources"):
+    with pytest.raises(ValueError, match="no teacher for images with sources: load only the folder of the targets"):
         choose_teacher(z_image, "auto", edits=True)
     assert all(name in TEACHER_VIEWS for family in FAMILIES.values() for name in family.teachers)
 

@@ -8,20 +8,20 @@ What an adapter computes on one Linear is in its `SiteWeights`: lora_weights.py,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..denoiser import LinearSite, SitePart
-from ..teachers import TEACHERS, Teacher
-from ..trainable import Mode, Role
+from ..teachers import Teacher
+from ..trainable import Role
 from .frozen_linear import frozen_linear
 from .lora import Lora
 from .site_weights import DERIVED, SiteWeights
+from .switched_weights import SwitchedWeights, checked_role
 
 log = logging.getLogger("dopsd")
 
@@ -37,7 +37,7 @@ class _SiteAdapter:
     teacher: SiteWeights | None
 
 
-class AdapterSet:
+class AdapterSet(SwitchedWeights):
     """The trainable weights of the student, the teacher's weights, and the switch between them, on one network.
 
     Example::
@@ -67,8 +67,7 @@ class AdapterSet:
         """teacher: whose weights teach; a name selects that choice with its defaults."""
         _check_distinct(sites)
         self.config = config
-        self.teacher: Teacher = TEACHERS.validated(teacher)
-        self._mode: Mode = "student"
+        super().__init__(teacher)
         self.strength = 1.0
         """Factor of the change that the adapter makes, for sampling; 1 in training."""
         self._sites = tuple(sites)
@@ -132,15 +131,6 @@ class AdapterSet:
         self._overrides.clear()
         self._previous.clear()
 
-    @contextmanager
-    def attached(self) -> Iterator[AdapterSet]:
-        """Attaches inside the `with` block and detaches on exit, also after an exception."""
-        self.attach()
-        try:
-            yield self
-        finally:
-            self.detach()
-
     def _make_override(self, site: LinearSite, adapter: _SiteAdapter | None) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             if not self.is_attached:
@@ -154,30 +144,6 @@ class AdapterSet:
 
         setattr(forward, _OWNER, self)
         return forward
-
-    # -- student, teacher, off ----------------------------------------------------------------------------------------
-
-    @property
-    def mode(self) -> Mode:
-        """Whose weights the next forward uses, for all sites: "student" (the default), "teacher" or "off"."""
-        return self._mode
-
-    @mode.setter
-    def mode(self, mode: Mode) -> None:
-        """Raises ValueError if the mode is unknown."""
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
-        self._mode = mode
-
-    @contextmanager
-    def use(self, mode: Mode) -> Iterator[None]:
-        """Uses the given mode inside the `with` block and restores the previous one on exit. Copies nothing."""
-        previous = self._mode
-        self.mode = mode
-        try:
-            yield
-        finally:
-            self._mode = previous
 
     def _active(self, adapter: _SiteAdapter) -> SiteWeights | None:
         if self._mode == "off" or (self._mode == "teacher" and self.teacher.weights == "base"):
@@ -202,11 +168,6 @@ class AdapterSet:
             teacher = [t for a in self._adapters if a.teacher is not None for t in a.teacher.tensors()]
             self.teacher.update(teacher, [p.data for p in self.parameters()])
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the teacher has weights of its own."""
-        return self.teacher.weights == "copy"
-
     def part_names(self) -> list[str]:
         """The adapted parts, in site order."""
         return [part.name for adapter in self._adapters for part in adapter.student.parts]
@@ -220,30 +181,16 @@ class AdapterSet:
         tensors = self._views(which) | (self._derived() if which == "student" else {})
         return {key: t.detach().cpu().clone() for key, t in tensors.items()}
 
-    @torch.no_grad()
     def load_state(self, which: Role, tensors: Mapping[str, Tensor]) -> None:
         """Loads what `state` returned, in place, so that the optimizer's references stay valid.
 
         Raises:
             ValueError: keys are missing or unexpected, or a shape differs; nothing is loaded.
         """
-        views = self._views(which)
-        missing = sorted(views.keys() - tensors.keys())
-        unexpected = sorted(key for key in tensors.keys() - views.keys() if not key.endswith(DERIVED))
-        if missing or unexpected:
-            raise ValueError(
-                f"LoRA weights of the {which} do not fit the targets: {len(missing)} missing {missing[:4]}, "
-                f"{len(unexpected)} unexpected {unexpected[:4]}"
-            )
-        for key, view in views.items():
-            if view.shape != tensors[key].shape:
-                raise ValueError(f"{key}: expected shape {tuple(view.shape)}, got {tuple(tensors[key].shape)}")
-        for key, view in views.items():
-            view.copy_(tensors[key])
+        self._load(which, tensors, f"LoRA weights of the {which} do not fit the targets", DERIVED)
 
     def _views(self, which: Role) -> dict[str, Tensor]:
-        if which not in get_args(Role):
-            raise ValueError(f"which must be one of {', '.join(get_args(Role))}; got {which!r}")
+        checked_role(which)
         views: dict[str, Tensor] = {}
         for adapter in self._adapters:
             weights = adapter.student if which == "student" else adapter.teacher

@@ -11,6 +11,7 @@ from ..options import Variant
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
 
     from ..denoiser import Denoiser, LinearSite, SitePart
@@ -117,6 +118,10 @@ class Adapter(Variant):
     def build(self, denoiser: Denoiser, teacher: Teacher, seed: int) -> Trainable:
         """Builds the trainable weights for the denoiser's network, on its device; not attached yet."""
         raise NotImplementedError
+
+    def build_sharded(self, denoiser: Denoiser, teacher: Teacher, seed: int, mesh: DeviceMesh) -> Trainable:
+        """As `build`, of which each of the ranks in `mesh` may hold a part; by default each holds all."""
+        return self.build(denoiser, teacher, seed)
 
     def imported(self, tensors: Mapping[str, Tensor], sites: Sequence[LinearSite]) -> ImportedLora:
         """A file of any trainer, tensors of any shape under its own names, for `start_state`.

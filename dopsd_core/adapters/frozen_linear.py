@@ -2,7 +2,7 @@
 
 Plain autograd saves the weight for the backward. In ComfyUI that weight may by then be an inference tensor, a reused
 cast buffer, or evicted. This Function saves nothing: the forward is the host's own, and the backward asks the host for
-g @ W.
+g @ W. In a block with gradient checkpointing its output may be kept, so that it is computed once (`kept_products.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..denoiser import LinearSite
+from ..kept_products import product
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -24,7 +25,7 @@ class FrozenLinear(torch.autograd.Function):
         """x [..., in_features] -> [..., out_features]; grad mode is off here, so the host runs its inference path."""
         ctx.site = site
         ctx.dtype = x.dtype
-        return _owned(site.forward(x))
+        return product(site.name, lambda: _owned(site.forward(x)))
 
     @staticmethod
     @once_differentiable
@@ -35,11 +36,13 @@ class FrozenLinear(torch.autograd.Function):
 
 def frozen_linear(x: Tensor, site: LinearSite) -> Tensor:
     """The site's output [..., out_features] for x [..., in_features]; adds a graph node only if x needs a gradient."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    is_training = torch.is_grad_enabled()
+    if is_training and x.requires_grad:
         return FrozenLinear.apply(x, site)
     with torch.no_grad():
-        out = site.forward(x)
-    return _owned(out) if torch.is_grad_enabled() else out
+        if not is_training:
+            return site.forward(x)
+        return product(site.name, lambda: _owned(site.forward(x)))
 
 
 def _owned(out: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from .base import Adapter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from ..denoiser import Denoiser, LinearSite
     from ..families import Family
     from ..teachers import Teacher
     from .full_weights import FullWeights
     from .lora_import import ImportedLora
+    from .sharded_weights import ShardedWeights
 
 _RATE = 0.1
 """Learning rate relative to a LoRA's: every weight moves by about the rate in a step of Adam, and a LoRA's product only
@@ -88,6 +90,16 @@ class Full(Adapter):
         from .full_weights import FullWeights
 
         return FullWeights(_network(denoiser), teacher)
+
+    def build_sharded(self, denoiser: Denoiser, teacher: Teacher, seed: int, mesh: DeviceMesh) -> ShardedWeights:
+        """The network's weights in parts, one per rank; the seed has no effect.
+
+        Raises:
+            ConfigError: as in `require_host`, or the weights have several dtypes.
+        """
+        from .sharded_weights import ShardedWeights
+
+        return ShardedWeights(_network(denoiser), denoiser.blocks(), mesh, teacher)
 
     def imported(self, tensors: Mapping[str, Tensor], sites: Sequence[LinearSite]) -> ImportedLora:
         """Raises ConfigError: there is no LoRA, of tensors of any shape, to start from."""

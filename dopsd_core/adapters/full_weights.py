@@ -8,18 +8,17 @@ tensors are never written, and are put back on detaching.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..options import ConfigError
-from ..teachers import TEACHERS, Teacher
+from ..teachers import Teacher
 from ..trainable import Mode, Role
 from .adapter_set import owner_of
+from .switched_weights import SwitchedWeights, checked_role
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,7 +70,7 @@ class _Trained:
         return cls(weight, master, student, average, original.clone() if is_cast else average)
 
 
-class FullWeights:
+class FullWeights(SwitchedWeights):
     """All weights of a network: the student's, the teacher's, and the switch between them and the original ones.
 
     Example::
@@ -86,9 +85,8 @@ class FullWeights:
 
     def __init__(self, network: nn.Module, teacher: Teacher | str = "ema") -> None:
         """teacher: whose weights teach; a name selects that choice with its defaults."""
-        self.teacher: Teacher = TEACHERS.validated(teacher)
+        super().__init__(teacher)
         self._weights = [_Trained.of(weight, self.has_teacher) for weight in trained_parameters(network)]
-        self._mode: Mode = "student"
         self._is_attached = False
         self._cast_from = self._master_versions()
 
@@ -121,42 +119,14 @@ class FullWeights:
             self._show("off")
             self._is_attached = False
 
-    @contextmanager
-    def attached(self) -> Iterator[FullWeights]:
-        """Attaches inside the `with` block and detaches on exit, also after an exception."""
-        self.attach()
-        try:
-            yield self
-        finally:
-            self.detach()
-
     # -- student, teacher, off ----------------------------------------------------------------------------------------
 
-    @property
-    def mode(self) -> Mode:
-        """Whose weights the next forward uses: "student" (the default), "teacher" or "off"."""
-        return self._mode
-
-    @mode.setter
-    def mode(self, mode: Mode) -> None:
-        """Raises ValueError if the mode is unknown."""
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
+    def _switch(self, mode: Mode) -> None:
         if self._cast_from != self._master_versions():  # a schedule-free optimizer put other weights in place
             self._cast()
         if self._is_attached and mode != self._mode:
             self._show(mode)
-        self._mode = mode
-
-    @contextmanager
-    def use(self, mode: Mode) -> Iterator[None]:
-        """Uses the given mode inside the `with` block and restores the previous one on exit. Copies nothing."""
-        previous = self._mode
-        self.mode = mode
-        try:
-            yield
-        finally:
-            self.mode = previous
+        super()._switch(mode)
 
     def _show(self, mode: Mode) -> None:
         for trained in self._weights:
@@ -177,11 +147,6 @@ class FullWeights:
         """The masters, fp32, in the network's order, of any shape."""
         return [trained.master for trained in self._weights]
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the teacher has weights of its own."""
-        return self.teacher.weights == "copy"
-
     @torch.no_grad()
     def update_teacher(self) -> None:
         """Updates the teacher's weights from the student's, and what the network computes with from both."""
@@ -196,31 +161,17 @@ class FullWeights:
         """
         return {name: value.detach().to("cpu", copy=True) for name, value in self._views(which).items()}
 
-    @torch.no_grad()
     def load_state(self, which: Role, tensors: Mapping[str, Tensor]) -> None:
         """Loads what `state` returned, of any shape, in place, so that the optimizer's references stay valid.
 
         Raises:
             ValueError: names are missing or unexpected, or a shape differs; nothing is loaded.
         """
-        views = self._views(which)
-        missing, unexpected = sorted(views.keys() - tensors.keys()), sorted(tensors.keys() - views.keys())
-        if missing or unexpected:
-            raise ValueError(
-                f"weights of the {which} do not fit the network: {len(missing)} missing {missing[:4]}, "
-                f"{len(unexpected)} unexpected {unexpected[:4]}"
-            )
-        for name, view in views.items():
-            if view.shape != tensors[name].shape:
-                raise ValueError(f"{name}: expected shape {tuple(view.shape)}, got {tuple(tensors[name].shape)}")
-        for name, view in views.items():
-            view.copy_(tensors[name])
+        self._load(which, tensors, f"weights of the {which} do not fit the network")
         self._cast()
 
     def _views(self, which: Role) -> dict[str, Tensor]:
-        if which not in get_args(Role):
-            raise ValueError(f"which must be one of {', '.join(get_args(Role))}; got {which!r}")
-        values = self.parameters() if which == "student" else self._averages()
+        values = self.parameters() if checked_role(which) == "student" else self._averages()
         return {trained.weight.name: value for trained, value in zip(self._weights, values, strict=False)}
 
     def _averages(self) -> list[Tensor]:

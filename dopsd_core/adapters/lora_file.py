@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..files.atomic import write_atomic
 from ..files.disk import writing
-from ..sharing.model_spec import follows_spec, tensor_hash
+from ..sharing.model_spec import has_hash, tensor_hash
 from ..text import printable
 from .lora import Lora
 
@@ -69,7 +69,8 @@ def save_lora(
 
     Args:
         tensors: those of a `SiteWeights`, such as "<part>.lora_A.weight" [rank, in]; DoRA's magnitudes stay in fp32.
-        metadata: for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it. ModelSpec's gets its hash.
+        metadata: for the header (`modelspec.*`, `ss_*`, `dopsd_*`); loaders ignore it. That of ModelSpec or a run gets
+            the hash of the tensors.
 
     Raises:
         ValueError: no tensors, a non-finite one, or metadata that would change the strength in diffusers.
@@ -85,7 +86,7 @@ def save_lora(
         path.parent.mkdir(parents=True, exist_ok=True)
     stored = _file_tensors(tensors, config, prefix, dtype)
     data = format_safetensors(stored, header)
-    write_atomic(path, format_safetensors(stored, header | tensor_hash(data)) if follows_spec(header) else data)
+    write_atomic(path, format_safetensors(stored, header | tensor_hash(data)) if has_hash(header) else data)
 
 
 def load_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

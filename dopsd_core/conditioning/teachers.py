@@ -107,7 +107,11 @@ def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> TeacherView:
     fitting = [name for name in known if TEACHER_VIEWS[name].edits == edits]
     if mode == "auto" and fitting:
         return TEACHER_VIEWS[fitting[0]]
+    if mode == "auto":
+        raise ValueError(
+            "this model has no teacher for images with sources: load only the folder of the targets, or choose a model "
+            "that edits, such as FLUX.2-klein"
+        )
     if mode not in known:
-        why = " for images with sources" if mode == "auto" else ""
-        raise ValueError(f"this model has no teacher {mode!r}{why}; choose one of: {', '.join(('auto', *known))}")
+        raise ValueError(f"this model has no teacher {mode!r}; choose one of: {', '.join(('auto', *known))}")
     return TEACHER_VIEWS[mode]

@@ -50,7 +50,7 @@ def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_to
         dim = inputs["attn.to_qkv_mlp_proj"]
         return BlockShape(tokens, dim, 9 * dim + 4 * (inputs["attn.to_out"] - dim))
     dim = inputs["attn.to_q"]
-    return BlockShape(tokens, dim, 12 * dim + 4 * inputs["ff.linear_out"])
+    return BlockShape(tokens, dim, 12 * dim + 4 * inputs["ff.linear_out"], has_streams=True)
 
 
 _SINGLE_FILE = SingleFile(

@@ -47,7 +47,7 @@ def block_shape(name: str, inputs: Mapping[str, int], image_tokens: int, text_to
     """
     dim, hidden = inputs["attn.to_q"], inputs["ff.down"]
     if "layerwise_blocks" in name:
-        return BlockShape(TEXT_LAYERS * text_tokens, dim, 16 * dim + 4 * hidden)
+        return BlockShape(TEXT_LAYERS * text_tokens, dim, 16 * dim + 4 * hidden, reach=TEXT_LAYERS)
     if "refiner_blocks" in name:
         return BlockShape(text_tokens, dim, 16 * dim + 4 * hidden)
     return BlockShape(image_tokens + text_tokens, dim, 15 * dim + dim // 2 + 4 * hidden)

@@ -1,17 +1,14 @@
 """Gradient checkpointing per block.
 
-A checkpointed block saves only its input instead of all activations, and its forward is repeated in the backward. Only
-as many blocks as needed are checkpointed, and always the FIRST ones: the backward reaches them last, when the
-activations of the others are freed, so the recomputed activations need no additional memory.
+A checkpointed block saves only its input instead of all activations, and of its forward what it is asked to keep; the
+rest is repeated in the backward. How many blocks, and what they keep: `checkpoint_plan.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,32 +19,24 @@ from torch.utils.checkpoint import checkpoint
 from ..adapters import Adapter
 from ..denoiser import BlockShape, LinearSite
 from ..families import Family
+from ..kept_products import ATTENTION, KeptProducts
 from ..overrides import Forward, overridden
+from .checkpoint_plan import BlockBytes, Checkpointing, Product
 
 
-@dataclass(frozen=True)
-class BlockBytes:
-    """Activation memory of a block in bytes.
-
-    Attributes:
-        kept: saved for its backward.
-        entry: saved if it is checkpointed.
-    """
-
-    kept: int
-    entry: int
-
-
-def checkpointed(blocks: Sequence[nn.Module], count: int) -> AbstractContextManager[None]:
-    """Inside the `with` block, applies gradient checkpointing to the first `count` blocks when gradients are on.
+def checkpointed(blocks: Sequence[nn.Module], checkpointing: Checkpointing | int) -> AbstractContextManager[None]:
+    """Inside the `with` block, applies gradient checkpointing to the first blocks when gradients are on.
 
     The adapters' mode must be the same in forward and backward. The blocks run on clones of their inputs, because some
     networks modify them in place (`img += ...`), and the recomputation needs the original values.
+
+    checkpointing: what each block keeps, or the number of blocks that keep nothing but their input.
     """
-    return overridden(blocks[: max(count, 0)], _recomputing)
+    kept = dict(zip(blocks, Checkpointing.of(checkpointing).kept, strict=False))
+    return overridden(kept, lambda block, forward: _recomputing(forward, kept[block]))
 
 
-def _recomputing(block: nn.Module, forward: Forward) -> Forward:
+def _recomputing(forward: Forward, names: Collection[str]) -> Forward:
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -57,7 +46,8 @@ def _recomputing(block: nn.Module, forward: Forward) -> Forward:
             with _attention_as(backends):
                 return forward(*map(_clone, args), **{name: _clone(value) for name, value in kwargs.items()})
 
-        return checkpoint(on_clones, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        options: dict[str, Any] = {"context_fn": KeptProducts(names).contexts} if names else {}
+        return checkpoint(on_clones, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
 
     return recomputing
 
@@ -82,25 +72,7 @@ def _attention_as(backends: list[SDPBackend]) -> AbstractContextManager[Any]:
     return nullcontext() if backends == _attention_backends() else sdpa_kernel(backends)
 
 
-# -- how many ---------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(blocks: Sequence[BlockBytes], count: int, forward: int = 0, backward: int = 0) -> int:
-    """Peak activation memory of the blocks with gradient checkpointing on the first `count`.
-
-    The peak is either between forward and backward, during the teacher's forward: the inputs of the first `count`
-    blocks and all activations of the others. Or during the recomputation and backward of block i < `count`: the inputs
-    up to its own, and its activations. forward, backward: transient workspace per block in bytes.
-    """
-    entries = list(accumulate((block.entry for block in blocks[:count]), initial=0))
-    between = entries[-1] + sum(block.kept for block in blocks[count:]) + max(forward, backward)
-    return max([between, *(entries[i + 1] + blocks[i].kept + backward for i in range(count))])
-
-
-def blocks_to_checkpoint(blocks: Sequence[BlockBytes], budget: int, forward: int = 0, backward: int = 0) -> int:
-    """The smallest number of checkpointed blocks with `peak_bytes` within the budget; all if even that is too much."""
-    counts = range(len(blocks) + 1)
-    return next((n for n in counts if peak_bytes(blocks, n, forward, backward) <= budget), len(blocks))
+# -- how much they take ----------------------------------------------------------------------------------------------
 
 
 def block_bytes(
@@ -123,6 +95,9 @@ def block_bytes(
     itemsize of a compute dtype narrower than fp32, to which the LoRA is cast in each forward, else 0. Assumes torch's
     fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32). Blocks before the first
     adapted one save nothing: no gradient reaches them.
+
+    The products that a checkpointed block may keep are the outputs of its Linears and of attention, unless the Linears
+    are trained themselves.
     """
     names = adapter.chosen(sites)
     out: list[BlockBytes] = []
@@ -138,7 +113,18 @@ def block_bytes(
         saved = sum(adapter.part_activations(site.in_features, part.out_features) for part, site in adapted)
         kept = batch * shape.tokens * (shape.kept + saved) * itemsize
         cast = parameters * itemsize if itemsize < 4 else 0
-        out.append(BlockBytes(kept + cast, batch * shape.tokens * shape.width * itemsize))
+        entry = batch * shape.tokens * shape.width * itemsize
+        products = block_products(shape, inside, image_tokens, batch, itemsize)
+        trained = sum(
+            2.0
+            * batch
+            * tokens_of(site, shape, image_tokens)
+            * adapter.part_parameters(site.in_features, part.out_features)
+            for part, site in adapted
+        )
+        if adapter.trains_network:  # then they are no frozen Linears
+            trained, products = sum(product.flops for product in products), ()
+        out.append(BlockBytes(kept + cast, entry, products, trained))
     return out
 
 
@@ -153,6 +139,37 @@ def block_shapes(
         inputs = {_tail(part.name): site.in_features for site in inside for part in site.parts}
         out.append((family.block_shape(inside[0].name, inputs, image_tokens, text_tokens), inside))
     return out
+
+
+def block_products(
+    shape: BlockShape, sites: Sequence[LinearSite], image_tokens: int, batch: int = 1, itemsize: int = 2
+) -> tuple[Product, ...]:
+    """The outputs of a block's frozen Linears and of its attention, with their bytes and FLOPs.
+
+    Fused attention keeps the sums of its softmax besides, in fp32, one per head, of 128 elements.
+    """
+    found = []
+    for site in sites:
+        elements = batch * tokens_of(site, shape, image_tokens) * site.out_features
+        found.append(Product(site.name, elements * itemsize, 2.0 * elements * site.in_features))
+    elements = batch * shape.tokens * shape.width
+    size, flops = elements * itemsize + elements // 32, 4.0 * elements * (shape.reach or shape.tokens)
+    return (*found, Product(ATTENTION, size, flops))
+
+
+_OF_TEXT = ("attn.add_", "to_add_out", "ff_context")
+_OF_TIME = ("adaLN", "modulation")
+
+
+def tokens_of(site: LinearSite, shape: BlockShape, image_tokens: int) -> int:
+    """The tokens of one sample that a Linear of a block works on, by its name: those of one of two streams, one (the
+    time), or all."""
+    name = site.parts[0].name
+    if any(word in name for word in _OF_TIME):
+        return 1
+    if any(word in name for word in _OF_TEXT):
+        return shape.tokens - image_tokens
+    return image_tokens if shape.has_streams else shape.tokens
 
 
 def _tail(name: str) -> str:

@@ -9,7 +9,8 @@ from ..denoiser import Denoiser
 from ..families import Family
 from ..optimizers import AdamW, Optimizer
 from ..teachers import EmaTeacher, Teacher
-from .activation_checkpointing import BlockBytes, block_bytes, block_shapes, blocks_to_checkpoint, peak_bytes
+from .activation_checkpointing import block_bytes, block_shapes
+from .checkpoint_plan import BlockBytes, Checkpointing, peak_bytes, plan_checkpointing
 
 _FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
 """Elements per token. Transient workspace per block in units of its widest input: in a forward without a graph
@@ -47,15 +48,23 @@ class Footprint:
     backward: int
     blocks: tuple[BlockBytes, ...]
 
-    def total(self, checkpoint_blocks: int) -> int:
-        """Peak memory with gradient checkpointing on this many blocks."""
-        activations = peak_bytes(self.blocks, checkpoint_blocks, self.forward, self.backward)
+    def total(self, checkpointing: Checkpointing | int) -> int:
+        """Peak memory with this gradient checkpointing; a number is that of blocks that keep their inputs alone."""
+        activations = peak_bytes(self.blocks, checkpointing, self.forward, self.backward)
         return self.weights + self.lora + self.training + self.working + activations
 
-    def blocks_to_checkpoint(self, budget: int) -> int:
-        """The smallest number of checkpointed blocks with a peak within the budget; all if even that is too much."""
+    def checkpointing(self, budget: int) -> Checkpointing:
+        """The one with the least recomputation and a peak within the budget; on all blocks if that is too much."""
         activations = budget - (self.weights + self.lora + self.training + self.working)
-        return blocks_to_checkpoint(self.blocks, activations, self.forward, self.backward)
+        return plan_checkpointing(self.blocks, activations, self.forward, self.backward)
+
+    def sentence(self, checkpointing: Checkpointing) -> str:
+        """What it does, for the user."""
+        share = checkpointing.share_kept(self.blocks)
+        kept = f", with {share:.0%} of their products kept" if share else ""
+        return (
+            f"gradient checkpointing on {checkpointing.count} of {len(self.blocks)} blocks{kept} (slower, same result)"
+        )
 
 
 def estimate(

@@ -6,7 +6,7 @@ Legend: B batch, C latent channels, h w latent size, K rollout steps; `sigma` as
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -147,6 +147,11 @@ class Objective(Variant):
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Adds loss_scale * dL/dtheta to the gradients of `inputs.adapters.parameters()`; does not change the mode."""
         raise NotImplementedError
+
+    def course(self, inputs: ObjectiveInputs) -> Hashable:
+        """What decides which forwards and backwards `backward` makes, in which mode and order; draws from the
+        generator. Ranks that hold a part of the weights each have to make the same ones together."""
+        return ()
 
     def problems(self, rollout_steps: int) -> Sequence[str]:
         """Problems with a rollout of K steps, one sentence each."""

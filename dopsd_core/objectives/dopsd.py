@@ -9,7 +9,7 @@ The paper's ablations are options: other states, another target (and other weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -113,6 +113,12 @@ class DOPSD(WithPriorAnchors):
     def on_fewer_steps(self, count: int, rollout_steps: int) -> Self:
         """Sets `grad_steps` if it is not set."""
         return self if self.grad_steps is not None or count >= rollout_steps else self.replace(grad_steps=count)
+
+    def course(self, inputs: ObjectiveInputs) -> Hashable:
+        """The gradient steps, whether it is an anchor, and at which states the target is the teacher's."""
+        selected = self._draw_steps(inputs)
+        in_band = tuple(self.band_low <= sigma <= self.band_high for sigma in inputs.sigmas[:-1])
+        return tuple(sorted(selected)), self.draw_anchor(inputs), in_band
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """One trajectory from `inputs.noise`, with a backward after each gradient step.

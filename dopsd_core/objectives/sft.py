@@ -6,6 +6,7 @@ Legend: B batch, C latent channels, h w latent size; `sigma` as in `sigmas.py`.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -38,6 +39,10 @@ class SFT(FlowMatching, WithPriorAnchors):
     def uses_rollout(self) -> bool:
         """Whether there are prior anchors or sigmas on the grid."""
         return self.anchor_probability > 0 or super().uses_rollout
+
+    def course(self, inputs: ObjectiveInputs) -> Hashable:
+        """Whether it is an anchor."""
+        return self.anchor_probability > 0 and self.draw_anchor(inputs)
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """One backward per sample, each at its own sigma, with `inputs.noise`; or a prior anchor along the rollout.

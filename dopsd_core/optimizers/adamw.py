@@ -23,6 +23,7 @@ class AdamW(Optimizer):
     name: ClassVar[str] = "adamw"
     summary: ClassVar[str] = "torch's AdamW"
     bytes_per_parameter: ClassVar[int] = 8  # two moments in fp32
+    takes_parts: ClassVar[bool] = True
 
     weight_decay: Annotated[float, Hint(step=1e-3, most=1.0)] = Field(
         default=0.0, ge=0, description="decoupled weight decay"

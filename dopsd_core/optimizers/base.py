@@ -26,6 +26,9 @@ class Optimizer(Variant):
     needs_matrices: ClassVar[bool] = False
     """Whether it trains matrices only, as adapters have them; a network has vectors too."""
 
+    takes_parts: ClassVar[bool] = False
+    """Whether it works on parameters of which each process holds a part."""
+
     lr: Annotated[float, Hint(step=1e-6)] = Field(
         default=1e-4,
         gt=0,

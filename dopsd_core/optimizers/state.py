@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import is_sharded
 from .base import start_training
 
 
@@ -16,7 +17,7 @@ def flatten_state(state: Mapping[Any, Any]) -> tuple[dict[str, Tensor], str]:
     """Splits an optimizer's `state_dict()` into tensors of any shape by path ("state/3/exp_avg") and JSON of the rest.
 
     Types of containers and keys and their order are preserved. Tensors that share memory, such as the tables of 8-bit
-    optimizers, become copies.
+    optimizers, become copies; those in parts stay where they are.
 
     Raises:
         TypeError: the state contains something other than tensors, containers and plain values.
@@ -83,7 +84,8 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         while path in tensors:  # keys that differ only in their kind, such as 0 and "0"
             path += "~"
-        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        value = value.detach()
+        tensors[path] = value if is_sharded(value) else value.cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": path}
     if isinstance(value, Mapping):
         return {"mapping": [[key, _flatten(inner, _below(path, key), tensors)] for key, inner in value.items()]}

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 VERSION = "1.0.1"
+HASH = "modelspec.hash_sha256"
+"""Key of the hash of a file's tensors."""
 
 _TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
 _BASE_MODELS: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -87,15 +89,15 @@ def has_diffusers_names(keys: Iterable[str]) -> bool:
     return all(key.startswith("transformer.") and key.endswith(_DIFFUSERS) for key in keys)
 
 
-def follows_spec(header: Mapping[str, str]) -> bool:
-    """Whether the header is one of ModelSpec."""
-    return "modelspec.sai_model_spec" in header
+def has_hash(header: Mapping[str, str]) -> bool:
+    """Whether the header of a new file gets the hash of its tensors: ModelSpec's, and that of a run's own files."""
+    return "modelspec.sai_model_spec" in header or "dopsd_dataset" in header
 
 
 def tensor_hash(data: bytes) -> dict[str, str]:
     """ModelSpec's hash of the tensors in the bytes of a safetensors file, without its header, as an entry for that."""
     content = memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
-    return {"modelspec.hash_sha256": f"0x{hashlib.sha256(content).hexdigest()}"}
+    return {HASH: f"0x{hashlib.sha256(content).hexdigest()}"}
 
 
 def trigger_of(header: Mapping[str, str]) -> str:

@@ -9,11 +9,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..dtensors import mesh_of
 from ..training.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for another one, which may be encoding the dataset or drawing previews."""
@@ -36,6 +40,8 @@ class AccelerateWorld:
         from accelerate import PartialState
 
         self._state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+        self._on_cpu = on_cpu
+        self._mesh: DeviceMesh | None = None
 
     @property
     def rank(self) -> int:
@@ -46,6 +52,13 @@ class AccelerateWorld:
     def size(self) -> int:
         """Number of processes on all machines."""
         return self._state.num_processes
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """All processes in one row."""
+        if self._mesh is None:
+            self._mesh = mesh_of("cpu" if self._on_cpu else "cuda", self.size)
+        return self._mesh
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order."""

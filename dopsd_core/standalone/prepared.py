@@ -27,7 +27,7 @@ from ..training.training_set import (
     mask_remarks,
     ordinary_prompts,
 )
-from ..training.world import Peers
+from ..training.world import Peers, World
 from .chosen import family_of, view_of
 from .datasets import read_images, read_regularisation
 from .hosts.model import HostModel, load_model, sees_images
@@ -49,7 +49,7 @@ class Prepared:
         config: the configuration.
         data: the encoded dataset.
         cache: of conditions and class images.
-        shown: the prompts of previews, on rank 0.
+        shown: the prompts of previews, on the ranks that draw them.
     """
 
     model: HostModel
@@ -102,7 +102,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
         data = _encoded(args, model, report.pairs, ordinary, view, config, cache)
         texts = preview_texts(args.preview_prompts, report.pairs, args.trigger)
-        wanted = peers.is_first and config.preview_every
+        wanted = config.preview_every and (peers.is_first or runs_together(config, peers.world))
         return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
 
     data, shown = first_then_others(peers, encode)
@@ -138,8 +138,14 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
         )  # fmt: skip
 
     data = first_then_others(peers, encode)
-    shown = shown_of(data, MAX_PROMPTS) if peers.is_first and config.preview_every else ()
+    draws = config.preview_every and (peers.is_first or runs_together(config, peers.world))
+    shown = shown_of(data, MAX_PROMPTS) if draws else ()
     return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown)
+
+
+def runs_together(config: TrainConfig, world: World | None) -> bool:
+    """Whether each process holds a part of the model, so that all of them draw the previews."""
+    return config.adapter.trains_network and world is not None and world.size > 1
 
 
 def first_then_others(peers: Peers, work: Callable[[], T]) -> T:

@@ -115,6 +115,14 @@ class TrainingPreview:
 
     def write(self, step: int, adapters: Trainable) -> Image.Image:
         """Draws the sheet of a step, writes it and returns it; the untrained model is drawn once."""
+        path = self._folder / f"step-{step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet = self.draw(step, adapters)
+        sheet.save(path)
+        return sheet
+
+    def draw(self, step: int, adapters: Trainable) -> Image.Image:
+        """The sheet of a step."""
         alone = [dual.student for dual in self._shown]
         if self._before is None:
             self._before = self._draw(adapters, "off", alone)
@@ -123,11 +131,7 @@ class TrainingPreview:
             Row("teacher", "sees a training image", self._draw(adapters, "teacher", [d.teacher for d in self._shown])),
             Row("student", "reads the prompt alone", self._draw(adapters, "student", alone)),
         ]
-        path = self._folder / f"step-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet = contact_sheet(f"step {step}", rows, tile=TILE)
-        sheet.save(path)
-        return sheet
+        return contact_sheet(f"step {step}", rows, tile=TILE)
 
     def most_bytes(self, sheets: int) -> int:
         """The largest size on disk of that many sheets."""

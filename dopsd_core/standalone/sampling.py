@@ -16,7 +16,7 @@ from ..conditioning.encode import Condition, EncodeRequest, ImageInput, encode_d
 from ..conditioning.teachers import TeacherView, choose_teacher
 from ..data.buckets import Bucket
 from ..data.captions import check_prompts, put_trigger
-from ..data.images import decode, load_image, to_tensor
+from ..data.images import ImageError, decode, load_image, to_tensor
 from ..families import Family
 from ..image_grid import Row, contact_sheet, to_images
 from ..rollout import sample
@@ -114,7 +114,10 @@ def _conditions(
 ) -> list[Condition]:
     if args.teacher_image is None:
         return [model.encoder.encode_text(prompt) for prompt in prompts]
-    decoded = decode(args.teacher_image)
+    try:
+        decoded = decode(args.teacher_image)
+    except ImageError as error:
+        raise ValueError(f"{args.teacher_image} {error}") from error
     warn(f"{args.teacher_image}: {remark}" for remark in decoded.remarks)
     if sees_images(view):
         image = to_tensor(decoded.image)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..denoiser import Denoiser
+from ..memory.checkpoint_plan import Checkpointing
 from ..memory.footprint import Footprint, estimate
 from ..trainable import Trainable
 from ..training.log import StepReport
@@ -22,7 +23,7 @@ from ..training.world import Peers, World
 from .accelerate_world import joined_world
 from .hosts.model import device_of
 from .model_options import ModelOptions
-from .prepared import Prepared, prepare
+from .prepared import Prepared, prepare, runs_together
 from .previews import Painter, TrainingPreview
 from .texts import say, warn
 from .tracking import Tracking, chosen_trackers, open_tracking
@@ -50,28 +51,30 @@ def run_train(args: argparse.Namespace) -> int:
         with peers.ending_together():
             prepared = prepare(args, options, args.train_config, peers)
             denoiser = prepared.model.denoiser
-            blocks = args.checkpoint_blocks
-            if blocks is None:
-                blocks = _blocks_to_checkpoint(prepared, denoiser, peers)
-        return _trained(args, prepared, denoiser, blocks, world)
+            given = args.checkpoint_blocks
+            checkpointing = _checkpointing(prepared, denoiser, peers) if given is None else Checkpointing.full(given)
+        return _trained(args, prepared, denoiser, checkpointing, world)
 
 
-def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, blocks: int, world: World | None) -> int:
+def _trained(
+    args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, checkpointing: Checkpointing, world: World | None
+) -> int:
     config, is_first = prepared.config, world is None or world.rank == 0
     preview = None
-    if config.preview_every and is_first:
+    draws = is_first or runs_together(config, world)
+    if config.preview_every and draws:
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
         preview = TrainingPreview(painter, prepared.shown, args.output)
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
     with (
         tqdm(total=config.steps, unit="step", disable=not is_first) as bar,
         closing(_tracking(args, config, is_first)) as tracking,
-        _watching(bar, preview, tracking) as callbacks,
+        _watching(bar, preview, tracking, is_first) as callbacks,
     ):
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
             facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
-            checkpoint_blocks=blocks, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
+            checkpointing=checkpointing, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
         _say_result(result, config)
@@ -116,8 +119,8 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
 class _Watcher(NoCallbacks):
     """Shows progress, writes previews, passes both on to trackers, and stops after SIGTERM."""
 
-    def __init__(self, bar: tqdm, preview: TrainingPreview | None, tracking: Tracking) -> None:
-        self._bar, self._preview, self._tracking = bar, preview, tracking
+    def __init__(self, bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool) -> None:
+        self._bar, self._preview, self._tracking, self._writes = bar, preview, tracking, writes
         self.is_stopped = False
 
     def on_class_image(self, done: int, total: int) -> None:
@@ -130,17 +133,21 @@ class _Watcher(NoCallbacks):
         self._tracking.on_step(report)
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
-        if self._preview is not None:
-            self._tracking.on_preview(step, self._preview.write(step, adapters))
+        if self._preview is None:
+            return
+        if not self._writes:  # the model is in parts, and its other parts need this process
+            self._preview.draw(step, adapters)
+            return
+        self._tracking.on_preview(step, self._preview.write(step, adapters))
 
     def should_stop(self) -> bool:
         return self.is_stopped
 
 
 @contextmanager
-def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking) -> Iterator[_Watcher]:
+def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool) -> Iterator[_Watcher]:
     """The callbacks of the run; inside the `with` block SIGTERM, which cluster managers send, stops it after a step."""
-    watcher = _Watcher(bar, preview, tracking)
+    watcher = _Watcher(bar, preview, tracking, writes)
 
     def stop(number: int, frame: object) -> None:
         watcher.is_stopped = True
@@ -158,22 +165,25 @@ def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking) ->
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks_to_checkpoint(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> int:
-    """The smallest number of blocks with gradient checkpointing that fits into the GPU's free memory; 0 on a CPU."""
+def _checkpointing(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> Checkpointing:
+    """The least gradient checkpointing that fits into the GPU's free memory; none on a CPU."""
     if denoiser.device.type != "cuda":
-        return 0
+        return Checkpointing()
+    if runs_together(prepared.config, peers.world):
+        return Checkpointing.full(len(denoiser.blocks()))
     footprint = footprint_of(prepared, denoiser)
     free = int(torch.cuda.mem_get_info(denoiser.device)[0] * _MARGIN) + footprint.weights  # those are loaded already
-    blocks = max(peers.all(lambda: footprint.blocks_to_checkpoint(free)))
-    if peers.is_first and blocks:
-        say(f"gradient checkpointing on {blocks} of {len(footprint.blocks)} blocks (slower, same result)")
-    if footprint.total(blocks) > free:
+    every = peers.all(lambda: footprint.checkpointing(free))
+    chosen = max(every, key=lambda one: one.flops(footprint.blocks))  # that of the GPU with the least memory
+    if peers.is_first and chosen.count:
+        say(footprint.sentence(chosen))
+    if footprint.total(chosen) > free:
         gb = 10**9
         warn([
-            f"training needs about {footprint.total(blocks) / gb:.1f} GB and the GPU has {free / gb:.1f}: use "
+            f"training needs about {footprint.total(chosen) / gb:.1f} GB and the GPU has {free / gb:.1f}: use "
             f"{prepared.config.adapter.memory_hint}"
         ])  # fmt: skip
-    return blocks
+    return chosen
 
 
 def footprint_of(prepared: Prepared, denoiser: Denoiser) -> Footprint:

@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-000123` with `lora.safetensors`, `teacher.safetensors`, `optimizer.safetensors` and
 `state.json`, which contains the checksums of the others. It is written under a temporary name and renamed when it is
 complete; older ones are removed only afterwards. Later damage is detected by the checksums, and the previous checkpoint
-is used.
+is used. One of weights in parts has folders of shards in place of the three files (`sharded_checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from ..files.disk import writing
 log = logging.getLogger("dopsd")
 
 FORMAT = "dopsd-checkpoint-2"
-_READABLE = ("dopsd-checkpoint-1", FORMAT)  # 1: the optimizer's "state" alone, by `unflatten_paths`
+SHARDED = "dopsd-checkpoint-2-shards"
+_READABLE = ("dopsd-checkpoint-1", FORMAT, SHARDED)  # 1: the optimizer's "state" alone, by `unflatten_paths`
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = ".unfinished-"
-_PARTS = ("lora", "teacher", "optimizer")
+PARTS = ("lora", "teacher", "optimizer")
 
 
 class StateError(RuntimeError):
@@ -50,6 +51,7 @@ class Checkpoint:
         teacher: the same of the teacher; may be empty.
         optimizer: tensors of the optimizer's state, of any shape, by path (`flatten_state`).
         facts: everything else, JSON-serializable: configuration, dataset, initial gaps, rest of the optimizer's state.
+        shards: the folder whose shards contain the tensors, which are not loaded yet; None if they are here.
     """
 
     step: int
@@ -57,6 +59,12 @@ class Checkpoint:
     teacher: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     facts: Mapping[str, Any]
+    shards: Path | None = None
+
+    def copied(self) -> Checkpoint:
+        """The same on the CPU, independent of the run: the optimizer's tensors, of any shape, are its own otherwise."""
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.optimizer.items()}
+        return replace(self, optimizer=copies)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
@@ -68,7 +76,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
     Raises:
         DiskError: the disk is full or not writable; older checkpoints are untouched.
     """
-    size = sum(t.numel() * t.element_size() for part in _PARTS for t in getattr(checkpoint, part).values())
+    size = sum(t.numel() * t.element_size() for part in PARTS for t in getattr(checkpoint, part).values())
     with writing(folder / f"step-{checkpoint.step:06d}", size):
         return _save(folder, checkpoint, keep)
 
@@ -81,22 +89,39 @@ def saved_steps(folder: Path) -> list[int]:
 def _save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{checkpoint.step:06d}"
-    if not _is_whole(final):
-        _remove(final)
+    if not is_whole(final):
         unfinished = folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
         try:
             _write(unfinished, checkpoint)
-            os.replace(unfinished, final)
+            put_in_place(unfinished, final)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        sync_folder(folder)
-    older = [step for step in _steps(folder) if step < checkpoint.step]
-    kept = {checkpoint.step, *older[: max(keep, 1) - 1]}
-    for step in _steps(folder):
-        if step not in kept:
-            _remove(folder / f"step-{step:06d}")
+    remove_superfluous(folder, checkpoint.step, keep)
     return final
+
+
+def new_folder(folder: Path) -> Path:
+    """Makes the folder of an unfinished checkpoint in `folder`, which `load_checkpoint` removes after a kill."""
+    unfinished = folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def put_in_place(unfinished: Path, final: Path) -> None:
+    """Renames a complete checkpoint to its final name; a damaged one of that name is replaced."""
+    _remove(final)
+    os.replace(unfinished, final)
+    sync_folder(final.parent)
+
+
+def remove_superfluous(folder: Path, step: int, keep: int) -> None:
+    """Removes all checkpoints but that of `step` and the newest older ones, `keep` in all."""
+    older = [other for other in _steps(folder) if other < step]
+    kept = {step, *older[: max(keep, 1) - 1]}
+    for other in _steps(folder):
+        if other not in kept:
+            _remove(folder / f"step-{other:06d}")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -138,12 +163,22 @@ def unflatten_paths(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) ->
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir()
     sums = {}
-    for part in _PARTS:
+    for part in PARTS:
         tensors = {name: tensor.contiguous() for name, tensor in getattr(checkpoint, part).items()}
         data = format_safetensors(tensors, {"format": "pt"})
         sums[f"{part}.safetensors"] = hashlib.sha256(data).hexdigest()
         _write_synced(folder / f"{part}.safetensors", data)
-    facts = {"format": FORMAT, "step": checkpoint.step, "sha256": sums, "facts": dict(checkpoint.facts)}
+    write_facts(folder, checkpoint, sums, FORMAT)
+
+
+def write_facts(folder: Path, checkpoint: Checkpoint, sums: Mapping[str, str], layout: str) -> None:
+    """Writes `state.json`, which makes the checkpoint in `folder` complete.
+
+    Args:
+        sums: SHA-256 of each of its files, by name.
+        layout: `FORMAT` or `SHARDED`.
+    """
+    facts = {"format": layout, "step": checkpoint.step, "sha256": dict(sums), "facts": dict(checkpoint.facts)}
     facts["self"] = _digest(facts)
     _write_synced(folder / "state.json", json.dumps(facts, indent=2).encode())
     sync_folder(folder)
@@ -158,23 +193,40 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 def _read(folder: Path) -> Checkpoint:
     state, contents = _read_verified(folder)
-    parts = {part: parse_safetensors(contents[f"{part}.safetensors"]) for part in _PARTS}
-    return Checkpoint(step=state["step"], facts=state["facts"], **parts)
+    if state["format"] == SHARDED:
+        return Checkpoint(state["step"], {}, {}, {}, state["facts"], folder)
+    lora, teacher, optimizer = (parse_safetensors(contents[f"{part}.safetensors"]) for part in PARTS)
+    return Checkpoint(state["step"], lora, teacher, optimizer, state["facts"])
 
 
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The state and the contents of the files; of shards, which may be large, only the checksums are compared."""
     state = json.loads((folder / "state.json").read_bytes())
     stated = state.pop("self")
     if state["format"] not in _READABLE or stated != _digest(state):
         raise ValueError(f"state.json was changed, or its format is not {' or '.join(_READABLE)}")
     if folder.name != f"step-{state['step']:06d}":
         raise ValueError(f"state.json is of step {state['step']}")
+    if state["format"] == SHARDED:
+        for name, stated in state["sha256"].items():
+            if file_digest(folder / name) != stated:
+                raise ValueError(f"{name} was changed")
+        return state, {}
     contents = {}
-    for name in (f"{part}.safetensors" for part in _PARTS):
+    for name in (f"{part}.safetensors" for part in PARTS):
         contents[name] = (folder / name).read_bytes()
         if hashlib.sha256(contents[name]).hexdigest() != state["sha256"][name]:
             raise ValueError(f"{name} was changed")
     return state, contents
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_checkpoint_lora(folder: Path) -> dict[str, Tensor]:
@@ -182,7 +234,8 @@ def read_checkpoint_lora(folder: Path) -> dict[str, Tensor]:
     return parse_safetensors((folder / "lora.safetensors").read_bytes())
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether there is an intact checkpoint in the folder."""
     try:
         _read_verified(folder)
     except Exception:  # any failure to read is the answer

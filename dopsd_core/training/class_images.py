@@ -102,23 +102,44 @@ class ClassImages:
         self.digest = hashlib.sha256(keys.encode()).hexdigest() if keys else ""
         self.images: tuple[ClassImage, ...] = tuple(given)
 
-    def draw(self, conditions: Sequence[Condition], denoiser: Denoiser, on_drawn: OnDrawn) -> bool:
+    def cached(self) -> frozenset[str]:
+        """The keys of the planned images that are in the cache."""
+        return frozenset(image.key for image in self._planned if self._cached(image.key) is not None)
+
+    def _cached(self, key: str) -> dict[str, Tensor] | None:
+        return self._cache.load(key) if self._cache is not None else None
+
+    def draw(
+        self,
+        conditions: Sequence[Condition],
+        denoiser: Denoiser,
+        on_drawn: OnDrawn,
+        cached: frozenset[str] | None = None,
+    ) -> bool:
         """Draws the images that are not cached; returns False if `on_drawn` stopped it.
 
         Args:
             conditions: the anchors on the denoiser's device.
             denoiser: the untouched network.
             on_drawn: progress.
+            cached: the keys of those to take from the cache, for ranks that draw together; by default all that are
+                there.
 
         Raises:
             NonFiniteError: the network's predictions are not finite.
+            FileNotFoundError: an image of `cached` is not in the cache.
         """
         if not self._planned:
             return True
         images, total = [], len(self._planned)
         for done, image in enumerate(self._planned):
             condition = conditions[image.anchor]
-            found = self._cache.load(image.key) if self._cache is not None else None
+            found = self._cached(image.key) if cached is None or image.key in cached else None
+            if found is None and cached is not None and image.key in cached:
+                raise FileNotFoundError(
+                    "a class image that another process has is missing here: the output folder has to be on a disk "
+                    "that all processes share"
+                )
             if found is None:
                 if not on_drawn(done, total):
                     return False

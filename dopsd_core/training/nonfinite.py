@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
 WIDER_DTYPE = "load the model in bf16 or fp32 (in ComfyUI the node ModelComputeDtype sets it)"
 LOWER_RATE = "lower lr, or raise warmup; on half precision load the model in a wider dtype"
 
@@ -27,6 +32,11 @@ class NonFiniteError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[NonFiniteError], tuple[int, str, float, str, str]]:
         return NonFiniteError, self._facts  # so that it can be pickled by a worker process
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every value of the tensors, of any shape, is finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def remedy(step: int, scales_losses: bool) -> str:

@@ -6,33 +6,37 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..adapters.lora_import import lora_digest
+from ..adapters.sharded_weights import ShardedWeights
 from ..config import TrainConfig
 from ..denoiser import Denoiser
+from ..dtensors import local, whole
 from ..memory.in_use import memory_in_use
-from ..objectives import ObjectiveOutput
+from ..objectives import ObjectiveInputs, ObjectiveOutput
 from ..optimizers import evaluating, start_training
 from ..optimizers.state import flatten_state
+from ..trainable import Role, Trainable
 from .batches import Batches, on_device
 from .checkpoint import Checkpoint, StateError
 from .class_images import ClassImages, OnDrawn
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
-from .nonfinite import NonFiniteError, remedy
+from .nonfinite import NonFiniteError, all_finite, remedy
 from .probe import Probe
 from .resume import RunIdentity, optimizer_state, require_same_run
 from .rng import DataOrder
-from .run_folder import RunFolder, UnusedFolder
+from .run_folder import RunFolder, UnusedFolder, saves_in_background
 from .saved_loras import facts_of, is_due
+from .sharded_checkpoint import divided_state, load_sharded
 from .training_set import TrainingSet
 from .unseen_gap import BestStep
-from .world import Peers
+from .world import Peers, Turn
 
 log = logging.getLogger("dopsd")
 
@@ -78,7 +82,9 @@ class Run:
         self._is_other_heldout = False
         self.heldout_since = 0  # the gaps up to this step are of another held-out pair
         anchors = on_device(data.anchors, denoiser.device) if config.objective.wants_anchors else []
-        self.adapters = config.adapter.build(denoiser, config.teacher, config.seed)
+        self.adapters = _weights(config, denoiser, self.peers)
+        if self.adapters.is_sharded:
+            self.peers.run_in_step()
         self.loss_scale = LossScale(denoiser.compute_dtype)
         self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
         self.optimizer = config.optimizer.build(self.adapters.parameters())
@@ -113,9 +119,13 @@ class Run:
         self.folder.close()
 
     def draw_class_images(self, on_drawn: OnDrawn) -> bool:
-        """Lets the untouched model draw the images that the objective needs; returns False if `on_drawn` stopped it."""
+        """Lets the untouched model draw the images that the objective needs; returns False if `on_drawn` stopped it.
+
+        Ranks that hold a part of the weights each draw together those that rank 0 does not find in the cache.
+        """
+        found = self.peers.first(self._class_images.cached) if self.adapters.is_sharded else None
         with self.adapters.use("off"):
-            return self._class_images.draw(self._batches.anchors, self.denoiser, on_drawn)
+            return self._class_images.draw(self._batches.anchors, self.denoiser, on_drawn, found)
 
     def measure_start(self) -> StepReport:
         """Measures the gap before training.
@@ -188,7 +198,15 @@ class Run:
             DiskError: it could not be written; older ones are untouched.
         """
         self._require_finite()
-        return self.folder.save_checkpoint(self._checkpoint())
+        return self.folder.save_checkpoint(self._checkpoint(), self.peers if self.adapters.is_sharded else None)
+
+    def save_meanwhile(self) -> None:
+        """Writes a checkpoint, on a GPU while the run continues; raises as `save`, also for the one begun before."""
+        if self.adapters.is_sharded:  # all ranks write together
+            self.save()
+            return
+        self._require_finite()
+        self.folder.begin_checkpoint(self._checkpoint(), saves_in_background(self.config, self.denoiser.device))
 
     def save_lora(self) -> Path:
         """Writes the student as a LoRA file.
@@ -223,8 +241,8 @@ class Run:
 
     def save_before_leaving(self) -> None:
         """After an exception, saves the state if it is valid; never hides the exception."""
-        if self.step == 0 or not self.is_between_steps or not self._is_finite():
-            return
+        if self.step == 0 or not self.is_between_steps or self.adapters.is_sharded or not self._is_finite():
+            return  # weights in parts are saved by all ranks or not at all
         for write in (self.save_lora, self.save):
             try:
                 write()
@@ -236,7 +254,8 @@ class Run:
             raise NonFiniteError(self.step, f"{self.config.adapter.product}'s weights after the optimizer", math.nan)
 
     def _is_finite(self) -> bool:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.adapters.parameters())
+        is_finite = all_finite([local(parameter.detach()) for parameter in self.adapters.parameters()])
+        return all(self.peers.all(lambda: is_finite)) if self.adapters.is_sharded else is_finite
 
     def _set_weights(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         self.adapters.load_state("student", student)
@@ -246,14 +265,22 @@ class Run:
     def _backward_all(self) -> list[ObjectiveOutput]:
         """The outputs of all batches of the step, each computed by one rank; adds up the gradients of all ranks."""
 
-        micros = self.peers.share(self.config.grad_accumulation)
-        every = self.peers.all(lambda: [self._backward(micro) for micro in micros])
+        turns = self.peers.share([self._course(micro) for micro in range(self.config.grad_accumulation)])
+        every = self.peers.all(lambda: [(turn, self._backward(turn)) for turn in turns])
         self.peers.sum_gradients(self.adapters.parameters())
-        return [output for outputs in every for output in outputs]
+        outputs = {turn.number: output for found in every for turn, output in found if turn.counts}
+        return [outputs[number] for number in sorted(outputs)]
 
-    def _backward(self, micro: int) -> ObjectiveOutput:
-        images, scale = self._class_images.images, self.loss_scale.value
-        return self.config.objective.backward(self._batches.inputs(self.step, micro, images, scale))
+    def _course(self, micro: int) -> Hashable:
+        """Which forwards a batch makes, if ranks have to make the same ones together."""
+        return self.config.objective.course(self._inputs(Turn(micro))) if self.adapters.is_sharded else ()
+
+    def _backward(self, turn: Turn) -> ObjectiveOutput:
+        return self.config.objective.backward(self._inputs(turn))
+
+    def _inputs(self, turn: Turn) -> ObjectiveInputs:
+        scale = self.loss_scale.value if turn.counts else 0.0
+        return self._batches.inputs(self.step, turn.number, self._class_images.images, scale)
 
     def _accumulate(self) -> tuple[list[ObjectiveOutput], float, int]:
         """Computes the clipped gradient of an optimizer step: (outputs of its batches, norm before clipping, number of
@@ -276,7 +303,7 @@ class Run:
                 raise NonFiniteError(self.step + 1, "loss", output.loss, output.not_finite, self._remedy())
         parameters = self.adapters.parameters()
         self.loss_scale.unscale(p.grad for p in parameters if p.grad is not None)
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
+        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf)))
 
     def _remedy(self) -> str:
         return remedy(self.step, self.loss_scale.is_on)
@@ -307,12 +334,16 @@ class Run:
             "start": None if self.start is None else dataclasses.astuple(self.start),
             "last": None if self.last is None else dataclasses.astuple(self.last),
         }
-        return Checkpoint(self.step, self.adapters.state("student"), self.adapters.state("teacher"), tensors, facts)
+        return Checkpoint(self.step, self._saved("student"), self._saved("teacher"), tensors, facts)
+
+    def _saved(self, which: Role) -> Mapping[str, Tensor]:
+        """Copies of the weights, of any shape; those in parts are not copied."""
+        return self.adapters.parts(which) if isinstance(self.adapters, ShardedWeights) else self.adapters.state(which)
 
     def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
         config = self.config
         relative, heldout = None, None
-        is_on = config.probe_every and self.peers.is_first
+        is_on = config.probe_every and self.peers.runs_network
         if is_on and (self.step % config.probe_every == 0 or is_due(config, self.step) or self.step == config.steps):
             self.last = self._measure()
             if self.start is not None:
@@ -336,8 +367,10 @@ class Run:
     def _load(self, checkpoint: Checkpoint) -> None:
         facts, folder = checkpoint.facts, self.folder.path
         require_same_run(checkpoint, self.config, self._identity, folder)
+        checkpoint = load_sharded(checkpoint, self.adapters, self.adapters.parameters())
         self._set_weights(checkpoint.lora, checkpoint.teacher)
-        self.optimizer.load_state_dict(optimizer_state(checkpoint, self.optimizer.state_dict()))
+        state = optimizer_state(checkpoint, self.optimizer.state_dict())
+        self.optimizer.load_state_dict(divided_state(state, self.adapters.parameters()))
         self.loss_scale.load(facts.get("loss_scale"))
         self.step = checkpoint.step
         self.start = Gaps(*facts["start"]) if facts["start"] else None
@@ -345,3 +378,10 @@ class Run:
         self._is_other_heldout = facts.get("heldout", "") != self._heldout
         self.heldout_since = self.step if self._is_other_heldout else facts.get("heldout_since", 0)
         log.info("resuming %s at step %d", folder, self.step)
+
+
+def _weights(config: TrainConfig, denoiser: Denoiser, peers: Peers) -> Trainable:
+    mesh = peers.world.mesh if peers.world.size > 1 and config.adapter.trains_network else None
+    if mesh is None:
+        return config.adapter.build(denoiser, config.teacher, config.seed)
+    return config.adapter.build_sharded(denoiser, config.teacher, config.seed, mesh)

@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..config import TrainConfig
 from ..denoiser import Denoiser
 from ..families import get_family
 from ..files.atomic import write_atomic
+from ..files.background import BackgroundWrite
 from ..files.disk import DiskError, Reserve, require_room, require_writable, writing
 from ..files.lock import FolderLock
 from ..memory.footprint import SavedBytes, saved_bytes
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
 from .log import LOG_NAME, RunLog, StepReport, read_log
+from .own_files import keep_foreign
 from .saved_loras import described, lora_of_step, most_files, remove_saved, saved_loras, superfluous
+from .sharded_checkpoint import save_sharded
 from .unseen_gap import BestStep, best_step
+from .world import Peers
 
 CONFIG_NAME = "config.json"
 LORA_NAME = "lora.safetensors"
@@ -55,6 +60,15 @@ def check_run_folder(config: TrainConfig, denoiser: Denoiser, folder: Path, host
     require_room(folder, further * size.checkpoint + loras * size.lora + host_bytes)
 
 
+def saves_in_background(config: TrainConfig, device: torch.device) -> bool:
+    """Whether checkpoints are written while the run continues.
+
+    Not on a CPU, where that would take the training's own cores, nor of a whole network, whose optimizer is too large
+    to be copied.
+    """
+    return device.type != "cpu" and not config.adapter.trains_network
+
+
 class RunFolder:
     """Writes the files of a run.
 
@@ -70,6 +84,7 @@ class RunFolder:
         self._reserve = Reserve(path)
         self._log: RunLog | None = None
         self._checkpoint_step = self._lora_step = -1
+        self._background = BackgroundWrite()
 
     def open(self) -> Checkpoint | None:
         """Locks the folder and reads its newest checkpoint, if there is one.
@@ -98,7 +113,8 @@ class RunFolder:
             self.hold_room()
 
     def close(self) -> None:
-        """Closes the log and releases reserved space and lock."""
+        """Waits for the checkpoint in progress, closes the log, and releases reserved space and lock."""
+        self._background.wait()
         self._reserve.release()
         if self._log is not None:
             self._log.close()
@@ -116,28 +132,71 @@ class RunFolder:
         Raises:
             DiskError: there is not enough space.
         """
+        self._background.wait()
+        self._hold_room()
+
+    def _hold_room(self) -> None:
         size = self._checkpoint_bytes + self._lora_bytes
         try:
             self._reserve.hold(size + _LOG_BYTES)
         except DiskError:
             self._reserve.hold(size)
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
+    def save_checkpoint(self, checkpoint: Checkpoint, sharing: Peers | None = None) -> Path:
         """Writes a checkpoint, unless there is one of the same step, and returns its folder.
+
+        sharing: the ranks that hold a part of the tensors each, and all call this; None if they are whole.
 
         Raises:
             DiskError: it could not be written; older ones are untouched.
         """
+        self._background.wait()
+        self._background.forget_error()  # of an older one
         self._reserve.release()
         if self._log is not None:
             self._log.sync()
-        path = save_checkpoint(self.path / CHECKPOINTS_NAME, checkpoint, self._config.keep_checkpoints)
+        return self._write(checkpoint, sharing)
+
+    def begin_checkpoint(self, checkpoint: Checkpoint, in_background: bool = True) -> None:
+        """As `save_checkpoint`, and reserves the space of the next save; by default in a thread, from copies.
+
+        A kill meanwhile leaves what it leaves during any save: the checkpoint before, whole, and the log.
+
+        Raises:
+            DiskError: this one, or the one begun before, could not be written; in a thread only by `require_saved`.
+        """
+        self._background.wait()
+        self.require_saved()
+        if not in_background:
+            self.save_checkpoint(checkpoint)
+            self._hold_room()
+            return
+        self._reserve.release()
+        if self._log is not None:
+            self._log.sync()
+        copied = checkpoint.copied()
+
+        def write() -> None:
+            self._write(copied)
+            self._hold_room()
+
+        self._background.start(write)
+
+    def require_saved(self) -> None:
+        """Raises DiskError if a checkpoint that `begin_checkpoint` began could not be written; does not wait."""
+        self._background.raise_error()
+
+    def _write(self, checkpoint: Checkpoint, sharing: Peers | None = None) -> Path:
+        folder, keep = self.path / CHECKPOINTS_NAME, self._config.keep_checkpoints
+        path = save_sharded(folder, checkpoint, keep, sharing) if sharing else save_checkpoint(folder, checkpoint, keep)
         self._checkpoint_step = checkpoint.step
-        self._checkpoint_bytes = sum(file.stat().st_size for file in path.iterdir()) + _SLACK
+        self._checkpoint_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) + _SLACK
         return path
 
     def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
         """Writes the student's raw tensors ([rank, in], [rows, rank]) as a LoRA file, once per step.
+
+        A file of that name which the run did not write stays under another name.
 
         Raises:
             DiskError: it could not be written; an older file is untouched.
@@ -145,7 +204,10 @@ class RunFolder:
         path, family = self.path / self._config.adapter.file_name, get_family(self._config.family)
         if step == self._lora_step:
             return path
+        self._background.wait()
         self._reserve.release()
+        if self._lora_step < 0:
+            keep_foreign(path, metadata)
         self._config.adapter.save(path, tensors, family, metadata)
         self._lora_step = step
         return path
@@ -162,6 +224,7 @@ class RunFolder:
         """
         adapter, family = self._config.adapter, get_family(self._config.family)
         keys = [family.key_prefix + key for key in adapter.exported(tensors)]
+        self._background.wait()
         self._reserve.release()
         adapter.save(lora_of_step(self.path, step), tensors, family, described(metadata, keys, self.path))
         best, saved = self.best(after), saved_loras(self.path)
@@ -185,6 +248,7 @@ class RunFolder:
 
     def kept(self) -> str:
         """What is saved of the run, as the end of a sentence."""
+        self._background.wait()
         kept = f"the run resumes at step {self._checkpoint_step}" if self._checkpoint_step >= 0 else "no step is saved"
         if self._lora_step > self._checkpoint_step:
             adapter = self._config.adapter
@@ -214,9 +278,17 @@ class UnusedFolder(RunFolder):
     def hold_room(self) -> None:
         """Does nothing."""
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
-        """The folder of the checkpoint that the other process writes."""
+    def save_checkpoint(self, checkpoint: Checkpoint, sharing: Peers | None = None) -> Path:
+        """The folder of the checkpoint that the other process writes, or all of them if each holds a part."""
+        if sharing is not None:
+            return save_sharded(self.path / CHECKPOINTS_NAME, checkpoint, 1, sharing)
         return self.path / CHECKPOINTS_NAME / f"step-{checkpoint.step:06d}"
+
+    def begin_checkpoint(self, checkpoint: Checkpoint, in_background: bool = True) -> None:
+        """Does nothing."""
+
+    def require_saved(self) -> None:
+        """Does nothing."""
 
     def save_lora(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
         """The file that the other process writes from the tensors, [rank, in] and [rows, rank]."""

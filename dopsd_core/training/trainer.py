@@ -25,6 +25,7 @@ from ..denoiser import Denoiser
 from ..families import get_family
 from ..files.disk import DiskError
 from ..memory.activation_checkpointing import checkpointed
+from ..memory.checkpoint_plan import Checkpointing
 from ..optimizers import evaluating
 from ..trainable import Trainable
 from .class_images import ClassImages, given_images, plan_class_images
@@ -141,7 +142,7 @@ def train(
     resume: bool = True,
     facts: Mapping[str, str] | None = None,
     initial: Mapping[str, Tensor] | None = None,
-    checkpoint_blocks: int = 0,
+    checkpointing: Checkpointing | int = 0,
     host_bytes: int = 0,
     sample_steps: int | None = None,
     cache: ConditionCache | None = None,
@@ -160,7 +161,8 @@ def train(
         initial: LoRA that a new run starts from, for student and teacher: folded tensors "<part>.lora_A.weight"
             [rank, in] and "<part>.lora_B.weight" [rows, rank], with at most the rank of the configuration
             (`lora_import`). A "frozen" teacher remains the base. A run resumes only with the same initial LoRA.
-        checkpoint_blocks: number of blocks with gradient checkpointing (`activation_checkpointing.py`).
+        checkpointing: gradient checkpointing, with the same result (`Footprint.checkpointing`); a number is that of
+            blocks that keep their inputs alone.
         host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
         sample_steps: steps in which the model draws class images (`class_images.py`); default: the family's.
         cache: keeps class images for other runs on the same model; default: a folder in `run_dir`.
@@ -179,13 +181,13 @@ def train(
     callbacks, peers = callbacks or NoCallbacks(), Peers(world)
     # ComfyUI calls in inference mode
     with peers.ending_together(), torch.inference_mode(False), torch.enable_grad():
-        _check_share(config, peers.world.size)
+        _check_share(config, peers.world)
         peers.first(lambda: check_run(config, denoiser, data, run_dir, host_bytes))
         for remark in _remarks(config, data) if peers.world.rank == 0 else ():
             log.warning(remark)
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
         run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
-        return _to_the_end(run, callbacks, resume, checkpoint_blocks)
+        return _to_the_end(run, callbacks, resume, checkpointing)
 
 
 def check_run(
@@ -204,12 +206,12 @@ def check_run(
     check_run_folder(config, denoiser, Path(run_dir), host_bytes)
 
 
-def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpoint_blocks: int) -> TrainResult:
+def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpointing: Checkpointing | int) -> TrainResult:
     try:
         run.open(resume)
-        with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpoint_blocks):
+        with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpointing):
             ending = _loop(run, callbacks)
-        lora_path, checkpoint_path = run.peers.all(run.save_all)[0]
+        lora_path, checkpoint_path = (run.peers.all(save)[0] for save in (run.save_lora, run.save))
         stopped, at_plateau = ending == "stopped", ending == "plateau"
         return TrainResult(run.step, stopped, lora_path, checkpoint_path, run.start, run.last, run.best, at_plateau)
     except DiskError as error:
@@ -227,8 +229,8 @@ def _loop(run: Run, callbacks: Callbacks) -> Ending:
     config = run.config
     if run.step < config.steps and not _draw_class_images(run, callbacks):
         return "stopped"
-    is_other_heldout = run.peers.is_first and run.meet_heldout()
-    if run.step == 0 and run.start is None and config.probe_every and run.peers.is_first:
+    is_other_heldout = run.peers.runs_network and run.meet_heldout()
+    if run.step == 0 and run.start is None and config.probe_every and run.peers.runs_network:
         callbacks.on_step(run.measure_start())
     if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
         _preview(run, callbacks)
@@ -266,14 +268,15 @@ def _ends_here(run: Run, monitor: Monitor) -> bool:
 def _save(run: Run, is_last: bool) -> None:
     """Writes what is due after a step."""
     config = run.config
+    run.folder.require_saved()
     if keeps := is_due(config, run.step, is_last):  # before the checkpoint, after which it would not be written again
         run.save_lora_of_step()
     if is_last:
         run.save_all()
         return
-    if saves := run.step % config.checkpoint_every == 0:
-        run.save()
-    if keeps or saves:
+    if run.step % config.checkpoint_every == 0:
+        run.save_meanwhile()
+    elif keeps:
         run.folder.hold_room()
 
 
@@ -301,18 +304,22 @@ def _class_images(
 def _draw_class_images(run: Run, callbacks: Callbacks) -> bool:
     """Returns False if the host stopped the run."""
 
+    together = run.adapters.is_sharded
+
     def on_drawn(done: int, total: int) -> bool:
         callbacks.on_class_image(done, total)
-        return not callbacks.should_stop()
+        return not (any(run.peers.all(callbacks.should_stop)) if together else callbacks.should_stop())
 
     with deterministic_algorithms(run.config.deterministic):
+        if together:
+            return run.draw_class_images(on_drawn)
         if not run.peers.first(lambda: run.draw_class_images(on_drawn)):
             return False
         return run.peers.is_first or run.draw_class_images(lambda done, total: True)  # from the cache
 
 
 def _preview(run: Run, callbacks: Callbacks) -> None:
-    if not run.peers.is_first:
+    if not run.peers.runs_network:
         return
     with evaluating(run.optimizer):
         callbacks.on_preview(run.step, run.adapters)
@@ -326,14 +333,21 @@ def _remarks(config: TrainConfig, data: TrainingSet) -> list[str]:
     return remarks
 
 
-def _check_share(config: TrainConfig, size: int) -> None:
-    if config.grad_accumulation % size:
-        raise ConfigError(
-            (
-                f"grad_accumulation is {config.grad_accumulation}, the number of batches per optimizer step, which "
-                f"{size} processes cannot share equally; set it to a multiple of {size}",
-            )
+def _check_share(config: TrainConfig, world: World) -> None:
+    problems = []
+    if config.grad_accumulation % world.size:
+        problems.append(
+            f"grad_accumulation is {config.grad_accumulation}, the number of batches per optimizer step, which "
+            f"{world.size} processes cannot share equally; set it to a multiple of {world.size}"
         )
+    if world.size > 1 and world.mesh is not None and config.adapter.trains_network:
+        together = f"with adapter {config.adapter.name} on {world.size} processes, which hold a part of the model each"
+        if config.batch_size > 1:  # a host may run the samples of a batch one by one, others in one forward
+            problems.append(f"batch_size is {config.batch_size}; set it to 1 {together}, and raise grad_accumulation")
+        if not config.optimizer.takes_parts:
+            problems.append(f"optimizer {config.optimizer.name} does not work {together}; choose adamw")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_data(config: TrainConfig, data: TrainingSet) -> None:

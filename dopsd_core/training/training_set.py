@@ -215,8 +215,8 @@ def require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: Teac
         )
     if not teacher.edits and lacking < len(pairs):
         raise ValueError(
-            f"the dataset has source images, which the teacher {teacher.name} does not use: choose edit_target, or "
-            "load only the folder of the targets"
+            f"the dataset has source images, which the teacher {teacher.name} does not use: choose edit_target, if "
+            "the model has it, or load only the folder of the targets"
         )
     if teacher_image == "other" and teacher.edits:
         raise ValueError("an edit has only one target: set teacher_image to own for the teacher edit_target")

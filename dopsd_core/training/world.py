@@ -7,13 +7,16 @@ communication as a `World`; without one, a run has one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -29,6 +32,12 @@ class World(Protocol):
     @property
     def size(self) -> int:
         """Number of processes."""
+        ...
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """torch's process group of these ranks in one row, for weights of which each rank holds a part; None without
+        one."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -47,7 +56,7 @@ class World(Protocol):
 class OneProcess:
     """A world of one rank."""
 
-    rank, size = 0, 1
+    rank, size, mesh = 0, 1, None
 
     def gather(self, value: Any) -> list[Any]:
         """The value alone."""
@@ -78,17 +87,44 @@ class _Outcome:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A batch that a rank computes.
+
+    Attributes:
+        number: its index in the step.
+        counts: whether it counts; if not, its loss and gradients are another rank's.
+    """
+
+    number: int
+    counts: bool = True
+
+
 class Peers:
     """The ranks of a run, meeting at the same points: a failure of one rank before a meeting ends all of them there."""
 
     def __init__(self, world: World | None = None) -> None:
         self.world: World = world or OneProcess()
         self._is_over = False
+        self._runs_in_step = False
+
+    def run_in_step(self) -> None:
+        """From now on all ranks run the network together, since each holds a part of it.
+
+        A failing rank then leaves without a last meeting, which the others could not attend inside a forward: their
+        connections break, and the launcher ends them.
+        """
+        self._runs_in_step = self.world.size > 1
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0."""
         return self.world.rank == 0
+
+    @property
+    def runs_network(self) -> bool:
+        """Whether this rank runs the network for what only rank 0 needs: gaps, previews, class images."""
+        return self.is_first or self._runs_in_step
 
     def all(self, work: Callable[[], T]) -> list[T]:
         """Calls `work` on every rank; the results of all ranks, in their order.
@@ -101,6 +137,9 @@ class Peers:
         try:
             mine, caught = _Outcome(work()), None
         except BaseException as error:
+            if self._runs_in_step:
+                self._is_over = True
+                raise
             mine, caught = _Outcome(error=_describe(error)), error
         outcomes = self._meet(mine)
         if caught is not None:
@@ -126,7 +165,9 @@ class Peers:
         try:
             yield
         except BaseException as error:
-            if not self._is_over:
+            if self._runs_in_step and _is_lost(error):
+                raise PeerError(f"another process of this run was lost ({_describe(error)})") from error
+            if not self._is_over and not self._runs_in_step:
                 try:
                     self._meet(_Outcome(error=_describe(error)))
                 except PeerError as lost:
@@ -147,14 +188,30 @@ class Peers:
                 "command, files and versions"
             )
 
-    def share(self, count: int) -> range:
-        """This rank's share of `count` batches, which is divisible by the number of ranks."""
-        each = count // self.world.size
-        return range(self.world.rank * each, (self.world.rank + 1) * each)
+    def share(self, courses: Sequence[Hashable]) -> list[Turn]:
+        """This rank's share of the batches of a step, whose number is divisible by the number of ranks.
+
+        courses: of each batch, what its forwards are. Ranks that run the network together get batches of the same
+            course at the same time; where their number does not come out even, a batch is repeated without effect.
+        """
+        size, rank = self.world.size, self.world.rank
+        if not self._runs_in_step:
+            each = len(courses) // size
+            return [Turn(number) for number in range(rank * each, (rank + 1) * each)]
+        turns = []
+        for course in dict.fromkeys(courses):
+            numbers = [number for number, other in enumerate(courses) if other == course]
+            for first in range(0, len(numbers), size):
+                mine = first + rank
+                turns.append(Turn(numbers[mine]) if mine < len(numbers) else Turn(numbers[first], counts=False))
+        return turns
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replaces the gradients, of any shape, by their sums over all ranks; a missing one counts as zero."""
-        if self.world.size == 1 or not parameters:
+        """Replaces the gradients, of any shape, by their sums over all ranks; a missing one counts as zero.
+
+        Gradients of weights in parts are summed already, by their backward.
+        """
+        if self.world.size == 1 or not parameters or self._runs_in_step:
             return
         for parameter in parameters:
             if parameter.grad is None:
@@ -176,6 +233,12 @@ class Peers:
         except Exception as error:  # whatever the backend raises if a connection breaks
             self._is_over = True
             raise PeerError(f"another process of this run was lost ({_describe(error)})") from error
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether a communication inside a forward broke; gloo and NCCL raise a RuntimeError of their own words."""
+    words = ("connection closed", "connection reset", "nccl", "process group")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def _describe(error: BaseException) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .denoiser import send_text
+from .sent_values import unread_inputs
 from .whole_graph import require_whole_graph
 
 _WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -48,19 +50,24 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
     @functools.wraps(execute)
     def checking(cls: Any, *args: Any, **given: Any) -> io.NodeOutput:
         require_whole_graph(cls)
+        if unread_inputs(cls):
+            send_text(cls, "")  # for nodes that show no text; that of others has it too
         return execute(cls, **completed(cls, {**dict(zip(names, args, strict=False)), **given}))
 
     return checking
 
 
 def completed(node: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, with defaults for missing inputs.
+    """`given`, with defaults for missing inputs and without those that the node does not have.
+
+    ComfyUI leaves out unknown constants, but passes on unknown links.
 
     Raises:
         InputError: with one sentence for each invalid input.
     """
     schema, own = node.define_schema(), _checked_by_the_node(node)
-    whole, problems = dict(given), []
+    known = {declared.id for declared in schema.inputs}
+    whole, problems = {name: value for name, value in given.items() if name in known}, []
     for declared in schema.inputs:
         default = getattr(declared, "default", None)
         if declared.id not in given:

@@ -28,6 +28,8 @@ from .bypass import kept_injected
 from .families import block_lists, family_of, in_comfyui, with_time, without_time
 from .gradients import norms_on_clones, plain_attention, thawed_small_parameters, without_allocation_graphs
 from .linears import linear_sites, require_adjoints
+from .running_graph import running_id
+from .sent_values import unread_inputs
 
 STEPS_OPTION = "dopsd_steps"
 """Key in a MODEL's options: the steps it was distilled for, if not the family's."""
@@ -39,16 +41,14 @@ def default_steps(model: Any) -> int:
 
 
 def send_text(cls: Any, text: str) -> None:
-    """Shows text on the node; `cls` is a node class with the hidden input unique_id."""
-    if cls.hidden is not None and cls.hidden.unique_id is not None:
-        PromptServer.instance.send_progress_text(printable(text), cls.hidden.unique_id)
+    """Shows text on the node that runs, and below it what was sent to the node that it has no input for.
 
-
-def base_name(model: Any) -> str:
-    """The name of the file that a loader node loaded the MODEL from, or "" if the loader does not record it."""
-    made_by = getattr(model, "cached_patcher_init", None)
-    first = made_by[1][0] if made_by and made_by[1] else ""
-    return str(first).replace("\\", "/").rpartition("/")[2] if isinstance(first, str) else ""
+    cls: the node class, with the hidden input dynprompt.
+    """
+    id, lines = running_id(cls), text.split("\n") if text else []
+    lines += [note for note in unread_inputs(cls) if note not in lines]
+    if id is not None and lines:
+        PromptServer.instance.send_progress_text(printable("\n".join(lines)), id)
 
 
 class ComfyDenoiser:

@@ -12,42 +12,44 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .denoiser import base_name
 from .families import ComfyFamily, family_of, in_comfyui
 
 _DE_DISTILLED = re.compile(r"de[-_ ]?(turbo|distill)|undistill")
 _DISTILLED = re.compile(r"turbo|distill|lightning|(?<!\d)[48][-_ ]?step")
 
 
-def warn_if_undistilled(model: Any) -> str | None:
-    """One sentence for the user if the MODEL looks undistilled; None if not, or if there is no hint."""
-    if not (reason := why_undistilled(model)):
+def warn_if_undistilled(model: Any, name: str) -> str | None:
+    """One sentence for the user if the MODEL looks undistilled; None if not, or if there is no hint.
+
+    name: of its file (`base_name`).
+    """
+    if not (reason := why_undistilled(model, name)):
         return None
     return (
-        f"{_looks(model, reason)}: D-OPSD needs one that was distilled for few steps, such as "
+        f"{_looks(name, reason)}: D-OPSD needs one that was distilled for few steps, such as "
         f"{in_comfyui(family_of(model)).distilled}; any other draws nothing usable in so few steps, and would learn "
         "from that"
     )
 
 
-def note_if_undistilled(model: Any, objective: str) -> str | None:
+def note_if_undistilled(model: Any, name: str, objective: str) -> str | None:
     """The same for an objective that can train such a MODEL: what its LoRA is for."""
-    if not (reason := why_undistilled(model)):
+    if not (reason := why_undistilled(model, name)):
         return None
     return (
-        f"{_looks(model, reason)}: {objective} trains it; use the LoRA on the distilled model "
+        f"{_looks(name, reason)}: {objective} trains it; use the LoRA on the distilled model "
         f"({in_comfyui(family_of(model)).distilled}); previews drawn by this one in so few steps are not usable"
     )
 
 
-def why_undistilled(model: Any) -> str:
+def why_undistilled(model: Any, name: str) -> str:
     """What the MODEL is recognised by as undistilled; empty if it is not, or if there is no hint."""
     entry = in_comfyui(family_of(model))
-    return _reason(base_name(model).lower(), entry, model.model.model_config.unet_config) or ""
+    return _reason(name.lower(), entry, model.model.model_config.unet_config) or ""
 
 
-def _looks(model: Any, reason: str) -> str:
-    return f"{base_name(model) or 'this model'} looks like an undistilled checkpoint ({reason})"
+def _looks(name: str, reason: str) -> str:
+    return f"{name or 'this model'} looks like an undistilled checkpoint ({reason})"
 
 
 def _reason(name: str, entry: ComfyFamily, config: Any) -> str | None:

@@ -43,7 +43,7 @@ class ImageReader:
 
 
 _BASE = r"(?<![a-z])base(?![a-z])"
-_FORMAT = r"([-_](bf16|fp\w+|int\w+|mxfp\w+|nvfp\w+|scaled|convrot|q\d\w*))*"
+_FORMAT = r"([-_](bf16|f\d+|fp\w+|int\w+|mxfp\w+|nvfp\w+|scaled|convrot|ud|i?q\d\w*))*"
 """What a file's name says of its format, behind the name of the model."""
 
 QWEN3_4B = ImageReader(encoder="qwen3_4b", title="Qwen3-4B")
@@ -250,4 +250,4 @@ def family_of_clip(clip: Any) -> Family:
         if isinstance(clip.tokenizer, entry.tokenizer):
             return entry.family
     choices = ", or ".join(f"{entry.clip_files} for {entry.family.title}" for entry in _entries())
-    raise ValueError(f"this CLIP has a {type(clip.tokenizer).__name__}; load {choices}")
+    raise ValueError(f"the input clip has a {type(clip.tokenizer).__name__}: load {choices}")

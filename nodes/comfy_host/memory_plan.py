@@ -17,6 +17,7 @@ import comfy.model_management
 import torch
 
 from ...dopsd_core.config import TrainConfig
+from ...dopsd_core.memory.checkpoint_plan import Checkpointing
 from ...dopsd_core.memory.footprint import Footprint, estimate
 from ...dopsd_core.teachers import FrozenTeacher
 from ...dopsd_core.training.training_set import latent_shape
@@ -100,7 +101,7 @@ class MemoryPlan:
         preset: its name in `MEMORY_PRESETS`.
         config: the configuration with the preset's changes.
         footprint: estimate of what the training takes.
-        checkpoint_blocks: number of blocks with gradient checkpointing.
+        checkpointing: the blocks with gradient checkpointing, and what each keeps.
         streamed: bytes of weights that do not fit beside the rest.
         reserve: bytes that ComfyUI is asked to keep free of weights, so that it leaves the others in RAM; its dynamic
             VRAM ignores it, and loads and drops weights as memory allows.
@@ -110,7 +111,7 @@ class MemoryPlan:
     preset: str
     config: TrainConfig
     footprint: Footprint
-    checkpoint_blocks: int
+    checkpointing: Checkpointing
     streamed: int
     reserve: int
     notes: tuple[str, ...]
@@ -118,7 +119,7 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """Bytes on the device at most."""
-        return self.footprint.total(self.checkpoint_blocks) - self.streamed
+        return self.footprint.total(self.checkpointing) - self.streamed
 
 
 def plan_memory(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig) -> MemoryPlan:
@@ -158,7 +159,7 @@ def _plan_blindly(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, 
 def make_plan(
     name: str, denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig, budget: int, free: int
 ) -> MemoryPlan:
-    """The plan of one preset: gradient checkpointing on as few blocks as possible, then weights in RAM.
+    """The plan of one preset: as little gradient checkpointing as possible, then weights in RAM.
 
     Args:
         budget: bytes that training may take.
@@ -167,11 +168,11 @@ def make_plan(
     preset = MEMORY_PRESETS[name]
     config, notes = _with_trades(config, preset, denoiser.device)
     footprint = footprint_of(denoiser, conditions, config)
-    count = footprint.blocks_to_checkpoint(budget)
-    beside = footprint.total(count) - footprint.weights
-    streamed = min(max(footprint.total(count) - budget, 0), footprint.weights)
-    if count:
-        notes.append(f"gradient checkpointing on {count} of {len(footprint.blocks)} blocks (slower, same result)")
+    checkpointing = footprint.checkpointing(budget)
+    beside = footprint.total(checkpointing) - footprint.weights
+    streamed = min(max(footprint.total(checkpointing) - budget, 0), footprint.weights)
+    if checkpointing.count:
+        notes.append(footprint.sentence(checkpointing))
     if streamed:
         notes.append(_streaming(streamed, denoiser.is_dynamic))
     if beside > budget:
@@ -186,7 +187,7 @@ def make_plan(
             "they are on the GPU but not when they stay in RAM: gradients differ by about 20 %; train the MODEL "
             "without patches, or use a bf16 file"
         )
-    return MemoryPlan(name, config, footprint, count, streamed, reserve, tuple(notes))
+    return MemoryPlan(name, config, footprint, checkpointing, streamed, reserve, tuple(notes))
 
 
 def _streaming(size: int, is_dynamic: bool) -> str:

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import execution
 
 from ...dopsd_core.number_text import read_float, read_int
+from ...dopsd_core.text import printable
+from .running_graph import GraphNode, nodes_before, running_graph, running_id
 
 OURS = "DOPSD_"
 """Start of the class types of our nodes."""
@@ -56,17 +58,33 @@ def is_ours(node: Any) -> bool:
 
 
 def unread_inputs(cls: Any) -> tuple[str, ...]:
-    """A note for each input of the running node that its class does not have; `cls` has the hidden input unique_id."""
-    graph, id = (cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden is not None else (None, None)
-    node = (graph or {}).get(id)
+    """A note for each input of the running node that its class does not have.
+
+    cls: the class, with the hidden input dynprompt.
+    """
+    return _unread(running_graph(cls).get(running_id(cls) or ""))
+
+
+def unread_before(cls: Any) -> tuple[str, ...]:
+    """The same for those of our nodes that the running one depends on, with their titles."""
+    graph, id = running_graph(cls), running_id(cls) or ""
+    titles, notes = execution.nodes.NODE_DISPLAY_NAME_MAPPINGS, []
+    for before in sorted(set(nodes_before(graph, [id])) - {id}):
+        kind = graph[before].get("class_type", "")
+        notes += [f"{titles.get(kind, kind)}: {note}" for note in _unread(graph[before])]
+    return tuple(notes)
+
+
+def _unread(node: GraphNode | None) -> tuple[str, ...]:
     if node is None or not is_ours(node):
         return ()
-    return tuple(f"{name} is not used: there is no such input" for name in unknown_inputs(node))
+    return tuple(f"{printable(name)} is not used: there is no such input" for name in unknown_inputs(node))
 
 
 def unknown_inputs(node: Mapping[str, Any]) -> tuple[str, ...]:
     """The inputs that a node of a graph has and its class has not."""
-    return tuple(name for name in node["inputs"] if name not in _declared(node))
+    declared = _declared(node)
+    return tuple(name for name in node["inputs"] if name not in declared)
 
 
 def _checked_node(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import Objective
 from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
+from ...dopsd_core.training.own_files import is_foreign
 from ...dopsd_core.training.trainer import NonFiniteError, TrainResult, check_run, train
 from ...dopsd_core.training.training_set import latent_shape
-from .denoiser import ComfyDenoiser, base_name, default_steps
+from .base_name import UNKNOWN
+from .denoiser import ComfyDenoiser, default_steps
 from .distilled import note_if_undistilled, warn_if_undistilled, why_undistilled
 from .identity import identity_of
 from .lora_header import kept_header
@@ -38,6 +41,8 @@ from .targets import require_blocks
 from .unused import unused_settings
 from .watcher import PREVIEWS_NAME, RunFacts, Watcher
 
+log = logging.getLogger("dopsd")
+
 _ROWS = 4  # of a preview sheet: source, before, teacher, student
 
 
@@ -51,6 +56,7 @@ class Wanted:
 
     Attributes:
         run_name: start of the run folder's name.
+        base: name of the MODEL's file; "" if it is not known.
         memory: one of `MEMORY_CHOICES`.
         preset: its name in `PRESETS`.
         chosen: options by flat name, as for `make_config`.
@@ -58,6 +64,7 @@ class Wanted:
     """
 
     run_name: str
+    base: str
     memory: str
     preset: str
     chosen: Mapping[str, Any]
@@ -69,15 +76,15 @@ class FinishedRun:
     """A run whose steps are all done.
 
     Attributes:
-        result: of the core's `train`.
-        config: the configuration, with the memory plan's changes.
         folder: the run's folder.
+        lora: see `trained_lora`.
+        best: see `best_lora`.
         sheets: the preview sheets, [n, H, W, 3]; see `load_sheets`.
     """
 
-    result: TrainResult
-    config: TrainConfig
     folder: Path
+    lora: TrainedLora
+    best: TrainedLora
     sheets: Tensor
 
 
@@ -139,12 +146,13 @@ def run_training(
     notes.add(*run.notes)
     check_run(run.plan.config, run.denoiser, conditions.data, run.folder, run.host_bytes)
     preview = None if vae is None else _preview(model, vae, run)
-    watcher = Watcher(node, _facts(run, model), notes, preview)
+    watcher = Watcher(node, _facts(run), notes, preview)
     with notes.with_warnings():
         result = _watched(watcher, run)
+        lora, best = trained_lora(result, run.plan.config), best_lora(result, run.plan.config)
         sheets = load_sheets(run.folder / PREVIEWS_NAME)
         watcher.finished(result)
-    return FinishedRun(result, run.plan.config, run.folder, sheets)
+    return FinishedRun(run.folder, lora, best, sheets)
 
 
 def _planned(
@@ -156,7 +164,7 @@ def _planned(
     require_blocks(denoiser, config.adapter)
     plan = plan_memory(wanted.memory, denoiser, conditions, config)
     config = plan.config
-    start = start_of(initial_lora, denoiser, config, conditions.trigger, base_name(model))
+    start = start_of(initial_lora, denoiser, config, conditions.trigger, wanted.base)
     settings = merged_settings(wanted.preset, conditions.family, has_anchors, wanted.chosen)
     drawing = (f"class images in {default_steps(model)} steps",) if config.objective.drawn_images else ()
     facts = (conditions.data.fingerprint(), identity.digest, *start.identity, *drawing)
@@ -172,12 +180,12 @@ def _planned(
             *max((latent_shape(pair) for pair in conditions.data.pairs), key=_area),
         ),
         sample_steps=default_steps(model),
-        metadata=_metadata(model, identity.digest, conditions, wanted.run_name),
+        metadata=_metadata(model, identity.digest, conditions, wanted),
         initial=start.tensors,
         host_bytes=_preview_bytes(config, conditions) if has_vae else 0,
         notes=(
             *conditions.notes,
-            *_model_notes(model, config.objective),
+            *_model_notes(model, wanted.base, config.objective),
             *identity.notes,
             *start.notes,
             *wanted.unused,
@@ -187,16 +195,17 @@ def _planned(
     )
 
 
-def _metadata(model: Any, fingerprint: str, conditions: Conditions, run_name: str) -> dict[str, str]:
+def _metadata(model: Any, fingerprint: str, conditions: Conditions, wanted: Wanted) -> dict[str, str]:
     return {
-        "dopsd_base_model": base_name(model),
+        "dopsd_base_model": wanted.base,
+        **({} if wanted.base else {"dopsd_base_model_note": UNKNOWN}),
         "dopsd_base_fingerprint": fingerprint,
         "dopsd_trigger": conditions.trigger,
         "dopsd_teacher_sees": conditions.teacher.name,
         **({"dopsd_teacher_background": seen} if (seen := conditions.teacher.background) != "keep" else {}),
-        "dopsd_name": run_name,
+        "dopsd_name": wanted.run_name,
         "dopsd_resolution": _resolution(conditions),
-        **({"dopsd_undistilled": reason} if (reason := why_undistilled(model)) else {}),
+        **({"dopsd_undistilled": reason} if (reason := why_undistilled(model, wanted.base)) else {}),
     }
 
 
@@ -244,7 +253,7 @@ def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainRe
                 watcher,
                 facts=run.metadata,
                 initial=run.initial,
-                checkpoint_blocks=run.plan.checkpoint_blocks,
+                checkpointing=run.plan.checkpointing,
                 host_bytes=run.host_bytes,
                 sample_steps=run.sample_steps,
                 cache=ConditionCache(condition_cache()),
@@ -255,12 +264,12 @@ def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainRe
         raise
 
 
-def _model_notes(model: Any, objective: Objective) -> tuple[str, ...]:
+def _model_notes(model: Any, name: str, objective: Objective) -> tuple[str, ...]:
     if objective.needs_few_steps:
-        undistilled = warn_if_undistilled(model)
+        undistilled = warn_if_undistilled(model, name)
     else:
-        undistilled = note_if_undistilled(model, objective.name)
-    return (*((undistilled,) if undistilled else ()), *unused_patches(model))
+        undistilled = note_if_undistilled(model, name, objective.name)
+    return (*(() if name else (UNKNOWN,)), *((undistilled,) if undistilled else ()), *unused_patches(model))
 
 
 def _preview(model: Any, vae: Any, run: _PlannedRun) -> TrainingPreview | None:
@@ -272,14 +281,14 @@ def _preview(model: Any, vae: Any, run: _PlannedRun) -> TrainingPreview | None:
     return TrainingPreview(painter, run.conditions.previews, lambda: denoiser.load(run.shape, during))
 
 
-def _facts(run: _PlannedRun, model: Any) -> RunFacts:
+def _facts(run: _PlannedRun) -> RunFacts:
     modules, parameters = run.plan.config.adapter.size(run.denoiser.sites())
     return RunFacts(
         folder=run.folder,
         config=run.plan.config,
         modules=modules,
         parameters=parameters,
-        base_model=base_name(model),
+        base_model=run.metadata["dopsd_base_model"],
         trigger=run.conditions.trigger,
         teacher=run.conditions.teacher.name,
         memory=run.plan.preset,
@@ -291,17 +300,25 @@ def trained_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
     tensors = config.adapter.exported(read_checkpoint_lora(result.checkpoint_path))
     prefix = get_family(config.family).key_prefix
     with safe_open(result.lora_path, "pt") as file:
-        facts = file.metadata() or {}
+        facts = kept_header(file.metadata() or {})[0]
     return TrainedLora({prefix + key: tensors[key] for key in sorted(tensors)}, facts)
 
 
 def best_lora(result: TrainResult, config: TrainConfig) -> TrainedLora:
     """The LoRA file of the step with the smallest gap on the unseen prompt; the trained LoRA if none is kept."""
-    best = result.best
+    best, trained = result.best, trained_lora(result, config)
     if best is None or best.path is None or best.step == result.step:
-        return trained_lora(result, config)
-    tensors, header = read_safetensors(best.path)
-    return TrainedLora(tensors, kept_header(header)[0])
+        return trained
+    if is_foreign(best.path, trained.facts, best.step):
+        problem = f"{best.path} was not written by this run"
+    else:
+        try:
+            tensors, header = read_safetensors(best.path)
+            return TrainedLora(tensors, kept_header(header)[0])
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    log.warning("%s: best_lora is the LoRA of step %d instead", problem, result.step)
+    return trained
 
 
 def losses(reports: Sequence[StepReport]) -> list[float]:

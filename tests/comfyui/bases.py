@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradient import checkpointed
 from graphs import node_of, shipped
 from inprocess import ComfyUI
 from loras import give_values
@@ -129,8 +130,8 @@ def train(comfyui: ComfyUI, model: Any, name: str, **settings: Any) -> Run:
 def gradients(comfyui: ComfyUI, model: Any, count: int = 0, between: Between | None = None) -> list[Tensor]:
     """Of a LoRA whose every weight does something, on the CPU; called as a node is: inside inference mode.
 
-    count: of the blocks that recompute. between: called before the backward with the denoiser, x, the pairs and the
-    adapters.
+    count: of the blocks that recompute, or `SELECTIVE`. between: called before the backward with the denoiser, x, the
+    pairs and the adapters.
     """
 
     def computed() -> list[Tensor]:
@@ -142,8 +143,7 @@ def gradients(comfyui: ComfyUI, model: Any, count: int = 0, between: Between | N
         x = torch.randn(2, *pairs[0].target_latent.shape, generator=generator).to(denoiser.device)
         with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(x.shape):
             adapters = drawn_adapters(comfyui, denoiser, generator)
-            recomputing = comfyui.core("memory.activation_checkpointing").checkpointed(denoiser.blocks(), count)
-            with adapters.attached(), recomputing:
+            with adapters.attached(), checkpointed(comfyui, denoiser, count):
                 out = denoiser.predict_x0(x, SIGMA, [pair.student for pair in pairs])
                 if between is not None:
                     between(denoiser, x, pairs, adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from torch import Tensor
 SIGMA = 0.7
 Between = Callable[[Any, Tensor], None]
 """(denoiser, x): what happens between a forward and its backward."""
+
+
+SELECTIVE = -1
+"""In place of a number of checkpointed blocks: all, and each keeps its products."""
+
+
+def checkpointed(comfyui: ComfyUI, denoiser: Any, count: int) -> AbstractContextManager[None]:
+    """Gradient checkpointing on the first `count` blocks, which keep their inputs alone, or `SELECTIVE`."""
+    plan, names = count, [*(site.name for site in denoiser.sites()), comfyui.core("kept_products").ATTENTION]
+    if count == SELECTIVE:
+        plan = comfyui.core("memory.checkpoint_plan").Checkpointing.keeping(len(denoiser.blocks()), names)
+    return comfyui.core("memory.activation_checkpointing").checkpointed(denoiser.blocks(), plan)
 
 
 def features(comfyui: ComfyUI, model: Any, *lengths: int) -> list[Any]:
@@ -38,8 +51,7 @@ def gradients(comfyui: ComfyUI, model: Any, between: Between | None = None, reco
             )
             values = {key: torch.randn(v.shape, generator=generator) * 0.05 for key, v in adapters.state().items()}
             adapters.load_state("student", values)
-            checkpointed = comfyui.core("memory.activation_checkpointing").checkpointed(denoiser.blocks(), recompute)
-            with adapters.attached(), checkpointed:
+            with adapters.attached(), checkpointed(comfyui, denoiser, recompute):
                 out = denoiser.predict_x0(x, SIGMA, conditions)
                 if between is not None:
                     with torch.no_grad(), adapters.use("off"):

@@ -140,9 +140,9 @@ class _TextEncoder(sd1_clip.SD1ClipModel):
         out, pooled, extra = super().encode_token_weights(token_weight_pairs)
         spans = getattr(self, self.clip).image_spans
         first = [token[0] for token in token_weight_pairs["qwen3vl_8b"][0]]
-        system = [place for place, token in enumerate(first) if token == _START][1]  # no image is before it
+        starts = [place for place, token in enumerate(first) if isinstance(token, int) and token == _START]
         keep = torch.ones(out.shape[1], dtype=torch.bool)
-        keep[:system] = False
+        keep[: starts[1] if len(starts) > 1 else 0] = False  # no image is before it
         extra.pop("attention_mask")
         if not token_weight_pairs.get("keep_vision", False) and spans:
             slots = []

@@ -144,8 +144,7 @@ def test_an_ablation_runs_and_says_that_its_teacher_is_not_used(comfyui: ComfyUI
 def test_sft_may_train_an_undistilled_checkpoint_and_the_lora_names_it(
     comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("distilled", "training"):
-        monkeypatch.setattr(comfyui.module(f"nodes.comfy_host.{module}"), "base_name", lambda model: "z_image_bf16.sft")
+    monkeypatch.setattr(comfyui.module("nodes.train_lora"), "base_name", lambda *_: "z_image_bf16.sft")
     notes = {}
     for objective in ("sft", "dopsd", "dreambooth"):
         graph = baseline(comfyui, f"base_{objective}", objective, dreambooth_class_images=1)

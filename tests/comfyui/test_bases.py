@@ -26,6 +26,7 @@ from bases import (
     unload,
     weights,
 )
+from gradient import SELECTIVE
 from inprocess import ON_CPU, ComfyUI
 from loras import random_lora
 
@@ -106,6 +107,12 @@ def test_another_form_is_another_run(comfyui: ComfyUI, load: Load) -> None:
     if ON_CPU:  # fp8 units multiply the newer one in 8 bits, and the older one not
         assert digests["fp8"] == older
     assert len(set(digests.values())) == len(digests)
+
+
+@pytest.mark.parametrize("form", NARROW)
+def test_selective_checkpointing_on_it_changes_no_bit(comfyui: ComfyUI, load: Load, form: str) -> None:
+    model = load(form)
+    assert equal(gradients(comfyui, model, SELECTIVE), gradients(comfyui, model))
 
 
 # -- left in RAM ------------------------------------------------------------------------------------------------------

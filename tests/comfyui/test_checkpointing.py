@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import krea2_twins
 import pytest
 import torch
 import toy
 from inprocess import ComfyUI
 
 SIGMA = 0.7
-MODELS = {"z_image": (toy.z_image, (2, 16, 16, 16), 64), "flux2": (toy.flux2, (2, 128, 12, 12), 192)}
+MODELS = {
+    "z_image": (toy.z_image, (2, 16, 16, 16), 64),
+    "flux2": (toy.flux2, (2, 128, 12, 12), 192),
+    "krea2": (krea2_twins.model, (2, 16, 16, 16), krea2_twins.TEXT_LAYERS * krea2_twins.TEXT_WIDTH),
+}
 
 
 class Case:
@@ -28,10 +35,17 @@ class Case:
         self.x = torch.randn(self.shape, generator=generator)
         condition = comfyui.core("conditioning.encode").Condition
         self.conditions = [condition(torch.randn(40, width, generator=generator)) for _ in range(2)]
+        self.calls: Counter[str] = Counter()
+        self.called_in_forward: Counter[str] = Counter()
+
+    def counted(self, site: Any) -> Any:
+        """The site, whose forwards are counted."""
+        return dataclasses.replace(site, forward=lambda x: self.calls.update([site.name]) or site.forward(x))
 
     def adapters(self) -> Any:
         config = self.denoiser.family.lora_config(4, 8.0)
-        adapters = self.comfyui.core("adapters.adapter_set").AdapterSet(self.denoiser.sites(), config, teacher="frozen")
+        sites = [self.counted(site) for site in self.denoiser.sites()]
+        adapters = self.comfyui.core("adapters.adapter_set").AdapterSet(sites, config, teacher="frozen")
         state, generator = adapters.state(), torch.Generator().manual_seed(2)
         for key, value in state.items():
             if ".lora_B." in key:
@@ -39,7 +53,20 @@ class Case:
         adapters.load_state("student", state)
         return adapters
 
-    def gradients(self, count: int, saved: Any = None) -> list[torch.Tensor]:
+    def selective(self) -> Any:
+        """Every block keeps all of its products."""
+        plan = self.comfyui.core("memory.checkpoint_plan").Checkpointing
+        return plan.selective(self.predicted())
+
+    def predicted(self) -> list[Any]:
+        """The memory of the blocks by formula."""
+        denoiser, family = self.denoiser, self.denoiser.family
+        image, config = family.image_tokens(*self.shape[2:]), family.lora_config(4, 8.0)
+        return self.core.block_bytes(
+            denoiser.blocks(), denoiser.sites(), family, config, image, 40, batch=2, itemsize=4
+        )
+
+    def gradients(self, count: Any, saved: Any = None) -> list[torch.Tensor]:
         """Called as a node is: inside inference mode."""
         with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
             adapters = self.adapters()
@@ -51,6 +78,7 @@ class Case:
                 saved = saved or SavedBytes()
                 with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
                     out = self.denoiser.predict_x0(self.x, SIGMA, self.conditions)
+                self.called_in_forward = Counter(self.calls)
                 out.square().mean().backward()
         return [parameter.grad for parameter in adapters.parameters()]
 
@@ -101,6 +129,18 @@ def test_gradients_are_the_same(case: Case) -> None:
             assert (one - other).norm() <= 1e-6 * other.norm()
 
 
+def test_selective_checkpointing_repeats_no_product(case: Case, fused_attention: None) -> None:
+    """Gradients to the bit and each Linear called once, with FLUX's in-place blocks and inference tensors."""
+    wanted = case.gradients(0)
+    case.calls.clear()
+    got = case.gradients(case.selective())
+    assert case.calls == case.called_in_forward and max(case.calls.values()) == 1
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    case.calls.clear()
+    case.gradients(len(case.denoiser.blocks()))
+    assert sum(case.calls.values()) > sum(case.called_in_forward.values()), "fully checkpointed, they are called again"
+
+
 def test_klein_gradients_are_those_of_a_copying_network(comfyui: ComfyUI) -> None:
     """FLUX's blocks write into their inputs; the gradients are the slopes of the loss all the same."""
     case = Case(comfyui, "flux2")
@@ -122,15 +162,12 @@ def test_klein_gradients_are_those_of_a_copying_network(comfyui: ComfyUI) -> Non
     assert measured == pytest.approx(norm, rel=2e-2)
 
 
+@pytest.mark.parametrize("case", ["flux2", "z_image"], indirect=True)  # Krea 2's formula is for 16 bits
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_saved_bytes_are_as_predicted(case: Case, fused_attention: None, share: float) -> None:
     blocks = case.denoiser.blocks()
     count = round(share * len(blocks))
-    config = case.denoiser.family.lora_config(4, 8.0)
-    image = case.denoiser.family.image_tokens(*case.shape[2:])
-    predicted = case.core.block_bytes(
-        blocks, case.denoiser.sites(), case.denoiser.family, config, image, 40, batch=2, itemsize=4
-    )
+    predicted = case.predicted()
     saved = SavedBytes()
     case.gradients(count, saved)
     total = sum(block.kept for block in predicted)

@@ -26,8 +26,10 @@ def test_counted_at_the_real_width(name: str, tmp_path: Path, monkeypatch: pytes
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert list(rows) == ["none", "all", "24 GB", "16 GB", "12 GB", "8 GB"]
+    assert list(rows) == ["none", "selective", "all", "24 GB", "16 GB", "12 GB", "8 GB"]
     for row in rows.values():
         assert row["seconds"] is None and row["counted"] in (None, pytest.approx(1, abs=0.05))
         assert row["planned_gb"] is None or 0.7 * row["planned_gb"] < row["peak_gb"] <= row["planned_gb"]
-    assert rows["none"]["peak_gb"] > rows["all"]["peak_gb"] and rows["none"]["tflop"] < rows["all"]["tflop"]
+    none, selective, full = (rows[name] for name in ("none", "selective", "all"))
+    assert none["peak_gb"] > selective["peak_gb"] > full["peak_gb"]
+    assert none["tflop"] < selective["tflop"] < 1.02 * none["tflop"] < full["tflop"]

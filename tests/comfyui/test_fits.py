@@ -161,6 +161,43 @@ def test_conditions_of_the_demo_are_not_for_the_real_model(comfyui: ComfyUI, fit
         fits.require_trainable(demo, conditions_for(comfyui, demo, 2560))
 
 
+# -- the type of Load CLIP ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["qwen_3_4b", "qwen3vl_4b_fp8_scaled"])
+def test_a_type_of_load_clip_gives_the_right_features_or_is_refused(comfyui: ComfyUI, files: None, file: str) -> None:
+    """For Qwen3-4B ComfyUI tells FLUX.2's two types from all others, which are Z-Image's to the bit."""
+    families, encoder = comfyui.module("nodes.comfy_host.families"), comfyui.module("nodes.comfy_host.encoder")
+    loader = comfyui.nodes.CLIPLoader
+
+    @torch.inference_mode()
+    def encoded(kind: str) -> tuple[str, torch.Tensor]:
+        (clip,) = loader().load_clip(f"{file}.safetensors", kind)
+        family = families.family_of_clip(clip)
+        features = encoder.ComfyEncoder.encode_text(SimpleNamespace(_clip=clip), "a red lamp")  # type: ignore[arg-type]
+        return family.name, features.features
+
+    def taken(kind: str) -> tuple[str, torch.Tensor] | None:
+        try:
+            return comfyui.call(encoded, kind)
+        except ValueError as error:
+            assert str(error).startswith("the input clip ") and "with type lumina2" in str(error), kind
+            assert "\n" not in str(error)
+            return None
+
+    usual = {"qwen_3_4b": ("lumina2", "flux2"), "qwen3vl_4b_fp8_scaled": ("krea2", "flux2")}[file]
+    wanted = dict(filter(None, map(taken, usual)))
+    assert len(wanted) == 2
+    kinds = [kind for kind in loader.INPUT_TYPES()["required"]["type"][0] if kind not in usual]
+    found = {kind: taken(kind) for kind in kinds}
+    assert all(torch.equal(given[1], wanted[given[0]]) for given in found.values() if given is not None)
+    families_of_types = {kind: given and given[0] for kind, given in found.items()}
+    if file == "qwen_3_4b":
+        assert set(families_of_types.values()) == {"z_image"} and "stable_diffusion" in kinds
+    else:
+        assert set(families_of_types.values()) == {None}
+
+
 # -- the nodes --------------------------------------------------------------------------------------------------------
 
 

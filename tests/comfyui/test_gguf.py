@@ -10,9 +10,9 @@ import gguf_files
 import pytest
 import stock_files
 import torch
-from bases import drawn, unload
+from bases import drawn, train, unload
 from conftest import give_up
-from gradient import difference, equal, gradients
+from gradient import SELECTIVE, difference, equal, gradients
 from graphs import node_of, shipped, shrunk
 from inprocess import ComfyUI
 from loras import random_lora
@@ -87,7 +87,8 @@ def test_gradients_are_those_of_the_dequantised_weights(comfyui: ComfyUI, load: 
     got = gradients(comfyui, model)
     if dtype == torch.float32:  # where ComfyUI computes in another dtype, the twin's norms are rounded otherwise
         assert difference(got, gradients(comfyui, twin)) < 1e-5
-    assert equal(gradients(comfyui, model, recompute=99), got)
+    for recompute in (99, SELECTIVE):
+        assert equal(gradients(comfyui, model, recompute=recompute), got)
     exact = load(network, "BF16")  # as the values that were written
     slack = 0 if dtype == torch.float32 else 0.05
     assert difference(got, gradients(comfyui, exact)) < ROUNDED[form] + slack
@@ -131,15 +132,42 @@ def test_a_whole_training(comfyui: ComfyUI, load: Any, network: str, form: str) 
     stock_files.write_concept(comfyui.input / folder)
     graph = shrunk(shipped(template), steps=2, probe_every=1)
     graph[node_of(graph, "DOPSD_LoadDataset")]["inputs"]["folder"] = folder
-    unet, train = node_of(graph, "UNETLoader"), node_of(graph, "DOPSD_TrainLoRA")
+    unet, trains = node_of(graph, "UNETLoader"), node_of(graph, "DOPSD_TrainLoRA")
     graph[unet] = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": file}}
-    graph[train]["inputs"]["run_name"] = folder
+    graph[trains]["inputs"]["run_name"] = folder
     run = comfyui.execute(graph)
     assert run.status == "success", run.error
-    lora = run.value(train)
+    lora = run.value(trains)
+    assert lora.facts["dopsd_base_model"] == file and "dopsd_base_model_note" not in lora.facts
     assert all(value.isfinite().all() for value in lora.values())
     assert any(value.abs().max() > 0 for key, value in lora.items() if ".lora_B." in key)
     assert torch.equal(drawn(comfyui, run.value(unet)), drawn(comfyui, load(network, form)))
+
+
+def test_an_undistilled_file_is_recognised_by_its_name(comfyui: ComfyUI) -> None:
+    """In Teacher Preview, on the training node and in the LoRA's header."""
+    folder = comfyui.base / "models" / "diffusion_models"
+    gguf_files.write(folder / "flux-2-klein-base-4b-Q8_0.gguf", stock_files.klein(), "flux", "Q8_0")
+    stock_files.write(comfyui.base / "models")
+    stock_files.write_concept(comfyui.input / "undistilled")
+    graph = shrunk(shipped("klein_train"), steps=2, probe_every=0, preview_every=0)
+    graph[node_of(graph, "DOPSD_LoadDataset")]["inputs"]["folder"] = "undistilled"
+    unet, trains = node_of(graph, "UNETLoader"), node_of(graph, "DOPSD_TrainLoRA")
+    graph[unet] = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "flux-2-klein-base-4b-Q8_0.gguf"}}
+    graph[trains]["inputs"]["run_name"] = "undistilled"
+    run = comfyui.execute(graph)
+    assert run.status == "success", run.error
+    warning = "flux-2-klein-base-4b-Q8_0.gguf looks like an undistilled checkpoint (by its name)"
+    assert warning in run.texts(trains)[-1] and warning in run.texts(node_of(graph, "DOPSD_TeacherPreview"))[-1]
+    assert run.value(trains).facts["dopsd_undistilled"] == "by its name"
+
+
+def test_a_base_without_a_name_is_trained_and_the_node_and_the_header_say_so(comfyui: ComfyUI, load: Any) -> None:
+    run = train(comfyui, load("z_image_turbo", "Q8_0"), "nameless")  # its loader is not in the graph
+    note = comfyui.module("nodes.comfy_host.base_name").UNKNOWN
+    assert run.texts("train")[-1].split("\n").count(note) == 1
+    facts = run.value("train").facts
+    assert (facts["dopsd_base_model"], facts["dopsd_base_model_note"]) == ("", note)
 
 
 @pytest.mark.parametrize("kind", ["lumina2", "flux2"])

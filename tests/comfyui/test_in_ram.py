@@ -15,7 +15,7 @@ import pytest
 import torch
 import toy
 from bases import drawn, left_in_ram, same, unload
-from gradient import difference, equal, features, gradients, held
+from gradient import SELECTIVE, difference, equal, features, gradients, held
 from inprocess import ComfyUI
 from torch import Tensor
 
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_a_model_that_is_loaded_whole(
     assert equal(gradients(comfyui, model, looks), wanted)
     leave_in_ram(share)
     drawn(comfyui, model)  # by ComfyUI's sampler, in inference mode: its buffers are made there
-    for recompute in (0, 99):
+    for recompute in (0, 99, SELECTIVE):
         assert equal(gradients(comfyui, model, looks, recompute), wanted)
     if not model.is_dynamic():
         names = left_in_ram(model)

@@ -14,6 +14,7 @@ import klein_twins
 import pytest
 import torch
 import twins
+from gradient import SELECTIVE
 from inprocess import ComfyUI
 from torch import Tensor
 
@@ -103,7 +104,7 @@ def test_velocity(comfyui: ComfyUI, model: Any, network: Any, inputs: Inputs, si
         assert twins.relative(ours, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("num_checkpointed", [0, DOUBLE + 1, DOUBLE + SINGLE])
+@pytest.mark.parametrize("num_checkpointed", [0, DOUBLE + 1, DOUBLE + SINGLE, SELECTIVE])
 def test_gradients_of_a_lora(comfyui: ComfyUI, model: Any, network: Any, inputs: Inputs, num_checkpointed: int) -> None:
     """Ours through ComfyUI in training mode, theirs through peft; a LoRA that does something already, on every Linear
     of double-stream and single-stream blocks."""

@@ -10,6 +10,7 @@ import krea2_twins
 import pytest
 import torch
 import twins
+from gradient import SELECTIVE
 from inprocess import ComfyUI
 from torch import Tensor
 
@@ -94,7 +95,9 @@ def test_velocity(comfyui: ComfyUI, model: Any, network: Any, inputs: Inputs, si
         assert twins.relative(ours, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("num_checkpointed", [0, 4 + BLOCKS - 1, 4 + BLOCKS], ids=["none", "some", "all"])
+@pytest.mark.parametrize(
+    "num_checkpointed", [0, 4 + BLOCKS - 1, 4 + BLOCKS, SELECTIVE], ids=["none", "some", "all", "selective"]
+)
 @pytest.mark.parametrize("fusion", [False, True], ids=["blocks", "text fusion too"])
 def test_gradients_of_a_lora(
     comfyui: ComfyUI, model: Any, network: Any, inputs: Inputs, num_checkpointed: int, fusion: bool

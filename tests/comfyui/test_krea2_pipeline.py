@@ -201,6 +201,17 @@ def test_the_teacher_is_vlm_and_nothing_else(comfyui: ComfyUI, encoder: Any) -> 
         teacher_for(encoder, "edit", False, "")
 
 
+def test_text_features_of_another_width_are_one_sentence(comfyui: ComfyUI, ours: dict[str, Any]) -> None:
+    """The width is a product of two entries of the configuration; the real one's text encoder has a name."""
+    fits, wide = comfyui.module("nodes.comfy_host.fits"), 12 * krea2_twins.TEXT_WIDTH
+    assert fits.text_width(ours["model"]) == wide
+    fits.require_text_width(ours["model"], wide, "positive has features")
+    with pytest.raises(ValueError, match=f"^positive has features of width 2560, and this MODEL reads width {wide}"):
+        fits.require_text_width(ours["model"], 2560, "positive has features")
+    entry = comfyui.module("nodes.comfy_host.families").in_comfyui(comfyui.core("families").KREA2)
+    assert entry.text_encoders[12 * 2560] == "qwen3vl_4b_fp8_scaled with type krea2"
+
+
 def test_tokens_of_a_prompt_are_counted_with_the_template(comfyui: ComfyUI, encoder: Any) -> None:
     """The encoder cuts 34 of them off; diffusers' limit of 512 does not count these."""
     counted = encoder.count_text(PROMPT)

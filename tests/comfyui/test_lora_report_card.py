@@ -132,13 +132,17 @@ def test_cancelling_stops_between_images_and_leaves_the_model(comfyui, tensors) 
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
+        ({"prompts": "a badge\na\0 \0b\0"}, "prompts: line 2: the text contains NUL characters"),
+        ({"prompts": "a \x1b[31mred badge"}, "prompts: line 1: the text contains the control character U+001B"),
+        ({"prompts": "a badge \ud83d"}, "prompts: line 1: the text contains half a character (U+D83D)"),
+        ({"class_name": "bad\0ge"}, "class_name: the text contains NUL characters"),
         ({}, "there is no LoRA to report on: choose a file in lora_name, or connect lora"),
         ({"strengths": "0"}, "strengths: 0 is the untouched model, which is always drawn; add another"),
         ({"strengths": "strong"}, "strengths: 'strong' is not a number"),
         ({"prompts": "\n".join(f"a badge {i}" for i in range(65))}, "prompts: give at most 64 prompts"),
         ({"dino": "nowhere"}, "nowhere"),
     ],
-    ids=["no lora", "zero", "words", "many", "weights"],
+    ids=["NUL", "control", "half", "NUL in class_name", "no lora", "zero", "words", "many", "weights"],
 )
 def test_what_is_wrong_is_said_before_anything_is_drawn(comfyui, inputs, sentence) -> None:
     run = comfyui.execute(graph(comfyui, None, **inputs))

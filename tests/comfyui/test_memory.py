@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,9 +76,9 @@ class Case:
         memory = self.comfyui.module("nodes.comfy_host.memory_plan")
         return memory.make_plan(name, self.denoiser, self.conditions, self.config, budget, free)
 
-    def counted_peak(self, count: int) -> int:
-        """Live bytes of an optimizer step with so many blocks recomputing, its LoRA and optimizer included, the base's
-        weights not."""
+    def counted_peak(self, checkpointing: Any) -> int:
+        """Live bytes of an optimizer step with this checkpointing, its LoRA and optimizer included, the base's weights
+        not."""
         core, device = self.comfyui.core, self.denoiser.device
         blocks, shape = self.denoiser.blocks(), (1, *self.latent)
         with torch.inference_mode(False), torch.enable_grad(), counters.LiveBytes() as live:
@@ -95,7 +96,7 @@ class Case:
             with (
                 self.denoiser.trainable(shape),
                 adapters.attached(),
-                core("memory.activation_checkpointing").checkpointed(blocks, count),
+                core("memory.activation_checkpointing").checkpointed(blocks, checkpointing),
             ):
                 core("objectives").DOPSD(anchor_probability=0).backward(inputs)
             optimizer.step()
@@ -119,20 +120,26 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize("share", [0, 0.4, 1], ids=["none checkpointed", "some", "all"])
+SHARES = {"none checkpointed": 0, "some": 0.4, "all": 1, "selectively": 1}
+
+
+@pytest.mark.parametrize("how", SHARES)
 @pytest.mark.parametrize("name", COUNTED)
-def test_the_estimate_is_what_is_counted(comfyui: ComfyUI, name: str, share: float) -> None:
+def test_the_estimate_is_what_is_counted(comfyui: ComfyUI, name: str, how: str) -> None:
     """A dry run at the real widths: tensors without contents, counted op by op."""
     network, latent, tokens, references = COUNTED[name]
     case = Case(comfyui, real(network), latent, tokens, references, rank=64)
-    count = round(share * len(case.denoiser.blocks()))
-    with counters.dry_run(comfyui.module("nodes.comfy_host.denoiser"), comfyui.core("objectives")):
-        counted = case.counted_peak(count)
     footprint = case.plan("24 GB", 1000 * GB).footprint
+    kinds = comfyui.core("memory.checkpoint_plan").Checkpointing
+    checkpointing = kinds.full(round(SHARES[how] * len(footprint.blocks)))
+    if how == "selectively":
+        checkpointing = kinds.selective(footprint.blocks)
+    with counters.dry_run(comfyui.module("nodes.comfy_host.denoiser"), comfyui.core("objectives")):
+        counted = case.counted_peak(checkpointing)
     # these weights are neither cast nor streamed, which takes room for the largest of them
     unused = 2 * 2 * max(site.in_features * site.out_features for site in case.denoiser.sites())
-    expected = footprint.total(count) - footprint.weights - unused
-    assert (0.88 if share == 1 else 0.95) * expected < counted <= expected
+    expected = footprint.total(checkpointing) - footprint.weights - unused
+    assert (0.88 if SHARES[how] == 1 else 0.95) * expected < counted <= expected
 
 
 @pytest.mark.parametrize("count", [0, 4])
@@ -172,25 +179,26 @@ def test_one_more_block_keeps_what_the_family_says(
 
 
 REAL = [
-    # network, preset, weights in, side, rank, blocks that recompute at most, weights streamed, at most this peak
-    ("z_image", "24 GB", torch.bfloat16, 1024, 64, 32, False, 20.0),
-    ("z_image", "24 GB", torch.float8_e4m3fn, 1024, 64, 23, False, 20.0),
-    ("z_image", "16 GB", torch.float8_e4m3fn, 1024, 64, 29, False, 15.0),
-    ("z_image", "16 GB", torch.bfloat16, 1024, 64, 34, True, 15.0),
-    ("z_image", "12 GB", torch.float8_e4m3fn, 768, 32, 29, False, 11.5),
-    ("z_image", "12 GB", torch.bfloat16, 768, 32, 34, True, 11.5),
-    ("z_image", "8 GB", torch.float8_e4m3fn, 512, 16, 34, True, 7.6),
-    ("z_image", "8 GB", torch.bfloat16, 512, 16, 34, True, 7.6),
-    ("klein", "24 GB", torch.bfloat16, 1024, 64, 12, False, 20.0),
-    ("klein", "16 GB", torch.bfloat16, 1024, 64, 20, False, 15.0),
-    ("klein", "12 GB", torch.bfloat16, 768, 32, 23, False, 11.5),
-    ("klein", "8 GB", torch.float8_e4m3fn, 512, 16, 15, False, 7.6),
-    ("krea2", "24 GB", torch.float8_e4m3fn, 1024, 64, 32, True, 20.0),
-    ("krea2", "24 GB", torch.float8_e4m3fn, 1024, 32, 32, False, 20.0),
-    ("krea2", "24 GB", torch.bfloat16, 1024, 32, 32, True, 20.0),
-    ("krea2", "16 GB", torch.float8_e4m3fn, 1024, 64, 32, True, 15.0),
-    ("krea2", "12 GB", torch.float8_e4m3fn, 768, 32, 32, True, 11.5),
-    ("krea2", "8 GB", torch.float8_e4m3fn, 512, 16, 32, True, 7.6),
+    # network, preset, weights in, side, rank, share of the blocks' forward that is repeated at most, weights streamed,
+    # at most this peak
+    ("z_image", "24 GB", torch.bfloat16, 1024, 64, 0.73, False, 20.0),
+    ("z_image", "24 GB", torch.float8_e4m3fn, 1024, 64, 0.27, False, 20.0),
+    ("z_image", "16 GB", torch.float8_e4m3fn, 1024, 64, 0.57, False, 15.0),
+    ("z_image", "16 GB", torch.bfloat16, 1024, 64, 1, True, 15.0),
+    ("z_image", "12 GB", torch.float8_e4m3fn, 768, 32, 0.58, False, 11.5),
+    ("z_image", "12 GB", torch.bfloat16, 768, 32, 1, True, 11.5),
+    ("z_image", "8 GB", torch.float8_e4m3fn, 512, 16, 1, True, 7.6),
+    ("z_image", "8 GB", torch.bfloat16, 512, 16, 1, True, 7.6),
+    ("klein", "24 GB", torch.bfloat16, 1024, 64, 0.07, False, 20.0),
+    ("klein", "16 GB", torch.bfloat16, 1024, 64, 0.49, False, 15.0),
+    ("klein", "12 GB", torch.bfloat16, 768, 32, 0.64, False, 11.5),
+    ("klein", "8 GB", torch.float8_e4m3fn, 512, 16, 0.23, False, 7.6),
+    ("krea2", "24 GB", torch.float8_e4m3fn, 1024, 64, 1, True, 20.0),
+    ("krea2", "24 GB", torch.float8_e4m3fn, 1024, 32, 0.98, False, 20.0),
+    ("krea2", "24 GB", torch.bfloat16, 1024, 32, 1, True, 20.0),
+    ("krea2", "16 GB", torch.float8_e4m3fn, 1024, 64, 1, True, 15.0),
+    ("krea2", "12 GB", torch.float8_e4m3fn, 768, 32, 1, True, 11.5),
+    ("krea2", "8 GB", torch.float8_e4m3fn, 512, 16, 1, True, 7.6),
 ]
 WEIGHTS = {"z_image": 6.15e9, "klein": 3.876e9, "krea2": 12.82e9}
 
@@ -207,7 +215,7 @@ def test_the_real_model_is_planned_into_its_card(
     dtype: torch.dtype,
     side: int,
     rank: int,
-    most: int,
+    most: float,
     streams: bool,
     target: float,
 ) -> None:
@@ -222,9 +230,11 @@ def test_the_real_model_is_planned_into_its_card(
     budget = comfyui.module("nodes.comfy_host.memory_plan").MEMORY_PRESETS[preset].budget
     plan = case.plan(preset, budget)
     assert plan.footprint.weights == pytest.approx(WEIGHTS[name] * dtype.itemsize, rel=0.01)
-    beside = plan.footprint.total(plan.checkpoint_blocks) - plan.footprint.weights
+    beside = plan.footprint.total(plan.checkpointing) - plan.footprint.weights
     assert beside <= budget < target * GB, "what cannot be streamed fits"
-    assert plan.checkpoint_blocks <= most
+    blocks = plan.footprint.blocks
+    every = comfyui.core("memory.checkpoint_plan").Checkpointing.full(len(blocks))
+    assert plan.checkpointing.flops(blocks) <= most * every.flops(blocks)
     assert (plan.streamed > 0) == streams
 
 
@@ -270,15 +280,19 @@ def test_the_largest_image_and_the_longest_text_of_all(comfyui: ComfyUI) -> None
 def test_checkpointing_before_streaming_and_only_as_much_as_needed(comfyui: ComfyUI) -> None:
     case = Case(comfyui)
     ample = case.plan("24 GB", 100 * GB)
-    assert ample.checkpoint_blocks == 0 and ample.streamed == 0 and not ample.notes
+    assert ample.checkpointing.count == 0 and ample.streamed == 0 and not ample.notes
     assert ample.reserve < GB and ample.config == case.config
     tight = case.plan("24 GB", ample.peak - 1)
-    assert tight.checkpoint_blocks == 1 and tight.streamed == 0 and tight.peak <= ample.peak - 1
+    assert tight.checkpointing.count == 1 and tight.streamed == 0 and tight.peak <= ample.peak - 1
+    blocks = ample.footprint.blocks
+    assert tight.checkpointing.kept == (frozenset(product.name for product in blocks[0].products),), "no product again"
+    (note,) = tight.notes
+    assert re.fullmatch(r"gradient checkpointing on 1 of 4 blocks, with 9\d% of their products kept \(.+\)", note)
     least = ample.footprint.total(4)
     all_blocks = case.plan("24 GB", least)
-    assert all_blocks.checkpoint_blocks <= 4 and all_blocks.streamed == 0 and all_blocks.peak <= least
+    assert all_blocks.checkpointing.count <= 4 and all_blocks.streamed == 0 and all_blocks.peak <= least
     streaming = case.plan("24 GB", least - 10**6)
-    assert streaming.checkpoint_blocks == 4
+    assert streaming.checkpointing.kept == (frozenset(),) * 4
     assert streaming.streamed == 10**6
     assert any("streamed from RAM" in note for note in streaming.notes)
     hopeless = case.plan("24 GB", 10**6)
@@ -355,8 +369,8 @@ def test_auto_is_the_same_run_whatever_is_free(comfyui: ComfyUI, memory: Any, mo
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, free=free: free)
         plans.append(memory.plan_memory("auto", case.denoiser, case.conditions, case.config))
     assert len({plan.config for plan in plans}) == 1
-    assert [plan.checkpoint_blocks for plan in plans] == sorted(plan.checkpoint_blocks for plan in plans)
-    assert plans[-1].checkpoint_blocks == 4
+    repeated = [plan.checkpointing.flops(plan.footprint.blocks) for plan in plans]
+    assert repeated == sorted(repeated) and plans[-1].checkpointing.kept == (frozenset(),) * 4
 
 
 def test_dynamic_vram_is_not_said_to_leave_so_much_in_ram(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +394,7 @@ def test_directml_does_not_say_how_large_the_card_is(
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: 2**30)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2**30)
     plan = memory.plan_memory(choice, case.denoiser, case.conditions, case.config)
-    assert plan.preset == preset and plan.streamed == 0 and plan.checkpoint_blocks == 0
+    assert plan.preset == preset and plan.streamed == 0 and plan.checkpointing.count == 0
     said = [note for note in plan.notes if "not known under DirectML" in note]
     assert len(said) == (choice == "auto")
 
@@ -494,14 +508,15 @@ def test_a_run_in_little_memory_is_the_same_run(comfyui: ComfyUI, monkeypatch: p
     """Through the node: every block recomputes, and the LoRA is the one of a run in which none does."""
     memory = comfyui.module("nodes.comfy_host.training")
     honest = memory.plan_memory
+    kinds = comfyui.core("memory.checkpoint_plan").Checkpointing
     counts: list[int] = []
 
     def tight(choice: str, *args: Any) -> Any:
         plan = honest(choice, *args)
-        counts.append(len(plan.footprint.blocks))
-        return dataclasses.replace(
-            plan, checkpoint_blocks=counts[-1], notes=("gradient checkpointing on 6 of 6 blocks",)
-        )
+        blocks = plan.footprint.blocks
+        counts.append(len(blocks))
+        some = kinds((*kinds.selective(blocks).kept[:3], *kinds.full(3).kept))
+        return dataclasses.replace(plan, checkpointing=some, notes=("gradient checkpointing on 6 of 6 blocks",))
 
     one = comfyui.execute(training("roomy", preview_every=0))
     monkeypatch.setattr(memory, "plan_memory", tight)

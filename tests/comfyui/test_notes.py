@@ -95,7 +95,7 @@ def test_the_memory_plan_and_the_conditions_have_their_say(comfyui: ComfyUI, mon
     real = train.train
     monkeypatch.setattr(train, "plan_memory", traded)
     monkeypatch.setattr(train, "train", warned)
-    monkeypatch.setattr(train, "warn_if_undistilled", lambda model: "looks like an undistilled checkpoint")
+    monkeypatch.setattr(train, "warn_if_undistilled", lambda *_: "looks like an undistilled checkpoint")
     graph = training("traded", steps=1, warmup=0, preview_every=0, probe_every=0)
     first = comfyui.execute(graph)
     conditions = dataclasses.replace(first.value("conditions"), notes=("01.txt: 9 tokens are cut off",))

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import twins
+from gradient import SELECTIVE
 from graphs import SHORT
 from inprocess import ComfyUI
-from loras import give_values
+from loras import give_values, random_lora
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -124,11 +125,30 @@ def test_the_notes_say_that_it_is_untested(comfyui: ComfyUI, ours: SimpleNamespa
     ],
 )
 def test_the_undistilled_checkpoint_is_recognised(
-    comfyui: ComfyUI, stand_in: Any, monkeypatch: pytest.MonkeyPatch, ours: SimpleNamespace, name: str, found: bool
+    comfyui: ComfyUI, stand_in: Any, ours: SimpleNamespace, name: str, found: bool
 ) -> None:
     distilled = comfyui.module("nodes.comfy_host.distilled")
-    monkeypatch.setattr(distilled, "base_name", lambda model: name)
-    assert bool(distilled.why_undistilled(ours.model)) is found
+    assert bool(distilled.why_undistilled(ours.model, name)) is found
+
+
+def test_parts_of_krea2_are_one_sentence(comfyui: ComfyUI, ours: SimpleNamespace) -> None:
+    """The two families have Qwen3-VL, and names of layers, in common."""
+    import krea2_twins
+
+    encoders, fits = (comfyui.module(f"nodes.comfy_host.{name}") for name in ("encoder", "fits"))
+    model, (clip, _), (vae, _) = comfyui.call(lambda: (krea2_twins.model(), krea2_twins.clips(), krea2_twins.vaes()))
+    with pytest.raises(ValueError, match="^the input vae is Krea 2 Turbo's, the input clip is Qwen-Image 2.1 Turbo's"):
+        encoders.new_encoder(ours.clip, vae, None)
+    with pytest.raises(ValueError, match="^the input vae is Qwen-Image 2.1 Turbo's, the input clip is Krea 2 Turbo's"):
+        encoders.new_encoder(clip, ours.vae, None)
+    conditions = SimpleNamespace(family=ours.encoder.family)
+    with pytest.raises(ValueError, match="^the conditions are for Qwen-Image 2.1 Turbo, the MODEL is Krea 2 Turbo;"):
+        fits.require_trainable(model, conditions)
+    for here, there in ((ours.model, model), (model, ours.model)):
+        denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(here)
+        import_lora, targets = comfyui.core("adapters.lora_import").import_lora, denoiser.family.lora_targets
+        with pytest.raises(ValueError, match=r"^the LoRA to start from is of another model: .* goes from \d+"):
+            import_lora(random_lora(comfyui, there, 0.3, 2, 0), denoiser.sites(), targets)
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -160,7 +180,7 @@ def test_a_batch_of_different_places(comfyui: ComfyUI, ours: SimpleNamespace) ->
 
 
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("num_checkpointed", [0, 1, 2], ids=["none", "some", "all"])
+@pytest.mark.parametrize("num_checkpointed", [0, 1, 2, SELECTIVE], ids=["none", "some", "all", "selective"])
 def test_gradients_of_a_lora(comfyui: ComfyUI, ours: SimpleNamespace, case: str, num_checkpointed: int) -> None:
     """Ours through the stand-in in training mode, theirs through peft."""
     x, condition = inputs(comfyui, case)
@@ -255,9 +275,9 @@ def test_texts_that_have_read_references(comfyui: ComfyUI, ours: SimpleNamespace
 def test_references_that_do_not_fit_are_one_sentence(comfyui: ComfyUI, ours: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="multiples of 32 pixels: crop them"):
         in_comfyui(comfyui, ours.encoder.encode_with_references, [pixels(64, 80)], PROMPT)
-    whole = "<|im_start|>system\nno<|im_end|>\n<|im_start|>user\nhello"
-    with pytest.raises(ValueError, match="read 0 of 1 reference images with .*: write the caption without"):
-        in_comfyui(comfyui, ours.encoder.encode_with_references, [pixels(64, 64)], whole)
+    for whole in ("<|im_start|>system\nno<|im_end|>\n<|im_start|>user\nhello", "<|im_start|>user\nhello"):
+        with pytest.raises(ValueError, match="read 0 of 1 reference images with .*: write the caption without"):
+            in_comfyui(comfyui, ours.encoder.encode_with_references, [pixels(64, 64)], whole)
 
 
 def test_other_families_do_not_read_references(comfyui: ComfyUI, ours: SimpleNamespace) -> None:

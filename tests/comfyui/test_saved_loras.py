@@ -71,17 +71,22 @@ def test_the_best_one_is_offered(comfyui: ComfyUI, strip: Run) -> None:
     ) in last.splitlines()
 
 
+def best_of(comfyui: ComfyUI, folder: Path, step: int) -> tuple[Any, Any]:
+    """The result of a run in this folder whose best step is this one, and its configuration."""
+    config = comfyui.core("config").TrainConfig.from_json((folder / "config.json").read_text("utf-8"))
+    path = comfyui.core("training.saved_loras").lora_of_step(folder, step)
+    best = comfyui.core("training.unseen_gap").BestStep(step, 0.5, path)
+    (last, *_) = comfyui.core("training.checkpoint").saved_steps(folder / "checkpoints")
+    checkpoint = folder / "checkpoints" / f"step-{last:06d}"
+    kind = comfyui.core("training.trainer").TrainResult
+    return kind(last, False, folder / "lora.safetensors", checkpoint, None, None, best), config
+
+
 def test_the_best_lora_is_the_file_of_its_step(comfyui: ComfyUI, strip: Run) -> None:
     module = comfyui.module("nodes.comfy_host.training")
     saved = comfyui.core("training.saved_loras").saved_loras(folder_of(strip))
     assert [one.step for one in saved] == [2, 4, 6]
-    config = comfyui.core("config").TrainConfig.from_json((folder_of(strip) / "config.json").read_text("utf-8"))
-    best = comfyui.core("training.unseen_gap").BestStep(2, 0.5, saved[0].path)
-    checkpoints = comfyui.core("training.checkpoint").saved_steps(folder_of(strip) / "checkpoints")
-    result = comfyui.core("training.trainer").TrainResult(
-        6, False, folder_of(strip) / "lora.safetensors",
-        folder_of(strip) / "checkpoints" / f"step-{checkpoints[0]:06d}", None, None, best,
-    )  # fmt: skip
+    result, config = best_of(comfyui, folder_of(strip), 2)
     given = module.best_lora(result, config)
     tensors, header = comfyui.core("adapters.lora_file").read_safetensors(saved[0].path)
     assert given.keys() == tensors.keys() and all(torch.equal(given[key], tensors[key]) for key in tensors)
@@ -175,3 +180,36 @@ def test_a_plateau_ends_the_run_and_the_report_says_why(comfyui: ComfyUI, monkey
         assert text.startswith("4 steps done") and "already done" not in text
         assert report["state"] == "finished" and report["step"] == 4
         assert sum(note.startswith("stopped at step 4 of 6: the last 3 measurements") for note in report["notes"]) == 1
+
+
+def test_a_lora_put_in_the_place_of_the_runs_is_not_given_out(
+    comfyui: ComfyUI, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The finished run again, after its files were replaced by another run's: the same LoRA comes back, and notes."""
+    graph = saving(comfyui, "replaced")
+    first, other = comfyui.execute(graph), comfyui.execute(saving(comfyui, "other", rank=2, alpha=2.0))
+    assert (first.status, other.status) == ("success", "success"), (first.error, other.error)
+    folder = folder_of(first)
+    strangers = (folder_of(other) / "lora.safetensors").read_bytes()
+    step_2 = folder / "loras" / "step-000002.safetensors"
+    for path in (folder / "lora.safetensors", step_2):
+        path.write_bytes(strangers)
+    again = comfyui.execute(graph)
+    assert again.status == "success", again.error
+    lora, wanted = again.value("train"), first.value("train")
+    assert all(torch.equal(lora[key], wanted[key]) for key in wanted) and lora.facts == wanted.facts
+    text = again.texts("train")[-1]
+    assert "lora.safetensors was not written by this run: it is now lora-of-another-run.safetensors" in text
+    assert (folder / "lora-of-another-run.safetensors").read_bytes() == strangers
+    best, config = best_of(comfyui, folder, 2)
+    module = comfyui.module("nodes.comfy_host.training")
+    for damaged in (False, True):
+        step_2.write_bytes(strangers[: -100 if damaged else None])
+        given = module.best_lora(best, config)
+        assert all(torch.equal(given[key], wanted[key]) for key in wanted)
+        assert "step-000002.safetensors" in caplog.messages[-1]
+        assert "best_lora is the LoRA of step 6 instead" in caplog.messages[-1]
+    step_2.write_bytes(strangers)
+    compared = comfyui.execute(comparing(run_folder=folder.name))
+    assert compared.status == "success", compared.error
+    assert "step-000002.safetensors is not as the run wrote it" in compared.texts("compare")[-1]

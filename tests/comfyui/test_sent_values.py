@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-from graphs import training
+from graphs import drawing, training
 from inprocess import ComfyUI
 from live import Server
 
@@ -15,6 +16,8 @@ def graph(name: str, node: str, **inputs: Any) -> dict:
     made[node]["inputs"].update(inputs)
     return made
 
+
+UNREAD = "colour is not used: there is no such input"
 
 REFUSED: dict[str, tuple[str, str, Any, str]] = {
     # node, input, value, what is said
@@ -74,4 +77,45 @@ def test_null_is_as_if_it_were_not_given(server: Server) -> None:
 def test_an_input_that_is_none_of_ours_is_named(server: Server) -> None:
     run = server.run(graph("stranger", "train", colour="blue"))
     assert run.status == "success", run.error
-    assert "colour is not used: there is no such input" in run.texts("train")[-1]
+    assert run.texts("train")[-1].split("\n").count(UNREAD) == 1
+
+
+def test_every_node_names_what_it_has_no_input_for(comfyui: ComfyUI) -> None:
+    """Also those that show no text otherwise; the training node and its report repeat it for all that come before."""
+    made = graph("strangers", "train", settings=["settings", 0])
+    made["settings"] = {"class_type": "DOPSD_TrainingSettings", "inputs": {"preset": "demo model"}}
+    made["look"] = {
+        "class_type": "DOPSD_TeacherPreview",
+        "inputs": {"model": ["models", 0], "conditions": ["conditions", 0], "vae": ["models", 2], "pictures": 1},
+    }
+    made["save"] = {"class_type": "DOPSD_SaveLoRA", "inputs": {"lora": ["train", 0]}}
+    made["compare"] = {
+        "class_type": "DOPSD_CompareLoRA",
+        "inputs": {
+            "model": ["models", 0], "clip": ["models", 1], "vae": ["models", 2], "prompts": "a badge", "width": 64,
+            "height": 64, "lora": ["train", 0],
+        },
+    }  # fmt: skip
+    made |= drawing("a badge")
+    ours = [id for id, node in made.items() if node["class_type"].startswith("DOPSD_")]
+    for id in ours:
+        made[id]["inputs"]["colour"] = ["data", 1] if id == "conditions" else "blue"
+    run = comfyui.execute(made)
+    assert run.status == "success", run.error
+    for id in ours:
+        assert run.texts(id)[-1].split("\n").count(UNREAD) == 1, id
+    assert all(UNREAD not in text for id in set(made) - set(ours) for text in run.texts(id))
+    before = ("Load Demo Models", "Load Dataset (D-OPSD)", "Build Teacher Condition", "Training Settings")
+    (folder,) = (comfyui.output / "dopsd").glob("strangers-*")
+    notes = json.loads((folder / "report.json").read_text())["notes"]
+    assert {note for note in notes if note.endswith(UNREAD)} == {UNREAD, *(f"{title}: {UNREAD}" for title in before)}
+
+
+def test_every_node_sees_the_graph(comfyui: ComfyUI) -> None:
+    from comfy_api.latest import io
+
+    schemas = {name: node.define_schema() for name, node in comfyui.pack_nodes.items()}
+    assert [name for name, schema in schemas.items() if io.Hidden.dynprompt not in schema.hidden] == []
+    # a loader with unique_id would load its file again for each node
+    loads = [name for name in schemas if name in ("DOPSD_LoadDemoModels", "DOPSD_LoadTeacherVision")]
+    assert len(loads) == 2 and not any(io.Hidden.unique_id in schemas[name].hidden for name in loads)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import twins
+from gradient import SELECTIVE
 from inprocess import ComfyUI
 from torch import Tensor
 
@@ -61,14 +62,15 @@ def test_velocity(comfyui: ComfyUI, pair: Any, inputs: Any, sigma: float) -> Non
         assert twins.relative(ours, theirs) < TOLERANCE
 
 
-def test_gradients_of_a_lora(comfyui: ComfyUI, pair: Any, inputs: Any) -> None:
+@pytest.mark.parametrize("num_checkpointed", [0, SELECTIVE], ids=["none", "selective"])
+def test_gradients_of_a_lora(comfyui: ComfyUI, pair: Any, inputs: Any, num_checkpointed: int) -> None:
     """Ours through ComfyUI in training mode, theirs through peft; a LoRA that does something already."""
     network, model = pair
     x, features = inputs
     conditions = [comfyui.core("conditioning.encode").Condition(f) for f in features]
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     start = twins.random_student(comfyui, model, RANK)
-    ours_v, ours = twins.our_gradients(comfyui, model, start, ALPHA, x, SIGMA, conditions, weight)
+    ours_v, ours = twins.our_gradients(comfyui, model, start, ALPHA, x, SIGMA, conditions, weight, num_checkpointed)
     theirs_v, theirs = twins.peft_gradients(
         network, start, ALPHA, lambda: twins.velocity(network, x, SIGMA, features), weight
     )

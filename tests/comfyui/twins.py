@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import toy
+from gradient import checkpointed
 from inprocess import ComfyUI
 from torch import Tensor
 
@@ -124,7 +125,7 @@ def our_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The velocity v [B, C, h, w] of a student, and the gradients of (v * weight).sum(); called as a node is."""
     denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(model)
-    recomputing = comfyui.core("memory.activation_checkpointing").checkpointed(denoiser.blocks(), num_checkpointed)
+    recomputing = checkpointed(comfyui, denoiser, num_checkpointed)
     rank = next(value.shape[0] for key, value in start.items() if ".lora_A." in key)
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), denoiser.trainable(x.shape):
         adapters = new_adapters(comfyui, denoiser, rank, alpha, targets)

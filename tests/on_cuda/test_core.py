@@ -142,7 +142,7 @@ def test_a_training_is_the_cpus(
 def test_recomputing_changes_no_bit(
     on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, whole: Path, blocks: int
 ) -> None:
-    run = train(CONFIG, on_cuda.denoiser, data, tmp_path, checkpoint_blocks=blocks)
+    run = train(CONFIG, on_cuda.denoiser, data, tmp_path, checkpointing=blocks)
     assert same(run.lora_path, whole)
 
 

@@ -20,6 +20,7 @@ TITLES = {
     "frechet_trigger": "Fréchet, [V]",
     "frechet_prior": "Fréchet, prior",
     "prior_error": "prior error",
+    "names_wrong": "names wrong",
     "leak": "leakage",
     "steps": "steps",
     "seconds": "seconds",

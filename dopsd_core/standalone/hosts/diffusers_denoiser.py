@@ -21,6 +21,7 @@ class DiffusersDenoiser(Generic[Transformer]):
 
     def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer.eval().requires_grad_(False)
+        self._dtype = transformer.dtype  # kept: sharded weights are fp32 and gathered in it
 
     @property
     def device(self) -> torch.device:
@@ -29,8 +30,8 @@ class DiffusersDenoiser(Generic[Transformer]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """dtype of the transformer."""
-        return self.transformer.dtype
+        """dtype that the transformer computes in."""
+        return self._dtype
 
     def network(self) -> nn.Module:
         """The transformer."""

@@ -33,7 +33,7 @@ class KleinDenoiser(DiffusersDenoiser[Flux2Transformer2DModel]):
         return torch.cat(parts)[order]
 
     def _predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
-        dtype, (height, width) = self.transformer.dtype, x.shape[-2:]
+        dtype, (height, width) = self.compute_dtype, x.shape[-2:]
         references = zip(*(condition.reference_latents for condition in conditions), strict=True)
         images = [x, *(torch.stack(latents).to(x.device) for latents in references)]
         features = torch.stack([condition.features for condition in conditions]).to(x.device, dtype)

@@ -27,9 +27,10 @@ from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
 from ...families import KREA2, Family
 from ...families.krea2 import TEXT_LAYERS
 from .diffusers_denoiser import DiffusersDenoiser
+from .fit import require_qwen3vl
 from .parts import ModelParts
 from .qwen3vl import image_patches
-from .qwen3vl_encoder import FileParts, GivenParts, Qwen3VLEncoder
+from .qwen3vl_encoder import IMAGE_MARK, FileParts, GivenParts, Qwen3VLEncoder, image_places
 
 TAPS = tuple(range(2, 36, 3))
 """The hidden states in the features, of 36 layers; 0 is the embedding."""
@@ -93,26 +94,28 @@ class Krea2Encoder(Qwen3VLEncoder):
     @torch.no_grad()
     def encode_text(self, caption: str) -> Condition:
         """Features [L, D] of the caption."""
-        return Condition(self._hidden(f"{_SYSTEM}{caption}{_ENDING}"))
+        return Condition(self._hidden(caption))
 
     @torch.no_grad()
     def encode_image_text(self, image: Tensor, caption: str) -> Condition:
         """Features [L, D] of image [3, H, W] in [0, 1], seen at 512^2 to 768^2 pixels, and caption."""
         size = seen_size(image.shape[1], image.shape[2], MIN_PIXELS, MAX_PIXELS)
         pixels, grid = image_patches(image, size)
-        marks = "<|image_pad|>" * int(grid.prod() // 4)
-        text = f"{_SYSTEM}<|vision_start|>{marks}<|vision_end|>{caption}{_ENDING}"
-        return Condition(self._hidden(text, pixel_values=pixels, image_grid_thw=grid))
+        return Condition(self._hidden(caption, int(grid.prod() // 4), pixel_values=pixels, image_grid_thw=grid))
 
-    def _hidden(self, text: str, **vision: Tensor) -> Tensor:
-        """Features [L, D] fp32 (CPU) behind the system's part of the template: the inputs of the layers in `TAPS`."""
+    def _hidden(self, caption: str, count: int = 0, **vision: Tensor) -> Tensor:
+        """Features [L, D] fp32 (CPU) behind the system's part of the template: the inputs of the layers in `TAPS`.
+
+        count: tokens of the image before the caption.
+        """
         model, tokenizer = self._parts.model, self._parts.tokenizer
-        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        seen = f"<|vision_start|>{IMAGE_MARK * count}<|vision_end|>" if count else ""
+        ids = tokenizer(f"{_SYSTEM}{seen}{caption}{_ENDING}", return_tensors="pt")["input_ids"].to(model.device)
         system = len(tokenizer(_SYSTEM)["input_ids"])
+        is_image = image_places(tokenizer, ids, count, caption)
         if vision:
-            mark = tokenizer.convert_tokens_to_ids("<|image_pad|>")
             vision = {name: value.to(model.device) for name, value in vision.items()}
-            vision["mm_token_type_ids"] = (ids == mark).long()
+            vision["mm_token_type_ids"] = is_image.long()
         states: list[Tensor] = []
         layers = [model.language_model.layers[number] for number in TAPS]
         hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0][0])) for layer in layers]
@@ -131,9 +134,13 @@ class Krea2FileEncoder(Krea2Encoder):
         parts: the files.
         device: where it encodes.
         sees: not used, the text encoder holds the vision tower.
+
+    Raises:
+        ValueError: a part is damaged, or of another model.
     """
 
     def __init__(self, parts: ModelParts, device: torch.device, sees: bool) -> None:
+        require_qwen3vl(parts.files, width="text_hidden_dim", layers=TAPS[-1] + 1)
         Qwen3VLEncoder.__init__(self, FileParts(parts, device, AutoencoderKLQwenImage, _converted))
 
 

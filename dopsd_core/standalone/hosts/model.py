@@ -21,6 +21,7 @@ from ...files.atomic import replaced_folder
 from ..model_options import DEMO, UNDISTILLED, ModelOptions
 from .demo import StandaloneDenoiser, load_demo_model, load_undistilled
 from .diffusers_encoder import DiffusersEncoder
+from .fit import require_transformer
 from .parts import ModelParts
 from .source import find_family, find_files
 
@@ -219,12 +220,17 @@ class DiffusersModel:
         parts: its files.
         device: where it runs.
         sees: whether the teacher needs the vision tower.
+
+    Raises:
+        ValueError: files are damaged, incomplete or of other models, or the quantisation is not installed.
     """
 
     def __init__(self, parts: ModelParts, device: torch.device, sees: bool) -> None:
         self._parts, self._device = parts, device
         self.family: Family = get_family(parts.files.known.family)
         self._classes = DIFFUSERS_FAMILIES[self.family.name]()
+        parts.require_quantisation()
+        require_transformer(parts.files, self._classes.transformer)
         self._encoder = self._classes.encoder(parts, device, sees)
         self.title = Path(parts.options.model).name if Path(parts.options.model).exists() else parts.options.model
         self.side = round(self.family.pixel_budget**0.5)

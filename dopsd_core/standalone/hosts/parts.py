@@ -55,13 +55,21 @@ class ModelParts:
             digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()[:16]
 
+    def require_quantisation(self) -> Any:
+        """diffusers' configuration of the quantisation; None if there is none.
+
+        Raises:
+            ValueError: the quantisation is not installed.
+        """
+        return quantisation_config(self.options.quantise, self.dtype, torch.cuda.is_available())
+
     def transformer(self, cls: Any) -> Any:
         """The transformer, of this class of diffusers, on the CPU, or where its quantisation needs it.
 
         Raises:
             ValueError: the weights do not fit, or the quantisation is not installed.
         """
-        quantised = quantisation_config(self.options.quantise, self.dtype, torch.cuda.is_available())
+        quantised = self.require_quantisation()
         extra = {} if quantised is None else {"quantization_config": quantised}
         file = self.files.transformer
         if file is None:
@@ -105,7 +113,7 @@ class ModelParts:
 
         folder, file = self.files.base / "text_encoder", self.files.text_encoder
         if file is None:
-            return _loaded(folder, lambda: AutoModel.from_pretrained(folder, dtype=self.dtype)).requires_grad_(False)
+            return _loaded(folder, lambda: _whole(folder, self.dtype)).requires_grad_(False)
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights():
             model = AutoModel.from_config(config)
@@ -166,11 +174,21 @@ def _assign(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
         raise ValueError(f"{file} is of another model: {' '.join(str(error).split())[:300]}") from error
 
 
+def _whole(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder, which fills in random numbers where the files have none."""
+    from transformers import AutoModel
+
+    model, found = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]}; download it again")
+    return model
+
+
 def _loaded(place: Path, load: Callable[[], Any], needs_weights: bool = True) -> Any:
     try:
         model = load()
     except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split()).partition(" If you want to instead")[0][:300]
         raise ValueError(f"{place} cannot be loaded, it is damaged or of another model: {reason}") from error
     if needs_weights:
         missing = [name for name, value in model.state_dict().items() if getattr(value, "is_meta", False)]

@@ -18,6 +18,8 @@ from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS
 from ...families import Family
 from .parts import Converted, ModelParts
 
+IMAGE_MARK = "<|image_pad|>"
+
 
 class Qwen3VLParts(Protocol):
     """The parts of an encoder. A model is on its device when it is asked for."""
@@ -164,6 +166,21 @@ class Qwen3VLEncoder:
     def release(self) -> None:
         """Moves everything off the device, if the models come from files."""
         self._parts.release()
+
+
+def image_places(tokenizer: Any, ids: Tensor, count: int, caption: str) -> Tensor:
+    """Which of the ids [1, L] are places of images, bool, for a template with `count` of them around the caption.
+
+    Raises:
+        ValueError: there are more or less: the caption has its own, or the tokenizer is another model's.
+    """
+    mark = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+    if mark is None or mark == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer has no {IMAGE_MARK}: it is another model's, download this one's again")
+    found = ids == mark
+    if int(found.sum()) != count:
+        raise ValueError(f"the caption {caption[:40]!r} has a place for an image: write it without {IMAGE_MARK}")
+    return found
 
 
 def _statistics(vae: Any) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,10 @@ from ...conditioning.encode import Condition
 from ...conditioning.seen_size import MAX_PIXELS, MIN_PIXELS, seen_size
 from ...families import QWEN_IMAGE21, Family
 from .diffusers_denoiser import DiffusersDenoiser
+from .fit import require_qwen3vl
 from .parts import ModelParts
 from .qwen3vl import image_patches
-from .qwen3vl_encoder import FileParts, GivenParts, Qwen3VLEncoder
+from .qwen3vl_encoder import IMAGE_MARK, FileParts, GivenParts, Qwen3VLEncoder, image_places
 
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 _START, _ENDING = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -139,13 +140,13 @@ class QwenImage21Encoder(Qwen3VLEncoder):
         """
         counts = [int(grid.prod() // 4) for _, grid in images]
         names = " ".join(
-            f"<image{number}><|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
+            f"<image{number}><|vision_start|>{IMAGE_MARK * count}<|vision_end|>"
             for number, count in enumerate(counts, 1)
         )
         text = f"{_SYSTEM}{_START}{names}{caption or ' '}{_ENDING}"
         model, tokenizer = self._parts.model, self._parts.tokenizer
         ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-        is_image = ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        is_image = image_places(tokenizer, ids, sum(counts), caption)
         seen: dict[str, Tensor] = {}
         if images:
             patches, grids = (torch.cat(parts).to(model.device) for parts in zip(*images, strict=True))
@@ -168,7 +169,11 @@ class QwenImage21FileEncoder(QwenImage21Encoder):
         parts: the files.
         device: where it encodes.
         sees: not used, the text encoder holds the vision tower.
+
+    Raises:
+        ValueError: a part is damaged, or of another model.
     """
 
     def __init__(self, parts: ModelParts, device: torch.device, sees: bool) -> None:
+        require_qwen3vl(parts.files, width="context_in_dim", layers=1)
         Qwen3VLEncoder.__init__(self, FileParts(parts, device, AutoencoderKLQwenImage21, None))

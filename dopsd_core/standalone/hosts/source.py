@@ -196,7 +196,10 @@ def _family_of_file(file: Path) -> KnownModel:
     for known in KNOWN_MODELS:
         if any(name.endswith(known.mark) for name in names):
             return known
-    raise ValueError(f"{file} is not the transformer of a supported model: {_supported()}")
+    raise ValueError(
+        f"{file} is not the transformer of a supported model in ComfyUI's layout: {_supported()}; of one in diffusers' "
+        "layout give the whole folder"
+    )
 
 
 def _family_of_index(index: Mapping[str, Any], name: str) -> KnownModel:

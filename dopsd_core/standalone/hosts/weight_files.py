@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,25 +33,51 @@ def read_plain(
     """
     found: dict[str, Tensor] = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read as a safetensors file: download it again ({error})") from error
+        with _opened(file) as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
     return {_bare(name): _plain(name, found, dtype, files[0]) for name in found if not name.endswith(_BESIDE)}
 
 
+def read_shapes(files: Sequence[Path]) -> dict[str, Tensor]:
+    """What `read_plain` reads, without values: tensors of the same names and shapes on the device meta.
+
+    Raises:
+        ValueError: a file is damaged, or quantised otherwise.
+    """
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                kind = torch.int8 if part.get_dtype()[0] in "IU" else torch.float32
+                found[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+    return {_bare(name): _plain(name, found, None, files[0]) for name in found if not name.endswith(_BESIDE)}
+
+
 def digest_files(files: Sequence[Path], wanted: Callable[[str], bool] = lambda name: True) -> str:
-    """16 hex digits of the tensors in the files, sampled as in `identity.tensor_digest`; of those with wanted names."""
+    """16 hex digits of the tensors in the files, sampled as in `identity.tensor_digest`; of those with wanted names.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     digest = hashlib.sha256()
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+        opened = [stack.enter_context(_opened(file)) for file in files]
         tensors = {name: file.get_tensor(name) for file in opened for name in file.keys() if wanted(name)}  # noqa: SIM118
         names = sorted(tensors)
         contents = [Content(tensors[name]) for name in names]
         for name, part in zip(names, digest_tensors(contents), strict=True):
             digest.update(name.encode() + part)
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read as a safetensors file: download it again ({error})") from error
 
 
 def _bare(name: str) -> str:

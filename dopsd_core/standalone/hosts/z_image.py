@@ -23,7 +23,7 @@ class ZImageDenoiser(DiffusersDenoiser[ZImageTransformer2DModel]):
 
     def predict_x0(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         """x [B, C, h, w] fp32 -> x0_hat, same shape. The network runs on 1 - sigma and predicts x0 - noise."""
-        time, dtype = torch.full((len(x),), 1.0 - sigma, device=x.device), self.transformer.dtype
+        time, dtype = torch.full((len(x),), 1.0 - sigma, device=x.device), self.compute_dtype
         features = [condition.features.to(x.device, dtype) for condition in conditions]
         out = self.transformer(list(x.to(dtype).unsqueeze(2).unbind(0)), time, features, return_dict=False)[0]
         return x + sigma * torch.stack(list(out)).squeeze(2).float()

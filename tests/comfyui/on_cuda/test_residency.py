@@ -29,6 +29,7 @@ from bases import (
     unload,
     weights,
 )
+from gradient import SELECTIVE
 from inprocess import ComfyUI
 from loras import random_lora
 from pretend_cuda import aimdo
@@ -79,6 +80,7 @@ def test_gradients(comfyui: ComfyUI, load: Load, whole: Elsewhere, streamed: Els
         assert equal(gradients(comfyui, model, 0, teacher), wanted)
         assert was_streamed(model, refused)
         assert equal(gradients(comfyui, model, 99, teacher), wanted)
+        assert equal(gradients(comfyui, model, SELECTIVE, teacher), wanted)
     assert same(weights(model), held) and aimdo.still_pinned() == 0
 
 

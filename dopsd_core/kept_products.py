@@ -1,0 +1,118 @@
+"""What a block with gradient checkpointing keeps of its forward, so that its backward does not compute it again.
+
+A product here is the whole output of a frozen Linear, with the cast, dequantisation or transfer of its weight, or of
+fused attention. Everything else of a block is cheap and is computed again: norms, RoPE, activations and the two thin
+products of a LoRA. The Linears announce theirs by `product`; attention is found by torch's own calls, and what its
+backward needs (the output and the sums of its softmax) is kept by torch's selective checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+ATTENTION = "attention"
+"""Its name among the names of Linears."""
+
+_FUSED = tuple(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(torch.ops.aten, name)
+)
+_ATTENTION_CALLS = (F.scaled_dot_product_attention, *_FUSED)
+_FUSED_OPS = [packet.default for packet in _FUSED]
+
+
+def product(name: str, compute: Callable[[], Tensor]) -> Tensor:
+    """The output of `compute`, of any shape, or in the recomputation of a block what its forward has kept of it.
+
+    name: of the Linear.
+    """
+    kept = _ACTIVE.get()
+    return compute() if kept is None else kept.product(name, compute)
+
+
+class KeptProducts:
+    """The products of one forward of one block.
+
+    names: those to keep, of Linears and `ATTENTION`.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._outputs: dict[str, deque[tuple[Tensor, int]]] = {}
+        self._attention: deque[AbstractContextManager[Any]] = deque()
+        self._is_repeated = False
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For the forward of the block and for its recomputation, which may run in another thread."""
+        return self._active(is_repeated=False), self._active(is_repeated=True)
+
+    @contextmanager
+    def _active(self, is_repeated: bool) -> Iterator[None]:
+        self._is_repeated = is_repeated
+        token = _ACTIVE.set(self)
+        try:
+            if ATTENTION in self._names:
+                with _Attention(self):
+                    yield
+            else:
+                yield
+        finally:
+            _ACTIVE.reset(token)
+
+    def product(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """As the function `product`; of any shape."""
+        if name not in self._names:
+            return compute()
+        outputs = self._outputs.setdefault(name, deque())
+        if not self._is_repeated:
+            out = compute()
+            outputs.append((out.detach(), out._version))
+            return out
+        if outputs:
+            out, version = outputs.popleft()
+            if out._version == version:  # else the network has written into it
+                return out
+        return compute()
+
+    def attention(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Attention's output [B, heads, L, D]; only what a fused kernel returns is kept."""
+        if not self._is_repeated:
+            keeping, repeating = create_selective_checkpoint_contexts(_FUSED_OPS)
+            self._attention.append(repeating)
+            with keeping:
+                return compute()
+        with self._attention.popleft() if self._attention else nullcontext():
+            return compute()
+
+
+_ACTIVE: ContextVar[KeptProducts | None] = ContextVar("dopsd_kept_products", default=None)
+
+
+class _Attention(TorchFunctionMode):
+    """Hands every call of attention to the products; cheaper than a mode that sees every op."""
+
+    def __init__(self, kept: KeptProducts) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(func is call for call in _ATTENTION_CALLS):
+            return self._kept.attention(lambda: func(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
