@@ -19,6 +19,11 @@ log = logging.getLogger("dopsd")
 
 STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matplotlib", "peft"}
 
+_AFTER_CTRL_C = {
+    "train": "; the same command resumes from the last checkpoint",
+    "encode": "; the same command continues with the shards that are missing",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 success, 1 user error (reported without traceback), 130 Ctrl-C.
@@ -30,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        saved = "; the same command resumes from the last checkpoint" if args.command == "train" else ""
-        _complain(f"interrupted{saved}")
+        _complain(f"interrupted{_AFTER_CTRL_C.get(args.command, '')}")
         return 130
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in STANDALONE:

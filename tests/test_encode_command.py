@@ -128,6 +128,22 @@ def test_a_tar_of_the_same_images_gives_the_same_pairs(place: Path, tmp_path: Pa
         assert torch.equal(ours.pair(number).teacher.features, theirs.pair(number).teacher.features)
 
 
+def test_a_hugging_face_dataset_of_the_same_images_gives_the_same_pairs(place: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = sorted((place / "photos").glob("*.png"))
+    rows = {
+        "photo": [{"bytes": image.read_bytes(), "path": None} for image in images],
+        "text": [image.with_suffix(".txt").read_text(encoding="utf-8") for image in images],
+    }
+    kinds = datasets.Features({"photo": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(str(tmp_path / "rows"))
+    words = encoding(place, tmp_path / "shards")
+    words[1] = f"hf:{tmp_path / 'rows'}"
+    assert main(words) == 0
+    ours, theirs = (Shards(folder, Index.read(folder)) for folder in (tmp_path / "shards", place / "shards"))
+    assert list(ours.described()) == list(theirs.described())
+
+
 # -- what changed ------------------------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dopsd_core.conditioning.encode import Condition, DualCondition
-from dopsd_core.data.dataset import Example
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, VLM, TeacherView
+from dopsd_core.data.dataset import Example, Pair, read_dataset
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.lazy_sequence import Column, Lazy
+from dopsd_core.shards.encode_images import encode_images
 from dopsd_core.shards.encoding import Encoding
 from dopsd_core.shards.finish import begin, finish
 from dopsd_core.shards.index import INDEX, Index, is_encoded, shard_name
@@ -21,7 +24,8 @@ from dopsd_core.shards.streamed_set import StreamedSet, stream
 from dopsd_core.shards.writer import EncodedImages, read_rows, write_shard
 from dopsd_core.training.rng import DataOrder
 from dopsd_core.training.trainer import train
-from dopsd_core.training.training_set import TrainingSet
+from dopsd_core.training.training_set import TrainingSet, build_training_set
+from tests.test_training_set import TinyEncoder
 from tests.tiny import killable_config, make_pair, saved_bytes
 from tests.toy_denoiser import TinyDenoiser
 
@@ -174,6 +178,53 @@ def test_nothing_is_read_that_is_not_asked_for(shards: Shards, monkeypatch: pyte
     list(data._described())
 
 
+def photos(folder: Path, edits: bool) -> list[Pair]:
+    """Three images with a mask each, or three edits; one has two captions."""
+    rows = []
+    for number, size in enumerate(((64, 64), (96, 48), (48, 96))):
+        for half, shade in (("before", 40), ("after", 90)):
+            image = Image.new("RGB", size, (shade + number, 0, 0))
+            image.paste("white", (8, 8, 30, 30))
+            image.save(folder / f"{half}{number}.png")
+        mask = Image.new("L", size)
+        mask.paste("white", (8, 8, 30, 30))
+        mask.save(folder / f"after{number}.mask.png")
+        captions = {"short_en": f"a [V] dog, {number}", **({"detailed_en": "a large [V] dog"} if number == 1 else {})}
+        images = {"ref_img": f"before{number}.png", "target_img": f"after{number}.png"}
+        rows.append({**captions, **(images if edits else {"image": f"after{number}.png"}), "repeats": 1 + number})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    report = read_dataset(folder / "rows.jsonl", pixel_budget=4096, multiple=16, trigger="sks")
+    report.raise_for_errors()
+    return list(report.pairs)
+
+
+@pytest.mark.parametrize("view", [VLM, VLM.with_background("blur"), EDIT, EDIT_TARGET], ids=lambda v: v.name)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_images_are_encoded_as_for_a_dataset_in_memory(tmp_path: Path, view: TeacherView, size: int) -> None:
+    """Masks, edits with sources, several captions and the empty one, however they are divided into shards."""
+    pairs, encoder = photos(tmp_path, view.edits), TinyEncoder()
+    encoding = Encoding.of(
+        encoder.identity, "z_image", view, trigger="sks", resolution=64, multiple=16, empty_captions=True,
+        heldout="a sks star",
+    )  # fmt: skip
+    folder, parts = tmp_path / "shards", [pairs[first : first + size] for first in range(0, len(pairs), size)]
+    begin(folder, encoding, "photos")
+    for part, some in enumerate(parts):
+        images = encode_images(some, encoder, view, encoding, is_first=part == 0)
+        masked = sum(pair.mask is not None for pair in some)
+        facts = ShardRows(encoding.digest(), "", True, masked=masked)
+        write_shard(folder, shard_name(part, 0), images, Z_IMAGE, facts)
+    finish(folder, encoding, "photos", len(parts))
+    ours = stream(Shards(folder, Index.read(folder)), anchors=True)
+    theirs = build_training_set(
+        pairs, encoder, teacher=view, trigger="sks", caption_dropout=True, anchors=True, heldout_caption="a sks star"
+    )
+    assert ours.fingerprint() == theirs.fingerprint() and list(ours.examples) == list(theirs.examples)
+    for mine, other in zip((*ours.pairs, ours.heldout), (*theirs.pairs, theirs.heldout), strict=True):
+        assert_equal(mine, other)
+    assert encoding.view() == view
+
+
 # -- what is whole -----------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +312,30 @@ def test_shards_of_a_longer_dataset_are_removed(shards: Shards) -> None:
 def test_images_that_are_the_same_are_counted(shards: Shards) -> None:
     done = finish(shards.folder, ENCODING, "photos", SHARDS // 2)
     assert done.remarks == ("4 images are the same as others of the dataset: remove them, or train with them",)
+
+
+def test_a_heldout_caption_without_an_image_is_refused(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    encoding = replace(ENCODING, heldout="a sks star")
+    begin(tmp_path, encoding, "photos")
+    for part, images in enumerate((EncodedImages(), images_of(1))):
+        facts = ShardRows(encoding.digest(), "", True)
+        write_shard(tmp_path, shard_name(part, 0), images, Z_IMAGE, facts)
+    with pytest.raises(ValueError, match="none of the first shard can be used"):
+        finish(tmp_path, encoding, "photos", 2)
+
+
+def test_a_shard_without_usable_images_is_passed_over(tmp_path: Path) -> None:
+    begin(tmp_path, ENCODING, "photos")
+    for part, images in enumerate((EncodedImages(), images_of(1), EncodedImages(), images_of(2))):
+        facts = ShardRows(ENCODING.digest(), "", True, lost=2 - part % 2)
+        write_shard(tmp_path, shard_name(part, 0), images, Z_IMAGE, facts)
+    done = finish(tmp_path, ENCODING, "photos", 4)
+    assert done.remarks == ("6 images were left out because of errors",)
+    data = stream(Shards(tmp_path, done.index), anchors=True)
+    assert_equal(data.pairs[4], images_of(2).pairs[0])
+    assert data.examples[2].variants == (4, 5, 4) and len(data.anchors) == 3
 
 
 def test_a_shard_without_rows_is_not_whole(tmp_path: Path) -> None:

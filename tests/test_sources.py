@@ -165,6 +165,24 @@ def test_a_dataset_is_read_in_its_order(tmp_path: Path, rows: dict[str, list[obj
     assert read(source, tmp_path / "again")[0] == found
 
 
+def test_files_of_a_streamed_dataset_are_parts(tmp_path: Path, rows: dict[str, list[object]]) -> None:
+    """So processes share them, and each is read alone."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    made(rows).to_parquet(str(folder / "train-00000.parquet"))
+    made({name: values[::-1] for name, values in rows.items()}).to_parquet(str(folder / "train-00001.parquet"))
+    source = open_source(f"hf:{folder}", 2)
+    assert source.parts == 2
+    found, _, chunks = read(source, tmp_path / "out")
+    assert [text for _, (text,) in found] == ["a red", "a lime", "a blue", "a blue", "a lime", "a red"]
+    assert len({chunk.stamp for chunk in chunks}) == 4
+    digest = source.digest
+    (folder / "train-00001.parquet").unlink()
+    assert open_source(f"hf:{folder}", 2).digest != digest
+    with pytest.raises(ValueError, match="cannot be loaded: .*test"):
+        open_source(f"hf:{folder}", 2, columns=Columns(split="test"))
+
+
 def test_rows_without_image_or_caption_are_errors(tmp_path: Path, rows: dict[str, list[object]]) -> None:
     rows["image"][0] = None
     rows["text"][2] = " "

@@ -118,6 +118,24 @@ def test_sample_and_teacher_preview(place: Path, trained: Path) -> None:
     assert Image.open(sheet).height > 3 * 64
 
 
+def test_a_training_on_shards_is_the_one_on_the_folder(
+    place: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Encoded by two processes with the real architectures; shards of another dtype are refused."""
+    words = ("--output", tmp_path / "shards", "--trigger", "sks", "--resolution", 64, "--shard-size", 1)
+    encoded = call(command(place, "encode", place / "photos", *words, launcher=TORCHRUN))
+    assert encoded.returncode == 0 and "2 encoded images in 2 shards" in encoded.stdout, encoded.stderr
+    on_shards = training(place, tmp_path / "run", "--steps", 4, "--preview-every", 4, "--save-every", 2)
+    on_shards[4] = str(tmp_path / "shards")
+    result = call(on_shards)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(student(tmp_path / "run"), student(trained))
+    for sheet in (trained / "previews").iterdir():
+        assert Image.open(tmp_path / "run" / "previews" / sheet.name).tobytes() == Image.open(sheet).tobytes()
+    assert main([*on_shards[3:], "--dtype", "bf16"]) == 1
+    assert "undo the model (its text encoder, vision tower or VAE, or their settings)" in capsys.readouterr().err
+
+
 def test_evaluate_draws_the_model_with_the_lora(place: Path, trained: Path, tmp_path: Path) -> None:
     """Measures that need no weights; the demo's judge is for the demo model alone."""
     words = ("--lora", trained / "lora.safetensors", "--resolution", 64, "--steps", 1, "--seeds", 1)

@@ -49,7 +49,8 @@ def finish(folder: Path, encoding: Encoding, dataset: str, parts: int) -> Finish
     """Writes the index of all shards and removes the shards of a former, longer dataset.
 
     Raises:
-        ValueError: a shard is missing, there are no images, or no masks although the teacher needs them.
+        ValueError: a shard is missing, there are no images, none for the held-out caption, or no masks although the
+            teacher needs them.
         DiskError: the index cannot be written.
     """
     maker, names = IndexMaker(), set[str]()
@@ -70,6 +71,8 @@ def finish(folder: Path, encoding: Encoding, dataset: str, parts: int) -> Finish
             names.add(name)
             number, is_last = number + 1, found[1].is_last
     index = maker.index(encoding, dataset)
+    if encoding.heldout and not index.has_heldout:
+        raise ValueError("the held-out caption is read with the first images, and none of the first shard can be used")
     remarks = _remarks(maker, encoding)
     index.write(folder)
     for file in folder.glob("shard-*-*.*"):

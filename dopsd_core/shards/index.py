@@ -174,7 +174,7 @@ class IndexMaker:
 
     def add(self, name: str, data: bytes, rows: ShardRows) -> None:
         """Adds the next shard; `data` is the file of its rows."""
-        ends = [*(example.first for example in rows.examples[1:]), len(rows.pairs)]
+        ends = [example.first for example in rows.examples[1:]] + [len(rows.pairs)] * bool(rows.examples)
         kinds = [
             self._kinds.setdefault(Kind(e.shape, e.variants, e.dropped, e.repeats, end - e.first), len(self._kinds))
             for e, end in zip(rows.examples, ends, strict=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Sequence
-from contextlib import closing
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,13 +62,31 @@ def run_encode(args: argparse.Namespace) -> int:
             work = _work(args, options)
             peers.require_equal({"the dataset": work.source.digest, "the settings": work.encoding.digest()})
             peers.first(lambda: _begin(work, lock))
-        found = work.encode(peers)  # an error here ends this process, and its launcher the others
+        with _ended_by_sigterm():
+            found = work.encode(peers)  # an error here ends this process, and its launcher the others
         with peers.ending_together():
             every = peers.all(lambda: found)
             done = peers.first(lambda: _end(work, every))
         if peers.is_first:
             say(done)
     return 0
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside the `with` block SIGTERM, which cluster managers send, is an exception, so that files are cleaned up."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _work(args: argparse.Namespace, options: ModelOptions) -> _Work:
