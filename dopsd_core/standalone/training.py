@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from .. import compilation
 from ..conditioning.cache import ConditionCache
 from ..conditioning.encode import DualCondition
 from ..conditioning.teachers import TeacherView, choose_teacher
-from ..config import TrainConfig
+from ..config import ConfigError, TrainConfig
 from ..data.captions import check_prompts
 from ..data.dataset import DatasetReport, Pair
 from ..denoiser import Denoiser
@@ -51,6 +52,8 @@ def run_train(args: argparse.Namespace) -> int:
 
     args.train_config: the configuration from `arguments.config_from_args`.
     """
+    if args.compile and (problem := compilation.obstacle(device_of(ModelOptions.of(args)))):
+        raise ConfigError((problem,))
     if args.threads:
         torch.set_num_threads(args.threads)
     options = ModelOptions.of(args)
@@ -213,7 +216,8 @@ def _trained(
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
             facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
-            checkpointing=checkpointing, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
+            checkpointing=checkpointing, compiles=args.compile,
+            host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
         _say_result(result, config)
