@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from dopsd_core.dtensors import local
+
 META = torch.device("meta")
 
 
@@ -50,13 +52,14 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, Any] = {}
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {id_of(value) for value in tree_iter((args, kwargs or {})) if isinstance(value, Tensor)}
+        inputs = {id_of(local(value)) for value in tree_iter((args, kwargs or {})) if isinstance(value, Tensor)}
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
-            if isinstance(value, Tensor) and id_of(value) not in inputs:
-                self._add(value)
+            if isinstance(value, Tensor) and id_of(local(value)) not in inputs:
+                self._add(local(value))
         return out
 
     def _add(self, tensor: Tensor) -> None:
@@ -67,6 +70,20 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
+        self._remember(storage, size)
+
+    def resize(self, tensor: Tensor, size: int) -> None:
+        """Follows a storage, of a tensor of any shape, that was freed or allocated again without an op, to `size`."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._known:
+            self._known[key].detach()
+            self.now += size - self._sizes[key]
+            self.peak = max(self.peak, self.now)
+            self._remember(tensor.untyped_storage(), size)
+
+    def _remember(self, storage: Any, size: int) -> None:
+        key = storage._cdata
+        self._sizes[key] = size
         self._known[key] = weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:

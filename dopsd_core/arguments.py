@@ -156,7 +156,13 @@ def _add_train(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint-blocks", type=int_argument(0), metavar="N",
-        help="number of blocks with gradient checkpointing; default: as few as fit into the GPU's memory",
+        help="number of blocks with full gradient checkpointing; default: as much as the GPU's memory makes necessary, "
+        "in which blocks keep what costs most to compute again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="compile the transformer blocks with torch.compile, apart from their Linears: the first steps take "
+        "minutes longer; not measured on a GPU yet",
     )  # fmt: skip
     parser.add_argument(
         "--heldout-caption", metavar="TEXT", help="a caption that is not trained on, to measure the gap to the teacher"

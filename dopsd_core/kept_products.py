@@ -60,18 +60,19 @@ class KeptProducts:
         self._is_repeated = False
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For the forward of the block and for its recomputation, which may run in another thread."""
-        return self._active(is_repeated=False), self._active(is_repeated=True)
+        """For the forward of the block and for its recomputation, which may run in another thread.
+
+        A second recomputation, for a backward that is repeated, computes everything: what was kept is used up.
+        """
+        return _Pass(self, is_repeated=False), _Pass(self, is_repeated=True)
 
     @contextmanager
-    def _active(self, is_repeated: bool) -> Iterator[None]:
+    def active(self, is_repeated: bool) -> Iterator[None]:
+        """Inside the `with` block, products are kept, or taken from what was kept."""
         self._is_repeated = is_repeated
         token = _ACTIVE.set(self)
         try:
-            if ATTENTION in self._names:
-                with _Attention(self):
-                    yield
-            else:
+            with _Attention(self) if ATTENTION in self._names else nullcontext():
                 yield
         finally:
             _ACTIVE.reset(token)
@@ -100,6 +101,21 @@ class KeptProducts:
                 return compute()
         with self._attention.popleft() if self._attention else nullcontext():
             return compute()
+
+
+class _Pass(AbstractContextManager[None]):
+    """`KeptProducts.active`, to be entered any number of times."""
+
+    def __init__(self, kept: KeptProducts, is_repeated: bool) -> None:
+        self._kept, self._is_repeated = kept, is_repeated
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(self._kept.active(self._is_repeated))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 _ACTIVE: ContextVar[KeptProducts | None] = ContextVar("dopsd_kept_products", default=None)

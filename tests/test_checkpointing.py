@@ -331,6 +331,16 @@ def test_selective_checkpointing_repeats_no_product_and_changes_no_bit() -> None
     assert full[3] < 0.15 * none[3] and 0.4 * none[3] < selective[3] < 0.62 * none[3]
 
 
+def test_a_backward_that_is_repeated_has_the_same_gradients() -> None:
+    """The second finds nothing kept and computes everything."""
+    denoiser, adapters, forward, predicted = z_image_with_lora(1)
+    with adapters.attached(), checkpointed(denoiser.blocks(), Checkpointing.selective(predicted)):
+        loss = forward().square().mean()
+        first = torch.autograd.grad(loss, adapters.parameters(), retain_graph=True)
+        second = torch.autograd.grad(loss, adapters.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 def test_saved_bytes_of_selective_checkpointing_are_as_predicted() -> None:
     _, _, _, predicted = z_image_with_lora()
     kept = selective_run("selective")[3]

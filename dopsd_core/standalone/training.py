@@ -12,7 +12,8 @@ from contextlib import closing, contextmanager
 import torch
 from tqdm import tqdm
 
-from ..config import TrainConfig
+from .. import compilation
+from ..config import ConfigError, TrainConfig
 from ..denoiser import Denoiser
 from ..memory.checkpoint_plan import Checkpointing
 from ..memory.footprint import Footprint, estimate
@@ -40,6 +41,8 @@ def run_train(args: argparse.Namespace) -> int:
 
     args.train_config: the configuration from `arguments.config_from_args`.
     """
+    if args.compile and (problem := compilation.obstacle(device_of(ModelOptions.of(args)))):
+        raise ConfigError((problem,))
     if args.threads:
         torch.set_num_threads(args.threads)
     options = ModelOptions.of(args)
@@ -74,7 +77,8 @@ def _trained(
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
             facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
-            checkpointing=checkpointing, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
+            checkpointing=checkpointing, compiles=args.compile,
+            host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
         _say_result(result, config)

@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..compilation import compiled
 from ..conditioning.cache import ConditionCache
 from ..config import ConfigError, TrainConfig
 from ..denoiser import Denoiser
@@ -41,17 +42,8 @@ from .training_set import TrainingSet
 from .unseen_gap import BestStep
 from .world import PeerError, Peers, World
 
-__all__ = [
-    "Callbacks",
-    "NoCallbacks",
-    "NonFiniteError",
-    "PeerError",
-    "TrainResult",
-    "TrainingSet",
-    "World",
-    "check_run",
-    "train",
-]
+__all__ = ["Callbacks", "NoCallbacks", "NonFiniteError", "PeerError", "TrainResult", "TrainingSet", "World"]
+__all__ += ["check_run", "train"]
 
 log = logging.getLogger("dopsd")
 
@@ -143,6 +135,7 @@ def train(
     facts: Mapping[str, str] | None = None,
     initial: Mapping[str, Tensor] | None = None,
     checkpointing: Checkpointing | int = 0,
+    compiles: bool = False,
     host_bytes: int = 0,
     sample_steps: int | None = None,
     cache: ConditionCache | None = None,
@@ -163,6 +156,7 @@ def train(
             (`lora_import`). A "frozen" teacher remains the base. A run resumes only with the same initial LoRA.
         checkpointing: gradient checkpointing, with the same result (`Footprint.checkpointing`); a number is that of
             blocks that keep their inputs alone.
+        compiles: whether the blocks are compiled (`compilation.py`).
         host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
         sample_steps: steps in which the model draws class images (`class_images.py`); default: the family's.
         cache: keeps class images for other runs on the same model; default: a folder in `run_dir`.
@@ -187,7 +181,7 @@ def train(
             log.warning(remark)
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
         run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
-        return _to_the_end(run, callbacks, resume, checkpointing)
+        return _to_the_end(run, callbacks, resume, checkpointing, compiles)
 
 
 def check_run(
@@ -206,10 +200,13 @@ def check_run(
     check_run_folder(config, denoiser, Path(run_dir), host_bytes)
 
 
-def _to_the_end(run: Run, callbacks: Callbacks, resume: bool, checkpointing: Checkpointing | int) -> TrainResult:
+def _to_the_end(
+    run: Run, callbacks: Callbacks, resume: bool, checkpointing: Checkpointing | int, compiles: bool
+) -> TrainResult:
+    blocks = run.denoiser.blocks()
     try:
         run.open(resume)
-        with run.adapters.attached(), checkpointed(run.denoiser.blocks(), checkpointing):
+        with run.adapters.attached(), compiled(blocks, compiles), checkpointed(blocks, checkpointing):
             ending = _loop(run, callbacks)
         lora_path, checkpoint_path = (run.peers.all(save)[0] for save in (run.save_lora, run.save))
         stopped, at_plateau = ending == "stopped", ending == "plateau"
