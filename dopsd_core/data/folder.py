@@ -47,6 +47,7 @@ class Entry:
         declared: (width, height) stated by a row.
         source_images: the source images of an edit, in order.
         text_line: the line of a caption file where its text begins.
+        near_miss: a hint about another file that may be the missing caption, or a mask; "" without one.
     """
 
     image: Path
@@ -57,6 +58,12 @@ class Entry:
     declared: tuple[int, int] | None = None
     source_images: tuple[Path, ...] = ()
     text_line: int = 1
+    near_miss: str = ""
+
+    @property
+    def is_uncaptioned(self) -> bool:
+        """Whether no caption file was found for an image in a folder."""
+        return not self.captions and self.caption_file == self.image
 
 
 def read_folder(folder: Path, problems: Problems) -> list[Entry]:
@@ -118,8 +125,7 @@ class _FolderReader:
             self.used.setdefault(file, []).append(image)
         repeats = self._repeats.of(image)
         if not found:
-            self._note_lack(image, kind)
-            return Entry(image, (), image, None, repeats)
+            return Entry(image, (), image, None, repeats, near_miss=self._note_lack(image, kind))
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             self.problems.error(image, None, f"{len(found)} {kind}s with its name: {names}; keep one")
@@ -146,14 +152,17 @@ class _FolderReader:
             self.problems.error(file, None, "cannot be read: a circular link")
         return ""
 
-    def _note_lack(self, image: Path, kind: Kind) -> None:
-        meant, remark = self.captions.near_misses(image)
+    def _note_lack(self, image: Path, kind: Kind) -> str:
+        """Reports an image without caption, and returns the hint about a file that may be it."""
+        meant, near = self.captions.near_misses(image)
         self.named.update(meant)
+        remark = near
         if not remark and self._rows is not None:
             self.named.add(self._rows)
             remark = f"there is {self._rows.name}: to read that file, give its path"
         hint = f" ({remark})" if remark else ""
         self.problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
+        return near
 
     def note_shared_captions(self) -> None:
         """Warns of images with the same name, which share one caption."""

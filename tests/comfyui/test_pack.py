@@ -17,6 +17,11 @@ FROZEN = {
         "folder:COMBO resolution:INT? trigger:STRING? repeats:INT? caption_dropout:FLOAT? images:IMAGE? texts:STRING?",
         "dataset:DOPSD_DATASET report:STRING",
     ),
+    "DOPSD_CaptionImages": (
+        "folder:COMBO clip:CLIP? aim:COMBO? class_word:STRING? trigger:STRING? instruction:STRING? language:COMBO?"
+        " max_words:INT?",
+        "image:IMAGE report:STRING",
+    ),
     "DOPSD_BuildTeacherCondition": (
         "dataset:DOPSD_DATASET clip:CLIP vae:VAE mode:COMBO? preview_prompts:STRING? anchor_prompts:STRING?"
         " vision:DOPSD_VISION? teacher_image:COMBO? teacher_sentence:STRING? regularisation:DOPSD_DATASET?"
@@ -75,6 +80,7 @@ FROZEN = {
 }
 OUTPUT_NODES = {
     "DOPSD_LoadDataset",
+    "DOPSD_CaptionImages",
     "DOPSD_TeacherPreview",
     "DOPSD_TrainLoRA",
     "DOPSD_SaveLoRA",
