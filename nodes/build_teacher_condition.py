@@ -118,8 +118,8 @@ def _progress() -> Callable[[int, int, bool], None]:
     return show
 
 
-def prompt_remarks(wanted: Wanted, trigger: str) -> list[str]:
-    """Warnings about the texts that a user typed.
+def prompt_remarks(wanted: Wanted, trigger: str, concepts: Sequence[str] = ()) -> list[str]:
+    """Warnings about the texts that a user typed; concepts: the triggers of the dataset.
 
     Raises:
         ValueError: a text has characters that are not valid.
@@ -131,7 +131,7 @@ def prompt_remarks(wanted: Wanted, trigger: str) -> list[str]:
     }
     found = [remark for what, prompts in texts.items() for remark in check_prompts(prompts, what, trigger)]
     for number, prompt in enumerate(texts["anchor prompt"], 1):
-        if has_trigger(prompt, trigger):
+        if any(has_trigger(prompt, name) for name in (trigger, *concepts)):
             found.append(
                 f"anchor prompt {number}: it names the concept, so training would suppress it: remove the name"
             )
@@ -197,7 +197,8 @@ class BuildTeacherCondition(io.ComfyNode):
         """Encodes the dataset and the prompts, and shows counts and notes on the node; `widgets` as in `Wanted`."""
         wanted, pairs, warnings = Wanted(**widgets), dataset.report.pairs, Notes()
         ordinary, theirs = (regularisation.report.pairs, regularisation.notes) if regularisation else ((), ())
-        remarks = [*prompt_remarks(wanted, dataset.trigger), *check_regularisation(ordinary, pairs, dataset.trigger)]
+        remarks = prompt_remarks(wanted, dataset.trigger, dataset.report.concepts)
+        remarks += check_regularisation(ordinary, pairs, dataset.trigger)
         with warnings.with_warnings():
             encoder = new_encoder(clip, vae, vision)
             teacher = wanted.teacher(encoder, dataset)

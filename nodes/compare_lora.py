@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..dopsd_core.data.captions import check_prompts, put_trigger
+from ..dopsd_core.data.triggers import require_names
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
+from ..dopsd_core.sharing.model_spec import concepts_in
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.embeddings import EMBEDDING, embeddings_fingerprint
@@ -29,10 +31,10 @@ from .comfy_host.lora_use import (
     NONE,
     apply_lora,
     chosen_lora,
+    facts_of_lora,
     header_of,
     parse_strengths,
     stamp_of_choice,
-    trigger_of_lora,
     used_line,
 )
 from .comfy_host.model_patches import unused_schedule
@@ -110,7 +112,8 @@ class CompareLoRA(io.ComfyNode):
             grid = run_columns(model, run_folder, wanted)
         else:
             grid = strength_columns(model, *chosen_lora(lora_name, lora, "compare"), wanted)
-            grid = replace(grid, trigger=trigger_of_lora(lora_name, lora))
+            grid = grid.named(facts_of_lora(lora_name, lora))
+        require_names(texts, "prompt", grid.concepts)
         texts = [put_trigger(text, grid.trigger) for text in texts]
         notes = unused_inputs(model, lora_name, lora, reference, run_folder)
         send_text(cls, "\n".join((*grid.notes, *notes)))
@@ -203,12 +206,18 @@ class Grid:
         columns: from left to right.
         notes: for the user, one line each.
         trigger: what `[V]` in the prompts stands for; "" if the LoRA does not say.
+        concepts: the triggers of a LoRA with several concepts; empty for others.
     """
 
     name: str
     columns: tuple[Column, ...]
     notes: tuple[str, ...]
     trigger: str = ""
+    concepts: tuple[str, ...] = ()
+
+    def named(self, facts: Mapping[str, str]) -> Grid:
+        """The grid with what the header of its LoRA says of triggers."""
+        return replace(self, trigger=trigger_of(facts), concepts=concepts_in(facts))
 
 
 def strength_columns(model: Any, name: str, tensors: Mapping[str, Tensor], strengths: Sequence[float]) -> Grid:
@@ -242,7 +251,7 @@ def run_columns(model: Any, run_folder: str, strengths: Sequence[float]) -> Grid
     notes = [used_line(saves[-1].path.name, model, comfy.utils.load_torch_file(str(saves[-1].path), safe_load=True))]
     if len(shown) < len(saves):
         notes.append(f"of {len(saves)} LoRAs of the run {len(shown)} are shown, the first and the last among them")
-    return Grid(folder.name, tuple(columns), tuple(notes), trigger_of(header_of(saves[-1].path)))
+    return Grid(folder.name, tuple(columns), tuple(notes)).named(header_of(saves[-1].path))
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:

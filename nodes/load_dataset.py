@@ -91,7 +91,8 @@ class LoadDataset(io.ComfyNode):
         report = _read(source, **single)
         send_text(cls, note + shortened(without_folder(report.describe(), report)))
         refuse_errors(report)
-        dataset = Dataset(report, single["trigger"].strip(), dropout, (*note.splitlines(), *noted(report)))
+        trigger = report.trigger_in_prompts(single["trigger"])
+        dataset = Dataset(report, trigger, dropout, (*note.splitlines(), *noted(report)))
         pixels = to_pixels(draw_report(report))
         return io.NodeOutput(dataset, note + report.describe(), ui=ui.PreviewImage(pixels, cls=cls))
 
@@ -146,7 +147,8 @@ def _inputs() -> list[Any]:
             default="",
             optional=True,
             tooltip="The word for your concept; it replaces [V] in the captions. Choose one without a meaning, "
-            "such as ohwx. Empty: [V] stays as it is.",
+            "such as ohwx. Empty: [V] stays as it is. For several concepts, put a file trigger.txt with "
+            "the word into the subfolder of each.",
         ),
         io.Int.Input(
             "repeats",

@@ -15,7 +15,7 @@ from ..files.atomic import write_new
 from ..text import printable
 from .caption_files import CAPTION_SUFFIX
 from .captioning import Ask, CaptionOptions
-from .captions import PLACEHOLDER, CaptionError, has_trigger
+from .captions import PLACEHOLDER, CaptionError, has_trigger, with_placeholder
 from .folder import Entry, edit_folders, read_folder
 from .identity_words import Shared, shared_words, words_of_concept
 from .images import ImageError, read_image, to_tensor
@@ -36,12 +36,14 @@ class Captioned:
         caption: "" without one.
         state: whether the caption was written now, was there, or is missing.
         remarks: what to look at, one line each.
+        trigger: the word of its concept, from a trigger.txt.
     """
 
     image: Path
     caption: str
     state: State
     remarks: tuple[str, ...] = ()
+    trigger: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,12 @@ def caption_folder(
     if not entries:
         raise ValueError(f"{folder} has no images: put .png, .jpg, .jpeg, .webp or .bmp files there")
     reasons = {problem.file: problem.message for problem in problems.found if problem.severity == "error"}
-    items = [_as_found(entry, reasons) for entry in entries]
+    items = [replace(_as_found(entry, reasons), trigger=entry.trigger) for entry in entries]
     writer = _Writer(options, ask, (root or folder).resolve())
     places = [i for i, item in enumerate(items) if item.state == "missing"] if ask else []
     for done, place in enumerate(places):
         progress(done, len(places))
-        items[place] = writer.write(items[place].image)
+        items[place] = replace(writer.write(items[place].image), trigger=items[place].trigger)
     if places:
         progress(len(places), len(places))
     return _checked(folder, items, options)
@@ -164,16 +166,18 @@ class _Writer:
 
 def _checked(folder: Path, items: Sequence[Captioned], options: CaptionOptions) -> CaptionList:
     """The list with remarks about what the captions say."""
-    captions = [item.caption for item in items if item.caption]
+    captions = [with_placeholder(item.caption, item.trigger) for item in items if item.caption]
     shared = shared_words(captions, options)
-    checked = [replace(item, remarks=(*item.remarks, *_remarks(item.caption, options, shared))) for item in items]
+    checked = [replace(item, remarks=(*item.remarks, *_remarks(item, options, shared))) for item in items]
     return CaptionList(folder, tuple(checked), shared)
 
 
-def _remarks(caption: str, options: CaptionOptions, shared: Sequence[Shared]) -> list[str]:
+def _remarks(item: Captioned, options: CaptionOptions, shared: Sequence[Shared]) -> list[str]:
+    caption, found = item.caption, []
     if not caption:
         return []
-    found = []
+    if item.trigger:
+        options = options.replace(trigger=item.trigger)
     if not has_trigger(caption, options.trigger):
         found.append(f"the caption lacks {PLACEHOLDER}: the concept is learned for its ordinary words")
     said = words_of_concept(caption, options, shared)

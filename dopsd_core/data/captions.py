@@ -220,6 +220,11 @@ def has_trigger(caption: str, trigger: str = "") -> bool:
     return bool(_concept(trigger).search(caption))
 
 
+def with_placeholder(caption: str, trigger: str) -> str:
+    """Writes the trigger as `[V]`; the opposite of `put_trigger`."""
+    return _concept(trigger).sub(PLACEHOLDER, caption)
+
+
 def around_concept(caption: str, trigger: str = "") -> list[tuple[str, str]]:
     """(text before, text behind) of each `[V]` or trigger in the caption."""
     return [(caption[: found.start()], caption[found.end() :]) for found in _concept(trigger).finditer(caption)]

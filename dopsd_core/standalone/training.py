@@ -23,8 +23,9 @@ from ..denoiser import Denoiser
 from ..families import Family, get_family
 from ..memory.footprint import Footprint, estimate
 from ..objectives import SFT
+from ..sharing.model_spec import trigger_facts
 from ..trainable import Trainable
-from ..training.log import StepReport
+from ..training.log import StepReport, gaps_by_concept
 from ..training.regularisation import check_regularisation
 from ..training.trainer import NoCallbacks, TrainResult, train
 from ..training.training_set import TrainingSet, build_training_set, latent_shape, mask_remarks, require_masks
@@ -78,6 +79,8 @@ class Prepared:
         data: the encoded dataset.
         cache: of conditions and class images.
         shown: the prompts of previews, on rank 0.
+        trigger: what `[V]` stands for in prompts.
+        concepts: the triggers of the dataset.
     """
 
     model: HostModel
@@ -86,6 +89,8 @@ class Prepared:
     data: TrainingSet
     cache: ConditionCache
     shown: Sequence[DualCondition]
+    trigger: str = ""
+    concepts: tuple[str, ...] = ()
 
 
 def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
@@ -112,6 +117,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
             "leave out --quantise, or choose --adapter lora"
         )
     report = read_images(args, family, options)
+    trigger = report.trigger_in_prompts(args.trigger)
     regularisation = read_regularisation(args, family, options)
     ordinary = regularisation.pairs if regularisation else ()
     view = view_of(args, family, report, options)
@@ -122,19 +128,20 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         warn(mask_remarks(report.pairs, view.background))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
-            warn(check_regularisation(ordinary, report.pairs, args.trigger))
+            warn(check_regularisation(ordinary, report.pairs, trigger))
     cache = ConditionCache(args.output / "cache")
 
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
-        data = _encoded(args, model, report.pairs, ordinary, view, config, cache)
-        texts = preview_texts(args.preview_prompts, report.pairs, args.trigger)
+        data = _encoded(args, model, report.pairs, ordinary, view, config, cache, trigger)
+        texts = preview_texts(args.preview_prompts, report.pairs, trigger)
         wanted = peers.is_first and config.preview_every
         return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
 
     kept: list[tuple[TrainingSet, Sequence[DualCondition]]] = []
     peers.all(lambda: kept.append(encode()) if peers.is_first else None)
     data, shown = kept[0] if kept else encode()
-    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown)
+    config = _without_missing_anchors(args, config, data, peers)
+    return Prepared(model, view, config, data, cache, shown, trigger, report.concepts)
 
 
 def family_of(options: ModelOptions) -> Family:
@@ -162,10 +169,10 @@ def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, opt
 
 def _encoded(
     args: argparse.Namespace, model: HostModel, pairs: Sequence[Pair], ordinary: Sequence[Pair], view: TeacherView,
-    config: TrainConfig, cache: ConditionCache,
+    config: TrainConfig, cache: ConditionCache, trigger: str,
 ) -> TrainingSet:  # fmt: skip
     if args.heldout_caption is not None:
-        warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
+        warn(check_prompts([args.heldout_caption], "held-out caption", trigger))
     # SFT does not use anchors, but they are part of the fingerprint of saved runs
     anchors = config.objective.wants_anchors or isinstance(config.objective, SFT)
     with tqdm(unit="image", desc="encoding", disable=None if len(pairs) + len(ordinary) > MANY else True) as bar:
@@ -175,7 +182,7 @@ def _encoded(
             bar.update(done - bar.n)
 
         return build_training_set(
-            pairs, model.encoder, cache, teacher=view, trigger=args.trigger, teacher_image=args.teacher_image,
+            pairs, model.encoder, cache, teacher=view, trigger=trigger, teacher_image=args.teacher_image,
             caption_dropout=config.caption_dropout > 0, anchors=anchors, anchor_prompts=args.anchor_prompts or (),
             regularisation=ordinary, heldout_caption=args.heldout_caption, on_encoded=on_encoded,
         )  # fmt: skip
@@ -246,7 +253,7 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
     return {
         "dopsd_base_model": prepared.model.title,
         "dopsd_base_fingerprint": prepared.model.fingerprint,
-        "dopsd_trigger": args.trigger,
+        **trigger_facts(prepared.trigger, prepared.concepts),
         "dopsd_teacher_sees": prepared.view.name,
         **({"dopsd_teacher_background": view} if (view := prepared.view.background) != "keep" else {}),
         **({"dopsd_undistilled": args.model} if ModelOptions.of(args).is_undistilled else {}),
@@ -266,7 +273,9 @@ class _Watcher(NoCallbacks):
     def on_step(self, report: StepReport) -> None:
         self._bar.update(report.step - self._bar.n)
         if report.relative_gap is not None:
-            self._bar.set_postfix_str(f"gap to teacher {report.relative_gap:.3f}")
+            parts = [f"gap to teacher {report.relative_gap:.3f}"]
+            parts += [f"{name} {gap:.3f}" for name, gap in gaps_by_concept(report.metrics).items()]
+            self._bar.set_postfix_str(", ".join(parts))
         self._tracking.on_step(report)
 
     def on_preview(self, step: int, adapters: Trainable) -> None:

@@ -128,7 +128,7 @@ class Run:
         if self.start.train < 1e-6:
             log.warning("teacher and student agree before training: there is nothing to learn")
         relative, heldout = self.start.relative_to(self.start)
-        metrics = {"gap": self.start.train}
+        metrics = {"gap": self.start.train, **self.start.metrics_of_concepts(self.start)}
         report = StepReport(step=0, metrics=metrics, relative_gap=relative, heldout_relative_gap=heldout)
         self.folder.append(report)
         return report
@@ -312,18 +312,19 @@ class Run:
 
     def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
         config = self.config
-        relative, heldout = None, None
+        relative, heldout, by_concept = None, None, {}
         is_on = config.probe_every and self.peers.is_first
         if is_on and (self.step % config.probe_every == 0 or is_due(config, self.step) or self.step == config.steps):
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
+                by_concept = self.last.metrics_of_concepts(self.start)
         counted = [output for output in outputs if not output.is_anchor] or list(outputs)
         losses, memory = [output.loss for output in counted], memory_in_use(self.denoiser.device)
         return StepReport(
             step=self.step,
             loss=sum(losses) / len(losses),
-            metrics=mean_metrics([output.metrics for output in counted]),
+            metrics=mean_metrics([output.metrics for output in counted]) | by_concept,
             relative_gap=relative,
             heldout_relative_gap=heldout,
             lr=rate,
@@ -341,8 +342,8 @@ class Run:
         self.optimizer.load_state_dict(optimizer_state(checkpoint, self.optimizer.state_dict()))
         self.loss_scale.load(facts.get("loss_scale"))
         self.step = checkpoint.step
-        self.start = Gaps(*facts["start"]) if facts["start"] else None
-        self.last = Gaps(*facts["last"]) if facts["last"] else None
+        self.start = Gaps.from_json(facts["start"]) if facts["start"] else None
+        self.last = Gaps.from_json(facts["last"]) if facts["last"] else None
         self._is_other_heldout = facts.get("heldout", "") != self._heldout
         self.heldout_since = self.step if self._is_other_heldout else facts.get("heldout_since", 0)
         log.info("resuming %s at step %d", folder, self.step)

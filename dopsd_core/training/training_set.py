@@ -29,6 +29,7 @@ from ..data.captions import put_trigger
 from ..data.dataset import Example, Pair, plan_encoding
 from ..data.images import ImageError, load_image
 from ..data.masks import load_mask, subject_alone
+from ..data.triggers import concepts_of, names_concept, require_names
 from ..objectives import ClassImage
 from ..text import printable
 
@@ -130,15 +131,17 @@ def build_training_set(
         anchors: whether to encode captions without the concept, for the prior anchor.
         anchor_prompts: further ordinary prompts for the prior anchor; `[V]` stands for the trigger.
         regularisation: ordinary images; their captions are anchors too, with the images for some objectives.
-        heldout_caption: a caption that is not in the data, for the first image; `[V]` stands for the trigger.
+        heldout_caption: a caption that is not in the data, for the first image of its concept; `[V]` stands for the
+            trigger.
         on_encoded: called after each request.
 
     Raises:
-        ValueError: the pairs do not fit the teacher, `heldout_caption` is trained on, or the encoder returns invalid
-            values.
+        ValueError: the pairs do not fit the teacher, `heldout_caption` is trained on, the encoder returns invalid
+            values, or a prompt contains `[V]` where it may stand for several concepts.
         ImageError: an image was changed or damaged after it was checked.
     """
     _require_fit(pairs, teacher, teacher_image)
+    _require_names(pairs, teacher, anchor_prompts, heldout_caption)
     plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
     view = teacher.background
     shown = {id(pair): shown_to_teacher(pairs, index, teacher_image) for index, pair in enumerate(pairs)}
@@ -150,7 +153,8 @@ def build_training_set(
         text = put_trigger(heldout_caption, trigger)
         if any(text == caption for _, caption in plan.requests):
             raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
-        requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0], view))
+        first = pairs[pair_of_prompt(pairs, text, 0)]
+        requests.append(encode_request(first, text, shown[id(first)][0], view))
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
     ordinary = dict.fromkeys(caption for pair in regularisation for caption in pair.captions)
     prompts = [*(put_trigger(prompt, trigger) for prompt in anchor_prompts), *ordinary]
@@ -161,6 +165,15 @@ def build_training_set(
         examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
         regularisation=_encoded_images(regularisation, encoder, cache, on_encoded),
     )
+
+
+def _require_names(
+    pairs: Sequence[Pair], teacher: TeacherView, anchor_prompts: Sequence[str], heldout_caption: str | None
+) -> None:
+    concepts = concepts_of(pair.trigger for pair in pairs)
+    require_names(anchor_prompts, "anchor prompt", concepts)
+    require_names([heldout_caption or ""], "held-out caption", concepts)
+    require_names([teacher.sentence], "teacher_sentence", concepts)
 
 
 def _encoded_images(
@@ -188,15 +201,29 @@ def _require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: Tea
     if teacher_image == "other" and teacher.edits:
         raise ValueError("an edit has only one target: set teacher_image to own for the teacher edit_target")
     require_masks(pairs, teacher.background)
-    if teacher_image == "other" and len(pairs) < 2:
-        raise ValueError("teacher_image other needs at least two images; add some, or set it to own")
+    names = [pair.trigger.casefold() for pair in pairs]
+    if teacher_image == "other" and (alone := [pair for pair in pairs if names.count(pair.trigger.casefold()) < 2]):
+        of_it = f" of {alone[0].trigger}" if len(set(names)) > 1 else ""
+        raise ValueError(f"teacher_image other needs at least two images{of_it}; add some, or set it to own")
 
 
 def shown_to_teacher(pairs: Sequence[Pair], index: int, teacher_image: TeacherImage) -> list[Pair]:
-    """The pairs whose images the teacher may see for pair `index`: itself, or those after it, cyclically."""
+    """The pairs whose images the teacher may see for pair `index`: itself, or those of its concept after it,
+    cyclically."""
     if teacher_image == "own":
         return [pairs[index]]
-    return [pairs[(index + step) % len(pairs)] for step in range(1, min(len(pairs), MAX_OTHERS + 1))]
+    name = pairs[index].trigger.casefold()
+    after = [pairs[(index + step) % len(pairs)] for step in range(1, len(pairs))]
+    return [pair for pair in after if pair.trigger.casefold() == name][:MAX_OTHERS]
+
+
+def pair_of_prompt(pairs: Sequence[Pair], prompt: str, number: int) -> int:
+    """Index of a pair whose image the teacher sees for a prompt: of the concept that it names, if there are several;
+    the first one for prompt 0, the next for 1, and so on."""
+    names = concepts_of(pair.trigger for pair in pairs)
+    named = [name.casefold() for name in names if len(names) > 1 and names_concept(prompt, name)]
+    fitting = [index for index, pair in enumerate(pairs) if not named or pair.trigger.casefold() == named[0]]
+    return fitting[number % len(fitting)]
 
 
 def _drawing_copies(example: Example, copies: Sequence[Sequence[int]]) -> Example:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.dataset import DatasetReport, Pair
+from ...dopsd_core.data.triggers import concepts_of
 from ...dopsd_core.families import Family
 from ...dopsd_core.training.training_set import TeacherImage, TrainingSet
 
@@ -45,7 +46,7 @@ class Dataset:
 
     Attributes:
         report: the images and captions; without errors.
-        trigger: the word that replaces `[V]`.
+        trigger: the word that replaces `[V]` in prompts; "" where there are several concepts.
         caption_dropout: share of training samples with an empty caption.
         notes: what was given and is not read, and other warnings, one line each.
     """
@@ -104,13 +105,25 @@ class Conditions:
     notes: tuple[str, ...] = ()
     teacher_image: TeacherImage = "own"
 
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The triggers of the dataset."""
+        return concepts_of(pair.trigger for pair in self.pairs)
+
     def describe(self) -> str:
         """The counts, as text for the node."""
         data, ordinary = self.data, len(self.data.regularisation)
         return (
-            f"{self.family.title}, teacher {self.teacher.name}: {len(data.pairs)} pairs, "
-            f"{len(set(data.anchors))} prior anchors, {len(self.previews)} preview prompts"
-        ) + (f", {ordinary} regularisation images" if ordinary else "")
+            (
+                f"{self.family.title}, teacher {self.teacher.name}: {len(data.pairs)} pairs, "
+                f"{len(set(data.anchors))} prior anchors, {len(self.previews)} preview prompts"
+            )
+            + (f", {ordinary} regularisation images" if ordinary else "")
+            + self._of_concepts()
+        )
+
+    def _of_concepts(self) -> str:
+        return f", {len(self.concepts)} concepts: {', '.join(self.concepts)}" if len(self.concepts) > 1 else ""
 
 
 class TrainedLora(dict[str, Tensor]):

@@ -17,6 +17,7 @@ from ...dopsd_core.conditioning.cache import ConditionCache
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import Objective
+from ...dopsd_core.sharing.model_spec import trigger_facts
 from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.trainer import NonFiniteError, TrainResult, check_run, train
@@ -191,7 +192,7 @@ def _metadata(model: Any, fingerprint: str, conditions: Conditions, run_name: st
     return {
         "dopsd_base_model": base_name(model),
         "dopsd_base_fingerprint": fingerprint,
-        "dopsd_trigger": conditions.trigger,
+        **trigger_facts(conditions.trigger, conditions.concepts),
         "dopsd_teacher_sees": conditions.teacher.name,
         **({"dopsd_teacher_background": seen} if (seen := conditions.teacher.background) != "keep" else {}),
         "dopsd_name": run_name,
@@ -280,7 +281,7 @@ def _facts(run: _PlannedRun, model: Any) -> RunFacts:
         modules=modules,
         parameters=parameters,
         base_model=base_name(model),
-        trigger=run.conditions.trigger,
+        trigger=run.conditions.trigger or ", ".join(run.conditions.concepts),
         teacher=run.conditions.teacher.name,
         memory=run.plan.preset,
     )

@@ -16,13 +16,13 @@ from ...dopsd_core.files.atomic import write_atomic
 from ...dopsd_core.files.disk import writing
 from ...dopsd_core.run_chart import below, draw_run
 from ...dopsd_core.trainable import Trainable
-from ...dopsd_core.training.log import LOG_NAME, StepReport, read_log
+from ...dopsd_core.training.log import LOG_NAME, StepReport, gaps_by_concept, read_log
 from ...dopsd_core.training.trainer import NoCallbacks, TrainResult
 from ...dopsd_core.training.unseen_gap import BestStep
 from .denoiser import send_text
 from .paths import shown
 from .previews import TrainingPreview
-from .report import Notes, RunReport, State, best_line, gap_line
+from .report import Notes, RunReport, State, best_line, concept_lines, gap_line
 from .targets import size_text
 
 PREVIEWS_NAME = "previews"
@@ -102,6 +102,7 @@ class Watcher(NoCallbacks):
         self._text_at = 0.0
         self._has_begun = False
         self._gaps: tuple[float | None, float | None] = (None, None)
+        self._of_concepts: dict[str, float] = {}
         self._best: BestStep | None = None
         self._drawn = 0
         self.step = 0
@@ -126,6 +127,7 @@ class Watcher(NoCallbacks):
         self._first = self._first or (report.step, now)
         if report.relative_gap is not None:
             self._gaps = (report.relative_gap, report.heldout_relative_gap)
+            self._of_concepts = gaps_by_concept(report.metrics)
         if now - self._text_at >= _TEXT_INTERVAL or report.step == self._steps:
             self._text_at = now
             send_text(self._node, self._text(report, now))
@@ -182,7 +184,7 @@ class Watcher(NoCallbacks):
         facts, (gap, heldout) = self._facts, self._gaps
         if self._has_begun or state == "finished":  # otherwise the folder may belong to another run, or not exist
             self._report(state, error).write(facts.folder)
-        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
+        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else []), *concept_lines(self._of_concepts)]
         lines += [line for line in [best_line(self._best, self.step) if self._best else ""] if line]
         lines += [size_text(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
         send_text(self._node, "\n".join(lines))
@@ -196,6 +198,7 @@ class Watcher(NoCallbacks):
             steps=self._steps,
             relative_gap=gap,
             heldout_relative_gap=heldout,
+            relative_gap_by_concept=self._of_concepts,
             best_step=best.step if best else None,
             best_heldout_relative_gap=best.gap if best else None,
             best_lora=best.path.relative_to(facts.folder).as_posix() if best and best.path else "",
@@ -225,7 +228,7 @@ class Watcher(NoCallbacks):
         if report.loss is not None:
             lines.append(f"loss {report.loss:.4g}")
         if self._gaps[0] is not None:
-            lines.append(gap_line(self._gaps[0], self._gaps[1]))
+            lines += [gap_line(self._gaps[0], self._gaps[1]), *concept_lines(self._of_concepts)]
         lines += [size_text(self._facts.modules, self._facts.parameters), *self._notes.lines]
         return "\n".join(lines)
 
