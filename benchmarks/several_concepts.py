@@ -1,6 +1,6 @@
 """Several concepts in one LoRA of the demo model, against one LoRA each: concept error, cross-leak, forgetting.
 
-    python -m benchmarks.several_concepts --counts 1 2 4 --seeds 2
+    python -m benchmarks.several_concepts --counts 1 2 4 --seeds 2 --steps 60
 
 A dataset has a folder per concept, with its trigger in trigger.txt, as a user's has. Every concept gets the same number
 of visits: a run of n concepts has n times the steps. Runs that are in --output already are not run again.
@@ -85,7 +85,9 @@ def with_others_captions(pairs: Sequence[Pair]) -> list[Pair]:
     return [replace(pair, captions=(*pair.captions, *of_others(pair))) for pair in pairs]
 
 
-def train_run(model: DemoModel, concepts: Sequence[tuple[str, Concept]], folder: Path, seed: int, mixed: bool) -> Path:
+def train_run(
+    model: DemoModel, concepts: Sequence[tuple[str, Concept]], folder: Path, seed: int, mixed: bool, steps: int
+) -> Path:
     """Trains one LoRA for the concepts, and returns its file."""
     write_datasets(concepts, folder / "dataset")
     report = read_dataset(folder / "dataset", pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
@@ -94,7 +96,7 @@ def train_run(model: DemoModel, concepts: Sequence[tuple[str, Concept]], folder:
     cache = ConditionCache(folder / "cache")
     ordinary = concepts[0][1].anchors
     data = build_training_set(pairs, model.encoder, cache, anchors=True, anchor_prompts=ordinary)
-    config = demo_config(steps=60 * len(concepts), seed=seed)
+    config = demo_config(steps=steps * len(concepts), seed=seed)
     return train(config, model.denoiser, data, folder / "run", sample_steps=SAMPLE_STEPS).lora_path
 
 
@@ -139,8 +141,8 @@ def draw(model: DemoModel, prompts: Sequence[str], seed: int) -> torch.Tensor:
     return model.encoder.decode(torch.cat(latents))
 
 
-def run_all(output: Path, counts: Sequence[int], seeds: int) -> dict[str, list[Figures]]:
-    """Figures of every kind of run, one per seed; each seed has concepts of its own."""
+def run_all(output: Path, counts: Sequence[int], seeds: int, steps: int) -> dict[str, list[Figures]]:
+    """Figures of every kind of run, one per seed; each seed has concepts of its own. steps: per concept."""
     model, judge = load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE)
     found: dict[str, list[Figures]] = {}
     for count in counts:
@@ -148,27 +150,31 @@ def run_all(output: Path, counts: Sequence[int], seeds: int) -> dict[str, list[F
         for kind, mixed in kinds.items():
             name = f"{count} concept{'s' * (count > 1)}{', ' * bool(kind)}{kind}"
             for seed in range(seeds):
-                concepts, folder = concepts_of_run(10 * seed, count), output / f"{count}-{kind or 'plain'}-{seed}"
-                found.setdefault(name, []).append(_done(folder, model, judge, concepts, seed, mixed))
+                concepts, folder = (
+                    concepts_of_run(10 * seed, count),
+                    output / f"{count}-{kind or 'plain'}-{steps}-{seed}",
+                )
+                found.setdefault(name, []).append(_done(folder, model, judge, concepts, seed, mixed, steps))
                 print(name, seed, found[name][-1], flush=True)
     return found
 
 
 def _done(
-    folder: Path, model: DemoModel, judge: Judge, concepts: Sequence[tuple[str, Concept]], seed: int, mixed: bool | None
-) -> Figures:
+    folder: Path, model: DemoModel, judge: Judge, concepts: Sequence[tuple[str, Concept]], seed: int,
+    mixed: bool | None, steps: int,
+) -> Figures:  # fmt: skip
     """The figures of a run, from its folder if they are there. mixed: None for the untouched model."""
     file = folder / "figures.json"
     if file.exists():
         return Figures(**json.loads(file.read_text(encoding="utf-8")))
-    lora = None if mixed is None else train_run(model, concepts, folder, seed, mixed)
+    lora = None if mixed is None else train_run(model, concepts, folder, seed, mixed, steps)
     figures = measure(model, judge, concepts, lora, seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(asdict(figures)).encode())
     return figures
 
 
-def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int) -> Section:
+def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int, steps: int) -> Section:
     """Mean of every figure over the seeds, with the largest cross-leak."""
     lines = []
     for name, runs in found.items():
@@ -183,8 +189,8 @@ def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int) ->
         "several-concepts", "Several concepts in one run", command, None,
         Table(("run", "concept error", "cross-leak", "prior error", "leak", "worst cross-leak"), tuple(lines)),
         (
-            f"Mean over {seeds} sets of concepts, {PROMPTS} unseen prompts each; 60 steps per concept. Cross-leak is "
-            "the share of another concept's attributes, where the two differ, in images of a prompt with one trigger; "
+            f"Mean over {seeds} sets of concepts, {PROMPTS} unseen prompts each; {steps} steps per concept. Cross-leak "
+            "is the share of another concept's attributes, where they differ, in images of a prompt with one trigger; "
             "compare it with the untouched model's.",
         ),
     )  # fmt: skip
@@ -196,11 +202,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=WORK.parent / "several-concepts")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="concepts in a run")
     parser.add_argument("--seeds", type=int, default=2, help="sets of concepts")
+    parser.add_argument("--steps", type=int, default=60, help="steps per concept")
     args = parser.parse_args()
-    found = run_all(args.output, args.counts, args.seeds)
-    counts = " ".join(map(str, args.counts))
-    command = f"python -m benchmarks.several_concepts --counts {counts} --seeds {args.seeds}"
-    recorded = measured_here(section(found, command, args.seeds))
+    found = run_all(args.output, args.counts, args.seeds, args.steps)
+    options = f"--counts {' '.join(map(str, args.counts))} --seeds {args.seeds} --steps {args.steps}"
+    command = f"python -m benchmarks.several_concepts {options}"
+    recorded = measured_here(section(found, command, args.seeds, args.steps))
     record(recorded, RESULTS)
     print(recorded.to_markdown())
 

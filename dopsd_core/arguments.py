@@ -125,6 +125,11 @@ def _add_train(commands: Any) -> None:
         "several GPUs: accelerate launch -m dopsd_core train ...; the processes share the batches of each step.",
     )
     _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")
+    parser.add_argument(
+        "--resolutions", nargs="+", metavar="N:SHARE",
+        help="several resolutions in one run, in place of --resolution, such as 512:2 768 1024: drawn by share, 1 "
+        "where none is given; --small-first begins with the smaller ones, which need less time",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     _add_view(parser)

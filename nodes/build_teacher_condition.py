@@ -14,7 +14,8 @@ from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, Background, Teache
 from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.data.dataset import Pair
 from ..dopsd_core.training.regularisation import check_regularisation
-from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set, mask_remarks
+from ..dopsd_core.training.shown_images import TeacherImage, mask_remarks
+from ..dopsd_core.training.training_set import TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
 from .comfy_host.embeddings import embedding_notes, embeddings_fingerprint
@@ -76,7 +77,7 @@ def build_conditions(
     Raises:
         ValueError: the dataset does not fit the teacher, or a prompt is not valid text.
     """
-    pairs = dataset.report.pairs
+    pairs = dataset.pairs
     texts = preview_texts(wanted.preview_prompts, pairs, dataset.trigger)
     trained = {caption for pair in pairs for caption in pair.captions}
     unseen = next((text for text in texts if text not in trained), None)
@@ -92,6 +93,7 @@ def build_conditions(
         anchor_prompts=split_lines(wanted.anchor_prompts),
         regularisation=regularisation,
         heldout_caption=unseen,
+        scales=dataset.scales,
         on_encoded=_progress(),
     )
     lengths = length_notes(encoder, teacher, pairs, wanted.teacher_image, texts, dataset.report.source)

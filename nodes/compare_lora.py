@@ -20,13 +20,12 @@ from torch import Tensor
 from ..dopsd_core.data.captions import check_prompts, put_trigger
 from ..dopsd_core.data.triggers import require_names
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
-from ..dopsd_core.sharing.model_spec import concepts_in
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.embeddings import EMBEDDING, embeddings_fingerprint
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
-from .comfy_host.lora_header import trigger_of
+from .comfy_host.lora_header import concepts_in, trigger_of
 from .comfy_host.lora_use import (
     NONE,
     apply_lora,
@@ -119,8 +118,7 @@ class CompareLoRA(io.ComfyNode):
         send_text(cls, "\n".join((*grid.notes, *notes)))
         titles = ["base", *(column.title for column in grid.columns)]
         images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(titles), reference)
-        columns = [images.draw(model, texts, seed)]
-        columns += [images.draw(column.with_lora(), texts, seed) for column in grid.columns]
+        columns = [images.draw(model, texts, seed), *(images.draw(c.with_lora(), texts, seed) for c in grid.columns)]
         image = to_pixels(draw_grid(f"{grid.name}, seed {seed}", texts, titles, columns))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 

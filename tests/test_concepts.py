@@ -21,7 +21,8 @@ from dopsd_core.standalone.hosts.demo import load_demo_model
 from dopsd_core.training.log import LOG_NAME, Gaps, gaps_by_concept, read_log
 from dopsd_core.training.probe import probed_examples
 from dopsd_core.training.regularisation import check_regularisation
-from dopsd_core.training.training_set import build_training_set, pair_of_prompt, shown_to_teacher
+from dopsd_core.training.shown_images import pair_of_prompt, shown_to_teacher
+from dopsd_core.training.training_set import build_training_set
 
 
 def write(folder: Path, captions: dict[str, str], trigger: str | None = None, shade: int = 0) -> None:

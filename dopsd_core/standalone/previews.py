@@ -21,7 +21,8 @@ from ..image_grid import Row, contact_sheet
 from ..rollout import sample
 from ..trainable import Mode, Trainable
 from ..training.rng import make_generator
-from ..training.training_set import TeacherImage, encode_request, latent_shape, pair_of_prompt, shown_to_teacher
+from ..training.shown_images import TeacherImage, encode_request, pair_of_prompt, shown_to_teacher
+from ..training.training_set import latent_shape
 from .hosts.model import HostModel
 
 PREVIEWS_NAME = "previews"

@@ -19,6 +19,7 @@ from ..conditioning.teachers import TeacherView, choose_teacher
 from ..config import TrainConfig
 from ..data.captions import check_prompts
 from ..data.dataset import DatasetReport, Pair
+from ..data.resolutions import Scale
 from ..denoiser import Denoiser
 from ..families import Family, get_family
 from ..memory.footprint import Footprint, estimate
@@ -27,11 +28,12 @@ from ..sharing.model_spec import trigger_facts
 from ..trainable import Trainable
 from ..training.log import StepReport, gaps_by_concept
 from ..training.regularisation import check_regularisation
+from ..training.shown_images import mask_remarks, require_masks
 from ..training.trainer import NoCallbacks, TrainResult, train
-from ..training.training_set import TrainingSet, build_training_set, latent_shape, mask_remarks, require_masks
+from ..training.training_set import TrainingSet, build_training_set, latent_shape
 from ..training.world import Peers, World
 from .accelerate_world import joined_world
-from .datasets import read_images, read_regularisation
+from .datasets import read_images, read_regularisation, read_scales
 from .hosts.model import HostModel, device_of, load_model, sees_images
 from .hosts.source import find_family
 from .model_options import DEMO, ModelOptions
@@ -117,13 +119,15 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
             "leave out --quantise, or choose --adapter lora"
         )
     report = read_images(args, family, options)
-    trigger = report.trigger_in_prompts(args.trigger)
+    trigger, (scales, remarks) = report.trigger_in_prompts(args.trigger), read_scales(args, family, report)
+    pairs = scales[0].pairs if scales else report.pairs
     regularisation = read_regularisation(args, family, options)
     ordinary = regularisation.pairs if regularisation else ()
     view = view_of(args, family, report, options)
     model = load_model(options, sees_images(view))
     if peers.is_first:
         say(report.describe())
+        warn(remarks)
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
         warn(mask_remarks(report.pairs, view.background))
         if regularisation:
@@ -132,10 +136,10 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
     cache = ConditionCache(args.output / "cache")
 
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
-        data = _encoded(args, model, report.pairs, ordinary, view, config, cache, trigger)
-        texts = preview_texts(args.preview_prompts, report.pairs, trigger)
+        data = _encoded(args, model, pairs, ordinary, view, config, cache, trigger, scales)
+        texts = preview_texts(args.preview_prompts, pairs, trigger)
         wanted = peers.is_first and config.preview_every
-        return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
+        return data, encode_shown(texts, pairs, model, cache, view, args.teacher_image) if wanted else ()
 
     kept: list[tuple[TrainingSet, Sequence[DualCondition]]] = []
     peers.all(lambda: kept.append(encode()) if peers.is_first else None)
@@ -169,7 +173,7 @@ def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, opt
 
 def _encoded(
     args: argparse.Namespace, model: HostModel, pairs: Sequence[Pair], ordinary: Sequence[Pair], view: TeacherView,
-    config: TrainConfig, cache: ConditionCache, trigger: str,
+    config: TrainConfig, cache: ConditionCache, trigger: str, scales: Sequence[Scale],
 ) -> TrainingSet:  # fmt: skip
     if args.heldout_caption is not None:
         warn(check_prompts([args.heldout_caption], "held-out caption", trigger))
@@ -184,7 +188,7 @@ def _encoded(
         return build_training_set(
             pairs, model.encoder, cache, teacher=view, trigger=trigger, teacher_image=args.teacher_image,
             caption_dropout=config.caption_dropout > 0, anchors=anchors, anchor_prompts=args.anchor_prompts or (),
-            regularisation=ordinary, heldout_caption=args.heldout_caption, on_encoded=on_encoded,
+            regularisation=ordinary, heldout_caption=args.heldout_caption, scales=scales, on_encoded=on_encoded,
         )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from .resume import RunIdentity, optimizer_state, require_same_run
 from .rng import DataOrder
 from .run_folder import RunFolder, UnusedFolder
 from .saved_loras import facts_of, is_due
+from .scales import ordered
 from .training_set import TrainingSet
 from .unseen_gap import BestStep
 from .world import Peers
@@ -85,7 +86,8 @@ class Run:
         start_training(self.optimizer)
         self.probe = Probe(config, denoiser, self.adapters, data)
         repeats = tuple(example.repeats for example in data.examples)
-        self.order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
+        order = DataOrder(data.shapes(), repeats, config.batch_size, config.seed)
+        self.order = ordered(order, data.scales, config.small_first * config.grad_accumulation)
         self._batches = Batches(config, denoiser, self.adapters, data, self.order, anchors)
 
     def open(self, resume: bool) -> None:
@@ -246,7 +248,6 @@ class Run:
 
     def _backward_all(self) -> list[ObjectiveOutput]:
         """The outputs of all batches of the step, each computed by one rank; adds up the gradients of all ranks."""
-
         micros = self.peers.share(self.config.grad_accumulation)
         every = self.peers.all(lambda: [self._backward(micro) for micro in micros])
         self.peers.sum_gradients(self.adapters.parameters())

@@ -22,14 +22,14 @@ from ...dopsd_core.image_grid import Row, contact_sheet
 from ...dopsd_core.rollout import sample
 from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.rng import make_generator
-from ...dopsd_core.training.training_set import (
+from ...dopsd_core.training.shown_images import (
     TeacherImage,
     encode_request,
-    latent_shape,
     pair_of_prompt,
     seen_images,
     shown_to_teacher,
 )
+from ...dopsd_core.training.training_set import latent_shape
 from .denoiser import ComfyDenoiser
 from .sampling import decode_image
 from .sockets import Conditions, PreviewPrompt

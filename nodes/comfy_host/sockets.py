@@ -12,9 +12,11 @@ from torch import Tensor
 from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.dataset import DatasetReport, Pair
+from ...dopsd_core.data.resolutions import Scale
 from ...dopsd_core.data.triggers import concepts_of
 from ...dopsd_core.families import Family
-from ...dopsd_core.training.training_set import TeacherImage, TrainingSet
+from ...dopsd_core.training.shown_images import TeacherImage
+from ...dopsd_core.training.training_set import TrainingSet
 
 if TYPE_CHECKING:
     from .vision import TeacherVision
@@ -49,12 +51,19 @@ class Dataset:
         trigger: the word that replaces `[V]` in prompts; "" where there are several concepts.
         caption_dropout: share of training samples with an empty caption.
         notes: what was given and is not read, and other warnings, one line each.
+        scales: the images at each of several resolutions; empty for one.
     """
 
     report: DatasetReport
     trigger: str
     caption_dropout: float
     notes: tuple[str, ...] = ()
+    scales: tuple[Scale, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The images at the largest resolution."""
+        return self.scales[0].pairs if self.scales else self.report.pairs
 
     @property
     def is_edits(self) -> bool:

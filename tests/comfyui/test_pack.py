@@ -14,7 +14,8 @@ from inprocess import ROOT
 # id: (inputs, outputs); "?" marks an input that a graph may lack.
 FROZEN = {
     "DOPSD_LoadDataset": (
-        "folder:COMBO resolution:INT? trigger:STRING? repeats:INT? caption_dropout:FLOAT? images:IMAGE? texts:STRING?",
+        "folder:COMBO resolution:INT? trigger:STRING? repeats:INT? caption_dropout:FLOAT? images:IMAGE? texts:STRING?"
+        " resolutions:STRING?",
         "dataset:DOPSD_DATASET report:STRING",
     ),
     "DOPSD_CaptionImages": (
@@ -51,7 +52,7 @@ FROZEN = {
         " dreambooth_class_images:INT? pso_form:COMBO? pso_beta:FLOAT? pso_loser_images:INT?"
         " factor:INT? muon_momentum:FLOAT? prodigy_lr:FLOAT? prodigy_weight_decay:FLOAT? prodigy_d_coef:FLOAT?"
         " prodigy_safeguard_warmup:BOOLEAN? custom_path:STRING? custom_options:STRING? custom_lr:FLOAT?"
-        " save_every:INT? keep_loras:INT? stop_at_plateau:INT?",
+        " save_every:INT? keep_loras:INT? stop_at_plateau:INT? small_first:INT?",
         "settings:DOPSD_SETTINGS",
     ),
     "DOPSD_FewStepSampler": (
