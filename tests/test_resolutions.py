@@ -175,6 +175,20 @@ def sides_of(data: TrainingSet) -> list[tuple[int, ...]]:
     return [latent_shape(data.pairs[example.variants[0]]) for example in data.examples]
 
 
+def test_a_concept_of_small_images_only_is_one_too(photos: Path) -> None:
+    for number, word in enumerate(("ohwx", "ohwx", "ohwx", "sks")):
+        folder = photos / word
+        folder.mkdir(exist_ok=True)
+        (folder / "trigger.txt").write_text(word)
+        for ending in ("png", "txt"):
+            (photos / f"{number}.{ending}").rename(folder / f"{number}.{ending}")
+    (photos / "sks" / "3.txt").write_text("a [V] of another kind")
+    scales, _ = scales_of(read(photos, 96), parse_resolutions("48 96"), 16)
+    data = build_training_set(scales[0].pairs, load_demo_model().encoder, anchors=True, scales=scales)
+    assert [example.concept for example in data.examples] == ["ohwx"] * 5 + ["sks"]
+    assert len({anchor.features.shape for anchor in data.anchors}) >= 1 and len(data.anchors) == 4
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(photos: Path, tmp_path: Path) -> None:
     data, model = data_of(photos, "48 64 96"), load_demo_model()
     config = TrainConfig(

@@ -296,11 +296,16 @@ class EncodingPlan:
     anchors: tuple[str, ...]
 
 
-def plan_encoding(pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: bool = False) -> EncodingPlan:
-    """Plans one request for each image and distinct caption, plus the empty caption for dropout."""
+def plan_encoding(
+    pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: bool = False, concepts: Sequence[str] = ()
+) -> EncodingPlan:
+    """Plans one request for each image and distinct caption, plus the empty caption for dropout.
+
+    concepts: the triggers of the dataset, if the pairs are only some of it.
+    """
     requests: list[tuple[Pair, str]] = []
     examples: list[Example] = []
-    concepts = concepts_of(pair.trigger for pair in pairs)
+    concepts = concepts_of((*concepts, *(pair.trigger for pair in pairs)))
     for pair in pairs:
         texts = list(dict.fromkeys(pair.captions)) + [""] * caption_dropout
         index = {text: len(requests) + offset for offset, text in enumerate(texts)}

@@ -138,7 +138,7 @@ def build_training_set(
     _require_fit(pairs, teacher, teacher_image)
     _require_names(pairs, teacher, anchor_prompts, heldout_caption)
     sizes = [scale.pairs for scale in scales] or [tuple(pairs)]
-    plans = [_requests_of(some, teacher, teacher_image, trigger, caption_dropout) for some in sizes]
+    plans = _plans(sizes, teacher, teacher_image, trigger, caption_dropout)
     plan, requests = plans[0].plan, [request for planned in plans for request in planned.requests]
     if heldout_caption is not None:
         requests.append(_heldout_request(pairs, put_trigger(heldout_caption, trigger), plan, teacher, teacher_image))
@@ -148,7 +148,7 @@ def build_training_set(
     prompts = [*(put_trigger(prompt, trigger) for prompt in anchor_prompts), *ordinary]
     return TrainingSet(
         pairs=encoded[: sum(len(planned.requests) for planned in plans)],
-        anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
+        anchors=encode_texts(_weighted_anchors(_anchors(plans), prompts), encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=examples,
         regularisation=_encoded_images(regularisation, encoder, cache, on_encoded),
@@ -170,10 +170,22 @@ class _Planned:
         return [_drawing_copies(example, copies) for example in self.plan.examples]
 
 
+def _plans(
+    sizes: Sequence[Sequence[Pair]], teacher: TeacherView, teacher_image: TeacherImage, trigger: str, dropout: bool
+) -> list[_Planned]:
+    """A plan for the images of each resolution, of which each may lack some concepts."""
+    concepts = concepts_of(pair.trigger for pairs in sizes for pair in pairs)
+    plans = [plan_encoding(pairs, trigger=trigger, caption_dropout=dropout, concepts=concepts) for pairs in sizes]
+    return [_requests_of(plan, pairs, teacher, teacher_image) for plan, pairs in zip(plans, sizes, strict=True)]
+
+
+def _anchors(plans: Sequence[_Planned]) -> list[str]:
+    return list(dict.fromkeys(text for planned in plans for text in planned.plan.anchors))
+
+
 def _requests_of(
-    pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage, trigger: str, caption_dropout: bool
+    plan: EncodingPlan, pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage
 ) -> _Planned:
-    plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
     shown = {id(pair): shown_to_teacher(pairs, index, teacher_image) for index, pair in enumerate(pairs)}
     requests, copies = [], []
     for pair, text in plan.requests:

@@ -116,8 +116,8 @@ class Conditions:
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """The triggers of the dataset."""
-        return concepts_of(pair.trigger for pair in self.pairs)
+        """The triggers of the dataset, if there are several."""
+        return concepts_of(example.concept for example in self.data.examples)
 
     def describe(self) -> str:
         """The counts, as text for the node."""
