@@ -24,7 +24,7 @@ from benchmarks.counters import META
 from benchmarks.zimage_cost import STUDENT_TOKENS, vision_tokens
 from dopsd_core.data.dataset import read_dataset
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.training.training_set import encode_request
+from dopsd_core.training.shown_images import encode_request
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 SIDES = (512, 768, 1024)

@@ -1,4 +1,4 @@
-"""`python -m dopsd_core`: demo, train, encode, sample, teacher-preview, compare, evaluate, inspect-dataset."""
+"""`python -m dopsd_core`: demo, train, encode, sample, teacher-preview, compare, evaluate, inspect-dataset, caption."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import config_from_args, parse_args
 from .demo.settings import demo_config
+from .standalone.caption_arguments import caption_options_from_args
 from .text import escape_unencodable, printable
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def _dispatch(args: argparse.Namespace) -> int:
         return inspect_dataset(args)
     if args.command == "train":  # before torch is loaded
         args.train_config = config_from_args(args, _default_config(args))
+    if args.command == "caption":
+        args.caption_options = caption_options_from_args(args)
     return _command(args.command)(args) or 0
 
 
@@ -125,6 +128,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .standalone.evaluate_lora import run_evaluate
 
         return run_evaluate
+    if name == "caption":
+        from .standalone.caption import run_caption
+
+        return run_caption
 
     from .standalone import sampling
 

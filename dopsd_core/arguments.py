@@ -16,14 +16,16 @@ from .config import TrainConfig
 from .demo.settings import demo_config
 from .metrics.arguments import add_evaluate
 from .number_text import float_argument, int_argument
+from .option_arguments import add_option, option_value
 from .options import Option, all_options, changed
+from .standalone.caption_arguments import add_caption
 from .standalone.comparison.arguments import add_compare
 from .standalone.encoding_arguments import add_encode
 from .standalone.model_options import MODEL_HELP, TRACKERS, add_model_arguments
 
-COMMANDS = ("demo", "train", "encode", "sample", "teacher-preview", "compare", "evaluate", "inspect-dataset")
-
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
+COMMANDS = (
+    "demo", "train", "encode", "sample", "teacher-preview", "compare", "evaluate", "inspect-dataset", "caption",
+)  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_evaluate(commands, add_model_arguments)
     _add_inspect(commands)
+    add_caption(commands)
     return parser
 
 
@@ -71,7 +74,7 @@ def config_from_args(args: argparse.Namespace, defaults: TrainConfig) -> TrainCo
     """
     base = TrainConfig.from_json(_read_text(args.config)) if args.config else defaults
     given = {option.name: option for option in _train_options() if option.name in args}
-    made = changed(base, {name: _value(option, getattr(args, name)) for name, option in given.items()})
+    made = changed(base, {name: option_value(option, getattr(args, name)) for name, option in given.items()})
     has_own_rate = "lr" in given or bool(made.optimizer.prefix)
     if has_own_rate or made.adapter.trains_network == base.adapter.trains_network:
         return made
@@ -81,13 +84,6 @@ def config_from_args(args: argparse.Namespace, defaults: TrainConfig) -> TrainCo
 def _train_options() -> list[Option]:
     """The options on the command line, with the model's defaults."""
     return [option for option in all_options(TrainConfig, demo_config()) if not option.hint.from_host]
-
-
-def _value(option: Option, given: Any) -> Any:
-    """The value of an option; argparse has a text for most, a list of them or a bool for others."""
-    if option.is_many:
-        return tuple(given)
-    return option.from_text(given) if isinstance(given, str) else given
 
 
 def _read_text(file: Path) -> str:
@@ -134,6 +130,11 @@ def _add_train(commands: Any) -> None:
         "batches of each step.",
     )
     _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")
+    parser.add_argument(
+        "--resolutions", nargs="+", metavar="N:SHARE",
+        help="several resolutions in one run, in place of --resolution, such as 512:2 768 1024: drawn by share, 1 "
+        "where none is given; --small-first begins with the smaller ones, which need less time",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     _add_view(parser)
@@ -177,7 +178,7 @@ def _add_train(commands: Any) -> None:
         title = _group(option)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_option(groups[title], option)
+        add_option(groups[title], option)
 
 
 def _group(option: Option) -> str:
@@ -185,21 +186,6 @@ def _group(option: Option) -> str:
     if option.setting:
         return f"with --{option.setting} {' or '.join(option.variants)}"
     return option.name if option.choices else "run"
-
-
-def _add_option(group: Any, option: Option) -> None:
-    name, text = f"--{option.name.replace('_', '-')}", f"{option.help} ({option.facts()})".replace("%", "%%")
-    if option.kind is bool:
-        group.add_argument(name, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=text)
-        return
-    words = "{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.kind]
-    group.add_argument(
-        name,
-        default=argparse.SUPPRESS,
-        metavar="PATTERN" if option.is_many else words,
-        nargs="+" if option.is_many else None,
-        help=text,
-    )
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

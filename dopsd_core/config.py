@@ -72,6 +72,12 @@ class TrainConfig(Options):
         description="number of latest of these files to keep, besides the one with the smallest gap on the unseen "
         "prompt; 0 for all",
     )
+    small_first: Annotated[int, Hint(most=100_000)] = Field(
+        default=0,
+        ge=0,
+        description="with several resolutions: steps at the start, which are cheaper, before the largest one joins; "
+        "the ones between join evenly. 0 for all from the start",
+    )
     stop_at_plateau: Annotated[int, Hint(most=1000, may_change=True)] = Field(
         default=0,
         ge=0,

@@ -119,8 +119,10 @@ def _draw_label(draw: ImageDraw.ImageDraw, row: Row, width: int, top: int, heigh
     remark.draw(draw, _PAD + 2, y + label.height + 2)
 
 
-def thumbnails(items: Sequence[tuple[Shown, str]], problems: str = "", tile: int = 160, limit: int = 24) -> Image.Image:
-    """Draws images with captions, then the list of problems, with errors in red.
+def thumbnails(
+    items: Sequence[tuple[Shown, str]], problems: str = "", tile: int = 160, limit: int = 24, text_lines: int = 3
+) -> Image.Image:
+    """Draws images with captions of at most `text_lines` lines, then the list of problems, with errors in red.
 
     An unreadable image gives an empty tile. Items beyond `limit` are only counted.
     """
@@ -129,7 +131,8 @@ def thumbnails(items: Sequence[tuple[Shown, str]], problems: str = "", tile: int
     columns = max(3, min(6, round((across * len(shown)) ** 0.5 + 0.49)))
     columns, cell = -(-columns // across), across * tile + (across - 1) * _ARROW
     width = columns * (cell + _PAD) + _PAD
-    cells = [(_strip(images, tile, cell), _wrap(text, max(11, tile // 12), cell, 3, _INK)) for images, text in shown]
+    size = min(13, max(11, tile // 12))
+    cells = [(_strip(images, tile, cell), _wrap(text, size, cell, text_lines, _INK)) for images, text in shown]
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     tall = [max(image.height for image, _ in line) for line in lines]
     heights = [high + max(text.height for _, text in line) + 2 * _PAD for high, line in zip(tall, lines, strict=True)]

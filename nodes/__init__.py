@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .build_teacher_condition import BuildTeacherCondition
+from .caption_images import CaptionImages
 from .comfy_host.whole_graph import register
 from .compare_lora import CompareLoRA
 from .few_step_sampler import FewStepSampler
@@ -30,6 +31,7 @@ class DopsdExtension(ComfyExtension):
         """Every node class of this pack."""
         return [
             LoadDataset,
+            CaptionImages,
             BuildTeacherCondition,
             TeacherPreview,
             TrainLoRA,

@@ -14,7 +14,8 @@ from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, Background, Teache
 from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
 from ..dopsd_core.data.dataset import Pair
 from ..dopsd_core.training.regularisation import check_regularisation
-from ..dopsd_core.training.training_set import TeacherImage, TrainingSet, build_training_set, mask_remarks
+from ..dopsd_core.training.shown_images import TeacherImage, mask_remarks
+from ..dopsd_core.training.training_set import TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
 from .comfy_host.embeddings import embedding_notes, embeddings_fingerprint
@@ -76,7 +77,7 @@ def build_conditions(
     Raises:
         ValueError: the dataset does not fit the teacher, or a prompt is not valid text.
     """
-    pairs = dataset.report.pairs
+    pairs = dataset.pairs
     texts = preview_texts(wanted.preview_prompts, pairs, dataset.trigger)
     trained = {caption for pair in pairs for caption in pair.captions}
     unseen = next((text for text in texts if text not in trained), None)
@@ -92,6 +93,7 @@ def build_conditions(
         anchor_prompts=split_lines(wanted.anchor_prompts),
         regularisation=regularisation,
         heldout_caption=unseen,
+        scales=dataset.scales,
         on_encoded=_progress(),
     )
     lengths = length_notes(encoder, teacher, pairs, wanted.teacher_image, texts, dataset.report.source)
@@ -118,8 +120,8 @@ def _progress() -> Callable[[int, int, bool], None]:
     return show
 
 
-def prompt_remarks(wanted: Wanted, trigger: str) -> list[str]:
-    """Warnings about the texts that a user typed.
+def prompt_remarks(wanted: Wanted, trigger: str, concepts: Sequence[str] = ()) -> list[str]:
+    """Warnings about the texts that a user typed; concepts: the triggers of the dataset.
 
     Raises:
         ValueError: a text has characters that are not valid.
@@ -131,7 +133,7 @@ def prompt_remarks(wanted: Wanted, trigger: str) -> list[str]:
     }
     found = [remark for what, prompts in texts.items() for remark in check_prompts(prompts, what, trigger)]
     for number, prompt in enumerate(texts["anchor prompt"], 1):
-        if has_trigger(prompt, trigger):
+        if any(has_trigger(prompt, name) for name in (trigger, *concepts)):
             found.append(
                 f"anchor prompt {number}: it names the concept, so training would suppress it: remove the name"
             )
@@ -197,7 +199,8 @@ class BuildTeacherCondition(io.ComfyNode):
         """Encodes the dataset and the prompts, and shows counts and notes on the node; `widgets` as in `Wanted`."""
         wanted, pairs, warnings = Wanted(**widgets), dataset.report.pairs, Notes()
         ordinary, theirs = (regularisation.report.pairs, regularisation.notes) if regularisation else ((), ())
-        remarks = [*prompt_remarks(wanted, dataset.trigger), *check_regularisation(ordinary, pairs, dataset.trigger)]
+        remarks = prompt_remarks(wanted, dataset.trigger, dataset.report.concepts)
+        remarks += check_regularisation(ordinary, pairs, dataset.trigger)
         with warnings.with_warnings():
             encoder = new_encoder(clip, vae, vision)
             teacher = wanted.teacher(encoder, dataset)

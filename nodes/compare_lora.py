@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..dopsd_core.data.captions import check_prompts, put_trigger
+from ..dopsd_core.data.triggers import require_names
 from ..dopsd_core.image_grid import Row, contact_sheet, to_pixels
 from ..dopsd_core.training.own_files import is_changed
 from .comfy_host.checked_inputs import checked
@@ -25,15 +26,15 @@ from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.embeddings import EMBEDDING, embeddings_fingerprint
 from .comfy_host.families import family_of
 from .comfy_host.fits import is_demo_model, require_vae
-from .comfy_host.lora_header import trigger_of
+from .comfy_host.lora_header import concepts_in, trigger_of
 from .comfy_host.lora_use import (
     NONE,
     apply_lora,
     chosen_lora,
+    facts_of_lora,
     header_of,
     parse_strengths,
     stamp_of_choice,
-    trigger_of_lora,
     used_line,
 )
 from .comfy_host.model_patches import unused_schedule
@@ -111,14 +112,14 @@ class CompareLoRA(io.ComfyNode):
             grid = run_columns(model, run_folder, wanted)
         else:
             grid = strength_columns(model, *chosen_lora(lora_name, lora, "compare"), wanted)
-            grid = replace(grid, trigger=trigger_of_lora(lora_name, lora))
+            grid = grid.named(facts_of_lora(lora_name, lora))
+        require_names(texts, "prompt", grid.concepts)
         texts = [put_trigger(text, grid.trigger) for text in texts]
         notes = unused_inputs(model, lora_name, lora, reference, run_folder)
         send_text(cls, "\n".join((*grid.notes, *notes)))
         titles = ["base", *(column.title for column in grid.columns)]
         images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(titles), reference)
-        columns = [images.draw(model, texts, seed)]
-        columns += [images.draw(column.with_lora(), texts, seed) for column in grid.columns]
+        columns = [images.draw(model, texts, seed), *(images.draw(c.with_lora(), texts, seed) for c in grid.columns)]
         image = to_pixels(draw_grid(f"{grid.name}, seed {seed}", texts, titles, columns))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
@@ -204,12 +205,18 @@ class Grid:
         columns: from left to right.
         notes: for the user, one line each.
         trigger: what `[V]` in the prompts stands for; "" if the LoRA does not say.
+        concepts: the triggers of a LoRA with several concepts; empty for others.
     """
 
     name: str
     columns: tuple[Column, ...]
     notes: tuple[str, ...]
     trigger: str = ""
+    concepts: tuple[str, ...] = ()
+
+    def named(self, facts: Mapping[str, str]) -> Grid:
+        """The grid with what the header of its LoRA says of triggers."""
+        return replace(self, trigger=trigger_of(facts), concepts=concepts_in(facts))
 
 
 def strength_columns(model: Any, name: str, tensors: Mapping[str, Tensor], strengths: Sequence[float]) -> Grid:
@@ -246,7 +253,7 @@ def run_columns(model: Any, run_folder: str, strengths: Sequence[float]) -> Grid
             notes.append(f"{saved.path.name} is not as the run wrote it: its column is not that step of the run")
     if len(shown) < len(saves):
         notes.append(f"of {len(saves)} LoRAs of the run {len(shown)} are shown, the first and the last among them")
-    return Grid(folder.name, tuple(columns), tuple(notes), trigger_of(header_of(saves[-1].path)))
+    return Grid(folder.name, tuple(columns), tuple(notes)).named(header_of(saves[-1].path))
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:

@@ -18,6 +18,7 @@ from ..dopsd_core.data.captions import CaptionError, check_text
 from ..dopsd_core.data.dataset import DatasetReport, read_dataset
 from ..dopsd_core.data.images import pixel_digest
 from ..dopsd_core.data.repeats import MAX_REPEATS
+from ..dopsd_core.data.resolutions import parse_resolutions, scales_of
 from ..dopsd_core.image_grid import thumbnails, to_images, to_pixels
 from ..dopsd_core.text import printable
 from .comfy_host.checked_inputs import checked
@@ -82,16 +83,23 @@ class LoadDataset(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, folder, resolution, trigger, repeats, caption_dropout, images=None, texts=None) -> io.NodeOutput:
+    def execute(
+        cls, folder, resolution, trigger, repeats, caption_dropout, resolutions, images=None, texts=None
+    ) -> io.NodeOutput:
         """Reads and checks the dataset; `images` are [n, H, W, 3 or 4] in [0, 1]. Every input is a list."""
         settings = {"resolution": resolution, "trigger": trigger, "repeats": repeats}
-        single = {name: only(name, values) for name, values in settings.items()}
-        dropout = only("caption_dropout", caption_dropout)
+        single: dict[str, Any] = {name: only(name, values) for name, values in settings.items()}
+        several = parse_resolutions(only("resolutions", resolutions), MULTIPLE)
+        if several:
+            single["resolution"] = several[-1].side
         source, note = _source(only("folder", folder), images, texts)
         report = _read(source, **single)
         send_text(cls, note + shortened(without_folder(report.describe(), report)))
         refuse_errors(report)
-        dataset = Dataset(report, single["trigger"].strip(), dropout, (*note.splitlines(), *noted(report)))
+        scales, remarks = scales_of(report, several, MULTIPLE)
+        notes = (*note.splitlines(), *noted(report), *remarks)
+        trigger, dropout = report.trigger_in_prompts(single["trigger"]), only("caption_dropout", caption_dropout)
+        dataset = Dataset(report, trigger, dropout, notes, scales)
         pixels = to_pixels(draw_report(report))
         return io.NodeOutput(dataset, note + report.describe(), ui=ui.PreviewImage(pixels, cls=cls))
 
@@ -146,7 +154,8 @@ def _inputs() -> list[Any]:
             default="",
             optional=True,
             tooltip="The word for your concept; it replaces [V] in the captions. Choose one without a meaning, "
-            "such as ohwx. Empty: [V] stays as it is.",
+            "such as ohwx. Empty: [V] stays as it is. For several concepts, put a file trigger.txt with "
+            "the word into the subfolder of each.",
         ),
         io.Int.Input(
             "repeats",
@@ -167,6 +176,12 @@ def _inputs() -> list[Any]:
             tooltip="Share of training samples with an empty caption. Use 0 for a concept with a trigger word; "
             "0.1 helps for a style.",
         ),
+        *_later_inputs(),
+    ]
+
+
+def _later_inputs() -> list[Any]:
+    return [
         io.Image.Input(
             "images",
             optional=True,
@@ -177,6 +192,15 @@ def _inputs() -> list[Any]:
             optional=True,
             force_input=True,
             tooltip="Captions of the connected images: the same number, in the same order.",
+        ),
+        io.String.Input(
+            "resolutions",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Several resolutions in one run, in place of resolution: 512:2, 768, 1024 are drawn by share, half "
+            "of the batches at 512. Images are not trained at one that they would be upsampled to. small_first of "
+            "Training Settings begins with the smaller ones, which need less time.",
         ),
     ]
 

@@ -18,14 +18,8 @@ from dopsd_core.data.buckets import Bucket
 from dopsd_core.data.dataset import DatasetReport, Pair
 from dopsd_core.data.images import load_image
 from dopsd_core.data.masks import load_mask, subject_alone
-from dopsd_core.training.training_set import (
-    TrainingSet,
-    build_training_set,
-    encode_request,
-    mask_remarks,
-    seen_by_teacher,
-    seen_images,
-)
+from dopsd_core.training.shown_images import encode_request, mask_remarks, seen_by_teacher, seen_images
+from dopsd_core.training.training_set import TrainingSet, build_training_set
 from tests.tiny import CHANNELS, FEATURES
 from tests.written import image_file, pair, read, rows
 

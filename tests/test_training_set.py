@@ -14,14 +14,9 @@ from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, V
 from dopsd_core.data.dataset import Example, Pair, read_dataset
 from dopsd_core.data.images import ImageError
 from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE
+from dopsd_core.training.shown_images import TeacherImage, encode_request
 from dopsd_core.training.trainer import train
-from dopsd_core.training.training_set import (
-    TeacherImage,
-    TrainingSet,
-    _weighted_anchors,
-    build_training_set,
-    encode_request,
-)
+from dopsd_core.training.training_set import TrainingSet, _weighted_anchors, build_training_set
 from tests.tiny import CHANNELS, FEATURES, TinyDenoiser, make_config, make_data, make_pair
 
 

@@ -210,9 +210,24 @@ def put_trigger(caption: str, trigger: str) -> str:
     return re.sub(_PLACEHOLDER, lambda _: trigger or PLACEHOLDER, caption, flags=re.IGNORECASE)
 
 
+def mend_placeholder(caption: str) -> str:
+    """Writes near misses of `[V]`, such as `[ V ]` or `<V>`, as `[V]`."""
+    return re.sub(f"{_PLACEHOLDER}|{_NEAR_PLACEHOLDER.pattern}", PLACEHOLDER, caption, flags=re.IGNORECASE)
+
+
 def has_trigger(caption: str, trigger: str = "") -> bool:
     """Whether the caption contains `[V]` or the trigger as a separate word (case-insensitive)."""
     return bool(_concept(trigger).search(caption))
+
+
+def with_placeholder(caption: str, trigger: str) -> str:
+    """Writes the trigger as `[V]`; the opposite of `put_trigger`."""
+    return _concept(trigger).sub(PLACEHOLDER, caption)
+
+
+def around_concept(caption: str, trigger: str = "") -> list[tuple[str, str]]:
+    """(text before, text behind) of each `[V]` or trigger in the caption."""
+    return [(caption[: found.start()], caption[found.end() :]) for found in _concept(trigger).finditer(caption)]
 
 
 def remove_trigger(caption: str, trigger: str = "") -> str:

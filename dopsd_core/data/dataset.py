@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..text import printable
@@ -32,6 +32,7 @@ from .folder import ROW_SUFFIXES, Entry, read_folder
 from .jsonl import read_jsonl
 from .problems import Problem, Problems
 from .repeats import MAX_REPEATS
+from .triggers import concepts_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Pair:
         caption_line: the line of a JSONL file; None for a caption file.
         source_images: the source images of an edit, in order, cropped to the bucket of the target; empty for an image.
         mask: the file that says where the subject is: a mask, or the image itself if it is transparent; or None.
+        trigger: the word of its concept, which `[V]` was replaced by; "" if `[V]` is still there.
     """
 
     image_path: Path
@@ -61,6 +63,7 @@ class Pair:
     caption_line: int | None = None
     source_images: tuple[Path, ...] = ()
     mask: Path | None = None
+    trigger: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,15 @@ class DatasetReport:
         """The problems that do not prevent training."""
         return tuple(problem for problem in self.problems if problem.severity == "warning")
 
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The triggers of the usable pairs, in order."""
+        return concepts_of(pair.trigger for pair in self.pairs)
+
+    def trigger_in_prompts(self, given: str) -> str:
+        """The word that `[V]` stands for in prompts: the given one, or else that of the only concept; else ""."""
+        return given.strip() or (self.concepts[0] if len(self.concepts) == 1 else "")
+
     def raise_for_errors(self) -> None:
         """Raises DatasetError with all errors in its message, if there are any."""
         if self.errors:
@@ -107,6 +119,9 @@ class DatasetReport:
         masked = sum(pair.mask not in (None, pair.image_path) for pair in self.pairs)
         if masked:
             lines.append(f"  {masked:4d} with a mask")
+        if len(self.concepts) > 1:
+            named = Counter(pair.trigger.casefold() for pair in self.pairs)
+            lines += [printable(f"  {named[word.casefold()]:4d} of the concept {word}") for word in self.concepts]
         varied = sum(len(pair.captions) > 1 for pair in self.pairs)
         if varied:
             lines.append(f"  {varied:4d} with several captions")
@@ -143,10 +158,10 @@ def read_dataset(
         source: a folder of images with .txt captions of the same name (subfolders too; one named `10_anything` repeats
             its images 10 times, up to MAX_REPEATS); a folder of edits with such a folder target/ and the source images
             at the same paths in source/; or a .jsonl file with one row per image or edit. a.mask.png is the mask of
-            a.png (`masks.py`).
+            a.png (`masks.py`), a trigger.txt has the trigger of a folder's images (`triggers.py`).
         pixel_budget: maximum number of pixels of a training image.
         multiple: the sides of a training image are multiples of it.
-        trigger: replaces `[V]` in the captions; "" keeps `[V]`.
+        trigger: replaces `[V]` in the captions of images without their own; "" keeps `[V]`.
         repeats: visits per epoch of each image, up to MAX_REPEATS, multiplied by its own.
         root: the folder that must contain all images; by default the folder, or the folder of the JSONL file.
         progress: called with (images done, total images).
@@ -186,12 +201,13 @@ def check_entries(
     pairs: list[Pair] = []
     for done, entry in enumerate(entries, 1):
         fit = checker.check(entry)
-        _warn_of_doubts(entry, trigger, checker.problems)
+        own = entry.trigger or trigger
+        _warn_of_doubts(entry, own, checker.problems)
         if fit is not None and entry.captions:
-            pairs.append(_make_pair(entry, fit, trigger, repeats))
+            pairs.append(_make_pair(entry, fit, own, repeats))
         if progress is not None:
             progress(done, len(entries))
-    _warn_without_trigger(pairs, trigger, checker.problems)
+    _warn_without_trigger(pairs, checker.problems)
     return pairs
 
 
@@ -233,6 +249,7 @@ def _make_pair(entry: Entry, fit: Fit, trigger: str, repeats: int) -> Pair:
         caption_line=entry.caption_line,
         source_images=entry.source_images,
         mask=fit.mask,
+        trigger=trigger,
     )
 
 
@@ -247,19 +264,18 @@ def _warn_of_doubts(entry: Entry, trigger: str, problems: Problems) -> None:
             problems.warning(entry.caption_file, entry.caption_line, message)
 
 
-def _warn_without_trigger(pairs: Sequence[Pair], trigger: str, problems: Problems) -> None:
+def _warn_without_trigger(pairs: Sequence[Pair], problems: Problems) -> None:
     """Warns of captions without the concept's name, if there is a trigger or some captions contain `[V]`; of
     instructions only if there is a trigger, because an edit needs no name. Near misses have their own warning."""
 
-    def lacks(text: str) -> bool:
+    def lacks(text: str, trigger: str) -> bool:
         return not has_trigger(text, trigger) and near_placeholder(text, trigger) is None
 
-    lacking = [(pair, sum(map(lacks, pair.captions))) for pair in pairs]
-    if not trigger and all(pair.source_images or not any(map(has_trigger, pair.captions)) for pair in pairs):
-        return
-    name = f"the trigger {trigger!r}" if trigger else "[V]"
-    for pair, count in lacking:
-        if count:
+    has_names = any(not pair.source_images and any(map(has_trigger, pair.captions)) for pair in pairs)
+    for pair in pairs:
+        count = sum(lacks(caption, pair.trigger) for caption in pair.captions)
+        if count and (pair.trigger or has_names):
+            name = f"the trigger {pair.trigger!r}" if pair.trigger else "[V]"
             kind = "instruction" if pair.source_images else "caption"
             which = f"the {kind} lacks" if len(pair.captions) == 1 else f"{count} {kind}s lack"
             message = f"{which} {name}: the concept is learned for its ordinary words"
@@ -274,11 +290,14 @@ class Example:
         variants: one condition per caption; one is sampled per visit. Indices may repeat.
         dropped: the condition with the empty caption, if caption dropout is used.
         repeats: visits per epoch.
+        concept: the trigger of its concept, if there are several; else "". No part of a run's identity: it is in the
+            captions.
     """
 
     variants: tuple[int, ...]
     dropped: int | None = None
     repeats: int = 1
+    concept: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -298,16 +317,30 @@ class EncodingPlan:
     anchors: tuple[str, ...]
 
 
-def plan_encoding(pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: bool = False) -> EncodingPlan:
-    """Plans one request for each image and distinct caption, plus the empty caption for dropout."""
+def plan_encoding(
+    pairs: Sequence[Pair], *, trigger: str = "", caption_dropout: bool = False, concepts: Sequence[str] = ()
+) -> EncodingPlan:
+    """Plans one request for each image and distinct caption, plus the empty caption for dropout.
+
+    concepts: the triggers of the dataset, if the pairs are only some of it.
+    """
     requests: list[tuple[Pair, str]] = []
     examples: list[Example] = []
+    concepts = concepts_of((*concepts, *(pair.trigger for pair in pairs)))
     for pair in pairs:
         texts = list(dict.fromkeys(pair.captions)) + [""] * caption_dropout
         index = {text: len(requests) + offset for offset, text in enumerate(texts)}
         requests += [(pair, text) for text in texts]
-        examples.append(Example(tuple(index[text] for text in pair.captions), index.get(""), pair.repeats))
+        variants, concept = tuple(index[text] for text in pair.captions), pair.trigger if len(concepts) > 1 else ""
+        examples.append(Example(variants, index.get(""), pair.repeats, concept))
     plain = [pair for pair in pairs if not pair.source_images]
-    named = [caption for pair in plain for caption in pair.captions if has_trigger(caption, trigger)]
-    anchors = dict.fromkeys(re.sub(r"\s+", " ", remove_trigger(caption, trigger)) for caption in named)
+    named = [text for pair in plain for text in pair.captions if has_trigger(text, pair.trigger or trigger)]
+    anchors = dict.fromkeys(re.sub(r"\s+", " ", _without_names(text, trigger, concepts)) for text in named)
     return EncodingPlan(tuple(requests), tuple(examples), tuple(text for text in anchors if text))
+
+
+def _without_names(caption: str, trigger: str, concepts: Sequence[str]) -> str:
+    """The caption without the names of all concepts: with one of them left, it would be no ordinary prompt."""
+    for name in dict.fromkeys((trigger, *concepts)):
+        caption = remove_trigger(caption, name)
+    return caption

@@ -3,6 +3,7 @@
 photos/a.png            an image
 photos/a.txt            its caption
 photos/a.mask.png       its mask, if there is one (`masks.py`)
+photos/trigger.txt      the trigger of the folder's images, if there are several concepts (`triggers.py`)
 
 edits/target/a.png      the target of an edit
 edits/target/a.txt      its instruction
@@ -25,6 +26,7 @@ from .images import SUFFIXES
 from .masks import is_named_as_mask, masks_beside
 from .problems import Problem, Problems
 from .repeats import NamedRepeats
+from .triggers import TRIGGER_NAME, NamedTriggers
 
 __all__ = ["Entry", "Problem", "Problems", "edit_folders", "read_folder"]
 
@@ -47,6 +49,8 @@ class Entry:
         declared: (width, height) stated by a row.
         source_images: the source images of an edit, in order.
         text_line: the line of a caption file where its text begins.
+        trigger: the word of its concept, from a trigger.txt or the row; "" for that of the dataset.
+        near_miss: a hint about another file that may be the missing caption, or a mask; "" without one.
     """
 
     image: Path
@@ -57,6 +61,13 @@ class Entry:
     declared: tuple[int, int] | None = None
     source_images: tuple[Path, ...] = ()
     text_line: int = 1
+    near_miss: str = ""
+    trigger: str = ""
+
+    @property
+    def is_uncaptioned(self) -> bool:
+        """Whether no caption file was found for an image in a folder."""
+        return not self.captions and self.caption_file == self.image
 
 
 def read_folder(folder: Path, problems: Problems) -> list[Entry]:
@@ -109,6 +120,10 @@ class _FolderReader:
 
     def __post_init__(self) -> None:
         self._repeats = NamedRepeats(self.folder, self.problems)
+        captions = {file for image in self.captions.images.values() for file in self.captions.of(image[0])}
+        named = {file for file in self.files if file.name == TRIGGER_NAME} - captions
+        self._triggers = NamedTriggers(self.folder, named, self.problems)
+        self.named.update(named)
         self._rows = next((file for file in self.files if file.suffix.lower() in ROW_SUFFIXES), None)
 
     def entry(self, image: Path, kind: Kind = "caption") -> Entry:
@@ -116,10 +131,9 @@ class _FolderReader:
         found = self.captions.of(image)
         for file in found:
             self.used.setdefault(file, []).append(image)
-        repeats = self._repeats.of(image)
+        repeats, trigger = self._repeats.of(image), self._triggers.of(image)
         if not found:
-            self._note_lack(image, kind)
-            return Entry(image, (), image, None, repeats)
+            return Entry(image, (), image, None, repeats, near_miss=self._note_lack(image, kind), trigger=trigger)
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             self.problems.error(image, None, f"{len(found)} {kind}s with its name: {names}; keep one")
@@ -130,7 +144,8 @@ class _FolderReader:
         text = self._text(found[0], kind)
         before = text[: len(text) - len(text.lstrip())]
         texts = (text.strip(),) if text else ()
-        return Entry(image, texts, found[0], None, repeats, text_line=len(re.findall(r"\r\n|\r|\n", before)) + 1)
+        line = len(re.findall(r"\r\n|\r|\n", before)) + 1
+        return Entry(image, texts, found[0], None, repeats, text_line=line, trigger=trigger)
 
     def _text(self, file: Path, kind: Kind) -> str:
         """The text of a caption file, or "" after reporting why it is invalid."""
@@ -146,14 +161,17 @@ class _FolderReader:
             self.problems.error(file, None, "cannot be read: a circular link")
         return ""
 
-    def _note_lack(self, image: Path, kind: Kind) -> None:
-        meant, remark = self.captions.near_misses(image)
+    def _note_lack(self, image: Path, kind: Kind) -> str:
+        """Reports an image without caption, and returns the hint about a file that may be it."""
+        meant, near = self.captions.near_misses(image)
         self.named.update(meant)
+        remark = near
         if not remark and self._rows is not None:
             self.named.add(self._rows)
             remark = f"there is {self._rows.name}: to read that file, give its path"
         hint = f" ({remark})" if remark else ""
         self.problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
+        return near
 
     def note_shared_captions(self) -> None:
         """Warns of images with the same name, which share one caption."""

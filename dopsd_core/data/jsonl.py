@@ -19,6 +19,7 @@ from .folder import UNREAD_SUFFIXES, Entry
 from .images import SUFFIXES
 from .problems import Problems
 from .repeats import MAX_REPEATS
+from .triggers import TRIGGER_KEY, checked_trigger
 
 PATH_KEYS = (
     "local_path_list",
@@ -181,12 +182,12 @@ class _Row:
         """The entry of the row, or None after reporting why there is none."""
         captions = self._captions()
         images = self._images()
-        repeats = self._repeats()
+        repeats, trigger = self._repeats(), self._trigger()
         if images is None:
             return None
         image, sources = images
         declared = self._size(-1 if sources else 0)
-        return Entry(image, captions, self.file, self.number, repeats, declared, sources)
+        return Entry(image, captions, self.file, self.number, repeats, declared, sources, trigger=trigger)
 
     def unread(self) -> list[str]:
         """The non-empty keys that were not read, without the ignored ones."""
@@ -209,6 +210,20 @@ class _Row:
         if not found.texts and not found.errors and not found.complaints:
             self._error(f"no caption: give at least one of {', '.join(CAPTION_KEYS)}")
         return tuple(found.texts.values())
+
+    def _trigger(self) -> str:
+        """The trigger of the row's concept; "" if it has none, or after reporting why it is not valid."""
+        given = self.values.get(TRIGGER_KEY)
+        self.read.add(TRIGGER_KEY)
+        if given in (None, ""):
+            return ""
+        try:
+            if not isinstance(given, str):
+                raise CaptionError(f"is {_shown(given)}, it must be text")
+            return checked_trigger(given)
+        except CaptionError as error:
+            self._error(f"{TRIGGER_KEY!r}: {error}")
+            return ""
 
     # -- images ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from .disk import explained
+from .disk import explained, writing
 from .lock import IS_WINDOWS, try_lock
 
 _ATTEMPTS = 20
@@ -34,6 +34,46 @@ def write_atomic(path: Path, data: bytes) -> None:
             break
         time.sleep(0.01)
     sync_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Writes `data` like `write_atomic`, but only if there is nothing at `path`, not even a broken link.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        DiskError: the folder is not writable; no file is left behind.
+    """
+    if os.path.lexists(path):
+        return False
+    _remove_leftovers(path)
+    with writing(path, len(data)):
+        file, temporary = _open_temporary(path)
+        try:
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            is_new = _moved_where_nothing_is(temporary, path)
+        finally:
+            _discard(temporary)
+    sync_folder(path.parent)
+    return is_new
+
+
+def _moved_where_nothing_is(temporary: Path, path: Path) -> bool:
+    """Gives a file the name `path` unless something has it; in a file system without links, another program may come
+    between the look and the rename."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # FAT, exFAT and some network folders have no links
+        if os.path.lexists(path):
+            return False
+        os.rename(temporary, path)
+    return True
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..conditioning.encode import Encoder, OnEncoded, encode_dataset, encode_texts
 from ..conditioning.teachers import TeacherView
 from ..data.dataset import Pair, plan_encoding
-from ..training.training_set import encode_request, require_fit
+from ..training.shown_images import encode_request
+from ..training.training_set import require_fit
 from .encoding import Encoding
 from .writer import EncodedImages
 

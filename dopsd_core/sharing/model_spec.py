@@ -9,7 +9,7 @@ import base64
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 VERSION = "1.0.1"
@@ -17,6 +17,7 @@ HASH = "modelspec.hash_sha256"
 """Key of the hash of a file's tensors."""
 
 _TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
+_CONCEPTS = "dopsd_concepts"
 _BASE_MODELS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "z_image": (("zimageturbo", "Tongyi-MAI/Z-Image-Turbo"),),
     "flux2_klein": (
@@ -79,8 +80,9 @@ def spec_header(facts: Mapping[str, str], given: Description, title: str, is_dif
         known["modelspec.resolution"] = resolution
     if trigger := trigger_of(facts):
         known["modelspec.trigger_phrase"] = trigger
-        known["modelspec.usage_hint"] = f"Trigger word: {trigger}"
-        known["trained_words"] = json.dumps([trigger], ensure_ascii=False)
+        words = concepts_in(facts) or (trigger,)
+        known["modelspec.usage_hint"] = f"Trigger word{'s' * (len(words) > 1)}: {trigger}"
+        known["trained_words"] = json.dumps(words, ensure_ascii=False)
     return known | dict(facts) | _said(given)
 
 
@@ -103,6 +105,22 @@ def tensor_hash(data: bytes) -> dict[str, str]:
 def trigger_of(header: Mapping[str, str]) -> str:
     """The trigger word of a LoRA; "" if its header has none."""
     return next((header[key] for key in _TRIGGERS if header.get(key)), "")
+
+
+def trigger_facts(trigger: str, concepts: Sequence[str]) -> dict[str, str]:
+    """What a header says of the trigger words of a run: one, or those of several concepts."""
+    if len(concepts) < 2:
+        return {"dopsd_trigger": trigger}
+    return {"dopsd_trigger": ", ".join(concepts), _CONCEPTS: json.dumps(list(concepts), ensure_ascii=False)}
+
+
+def concepts_in(header: Mapping[str, str]) -> tuple[str, ...]:
+    """The trigger words of a LoRA with several concepts; empty for others."""
+    try:
+        words = json.loads(header.get(_CONCEPTS, "[]"))
+    except ValueError:
+        return ()
+    return tuple(words) if isinstance(words, list) and all(isinstance(word, str) for word in words) else ()
 
 
 def hub_base_model(facts: Mapping[str, str]) -> str:

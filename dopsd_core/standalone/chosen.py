@@ -7,7 +7,7 @@ import argparse
 from ..conditioning.teachers import TeacherView, choose_teacher
 from ..data.dataset import DatasetReport
 from ..families import Family, get_family
-from ..training.training_set import require_masks
+from ..training.shown_images import require_masks
 from .hosts.source import find_family
 from .model_options import ModelOptions
 

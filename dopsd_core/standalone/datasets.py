@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..data.dataset import DatasetReport, read_dataset
+from ..data.resolutions import Resolution, Scale, parse_resolutions, scales_of
 from ..families import Family
 from .model_options import ModelOptions
 
@@ -39,8 +40,25 @@ def read_regularisation(args: argparse.Namespace, family: Family, options: Model
     return report
 
 
+def read_scales(
+    args: argparse.Namespace, family: Family, report: DatasetReport
+) -> tuple[tuple[Scale, ...], tuple[str, ...]]:
+    """(the dataset at each of several resolutions, remarks on images that are left out of one); none without any.
+
+    Raises:
+        ValueError: the resolutions are not valid, or too large for every image.
+    """
+    return scales_of(report, _resolutions(args, family), family.pixel_multiple)
+
+
+def _resolutions(args: argparse.Namespace, family: Family) -> tuple[Resolution, ...]:
+    return parse_resolutions(" ".join(getattr(args, "resolutions", None) or ()), family.pixel_multiple)
+
+
 def side_of(args: argparse.Namespace, family: Family, options: ModelOptions) -> int:
     """Images have about this x this pixels: --resolution, or the model's own."""
     from ..demo.world import IMAGE_SIZE
 
+    if several := _resolutions(args, family):
+        return several[-1].side
     return args.resolution or (IMAGE_SIZE if options.is_demo else round(family.pixel_budget**0.5))

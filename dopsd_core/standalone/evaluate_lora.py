@@ -66,6 +66,8 @@ def _write_report_card(args: argparse.Namespace, options: ModelOptions) -> int:
     report.raise_for_errors()
     if any(pair.source_images for pair in report.pairs):
         raise ValueError(f"{args.source} contains edits, which cannot be evaluated: use images with captions")
+    if len(report.concepts) > 1:
+        raise ValueError(f"{args.source} has the concepts {', '.join(report.concepts)}: give the folder of one of them")
     prompts = args.prompts or (_demo_prompts() if options.is_demo else [])
     warn(check_prompts(prompts, "prompt", trigger))
     metrics = load_metrics(

@@ -15,21 +15,17 @@ from ..conditioning.teachers import TeacherView
 from ..config import TrainConfig
 from ..data.captions import check_prompts
 from ..data.dataset import Pair
+from ..data.resolutions import Scale
 from ..families import get_family
 from ..objectives import SFT
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
 from ..training.regularisation import check_regularisation
-from ..training.training_set import (
-    TrainingSet,
-    build_training_set,
-    encode_regularisation,
-    mask_remarks,
-    ordinary_prompts,
-)
+from ..training.shown_images import mask_remarks
+from ..training.training_set import TrainingSet, build_training_set, encode_regularisation, ordinary_prompts
 from ..training.world import Peers, World
 from .chosen import family_of, view_of
-from .datasets import read_images, read_regularisation
+from .datasets import read_images, read_regularisation, read_scales
 from .hosts.model import HostModel, load_model, sees_images
 from .model_options import DEMO, ModelOptions
 from .previews import MAX_PROMPTS, encode_shown, preview_texts
@@ -50,6 +46,8 @@ class Prepared:
         data: the encoded dataset.
         cache: of conditions and class images.
         shown: the prompts of previews, on the ranks that draw them.
+        trigger: what `[V]` stands for in prompts.
+        concepts: the triggers of the dataset.
     """
 
     model: HostModel
@@ -58,6 +56,8 @@ class Prepared:
     data: TrainingSet
     cache: ConditionCache
     shown: Sequence[DualCondition]
+    trigger: str = ""
+    concepts: tuple[str, ...] = ()
 
 
 def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
@@ -86,27 +86,31 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
     if is_encoded(args.dataset):
         return prepare_streamed(args, options, config, peers)
     report = read_images(args, family, options)
+    trigger, (scales, remarks) = report.trigger_in_prompts(args.trigger), read_scales(args, family, report)
+    pairs = scales[0].pairs if scales else report.pairs
     regularisation = read_regularisation(args, family, options)
     ordinary = regularisation.pairs if regularisation else ()
     view = view_of(args, family, report, options)
     model = load_model(options, sees_images(view))
     if peers.is_first:
         say(report.describe())
+        warn(remarks)
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
         warn(mask_remarks(report.pairs, view.background))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
-            warn(check_regularisation(ordinary, report.pairs, args.trigger))
+            warn(check_regularisation(ordinary, report.pairs, trigger))
     cache = ConditionCache(args.output / "cache")
 
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
-        data = _encoded(args, model, report.pairs, ordinary, view, config, cache)
-        texts = preview_texts(args.preview_prompts, report.pairs, args.trigger)
+        data = _encoded(args, model, pairs, ordinary, view, config, cache, trigger, scales)
+        texts = preview_texts(args.preview_prompts, pairs, trigger)
         wanted = config.preview_every and (peers.is_first or runs_together(config, peers.world))
-        return data, encode_shown(texts, report.pairs, model, cache, view, args.teacher_image) if wanted else ()
+        return data, encode_shown(texts, pairs, model, cache, view, args.teacher_image) if wanted else ()
 
     data, shown = first_then_others(peers, encode)
-    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown)
+    config = _without_missing_anchors(args, config, data, peers)
+    return Prepared(model, view, config, data, cache, shown, trigger, report.concepts)
 
 
 def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
@@ -140,7 +144,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
     data = first_then_others(peers, encode)
     draws = config.preview_every and (peers.is_first or runs_together(config, peers.world))
     shown = shown_of(data, MAX_PROMPTS) if draws else ()
-    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown)
+    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown, args.trigger)
 
 
 def runs_together(config: TrainConfig, world: World | None) -> bool:
@@ -162,10 +166,10 @@ def _wants_anchors(config: TrainConfig) -> bool:
 
 def _encoded(
     args: argparse.Namespace, model: HostModel, pairs: Sequence[Pair], ordinary: Sequence[Pair], view: TeacherView,
-    config: TrainConfig, cache: ConditionCache,
+    config: TrainConfig, cache: ConditionCache, trigger: str, scales: Sequence[Scale],
 ) -> TrainingSet:  # fmt: skip
     if args.heldout_caption is not None:
-        warn(check_prompts([args.heldout_caption], "held-out caption", args.trigger))
+        warn(check_prompts([args.heldout_caption], "held-out caption", trigger))
     with tqdm(unit="image", desc="encoding", disable=None if len(pairs) + len(ordinary) > MANY else True) as bar:
 
         def on_encoded(done: int, total: int, cached: bool) -> None:
@@ -173,10 +177,10 @@ def _encoded(
             bar.update(done - bar.n)
 
         return build_training_set(
-            pairs, model.encoder, cache, teacher=view, trigger=args.trigger, teacher_image=args.teacher_image,
+            pairs, model.encoder, cache, teacher=view, trigger=trigger, teacher_image=args.teacher_image,
             caption_dropout=config.caption_dropout > 0, anchors=_wants_anchors(config),
             anchor_prompts=args.anchor_prompts or (), regularisation=ordinary,
-            heldout_caption=args.heldout_caption, on_encoded=on_encoded,
+            heldout_caption=args.heldout_caption, scales=scales, on_encoded=on_encoded,
         )  # fmt: skip
 
 

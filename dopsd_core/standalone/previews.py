@@ -16,11 +16,13 @@ from ..conditioning.teachers import TeacherView
 from ..data.captions import put_trigger
 from ..data.dataset import Pair
 from ..data.images import load_image
+from ..data.triggers import concepts_of, require_names
 from ..image_grid import Row, contact_sheet
 from ..rollout import sample
 from ..trainable import Mode, Trainable
 from ..training.rng import make_generator
-from ..training.training_set import TeacherImage, encode_request, latent_shape, shown_to_teacher
+from ..training.shown_images import TeacherImage, encode_request, pair_of_prompt, shown_to_teacher
+from ..training.training_set import latent_shape
 from .hosts.model import HostModel
 
 PREVIEWS_NAME = "previews"
@@ -68,7 +70,7 @@ def encode_shown(
     """Each prompt for the student, and with a training image for the teacher; latents [C, h, w] of these images."""
     requests = []
     for number, text in enumerate(texts):
-        index = number % len(pairs)
+        index = pair_of_prompt(pairs, text, number)
         requests.append(
             encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0], view.background)
         )
@@ -76,8 +78,13 @@ def encode_shown(
 
 
 def preview_texts(given: Sequence[str] | None, pairs: Sequence[Pair], trigger: str) -> list[str]:
-    """The given prompts with `[V]` replaced, or the captions of the first images."""
+    """The given prompts with `[V]` replaced, or the captions of the first images.
+
+    Raises:
+        ValueError: `[V]` may stand for several concepts.
+    """
     if given:
+        require_names(given, "preview prompt", concepts_of(pair.trigger for pair in pairs))
         return [put_trigger(text, trigger) for text in given]
     return list(dict.fromkeys(pair.captions[0] for pair in pairs[:MAX_PROMPTS]))
 

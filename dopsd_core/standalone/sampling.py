@@ -22,7 +22,7 @@ from ..image_grid import Row, contact_sheet, to_images
 from ..rollout import sample
 from ..training.rng import make_generator
 from ..training.saved_loras import SavedLora, saved_loras
-from ..training.training_set import mask_remarks, seen_images
+from ..training.shown_images import mask_remarks, seen_images
 from .chosen import family_of, view_of
 from .datasets import read_images
 from .hosts.demo import with_lora

@@ -17,8 +17,9 @@ from ..config import ConfigError, TrainConfig
 from ..denoiser import Denoiser
 from ..memory.checkpoint_plan import Checkpointing
 from ..memory.footprint import Footprint, estimate
+from ..sharing.model_spec import trigger_facts
 from ..trainable import Trainable
-from ..training.log import StepReport
+from ..training.log import StepReport, gaps_by_concept
 from ..training.trainer import NoCallbacks, TrainResult, train
 from ..training.world import Peers, World
 from .accelerate_world import joined_world
@@ -113,7 +114,7 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
     return {
         "dopsd_base_model": prepared.model.title,
         "dopsd_base_fingerprint": prepared.model.fingerprint,
-        "dopsd_trigger": args.trigger,
+        **trigger_facts(prepared.trigger, prepared.concepts),
         "dopsd_teacher_sees": prepared.view.name,
         **({"dopsd_teacher_background": view} if (view := prepared.view.background) != "keep" else {}),
         **({"dopsd_undistilled": args.model} if ModelOptions.of(args).is_undistilled else {}),
@@ -133,7 +134,9 @@ class _Watcher(NoCallbacks):
     def on_step(self, report: StepReport) -> None:
         self._bar.update(report.step - self._bar.n)
         if report.relative_gap is not None:
-            self._bar.set_postfix_str(f"gap to teacher {report.relative_gap:.3f}")
+            parts = [f"gap to teacher {report.relative_gap:.3f}"]
+            parts += [f"{name} {gap:.3f}" for name, gap in gaps_by_concept(report.metrics).items()]
+            self._bar.set_postfix_str(", ".join(parts))
         self._tracking.on_step(report)
 
     def on_preview(self, step: int, adapters: Trainable) -> None:

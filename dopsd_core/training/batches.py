@@ -16,6 +16,7 @@ from ..objectives import ClassImage, ObjectiveInputs
 from ..trainable import Trainable
 from ..transfer import to_device
 from .rng import DataOrder, draw_noise, draw_variant, make_generator
+from .scales import ScaledOrder
 from .training_set import TrainingSet, latent_shape, pair_to
 
 
@@ -48,7 +49,7 @@ class Batches:
     denoiser: Denoiser
     adapters: Trainable
     data: TrainingSet
-    order: DataOrder
+    order: DataOrder | ScaledOrder
     anchors: Sequence[Condition]
 
     def inputs(self, step: int, micro: int, class_images: Sequence[ClassImage], loss_scale: float) -> ObjectiveInputs:

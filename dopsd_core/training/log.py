@@ -85,6 +85,15 @@ class StepReport:
 _FIELDS = tuple(name for name in StepReport.__dataclass_fields__ if name != "metrics")
 
 
+_OF_CONCEPT = "relative_gap of "
+
+
+def gaps_by_concept(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The relative gap of each concept by its trigger, from a report's metrics; empty unless there are several."""
+    found = {name: value for name, value in metrics.items() if name.startswith(_OF_CONCEPT)}
+    return {name.removeprefix(_OF_CONCEPT): value for name, value in found.items()}
+
+
 @dataclass(frozen=True)
 class Gaps:
     """Gaps to the teacher on fixed noise: RMS distances of velocities.
@@ -92,14 +101,28 @@ class Gaps:
     Attributes:
         train: mean over training pairs.
         heldout: gap of the held-out pair; None if there is none.
+        concepts: (trigger, mean over its training pairs) of each concept, if there are several.
     """
 
     train: float
     heldout: float | None
+    concepts: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> Gaps:
+        """From the list of a checkpoint, which lacks the concepts in older ones."""
+        train, heldout, *concepts = values
+        return cls(train, heldout, tuple((name, gap) for name, gap in concepts[0]) if concepts else ())
 
     def relative_to(self, start: Gaps) -> tuple[float | None, float | None]:
         """Both gaps relative to those at the start; None if there is nothing to compare."""
         return _ratio(self.train, start.train), _ratio(self.heldout, start.heldout)
+
+    def metrics_of_concepts(self, start: Gaps) -> dict[str, float]:
+        """The relative gap of each concept, as metrics for the log."""
+        before = dict(start.concepts)
+        ratios = {name: _ratio(gap, before.get(name)) for name, gap in self.concepts}
+        return {f"{_OF_CONCEPT}{name}": ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 class RunLog:

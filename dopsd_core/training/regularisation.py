@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ..config import TrainConfig
 from ..data.captions import has_trigger
 from ..data.dataset import Pair
+from ..data.triggers import concepts_of
 from .training_set import TrainingSet
 
 
@@ -24,10 +25,11 @@ def check_regularisation(regularisation: Sequence[Pair], pairs: Sequence[Pair], 
     """
     if any(pair.source_images for pair in regularisation):
         raise ValueError("the regularisation images are edits: use a folder of ordinary images with captions")
+    names = (trigger, *concepts_of(pair.trigger for pair in pairs))
     trained, found = {caption for pair in pairs for caption in pair.captions}, []
     for pair in regularisation:
         name = f"regularisation image {pair.image_path.name}"
-        if any(has_trigger(caption, trigger) for caption in pair.captions):
+        if any(has_trigger(caption, name) for caption in pair.captions for name in names):
             found.append(f"{name}: its caption names the concept, so training would suppress it: remove the name")
         elif not trained.isdisjoint(pair.captions):
             found.append(f"{name}: its caption is a training caption too, which pulls both ways: change one of them")

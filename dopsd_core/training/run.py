@@ -33,6 +33,7 @@ from .resume import RunIdentity, optimizer_state, require_same_run
 from .rng import DataOrder
 from .run_folder import RunFolder, UnusedFolder, saves_in_background
 from .saved_loras import facts_of, is_due
+from .scales import ordered
 from .sharded_checkpoint import divided_state, load_sharded
 from .training_set import TrainingSet
 from .unseen_gap import BestStep
@@ -90,7 +91,8 @@ class Run:
         self.optimizer = config.optimizer.build(self.adapters.parameters())
         start_training(self.optimizer)
         self.probe = Probe(config, denoiser, self.adapters, data)
-        self.order = DataOrder(data.shapes(), data.repeats(), config.batch_size, config.seed)
+        order = DataOrder(data.shapes(), data.repeats(), config.batch_size, config.seed)
+        self.order = ordered(order, data.scales, config.small_first * config.grad_accumulation)
         self._batches = Batches(config, denoiser, self.adapters, data, self.order, anchors)
 
     def open(self, resume: bool) -> None:
@@ -137,7 +139,7 @@ class Run:
         if self.start.train < 1e-6:
             log.warning("teacher and student agree before training: there is nothing to learn")
         relative, heldout = self.start.relative_to(self.start)
-        metrics = {"gap": self.start.train}
+        metrics = {"gap": self.start.train, **self.start.metrics_of_concepts(self.start)}
         report = StepReport(step=0, metrics=metrics, relative_gap=relative, heldout_relative_gap=heldout)
         self.folder.append(report)
         return report
@@ -264,7 +266,6 @@ class Run:
 
     def _backward_all(self) -> list[ObjectiveOutput]:
         """The outputs of all batches of the step, each computed by one rank; adds up the gradients of all ranks."""
-
         turns = self.peers.share([self._course(micro) for micro in range(self.config.grad_accumulation)])
         every = self.peers.all(lambda: [(turn, self._backward(turn)) for turn in turns])
         self.peers.sum_gradients(self.adapters.parameters())
@@ -342,18 +343,19 @@ class Run:
 
     def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
         config = self.config
-        relative, heldout = None, None
+        relative, heldout, by_concept = None, None, {}
         is_on = config.probe_every and self.peers.runs_network
         if is_on and (self.step % config.probe_every == 0 or is_due(config, self.step) or self.step == config.steps):
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
+                by_concept = self.last.metrics_of_concepts(self.start)
         counted = [output for output in outputs if not output.is_anchor] or list(outputs)
         losses, memory = [output.loss for output in counted], memory_in_use(self.denoiser.device)
         return StepReport(
             step=self.step,
             loss=sum(losses) / len(losses),
-            metrics=mean_metrics([output.metrics for output in counted]),
+            metrics=mean_metrics([output.metrics for output in counted]) | by_concept,
             relative_gap=relative,
             heldout_relative_gap=heldout,
             lr=rate,
@@ -373,8 +375,8 @@ class Run:
         self.optimizer.load_state_dict(divided_state(state, self.adapters.parameters()))
         self.loss_scale.load(facts.get("loss_scale"))
         self.step = checkpoint.step
-        self.start = Gaps(*facts["start"]) if facts["start"] else None
-        self.last = Gaps(*facts["last"]) if facts["last"] else None
+        self.start = Gaps.from_json(facts["start"]) if facts["start"] else None
+        self.last = Gaps.from_json(facts["last"]) if facts["last"] else None
         self._is_other_heldout = facts.get("heldout", "") != self._heldout
         self.heldout_since = self.step if self._is_other_heldout else facts.get("heldout_since", 0)
         log.info("resuming %s at step %d", folder, self.step)

@@ -324,6 +324,8 @@ def _preview(run: Run, callbacks: Callbacks) -> None:
 
 def _remarks(config: TrainConfig, data: TrainingSet) -> list[str]:
     remarks = [*config.objective.remarks(), *regularisation_remarks(config, data)]
+    if config.small_first and not data.scales:
+        remarks.append(f"small_first {config.small_first} is not used: there is only one resolution")
     if config.stop_at_plateau and (data.heldout is None or not config.probe_every):
         why = "probe_every is 0" if not config.probe_every else "there is no unseen prompt"
         remarks.append(f"stop_at_plateau {config.stop_at_plateau} is not used: {why}")

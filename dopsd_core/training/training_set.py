@@ -5,40 +5,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
-from ..conditioning.cache import ConditionCache, digest_bytes
+from ..conditioning.cache import ConditionCache
 from ..conditioning.encode import (
     Condition,
     DualCondition,
     Encoder,
     EncodeRequest,
-    ImageInput,
     OnEncoded,
     encode_captioned,
     encode_dataset,
     encode_texts,
 )
-from ..conditioning.teachers import VLM, Background, TeacherView
-from ..data.buckets import Bucket
+from ..conditioning.teachers import VLM, TeacherView
 from ..data.captions import put_trigger
-from ..data.dataset import Example, Pair, plan_encoding
-from ..data.images import ImageError, load_image
-from ..data.masks import load_mask, subject_alone
+from ..data.dataset import EncodingPlan, Example, Pair, plan_encoding
+from ..data.resolutions import Scale
+from ..data.triggers import concepts_of, require_names
 from ..families import Family
 from ..objectives import ClassImage
-from ..text import printable
+from .scales import ScaleShare
 from .set_facts import MostTokens, most_of, tuple_in_parts
-
-TeacherImage = Literal["own", "other"]
-"""Which image the teacher sees: the pair's own, or other images of the concept, which cannot be copied."""
-
-MAX_OTHERS = 3
-"""Number of other images from which one is sampled per visit."""
+from .shown_images import TeacherImage, encode_request, pair_of_prompt, require_masks, shown_to_teacher
 
 STRIPPED_SHARE = 0.75
 """Share of captions without the concept's name among the prior anchors, if there are other prompts too."""
@@ -54,6 +44,7 @@ class TrainingSet:
         regularisation: ordinary images with their captions, latents [C, h, w]; the class images of some objectives.
         heldout: a training image with a caption that is not trained on, for the probe.
         examples: which pairs belong to the same image (`plan_encoding`); by default each pair is an example.
+        scales: the examples of each resolution, if there are several; they follow each other.
 
     Raises:
         ValueError: there are no pairs, a pair has no target latent, or an example does not fit.
@@ -64,6 +55,7 @@ class TrainingSet:
     heldout: DualCondition | None = None
     examples: Sequence[Example] = ()
     regularisation: Sequence[ClassImage] = ()
+    scales: tuple[ScaleShare, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -117,6 +109,8 @@ class TrainingSet:
                 digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         for text in tuple_in_parts(len(self.pairs), len(self.anchors), self.examples):
             digest.update(text.encode())
+        if self.scales:
+            digest.update(repr(self.scales).encode())
         return digest.hexdigest()
 
     def _described(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -137,6 +131,7 @@ def build_training_set(
     anchor_prompts: Sequence[str] = (),
     regularisation: Sequence[Pair] = (),
     heldout_caption: str | None = None,
+    scales: Sequence[Scale] = (),
     on_encoded: OnEncoded | None = None,
 ) -> TrainingSet:
     """Encodes a dataset, or loads it from the cache; the encoder can be unloaded afterwards.
@@ -152,37 +147,107 @@ def build_training_set(
         anchors: whether to encode captions without the concept, for the prior anchor.
         anchor_prompts: further ordinary prompts for the prior anchor; `[V]` stands for the trigger.
         regularisation: ordinary images; their captions are anchors too, with the images for some objectives.
-        heldout_caption: a caption that is not in the data, for the first image; `[V]` stands for the trigger.
+        heldout_caption: a caption that is not in the data, for the first image of its concept; `[V]` stands for the
+            trigger.
+        scales: the same images at several resolutions, `pairs` first.
         on_encoded: called after each request.
 
     Raises:
-        ValueError: the pairs do not fit the teacher, `heldout_caption` is trained on, or the encoder returns invalid
-            values.
+        ValueError: the pairs do not fit the teacher, `heldout_caption` is trained on, the encoder returns invalid
+            values, or a prompt contains `[V]` where it may stand for several concepts.
         ImageError: an image was changed or damaged after it was checked.
     """
     require_fit(pairs, teacher, teacher_image)
     require_masks(pairs, teacher.background)
-    plan = plan_encoding(pairs, trigger=trigger, caption_dropout=caption_dropout)
-    view = teacher.background
+    _require_names(pairs, teacher, anchor_prompts, heldout_caption)
+    sizes = [scale.pairs for scale in scales] or [tuple(pairs)]
+    plans = _plans(sizes, teacher, teacher_image, trigger, caption_dropout)
+    plan, requests = plans[0].plan, [request for planned in plans for request in planned.requests]
+    if heldout_caption is not None:
+        requests.append(_heldout_request(pairs, put_trigger(heldout_caption, trigger), plan, teacher, teacher_image))
+    examples, shares = _joined(plans, scales)
+    encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
+    prompts = ordinary_prompts(anchor_prompts, regularisation, trigger)
+    return TrainingSet(
+        pairs=encoded[: sum(len(planned.requests) for planned in plans)],
+        anchors=encode_texts(_weighted_anchors(_anchors(plans), prompts), encoder, cache) if anchors else (),
+        heldout=encoded[-1] if heldout_caption is not None else None,
+        examples=examples,
+        regularisation=encode_regularisation(regularisation, encoder, cache, on_encoded),
+        scales=shares,
+    )
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """The requests for the images at one resolution: of each (pair, caption) of the plan some, `copies` by index."""
+
+    plan: EncodingPlan
+    requests: list[EncodeRequest]
+    copies: list[range]
+
+    def examples(self, offset: int) -> list[Example]:
+        """The examples, with the indices of requests that follow `offset` others."""
+        copies = [range(copy.start + offset, copy.stop + offset) for copy in self.copies]
+        return [_drawing_copies(example, copies) for example in self.plan.examples]
+
+
+def _plans(
+    sizes: Sequence[Sequence[Pair]], teacher: TeacherView, teacher_image: TeacherImage, trigger: str, dropout: bool
+) -> list[_Planned]:
+    """A plan for the images of each resolution, of which each may lack some concepts."""
+    concepts = concepts_of(pair.trigger for pairs in sizes for pair in pairs)
+    plans = [plan_encoding(pairs, trigger=trigger, caption_dropout=dropout, concepts=concepts) for pairs in sizes]
+    return [_requests_of(plan, pairs, teacher, teacher_image) for plan, pairs in zip(plans, sizes, strict=True)]
+
+
+def _anchors(plans: Sequence[_Planned]) -> list[str]:
+    return list(dict.fromkeys(text for planned in plans for text in planned.plan.anchors))
+
+
+def _requests_of(
+    plan: EncodingPlan, pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage
+) -> _Planned:
     shown = {id(pair): shown_to_teacher(pairs, index, teacher_image) for index, pair in enumerate(pairs)}
     requests, copies = [], []
     for pair, text in plan.requests:
         copies.append(range(len(requests), len(requests) + len(shown[id(pair)])))
-        requests += [encode_request(pair, text, other, view) for other in shown[id(pair)]]
-    if heldout_caption is not None:
-        text = put_trigger(heldout_caption, trigger)
-        if any(text == caption for _, caption in plan.requests):
-            raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
-        requests.append(encode_request(pairs[0], text, shown[id(pairs[0])][0], view))
-    encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
-    prompts = ordinary_prompts(anchor_prompts, regularisation, trigger)
-    return TrainingSet(
-        pairs=encoded[: sum(map(len, copies))],
-        anchors=encode_texts(_weighted_anchors(plan.anchors, prompts), encoder, cache) if anchors else (),
-        heldout=encoded[-1] if heldout_caption is not None else None,
-        examples=tuple(_drawing_copies(example, copies) for example in plan.examples),
-        regularisation=encode_regularisation(regularisation, encoder, cache, on_encoded),
-    )
+        requests += [encode_request(pair, text, other, teacher.background) for other in shown[id(pair)]]
+    return _Planned(plan, requests, copies)
+
+
+def _heldout_request(
+    pairs: Sequence[Pair], text: str, plan: EncodingPlan, teacher: TeacherView, teacher_image: TeacherImage
+) -> EncodeRequest:
+    """The request for the held-out caption, with the first image of its concept."""
+    if any(text == caption for _, caption in plan.requests):
+        raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
+    first = pair_of_prompt(pairs, text, 0)
+    other = shown_to_teacher(pairs, first, teacher_image)[0]
+    return encode_request(pairs[first], text, other, teacher.background)
+
+
+def _joined(plans: Sequence[_Planned], scales: Sequence[Scale]) -> tuple[tuple[Example, ...], tuple[ScaleShare, ...]]:
+    """(the examples of all resolutions, which of them are of which resolution; none for one resolution)."""
+    examples: list[Example] = []
+    shares, offset = [], 0
+    for number, planned in enumerate(plans):
+        first = len(examples)
+        examples += planned.examples(offset)
+        offset += len(planned.requests)
+        if len(scales) > 1:
+            scale = scales[number]
+            shares.append(ScaleShare(scale.share, first, len(examples), scale.side**2))
+    return tuple(examples), tuple(shares)
+
+
+def _require_names(
+    pairs: Sequence[Pair], teacher: TeacherView, anchor_prompts: Sequence[str], heldout_caption: str | None
+) -> None:
+    concepts = concepts_of(pair.trigger for pair in pairs)
+    require_names(anchor_prompts, "anchor prompt", concepts)
+    require_names([heldout_caption or ""], "held-out caption", concepts)
+    require_names([teacher.sentence], "teacher_sentence", concepts)
 
 
 def ordinary_prompts(anchor_prompts: Sequence[str], regularisation: Sequence[Pair], trigger: str) -> list[str]:
@@ -220,15 +285,10 @@ def require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: Teac
         )
     if teacher_image == "other" and teacher.edits:
         raise ValueError("an edit has only one target: set teacher_image to own for the teacher edit_target")
-    if teacher_image == "other" and len(pairs) < 2:
-        raise ValueError("teacher_image other needs at least two images; add some, or set it to own")
-
-
-def shown_to_teacher(pairs: Sequence[Pair], index: int, teacher_image: TeacherImage) -> list[Pair]:
-    """The pairs whose images the teacher may see for pair `index`: itself, or those after it, cyclically."""
-    if teacher_image == "own":
-        return [pairs[index]]
-    return [pairs[(index + step) % len(pairs)] for step in range(1, min(len(pairs), MAX_OTHERS + 1))]
+    names = [pair.trigger.casefold() for pair in pairs]
+    if teacher_image == "other" and (alone := [pair for pair in pairs if names.count(pair.trigger.casefold()) < 2]):
+        of_it = f" of {alone[0].trigger}" if len(set(names)) > 1 else ""
+        raise ValueError(f"teacher_image other needs at least two images{of_it}; add some, or set it to own")
 
 
 def _drawing_copies(example: Example, copies: Sequence[Sequence[int]]) -> Example:
@@ -248,86 +308,6 @@ def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[s
 def stripped_repeats(stripped: int, prompts: int) -> int:
     """How often each caption without the concept's name is among the anchors, by the numbers of both kinds."""
     return max(1, round(prompts * STRIPPED_SHARE / (1 - STRIPPED_SHARE) / stripped)) if stripped and prompts else 1
-
-
-def require_masks(pairs: Sequence[Pair], background: Background) -> None:
-    """Checks that the background can be changed.
-
-    Raises:
-        ValueError: no image has a mask.
-    """
-    if background != "keep" and all(pair.mask is None for pair in pairs):
-        raise ValueError(
-            f"teacher_background {background} needs masks, and no image has one: put a.mask.png beside a.png, white "
-            "where the subject is, or set it to keep"
-        )
-
-
-def mask_remarks(pairs: Sequence[Pair], background: Background) -> list[str]:
-    """Which masks are not used, and which images have none, as sentences."""
-    if background == "keep":
-        unused = sum(pair.mask not in (None, pair.image_path) for pair in pairs)
-        return [f"the masks of {unused} images are not used: teacher_background is keep"] if unused else []
-    lacking = sum(pair.mask is None for pair in pairs)
-    return [f"{lacking} of {len(pairs)} images have no mask: the teacher sees them whole"] if lacking else []
-
-
-def encode_request(
-    pair: Pair, caption: str, shown: Pair | None = None, background: Background = "keep"
-) -> EncodeRequest:
-    """A request for the pair with a caption; source images are cropped like the target, as by the authors.
-
-    Args:
-        shown: the pair whose image the teacher sees; None for the same pair.
-        background: what the teacher sees around the subject, where that image has a mask.
-    """
-    sources = tuple(_image_input(path, pair.bucket) for path in pair.source_images)
-    seen, is_whole = shown or pair, background == "keep" or (shown or pair).mask is None
-    other = None if seen is pair and is_whole else seen_by_teacher(seen, background)
-    return EncodeRequest(_image_input(pair.image_path, pair.bucket), caption, sources, other)
-
-
-def seen_images(pairs: Sequence[Pair], count: int, teacher_image: TeacherImage, background: Background) -> list[Tensor]:
-    """What the teacher sees for the first `count` pairs, [3, H, W] in [0, 1] each; none if it sees whole images."""
-    if background == "keep":
-        return []
-    seen = [shown_to_teacher(pairs, index, teacher_image)[0] for index in range(min(count, len(pairs)))]
-    return [seen_by_teacher(pair, background).load() for pair in seen]
-
-
-def seen_by_teacher(pair: Pair, background: Background) -> ImageInput:
-    """The pair's image as the teacher sees it: the subject alone, where there is a mask."""
-    whole, mask = _image_input(pair.image_path, pair.bucket), pair.mask
-    if background == "keep" or mask is None:
-        return whole
-    digest = digest_bytes(mask.read_bytes())
-
-    def load() -> Tensor:
-        image = whole.load()
-        try:
-            subject = load_mask(mask, pair.image_path, pair.bucket)
-        except ImageError as error:
-            raise ImageError(printable(f"{mask}: {error}")) from error
-        if digest_bytes(mask.read_bytes()) != digest:
-            raise ImageError(printable(f"{mask} was changed while the dataset was being encoded: run again"))
-        return subject_alone(image, subject, background)
-
-    return ImageInput(whole.digest, load, {**whole.settings, "background": background, "mask": digest})
-
-
-def _image_input(path: Path, bucket: Bucket) -> ImageInput:
-    digest = digest_bytes(path.read_bytes())
-
-    def load() -> Tensor:
-        try:
-            image = load_image(path, bucket)
-        except ImageError as error:
-            raise ImageError(printable(f"{path}: {error}")) from error
-        if digest_bytes(path.read_bytes()) != digest:  # it would be cached under the old digest
-            raise ImageError(printable(f"{path} was changed while the dataset was being encoded: run again"))
-        return image
-
-    return ImageInput(digest, load, {"bucket": [bucket.width, bucket.height]})
 
 
 def latent_shape(pair: DualCondition) -> tuple[int, ...]:

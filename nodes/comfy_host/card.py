@@ -85,6 +85,11 @@ def shots_of(dataset: Dataset, model: Any, wanted: Wanted) -> list[Shot]:
     pairs = dataset.report.pairs
     if any(pair.source_images for pair in pairs):
         raise ValueError("LoRA Report Card evaluates images with captions, and this dataset contains edits")
+    if len(concepts := dataset.report.concepts) > 1:
+        raise ValueError(
+            f"LoRA Report Card evaluates one concept, and this dataset has {', '.join(concepts)}: choose the folder of "
+            "one of them in Load Dataset"
+        )
     shots = all_shots(
         pairs, wanted.prompts, dataset.trigger, wanted.class_name, seed=wanted.seed, num_seeds=wanted.num_seeds,
         area=wanted.resolution**2, multiple=family_of(model).pixel_multiple,

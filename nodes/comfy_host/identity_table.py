@@ -187,6 +187,7 @@ _RUN = (
         texts="Load Dataset: captions, as they are trained on",
         trigger="Load Dataset: where it occurs in captions",
         resolution="Load Dataset: the size of the images",
+        resolutions="Load Dataset: the sizes of the images and their shares",
         repeats="Load Dataset: how often each image is used",
         caption_dropout="Load Dataset: the share of samples without a caption",
         clip="Build Teacher Condition: as in the table of CLIP",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.dataset import Pair
-from ...dopsd_core.training.training_set import TeacherImage, shown_to_teacher
+from ...dopsd_core.training.shown_images import TeacherImage, shown_to_teacher
 from .encoder import ComfyEncoder
 from .families import in_comfyui
 from .vision import MAX_TOKENS

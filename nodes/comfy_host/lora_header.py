@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ...dopsd_core import __version__
-from ...dopsd_core.sharing.model_spec import Description, has_diffusers_names, spec_header, trigger_of
+from ...dopsd_core.sharing.model_spec import Description, concepts_in, has_diffusers_names, spec_header, trigger_of
 
-__all__ = ["header_for", "kept_header", "trigger_of"]
+__all__ = ["concepts_in", "header_for", "kept_header", "trigger_of"]
 
 _PEFT = "lora_adapter_metadata"
 _OF_THE_BYTES = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...dopsd_core.number_text import read_float
 from .lora_fit import require_finite, used_keys
-from .lora_header import trigger_of
 from .paths import never_the_same, stamp_of
 from .sockets import TrainedLora
 
@@ -80,11 +79,11 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None, verb: str) ->
         raise ValueError(f"{lora_name} cannot be read, it is damaged or not a LoRA file: {error}") from error
 
 
-def trigger_of_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> str:
-    """The trigger in the header of the LoRA that `chosen_lora` reads, lora_A [rank, in]; "" if it has none."""
+def facts_of_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> Mapping[str, str]:
+    """The header of the LoRA that `chosen_lora` reads, lora_A [rank, in]; empty if it has none."""
     if lora is not None:
-        return trigger_of(lora.facts) if isinstance(lora, TrainedLora) else ""
-    return trigger_of(header_of(folder_paths.get_full_path_or_raise("loras", lora_name)))
+        return lora.facts if isinstance(lora, TrainedLora) else {}
+    return header_of(folder_paths.get_full_path_or_raise("loras", lora_name))
 
 
 def header_of(path: str | Path) -> Mapping[str, str]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import folder_paths
-import torch
-from torch import Tensor
 
 from ...dopsd_core.metrics.measures import Metrics
 from ...dopsd_core.metrics.needs import MetricUnavailable
 from ...dopsd_core.metrics.vlm_questions import MAX_NEW_TOKENS, Ask, VlmJudge
+from .clip_answers import answer, can_answer
 from .lora_use import NONE
 
 FOLDER = "dopsd_metrics"
@@ -70,28 +69,12 @@ def ask_with(clip: Any) -> Ask:
     Raises:
         MetricUnavailable: it cannot.
     """
-    blank = [torch.zeros(3, 32, 32)] * 2
-    if not hasattr(clip.cond_stage_model, "generate") or _count_images(_tokens(clip, blank, "")) != len(blank):
+    if not can_answer(clip, 2):
         raise MetricUnavailable(
             "the CLIP connected to judge cannot answer questions about two images: load qwen3vl_4b or qwen3vl_8b with "
             "Load CLIP, or disconnect judge"
         )
-
-    def ask(images: Sequence[Tensor], question: str) -> str:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        tokens = _tokens(clip, images, question)
-        return clip.decode(clip.generate(tokens, do_sample=False, max_length=MAX_NEW_TOKENS))
-
-    return ask
-
-
-def _tokens(clip: Any, images: Sequence[Tensor], text: str) -> Any:
-    return clip.tokenize(text, images=[image.movedim(0, -1)[None] for image in images])
-
-
-def _count_images(tokens: Any) -> int:
-    rows = next(iter(tokens.values())) if isinstance(tokens, dict) else tokens
-    return sum(isinstance(token[0], dict) and token[0].get("type") == "image" for row in rows for token in row)
+    return lambda images, question: answer(clip, images, question, MAX_NEW_TOKENS)
 
 
 def _path(choice: str) -> str | None:

@@ -17,17 +17,19 @@ from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.captions import put_trigger
 from ...dopsd_core.data.dataset import Pair
 from ...dopsd_core.data.images import ImageError, load_image, read_image, to_tensor
+from ...dopsd_core.data.triggers import concepts_of, require_names
 from ...dopsd_core.image_grid import Row, contact_sheet
 from ...dopsd_core.rollout import sample
 from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.rng import make_generator
-from ...dopsd_core.training.training_set import (
+from ...dopsd_core.training.shown_images import (
     TeacherImage,
     encode_request,
-    latent_shape,
+    pair_of_prompt,
     seen_images,
     shown_to_teacher,
 )
+from ...dopsd_core.training.training_set import latent_shape
 from .denoiser import ComfyDenoiser
 from .sampling import decode_image
 from .sockets import Conditions, PreviewPrompt
@@ -51,8 +53,9 @@ def preview_texts(given: str, pairs: Sequence[Pair], trigger: str) -> list[str]:
     """The prompts to draw: the given lines with `[V]` replaced, or the captions of the first images.
 
     Raises:
-        ValueError: there are more than `MAX_PROMPTS`.
+        ValueError: there are more than `MAX_PROMPTS`, or `[V]` may stand for several concepts.
     """
+    require_names(split_lines(given), "preview prompt", concepts_of(pair.trigger for pair in pairs))
     lines = [put_trigger(line, trigger) for line in split_lines(given)]
     if len(lines) > MAX_PROMPTS:
         raise ValueError(
@@ -73,7 +76,7 @@ def encode_previews(
     """Each prompt encoded alone for the student, and with a training image for the teacher."""
     requests = []
     for number, text in enumerate(texts):
-        index = number % len(pairs)
+        index = pair_of_prompt(pairs, text, number)
         requests.append(
             encode_request(pairs[index], text, shown_to_teacher(pairs, index, teacher_image)[0], teacher.background)
         )

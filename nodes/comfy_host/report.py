@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,7 @@ class RunReport:
         steps: optimizer steps wanted.
         relative_gap: last measured gap to the teacher on training captions, over the one before training; or None.
         heldout_relative_gap: the same on the unseen prompt.
+        relative_gap_by_concept: the first by trigger, where there are several concepts.
         best_step: the step with the smallest gap on the unseen prompt, of those with a LoRA file if there are any; None
             if it was not measured.
         best_heldout_relative_gap: the gap after that step.
@@ -84,6 +85,7 @@ class RunReport:
     steps: int
     relative_gap: float | None
     heldout_relative_gap: float | None
+    relative_gap_by_concept: Mapping[str, float]
     best_step: int | None
     best_heldout_relative_gap: float | None
     best_lora: str
@@ -114,6 +116,11 @@ def gap_line(relative: float, heldout: float | None) -> str:
     """The gap to the teacher as text, the same everywhere."""
     unseen = f", unseen prompt {heldout:.3f}" if heldout is not None else ""
     return f"gap to the teacher {relative:.3f}{unseen}  (1 = before training)"
+
+
+def concept_lines(gaps: Mapping[str, float]) -> list[str]:
+    """The gaps of several concepts as a line; none for one concept."""
+    return [f"by concept: {', '.join(f'{name} {gap:.3f}' for name, gap in gaps.items())}"] if gaps else []
 
 
 def best_line(best: BestStep, last: int) -> str:

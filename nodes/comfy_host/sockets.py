@@ -12,8 +12,11 @@ from torch import Tensor
 from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.dataset import DatasetReport, Pair
+from ...dopsd_core.data.resolutions import Scale
+from ...dopsd_core.data.triggers import concepts_of
 from ...dopsd_core.families import Family
-from ...dopsd_core.training.training_set import TeacherImage, TrainingSet
+from ...dopsd_core.training.shown_images import TeacherImage
+from ...dopsd_core.training.training_set import TrainingSet
 
 if TYPE_CHECKING:
     from .vision import TeacherVision
@@ -45,15 +48,22 @@ class Dataset:
 
     Attributes:
         report: the images and captions; without errors.
-        trigger: the word that replaces `[V]`.
+        trigger: the word that replaces `[V]` in prompts; "" where there are several concepts.
         caption_dropout: share of training samples with an empty caption.
         notes: what was given and is not read, and other warnings, one line each.
+        scales: the images at each of several resolutions; empty for one.
     """
 
     report: DatasetReport
     trigger: str
     caption_dropout: float
     notes: tuple[str, ...] = ()
+    scales: tuple[Scale, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The images at the largest resolution."""
+        return self.scales[0].pairs if self.scales else self.report.pairs
 
     @property
     def is_edits(self) -> bool:
@@ -104,13 +114,25 @@ class Conditions:
     notes: tuple[str, ...] = ()
     teacher_image: TeacherImage = "own"
 
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The triggers of the dataset, if there are several."""
+        return concepts_of(example.concept for example in self.data.examples)
+
     def describe(self) -> str:
         """The counts, as text for the node."""
         data, ordinary = self.data, len(self.data.regularisation)
         return (
-            f"{self.family.title}, teacher {self.teacher.name}: {len(data.pairs)} pairs, "
-            f"{len(set(data.anchors))} prior anchors, {len(self.previews)} preview prompts"
-        ) + (f", {ordinary} regularisation images" if ordinary else "")
+            (
+                f"{self.family.title}, teacher {self.teacher.name}: {len(data.pairs)} pairs, "
+                f"{len(set(data.anchors))} prior anchors, {len(self.previews)} preview prompts"
+            )
+            + (f", {ordinary} regularisation images" if ordinary else "")
+            + self._of_concepts()
+        )
+
+    def _of_concepts(self) -> str:
+        return f", {len(self.concepts)} concepts: {', '.join(self.concepts)}" if len(self.concepts) > 1 else ""
 
 
 class TrainedLora(dict[str, Tensor]):

@@ -18,6 +18,7 @@ from ...dopsd_core.conditioning.cache import ConditionCache
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import Objective
+from ...dopsd_core.sharing.model_spec import trigger_facts
 from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.own_files import is_foreign
@@ -200,7 +201,7 @@ def _metadata(model: Any, fingerprint: str, conditions: Conditions, wanted: Want
         "dopsd_base_model": wanted.base,
         **({} if wanted.base else {"dopsd_base_model_note": UNKNOWN}),
         "dopsd_base_fingerprint": fingerprint,
-        "dopsd_trigger": conditions.trigger,
+        **trigger_facts(conditions.trigger, conditions.concepts),
         "dopsd_teacher_sees": conditions.teacher.name,
         **({"dopsd_teacher_background": seen} if (seen := conditions.teacher.background) != "keep" else {}),
         "dopsd_name": wanted.run_name,
@@ -289,7 +290,7 @@ def _facts(run: _PlannedRun) -> RunFacts:
         modules=modules,
         parameters=parameters,
         base_model=run.metadata["dopsd_base_model"],
-        trigger=run.conditions.trigger,
+        trigger=run.conditions.trigger or ", ".join(run.conditions.concepts),
         teacher=run.conditions.teacher.name,
         memory=run.plan.preset,
     )

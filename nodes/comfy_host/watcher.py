@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import comfy.utils
+from PIL import Image
 
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.files.atomic import write_atomic
 from ...dopsd_core.files.disk import writing
+from ...dopsd_core.run_chart import below, draw_run
 from ...dopsd_core.trainable import Trainable
-from ...dopsd_core.training.log import StepReport
+from ...dopsd_core.training.log import LOG_NAME, StepReport, gaps_by_concept, read_log
 from ...dopsd_core.training.trainer import NoCallbacks, TrainResult
 from ...dopsd_core.training.unseen_gap import BestStep
 from .denoiser import send_text
 from .paths import shown
 from .previews import TrainingPreview
-from .report import Notes, RunReport, State, best_line, gap_line
+from .report import Notes, RunReport, State, best_line, concept_lines, gap_line
 from .targets import size_text
 
 PREVIEWS_NAME = "previews"
 _TEXT_INTERVAL = 0.3  # seconds between two texts on the node
+_CHART_INTERVAL = 10.0
+"""Seconds between two charts of a run whose gap is not measured; others have a new one with each measurement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +56,53 @@ class RunFacts:
     memory: str
 
 
+class LiveChart:
+    """The chart of loss and gaps below the latest preview sheet.
+
+    Attributes:
+        sheet: the latest preview sheet; None before the first.
+    """
+
+    def __init__(self, config: TrainConfig, log: Path, has_previews: bool) -> None:
+        """log: of the run, whose steps so far a resumed run starts with."""
+        self._config, self._log, self._has_previews = config, log, has_previews
+        self._reports: list[StepReport] | None = None
+        self._drawn_at = 0.0
+        self.sheet: Image.Image | None = None
+
+    def add(self, report: StepReport, now: float) -> bool:
+        """Adds a step, at a time in seconds; returns whether a new chart is due that no preview is about to show."""
+        if self._reports is None:
+            self._reports = [earlier for earlier in read_log(self._log) if earlier.step < report.step]
+        self._reports.append(report)
+        is_measured = report.relative_gap is not None
+        is_late = not self._config.probe_every and now - self._drawn_at >= _CHART_INTERVAL
+        return (is_measured or is_late) and not self._comes_with_preview(report.step)
+
+    def draw(self, now: float) -> Image.Image:
+        """The latest sheet with the chart below it."""
+        self._drawn_at = now
+        chart = draw_run(self._reports or (), self._config.steps, self.sheet.width if self.sheet else 0)
+        return below(self.sheet, chart)
+
+    def _comes_with_preview(self, step: int) -> bool:
+        every = self._config.preview_every if self._has_previews else 0
+        return bool(every) and (step % every == 0 or step == self._config.steps)
+
+
 class Watcher(NoCallbacks):
-    """Progress bar with preview, text with loss, gap and time left on the training node, and the final report."""
+    """Progress bar with preview and chart, text with loss, gap and time left on the training node, the final report."""
 
     def __init__(self, node: Any, facts: RunFacts, notes: Notes, preview: TrainingPreview | None) -> None:
         self._node, self._facts, self._notes, self._preview = node, facts, notes, preview
         self._steps = facts.config.steps
+        self._chart = LiveChart(facts.config, facts.folder / LOG_NAME, preview is not None)
         self._bar = comfy.utils.ProgressBar(self._steps)
         self._first: tuple[int, float] | None = None
         self._text_at = 0.0
         self._has_begun = False
         self._gaps: tuple[float | None, float | None] = (None, None)
+        self._of_concepts: dict[str, float] = {}
         self._best: BestStep | None = None
         self._drawn = 0
         self.step = 0
@@ -81,11 +121,13 @@ class Watcher(NoCallbacks):
         """Updates the progress bar and the text."""
         self._note_resumed(report.step)
         self.step = report.step
-        self._bar.update_absolute(report.step)
         now = time.monotonic()
+        is_due = self._chart.add(report, now)
+        self._bar.update_absolute(report.step, preview=("JPEG", self._chart.draw(now), None) if is_due else None)
         self._first = self._first or (report.step, now)
         if report.relative_gap is not None:
             self._gaps = (report.relative_gap, report.heldout_relative_gap)
+            self._of_concepts = gaps_by_concept(report.metrics)
         if now - self._text_at >= _TEXT_INTERVAL or report.step == self._steps:
             self._text_at = now
             send_text(self._node, self._text(report, now))
@@ -95,7 +137,7 @@ class Watcher(NoCallbacks):
         self._best = best
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
-        """Draws the preview sheet, saves it in the run folder and shows it on the node."""
+        """Draws the preview sheet, saves it in the run folder and shows it on the node, with the chart below it."""
         if self._preview is None:
             return
         folder = self._facts.folder
@@ -106,7 +148,8 @@ class Watcher(NoCallbacks):
         file = BytesIO()
         sheet.save(file, "PNG")
         write_atomic(path, file.getvalue())
-        self._bar.update_absolute(step, preview=("JPEG", sheet, None))
+        self._chart.sheet = sheet
+        self._bar.update_absolute(step, preview=("JPEG", self._chart.draw(time.monotonic()), None))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -141,7 +184,7 @@ class Watcher(NoCallbacks):
         facts, (gap, heldout) = self._facts, self._gaps
         if self._has_begun or state == "finished":  # otherwise the folder may belong to another run, or not exist
             self._report(state, error).write(facts.folder)
-        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else [])]
+        lines = [headline, *([gap_line(gap, heldout)] if gap is not None else []), *concept_lines(self._of_concepts)]
         lines += [line for line in [best_line(self._best, self.step) if self._best else ""] if line]
         lines += [size_text(facts.modules, facts.parameters), shown(facts.folder), *self._notes.lines]
         send_text(self._node, "\n".join(lines))
@@ -155,6 +198,7 @@ class Watcher(NoCallbacks):
             steps=self._steps,
             relative_gap=gap,
             heldout_relative_gap=heldout,
+            relative_gap_by_concept=self._of_concepts,
             best_step=best.step if best else None,
             best_heldout_relative_gap=best.gap if best else None,
             best_lora=best.path.relative_to(facts.folder).as_posix() if best and best.path else "",
@@ -184,7 +228,7 @@ class Watcher(NoCallbacks):
         if report.loss is not None:
             lines.append(f"loss {report.loss:.4g}")
         if self._gaps[0] is not None:
-            lines.append(gap_line(self._gaps[0], self._gaps[1]))
+            lines += [gap_line(self._gaps[0], self._gaps[1]), *concept_lines(self._of_concepts)]
         lines += [size_text(self._facts.modules, self._facts.parameters), *self._notes.lines]
         return "\n".join(lines)
 

@@ -14,8 +14,14 @@ from inprocess import ROOT
 # id: (inputs, outputs); "?" marks an input that a graph may lack.
 FROZEN = {
     "DOPSD_LoadDataset": (
-        "folder:COMBO resolution:INT? trigger:STRING? repeats:INT? caption_dropout:FLOAT? images:IMAGE? texts:STRING?",
+        "folder:COMBO resolution:INT? trigger:STRING? repeats:INT? caption_dropout:FLOAT? images:IMAGE? texts:STRING?"
+        " resolutions:STRING?",
         "dataset:DOPSD_DATASET report:STRING",
+    ),
+    "DOPSD_CaptionImages": (
+        "folder:COMBO clip:CLIP? aim:COMBO? class_word:STRING? trigger:STRING? instruction:STRING? language:COMBO?"
+        " max_words:INT?",
+        "image:IMAGE report:STRING",
     ),
     "DOPSD_BuildTeacherCondition": (
         "dataset:DOPSD_DATASET clip:CLIP vae:VAE mode:COMBO? preview_prompts:STRING? anchor_prompts:STRING?"
@@ -46,7 +52,7 @@ FROZEN = {
         " dreambooth_class_images:INT? pso_form:COMBO? pso_beta:FLOAT? pso_loser_images:INT?"
         " factor:INT? muon_momentum:FLOAT? prodigy_lr:FLOAT? prodigy_weight_decay:FLOAT? prodigy_d_coef:FLOAT?"
         " prodigy_safeguard_warmup:BOOLEAN? custom_path:STRING? custom_options:STRING? custom_lr:FLOAT?"
-        " save_every:INT? keep_loras:INT? stop_at_plateau:INT?",
+        " save_every:INT? keep_loras:INT? stop_at_plateau:INT? small_first:INT?",
         "settings:DOPSD_SETTINGS",
     ),
     "DOPSD_FewStepSampler": (
@@ -75,6 +81,7 @@ FROZEN = {
 }
 OUTPUT_NODES = {
     "DOPSD_LoadDataset",
+    "DOPSD_CaptionImages",
     "DOPSD_TeacherPreview",
     "DOPSD_TrainLoRA",
     "DOPSD_SaveLoRA",

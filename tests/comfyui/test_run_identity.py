@@ -24,6 +24,7 @@ INPUTS: dict[str, tuple[str, Any]] = {
     "folder": ("data", "identity_copies"),
     "trigger": ("data", "ohwx"),
     "resolution": ("data", 80),
+    "resolutions": ("data", "48, 64"),
     "repeats": ("data", 2),
     "caption_dropout": ("data", 0.5),
     "teacher_image": ("conditions", "other"),

@@ -1,0 +1,113 @@
+"""Several concepts in one dataset: the trigger word of each folder.
+
+photos/dog/trigger.txt      contains the word, such as ohwx
+photos/dog/a.png            its captions write [V], or the word
+photos/cat/trigger.txt      sks
+
+The nearest trigger.txt counts, of the image's folder or one above it in the dataset. A caption of an image trigger.png
+is no such file. In a JSONL file, each row may have the key "trigger".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .captions import PLACEHOLDER, CaptionError, check_text, decode_utf8, has_trigger, is_blank
+from .problems import Problems
+
+TRIGGER_NAME = "trigger.txt"
+TRIGGER_KEY = "trigger"
+
+_LONGEST = 100
+"""Characters of a trigger; a text that is longer is probably a caption."""
+
+
+def checked_trigger(text: str) -> str:
+    """The trigger in a text, without surrounding spaces.
+
+    Raises:
+        CaptionError: it is empty, has several lines, is too long, or has characters that are not valid.
+    """
+    word = text.strip()
+    check_text(text)
+    if is_blank(text):
+        raise CaptionError("the trigger is empty: write a word such as ohwx")
+    if len(word.splitlines()) > 1 or len(word) > _LONGEST:
+        raise CaptionError("the trigger is more than a few words: write one word such as ohwx")
+    return word
+
+
+@dataclass
+class NamedTriggers:
+    """Reads the triggers of a dataset's folders, each once.
+
+    Attributes:
+        root: the folder of the dataset.
+        files: the files named trigger.txt that are no captions.
+        problems: collects the problems.
+        known: triggers read so far, by file.
+    """
+
+    root: Path
+    files: Collection[Path]
+    problems: Problems
+    known: dict[Path, str] = field(default_factory=dict)
+
+    def of(self, image: Path) -> str:
+        """The trigger of the nearest folder that has one, from the image's up to the root; else ""."""
+        for folder in image.parents:
+            file = folder / TRIGGER_NAME
+            if file in self.files:
+                if file not in self.known:
+                    self.known[file] = self._read(file)
+                return self.known[file]
+            if folder == self.root:
+                break
+        return ""
+
+    def _read(self, file: Path) -> str:
+        try:
+            if not file.resolve().is_relative_to(self.root.resolve()):
+                raise CaptionError(f"is outside of the folder {self.root}")
+            return checked_trigger(decode_utf8(file.read_bytes()))
+        except CaptionError as error:
+            self.problems.error(file, error.line, str(error))
+        except OSError as error:
+            self.problems.error(file, None, f"cannot be read: {error.strerror}")
+        return ""
+
+
+def concepts_of(triggers: Iterable[str]) -> tuple[str, ...]:
+    """The different triggers, in order, without "" ; case does not count."""
+    found: dict[str, str] = {}
+    for trigger in triggers:
+        if trigger:
+            found.setdefault(trigger.casefold(), trigger)
+    return tuple(found.values())
+
+
+def names_concept(prompt: str, trigger: str) -> bool:
+    """Whether a prompt contains the trigger itself; `[V]` does not count."""
+    return has_trigger(prompt.replace(PLACEHOLDER, " ").replace(PLACEHOLDER.lower(), " "), trigger)
+
+
+def require_names(prompts: Sequence[str], what: str, concepts: Sequence[str]) -> None:
+    """Checks prompts of a dataset with several concepts, where `[V]` may stand for any of them.
+
+    Args:
+        prompts: the prompts.
+        what: names them, such as "preview prompt".
+        concepts: the triggers of the dataset.
+
+    Raises:
+        ValueError: a prompt contains `[V]`.
+    """
+    if len(concepts) < 2:
+        return
+    for number, prompt in enumerate(prompts, 1):
+        if has_trigger(prompt):
+            raise ValueError(
+                f"{what} {number}: {PLACEHOLDER} may stand for any of {', '.join(concepts)}: write one of these words"
+            )

@@ -1,0 +1,33 @@
+"""Arguments of a command for declared options. Imports nothing heavy, so that --help is fast."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .options import Option
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def add_option(group: Any, option: Option) -> None:
+    """Adds an option to a parser or group; it is not in the parsed arguments unless it is given."""
+    name, text = f"--{option.name.replace('_', '-')}", f"{option.help} ({option.facts()})".replace("%", "%%")
+    if option.kind is bool:
+        group.add_argument(name, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=text)
+        return
+    words = "{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.kind]
+    group.add_argument(
+        name,
+        default=argparse.SUPPRESS,
+        metavar="PATTERN" if option.is_many else words,
+        nargs="+" if option.is_many else None,
+        help=text,
+    )
+
+
+def option_value(option: Option, given: Any) -> Any:
+    """The value of an option; argparse has a text for most, a list of them or a bool for others."""
+    if option.is_many:
+        return tuple(given)
+    return option.from_text(given) if isinstance(given, str) else given

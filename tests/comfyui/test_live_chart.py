@@ -1,0 +1,114 @@
+"""The chart of loss and gaps on the training node: with previews and measurements, after a resume, in the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from graphs import SHORT, node_of, shipped, training
+from inprocess import ComfyUI
+from PIL import Image
+
+TRAINED = (31, 119, 180)  # the colour of the gap on trained captions
+
+
+def has_curve(image: Image.Image) -> bool:
+    """Whether the lowest part of an image, a JPEG, has the curve of the gap."""
+    lowest = image.convert("RGB").crop((0, image.height - 190, image.width, image.height))
+    pixels = np.asarray(lowest).astype(int)
+    return int((abs(pixels - TRAINED).max(axis=-1) < 40).sum()) > 20
+
+
+def test_previews_have_the_chart_below_and_files_do_not(comfyui: ComfyUI, artefacts: Path) -> None:
+    run = comfyui.execute(training("chart"))
+    assert run.status == "success", run.error
+    shown, sheets = run.previews("train"), run.value("train", 3)
+    assert len(shown) == 3 == len(sheets)
+    assert all(image.height == sheets.shape[1] + 190 and has_curve(image) for image in shown)
+    shown[-1].save(artefacts / "training_preview.png")
+    (wanted,) = comfyui.core("image_grid").to_images(sheets[-1:].permute(0, 3, 1, 2))
+    assert not has_curve(wanted)
+
+
+def test_without_previews_each_measurement_has_a_chart(comfyui: ComfyUI) -> None:
+    run = comfyui.execute(training("chart-alone", preview_every=0, probe_every=2))
+    shown = run.previews("train")
+    assert len(shown) == 4 and {image.size for image in shown} == {(560, 190)}  # at 0, 2, 4 and 6
+    assert has_curve(shown[-1])
+
+
+def chart_of(comfyui: ComfyUI, log: Path, has_previews: bool = True, **options: Any) -> Any:
+    config = comfyui.core("config").TrainConfig(steps=20, **options)
+    return comfyui.module("nodes.comfy_host.watcher").LiveChart(config, log, has_previews)
+
+
+def test_a_resumed_run_shows_its_earlier_steps(comfyui: ComfyUI, tmp_path: Path) -> None:
+    report = comfyui.core("training.log").StepReport
+    rows = [report(step=step, loss=1 / step, relative_gap=1 / step) for step in range(1, 6)]
+    log = tmp_path / "train.jsonl"
+    log.write_text("".join(row.to_row() for row in rows), encoding="utf-8")  # 5 is there when it is reported, or not
+    whole, resumed = chart_of(comfyui, tmp_path / "none"), chart_of(comfyui, log)
+    for row in rows:
+        whole.add(row, 0.0)
+    resumed.add(rows[-1], 0.0)
+    assert resumed.draw(0.0).tobytes() == whole.draw(0.0).tobytes()
+    other = chart_of(comfyui, tmp_path / "none")
+    other.add(rows[-1], 0.0)
+    assert other.draw(0.0).tobytes() != whole.draw(0.0).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "due"),
+    [
+        ({"preview_every": 3, "probe_every": 2}, [2, 4, 8]),  # 6 comes with a preview
+        ({"preview_every": 0, "probe_every": 3}, [3, 6]),
+        ({"preview_every": 0, "probe_every": 0}, [1]),  # then only once in a while
+    ],
+)
+def test_when_a_chart_is_due(comfyui: ComfyUI, tmp_path: Path, options: dict[str, Any], due: list[int]) -> None:
+    report = comfyui.core("training.log").StepReport
+    chart, found = chart_of(comfyui, tmp_path / "none", **options), []
+    for step in range(1, 9):
+        every = options["probe_every"]
+        gap = 1.0 if every and step % every == 0 else None
+        if chart.add(report(step=step, loss=1.0, relative_gap=gap), 100.0 + step / 10):
+            found.append(step)
+            chart.draw(100.0 + step / 10)
+    assert found == due
+    without = chart_of(comfyui, tmp_path / "none", has_previews=False, **options)
+    assert without.add(report(step=6, loss=1.0, relative_gap=1.0), 100.0)  # no VAE: no preview comes
+
+
+@pytest.mark.browser
+def test_the_page_draws_it_on_the_node(page: Any) -> None:
+    graph = shipped("quickstart")
+    train = node_of(graph, "DOPSD_TrainLoRA")
+    graph[train]["inputs"].update({"steps": SHORT["steps"], "preview_every": 2, "run_name": "page_chart"})
+    page.load_api({key: node for key, node in graph.items() if key in upstream(graph, train)})
+    assert page.run(timeout=300) == "execution_success"
+    page.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.page.wait_for_timeout(1500)
+    page.screenshot("chart_on_the_node")
+    close = page.page.evaluate(
+        """([red, green, blue]) => {
+            const image = window.app.graph.nodes.find(n => n.type === 'DOPSD_TrainLoRA').imgs[0];
+            const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext('2d');
+            canvas.drawImage(image, 0, 0);
+            const data = canvas.getImageData(0, image.naturalHeight - 190, image.naturalWidth, 190).data;
+            let found = 0;
+            for (let i = 0; i < data.length; i += 4)
+                found += Math.max(Math.abs(data[i] - red), Math.abs(data[i + 1] - green),
+                                  Math.abs(data[i + 2] - blue)) < 40;
+            return found;
+        }""",
+        list(TRAINED),
+    )
+    assert close > 20
+
+
+def upstream(graph: dict, node: str) -> set[str]:
+    """The node and all nodes that it needs."""
+    links = [value[0] for value in graph[node]["inputs"].values() if isinstance(value, list)]
+    return {node}.union(*(upstream(graph, other) for other in links))
