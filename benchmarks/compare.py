@@ -22,10 +22,20 @@ from dopsd_core.standalone.comparison.report import Grid
 
 def sections(preset: str, grids: Sequence[Grid], arguments: Sequence[str]) -> list[Section]:
     """A section per table; the first one shows the contact sheet."""
-    command = " ".join(("python -m benchmarks.compare", *arguments))
+    command = " ".join(("python -m benchmarks.compare", *_without_folder(arguments)))
     made = [Section(g.key, g.title, command, None, Table(g.columns, g.rows), g.notes) for g in grids]
     image = f"![A row per method, the same prompts and noise in each](comparison_{preset}.png)"
     return [replace(made[0], notes=(*made[0].notes, image)), *made[1:]]
+
+
+def _without_folder(arguments: Sequence[str]) -> list[str]:
+    """The arguments without `--output`, which says nothing about the figures."""
+    kept, skips = [], False
+    for argument in arguments:
+        if not skips and not argument.startswith("--output"):
+            kept.append(argument)
+        skips = argument == "--output"
+    return kept
 
 
 def main() -> None:
