@@ -276,7 +276,7 @@ def test_accumulated_batches_are_one_batch() -> None:
         run = Run(config, TinyDenoiser(), TrainingSet(pairs), Path("unused"))
         with run.adapters.attached():
             for micro in range(accumulation):
-                run._backward(Turn(micro))
+                run.gradients.backward(0, Turn(micro))
         gradients.append([parameter.grad for parameter in run.adapters.parameters()])
         assert all(gradient is not None and gradient.abs().max() > 1e-5 for gradient in gradients[-1])
     for other in gradients[1:]:

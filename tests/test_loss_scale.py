@@ -60,7 +60,7 @@ def gradient(half: bool, folder: Path) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     run.adapters.load_state("student", {k: torch.randn(v.shape, generator=generator) * 0.1 for k, v in state.items()})
     with run.adapters.attached():
-        run._accumulate()
+        run.gradients.accumulate(run.step, run.optimizer)
     return torch.cat([p.grad.flatten() for p in run.adapters.parameters() if p.grad is not None])
 
 

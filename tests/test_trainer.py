@@ -288,7 +288,7 @@ def test_four_batches_of_one_are_one_batch_of_four() -> None:
         run = Run(config, TinyDenoiser(), TrainingSet(pairs), Path("unused"))
         with run.adapters.attached():
             for micro in range(accumulation):
-                run._backward(Turn(micro))
+                run.gradients.backward(0, Turn(micro))
         gradients.append([parameter.grad for parameter in run.adapters.parameters()])
         assert any(gradient.abs().max() > 1e-4 for gradient in gradients[-1])
     for other in gradients[1:]:
@@ -302,7 +302,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported(tmp_path: Path) -> None:
     assert free.reports[1].grad_norm == clipped.reports[1].grad_norm
     run = Run(make_config(max_grad_norm=1e-3), TinyDenoiser(), make_data(), tmp_path)
     with run.adapters.attached():
-        run._check_and_clip([run._backward(Turn(0))])
+        run.gradients.check_and_clip(0, [run.gradients.backward(0, Turn(0))])
     norm = torch.stack([parameter.grad.norm() for parameter in run.adapters.parameters()]).norm()  # type: ignore
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 

@@ -6,25 +6,25 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..adapters.lora_import import lora_digest
 from ..adapters.sharded_weights import ShardedWeights
 from ..config import TrainConfig
 from ..denoiser import Denoiser
-from ..dtensors import local, whole
+from ..dtensors import local
 from ..memory.in_use import memory_in_use
-from ..objectives import ObjectiveInputs, ObjectiveOutput
+from ..objectives import ObjectiveOutput
 from ..optimizers import evaluating, start_training
 from ..optimizers.state import flatten_state
 from ..trainable import Role, Trainable
 from .batches import Batches, on_device
 from .checkpoint import Checkpoint, StateError
 from .class_images import ClassImages, OnDrawn
+from .gradients import Gradients
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
 from .nonfinite import NonFiniteError, all_finite, remedy
@@ -37,7 +37,7 @@ from .scales import ordered
 from .sharded_checkpoint import divided_state, load_sharded
 from .training_set import TrainingSet
 from .unseen_gap import BestStep
-from .world import Peers, Turn
+from .world import Peers
 
 log = logging.getLogger("dopsd")
 
@@ -82,7 +82,6 @@ class Run:
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
         self.heldout_since = 0  # the gaps up to this step are of another held-out pair
-        anchors = on_device(data.anchors, denoiser.device) if config.objective.wants_anchors else []
         self.adapters = _weights(config, denoiser, self.peers)
         if self.adapters.is_sharded:
             self.peers.run_in_step()
@@ -93,7 +92,9 @@ class Run:
         self.probe = Probe(config, denoiser, self.adapters, data)
         order = DataOrder(data.shapes(), data.repeats(), config.batch_size, config.seed)
         self.order = ordered(order, data.scales, config.small_first * config.grad_accumulation)
-        self._batches = Batches(config, denoiser, self.adapters, data, self.order, anchors)
+        self._anchors = on_device(data.anchors, denoiser.device) if config.objective.wants_anchors else []
+        batches = Batches(config, denoiser, self.adapters, data, self.order, self._anchors)
+        self.gradients = Gradients(config, self.adapters, batches, self._class_images, self.loss_scale, self.peers)
 
     def open(self, resume: bool) -> None:
         """Locks the folder, loads its newest checkpoint, if there is one, and writes the configuration.
@@ -127,7 +128,7 @@ class Run:
         """
         found = self.peers.first(self._class_images.cached) if self.adapters.is_sharded else None
         with self.adapters.use("off"):
-            return self._class_images.draw(self._batches.anchors, self.denoiser, on_drawn, found)
+            return self._class_images.draw(self._anchors, self.denoiser, on_drawn, found)
 
     def measure_start(self) -> StepReport:
         """Measures the gap before training.
@@ -178,7 +179,7 @@ class Run:
         rate = self.config.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        outputs, grad_norm, overflows = self._accumulate()
+        outputs, grad_norm, overflows = self.gradients.accumulate(self.step, self.optimizer)
         scale = self.loss_scale.value
         self.is_between_steps = False
         self.optimizer.step()
@@ -264,57 +265,14 @@ class Run:
         if self.adapters.has_teacher:
             self.adapters.load_state("teacher", teacher)
 
-    def _backward_all(self) -> list[ObjectiveOutput]:
-        """The outputs of all batches of the step, each computed by one rank; adds up the gradients of all ranks."""
-        turns = self.peers.share([self._course(micro) for micro in range(self.config.grad_accumulation)])
-        every = self.peers.all(lambda: [(turn, self._backward(turn)) for turn in turns])
-        self.peers.sum_gradients(self.adapters.parameters())
-        outputs = {turn.number: output for found in every for turn, output in found if turn.counts}
-        return [outputs[number] for number in sorted(outputs)]
-
-    def _course(self, micro: int) -> Hashable:
-        """Which forwards a batch makes, if ranks have to make the same ones together."""
-        return self.config.objective.course(self._inputs(Turn(micro))) if self.adapters.is_sharded else ()
-
-    def _backward(self, turn: Turn) -> ObjectiveOutput:
-        return self.config.objective.backward(self._inputs(turn))
-
-    def _inputs(self, turn: Turn) -> ObjectiveInputs:
-        scale = self.loss_scale.value if turn.counts else 0.0
-        return self._batches.inputs(self.step, turn.number, self._class_images.images, scale)
-
-    def _accumulate(self) -> tuple[list[ObjectiveOutput], float, int]:
-        """Computes the clipped gradient of an optimizer step: (outputs of its batches, norm before clipping, number of
-        repetitions on the same data and noise with a smaller loss scale)."""
-        overflows = 0
-        while True:
-            self.optimizer.zero_grad(set_to_none=True)
-            outputs = self._backward_all()
-            grad_norm = self._check_and_clip(outputs)
-            if math.isfinite(grad_norm):
-                return outputs, grad_norm, overflows
-            if not self.loss_scale.after_overflow():
-                raise NonFiniteError(self.step + 1, "gradient", grad_norm, remedy=self._remedy())
-            overflows += 1
-            log.info("step %d: gradient overflow; repeating with loss scale %g", self.step + 1, self.loss_scale.value)
-
-    def _check_and_clip(self, outputs: Sequence[ObjectiveOutput]) -> float:
-        for output in outputs:
-            if not math.isfinite(output.loss):
-                raise NonFiniteError(self.step + 1, "loss", output.loss, output.not_finite, self._remedy())
-        parameters = self.adapters.parameters()
-        self.loss_scale.unscale(p.grad for p in parameters if p.grad is not None)
-        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf)))
-
-    def _remedy(self) -> str:
-        return remedy(self.step, self.loss_scale.is_on)
-
     def _measure(self) -> Gaps:
         with evaluating(self.optimizer):
             gaps = self.probe.measure()
         for gap in (gaps.train, gaps.heldout):
             if gap is not None and not math.isfinite(gap):
-                raise NonFiniteError(self.step, "gap to the teacher", gap, remedy=self._remedy())
+                raise NonFiniteError(
+                    self.step, "gap to the teacher", gap, remedy=remedy(self.step, self.loss_scale.is_on)
+                )
         return gaps
 
     def _metadata(self) -> dict[str, str]:

@@ -36,6 +36,7 @@ from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
 from .regularisation import regularisation_remarks
 from .run import Run
+from .run_checks import check_data, check_share
 from .run_folder import CLASS_IMAGES_NAME, check_run_folder
 from .saved_loras import is_due
 from .training_set import TrainingSet
@@ -175,7 +176,7 @@ def train(
     callbacks, peers = callbacks or NoCallbacks(), Peers(world)
     # ComfyUI calls in inference mode
     with peers.ending_together(), torch.inference_mode(False), torch.enable_grad():
-        _check_share(config, peers.world)
+        check_share(config, peers.world)
         peers.first(lambda: check_run(config, denoiser, data, run_dir, host_bytes))
         for remark in _remarks(config, data) if peers.world.rank == 0 else ():
             log.warning(remark)
@@ -192,7 +193,7 @@ def check_run(
     Raises:
         ConfigError, DiskError, ValueError: as in `train`.
     """
-    _check_data(config, data)
+    check_data(config, data)
     config.optimizer.require_packages()
     config.adapter.require_host(denoiser)
     if config.deterministic and (problem := obstacle(denoiser.device)):
@@ -330,28 +331,3 @@ def _remarks(config: TrainConfig, data: TrainingSet) -> list[str]:
         why = "probe_every is 0" if not config.probe_every else "there is no unseen prompt"
         remarks.append(f"stop_at_plateau {config.stop_at_plateau} is not used: {why}")
     return remarks
-
-
-def _check_share(config: TrainConfig, world: World) -> None:
-    problems = []
-    if config.grad_accumulation % world.size:
-        problems.append(
-            f"grad_accumulation is {config.grad_accumulation}, the number of batches per optimizer step, which "
-            f"{world.size} processes cannot share equally; set it to a multiple of {world.size}"
-        )
-    if world.size > 1 and world.mesh is not None and config.adapter.trains_network:
-        together = f"with adapter {config.adapter.name} on {world.size} processes, which hold a part of the model each"
-        if config.batch_size > 1:  # a host may run the samples of a batch one by one, others in one forward
-            problems.append(f"batch_size is {config.batch_size}; set it to 1 {together}, and raise grad_accumulation")
-        if not config.optimizer.takes_parts:
-            problems.append(f"optimizer {config.optimizer.name} does not work {together}; choose adamw")
-    if problems:
-        raise ConfigError(problems)
-
-
-def _check_data(config: TrainConfig, data: TrainingSet) -> None:
-    problems = list(config.objective.data_problems(data.sample(), data.anchors))
-    if config.caption_dropout > 0 and any(example.dropped is None for example in data.examples):
-        problems.append("caption_dropout is above 0, but no empty caption was encoded; encode one, or set it to 0")
-    if problems:
-        raise ConfigError(problems)

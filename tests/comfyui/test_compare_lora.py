@@ -222,7 +222,7 @@ def test_a_file_that_is_not_finite_is_named(comfyui, tensors, value: float, load
 def test_what_does_not_fit_need_not_be_finite(comfyui, tensors) -> None:
     model = comfyui.call(comfyui.module("nodes.comfy_host.demo_models").load_model)
     mixed = {**tensors, "transformer.nowhere.lora_A.weight": torch.full((1, 1), torch.nan)}
-    assert "1 are not, such as" in comfyui.module("nodes.compare_lora").used_line("it", model, mixed)
+    assert "1 are not, such as" in comfyui.module("nodes.comfy_host.lora_use").used_line("it", model, mixed)
 
 
 def test_every_strength_has_a_column(comfyui, tensors) -> None:

@@ -78,7 +78,7 @@ def gradient(comfyui: ComfyUI, model: Any, side: int, gap: float, folder: Path) 
         run = comfyui.core("training.run").Run(config, denoiser, data, folder)
         run.adapters.load_state("student", start)
         with run.adapters.attached():
-            run._accumulate()
+            run.gradients.accumulate(run.step, run.optimizer)
         return torch.cat([value.flatten() for value in twins._gradients(run.adapters).values()])
 
 

@@ -155,7 +155,7 @@ def test_a_run_without_files_says_what_to_set(comfyui: ComfyUI) -> None:
 
 
 def test_of_many_files_some_are_drawn(comfyui: ComfyUI) -> None:
-    evenly = comfyui.module("nodes.compare_lora").evenly
+    evenly = comfyui.module("nodes.comfy_host.lora_columns").evenly
     assert evenly(range(5), 12) == [0, 1, 2, 3, 4]
     assert evenly(range(100), 3) == [0, 50, 99] and evenly(range(9), 1) == [8]
 
