@@ -155,16 +155,7 @@ def _add_train(commands: Any) -> None:
         help="write curves and previews also to these trackers of accelerate; auto is tensorboard if it is installed "
         "(default: auto)",
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint-blocks", type=int_argument(0), metavar="N",
-        help="number of blocks with full gradient checkpointing; default: as much as the GPU's memory makes necessary, "
-        "in which blocks keep what costs most to compute again",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compile", action="store_true",
-        help="compile the transformer blocks with torch.compile, apart from their Linears: the first steps take "
-        "minutes longer; not measured on a GPU yet",
-    )  # fmt: skip
+    _add_speed(parser)
     parser.add_argument(
         "--heldout-caption", metavar="TEXT", help="a caption that is not trained on, to measure the gap to the teacher"
     )
@@ -179,6 +170,19 @@ def _add_train(commands: Any) -> None:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         add_option(groups[title], option)
+
+
+def _add_speed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint-blocks", type=int_argument(0), metavar="N",
+        help="number of blocks with full gradient checkpointing; default: as much as the GPU's memory makes necessary, "
+        "in which blocks keep what costs most to compute again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="compile the transformer blocks with torch.compile, apart from their Linears: the first steps take "
+        "minutes longer; not measured on a GPU yet",
+    )  # fmt: skip
 
 
 def _group(option: Option) -> str:

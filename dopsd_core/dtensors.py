@@ -25,7 +25,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, in the same memory; for a tensor that is not held in parts, the tensor itself."""
+    """This rank's part of a tensor of any shape, in the same memory; the tensor itself if it is not held in parts."""
     parts: Any = tensor
     return parts.to_local() if is_sharded(tensor) else tensor
 

@@ -1,4 +1,4 @@
-"""The real command on real architectures in small: all weights on two processes are those of one."""
+"""The real command on small models of the real architectures: all weights on two processes are those of one."""
 
 from __future__ import annotations
 
