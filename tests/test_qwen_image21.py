@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.counters import LiveBytes
 from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset
 from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, VLM
@@ -255,6 +256,26 @@ def test_saved_bytes_are_as_predicted(host: SimpleNamespace) -> None:
         host.denoiser.blocks(), host.denoiser.sites(), QWEN_IMAGE21, QWEN_IMAGE21.lora_config(4), 96, 40, itemsize=4
     )
     assert saved[1] - saved[0] == pytest.approx(predicted.kept, rel=0.05)
+
+
+def test_bytes_of_selective_checkpointing_are_as_predicted() -> None:
+    """The formula against what one more block keeps alive after a forward."""
+
+    def alive(layers: int) -> tuple[int, int]:
+        denoiser = QwenImage21Denoiser(qwen_image21_twins.transformer(layers))
+        config = QWEN_IMAGE21.lora_config(4)
+        adapters = AdapterSet(denoiser.sites(), config, teacher="frozen")
+        predicted = block_bytes(denoiser.blocks(), denoiser.sites(), QWEN_IMAGE21, config, 96, 40, itemsize=4)
+        plan = Checkpointing.selective(predicted)
+        condition = Condition(torch.randn(40, qwen_image21_twins.TEXT_WIDTH))
+        with adapters.attached(), checkpointed(denoiser.blocks(), plan), LiveBytes() as live:
+            x0 = denoiser.predict_x0(torch.randn(1, 64, 8, 12), 0.7, [condition])
+        assert x0.requires_grad
+        return live.now, predicted[0].saved(plan.kept[0])
+
+    from dopsd_core.standalone.hosts.qwen_image21 import QwenImage21Denoiser
+
+    assert alive(3)[0] - alive(2)[0] == pytest.approx(alive(2)[1], rel=0.02)
 
 
 def _saved(layers: int) -> int:
