@@ -141,12 +141,19 @@ def draw(model: DemoModel, prompts: Sequence[str], seed: int) -> torch.Tensor:
     return model.encoder.decode(torch.cat(latents))
 
 
-def run_all(output: Path, counts: Sequence[int], seeds: int, steps: int) -> dict[str, list[Figures]]:
-    """Figures of every kind of run, one per seed; each seed has concepts of its own. steps: per concept."""
+def run_all(
+    output: Path, counts: Sequence[int], seeds: int, steps: int, is_plain: bool = False
+) -> dict[str, list[Figures]]:
+    """Figures of every kind of run, one per seed; each seed has concepts of its own.
+
+    Args:
+        steps: per concept.
+        is_plain: whether to leave out the runs with the others' captions.
+    """
     model, judge = load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE)
     found: dict[str, list[Figures]] = {}
     for count in counts:
-        kinds = {"untouched": None, "": False} | ({WITH_OTHERS: True} if count > 1 else {})
+        kinds = {"untouched": None, "": False} | ({WITH_OTHERS: True} if count > 1 and not is_plain else {})
         for kind, mixed in kinds.items():
             name = f"{count} concept{'s' * (count > 1)}{', ' * bool(kind)}{kind}"
             for seed in range(seeds):
@@ -203,9 +210,11 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="concepts in a run")
     parser.add_argument("--seeds", type=int, default=2, help="sets of concepts")
     parser.add_argument("--steps", type=int, default=60, help="steps per concept")
+    parser.add_argument("--plain", action="store_true", help="without the runs with the others' captions")
     args = parser.parse_args()
-    found = run_all(args.output, args.counts, args.seeds, args.steps)
+    found = run_all(args.output, args.counts, args.seeds, args.steps, args.plain)
     options = f"--counts {' '.join(map(str, args.counts))} --seeds {args.seeds} --steps {args.steps}"
+    options += " --plain" * args.plain
     command = f"python -m benchmarks.several_concepts {options}"
     recorded = measured_here(section(found, command, args.seeds, args.steps))
     record(recorded, RESULTS)
