@@ -17,8 +17,8 @@ def has_curve(image: Image.Image) -> bool:
     """Whether the lowest part of an image, a JPEG, has the curve of the gap."""
     lowest = image.convert("RGB").crop((0, image.height - 190, image.width, image.height))
     colours = lowest.getcolors(1 << 24) or []
-    close = [n for n, colour in colours if max(abs(a - b) for a, b in zip(colour, TRAINED, strict=True)) < 40]
-    return sum(close) > 20
+    found: Any = colours  # (count, colour)
+    return sum(n for n, colour in found if all(abs(a - b) < 40 for a, b in zip(colour, TRAINED, strict=True))) > 20
 
 
 def test_previews_have_the_chart_below_and_files_do_not(comfyui: ComfyUI, artefacts: Path) -> None:
@@ -39,7 +39,7 @@ def test_without_previews_each_measurement_has_a_chart(comfyui: ComfyUI) -> None
     assert has_curve(shown[-1])
 
 
-def chart_of(comfyui: ComfyUI, log: Path, has_previews: bool = True, **options: Any) -> Any:
+def chart_of(comfyui: ComfyUI, log: Path, *, has_previews: bool = True, **options: Any) -> Any:
     config = comfyui.core("config").TrainConfig(steps=20, **options)
     return comfyui.module("nodes.comfy_host.watcher").LiveChart(config, log, has_previews)
 
@@ -67,7 +67,7 @@ def test_a_resumed_run_shows_its_earlier_steps(comfyui: ComfyUI, tmp_path: Path)
         ({"preview_every": 0, "probe_every": 0}, [1]),  # then only once in a while
     ],
 )
-def test_when_a_chart_is_due(comfyui: ComfyUI, tmp_path: Path, options: dict[str, int], due: list[int]) -> None:
+def test_when_a_chart_is_due(comfyui: ComfyUI, tmp_path: Path, options: dict[str, Any], due: list[int]) -> None:
     report = comfyui.core("training.log").StepReport
     chart, found = chart_of(comfyui, tmp_path / "none", **options), []
     for step in range(1, 9):
