@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dopsd_core.config import ConfigError
+from dopsd_core.optimizers import OPTIMIZERS
 from dopsd_core.training.checkpoint import PARTS, Checkpoint, load_checkpoint
 from dopsd_core.training.log import read_log
 from dopsd_core.training.trainer import train
@@ -201,3 +202,4 @@ def test_what_does_not_work_in_parts_is_refused_before_any_work(tmp_path: Path) 
         with pytest.raises(ConfigError, match=words):
             train(full_config(**change), NetDenoiser(), killable_data(), tmp_path, world=World())  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+    assert [name for name, optimizer in OPTIMIZERS.items() if optimizer.takes_parts] == ["adamw"]

@@ -20,6 +20,7 @@ class Adafactor(AdamW):
     name: ClassVar[str] = "adafactor"
     summary: ClassVar[str] = "almost no state, no momentum; use AdamW's learning rate or up to three times that"
     bytes_per_parameter: ClassVar[int] = 1  # one number per row and column: 4 / rank bytes
+    takes_parts: ClassVar[bool] = False
 
     def require_packages(self) -> None:
         """Raises ConfigError if transformers cannot be imported."""

@@ -23,6 +23,7 @@ class AdamW8bit(AdamW):
     name: ClassVar[str] = "adamw8bit"
     summary: ClassVar[str] = "AdamW with 8-bit moments; requires the package bitsandbytes and an NVIDIA GPU"
     bytes_per_parameter: ClassVar[int] = 2
+    takes_parts: ClassVar[bool] = False
 
     def require_packages(self) -> None:
         """Raises ConfigError if bitsandbytes cannot be imported."""

@@ -25,6 +25,7 @@ class Muon(AdamW):
     name: ClassVar[str] = "muon"
     summary: ClassVar[str] = "orthogonalized momentum, scaled so that AdamW's learning rate fits; requires torch 2.9"
     bytes_per_parameter: ClassVar[int] = 4  # momentum in fp32
+    takes_parts: ClassVar[bool] = False
     needs_matrices: ClassVar[bool] = True
 
     muon_momentum: Annotated[float, Hint(step=0.01, most=0.999)] = Field(
