@@ -56,7 +56,7 @@ class CaptionImages(io.ComfyNode):
                 io.Image.Output(display_name="image", tooltip="All images with state and caption, to look through."),
                 io.String.Output(display_name="report", tooltip="The same as text, with everything to look at."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod

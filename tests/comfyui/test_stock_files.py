@@ -86,7 +86,7 @@ def test_trains(comfyui: ComfyUI, train: Callable[[str], Run], name: str) -> Non
     assert (len(lora), sum(value.numel() for value in lora.values())) == (2 * modules, parameters)
     assert all(value.isfinite().all() for value in lora.values())
     assert any(value.abs().max() > 0 for key, value in lora.items() if ".lora_B." in key)
-    assert len(run.previews(node_of(graph, "DOPSD_TrainLoRA"))) == PREVIEWS.get(name, 0)
+    assert len(run.previews(node_of(graph, "DOPSD_TrainLoRA"))) == 2  # with the chart, or the chart alone
     assert images_of(comfyui, run) and all(varies(image) for image in images_of(comfyui, run))
     saved = Path(run.value(node_of(graph, "DOPSD_SaveLoRA")))
     with safe_open(saved, "pt") as file:

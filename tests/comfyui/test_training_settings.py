@@ -178,10 +178,10 @@ def test_what_they_replace_is_named(comfyui: ComfyUI) -> None:
 
 
 def test_settings_for_another_family_are_refused(comfyui: ComfyUI) -> None:
-    run = comfyui.execute(with_settings(comfyui, "other", "FLUX.2-klein"), keep_cache=True)
+    run = comfyui.execute(with_settings(comfyui, "another_family", "FLUX.2-klein"), keep_cache=True)
     assert run.status == "error"
     assert "filled in for FLUX.2-klein, and Z-Image-Turbo is trained: choose Z-Image-Turbo" in run.error
-    assert not list((comfyui.output / "dopsd").glob("other-*"))
+    assert not list((comfyui.output / "dopsd").glob("another_family-*"))
 
 
 def test_the_same_run_by_old_inputs_and_by_settings(comfyui: ComfyUI) -> None:

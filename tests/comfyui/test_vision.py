@@ -181,7 +181,7 @@ def test_clips_without_qwen3_4b_are_refused(vision, models):
     with pytest.raises(ValueError, match="not Qwen3-4B.*load qwen_3_4b.*use the mode edit, which needs no vision"):
         vision.encode_image_text(towers.clip("klein_9b"), tower, TEXT, image)
     other: Any = SimpleNamespace(cond_stage_model=SimpleNamespace(), tokenizer=SimpleNamespace())
-    with pytest.raises(ValueError, match="has a SimpleNamespace; load qwen_3_4b with type lumina2 for Z-Image-Turbo"):
+    with pytest.raises(ValueError, match="has a SimpleNamespace: load qwen_3_4b with type lumina2 for Z-Image-Turbo"):
         vision.encode_image_text(other, tower, TEXT, image)
     with pytest.raises(ValueError, match="the teacher needs a vision tower: connect `vision`"):
         vision.encode_image_text(models("z_image").clip, None, TEXT, image)
