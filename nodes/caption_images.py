@@ -82,11 +82,16 @@ class CaptionImages(io.ComfyNode):
         source = resolve_dataset(folder)
         ask = None if clip is None else _ask_with(clip, options)
         found = caption_folder(source, options, ask, root=allowed_root(source), progress=_progress(cls))
-        lines = found.describe().replace(str(source), source.name, 1).splitlines()
-        more = [f"and {len(lines) - _SHOWN_LINES} more lines: see report"] if len(lines) > _SHOWN_LINES else []
-        send_text(cls, "\n".join([*lines[:_SHOWN_LINES], *more]))
+        send_text(cls, _shortened(found.describe().replace(str(source), source.name, 1)))
         image = to_pixels(caption_sheet(found))
         return io.NodeOutput(image, found.describe(), ui=ui.PreviewImage(image, cls=cls))
+
+
+def _shortened(text: str) -> str:
+    """The first lines of a text, and how many follow."""
+    lines = text.splitlines()
+    more = [f"and {len(lines) - _SHOWN_LINES} more lines: see report"] if len(lines) > _SHOWN_LINES else []
+    return "\n".join([*lines[:_SHOWN_LINES], *more])
 
 
 def _ask_with(clip: Any, options: CaptionOptions) -> Ask:
