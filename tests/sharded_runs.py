@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dopsd_core.adapters.full_weights import FullWeights
+from dopsd_core.adapters.sharded_weights import ShardedWeights
 from dopsd_core.conditioning.encode import Condition
 from dopsd_core.config import TrainConfig
 from dopsd_core.options import changed
@@ -107,6 +108,8 @@ class Rank:
                 self.work(world, rank)
         except BaseException as error:
             errors.put((rank, f"{type(error).__name__}: {error}"))
+            errors.close()
+            errors.join_thread()  # it is sent by a thread, which the exit would end
             traceback.print_exc()
             os._exit(1)  # as a launcher's process, which is ended if it does not end
 
@@ -118,6 +121,16 @@ class Rank:
             options.pop("fails_at", None)
         callbacks = KilledAt(killed) if killed else StopAt(stop) if stop else NoCallbacks()
         run(self.folder, self.config, world, callbacks, **options)
+
+
+class OtherModes(Rank):
+    """Each rank switches to other weights than the others."""
+
+    def work(self, world: Any, rank: int) -> None:
+        denoiser = NetDenoiser()
+        weights = ShardedWeights(denoiser.network(), denoiser.blocks(), world.mesh)
+        with weights.attached(), weights.use("off" if rank else "teacher"):
+            raise AssertionError("the ranks did not notice")
 
 
 def on_processes(size: int, work: Callable[..., None], wait: float = 120) -> tuple[list[int | None], list[str]]:

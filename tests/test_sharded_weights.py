@@ -18,7 +18,7 @@ from dopsd_core.training.log import read_log
 from dopsd_core.training.trainer import train
 from dopsd_core.training.world import OneProcess, Peers, Turn
 from tests.ranks import ThreadWorld
-from tests.sharded_runs import STEPS, NetDenoiser, Rank, full_config, on_processes, run, whole_checkpoint
+from tests.sharded_runs import STEPS, NetDenoiser, OtherModes, Rank, full_config, on_processes, run, whole_checkpoint
 from tests.tiny import killable_data
 
 
@@ -181,6 +181,12 @@ def test_ranks_have_batches_of_one_course_at_the_same_time(size: int) -> None:
 def test_alone_or_with_whole_weights_each_batch_has_its_turn() -> None:
     assert Peers(OneProcess()).share([(), ()]) == [Turn(0), Turn(1)]
     assert Peers(ThreadWorld(1, 2, None, [])).share([()] * 4) == [Turn(2), Turn(3)]  # type: ignore[arg-type]
+
+
+def test_ranks_that_would_gather_a_mixture_of_weights_notice(tmp_path: Path) -> None:
+    codes, errors = on_processes(2, OtherModes(tmp_path, full_config()))
+    assert codes == [1, 1] and len(errors) == 2
+    assert all("compute with different weights at the same time" in error for error in errors), errors
 
 
 def test_the_rank_that_fails_ends_all(tmp_path: Path) -> None:
