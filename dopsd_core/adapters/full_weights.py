@@ -18,7 +18,7 @@ from ..options import ConfigError
 from ..teachers import Teacher
 from ..trainable import Mode, Role
 from .adapter_set import owner_of
-from .switched_weights import SwitchedWeights, checked_role
+from .switched_weights import ExchangedWeights, checked_role
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,7 +70,7 @@ class _Trained:
         return cls(weight, master, student, average, original.clone() if is_cast else average)
 
 
-class FullWeights(SwitchedWeights):
+class FullWeights(ExchangedWeights):
     """All weights of a network: the student's, the teacher's, and the switch between them and the original ones.
 
     Example::
@@ -87,22 +87,11 @@ class FullWeights(SwitchedWeights):
         """teacher: whose weights teach; a name selects that choice with its defaults."""
         super().__init__(teacher)
         self._weights = [_Trained.of(weight, self.has_teacher) for weight in trained_parameters(network)]
-        self._is_attached = False
         self._cast_from = self._master_versions()
 
-    # -- attaching ----------------------------------------------------------------------------------------------------
+    # -- attached: student, teacher, off ------------------------------------------------------------------------------
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether the network currently computes with these weights."""
-        return self._is_attached
-
-    def attach(self) -> None:
-        """Lets the network compute with these weights.
-
-        Raises:
-            RuntimeError: these or other weights are already attached; nothing is changed.
-        """
+    def _require_original(self) -> None:
         for weight in (trained.weight for trained in self._weights):
             if any(module._parameters.get(key) is not weight.original for module, key in weight.places):
                 raise RuntimeError(f"{weight.name} is not the network's own weight now; detach what replaced it first")
@@ -110,22 +99,10 @@ class FullWeights(SwitchedWeights):
                 raise RuntimeError(
                     f"an adapter set is already attached to the layer of {weight.name}; detach() it first"
                 )
-        self._is_attached = True
-        self._show(self._mode)
-
-    def detach(self) -> None:
-        """Puts the original tensors back; does nothing if not attached."""
-        if self._is_attached:
-            self._show("off")
-            self._is_attached = False
-
-    # -- student, teacher, off ----------------------------------------------------------------------------------------
 
     def _switch(self, mode: Mode) -> None:
         if self._cast_from != self._master_versions():  # a schedule-free optimizer put other weights in place
             self._cast()
-        if self._is_attached and mode != self._mode:
-            self._show(mode)
         super()._switch(mode)
 
     def _show(self, mode: Mode) -> None:

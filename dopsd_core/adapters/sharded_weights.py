@@ -22,14 +22,16 @@ from ..options import ConfigError
 from ..teachers import Teacher
 from ..trainable import Mode, Role
 from .full_weights import trained_parameters
-from .switched_weights import SwitchedWeights, checked_role
+from .switched_weights import ExchangedWeights, checked_role
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class ShardedWeights(SwitchedWeights):
+class ShardedWeights(ExchangedWeights):
     """All weights of a network in parts: the student's, the teacher's, and the original ones.
+
+    The network stays divided when they are detached.
 
     Raises:
         ConfigError: a weight is quantised, the weights have several dtypes, or the network has none.
@@ -59,34 +61,14 @@ class ShardedWeights(SwitchedWeights):
         self._held = {"off": in_network, "student": [part.clone() for part in in_network]}
         if self.has_teacher:
             self._held["teacher"] = [part.clone() for part in in_network]
-        self._is_attached = False
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether the network currently computes with these weights."""
-        return self._is_attached
-
-    def attach(self) -> None:
-        """Lets the network compute with these weights.
-
-        Raises:
-            RuntimeError: they are attached already.
-        """
+    def _require_original(self) -> None:
         if self._is_attached:
             raise RuntimeError("these weights are already attached to the network; detach() them first")
-        self._is_attached = True
-        self._show(self._mode)
-
-    def detach(self) -> None:
-        """Puts the original weights back; does nothing if not attached. The network stays divided."""
-        if self._is_attached:
-            self._show("off")
-            self._is_attached = False
 
     def _switch(self, mode: Mode) -> None:
         if self._is_attached and mode != self._mode:
             self._require_agreement(mode)
-            self._show(mode)
         super()._switch(mode)
 
     def _require_agreement(self, mode: Mode) -> None:

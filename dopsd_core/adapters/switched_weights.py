@@ -106,6 +106,49 @@ class SwitchedWeights(ABC):
             view.copy_(tensors[name])
 
 
+class ExchangedWeights(SwitchedWeights):
+    """Weights of the network itself: those of the current mode are in its modules while it is attached."""
+
+    def __init__(self, teacher: Teacher | str) -> None:
+        """teacher: whose weights teach; a name selects that choice with its defaults."""
+        super().__init__(teacher)
+        self._is_attached = False
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the network currently computes with these weights."""
+        return self._is_attached
+
+    def attach(self) -> None:
+        """Lets the network compute with these weights.
+
+        Raises:
+            RuntimeError: these or other weights are already attached; nothing is changed.
+        """
+        self._require_original()
+        self._is_attached = True
+        self._show(self._mode)
+
+    def detach(self) -> None:
+        """Puts the original weights back; does nothing if not attached."""
+        if self._is_attached:
+            self._show("off")
+            self._is_attached = False
+
+    def _switch(self, mode: Mode) -> None:
+        if self._is_attached and mode != self._mode:
+            self._show(mode)
+        super()._switch(mode)
+
+    @abstractmethod
+    def _require_original(self) -> None:
+        """Raises RuntimeError if the network does not compute with its original weights."""
+
+    @abstractmethod
+    def _show(self, mode: Mode) -> None:
+        """Puts the weights of the mode into the network's modules."""
+
+
 def checked_role(which: Role) -> Role:
     """The role itself.
 

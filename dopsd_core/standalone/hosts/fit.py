@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .source import ModelFiles
+from .source import ModelFiles, read_json
 from .weight_files import read_shapes
 
 
@@ -82,14 +81,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: it is no JSON object.
     """
-    file = folder / "config.json"
-    try:
-        found = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: download the model again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is not a JSON object: download the model again")
-    return found
+    return read_json(folder / "config.json")
 
 
 def _renamed(cls: Any, found: dict[str, Tensor], wanted: Mapping[str, Tensor], file: Path) -> Mapping[str, Tensor]:

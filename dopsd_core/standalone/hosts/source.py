@@ -80,7 +80,7 @@ class ModelFiles:
     @property
     def is_undistilled(self) -> bool:
         """Whether the folder's index says that its transformer was not distilled; single files say nothing."""
-        return self.transformer is None and _read_json(self.base / INDEX).get("is_distilled") is False
+        return self.transformer is None and read_json(self.base / INDEX).get("is_distilled") is False
 
 
 def find_family(options: ModelOptions) -> KnownModel:
@@ -113,7 +113,7 @@ def find_files(options: ModelOptions, known: KnownModel) -> ModelFiles:
     given = {"transformer": transformer, "text_encoder": options.text_encoder, "vae": options.vae}
     parts = [part for part in _WEIGHTS if given[part] is None]
     folder = _local_folder(base, parts, known)
-    found = _family_of_index(_read_json(folder / INDEX), base)
+    found = _family_of_index(read_json(folder / INDEX), base)
     if found != known:
         raise ValueError(f"{base} is a {found.pipeline}, and {options.model} needs a {known.pipeline}: choose --base")
     _require_complete(folder, parts, known)
@@ -128,7 +128,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        places = _read_json(indices[0]).get("weight_map", {})
+        places = read_json(indices[0]).get("weight_map", {})
         names = sorted({str(name) for name in places.values()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
@@ -220,10 +220,10 @@ def _index_of(name: str) -> Mapping[str, Any]:
     if folder.is_dir():
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f"{folder} has no {INDEX}: it is not a model folder in diffusers' layout")
-        return _read_json(folder / INDEX)
+        return read_json(folder / INDEX)
     if not is_hub_id(name):
         raise FileNotFoundError(f"{name} does not exist; --model takes demo, a Hugging Face id, a folder or a file")
-    return _read_json(Path(fetch(name, lambda hub: hub.hf_hub_download(name, INDEX))))
+    return read_json(Path(fetch(name, lambda hub: hub.hf_hub_download(name, INDEX))))
 
 
 def _local_folder(base: str, parts: Sequence[str], known: KnownModel) -> Path:
@@ -247,7 +247,12 @@ def _require_complete(folder: Path, parts: Sequence[str], known: KnownModel) -> 
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
         found = json.loads(file.read_bytes())
     except ValueError as error:
