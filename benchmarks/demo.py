@@ -17,28 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
-from dopsd_core.standalone.comparison.report import TITLES
+from dopsd_core.standalone.compare import METHODS
+from dopsd_core.standalone.evaluate import TITLES
 
-METHODS = {
-    "base": "untouched",
-    "teacher": "its teacher",
-    "dopsd": "D-OPSD",
-    "sft": "SFT",
-    "dreambooth": "DreamBooth",
-}
-FIGURES = (
-    "concept_error",
-    "prompt_following",
-    "sharpness",
-    "frechet_trigger",
-    "frechet_prior",
-    "prior_error",
-    "names_wrong",
-    "leak",
-)
 NOTES = (
     "Mean ± standard deviation over the training runs. Concept error: 1 − accuracy of the concept's shape, colour, center and texture, read by a classifier that never saw an image of the model. Prompt following: accuracy of position and background. Fréchet: distance between that classifier's features of the samples and of real renders of the same prompts; prior: prompts without [V]. Names wrong: 1 − accuracy of the appearance that the model knows under another name. Leakage: share of the concept's attributes in samples of prompts that name none (chance is about .19).",  # noqa: E501
-    "![Targets, untouched, teacher, D-OPSD, SFT; other prompts before and after](contact_sheet.png)",
+    "![Targets and what each model draws: with the trigger, and of other prompts](contact_sheet.png)",
     "![Gap and loss over the steps](curves.png)",
 )
 IMAGES = ("overview.png", "contact_sheet.png", "curves.png")
@@ -47,12 +31,12 @@ IMAGES = ("overview.png", "contact_sheet.png", "curves.png")
 def section(report: Mapping[str, Any], training_seeds: int) -> Section:
     """The page's section from the demo's report.json."""
     rows = tuple(
-        (title, *(_mean_and_std(report["methods"][method][figure]) for figure in FIGURES))
+        (title, *(_mean_and_std(report["methods"][method][figure]) for figure in TITLES))
         for method, title in METHODS.items()
     )
     closed = f"Concept {report['concept']['seed']}: {report['concept']['looks']}. {report['config']['steps']} steps, 2-step sampling, unseen prompts, {training_seeds} training runs per method; SFT at the best of three learning rates ({report['sft']['rate']:g}), DreamBooth at {report['dreambooth']['rate']:g}. D-OPSD closed {report['gap_closed']:.0%} of the gap between the untouched model and its own teacher. {report['wall_seconds']:.0f} s, {report['peak_rss_mb'] / 1000:.1f} GB."  # noqa: E501
     command = "python -m benchmarks.demo"
-    table = Table(("", *(TITLES[figure] for figure in FIGURES)), rows)
+    table = Table(("", *TITLES.values()), rows)
     return Section("demo", "D-OPSD against SFT", command, None, table, (closed, *NOTES))
 
 

@@ -17,13 +17,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, record
+from dopsd_core.standalone.compare import METHODS
+from dopsd_core.standalone.evaluate import TITLES
 
 Report = Mapping[str, Any]
-
-FIGURES = (
-    "concept_error", "prompt_following", "sharpness", "frechet_trigger", "frechet_prior", "prior_error", "names_wrong",
-    "leak",
-)  # fmt: skip
 
 
 def run_demo(seed: int, output: Path, jobs: int, training_seeds: int) -> Report:
@@ -45,13 +42,13 @@ def rows(reports: Sequence[Report]) -> dict[str, tuple[list[float], bool]]:
     table: dict[str, tuple[list[float], bool]] = {
         "share of the concept gap closed by D-OPSD": ([r["gap_closed"] for r in reports], True)
     }
-    for name in FIGURES:
-        for method in ("base", "teacher", "dopsd", "sft", "dreambooth"):
+    for name, title in TITLES.items():
+        for method, whose in METHODS.items():
             better = name == "prompt_following"
-            table[f"{name}, {method}"] = ([figure(r, method, name) for r in reports], better)
+            table[f"{title}, {whose}"] = ([figure(r, method, name) for r in reports], better)
     for method in ("dopsd", "sft"):
         ratio = [figure(r, method, "frechet_prior") / figure(r, "base", "frechet_prior") for r in reports]
-        table[f"frechet_prior over the base's, {method}"] = (ratio, False)
+        table[f"{TITLES['frechet_prior']}, over the untouched model's, {METHODS[method]}"] = (ratio, False)
     table["wall seconds"] = ([r["wall_seconds"] for r in reports], False)
     table["peak memory, MB"] = ([r["peak_rss_mb"] for r in reports], False)
     return table

@@ -249,7 +249,7 @@ def to_section(
 ) -> Section:
     """A row per method: mean and standard deviation over domains and seeds."""
     titles = {**REFERENCES, **{m.name: f"{m.title}, lr {rates[m.name]:g}" for m in METHODS}}
-    columns = ("method", "Frechet, domain", "its style", "following", "sharpness", "prior error", "Frechet, prior",
+    columns = ("method", "Fréchet, domain", "its style", "following", "sharpness", "prior error", "Fréchet, prior",
                "names wrong")  # fmt: skip
     rows = []
     for name, title in titles.items():

@@ -28,12 +28,12 @@ class Scores:
     """One model on one domain, in the model's own few steps.
 
     Attributes:
-        frechet_domain: Frechet distance to renders of the same prompts in the domain; lower is better.
+        frechet_domain: Fréchet distance to renders of the same prompts in the domain; lower is better.
         style: share of center and texture that are the domain's, on its prompts.
         following: accuracy of shape, colour, position and background, on its prompts.
         sharpness: Laplacian energy relative to these renders.
         prior_error: 1 - accuracy of a prompt that describes another appearance in full; lower is better.
-        frechet_prior: Frechet distance to renders of these prompts and of those with bound names; lower is better.
+        frechet_prior: Fréchet distance to renders of these prompts and of those with bound names; lower is better.
         names_wrong: 1 - accuracy of the appearance that a bound name stands for; lower is better.
     """
 

@@ -1,13 +1,13 @@
-"""Several concepts in one LoRA of the demo model, against one LoRA each: concept error, cross-leak, forgetting.
+"""Several concepts in one LoRA of the demo model, against one LoRA each: concept error, cross-leakage, forgetting.
 
     python -m benchmarks.several_concepts --counts 1 2 4 --seeds 2 --steps 60
 
 A dataset has a folder per concept, with its trigger in trigger.txt, as a user's has. Every concept gets the same number
 of visits: a run of n concepts has n times the steps. Runs that are in --output already are not run again.
 
-Cross-leak is the share of another concept's attributes in images of a prompt with one trigger, where the two concepts
-differ; the untouched model's is chance. A third kind of run lets every concept have the captions of the others too,
-with its own trigger: the same scenes then do not tell concepts apart, only their triggers do.
+Cross-leakage is the share of another concept's attributes in images of a prompt with one trigger, where the two
+concepts differ; the untouched model's is chance. A third kind of run lets every concept have the captions of the others
+too, with its own trigger: the same scenes then do not tell concepts apart, only their triggers do.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _done(
 
 
 def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int, steps: int) -> Section:
-    """Mean of every figure over the seeds, with the largest cross-leak."""
+    """Mean of every figure over the seeds, with the largest cross-leakage."""
     lines = []
     for name, runs in found.items():
         cells = [f"{mean(getattr(run, figure) for run in runs):.3g}" for figure in Figures.__dataclass_fields__]
@@ -194,7 +194,7 @@ def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int, st
         lines.append((name, *cells, shown))
     return Section(
         "several-concepts", "Several concepts in one run", command, None,
-        Table(("run", "concept error", "cross-leak", "prior error", "leak", "worst cross-leak"), tuple(lines)),
+        Table(("run", "concept error", "cross-leakage", "prior error", "leakage", "worst cross-leakage"), tuple(lines)),
         (
             f"Mean over {seeds} sets of concepts, {PROMPTS} unseen prompts each; {steps} steps per concept. Cross-leak "
             "is the share of another concept's attributes, where they differ, in images of a prompt with one trigger; "

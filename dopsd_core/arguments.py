@@ -233,7 +233,7 @@ def _add_teacher_preview(commands: Any) -> None:
         "teacher-preview",
         allow_abbrev=False,
         help="draw what the teacher draws, before any training",
-        description="Draws the first training images, what the untrained model draws as the teacher that sees them, "
+        description="Draws the first training images, what the untouched model draws as the teacher that sees them, "
         "and as the student that reads their captions alone. The student gets no better than its teacher.",
     )
     _add_dataset(parser, "training resolution: an image has about N x N pixels; default: the model's")

@@ -108,7 +108,7 @@ class CompareLoRA(io.ComfyNode):
         texts = [put_trigger(text, grid.trigger) for text in texts]
         notes = unused_inputs(model, lora_name, lora, reference, run_folder)
         send_text(cls, "\n".join((*grid.notes, *notes)))
-        titles = ["base", *(column.title for column in grid.columns)]
+        titles = ["untouched", *(column.title for column in grid.columns)]
         images = _ImageMaker(clip, vae, width, height, steps, len(texts) * len(titles), reference)
         columns = [images.draw(model, texts, seed), *(images.draw(c.with_lora(), texts, seed) for c in grid.columns)]
         image = to_pixels(draw_grid(f"{grid.name}, seed {seed}", texts, titles, columns))

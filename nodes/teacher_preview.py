@@ -17,7 +17,7 @@ from .comfy_host.sockets import CATEGORY
 
 
 class TeacherPreview(io.ComfyNode):
-    """Target, teacher and student of the untrained model, side by side."""
+    """Target, teacher and student of the untouched model, side by side."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,7 +26,7 @@ class TeacherPreview(io.ComfyNode):
             node_id="DOPSD_TeacherPreview",
             display_name="Teacher Preview",
             category=CATEGORY,
-            description="Draws what the TEACHER draws, before any training: the untrained model that reads the caption "
+            description="Draws what the TEACHER draws, before any training: the untouched model that reads the caption "
             "and sees the image. The student can only become as good as its teacher, so look here first.",
             search_aliases=["d-opsd", "teacher", "preview"],
             is_output_node=True,

@@ -30,7 +30,7 @@ def krea2_teacher_preview() -> Workflow:
     """What the teacher draws before any training."""
     return preview(
         begun(),
-        "## Look at the teacher first\n\nTop row: your images. Second row: the teacher, what the untrained model "
+        "## Look at the teacher first\n\nTop row: your images. Second row: the teacher, what the untouched model "
         "draws when its text encoder **sees** the image and reads the caption. Third row: the student, what it "
         "draws from the caption alone.\n\nTraining brings the third row to the second, and no further.\n\n"
         "- **Good:** the second row has your concept, sharp, and follows the caption.\n"

@@ -1,4 +1,4 @@
-"""FID: Frechet distance of Inception features of two sets of images, through torchmetrics and torch-fidelity."""
+"""FID: Fréchet distance of Inception features of two sets of images, through torchmetrics and torch-fidelity."""
 
 from __future__ import annotations
 

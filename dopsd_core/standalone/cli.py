@@ -18,7 +18,7 @@ from .evaluate import Samples
 from .jobs import JobRunner
 from .judge import load_judge
 from .memory import peak_rss_mb
-from .texts import say
+from .texts import for_console, say
 
 _BAR = "{percentage:3.0f}% {bar} {elapsed} < {remaining}  {postfix}"
 
@@ -49,7 +49,7 @@ def run_demo(args: argparse.Namespace) -> int:
             result = compare(runner, config, args.seeds, show_teacher)
     peak = peak_rss_mb() + result.peak_rss_mb
     report = write_results(args.output, concept, judge, result, time.perf_counter() - began, peak)
-    say("\n" + table(report))
+    say("\n" + for_console(table(report)))
     names = ("overview.png", "contact_sheet.png", "curves.png", "report.json", "lora.safetensors")
     say("\n" + "\n".join(str(args.output / name) for name in names))
     return 0

@@ -25,13 +25,17 @@ from ..image_grid import Row, contact_sheet
 from ..objectives import SFT, DreamBooth
 from ..training.log import LOG_NAME, read_log
 from .curves import save_curves
-from .evaluate import Samples, Scores, frechet_floor, gap_closed, summarise
+from .evaluate import TITLES, Samples, Scores, frechet_floor, gap_closed, summarise
 from .jobs import Job, JobRunner
 from .judge import Judge
 
 SFT_RATES = (1e-4, 3e-4, 1e-3)
 DREAMBOOTH_RATE = 1e-3
-METHODS = ("base", "teacher", "dopsd", "sft", "dreambooth")
+METHODS = {
+    "base": "untouched", "teacher": "its teacher", "dopsd": "D-OPSD", "sft": "SFT", "dreambooth": "DreamBooth"
+}  # fmt: skip
+"""Titles of the methods by their key in report.json."""
+
 _SHOWN = 8
 
 
@@ -132,8 +136,8 @@ def write_results(
     shutil.copyfile(result.lora, output / "lora.safetensors")
     draw_sheet(concept, result).save(output / "contact_sheet.png")
     draw_overview(concept, result).save(output / "overview.png")
-    logs = {"D-OPSD": "dopsd-seed0", f"SFT, lr {result.sft_rate:g}": f"sft-lr{result.sft_rate:g}-seed0"}
-    save_curves(output / "curves.png", {name: read_log(output / "runs" / run / LOG_NAME) for name, run in logs.items()})
+    logs = {title: read_log(output / "runs" / name / LOG_NAME) for title, name in curve_runs(result).items()}
+    save_curves(output / "curves.png", logs)
     methods = result.methods()
     report = {
         "methods": methods,
@@ -148,6 +152,16 @@ def write_results(
     }
     write_atomic(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     return report
+
+
+def curve_runs(result: Comparison) -> dict[str, str]:
+    """Title -> name of the first run of each method that trains."""
+    jobs = {
+        METHODS["dopsd"]: Job(0, result.config, "dopsd"),
+        f"{METHODS['sft']}, lr {result.sft_rate:g}": sft_job(result.config, result.sft_rate, 0),
+        METHODS["dreambooth"]: dreambooth_job(result.config, 0),
+    }
+    return {title: job.name for title, job in jobs.items()}
 
 
 def draw_teacher_sheet(concept: Concept, base: Samples, teacher: Samples) -> Image.Image:
@@ -167,33 +181,30 @@ def _shown_prompts(concept: Concept) -> tuple[list[int], list[str]]:
     count = len(concept.unseen.texts)
     pick = list(range(0, count, max(1, count // _SHOWN)))[:_SHOWN]
     texts = [concept.unseen.texts[i].removeprefix(f"a {TRIGGER} badge, ") for i in pick]
-    return pick, [text.replace(" background", "") for text in texts]
+    return pick, [text.replace(", on a ", ", ").removesuffix(" background") for text in texts]
 
 
 def draw_sheet(concept: Concept, result: Comparison) -> Image.Image:
-    """Draws the targets; base, teacher and trained models on unseen prompts; prior prompts before and after."""
+    """Draws the targets; untouched model, teacher and trained ones on unseen prompts; then prior prompts."""
     n = _SHOWN
     pick, words = _shown_prompts(concept)
     prior = [text.removeprefix("a ").split(" badge")[0] for text in concept.described.texts[:n]]
-    rows = [Row("targets", "the four training images;\nunseen by the base model", render(concept.targets))]
+    rows = [Row("targets", "the four training images;\nnew to the model", render(concept.targets))]
+    alone = f"{SAMPLE_STEPS} steps, text only"
     remarks = {
-        "base": ("before", f"{SAMPLE_STEPS} steps, text only"),
-        "teacher": ("teacher", "before training, sees a\ntarget: the upper bound"),
-        "dopsd": ("D-OPSD", f"{SAMPLE_STEPS} steps, text only"),
-        "sft": ("SFT", f"{SAMPLE_STEPS} steps, text only;\nbest of {len(SFT_RATES)} rates"),
-        "dreambooth": ("DreamBooth", f"{SAMPLE_STEPS} steps, text only"),
+        "teacher": "before training, sees a\ntarget: the upper bound",
+        "sft": f"{alone};\nbest of {len(SFT_RATES)} rates",
     }
-    trained = {"dopsd": "D-OPSD", "sft": "SFT", "dreambooth": "DreamBooth"}
-    for name, (label, remark) in remarks.items():
-        rows.append(Row(label, remark, result.shown[name].trigger[pick], words if name == "base" else ()))
+    for name, title in METHODS.items():
+        images = result.shown[name].trigger[pick]
+        rows.append(Row(title, remarks.get(name, alone), images, words if name == "base" else ()))
     rows.append(
         Row("expected", "other prompts, no [V]:\nrenders of the prompts", render(concept.described.scenes[:n]), prior)
     )
-    for name, label in {"base": "before", **trained}.items():
-        rows.append(Row(f"prior, {label}", "", result.shown[name].described[:n]))
-    for name, label in {"base": "before", **trained}.items():
-        remark = '"a badge, ...": the concept\nshould not show here'
-        rows.append(Row(f"no words, {label}", remark, result.shown[name].generic[:n]))
+    own = {name: title for name, title in METHODS.items() if name != "teacher"}
+    rows += [Row(f"prior, {title}", "", result.shown[name].described[:n]) for name, title in own.items()]
+    remark = '"a badge, ...": the concept\nshould not show here'
+    rows += [Row(f"no words, {title}", remark, result.shown[name].generic[:n]) for name, title in own.items()]
     return contact_sheet(f"Concept {concept.seed}: {concept.words} = {TRIGGER}", rows)
 
 
@@ -202,10 +213,8 @@ def draw_overview(concept: Concept, result: Comparison, each: int = 2) -> Image.
 
     All methods draw the same prompts from the same noise.
     """
-    titles = {
-        "base": "untouched", "sft": "SFT", "dreambooth": "DreamBooth", "dopsd": "D-OPSD",
-        "teacher": "teacher (sees a target)",
-    }  # fmt: skip
+    titles = {name: METHODS[name] for name in ("base", "sft", "dreambooth", "dopsd")}
+    titles["teacher"] = "teacher (sees a target)"
     pick, _ = _shown_prompts(concept)
     words = [title if i == 0 else "" for title in titles.values() for i in range(each)]
     trigger = torch.cat([result.shown[name].trigger[pick[:each]] for name in titles])
@@ -219,21 +228,16 @@ def draw_overview(concept: Concept, result: Comparison, each: int = 2) -> Image.
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as a table for the terminal."""
-    columns = {
-        "concept_error": "concept error", "prompt_following": "prompt following", "sharpness": "sharpness",
-        "frechet_trigger": "Frechet [V]", "frechet_prior": "Frechet prior", "prior_error": "prior error",
-        "names_wrong": "names wrong", "leak": "leak",
-    }  # fmt: skip
-    head = f"{'':11}" + "".join(f"{title:>18}" for title in columns.values())
+    head = f"{'':11}" + "".join(f"{title:>18}" for title in TITLES.values())
     lines = [head, "-" * len(head)]
-    for name in METHODS:
-        cells = [report["methods"][name][column] for column in columns]
-        lines.append(f"{name:11}" + "".join(f"{c['mean']:>11.3f} ±{c['std']:5.3f}" for c in cells))
+    for name, title in METHODS.items():
+        cells = [report["methods"][name][figure] for figure in TITLES]
+        lines.append(f"{title:11}" + "".join(f"{c['mean']:>11.3f} ±{c['std']:5.3f}" for c in cells))
     prior = {name: report["methods"][name]["frechet_prior"]["mean"] for name in METHODS}
     lines.append("")
-    lines.append(f"D-OPSD closed {report['gap_closed']:.0%} of the gap between base and teacher.")
+    lines.append(f"D-OPSD closed {report['gap_closed']:.0%} of the gap between the untouched model and its teacher.")
     lines.append(
-        f"Frechet distance of prior prompts against the base's: D-OPSD x{prior['dopsd'] / prior['base']:.2f}, "
+        f"{TITLES['frechet_prior']}, over the untouched model's: D-OPSD x{prior['dopsd'] / prior['base']:.2f}, "
         f"SFT x{prior['sft'] / prior['base']:.2f} (lr {report['sft']['rate']:g}, the best of those tried), "
         f"DreamBooth x{prior['dreambooth'] / prior['base']:.2f}."
     )

@@ -30,7 +30,7 @@ class Scores:
         concept_error: 1 - accuracy of the attributes that the concept decides, on trigger prompts.
         prompt_following: accuracy of position, background and the attributes in words, on trigger prompts.
         sharpness: Laplacian energy relative to real renders (1 for real ones).
-        frechet_trigger: Frechet distance to real renders of the same trigger prompts.
+        frechet_trigger: Fréchet distance to real renders of the same trigger prompts.
         frechet_prior: the same for prompts without the trigger (forgetting).
         prior_error: 1 - accuracy of the appearance that a prompt without the trigger describes.
         names_wrong: 1 - accuracy of the appearance that a bound name without the trigger stands for (forgetting).
@@ -45,6 +45,19 @@ class Scores:
     prior_error: float
     names_wrong: float
     leak: float
+
+
+TITLES = {
+    "concept_error": "concept error",
+    "prompt_following": "prompt following",
+    "sharpness": "sharpness",
+    "frechet_trigger": "Fréchet, [V]",
+    "frechet_prior": "Fréchet, prior",
+    "prior_error": "prior error",
+    "names_wrong": "names wrong",
+    "leak": "leakage",
+}
+"""Of the fields of `Scores`, in the order of tables."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +110,14 @@ def summarise(runs: Sequence[Scores]) -> dict[str, dict[str, float]]:
 
 
 def gap_closed(methods: Mapping[str, Mapping[str, Mapping[str, float]]], method: str = "dopsd") -> float:
-    """Share of the gap in concept error between base and teacher that the method closed; 1 if it equals the teacher."""
+    """Share of the gap in concept error between untouched model and teacher that the method closed; 1 if it equals
+    the teacher."""
     error = {name: values["concept_error"]["mean"] for name, values in methods.items()}
     return (error["base"] - error[method]) / max(error["base"] - error["teacher"], 1e-9)
 
 
 def frechet_floor(judge: Judge, size: int) -> float:
-    """The Frechet distance of two sets of `size` REAL renders: the bias of a finite sample."""
+    """The Fréchet distance of two sets of `size` REAL renders: the bias of a finite sample."""
     draws = [render(sample_scenes(size, torch.Generator().manual_seed(seed))) for seed in (1, 2)]
     return frechet_distance(*(judge_features(judge, images) for images in draws))
 

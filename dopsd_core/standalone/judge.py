@@ -1,7 +1,7 @@
 """An independent judge of the demo's images: a small classifier trained only on real renders.
 
 It was not trained on generated images. Its accuracy per attribute measures concept and prompt following; the
-distribution of its features, compared with real renders, gives the Frechet distance (the FID of this small world).
+distribution of its features, compared with real renders, gives the Fréchet distance (the FID of this small world).
 """
 
 from __future__ import annotations

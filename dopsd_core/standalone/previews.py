@@ -92,7 +92,7 @@ def preview_texts(given: Sequence[str] | None, pairs: Sequence[Pair], trigger: s
 def teacher_sheet(
     painter: Painter, shown: Sequence[DualCondition], pairs: Sequence[Pair], seen: Sequence[Tensor] = ()
 ) -> Image.Image:
-    """Target, teacher and student of the untrained model side by side; for edits the source images too.
+    """Target, teacher and student of the untouched model side by side; for edits the source images too.
 
     seen: what the teacher sees, [3, H, W] in [0, 1] each, if that is not the whole target.
     """
@@ -106,14 +106,14 @@ def teacher_sheet(
         *([Row("source", "the image before the edit", sources, texts)] if sources else []),
         Row("target", "the training image", targets, () if sources else texts),
         *([Row("seen", "what the teacher sees", seen)] if seen else []),
-        Row("teacher", "the untrained model,\nsees the image", teacher),
-        Row("student", f"the untrained model,\n{reads}", student),
+        Row("teacher", "the untouched model,\nsees the image", teacher),
+        Row("student", f"the untouched model,\n{reads}", student),
     ]
     return contact_sheet("the teacher, before any training", rows, tile=TILE)
 
 
 class TrainingPreview:
-    """Writes a sheet per preview step: untrained model, teacher and student from the same noise."""
+    """Writes a sheet per preview step: untouched model, teacher and student from the same noise."""
 
     def __init__(self, painter: Painter, shown: Sequence[DualCondition], folder: Path) -> None:
         self._painter, self._shown, self._folder = painter, shown, folder / PREVIEWS_NAME
@@ -121,7 +121,7 @@ class TrainingPreview:
         self._before: list[Tensor] | None = None
 
     def write(self, step: int, adapters: Trainable) -> Image.Image:
-        """Draws the sheet of a step, writes it and returns it; the untrained model is drawn once."""
+        """Draws the sheet of a step, writes it and returns it; the untouched model is drawn once."""
         path = self._folder / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet = self.draw(step, adapters)
@@ -134,7 +134,7 @@ class TrainingPreview:
         if self._before is None:
             self._before = self._draw(adapters, "off", alone)
         rows = [
-            Row("before", "the untrained model", self._before, [dual.caption for dual in self._shown]),
+            Row("untouched", "before training", self._before, [dual.caption for dual in self._shown]),
             Row("teacher", "sees a training image", self._draw(adapters, "teacher", [d.teacher for d in self._shown])),
             Row("student", "reads the prompt alone", self._draw(adapters, "student", alone)),
         ]

@@ -100,7 +100,7 @@ def _write_strip(
 
     draw: the images [3, H, W] in [0, 1] of all prompts with a LoRA file.
     """
-    titles = ["base", *(f"step {saved.step}" for saved in saves)]
+    titles = ["untouched", *(f"step {saved.step}" for saved in saves)]
     columns = [draw(None), *(draw(saved.path) for saved in saves)]
     lines = zip(prompts, zip(*columns, strict=True), strict=True)
     rows = [Row(text, "", images, () if number else titles) for number, (text, images) in enumerate(lines)]

@@ -85,7 +85,7 @@ def encode_previews(
 
 
 def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -> Image.Image:
-    """A sheet with target, teacher and student of the untrained model for the first `count` training images; for edits
+    """A sheet with target, teacher and student of the untouched model for the first `count` training images; for edits
     the source images too, and what the teacher sees if that is not the whole image."""
     data = conditions.data
     chosen = [data.pairs[example.variants[0]] for example in data.examples[:count]]
@@ -103,8 +103,8 @@ def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -
         *([Row("source", "the image before the edit", sources, texts)] if sources else []),
         Row("target", "the training image", targets, () if sources else texts),
         *([Row("seen", "what the teacher sees", seen)] if seen else []),
-        Row("teacher", "the untrained model,\nsees the image", teacher),
-        Row("student", f"the untrained model,\n{reads}", student),
+        Row("teacher", "the untouched model,\nsees the image", teacher),
+        Row("student", f"the untouched model,\n{reads}", student),
     ]
     return contact_sheet("the teacher, before any training", rows, tile=TILE)
 
@@ -149,7 +149,7 @@ class PreviewPainter:
 
 
 class TrainingPreview:
-    """A sheet per preview step: untrained model, teacher and student from the same noise; source images of edits."""
+    """A sheet per preview step: untouched model, teacher and student from the same noise; source images of edits."""
 
     def __init__(self, painter: PreviewPainter, prompts: Sequence[PreviewPrompt], reload: Callable[[], None]) -> None:
         self._painter, self._prompts, self._reload = painter, prompts, reload
@@ -158,7 +158,7 @@ class TrainingPreview:
         self._sources: list[Tensor] = []
 
     def sheet(self, title: str, adapters: Trainable) -> Image.Image:
-        """Draws the sheet; the untrained model and the source images are only drawn the first time."""
+        """Draws the sheet; the untouched model and the source images are only drawn the first time."""
         texts = [prompt.text for prompt in self._prompts]
         alone = [prompt.student for prompt in self._prompts]
         if self._base is None:
@@ -169,7 +169,7 @@ class TrainingPreview:
         edits = bool(self._sources)
         rows = [
             *([Row("source", "the image before the edit", self._sources, texts)] if edits else []),
-            Row("before", "the untrained model", self._base, () if edits else texts),
+            Row("untouched", "before training", self._base, () if edits else texts),
             Row("teacher", "sees a wanted result" if edits else "sees a training image", teacher),
             Row("student", "source and instruction" if edits else "reads the prompt alone", student),
         ]

@@ -166,7 +166,7 @@ def test_edits_are_trained_from_their_sources(comfyui: ComfyUI, graph: Any, arte
     for prompt in run.value("conditions").previews:  # drawn from the source too
         assert len(prompt.student.reference_latents) == 1 and len(prompt.teacher.reference_latents) == 2
     assert run.value("train", 3).shape[0] == 3
-    for sheets, rows in ((run.value("look"), "target"), (run.value("train", 3), "before")):
+    for sheets, rows in ((run.value("look"), "target"), (run.value("train", 3), "untouched")):
         sheet = comfyui.core("image_grid").to_images(sheets.permute(0, 3, 1, 2))[-1]
         sheet.save(artefacts / f"klein_edits_{rows}.png")
         assert 3.5 < sheet.height / 198 < 4.8, f"source, {rows}, teacher, student"

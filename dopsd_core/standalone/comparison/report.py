@@ -9,25 +9,13 @@ import torch
 from torch import Tensor
 
 from ...metrics.intervals import nested_bootstrap
+from ..evaluate import TITLES
 from .experiment import Outcomes, Plan
 from .methods import REFERENCES
 from .trials import outcome_values
 
-TITLES = {
-    "concept_error": "concept error",
-    "prompt_following": "prompt following",
-    "sharpness": "sharpness",
-    "frechet_trigger": "Fréchet, [V]",
-    "frechet_prior": "Fréchet, prior",
-    "prior_error": "prior error",
-    "names_wrong": "names wrong",
-    "leak": "leakage",
-    "steps": "steps",
-    "seconds": "seconds",
-}
-"""Of known figures, in this order; others follow under their own names, before what they cost."""
-
 _COST = ("steps", "seconds")
+"""Figures under their own names, as all those that `TITLES` lacks."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +79,8 @@ def grids(name: str, plan: Plan, found: dict[str, Outcomes]) -> list[Grid]:
 def figures_of(outcomes: Outcomes) -> list[str]:
     """The names of the figures, those of `TITLES` first and costs last."""
     names = list(outcome_values(next(iter(outcomes.values()))[0][0]))
-    known = [name for name in TITLES if name in names and name not in _COST]
-    return [*known, *(name for name in names if name not in TITLES), *_COST]
+    known = [name for name in TITLES if name in names]
+    return [*known, *(name for name in names if name not in TITLES and name not in _COST), *_COST]
 
 
 def values(rows: Sequence[Sequence[object]], figure: str) -> Tensor:

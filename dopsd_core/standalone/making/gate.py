@@ -1,7 +1,7 @@
 """Evaluates a trained model and says which gates it passes.
 
 For every kind of prompt (gate_cases.py) and for the parent and the distilled transformer: the judge's accuracy per
-attribute, the share of images with every judged attribute right, the Frechet distance to real renders of the same
+attribute, the share of images with every judged attribute right, the Fréchet distance to real renders of the same
 prompts, and sharpness. Printed, and written to `gate.json`.
 """
 
@@ -103,7 +103,7 @@ def gates(table: Mapping[str, Figures], megabytes: float | None) -> list[Gate]:
     ]
     for case in ("described", "open"):
         ratio = figure(case, "frechet", FEW) / figure(case, "frechet")
-        found.append(Gate(f"Frechet, parent's {STEPS} steps over the distilled's, {case}", ratio, low=3.0))
+        found.append(Gate(f"Fréchet, parent's {STEPS} steps over the distilled's, {case}", ratio, low=3.0))
     for case in ("described", "open", "named", "teacher, other view"):
         found.append(Gate(f"sharpness, {case}", figure(case, "sharpness"), low=0.9, high=1.1))
     if megabytes is not None:
