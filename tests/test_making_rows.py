@@ -103,6 +103,7 @@ def test_an_image_shows_its_target_but_for_the_words(maker) -> None:
     assert names == {"bound", "unbound", "none"} and contradicted > 40 and 80 < same < 180
 
 
+@torch.no_grad()
 def test_latents_are_those_of_the_targets(maker) -> None:
     drawn = maker.draw(6, 2, torch.Generator().manual_seed(4))
     decoded = maker.autoencoder.decode(drawn.latents) / 2 + 0.5

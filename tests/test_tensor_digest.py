@@ -117,6 +117,7 @@ def test_the_order_and_number_of_tensors_do_not_change_a_digest(monkeypatch: pyt
     assert digest(*tensors) == together == [digest(tensor)[0] for tensor in tensors]
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(
     "make",
     [

@@ -613,6 +613,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   // torch would otherwise take their composite forms, which CUDA has kernels in place of
   m.impl("native_group_norm", torch::CppFunction::makeFromBoxedFunction<&pretend::fallback>());
   m.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&pretend::fallback>());
+  // and that of this one warns that it resizes its own output
+  m.impl("mse_loss", torch::CppFunction::makeFromBoxedFunction<&pretend::fallback>());
 }
 
 TORCH_LIBRARY(pretend_cuda, m) { m.def("from_address(int address, int size) -> Tensor", &pretend::from_address); }
