@@ -7,10 +7,6 @@ The authors do not train this model. Its grid is the published list of eight sig
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,8 +32,23 @@ from dopsd_core.training.trainer import TrainingSet, train
 
 pytest.importorskip("diffusers.models.transformers.transformer_qwenimage21")
 from tests import qwen_image21_twins  # noqa: E402
+from tests.plain_step import (  # noqa: E402
+    LEARNING_RATE,
+    PER_STEP,
+    RANK,
+    SEED,
+    STEPS,
+    Draw,
+    Pair,
+    Trained,
+    Velocity,
+    assert_same_curves,
+    assert_same_weights,
+    our_run,
+    relative,
+    their_run,
+)
 
-STEPS, PER_STEP, RANK, SEED, LEARNING_RATE, DECAY = 10, 2, 2, 3, 1e-4, 0.9999
 GRID = (1.0, 0.95418, 0.89508, 0.704534, 0.0)
 LAYERS = 2
 # (width, height) and caption
@@ -46,21 +57,6 @@ IMAGES = {
     (96, 64): "a photo of ohwx, seen from above",
     (64, 96): "ohwx",
 }
-
-Velocity = Callable[[Tensor, float], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """Raw weights by role; losses and gradient norms of every step. start, gradients: of the plain side only."""
-
-    student: dict[str, Tensor]
-    teacher: dict[str, Tensor]
-    losses: list[float]
-    norms: list[float]
-    start: dict[str, Tensor]
-    gradients: list[dict[str, Tensor]]
-
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
@@ -108,12 +104,7 @@ def our_training(host: SimpleNamespace, view: TeacherView, folder: Path) -> Trai
     )  # fmt: skip
     data = TrainingSet(encode_dataset(requests, host.encoder, None, teacher=view))
     train(config, host.denoiser, data, folder, checkpointing=1)
-    last = folder / "checkpoints" / f"step-{STEPS:06d}"
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    return Trained(
-        load_file(last / "lora.safetensors"), load_file(last / "teacher.safetensors"),
-        [row["loss"] for row in rows], [row["grad_norm"] for row in rows], {}, [],
-    )  # fmt: skip
+    return our_run(folder)
 
 
 # -- the plain side ----------------------------------------------------------------------------------------------------
@@ -146,72 +137,26 @@ def velocity_with(pipe: Any, network: Any, text: str, references: list[Image.Ima
     return velocity
 
 
-def velocities(pipe: Any, network: Any, view: TeacherView) -> list[tuple[Velocity, Velocity]]:
-    """(student's, teacher's) of every image."""
+def pairs_of(pipe: Any, network: Any, view: TeacherView) -> list[Pair]:
     found = []
     for size, caption in IMAGES.items():
         sources = [image(*size, 2)] if view.edits else []
         student = velocity_with(pipe, network, caption, sources)
-        found.append((student, velocity_with(pipe, network, view.text(caption), [*sources, image(*size, 1)])))
+        teacher = velocity_with(pipe, network, view.text(caption), [*sources, image(*size, 1)])
+        found.append(Pair(student, teacher, GRID))
     return found
 
 
-def plain_training(network: Any, start: dict[str, Tensor], pairs: list[tuple[Velocity, Velocity]]) -> Trained:
-    """K steps of the student, x0 loss against the EMA teacher, one backward over all K graphs and images, clip 1,
-    AdamW, EMA."""
-    weights = {role: adapter(network, role, start) for role in ("student", "teacher")}
-    parameters = [weights["student"][key] for key in start]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+def drawn() -> Draw:
+    """The images and noise of our run."""
     shapes = tuple(QWEN_IMAGE21.latent_shape(*size) for size in IMAGES)
     order = DataOrder(shapes, (1,) * len(shapes), 1, SEED)
-    losses, norms, gradients = [], [], []
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        of_step = []
-        for micro in range(PER_STEP):
-            (number,) = order.batch(step * PER_STEP + micro)
-            of_step.append(along(network, *pairs[number], draw_noise(SEED, step, micro, [shapes[number]])))
-        loss = torch.stack(of_step).mean()
-        for parameter in parameters:  # peft switches this off with the adapter
-            parameter.requires_grad_(True)
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
-        gradients.append({key: weights["student"][key].grad.clone() for key in start})
-        optimizer.step()
-        with torch.no_grad():
-            for key, average in weights["teacher"].items():
-                average.mul_(DECAY).add_(weights["student"][key], alpha=1 - DECAY)
-        losses.append(float(loss.detach()))
-    ends = {role: {key: p.detach().clone() for key, p in own.items()} for role, own in weights.items()}
-    return Trained(**ends, losses=losses, norms=norms, start=start, gradients=gradients)
 
+    def draw(step: int, image: int) -> tuple[int, Tensor]:
+        (number,) = order.batch(step * PER_STEP + image)
+        return number, draw_noise(SEED, step, image, [shapes[number]])
 
-def along(network: Any, student: Velocity, teacher: Velocity, x: Tensor) -> Tensor:
-    """The mean loss along the student's own way from the noise x [1, 64, h, w]."""
-    losses = []
-    for sigma, following in pairwise(GRID):
-        with torch.no_grad():
-            network.set_adapter("teacher")
-            wanted = x - sigma * teacher(x, sigma)
-        network.set_adapter("student")
-        v = student(x, sigma)
-        losses.append(torch.nn.functional.mse_loss(x - sigma * v, wanted))
-        x = (x + (following - sigma) * v).detach()
-    return torch.stack(losses).mean()
-
-
-def adapter(network: Any, role: str, start: dict[str, Tensor]) -> dict[str, Any]:
-    """The parameters of a new adapter of peft's, under the keys of `start`."""
-    from peft import LoraConfig
-
-    names = sorted({key.rsplit(".lora_", 1)[0] for key in start})
-    network.add_adapter(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names), role)
-    own = {key.replace(f".{role}.", "."): p for key, p in network.named_parameters() if f".{role}." in key}
-    assert own.keys() == start.keys()
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(start[key])
-    return own
+    return draw
 
 
 # -- the same ----------------------------------------------------------------------------------------------------------
@@ -225,42 +170,18 @@ def trained(
     torch.set_num_threads(1)
     start = AdapterSet(host.denoiser.sites(), QWEN_IMAGE21.lora_config(RANK, 2.0 * RANK), seed=SEED).state()
     network = copy.deepcopy(pipe.transformer)  # peft leaves its layers there
-    theirs = plain_training(network, start, velocities(pipe, network, request.param))
+    theirs = their_run(network, start, pairs_of(pipe, network, request.param), drawn())
     return our_training(host, request.param, tmp_path_factory.mktemp("run")), theirs
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
-    assert got.shape == wanted.shape and float(wanted.norm()) > 0
-    return float((got - wanted).norm() / wanted.norm())
-
-
 def test_losses_and_gradient_norms_of_every_step(trained: tuple[Trained, Trained]) -> None:
-    """AdamW would hide a factor on the loss or on all gradients."""
     ours, theirs = trained
-    assert len(ours.losses) == len(theirs.losses) == STEPS
-    assert torch.tensor(ours.losses).allclose(torch.tensor(theirs.losses), rtol=1e-4)
-    assert torch.tensor(ours.norms).allclose(torch.tensor(theirs.norms), rtol=1e-4)
+    assert_same_curves(ours, theirs)
     assert min(theirs.norms) < 1 < max(theirs.norms)  # some steps are clipped, some are not
 
 
 def test_weights_after_ten_steps(trained: tuple[Trained, Trained]) -> None:
-    """All of them, and each tensor's way from the start, without elements whose gradients are rounding: Adam's first
-    step is g / |g|."""
-    ours, theirs = trained
-    for mine, other in ((ours.student, theirs.student), (ours.teacher, theirs.teacher)):
-        assert mine.keys() == other.keys() and len(mine) == 2 * 7 * LAYERS
-        for kind in (".lora_A.", ".lora_B."):
-            both = [torch.cat([w[key].flatten() for key in sorted(w) if kind in key]) for w in (mine, other)]
-            assert relative(*both) < 1e-3, kind
-    left_out = total = 0
-    for key, end in theirs.student.items():
-        steps = [step[key] for step in theirs.gradients]
-        certain = torch.stack([(g == 0).all() | (g.abs() > 1e-5 * g.abs().median()) for g in steps]).all(0)
-        total, left_out = total + certain.numel(), left_out + int((~certain).sum())
-        way = end - theirs.start[key]
-        assert way.norm() > 1e-5 * end.numel() ** 0.5
-        assert relative((ours.student[key] - theirs.start[key])[certain], way[certain]) < 1e-3, key
-    assert left_out < 2e-3 * total
+    assert_same_weights(*trained, parts=7 * LAYERS)
 
 
 # -- the file in other programs ----------------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ import torch
 import toy
 from gradient import checkpointed
 from inprocess import ComfyUI
+from plain_step import relative
 from torch import Tensor
+
+__all__ = ["relative"]
 
 HEADS, HEAD_DIM = 2, (8, 12, 12)
 WIDTH = HEADS * sum(HEAD_DIM)
@@ -91,12 +94,6 @@ def velocity(network: Any, x: Tensor, sigma: float, features: list[Tensor]) -> T
 
 
 # -- of every family ---------------------------------------------------------------------------------------------------
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted| / |wanted|."""
-    assert got.shape == wanted.shape and float(wanted.norm()) > 0
-    return float((got - wanted).norm() / wanted.norm())
 
 
 def new_adapters(
