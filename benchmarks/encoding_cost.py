@@ -7,8 +7,6 @@ encoder in diffusers' own class. `python -m benchmarks.encoding_cost` writes the
 from __future__ import annotations
 
 import argparse
-import re
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.authors_encoders import AuthorsEncoders
 from benchmarks.counters import META
+from benchmarks.report import write_scaling_table
 from benchmarks.zimage_cost import STUDENT_TOKENS, vision_tokens
 from dopsd_core.data.dataset import read_dataset
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.training.shown_images import encode_request
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 SIDES = (512, 768, 1024)
 WIDTH = 2560
 BF16 = 0.4 * 790e12
@@ -37,8 +35,6 @@ FP32 = 80e12
 PHOTO = 1536
 """Side of the JPEG whose decoding is measured."""
 IMAGES = 1_000_000
-
-_TABLE = re.compile(r"<!-- results:encoding -->\n.*?<!-- /results -->", re.DOTALL)
 
 
 def flops_of_encoders(side: int) -> float:
@@ -110,9 +106,7 @@ def table() -> str:
 def main() -> None:
     """Counts and writes the table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    text = f"<!-- results:encoding -->\n{table()}\n<!-- /results -->"
-    PAGE.write_text(_TABLE.sub(lambda match: text, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.stdout.write(text + "\n")
+    write_scaling_table("encoding", table())
 
 
 if __name__ == "__main__":

@@ -240,6 +240,29 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def write_scaling_table(key: str, text: str) -> None:
+    """Puts a table between its marks in docs/scaling.md, and prints it."""
+    marked = f"<!-- results:{key} -->\n{text}\n<!-- /results -->"
+    old = re.compile(f"<!-- results:{key} -->\n.*?<!-- /results -->", re.DOTALL)
+    page = ROOT / "docs" / "scaling.md"
+    page.write_text(old.sub(lambda match: marked, page.read_text(encoding="utf-8")), encoding="utf-8")
+    print(marked)
+
+
+def record_scaling(key: str, facts: Mapping[str, object], runs: Sequence[Any], text: str) -> None:
+    """Writes docs/<key>.json with the facts and the runs, which are dataclasses, and the table of docs/scaling.md."""
+    data = {**facts, "runs": [dataclasses.asdict(run) for run in runs]}
+    (ROOT / "docs" / f"{key}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    where = "{date}, {cores} cores, load {load:.1f} before, {machine}.".format(**facts)
+    write_scaling_table(key, f"{text}\n\n{where}")
+
+
+def facts_of_machine() -> dict[str, object]:
+    """Date, cores, load and architecture."""
+    date, machine = str(datetime.date.today()), platform.machine()
+    return {"date": date, "cores": os.cpu_count(), "load": os.getloadavg()[0], "machine": machine}
+
+
 def counts_table(rows: Sequence[tuple[str, object]]) -> Table:
     """A table of two columns."""
     return Table(("what", "figure"), tuple((name, str(value)) for name, value in rows))

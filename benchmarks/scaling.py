@@ -7,28 +7,22 @@ table of docs/scaling.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
-from datetime import date
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.report import ROOT, facts_of_machine, record_scaling
 from dopsd_core.demo.concept import make_concept, write_dataset
 from dopsd_core.training.log import read_log
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
 SIZES = (1, 2, 4)
 _WARMUP = 3
 """First steps, which are not counted."""
-
-_TABLE = re.compile(r"<!-- results:scaling -->\n.*?<!-- /results -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,10 @@ def measure(processes: int, steps: int, folder: Path) -> float:
     return statistics.median(found)
 
 
-def table(results: list[Measured], facts: dict[str, object]) -> str:
+def table(results: Sequence[Measured]) -> str:
     """The results as Markdown."""
     rows = [f"| {r.processes} | {1 / r.seconds:.2f} | {r.efficiency:.0%} |" for r in results]
-    where = f"{facts['date']}, {facts['cores']} cores, load {facts['load']:.1f} before, {facts['machine']}"
-    return "\n".join(["| processes | steps/s | efficiency |", "|---|---|---|", *rows, "", f"{where}."])
+    return "\n".join(["| processes | steps/s | efficiency |", "|---|---|---|", *rows])
 
 
 def main() -> None:
@@ -70,20 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=15, help="optimizer steps of each run")
     args = parser.parse_args()
-    facts: dict[str, object] = {
-        "date": str(date.today()), "cores": os.cpu_count(), "load": os.getloadavg()[0], "machine": platform.machine(),
-    }  # fmt: skip
+    facts = facts_of_machine()
     with tempfile.TemporaryDirectory() as place:
         write_dataset(make_concept(0), Path(place) / "photos")
         seconds = {size: measure(size, args.steps, Path(place)) for size in SIZES}
     results = [Measured(size, found, seconds[1] / found / size) for size, found in seconds.items()]
-    (DOCS / "scaling.json").write_text(
-        json.dumps({**facts, "runs": [asdict(r) for r in results]}, indent=2) + "\n", encoding="utf-8"
-    )
-    page = DOCS / "scaling.md"
-    text = f"<!-- results:scaling -->\n{table(results, facts)}\n<!-- /results -->"
-    page.write_text(_TABLE.sub(lambda match: text, page.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.stdout.write(text + "\n")
+    record_scaling("scaling", facts, results, table(results))
 
 
 if __name__ == "__main__":

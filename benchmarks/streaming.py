@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from datetime import date
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.report import ROOT, facts_of_machine, record_scaling
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.data.dataset import Example
 from dopsd_core.families import Z_IMAGE
@@ -37,14 +36,10 @@ from dopsd_core.training.training_set import TrainingSet
 from tests.tiny import make_config
 from tests.toy_denoiser import CHANNELS, FEATURES, TinyDenoiser
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
 SIZES = (1000, 10000, 50000)
 SHARD = 250
 TOKENS = 512
 """Tokens of the teacher's features, so that the conditions of 50,000 images have half a gigabyte."""
-
-_TABLE = re.compile(r"<!-- results:streaming -->\n.*?<!-- /results -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -111,15 +106,14 @@ def measure(images: int, steps: int, place: Path) -> Measured:
     return Measured(images, size, found[0][0], found[0][1], found[1][1])
 
 
-def table(results: list[Measured], facts: dict[str, object]) -> str:
+def table(results: Sequence[Measured], steps: int) -> str:
     """The results as Markdown."""
     rows = [
         f"| {r.images:,} | {r.gigabytes:.2f} GB | {r.peak_mb:.0f} MB | {r.in_memory_mb:.0f} MB | {r.seconds:.0f} |"
         for r in results
     ]
-    head = "| images | shards | peak memory | the same, all in memory | seconds for {steps} steps |".format(**facts)
-    where = f"{facts['date']}, {facts['cores']} cores, load {facts['load']:.1f} before, {facts['machine']}"
-    return "\n".join([head, "|---|---|---|---|---|", *rows, "", f"{where}."])
+    head = f"| images | shards | peak memory | the same, all in memory | seconds for {steps} steps |"
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
 
 
 def main() -> None:
@@ -135,19 +129,10 @@ def main() -> None:
     if args.run:
         sys.stdout.write(json.dumps(run(args.run, args.output, args.steps, args.in_memory)) + "\n")
         return
-    facts: dict[str, object] = {
-        "date": str(date.today()), "cores": os.cpu_count(), "load": os.getloadavg()[0], "machine": platform.machine(),
-        "steps": args.steps,
-    }  # fmt: skip
+    facts = {**facts_of_machine(), "steps": args.steps}
     with tempfile.TemporaryDirectory() as place:
         results = [measure(images, args.steps, Path(place)) for images in args.sizes]
-    (DOCS / "streaming.json").write_text(
-        json.dumps({**facts, "runs": [asdict(r) for r in results]}, indent=2) + "\n", encoding="utf-8"
-    )
-    page = DOCS / "scaling.md"
-    text = f"<!-- results:streaming -->\n{table(results, facts)}\n<!-- /results -->"
-    page.write_text(_TABLE.sub(lambda match: text, page.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.stdout.write(text + "\n")
+    record_scaling("streaming", facts, results, table(results, args.steps))
 
 
 if __name__ == "__main__":

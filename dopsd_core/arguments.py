@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .demo.settings import demo_config
 from .metrics.arguments import add_evaluate
 from .number_text import float_argument, int_argument
-from .option_arguments import add_option, option_value
+from .option_arguments import add_option, given_values
 from .options import Option, all_options, changed
 from .standalone.caption_arguments import add_caption
 from .standalone.comparison.arguments import add_compare
@@ -73,8 +73,8 @@ def config_from_args(args: argparse.Namespace, defaults: TrainConfig) -> TrainCo
         OSError: it cannot be read.
     """
     base = TrainConfig.from_json(_read_text(args.config)) if args.config else defaults
-    given = {option.name: option for option in _train_options() if option.name in args}
-    made = changed(base, {name: option_value(option, getattr(args, name)) for name, option in given.items()})
+    given = given_values(args, _train_options())
+    made = changed(base, given)
     has_own_rate = "lr" in given or bool(made.optimizer.prefix)
     if has_own_rate or made.adapter.trains_network == base.adapter.trains_network:
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from .options import Option
@@ -26,8 +27,17 @@ def add_option(group: Any, option: Option) -> None:
     )
 
 
-def option_value(option: Option, given: Any) -> Any:
-    """The value of an option; argparse has a text for most, a list of them or a bool for others."""
+def given_values(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
+    """The values of the options that were given, by name.
+
+    Raises:
+        ConfigError: a text is no value of its option.
+    """
+    return {option.name: _value(option, getattr(args, option.name)) for option in options if option.name in args}
+
+
+def _value(option: Option, given: Any) -> Any:
+    """argparse has a text for most options, a list of them or a bool for others."""
     if option.is_many:
         return tuple(given)
     return option.from_text(given) if isinstance(given, str) else given

@@ -52,9 +52,7 @@ def write_new(path: Path, data: bytes) -> bool:
         file, temporary = _open_temporary(path)
         try:
             with file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                _fill(file, data)
             is_new = _moved_where_nothing_is(temporary, path)
         finally:
             _discard(temporary)
@@ -106,9 +104,7 @@ def _written(path: Path, data: bytes, *, is_last: bool) -> bool:
     file, temporary = _open_temporary(path)
     try:
         with file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            _fill(file, data)
             if not IS_WINDOWS:
                 os.replace(temporary, path)  # while it is locked: nobody takes it for a leftover
         if IS_WINDOWS:  # where an open file cannot be renamed
@@ -122,6 +118,13 @@ def _written(path: Path, data: bytes, *, is_last: bool) -> bool:
         _discard(temporary)
         raise
     return True
+
+
+def _fill(file: IO[bytes], data: bytes) -> None:
+    """Writes all of the data to the disk."""
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _discard(temporary: Path) -> bool:

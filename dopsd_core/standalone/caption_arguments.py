@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.captioning import CaptionOptions
-from ..option_arguments import add_option, option_value
+from ..option_arguments import add_option, given_values
 from ..options import all_options
 
 
@@ -17,8 +17,7 @@ def caption_options_from_args(args: argparse.Namespace) -> CaptionOptions:
     Raises:
         ConfigError: values are invalid; the message lists every problem.
     """
-    given = {option.name: option for option in all_options(CaptionOptions) if option.name in args}
-    return CaptionOptions(**{name: option_value(option, getattr(args, name)) for name, option in given.items()})
+    return CaptionOptions(**given_values(args, all_options(CaptionOptions)))
 
 
 def add_caption(commands: Any) -> None:
