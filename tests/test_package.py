@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,20 @@ def test_every_module_that_a_document_names_is_there(name):
     ours = [path for folder in OUR_FOLDERS for path in (ROOT / folder).rglob("*.py")]
     there = ["/" + path.relative_to(ROOT).as_posix() for path in ours]
     assert [path for path in sorted(named) if not any(known.endswith("/" + path) for known in there)] == []
+
+
+def test_the_map_has_every_module_of_core_and_pack():
+    """CONTRIBUTING names it, a pattern of its name, or one of its folders; nodes are named as they are."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    _, _, rest = text.partition("## The path of a training image")
+    spots = set(re.findall(r"`([\w./*]+(?:\.py|/))`", rest.partition("\n## A new")[0]))
+    folders = {spot for spot in spots if spot.endswith("/")} - {"dopsd_core/", "nodes/", "nodes/comfy_host/"}
+    folders -= {"dopsd_core/standalone/"}
+    patterns = [spot.rsplit("/", 1)[-1] for spot in spots if spot.endswith(".py")]
+
+    def is_there(path: Path) -> bool:
+        inside = any(f"/{folder}" in f"/{path.parent.as_posix()}/" for folder in folders)
+        return inside or path.parent.as_posix() == "nodes" or any(fnmatch(path.name, pattern) for pattern in patterns)
+
+    ours = [path.relative_to(ROOT) for root in ("dopsd_core", "nodes") for path in (ROOT / root).rglob("*.py")]
+    assert [str(path) for path in ours if path.name != "__init__.py" and not is_there(path)] == []
