@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from dopsd_core.__main__ import main
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -23,7 +25,7 @@ def command(*args: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    done = command("demo", "--concept-seed", 4, "--steps", 14, "--seeds", 1, "--output", folder)
+    done = command("demo", "--concept-seed", 4, "--steps", 12, "--seeds", 1, "--output", folder)
     assert done.returncode == 0, done.stderr
     assert "D-OPSD closed" in done.stdout
     return folder
@@ -38,7 +40,7 @@ def test_demo_leaves_a_report_with_every_figure(output: Path) -> None:
     methods = report["methods"]
     assert methods["teacher"]["concept_error"]["mean"] < 0.1 < 0.3 < methods["base"]["concept_error"]["mean"]
     assert methods["dopsd"]["concept_error"]["mean"] < methods["base"]["concept_error"]["mean"] - 0.05
-    assert len(report["sft"]["tried"]) >= 3 and report["config"]["steps"] == 14
+    assert len(report["sft"]["tried"]) >= 3 and report["config"]["steps"] == 12
     assert report["wall_seconds"] > 0 and 100 < report["peak_rss_mb"] < 3000
 
 
@@ -63,17 +65,19 @@ def test_train_then_sample_on_the_demos_data(output: Path, tmp_path: Path) -> No
     prompt = "a [V] badge, left, on a sky background"
     images = {}
     for name, extra in {"base": (), "lora": ("--lora", run / "lora.safetensors")}.items():
-        done = command("sample", prompt, "--output", tmp_path / name, "--seed", 5, *extra)
-        assert done.returncode == 0, done.stderr
+        words = ("sample", prompt, "--output", tmp_path / name, "--seed", 5, *extra)
+        assert main([*map(str, words)]) == 0
         images[name] = (tmp_path / name / "01_seed5.png").read_bytes()
     assert images["base"] != images["lora"]
 
 
-def test_train_on_a_bad_dataset_lists_everything_and_loads_nothing(tmp_path: Path) -> None:
+def test_train_on_a_bad_dataset_lists_everything_and_loads_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "a.txt").write_text("a dog")
     Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
-    done = command("train", tmp_path, "--output", tmp_path / "run")
-    assert done.returncode == 1
-    assert "a.png" in done.stdout + done.stderr and "b.png" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    assert main(["train", str(tmp_path), "--output", str(tmp_path / "run")]) == 1
+    text = "".join(capsys.readouterr())
+    assert "a.png" in text and "b.png" in text
+    assert "Traceback" not in text and not (tmp_path / "run").exists()

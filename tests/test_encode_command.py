@@ -71,13 +71,14 @@ def files(folder: Path) -> dict[str, bytes]:
 # -- the same run ------------------------------------------------------------------------------------------------------
 
 
-def test_a_training_on_shards_has_the_bits_of_one_on_the_folder(place: Path, tmp_path: Path) -> None:
+def test_a_training_on_shards_has_the_bits_of_one_on_the_folder(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Weights, optimizer, log and identity: the run may also be resumed on the other."""
     held = ("--heldout-caption", "a [V] star", *TRIGGER)
-    shards = call(training(place / "shards", tmp_path / "shards"))
-    folder = call(training(place / "photos", tmp_path / "folder", *held))
-    assert shards.returncode == 0 and folder.returncode == 0, shards.stderr + folder.stderr
-    assert "5 encoded images in 3 shards, 5 pairs" in shards.stdout
+    assert main(training(place / "shards", tmp_path / "shards")) == 0
+    assert "5 encoded images in 3 shards, 5 pairs" in capsys.readouterr().out
+    assert main(training(place / "photos", tmp_path / "folder", *held)) == 0
     assert saved_bytes(tmp_path / "shards") == saved_bytes(tmp_path / "folder")
     logs = [(tmp_path / name / "train.jsonl").read_text(encoding="utf-8").splitlines() for name in ("shards", "folder")]
     for ours, theirs in zip(*map(lambda lines: map(json.loads, lines), logs), strict=True):

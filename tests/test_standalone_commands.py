@@ -54,6 +54,12 @@ def call(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
 
 
+def here(words: list[str], capsys: pytest.CaptureFixture[str]) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has imported everything."""
+    code, said = main(words[3:]), capsys.readouterr()
+    return subprocess.CompletedProcess(words, code, said.out, said.err)
+
+
 def training(place: Path, output: Path, *words: object, launcher: tuple[str, ...] = ("-m", "dopsd_core")) -> list[str]:
     quick = (
         "--output", output, "--resolution", 64, "--rank", 4, "--rollout-steps", 2, "--grad-accumulation", 2,
@@ -92,28 +98,30 @@ def test_train_writes_a_lora_of_the_family(trained: Path) -> None:
     assert sorted(file.name for file in (trained / "previews").iterdir()) == ["step-000000.png", "step-000004.png"]
 
 
-def test_sample_of_a_run_is_a_strip_of_its_steps(place: Path, trained: Path) -> None:
+def test_sample_of_a_run_is_a_strip_of_its_steps(
+    place: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("a [V] badge", "a lamp", "--output", place / "strip", "--size", 64, 64, "--steps", 1)
-    result = call(command(place, "sample", *words, "--lora", trained))
+    result = here(command(place, "sample", *words, "--lora", trained), capsys)
     assert result.returncode == 0, result.stderr
     assert "strip.png: 2 prompts at 2 steps of run" in result.stdout
     sheet = Image.open(place / "strip" / "strip.png")
     assert sheet.width > 3 * 256 and sheet.height > 2 * 256  # the untouched model and two steps; two prompts
-    result = call(command(place, "sample", "a lamp", "--output", place / "strip", "--lora", place / "photos"))
+    result = here(command(place, "sample", "a lamp", "--output", place / "strip", "--lora", place / "photos"), capsys)
     assert result.returncode == 1 and "has no LoRA files along the way: train with --save-every" in result.stderr
 
 
-def test_sample_and_teacher_preview(place: Path, trained: Path) -> None:
+def test_sample_and_teacher_preview(place: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = {}
     for name, words in (("without", ()), ("with", ("--lora", trained / "lora.safetensors"))):
-        result = call(command(place, "sample", "a [V] badge", "--output", place / name, "--size", 64, 96, *words))
+        given = ("a [V] badge", "--output", place / name, "--size", 64, 96, *words)
+        result = here(command(place, "sample", *given), capsys)
         assert result.returncode == 0, result.stderr
         images[name] = Image.open(place / name / "01_seed0.png")
     assert images["with"].size == (64, 96) and images["with"].tobytes() != images["without"].tobytes()
     sheet = place / "teacher.png"
-    result = call(
-        command(place, "teacher-preview", place / "photos", "--output", sheet, "--resolution", 64, "--steps", 2)
-    )
+    given = (place / "photos", "--output", sheet, "--resolution", 64, "--steps", 2)
+    result = here(command(place, "teacher-preview", *given), capsys)
     assert result.returncode == 0, result.stderr
     assert Image.open(sheet).height > 3 * 64
 
@@ -127,7 +135,7 @@ def test_a_training_on_shards_is_the_one_on_the_folder(
     assert encoded.returncode == 0 and "2 encoded images in 2 shards" in encoded.stdout, encoded.stderr
     on_shards = training(place, tmp_path / "run", "--steps", 4, "--preview-every", 4, "--save-every", 2)
     on_shards[4] = str(tmp_path / "shards")
-    result = call(on_shards)
+    result = here(on_shards, capsys)
     assert result.returncode == 0, result.stderr
     assert torch.equal(student(tmp_path / "run"), student(trained))
     for sheet in (trained / "previews").iterdir():
@@ -136,12 +144,13 @@ def test_a_training_on_shards_is_the_one_on_the_folder(
     assert "undo the model (its text encoder, vision tower or VAE, or their settings)" in capsys.readouterr().err
 
 
-def test_evaluate_draws_the_model_with_the_lora(place: Path, trained: Path, tmp_path: Path) -> None:
+def test_evaluate_draws_the_model_with_the_lora(
+    place: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Measures that need no weights; the demo's judge is for the demo model alone."""
     words = ("--lora", trained / "lora.safetensors", "--resolution", 64, "--steps", 1, "--seeds", 1)
-    result = call(
-        command(place, "evaluate", place / "photos", *words, "--output", tmp_path, "--prompts", "a lamp", "a [V] cup")
-    )
+    prompts = ("--prompts", "a lamp", "a [V] cup")
+    result = here(command(place, "evaluate", place / "photos", *words, "--output", tmp_path, *prompts), capsys)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report_card.json").read_text(encoding="utf-8"))
     assert list(report["measures"]) == ["sharpness", "sharpness_prior", "pixel_retention"]
@@ -161,18 +170,9 @@ def test_evaluate_refuses_a_lora_of_another_family(
     assert "other.safetensors is a LoRA of the family krea2, and --model" in error and "is a Z-Image" in error
 
 
-def test_inspect_dataset_takes_the_models_sizes(place: Path) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "dopsd_core",
-        "inspect-dataset",
-        str(place / "photos"),
-        "--model",
-        str(place / "model"),
-    ]
-    result = call(words)
-    assert result.returncode == 0 and "2 in bucket 1024x1024" in result.stdout
+def test_inspect_dataset_takes_the_models_sizes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect-dataset", str(place / "photos"), "--model", str(place / "model")]) == 0
+    assert "2 in bucket 1024x1024" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +18,31 @@ FEW_BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", FEW_BLOCKS)
-def test_counted_at_the_real_width(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FLOPs by torch's counter within 5 %; peaks at most as planned, whose margin is larger for so few blocks."""
-    monkeypatch.setenv("COMFYUI_PATH", str(CHECKOUT))
-    options = ["--device", "meta", "--resolutions", "512", "--rollout-steps", "2", "--no-baseline", *FEW_BLOCKS[name]]
-    command = [sys.executable, "-m", f"benchmarks.{name}", *options, "--json", str(tmp_path / "rows.json")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+SCRIPT = """
+import json, runpy, sys
+for name, options in json.loads(sys.argv[1]).items():
+    sys.argv = [name, *options]
+    runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """<benchmark>.json of each, counted in one process: ComfyUI is imported once."""
+    folder = tmp_path_factory.mktemp("counted")
+    common = ["--device", "meta", "--resolutions", "512", "--rollout-steps", "2", "--no-baseline"]
+    options = {name: [*common, *few, "--json", str(folder / f"{name}.json")] for name, few in FEW_BLOCKS.items()}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(options)]
+    environment = {**os.environ, "COMFYUI_PATH": str(CHECKOUT)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    return folder
+
+
+@pytest.mark.parametrize("name", FEW_BLOCKS)
+def test_counted_at_the_real_width(name: str, counted: Path) -> None:
+    """FLOPs by torch's counter within 5 %; peaks at most as planned, whose margin is larger for so few blocks."""
+    rows = {row["variant"]: row for row in json.loads((counted / f"{name}.json").read_text())}
     assert list(rows) == ["none", "selective", "all", "24 GB", "16 GB", "12 GB", "8 GB"]
     for row in rows.values():
         assert row["seconds"] is None and row["counted"] in (None, pytest.approx(1, abs=0.05))

@@ -82,11 +82,12 @@ def gradient(comfyui: ComfyUI, model: Any, side: int, gap: float, folder: Path) 
         return torch.cat([value.flatten() for value in twins._gradients(run.adapters).values()])
 
 
-@pytest.mark.parametrize(("side", "gap"), [(1024, 0.03), (256, 0.1), (256, 0.3)])
+@pytest.mark.parametrize(("side", "gap"), [(512, 0.0075), (256, 0.1), (256, 0.3)])
 @pytest.mark.parametrize("family", FILES)
 def test_gradients_are_those_of_fp32(
     comfyui: ComfyUI, load: Any, tmp_path: Path, family: str, side: int, gap: float
 ) -> None:
+    """The smallest gap has the gradients of 0.03 at 1024: the mean is over a quarter of that latent."""
     plain, half = (
         comfyui.call(gradient, comfyui, load(FILES[family], dtype), side, gap, tmp_path) for dtype in ("fp32", "fp16")
     )
@@ -171,18 +172,22 @@ def test_a_training_goes_where_it_goes_in_fp32(comfyui: ComfyUI, load: Any, fami
 
 def test_it_is_resumed_bit_identically(comfyui: ComfyUI, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfyui.core("training.loss_scale"), "GROWTH_INTERVAL", 2)
-    monkeypatch.setattr(comfyui.core("training.loss_scale"), "INITIAL", 2.0**26)  # overflows
+    monkeypatch.setattr(comfyui.core("training.loss_scale"), "INITIAL", 2.0**23)  # overflows
     model = load(FILES["flux2_klein"], "fp16")
-    whole = train(comfyui, model, "fp16-whole")
+    whole = train(comfyui, model, "fp16-whole", probe_every=0)
     for steps in (1, 3, 4):
-        cut = train(comfyui, model, "fp16-cut", steps=steps)
+        cut = train(comfyui, model, "fp16-cut", steps=steps, probe_every=0)
     assert torch.equal(learned(cut), learned(whole))
     scales = [(row["loss_scale"], row["overflows"]) for row in rows(whole) if row["step"]]
     assert scales == [(row["loss_scale"], row["overflows"]) for row in rows(cut) if row["step"]]
-    assert scales[0][1] > 0
+    assert scales[0][1] > 0 and scales[2][0] < scales[3][0], "it overflowed, and grew again"
 
 
-def test_a_network_that_overflows_in_fp16_is_one_sentence(comfyui: ComfyUI, load: Any) -> None:
+def test_a_network_that_overflows_in_fp16_is_one_sentence(
+    comfyui: ComfyUI, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every scale, of which there are few here."""
+    monkeypatch.setattr(comfyui.core("training.loss_scale"), "INITIAL", 4.0)
     model = load(FILES["flux2_klein"], "fp16")
     shape = tuple(model.model.diffusion_model.img_in.weight.shape)
     model.patches["diffusion_model.img_in.weight"] = [(1.0, ("diff", (torch.full(shape, 1e5),)), 1.0, None, None)]
