@@ -97,7 +97,8 @@ class Session:
         bench = self.bench(network, row.side, self.config)
         size = sum(p.numel() * p.itemsize for p in encoders.parameters())
         every = Checkpointing.full(len(network.denoiser.blocks()))
-        bench.measure(row, every, self.args.steps, self.rate, lambda: bench.authors(encoders), beside=size)
+        step = lambda: bench.authors(encoders)  # noqa: E731
+        bench.measure(row, every, self.args.steps, self.rate, step, beside=size, keeps_casts=False)
         row.counted = None  # their encoders are not in the cost model
         return row
 
@@ -110,7 +111,8 @@ class Session:
         bench = self.bench(network, row.side, config)
         checkpointing, row.planned_gb = Checkpointing(plan.checkpointing.kept), plan.peak / GB
         row.note = f"{'fp8' if weights == torch.float8_e4m3fn else 'bf16'} base"
-        bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, plan.reserve)
+        keeps = plan.footprint.keeps_casts
+        bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, plan.reserve, keeps_casts=keeps)
         if self.device.type == "meta":
             row.peak_gb -= plan.streamed / GB
         if config.objective != self.config.objective:

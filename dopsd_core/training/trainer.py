@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..adapters.adapter_set import AdapterSet
 from ..compilation import compiled
 from ..conditioning.cache import ConditionCache
 from ..config import ConfigError, TrainConfig
@@ -137,6 +138,7 @@ def train(
     initial: Mapping[str, Tensor] | None = None,
     checkpointing: Checkpointing | int = 0,
     compiles: bool = False,
+    keeps_casts: bool = True,
     host_bytes: int = 0,
     sample_steps: int | None = None,
     cache: ConditionCache | None = None,
@@ -158,6 +160,8 @@ def train(
         checkpointing: gradient checkpointing, with the same result (`Footprint.checkpointing`); a number is that of
             blocks that keep their inputs alone.
         compiles: whether the blocks are compiled (`compilation.py`).
+        keeps_casts: whether an adapter's weights are cast to the compute dtype once per optimizer step, with the same
+            result (`Footprint.casts`).
         host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
         sample_steps: steps in which the model draws class images (`class_images.py`); default: the family's.
         cache: keeps class images for other runs on the same model; default: a folder in `run_dir`.
@@ -182,6 +186,8 @@ def train(
             log.warning(remark)
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
         run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
+        if isinstance(run.adapters, AdapterSet):
+            run.adapters.keep_casts(keeps_casts)
         return _to_the_end(run, callbacks, resume, checkpointing, compiles)
 
 
