@@ -87,10 +87,10 @@ class Session:
     def ours(self, network: Network, row: Row) -> Row:
         """Measures our step."""
         bench = self.bench(network, row.side, self.config)
-        footprint = bench.footprint()
+        footprint = bench.footprint().casting_each_time()
         checkpointing = known_checkpointing(row.variant, footprint)
         row.planned_gb = footprint.total(checkpointing) / GB
-        return bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours)
+        return bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, keeps_casts=False)
 
     def authors(self, network: Network, encoders: AuthorsEncoders, row: Row) -> Row:
         """Measures the authors' step, with their encoders resident."""

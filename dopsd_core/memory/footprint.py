@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..adapters import Adapter
@@ -64,15 +63,20 @@ class Footprint:
 
         A cast costs the time of reading and writing the weights, about 1 % of a recomputation of all blocks.
         """
-        each = replace(self, casts=0, block_casts=(), blocks=tuple(self._with_block_casts()))
+        each = self.casting_each_time()
         cheapest, own = each.checkpointing(budget), self.checkpointing(budget)
         allowed = cheapest.flops(self.blocks) + 0.01 * Checkpointing.full(len(self.blocks)).flops(self.blocks)
         fits = self.total(own) <= max(budget, each.total(cheapest))
         return self if fits and own.flops(self.blocks) <= allowed else each
 
-    def _with_block_casts(self) -> Iterator[BlockBytes]:
-        for block, size in zip(self.blocks, self.block_casts or (0,) * len(self.blocks), strict=True):
-            yield replace(block, kept=block.kept + size) if block.kept else block
+    def casting_each_time(self) -> Footprint:
+        """The same without casts that are kept."""
+        sizes = self.block_casts or (0,) * len(self.blocks)
+        blocks = (
+            replace(block, kept=block.kept + size) if block.kept else block
+            for block, size in zip(self.blocks, sizes, strict=True)
+        )
+        return replace(self, casts=0, block_casts=(), blocks=tuple(blocks))
 
     def total(self, checkpointing: Checkpointing | int) -> int:
         """Peak memory with this gradient checkpointing; a number is that of blocks that keep their inputs alone."""

@@ -79,8 +79,8 @@ class Trial:
     def config(self) -> TrainConfig:
         """The configuration of its run."""
         config = self.method.config(self.steps, self.seed)
-        if self.regime == "work":  # for the weights after each step
-            return config.replace(preview_every=1)
+        if self.regime == "work":  # previews for the weights after each step; a warm-up would take more of fewer steps
+            return config.replace(preview_every=1, schedule=config.schedule.replace(warmup=0))
         return config.replace(preview_every=self.check_every) if self.regime == "error" else config
 
     def digest(self, fingerprints: str) -> str:
