@@ -113,8 +113,8 @@ def _notes(plan: Plan, regime: str, outcomes: Outcomes) -> tuple[str, ...]:
     if regime == "work":
         notes.append(
             f"Training stops at {plan.work} forwards of the untouched model on one image; a backward counts by its "
-            "FLOPs. No warm-up. gap: to the untouched model that sees a target, on unseen prompts along the model's own steps, "
-            "relative to before training; gap and error at a part of the work are measured on some of the prompts."
+            "FLOPs. No warm-up. gap: to the untouched model that sees a target, on unseen prompts along the model's "
+            "own steps, relative to before training; gap and error at a part of the work are measured on some prompts."
         )
     if regime == "error":
         total = concepts * seeds
