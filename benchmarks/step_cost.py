@@ -142,11 +142,9 @@ class Bench:
 
     def gap(self) -> float:
         """The gap to the teacher on unseen prompts, relative to that before training."""
-        now, before = (
-            measure_gap(self.inputs(self.unseen, -1), student_mode=student, teacher_mode=teacher).metrics["gap"]
-            for student, teacher in (("student", "teacher"), ("off", "off"))
-        )
-        return now / before
+        now = measure_gap(self.inputs(self.unseen, -1))
+        before = measure_gap(self.inputs(self.unseen, -1), student_mode="off", teacher_mode="off")
+        return now.metrics["gap"] / before.metrics["gap"]
 
     def inputs(self, pairs: Sequence[DualCondition], number: int) -> ObjectiveInputs:
         """Of a step, or of the measurement for -1."""

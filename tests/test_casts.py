@@ -201,7 +201,8 @@ def test_casts_are_kept_where_that_costs_no_recomputation() -> None:
 def test_a_run_in_bf16_is_the_same_either_way(tmp_path: Any) -> None:
     for keeps in (True, False):
         denoiser = TinyDenoiser().to(torch.bfloat16)
-        train(make_config(steps=4), InBf16(denoiser), make_data(), tmp_path / str(keeps), keeps_casts=keeps)
+        host: Any = InBf16(denoiser)
+        train(make_config(steps=4), host, make_data(), tmp_path / str(keeps), keeps_casts=keeps)
     assert saved_bytes(tmp_path / "True") == saved_bytes(tmp_path / "False")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
@@ -67,6 +67,6 @@ def inclusion(count: int, sizes: Sequence[float]) -> list[float]:
         certain |= above
 
 
-def weights_of(selected: Mapping[int, float] | Sequence[int]) -> Mapping[int, float]:
+def weights_of(selected: Collection[int]) -> Mapping[int, float]:
     """The weight of each of the selected steps; without given weights the mean."""
     return selected if isinstance(selected, Mapping) else dict.fromkeys(selected, 1 / len(selected))

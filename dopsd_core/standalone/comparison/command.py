@@ -78,7 +78,7 @@ def run_compare(args: argparse.Namespace) -> int:
         "outcomes": outcomes,
     }
     _write(args.output, result, tables)
-    draw_comparison(plan, next(iter(found)), found, args.output).save(args.output / SHEET_NAME)
+    draw_comparison(plan, found, args.output).save(args.output / SHEET_NAME)
     sys.stdout.write(printable("\n".join(table.to_markdown() for table in tables)) + f"\n{args.output / SHEET_NAME}\n")
     return 0
 

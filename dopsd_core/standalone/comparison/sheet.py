@@ -22,8 +22,9 @@ _SHOWN = {"unseen": 4, "described": 2, "generic": 2}
 """Prompts of each kind: with [V], with words for another appearance, without words."""
 
 
-def draw_comparison(plan: Plan, regime: Regime, found: Mapping[str, Outcomes], output: Path) -> Image.Image:
-    """The images of the first concept and seed in a regime, with concept error and leakage of each method."""
+def draw_comparison(plan: Plan, found: Mapping[str, Outcomes], output: Path) -> Image.Image:
+    """The images of the first concept and seed in the first regime, with concept error and leakage of each method."""
+    regime: Regime = "steps" if "steps" in found else "work"
     outcomes = found[regime]
     concept = make_concept(plan.concepts[0], style=plan.style)
     real = Samples(*(render(prompts.scenes) for prompts in (*_prompts(concept), concept.named)))

@@ -205,7 +205,7 @@ class _Watcher(NoCallbacks):
         self._drawn_since: float | None = None
         self.drawing = 0.0
         self.reached = trial.regime != "error"
-        self.counted: CountedDenoiser | None = None
+        self.counted: Any = None  # a `Denoiser`
         self.forwards = 0.0
 
     def with_measured(self, scores: dict[str, float]) -> dict[str, float]:
