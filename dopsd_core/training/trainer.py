@@ -157,8 +157,7 @@ def train(
         initial: LoRA that a new run starts from, for student and teacher: folded "<part>.lora_A.weight" [rank, in] and
             "<part>.lora_B.weight" [rows, rank], with at most the configuration's rank (`lora_import`). A "frozen"
             teacher remains the base. A run resumes only with the same initial LoRA.
-        checkpointing: gradient checkpointing, with the same result (`Footprint.checkpointing`); a number is that of
-            blocks that keep their inputs alone.
+        checkpointing: gradient checkpointing, with the same result; a number is that of blocks that keep inputs alone.
         compiles: whether the blocks are compiled (`compilation.py`).
         keeps_casts: whether an adapter's weights are cast to the compute dtype once per step (`Footprint.casts`).
         host_bytes: bytes that the callbacks will write to `run_dir`, included in the check before training.
