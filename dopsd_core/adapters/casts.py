@@ -39,13 +39,10 @@ class Casts:
 
     def _copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         found = self._kept.get((id(weight), dtype))
+        if found is not None and found[2] == weight._version:
+            return found[1]
         with torch.inference_mode(False), torch.no_grad():
-            if found is None:
-                copy = weight.detach().to(dtype)
-            elif found[2] == weight._version:
-                return found[1]
-            else:
-                copy = found[1].copy_(weight)
+            copy = weight.detach().to(dtype) if found is None else found[1].copy_(weight)
         self._kept[id(weight), dtype] = (weight, copy, weight._version)
         return copy
 
