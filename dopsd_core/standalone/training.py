@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -56,13 +57,11 @@ def run_train(args: argparse.Namespace) -> int:
             prepared = prepare(args, options, args.train_config, peers)
             denoiser = prepared.model.denoiser
             given = args.checkpoint_blocks
-            checkpointing = _checkpointing(prepared, denoiser, peers) if given is None else Checkpointing.full(given)
-        return _trained(args, prepared, denoiser, checkpointing, world)
+            plan = _plan(prepared, denoiser, peers) if given is None else _Plan(Checkpointing.full(given))
+        return _trained(args, prepared, denoiser, plan, world)
 
 
-def _trained(
-    args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, checkpointing: Checkpointing, world: World | None
-) -> int:
+def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, plan: _Plan, world: World | None) -> int:
     config, is_first = prepared.config, world is None or world.rank == 0
     preview = None
     draws = is_first or runs_together(config, world)
@@ -78,7 +77,7 @@ def _trained(
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
             facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
-            checkpointing=checkpointing, compiles=args.compile,
+            checkpointing=plan.checkpointing, compiles=args.compile, keeps_casts=plan.keeps_casts,
             host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
@@ -172,14 +171,28 @@ def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, wr
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def _checkpointing(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> Checkpointing:
+@dataclass(frozen=True)
+class _Plan:
+    """How training fits into memory.
+
+    Attributes:
+        checkpointing: the blocks with gradient checkpointing.
+        keeps_casts: whether casts of the adapter's weights are kept between forwards.
+    """
+
+    checkpointing: Checkpointing
+    keeps_casts: bool = True
+
+
+def _plan(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> _Plan:
     """The least gradient checkpointing that fits into the GPU's free memory; none on a CPU."""
     if denoiser.device.type != "cuda":
-        return Checkpointing()
+        return _Plan(Checkpointing())
     if runs_together(prepared.config, peers.world):
-        return Checkpointing.full(len(denoiser.blocks()))
+        return _Plan(Checkpointing.full(len(denoiser.blocks())))
     footprint = footprint_of(prepared, denoiser)
     free = int(torch.cuda.mem_get_info(denoiser.device)[0] * _MARGIN) + footprint.weights  # those are loaded already
+    footprint = footprint.within(free)
     every = peers.all(lambda: footprint.checkpointing(free))
     chosen = max(every, key=lambda one: one.flops(footprint.blocks))  # that of the GPU with the least memory
     if peers.is_first and chosen.count:
@@ -190,7 +203,7 @@ def _checkpointing(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> Chec
             f"training needs about {footprint.total(chosen) / gb:.1f} GB and the GPU has {free / gb:.1f}: use "
             f"{prepared.config.adapter.memory_hint}"
         ])  # fmt: skip
-    return chosen
+    return _Plan(chosen, footprint.keeps_casts)
 
 
 def footprint_of(prepared: Prepared, denoiser: Denoiser) -> Footprint:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..files.atomic import sync_folder
 from ..files.disk import writing
+from ..transfer import copies_on_host
 
 log = logging.getLogger("dopsd")
 
@@ -63,8 +64,7 @@ class Checkpoint:
 
     def copied(self) -> Checkpoint:
         """The same on the CPU, independent of the run: the optimizer's tensors, of any shape, are its own otherwise."""
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.optimizer.items()}
-        return replace(self, optimizer=copies)
+        return replace(self, optimizer=copies_on_host(self.optimizer))
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:

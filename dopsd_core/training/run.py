@@ -185,6 +185,7 @@ class Run:
         self.optimizer.step()
         self.adapters.update_teacher()
         self.loss_scale.after_step()
+        self.gradients.batches.step_losses.add(outputs)
         self.step += 1
         self.is_between_steps = True
         report = self._report(outputs, rate, grad_norm, time.perf_counter() - began)
@@ -290,6 +291,7 @@ class Run:
             "class_images": self._identity.class_images,
             "optimizer_state": rest,
             "loss_scale": self.loss_scale.state(),
+            "step_losses": self.gradients.batches.step_losses.state(),
             "start": None if self.start is None else dataclasses.astuple(self.start),
             "last": None if self.last is None else dataclasses.astuple(self.last),
         }
@@ -332,6 +334,7 @@ class Run:
         state = optimizer_state(checkpoint, self.optimizer.state_dict())
         self.optimizer.load_state_dict(divided_state(state, self.adapters.parameters()))
         self.loss_scale.load(facts.get("loss_scale"))
+        self.gradients.batches.step_losses.load(facts.get("step_losses"))
         self.step = checkpoint.step
         self.start = Gaps.from_json(facts["start"]) if facts["start"] else None
         self.last = Gaps.from_json(facts["last"]) if facts["last"] else None

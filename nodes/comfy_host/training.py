@@ -255,6 +255,7 @@ def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainRe
                 facts=run.metadata,
                 initial=run.initial,
                 checkpointing=run.plan.checkpointing,
+                keeps_casts=run.plan.footprint.keeps_casts,
                 host_bytes=run.host_bytes,
                 sample_steps=run.sample_steps,
                 cache=ConditionCache(condition_cache()),
