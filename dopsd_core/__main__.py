@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect_dataset(args: argparse.Namespace) -> int:
     """Prints the report of a dataset and returns the exit code: 1 if it has errors, else 0."""
     from .data.dataset import read_dataset
+    from .standalone.datasets import require_images
 
+    require_images(args.dataset)
     side, multiple = _sizes(args.model)
     report = read_dataset(
         args.dataset,
