@@ -6,6 +6,7 @@ import json
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from dopsd_core.files.lock import FolderLock
 from dopsd_core.standalone import training
 from dopsd_core.standalone.beforehand import check_beforehand
 from dopsd_core.standalone.hosts.model import DemoHostModel
+from dopsd_core.standalone.prepared import first_then_others
 from dopsd_core.training import training_set
 from dopsd_core.training.trainer import PeerError
 from dopsd_core.training.world import Peers
@@ -173,6 +175,22 @@ def _config(args: Any) -> TrainConfig:
     from dopsd_core.demo.settings import demo_config
 
     return config_from_args(args, demo_config())
+
+
+def test_rank_0_encodes_first() -> None:
+    """Then the others find in the cache what it encoded."""
+    events: list[tuple[str, int]] = []
+
+    def work(world: ThreadWorld) -> None:
+        def encode() -> None:
+            events.append(("begins", world.rank))
+            time.sleep(0.02)
+            events.append(("ends", world.rank))
+
+        first_then_others(Peers(world), encode)
+
+    on_threads(2, work)
+    assert events == [("begins", 0), ("ends", 0), ("begins", 1), ("ends", 1)]
 
 
 def test_a_tracker_that_cannot_be_started_ends_all_ranks(

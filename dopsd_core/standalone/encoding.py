@@ -97,6 +97,8 @@ def _work(args: argparse.Namespace, options: ModelOptions) -> _Work:
     source = open_source(
         args.dataset, args.shard_size, args.root, columns if columns != Columns() else None
     )  # fmt: skip
+    if heldout and any(put_trigger(text, own or trigger) == heldout for text, own in source.known_captions()):
+        raise ValueError(f"the held-out caption {heldout!r} is in the dataset; use one that is not trained on")
     if options.is_demo and source.has_edits:
         raise ValueError(f"{args.dataset} contains edits, but the demo model cannot edit: use images with captions")
     view = view_for(args, family, options, source.has_edits, others=False)

@@ -243,8 +243,11 @@ def _lost(error: BaseException) -> PeerError:
 def _is_lost(error: BaseException) -> bool:
     """Whether a communication inside a forward broke; gloo and NCCL raise a RuntimeError of their own words."""
     words = ("connection closed", "connection reset", "nccl", "process group")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    is_foreign = isinstance(error, RuntimeError) and not isinstance(error, PeerError)
+    return is_foreign and any(word in str(error).lower() for word in words)
 
 
 def _describe(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted"
     return " ".join(str(error).split())[:500] or type(error).__name__

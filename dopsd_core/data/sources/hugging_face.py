@@ -72,6 +72,10 @@ class HuggingFaceSource:
         """The name with its prefix."""
         return PREFIX + self._name
 
+    def known_captions(self) -> Iterator[tuple[str, str]]:
+        """None: they are not read in advance."""
+        return iter(())
+
     @property
     def parts(self) -> int:
         """Number of chunks, or of the library's shards."""

@@ -63,6 +63,10 @@ class TarSource:
         """The path, or the folder."""
         return str(self._tars[0] if len(self._tars) == 1 else self._tars[0].parent)
 
+    def known_captions(self) -> Iterator[tuple[str, str]]:
+        """None: they are not read in advance."""
+        return iter(())
+
     @property
     def parts(self) -> int:
         """Number of tars."""
