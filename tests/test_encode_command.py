@@ -297,6 +297,11 @@ def test_a_source_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pyte
     assert "empty has no images" in error_of(words, capsys)
 
 
+def test_a_place_that_cannot_be_written_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place / "photos" / "wide.png"
+    assert f"{file} could not be written: Not a directory" in error_of(encoding(place, file), capsys)
+
+
 def test_processes_with_different_datasets_are_refused(place: Path, tmp_path: Path) -> None:
     """As on two machines whose folders differ: here by the rank in the path."""
     for rank in ("0", "1"):

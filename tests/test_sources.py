@@ -105,6 +105,7 @@ def test_links_are_refused(tmp_path: Path) -> None:
         ({"x.png": b"1", "x.json": b"{"}, "'x': Expecting property name"),
         ({"x.png": b"1", "x.json": b"[]"}, "'x': the .json has no caption"),
         ({"x.png": b"1", "x.json": b'{"caption": 3}'}, "'x': 'caption' is int, not text"),
+        ({"x.1.png": b"1", "x.1.txt": b"x"}, "'x.1.png' has a dot in its name, of which only the part before"),
         ({}, "has no images with captions"),
     ],
 )

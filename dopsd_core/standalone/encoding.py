@@ -23,6 +23,7 @@ from ..data.checks import ImageChecker
 from ..data.dataset import Pair, check_entries, checked_trigger
 from ..data.problems import Problem, Problems
 from ..data.sources import Chunk, Columns, Source, open_source
+from ..files.disk import require_writable, writing
 from ..files.lock import FolderLock
 from ..shards.encode_images import encode_images
 from ..shards.encoding import Encoding
@@ -116,7 +117,9 @@ def _begin(work: _Work, lock: _Lock) -> None:
     lists = [problem for problem in work.source.problems if problem.severity == "error"]
     if lists and not work.skips_errors:
         raise ValueError(_sentence(work.source.title, Found(lists[:_LISTED], len(lists))))
-    work.output.mkdir(parents=True, exist_ok=True)
+    require_writable(work.output)
+    with writing(work.output):
+        work.output.mkdir(parents=True, exist_ok=True)
     lock.acquire()
     begin(work.output, work.encoding, work.source.title)
 
