@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tarfile
 import threading
 import time
@@ -67,16 +66,25 @@ def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("words", "message"),
     [
         (("--targets", "nothing"), "target 'nothing' matches none of the network's"),
-        (("--optimizer", "adamw8bit"), "adamw8bit needs bitsandbytes"),
+        (("--optimizer", "custom", "--custom-path", "nowhere.Lion"), "nowhere.Lion"),
     ],
 )
 def test_what_does_not_fit_the_network_or_this_machine(
-    place: Path, tmp_path: Path, no_encoding: None, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str,
-) -> None:  # fmt: skip
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    place: Path,
+    tmp_path: Path,
+    no_encoding: None,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
     assert message in error_of(training_of(place, tmp_path / "new", *words), capsys)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_that_needs_weights_which_will_be_packed(tmp_path: Path) -> None:
+    args = parse_args(training_of(tmp_path, tmp_path / "run", "--adapter", "dora", "--quantise", "torchao-int8"))
+    with pytest.raises(ValueError, match="dora needs the values of the weights, which --quantise torchao-int8 packs"):
+        check_beforehand(args, _config(args), DemoHostModel(), "photos", Peers())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +131,7 @@ def test_a_run_without_anchors_still_resumes(place: Path, tmp_path: Path, capsys
         (tmp_path / "photos" / image.name).write_bytes(image.read_bytes())
     words[1] = str(tmp_path / "photos")
     assert main(words) == 0
-    assert "anchor_probability is set to 0" in capsys.readouterr().err
+    assert "anchor_probability is set to 0" in capsys.readouterr().out
     assert main([*words, "--steps", "3"]) == 0
     assert "3 steps" in capsys.readouterr().out
 

@@ -217,6 +217,12 @@ def test_what_cannot_be_loaded_is_a_sentence(tmp_path: Path, rows: dict[str, lis
         open_source(f"hf:{tmp_path / 'empty'}", 2)
 
 
+def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=r"nowhere is not there, nor is it a name on the Hugging Face hub"):
+        open_source(f"hf:{tmp_path / 'nowhere'}", 2)
+
+
 def test_without_the_library_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ValueError, match=r"comfyui-dopsd\[datasets\]"):

@@ -6,10 +6,12 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import ConfigError, TrainConfig
 from ..data.dataset import Pair
+from ..denoiser import Denoiser
 from ..training.determinism import obstacle
 from ..training.run_checks import check_network, check_saved_run, check_share
 from ..training.world import Peers
@@ -66,11 +68,25 @@ def digest_of_pairs(*groups: Sequence[Pair]) -> str:
 
 
 def _check_run(args: argparse.Namespace, config: TrainConfig, model: HostModel) -> None:
-    check_network(config, model.outline, args.output)
+    check_network(config, outline := model.outline, args.output)
+    _require_unpacked(config, outline, args.quantise)
     possible = [config]
     if may_lack_anchors(args, config):
         possible.append(config.replace(objective=config.objective.without_anchors()))
     check_saved_run(args.output, possible, lambda: model.fingerprint, resume=not args.fresh)
+
+
+def _require_unpacked(config: TrainConfig, outline: Denoiser, quantise: str) -> None:
+    """Raises ValueError if the adapter needs the values of weights that will be packed; the targets were checked."""
+    if quantise == "none":
+        return
+    try:
+        config.adapter.require_sites([replace(site, weight=None) for site in outline.sites()])
+    except ValueError as error:
+        raise ValueError(
+            f"adapter {config.adapter.name} needs the values of the weights, which --quantise {quantise} packs: leave "
+            "out --quantise, or choose --adapter lora"
+        ) from error
 
 
 def _options(args: argparse.Namespace) -> Mapping[str, str]:
