@@ -230,6 +230,17 @@ def test_a_tracker_that_cannot_be_started_ends_all_ranks(
     assert "process 0 of 2 failed: --track wandb cannot be started: no login" in str(results[1])
 
 
+def test_a_launcher_is_for_train_and_encode(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others would draw and write everything as often as there are processes."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    error = error_of(["sample", "a badge"], capsys)
+    assert "sample runs in one process, and a launcher started 4: leave out accelerate or torchrun" in error
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert main(["inspect-dataset", str(place / "photos"), "--model", "demo"]) == 0
+
+
 # -- datasets that other commands read ---------------------------------------------------------------------------------
 
 
