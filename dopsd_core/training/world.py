@@ -248,6 +248,5 @@ def _is_lost(error: BaseException) -> bool:
 
 
 def _describe(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "it was interrupted"
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    unnamed = "it was interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+    return " ".join(str(error).split())[:500] or unnamed
