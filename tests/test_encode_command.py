@@ -220,6 +220,7 @@ def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (("--teacher-background", "blur"), "undo --teacher-background ('keep', now 'blur')"),
         (("--heldout-caption", "other"), "undo --heldout-caption ('a [V7] star', now 'other')"),
         (("--root", "."), "is an encoded dataset, and --root is for folders and JSONL files"),
+        (("--resolutions", "64", "128"), "is an encoded dataset, and --resolutions needs the images"),
         (("--teacher-image", "other"), "--teacher-image other needs the images"),
         (("--preview-prompts", "x"), "--preview-prompts needs the images"),
         (("--caption-dropout", "0.5"), "caption_dropout is above 0, but no empty caption was encoded"),
@@ -287,6 +288,29 @@ def test_a_caption_of_the_dataset_is_no_heldout_caption(
     words = encoding(place, tmp_path, "--heldout-caption", "a [V] badge, wide")
     assert "the held-out caption 'a [V7] badge, wide' is in the dataset" in error_of(words, capsys)
     assert not list(tmp_path.iterdir()), "it is read with the last images, whose shards before would be of no use"
+
+
+def test_several_concepts_are_for_train_on_the_folder(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard with images of one would leave the name of another in its captions without the name, the anchors."""
+    for name in ("one", "two"):
+        shutil.copytree(place / "photos", tmp_path / "photos" / name)
+        (tmp_path / "photos" / name / "trigger.txt").write_text(name, encoding="utf-8")
+    words = ["encode", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    assert "has the concepts one, two, and shards have one: train on the folder itself" in error_of(words, capsys)
+    shutil.rmtree(tmp_path / "photos" / "two")
+    assert main(words) == 0
+    assert Index.read(tmp_path / "out").encoding.trigger == "one"
+
+
+def test_shards_of_another_encoding_are_encoded_again(copied: Path) -> None:
+    """Where the index is lost that would refuse it, the shards say themselves how they were encoded."""
+    (copied / "shards" / INDEX).unlink()
+    assert main(encoding(copied, copied / "shards", "--trigger", "ohwx")) == 0
+    index = Index.read(copied / "shards")
+    captions = Shards(copied / "shards", index).captions(9)
+    assert index.is_complete and all("ohwx" in text and "[V7]" not in text for text in captions)
 
 
 def test_a_source_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

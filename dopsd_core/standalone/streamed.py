@@ -28,6 +28,7 @@ def open_shards(args: argparse.Namespace) -> Shards:
     folder = args.dataset
     for name, needs, instead in (
         ("root", args.root is not None, "is for folders and JSONL files"),
+        ("resolutions", bool(args.resolutions), "needs the images: train from the dataset itself"),
         ("teacher-image", args.teacher_image != "own", "other needs the images: train from the dataset itself"),
         ("preview-prompts", bool(args.preview_prompts), "needs the images for its teacher: use sample afterwards"),
     ):
