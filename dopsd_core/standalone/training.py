@@ -21,7 +21,7 @@ from ..sharing.model_spec import trigger_facts
 from ..trainable import Trainable
 from ..training.log import StepReport, gaps_by_concept
 from ..training.trainer import NoCallbacks, TrainResult, train
-from ..training.world import Peers
+from ..training.world import Peers, World
 from .accelerate_world import joined_world
 from .hosts.model import device_of
 from .model_options import ModelOptions
@@ -57,20 +57,20 @@ def run_train(args: argparse.Namespace) -> int:
             denoiser = prepared.model.denoiser
             given = args.checkpoint_blocks
             checkpointing = _checkpointing(prepared, denoiser, peers) if given is None else Checkpointing.full(given)
-        return _trained(args, prepared, denoiser, checkpointing, peers)
+        return _trained(args, prepared, denoiser, checkpointing, world)
 
 
 def _trained(
-    args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, checkpointing: Checkpointing, peers: Peers
+    args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, checkpointing: Checkpointing, world: World | None
 ) -> int:
-    config, is_first, world = prepared.config, peers.is_first, peers.world
+    config, is_first = prepared.config, world is None or world.rank == 0
     preview = None
     draws = is_first or runs_together(config, world)
     if config.preview_every and draws:
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
         preview = TrainingPreview(painter, prepared.shown, args.output)
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
-    with peers.ending_together():  # a tracker that cannot be started ends all processes
+    with Peers(world).ending_together():  # a tracker that cannot be started ends all processes
         started = _tracking(args, config, is_first)
     with (
         closing(started) as tracking,
