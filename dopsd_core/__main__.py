@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("dopsd")
 
 STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matplotlib", "peft"}
+
+_SHARED = ("train", "encode")
+"""Commands that several processes share."""
 
 _AFTER_CTRL_C = {
     "train": "; the same command resumes from the last checkpoint",
@@ -54,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect_dataset(args: argparse.Namespace) -> int:
     """Prints the report of a dataset and returns the exit code: 1 if it has errors, else 0."""
     from .data.dataset import read_dataset
+    from .standalone.datasets import require_images
 
+    require_images(args.dataset)
     side, multiple = _sizes(args.model)
     report = read_dataset(
         args.dataset,
@@ -86,6 +92,7 @@ def _sizes(model: str | None) -> tuple[int, int]:
 
 
 def _dispatch(args: argparse.Namespace) -> int:
+    _require_one_process(args.command)
     if args.command == "inspect-dataset":
         return inspect_dataset(args)
     if args.command == "train":  # before torch is loaded
@@ -93,6 +100,15 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "caption":
         args.caption_options = caption_options_from_args(args)
     return _command(args.command)(args) or 0
+
+
+def _require_one_process(command: str) -> None:
+    """Raises ValueError if a launcher started several processes of a command that does not share its work."""
+    processes = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if processes > 1 and command not in _SHARED:
+        raise ValueError(
+            f"{command} runs in one process, and a launcher started {processes}: leave out accelerate or torchrun"
+        )
 
 
 def _default_config(args: argparse.Namespace) -> TrainConfig:

@@ -69,10 +69,12 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, p
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
         preview = TrainingPreview(painter, prepared.shown, args.output)
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
+    with Peers(world).ending_together():  # a tracker that cannot be started ends all processes
+        started = _tracking(args, config, is_first)
     with (
+        closing(started) as tracking,
         tqdm(total=config.steps, unit="step", disable=not is_first) as bar,
-        closing(_tracking(args, config, is_first)) as tracking,
-        _watching(bar, preview, tracking, is_first) as callbacks,
+        _watching(bar, preview, tracking, is_first, runs_together(config, world)) as callbacks,
     ):
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
@@ -151,21 +153,30 @@ class _Watcher(NoCallbacks):
 
 
 @contextmanager
-def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool) -> Iterator[_Watcher]:
-    """The callbacks of the run; inside the `with` block SIGTERM, which cluster managers send, stops it after a step."""
+def _watching(
+    bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool, in_parts: bool = False
+) -> Iterator[_Watcher]:
+    """The callbacks of the run; inside the `with` block SIGTERM, which cluster managers send, stops it after a step.
+
+    in_parts: whether Ctrl-C does too, since no process can save weights in parts in the middle of a step.
+    """
     watcher = _Watcher(bar, preview, tracking, writes)
+    signals = (signal.SIGTERM, signal.SIGINT) if in_parts else (signal.SIGTERM,)
 
     def stop(number: int, frame: object) -> None:
+        if number == signal.SIGINT and writes and not watcher.is_stopped:
+            say("stopping after this step")
         watcher.is_stopped = True
 
     if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield watcher
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield watcher
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -22,14 +22,14 @@ from ..optimizers import evaluating, start_training
 from ..optimizers.state import flatten_state
 from ..trainable import Role, Trainable
 from .batches import Batches, on_device
-from .checkpoint import Checkpoint, StateError
+from .checkpoint import Checkpoint
 from .class_images import ClassImages, OnDrawn
 from .gradients import Gradients
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
 from .nonfinite import NonFiniteError, all_finite, remedy
 from .probe import Probe
-from .resume import RunIdentity, optimizer_state, require_same_run
+from .resume import RunIdentity, optimizer_state, require_same_run, run_exists
 from .rng import DataOrder
 from .run_folder import RunFolder, UnusedFolder, saves_in_background
 from .saved_loras import facts_of, is_due
@@ -109,7 +109,7 @@ class Run:
         checkpoint = self.peers.first(self.folder.open)
         if checkpoint is not None:
             if not resume:
-                raise StateError(f"{self.folder.path} already contains a run; resume it, or choose another folder")
+                raise run_exists(self.folder.path)
             self._load(checkpoint)
         elif self._start_state is not None:
             self._set_weights(self._start_state, self._start_state)

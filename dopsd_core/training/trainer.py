@@ -37,8 +37,8 @@ from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
 from .regularisation import regularisation_remarks
 from .run import Run
-from .run_checks import check_data, check_share
-from .run_folder import CLASS_IMAGES_NAME, check_run_folder
+from .run_checks import check_data, check_network, check_share
+from .run_folder import CLASS_IMAGES_NAME
 from .saved_loras import is_due
 from .training_set import TrainingSet
 from .unseen_gap import BestStep
@@ -197,11 +197,9 @@ def check_run(
         ConfigError, DiskError, ValueError: as in `train`.
     """
     check_data(config, data)
-    config.optimizer.require_packages()
-    config.adapter.require_host(denoiser)
     if config.deterministic and (problem := obstacle(denoiser.device)):
         raise ConfigError((problem,))
-    check_run_folder(config, denoiser, Path(run_dir), host_bytes)
+    check_network(config, denoiser, Path(run_dir), host_bytes)
 
 
 def _to_the_end(
