@@ -18,6 +18,7 @@ from .metrics.arguments import add_evaluate
 from .number_text import float_argument, int_argument
 from .option_arguments import add_option, option_value
 from .options import Option, all_options, changed
+from .presets import ON_COMMAND_LINE
 from .standalone.caption_arguments import add_caption
 from .standalone.comparison.arguments import add_compare
 from .standalone.encoding_arguments import add_encode
@@ -136,6 +137,10 @@ def _add_train(commands: Any) -> None:
         "where none is given; --small-first begins with the smaller ones, which need less time",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
+    parser.add_argument(
+        "--preset", choices=tuple(ON_COMMAND_LINE),
+        help="settings that fit together, by what is trained; other options go over them (default: subject)",
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     _add_view(parser)
     parser.add_argument(

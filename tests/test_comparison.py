@@ -20,6 +20,7 @@ from dopsd_core.config import ConfigError
 from dopsd_core.demo.concept import make_concept
 from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS
 from dopsd_core.demo.world import APPEARANCE
+from dopsd_core.families import Z_IMAGE
 from dopsd_core.metrics.intervals import nested_bootstrap
 from dopsd_core.options import flattened
 from dopsd_core.standalone.comparison.command import load_grids
@@ -32,6 +33,7 @@ from dopsd_core.standalone.comparison.experiment import (
     tune,
 )
 from dopsd_core.standalone.comparison.methods import (
+    ADAPTERS,
     DOPSD,
     METHODS,
     PRESETS,
@@ -102,9 +104,18 @@ def test_presets_are_valid_and_have_the_same_budget(preset: str) -> None:
 
 
 def replace_choices(config: Any, own: Any) -> Any:
-    """The configuration with the objective, teacher and rollout of another one: what a method may differ in."""
-    kept = {name: getattr(own, name) for name in ("objective", "teacher", "rollout_steps", "optimizer")}
+    """The configuration with the choices of another one in all that a method may differ in."""
+    kept = {name: getattr(own, name) for name in ("objective", "teacher", "rollout_steps", "optimizer", "adapter")}
     return config.replace(**kept)
+
+
+def test_adapters_are_compared_at_equal_size_and_scale() -> None:
+    adapters = [method.config(10, 0).adapter.for_targets(Z_IMAGE.lora_targets) for method in ADAPTERS]
+    sites = load_demo_model().denoiser.sites()
+    sizes = [adapter.size(sites)[1] for adapter in adapters]
+    assert {adapter.scale for adapter in adapters} == {1.0}
+    assert all(abs(size / sizes[0] - 1) < 0.03 for size in sizes), sizes
+    assert len(adapters[3].shape(256, 682).w2) == 1, "rank 64 keeps the second factor in one piece"
 
 
 def test_a_method_from_the_command_line() -> None:

@@ -102,7 +102,20 @@ SPEED = (
 )
 """Learning per second."""
 
-PRESETS: Mapping[str, tuple[Method, ...]] = {"methods": METHODS, "ablations": ABLATIONS, "speed": SPEED}
+ADAPTERS = (
+    replace(DOPSD, title="LoRA, rank 16"),
+    Method("dora", "DoRA, rank 15", {"adapter": "dora", "rank": 15}),
+    Method("lokr", "LoKr, factor 2, rank 32", {"adapter": "lokr", "factor": 2, "rank": 32}),
+    Method("lokr8", "LoKr, factor 8, whole", {"adapter": "lokr", "factor": 8, "rank": 64}),
+)
+"""As many parameters each, within 3 %, and the same alpha / rank. Rank 64 keeps LoKr's second factor in one piece."""
+
+PRESETS: Mapping[str, tuple[Method, ...]] = {
+    "methods": METHODS,
+    "ablations": ABLATIONS,
+    "speed": SPEED,
+    "adapters": ADAPTERS,
+}
 
 
 def parse_method(text: str) -> Method:
