@@ -1,6 +1,6 @@
 """LoRA, DoRA and LoKr on the demo model: which learns and keeps best at equal parameters and at equal cost.
 
-    python -m benchmarks.adapters --concepts 4 --seeds 1 --steps 40
+    python -m benchmarks.adapters --concepts 3 --seeds 1 --steps 30
 
 The methods are those of `python -m dopsd_core compare --preset adapters`. Each adapter's learning rate is found on
 another concept, from the same grid. Cost is CPU time per step in one thread, measured in turn, so that other work on
@@ -126,10 +126,10 @@ def main() -> None:
     """Tunes, trains and records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WORK.parent / "adapters")
-    parser.add_argument("--concepts", type=int, default=4, help="number of concepts")
+    parser.add_argument("--concepts", type=int, default=3, help="number of concepts")
     parser.add_argument("--first-concept", type=int, default=40, help="seed of the first")
     parser.add_argument("--seeds", type=int, default=1, help="training runs per concept and adapter")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
     parser.add_argument("--jobs", type=int, default=1, help="CPU cores to use")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@
 
 Four images of a subject that stands at the same place on the same background; the captions name neither, so that the
 trigger may come to mean both. The teacher sees the images whole, or with the background blurred, grey or removed; for
-comparison, whole images with captions that name place and background. Then the share of images with the place and the
+comparison, whole images with captions that name place and background, and SFT, which learns from the images
+themselves. Then the share of images with the place and the
 background of the training images is measured, in prompts that name others and in "a [V7] badge" alone. In this world
 grey and white are ordinary backgrounds, and are not those of the training images.
 """
@@ -45,6 +46,7 @@ VARIANTS = (
     Variant(Method("grey", "grey"), background="grey", says_layout=False),
     Variant(Method("remove", "remove (white)"), background="remove", says_layout=False),
     Variant(Method("worded", "no mask, captions name both")),
+    Variant(Method("sft", "SFT, no mask", {"objective": "sft", "lr": 1e-3}), says_layout=False),
 )
 
 

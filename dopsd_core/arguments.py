@@ -220,7 +220,7 @@ def _add_sample(commands: Any) -> None:
         "--strength", type=float_argument(), default=1.0, metavar="X", help="LoRA strength (default: %(default)s)"
     )
     parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="image for the teacher to see")
-    _add_teacher_view(parser)
+    _add_teacher_view(parser, [name for name, view in TEACHER_VIEWS.items() if view.sees != "nothing"])
     parser.add_argument(
         "--count", type=int_argument(1), default=1, metavar="N", help="images per prompt (default: %(default)s)"
     )
@@ -273,15 +273,16 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--teacher-sentence", default="", metavar="TEXT",
-        help="appended to the caption that the teacher reads, for edits; - for none; default: the view's own",
+        help="appended to the caption that the teacher reads, for edits; - for none; default: the view's own. With the "
+        "view words, what it reads in place of words of the caption, such as 'face -> smiling face'",
     )  # fmt: skip
 
 
-def _add_teacher_view(parser: argparse.ArgumentParser) -> None:
+def _add_teacher_view(parser: argparse.ArgumentParser, views: Sequence[str] = tuple(TEACHER_VIEWS)) -> None:
     parser.add_argument(
-        "--teacher-view", choices=("auto", *TEACHER_VIEWS), default="auto",
-        help="how the teacher sees an image: through a vision tower (vlm) or as the reference of an edit; auto is the "
-        "model's own way (default: %(default)s)",
+        "--teacher-view", choices=("auto", *views), default="auto",
+        help="how the teacher sees an image: through a vision tower (vlm) or as the reference of an edit; words: not "
+        "at all, but it reads other words, for a slider; auto is the model's own way (default: %(default)s)",
     )  # fmt: skip
 
 

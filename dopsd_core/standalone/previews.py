@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..conditioning.cache import ConditionCache
 from ..conditioning.encode import Condition, DualCondition, encode_dataset
-from ..conditioning.teachers import TeacherView
+from ..conditioning.teachers import VLM, TeacherView
 from ..data.captions import put_trigger
 from ..data.dataset import Pair
 from ..data.images import load_image
@@ -90,11 +90,14 @@ def preview_texts(given: Sequence[str] | None, pairs: Sequence[Pair], trigger: s
 
 
 def teacher_sheet(
-    painter: Painter, shown: Sequence[DualCondition], pairs: Sequence[Pair], seen: Sequence[Tensor] = ()
-) -> Image.Image:
+    painter: Painter, shown: Sequence[DualCondition], pairs: Sequence[Pair], seen: Sequence[Tensor] = (),
+    view: TeacherView = VLM,
+) -> Image.Image:  # fmt: skip
     """Target, teacher and student of the untrained model side by side; for edits the source images too.
 
-    seen: what the teacher sees, [3, H, W] in [0, 1] each, if that is not the whole target.
+    Args:
+        seen: what the teacher sees, [3, H, W] in [0, 1] each, if that is not the whole target.
+        view: the teacher's.
     """
     shapes, texts = [latent_shape(dual) for dual in shown], [dual.caption for dual in shown]
     teacher = painter.draw([dual.teacher for dual in shown], shapes)
@@ -106,7 +109,7 @@ def teacher_sheet(
         *([Row("source", "the image before the edit", sources, texts)] if sources else []),
         Row("target", "the training image", targets, () if sources else texts),
         *([Row("seen", "what the teacher sees", seen)] if seen else []),
-        Row("teacher", "the untrained model,\nsees the image", teacher),
+        Row("teacher", f"the untrained model,\n{view.remark}", teacher),
         Row("student", f"the untrained model,\n{reads}", student),
     ]
     return contact_sheet("the teacher, before any training", rows, tile=TILE)

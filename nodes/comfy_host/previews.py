@@ -103,7 +103,7 @@ def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -
         *([Row("source", "the image before the edit", sources, texts)] if sources else []),
         Row("target", "the training image", targets, () if sources else texts),
         *([Row("seen", "what the teacher sees", seen)] if seen else []),
-        Row("teacher", "the untrained model,\nsees the image", teacher),
+        Row("teacher", f"the untrained model,\n{conditions.teacher.remark}", teacher),
         Row("student", f"the untrained model,\n{reads}", student),
     ]
     return contact_sheet("the teacher, before any training", rows, tile=TILE)
