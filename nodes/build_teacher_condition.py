@@ -276,7 +276,8 @@ def _optional_inputs() -> list[Any]:
             advanced=True,
             tooltip="A sentence that only the teacher reads, after the caption, in the modes edit and "
             "edit_target. Empty: a default sentence that asks it to follow the reference image. A single - : "
-            "no sentence. In the mode words: what it reads in place of the caption's words, such as face -> smiling face.",
+            "no sentence. In the mode words: what it reads in place of the caption's words, such as face -> smiling "
+            "face.",
         ),
         DatasetSocket.Input(
             "regularisation",

@@ -62,7 +62,9 @@ class TeacherView:
     @property
     def remark(self) -> str:
         """What it does besides reading the caption, for a sheet of images."""
-        return "reads other words" if self.sees == "nothing" else "sees the image"
+        if self.sees == "nothing":
+            return "reads other words"
+        return "sees a wanted result" if self.edits else "sees a training image"
 
     def teaches(self, caption: str) -> bool:
         """Whether student and teacher differ for this caption."""

@@ -118,8 +118,8 @@ def teacher_sheet(
 class TrainingPreview:
     """Writes a sheet per preview step: untrained model, teacher and student from the same noise."""
 
-    def __init__(self, painter: Painter, shown: Sequence[DualCondition], folder: Path) -> None:
-        self._painter, self._shown, self._folder = painter, shown, folder / PREVIEWS_NAME
+    def __init__(self, painter: Painter, shown: Sequence[DualCondition], folder: Path, view: TeacherView = VLM) -> None:
+        self._painter, self._shown, self._folder, self._view = painter, shown, folder / PREVIEWS_NAME, view
         self._shapes = [latent_shape(dual) for dual in shown]
         self._before: list[Tensor] | None = None
 
@@ -138,7 +138,7 @@ class TrainingPreview:
             self._before = self._draw(adapters, "off", alone)
         rows = [
             Row("before", "the untrained model", self._before, [dual.caption for dual in self._shown]),
-            Row("teacher", "sees a training image", self._draw(adapters, "teacher", [d.teacher for d in self._shown])),
+            Row("teacher", self._view.remark, self._draw(adapters, "teacher", [d.teacher for d in self._shown])),
             Row("student", "reads the prompt alone", self._draw(adapters, "student", alone)),
         ]
         return contact_sheet(f"step {step}", rows, tile=TILE)

@@ -68,7 +68,7 @@ def _trained(
     draws = is_first or runs_together(config, world)
     if config.preview_every and draws:
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
-        preview = TrainingPreview(painter, prepared.shown, args.output)
+        preview = TrainingPreview(painter, prepared.shown, args.output, prepared.view)
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
     with (
         tqdm(total=config.steps, unit="step", disable=not is_first) as bar,

@@ -281,7 +281,7 @@ def _preview(model: Any, vae: Any, run: _PlannedRun) -> TrainingPreview | None:
         return None
     painter = PreviewPainter(denoiser, vae, default_steps(model), plan.config.seed)
     during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are already allocated then
-    return TrainingPreview(painter, run.conditions.previews, lambda: denoiser.load(run.shape, during))
+    return TrainingPreview(painter, run.conditions, lambda: denoiser.load(run.shape, during))
 
 
 def _facts(run: _PlannedRun) -> RunFacts:
