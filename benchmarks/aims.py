@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
-from benchmarks.varied_demo import Variant, plain_demo, run_variants, sheet
-from dopsd_core.demo.concept import make_concept
+from benchmarks.varied_demo import Variant, plain_demo, run_variants, sheet, small_concept
 from dopsd_core.standalone.comparison.experiment import Outcomes, Plan
 from dopsd_core.standalone.comparison.methods import DOPSD, REFERENCES, Method
 from dopsd_core.standalone.comparison.report import grids
@@ -30,7 +29,7 @@ CAPTIONS = Variant(Method("captions", "anchors: captions alone"), anchors="capti
 NAMES = Variant(Method("names", "anchors: captions, named others"), anchors="names")
 OTHER = Variant(Method("other", "teacher sees other images"), teacher_image="other")
 
-AIMS = {"subject": (USUAL, FEWER, MORE, CAPTIONS, NAMES, OTHER), "style": (USUAL, FEWER, SMALL, CAPTIONS, OTHER)}
+AIMS = {"subject": (USUAL, FEWER, MORE, CAPTIONS, NAMES, OTHER), "style": (USUAL, FEWER, SMALL, OTHER)}
 
 
 def measured(aim: str, concepts: Sequence[int], steps: int, output: Path) -> tuple[Plan, Outcomes]:
@@ -68,7 +67,7 @@ def main() -> None:
     for aim in args.aims:
         plan, found = measured(aim, concepts, args.steps, args.output)
         drawn = sheet(
-            [*map(Variant, REFERENCES), *AIMS[aim]], make_concept(concepts[0], style=aim == "style"), args.steps,
+            [*map(Variant, REFERENCES), *AIMS[aim]], small_concept(concepts[0], aim == "style"), args.steps,
             args.output / aim, f"{aim}, {args.steps} steps", {"trigger": 5, "named": 3},
         )  # fmt: skip
         drawn.save(ROOT / "docs" / f"aims_{aim}.png")

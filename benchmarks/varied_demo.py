@@ -98,11 +98,16 @@ def _with_names(texts: Sequence[str]) -> set[str]:
     return {text for text in texts if "[" in text}
 
 
+def small_concept(seed: int, style: bool) -> Concept:
+    """The concept of a seed with half of the usual prompts."""
+    return make_concept(seed, style=style, num_unseen=30, num_prior=32)
+
+
 def plain_demo(style: bool) -> MakeDemo:
     """Makes the demo of a subject or a style with its usual images."""
 
     def make(model: DemoModel, judge: Judge, seed: int, variant: Variant, folder: Path) -> Demo:
-        concept = make_concept(seed, style=style)
+        concept = small_concept(seed, style)
         write_dataset(concept, folder / "dataset")
         return VariedDemo(model, judge, concept, folder, variant)
 
