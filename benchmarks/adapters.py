@@ -42,7 +42,7 @@ from dopsd_core.standalone.judge import load_judge
 from dopsd_core.training.log import StepReport
 from dopsd_core.training.trainer import NoCallbacks
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 ROUNDS, STEPS, WARMUP = 3, 8, 2
 """Of the measurement of cost: how often each adapter's turn comes, its steps per turn, and how many do not count."""
 
@@ -130,21 +130,25 @@ def main() -> None:
     parser.add_argument("--first-concept", type=int, default=40, help="seed of the first")
     parser.add_argument("--seeds", type=int, default=1, help="training runs per concept and adapter")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    names = [method.name for method in METHODS[1:]]
+    parser.add_argument("--adapters", nargs="+", choices=names, default=names, help="beside LoRA; default: all")
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates that are tried")
     parser.add_argument("--jobs", type=int, default=1, help="CPU cores to use")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    chosen = tuple(method for method in METHODS if method is METHODS[0] or method.name in args.adapters)
     plan = Plan(
-        methods=METHODS, concepts=tuple(range(args.first_concept, args.first_concept + args.concepts)),
+        methods=chosen, concepts=tuple(range(args.first_concept, args.first_concept + args.concepts)),
         seeds=tuple(range(args.seeds)), steps=args.steps, regimes=("steps",),
     )  # fmt: skip
-    cost, sizes = costs(METHODS, args.output / "cost")
+    cost, sizes = costs(chosen, args.output / "cost")
     print({name: f"{seconds:.3f} s" for name, seconds in cost.items()}, sizes, flush=True)
 
     def show(name: str, done: int, total: int) -> None:
         print(f"{done} of {total}: {name}", flush=True)
 
     with TrialRunner(args.output, args.jobs, models_fingerprint(False), show) as runner:
-        methods, tried = tune(plan, runner, 1, RATES)
+        methods, tried = tune(plan, runner, 1, args.rates)
         plan = replace(plan, methods=methods)
         found = run_plan(plan, runner)
         found["time"] = at_equal_cost(plan, runner, found["steps"], cost)
@@ -152,6 +156,7 @@ def main() -> None:
         print(name, {f"{rate:g}": (scores["concept_error"], scores["frechet_prior"]) for rate, scores in rates.items()})
     draw_comparison(plan, found["steps"], args.output).save(ROOT / "docs" / "comparison_adapters.png")
     command = f"python -m benchmarks.adapters --concepts {args.concepts} --seeds {args.seeds} --steps {args.steps}"
+    command += f" --adapters {' '.join(args.adapters)} --rates {' '.join(f'{rate:g}' for rate in args.rates)}"
     for section in sections(plan, found, cost, sizes, command):
         record(measured_here(section), RESULTS)
         print(section.to_markdown())
