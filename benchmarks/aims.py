@@ -2,8 +2,8 @@
 
     python -m benchmarks.aims --concepts 3 --steps 30
 
-Each variant differs in one thing from the demo's settings: the share of prior anchors, the rank, the kind of anchors,
-or which image the teacher sees. A character is a subject among others that have names: its figure is *names wrong*, the
+Each variant differs in one thing from the demo's settings: the share of prior anchors, the kind of anchors, or
+which image the teacher sees. A character is a subject among others that have names: its figure is *names wrong*, the
 damage to those. Edits cannot be measured: the demo model does not edit. Variants that are in --output already are not
 run again; a variant takes about half a minute on one core.
 """
@@ -24,12 +24,10 @@ USUAL = Variant(DOPSD)
 
 FEWER = Variant(Method("anchors25", "anchors on 1/4 of the batches", {"anchor_probability": 0.25}))
 MORE = Variant(Method("anchors75", "anchors on 3/4", {"anchor_probability": 0.75}))
-SMALL = Variant(Method("rank4", "rank 4", {"rank": 4}))
 CAPTIONS = Variant(Method("captions", "anchors: captions alone"), anchors="captions")
-NAMES = Variant(Method("names", "anchors: captions, named others"), anchors="names")
 OTHER = Variant(Method("other", "teacher sees other images"), teacher_image="other")
 
-AIMS = {"subject": (USUAL, FEWER, MORE, CAPTIONS, NAMES, OTHER), "style": (USUAL, FEWER, SMALL, OTHER)}
+AIMS = {"subject": (USUAL, FEWER, MORE, CAPTIONS, OTHER), "style": (USUAL, FEWER, OTHER)}
 
 
 def measured(aim: str, concepts: Sequence[int], steps: int, output: Path) -> tuple[Plan, Outcomes]:

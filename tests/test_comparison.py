@@ -110,7 +110,7 @@ def replace_choices(config: Any, own: Any) -> Any:
 
 
 def test_adapters_are_compared_at_equal_size_and_scale() -> None:
-    adapters = [method.config(10, 0).adapter.for_targets(Z_IMAGE.lora_targets) for method in ADAPTERS]
+    adapters: list[Any] = [method.config(10, 0).adapter.for_targets(Z_IMAGE.lora_targets) for method in ADAPTERS]
     sites = load_demo_model().denoiser.sites()
     sizes = [adapter.size(sites)[1] for adapter in adapters]
     assert {adapter.scale for adapter in adapters} == {1.0}
