@@ -27,7 +27,7 @@ MORE = Variant(Method("anchors75", "anchors on 3/4", {"anchor_probability": 0.75
 CAPTIONS = Variant(Method("captions", "anchors: captions alone"), anchors="captions")
 OTHER = Variant(Method("other", "teacher sees other images"), teacher_image="other")
 
-AIMS = {"subject": (USUAL, FEWER, MORE, CAPTIONS, OTHER), "style": (USUAL, FEWER, OTHER)}
+AIMS = {"subject": (USUAL, FEWER, MORE, CAPTIONS, OTHER), "style": (USUAL, FEWER)}
 
 
 def measured(aim: str, concepts: Sequence[int], steps: int, output: Path) -> tuple[Plan, Outcomes]:
