@@ -46,8 +46,6 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 ROUNDS, STEPS, WARMUP = 3, 8, 2
 """Of the measurement of cost: how often each adapter's turn comes, its steps per turn, and how many do not count."""
 
-METHODS = (replace(ADAPTERS[0], title="LoRA, rank 16"), *ADAPTERS[1:])
-
 
 class _Clock(NoCallbacks):
     """Notes the CPU time of this process after each step."""
@@ -130,13 +128,13 @@ def main() -> None:
     parser.add_argument("--first-concept", type=int, default=40, help="seed of the first")
     parser.add_argument("--seeds", type=int, default=1, help="training runs per concept and adapter")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
-    names = [method.name for method in METHODS[1:]]
+    names = [method.name for method in ADAPTERS[1:]]
     parser.add_argument("--adapters", nargs="+", choices=names, default=names, help="beside LoRA; default: all")
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates that are tried")
     parser.add_argument("--jobs", type=int, default=1, help="CPU cores to use")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    chosen = tuple(method for method in METHODS if method is METHODS[0] or method.name in args.adapters)
+    chosen = tuple(method for method in ADAPTERS if method is ADAPTERS[0] or method.name in args.adapters)
     plan = Plan(
         methods=chosen, concepts=tuple(range(args.first_concept, args.first_concept + args.concepts)),
         seeds=tuple(range(args.seeds)), steps=args.steps, regimes=("steps",),

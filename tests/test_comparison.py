@@ -90,7 +90,8 @@ def test_intervals_of_nothing_are_refused(values: torch.Tensor) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid_and_have_the_same_budget(preset: str) -> None:
     methods = PRESETS[preset]
-    assert methods[0] is DOPSD and len({m.name for m in methods}) == len({m.title for m in methods}) == len(methods)
+    assert replace(methods[0], title=DOPSD.title) == DOPSD
+    assert len({m.name for m in methods}) == len({m.title for m in methods}) == len(methods)
     configs = [method.config(50, 3) for method in methods]
     assert len({c.to_json() for c, m in zip(configs, methods, strict=True) if not m.undistilled}) == sum(
         not m.undistilled for m in methods
@@ -115,7 +116,7 @@ def test_adapters_are_compared_at_equal_size_and_scale() -> None:
     sizes = [adapter.size(sites)[1] for adapter in adapters]
     assert {adapter.scale for adapter in adapters} == {1.0}
     assert all(abs(size / sizes[0] - 1) < 0.03 for size in sizes), sizes
-    assert len(adapters[3].shape(256, 682).w2) == 1, "rank 64 keeps the second factor in one piece"
+    assert len(adapters[3].shape(256, 256).w2) == 1, "rank 64 keeps the second factor in one piece"
 
 
 def test_a_method_from_the_command_line() -> None:

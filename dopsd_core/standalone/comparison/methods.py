@@ -106,9 +106,10 @@ ADAPTERS = (
     replace(DOPSD, title="LoRA, rank 16"),
     Method("dora", "DoRA, rank 15", {"adapter": "dora", "rank": 15}),
     Method("lokr", "LoKr, factor 2, rank 32", {"adapter": "lokr", "factor": 2, "rank": 32}),
-    Method("lokr8", "LoKr, factor 8, whole", {"adapter": "lokr", "factor": 8, "rank": 64}),
+    Method("lokr8", "LoKr, factor 8, rank 64", {"adapter": "lokr", "factor": 8, "rank": 64}),
 )
-"""As many parameters each, within 3 %, and the same alpha / rank. Rank 64 keeps LoKr's second factor in one piece."""
+"""As many parameters each, within 3 %, and the same alpha / rank. Rank 64 keeps the second factor of LoKr in one
+piece in the attention."""
 
 PRESETS: Mapping[str, tuple[Method, ...]] = {
     "methods": METHODS,
