@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .arguments import config_from_args, parse_args
+from .config import ConfigError
 from .demo.settings import demo_config
+from .presets import ON_COMMAND_LINE, USUAL
 from .standalone.caption_arguments import caption_options_from_args
 from .text import escape_unencodable, printable
 
@@ -116,11 +118,15 @@ def _default_config(args: argparse.Namespace) -> TrainConfig:
 
     options = ModelOptions.of(args)
     if options.is_demo:
+        if args.preset:
+            raise ConfigError(("--preset is for real models; the demo model has settings of its own: leave it out",))
         return demo_config()
+    if args.preset and args.config:
+        raise ConfigError(("--preset and --config both choose all settings: give one of them",))
     from .standalone.hosts.source import find_family
     from .standalone.settings import family_config
 
-    return family_config(find_family(options).family)
+    return family_config(find_family(options).family, ON_COMMAND_LINE[args.preset or USUAL])
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

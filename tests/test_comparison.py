@@ -25,6 +25,7 @@ from dopsd_core.config import ConfigError
 from dopsd_core.demo.concept import make_concept
 from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS
 from dopsd_core.demo.world import APPEARANCE
+from dopsd_core.families import Z_IMAGE
 from dopsd_core.metrics.intervals import nested_bootstrap
 from dopsd_core.objectives import DOPSD as DopsdObjective
 from dopsd_core.options import flattened
@@ -38,6 +39,7 @@ from dopsd_core.standalone.comparison.experiment import (
     tune,
 )
 from dopsd_core.standalone.comparison.methods import (
+    ADAPTERS,
     DOPSD,
     METHODS,
     PRESETS,
@@ -98,7 +100,8 @@ def test_intervals_of_nothing_are_refused(values: torch.Tensor) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid_and_have_the_same_budget(preset: str) -> None:
     methods = PRESETS[preset]
-    assert methods[0] is DOPSD and len({m.name for m in methods}) == len({m.title for m in methods}) == len(methods)
+    assert replace(methods[0], title=DOPSD.title) == DOPSD
+    assert len({m.name for m in methods}) == len({m.title for m in methods}) == len(methods)
     configs = [method.config(50, 3) for method in methods]
     assert len({c.to_json() for c, m in zip(configs, methods, strict=True) if not m.undistilled}) == sum(
         not m.undistilled for m in methods
@@ -112,9 +115,19 @@ def test_presets_are_valid_and_have_the_same_budget(preset: str) -> None:
 
 
 def replace_choices(config: Any, own: Any) -> Any:
-    """The configuration with the objective, teacher and rollout of another one: what a method may differ in."""
-    kept = {name: getattr(own, name) for name in ("objective", "teacher", "rollout_steps", "optimizer", "batch_size")}
+    """The configuration with the choices of another one in all that a method may differ in."""
+    names = ("objective", "teacher", "rollout_steps", "optimizer", "adapter", "batch_size")
+    kept = {name: getattr(own, name) for name in names}
     return config.replace(**kept)
+
+
+def test_adapters_are_compared_at_equal_size_and_scale() -> None:
+    adapters: list[Any] = [method.config(10, 0).adapter.for_targets(Z_IMAGE.lora_targets) for method in ADAPTERS]
+    sites = load_demo_model().denoiser.sites()
+    sizes = [adapter.size(sites)[1] for adapter in adapters]
+    assert {adapter.scale for adapter in adapters} == {1.0}
+    assert all(abs(size / sizes[0] - 1) < 0.03 for size in sizes), sizes
+    assert len(adapters[3].shape(256, 256).w2) == 1, "rank 64 keeps the second factor in one piece"
 
 
 def test_a_method_from_the_command_line() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..conditioning.cache import ConditionCache
 from ..conditioning.encode import Condition, DualCondition
 from ..config import TrainConfig
-from ..data.dataset import read_dataset
+from ..data.dataset import Pair, read_dataset
 from ..data.images import load_image
 from ..demo.concept import Concept
 from ..demo.settings import SAMPLE_STEPS
@@ -69,10 +69,7 @@ class Demo:
         folder = self.output / "dataset"
         report = read_dataset(folder, trigger=TRIGGER, pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
         report.raise_for_errors()
-        data = build_training_set(
-            report.pairs, encoder, ConditionCache(self.output / "cache"), trigger=TRIGGER, anchors=True,
-            anchor_prompts=concept.anchors, heldout_caption=concept.unseen.texts[0],
-        )  # fmt: skip
+        data = self.training_set(report.pairs, ConditionCache(self.output / "cache"))
         images = [load_image(pair.image_path, pair.bucket) for pair in report.pairs]
         taught = [
             encoder.encode_image_text(images[i % len(images)], text) for i, text in enumerate(concept.unseen.texts)
@@ -81,6 +78,13 @@ class Demo:
         text = {t: encoder.encode_text(t) for t in {t for prompts in kinds for t in prompts.texts}}
         trigger, described, generic, named = ([text[t] for t in prompts.texts] for prompts in kinds)
         return PromptConditions(trigger, described, generic, named, taught), data
+
+    def training_set(self, pairs: Sequence[Pair], cache: ConditionCache) -> TrainingSet:
+        """What is trained on; a subclass may encode the images in another way."""
+        return build_training_set(
+            pairs, self.model.encoder, cache, trigger=TRIGGER, anchors=True,
+            anchor_prompts=self.concept.anchors, heldout_caption=self.concept.unseen.texts[0],
+        )  # fmt: skip
 
     def draw(self, conditions: Sequence[Condition], seed: int) -> Tensor:
         """Draws one few-step sample per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds have equal noise."""

@@ -18,8 +18,10 @@ from ..data.dataset import Pair
 from ..data.resolutions import Scale
 from ..families import get_family
 from ..objectives import SFT
+from ..presets import ON_COMMAND_LINE
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
+from ..training.aims import aim_remarks
 from ..training.regularisation import check_regularisation
 from ..training.shown_images import mask_remarks
 from ..training.training_set import TrainingSet, build_training_set, encode_regularisation, ordinary_prompts
@@ -99,6 +101,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         warn(remarks)
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
         warn(mask_remarks(report.pairs, view.background))
+        warn(aim_remarks(ON_COMMAND_LINE.get(args.preset or "", ""), report.pairs, view, args.teacher_image))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))

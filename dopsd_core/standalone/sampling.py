@@ -152,6 +152,6 @@ def run_teacher_preview(args: argparse.Namespace) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     warn(mask_remarks(report.pairs, view.background))
     seen = seen_images(report.pairs, len(pairs), args.teacher_image, view.background)
-    teacher_sheet(painter, shown, pairs, seen).save(args.output)
+    teacher_sheet(painter, shown, pairs, seen, view).save(args.output)
     say(f"{args.output}: the student can only become as good as the row of the teacher")
     return 0

@@ -67,7 +67,7 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, p
     draws = is_first or runs_together(config, world)
     if config.preview_every and draws:
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
-        preview = TrainingPreview(painter, prepared.shown, args.output)
+        preview = TrainingPreview(painter, prepared.shown, args.output, prepared.view)
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
     with Peers(world).ending_together():  # a tracker that cannot be started ends all processes
         started = _tracking(args, config, is_first)

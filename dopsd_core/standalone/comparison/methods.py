@@ -112,7 +112,21 @@ SPEED = (
 )
 """Learning per second, or at equal work per FLOP. Accumulation has the gradients of a batch, and its FLOPs."""
 
-PRESETS: Mapping[str, tuple[Method, ...]] = {"methods": METHODS, "ablations": ABLATIONS, "speed": SPEED}
+ADAPTERS = (
+    replace(DOPSD, title="LoRA, rank 16"),
+    Method("dora", "DoRA, rank 15", {"adapter": "dora", "rank": 15}),
+    Method("lokr", "LoKr, factor 2, rank 32", {"adapter": "lokr", "factor": 2, "rank": 32}),
+    Method("lokr8", "LoKr, factor 8, rank 64", {"adapter": "lokr", "factor": 8, "rank": 64}),
+)
+"""As many parameters each, within 3 %, and the same alpha / rank. Rank 64 keeps the second factor of LoKr in one
+piece in the attention."""
+
+PRESETS: Mapping[str, tuple[Method, ...]] = {
+    "methods": METHODS,
+    "ablations": ABLATIONS,
+    "speed": SPEED,
+    "adapters": ADAPTERS,
+}
 
 
 def parse_method(text: str) -> Method:
