@@ -152,7 +152,7 @@ def main() -> None:
         found["time"] = at_equal_cost(plan, runner, found["steps"], cost)
     for name, rates in tried.items():
         print(name, {f"{rate:g}": (scores["concept_error"], scores["frechet_prior"]) for rate, scores in rates.items()})
-    draw_comparison(plan, found["steps"], args.output).save(ROOT / "docs" / "comparison_adapters.png")
+    draw_comparison(plan, found, args.output).save(ROOT / "docs" / "comparison_adapters.png")
     command = f"python -m benchmarks.adapters --concepts {args.concepts} --seeds {args.seeds} --steps {args.steps}"
     command += f" --adapters {' '.join(args.adapters)} --rates {' '.join(f'{rate:g}' for rate in args.rates)}"
     for section in sections(plan, found, cost, sizes, command):
