@@ -23,15 +23,11 @@ TITLES = {
     "names_wrong": "names wrong",
     "leak": "leakage",
     "steps": "steps",
-    "forwards": "forwards",
     "seconds": "seconds",
 }
 """Of known figures, in this order; others follow under their own names, before what they cost."""
 
-_COST = ("steps", "forwards", "seconds")
-
-_LEFT_OUT = {"work": ("prompt_following", "frechet_trigger", "prior_error", "names_wrong", "forwards")}
-"""By regime: its tables have other columns, and would be too wide."""
+_COST = ("steps", "seconds")
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,9 @@ _HEADINGS = {
     "work": "equal work",
 }
 
+_LEFT_OUT = {"work": ("prompt_following", "frechet_trigger", "prior_error", "names_wrong", "forwards")}
+"""By regime: its tables have other columns, and would be too wide."""
+
 
 def grids(name: str, plan: Plan, found: dict[str, Outcomes]) -> list[Grid]:
     """Two tables per regime: means, and paired differences from the first method. name: of the preset."""
@@ -97,7 +96,7 @@ def figures_of(outcomes: Outcomes) -> list[str]:
     """The names of the figures, those of `TITLES` first and costs last."""
     names = list(outcome_values(next(iter(outcomes.values()))[0][0]))
     known = [name for name in TITLES if name in names and name not in _COST]
-    return [*known, *(name for name in names if name not in TITLES), *(cost for cost in _COST if cost in names)]
+    return [*known, *(name for name in names if name not in TITLES), *_COST]
 
 
 def values(rows: Sequence[Sequence[object]], figure: str) -> Tensor:
