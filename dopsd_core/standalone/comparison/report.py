@@ -14,11 +14,8 @@ from .experiment import Outcomes, Plan
 from .methods import REFERENCES
 from .trials import outcome_values
 
-_COST = ("steps", "forwards", "seconds")
+_COST = ("steps", "seconds")
 """Figures under their own names, as all those that `TITLES` lacks."""
-
-_LEFT_OUT = {"work": ("prompt_following", "frechet_trigger", "prior_error", "names_wrong", "forwards")}
-"""By regime: its tables have other columns, and would be too wide."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,9 @@ _HEADINGS = {
     "work": "equal work",
 }
 
+_LEFT_OUT = {"work": ("prompt_following", "frechet_trigger", "prior_error", "names_wrong", "forwards")}
+"""By regime: its tables have other columns, and would be too wide."""
+
 
 def grids(name: str, plan: Plan, found: dict[str, Outcomes]) -> list[Grid]:
     """Two tables per regime: means, and paired differences from the first method. name: of the preset."""
@@ -84,8 +84,7 @@ def figures_of(outcomes: Outcomes) -> list[str]:
     """The names of the figures, those of `TITLES` first and costs last."""
     names = list(outcome_values(next(iter(outcomes.values()))[0][0]))
     known = [name for name in TITLES if name in names]
-    costs = [cost for cost in _COST if cost in names]
-    return [*known, *(name for name in names if name not in TITLES and name not in _COST), *costs]
+    return [*known, *(name for name in names if name not in TITLES and name not in _COST), *_COST]
 
 
 def values(rows: Sequence[Sequence[object]], figure: str) -> Tensor:
