@@ -53,8 +53,8 @@ def our_run(folder: Path, steps: int = STEPS) -> Trained:
     """What a run of ours left; the weights are those of its last checkpoint."""
     last = folder / "checkpoints" / f"step-{steps:06d}"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    weights = [load_file(last / f"{name}.safetensors") for name in ("lora", "teacher")]
-    return Trained(*weights, [row["loss"] for row in rows], [row["grad_norm"] for row in rows], {}, ())
+    student, teacher = (load_file(last / f"{name}.safetensors") for name in ("lora", "teacher"))
+    return Trained(student, teacher, [row["loss"] for row in rows], [row["grad_norm"] for row in rows], {}, ())
 
 
 def their_run(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..training.log import StepReport, curve
 
 
-def save_curves(path: Path, runs: dict[str, Sequence[StepReport]]) -> None:
+def save_curves(path: Path, runs: Mapping[str, Sequence[StepReport]]) -> None:
     """Plots loss, relative gap to the teacher (training and held-out captions) and cosine over the steps.
 
     Loss and cosine exclude steps with prior anchors, which have a different target.
