@@ -74,7 +74,7 @@ def by_formula(session: Session, larger: Subject) -> None:
     for row in session.rows:
         if row.variant in real_size.VARIANTS and not row.note:
             bench = made.bench(network, row.side, made.config)
-            footprint = bench.footprint()
+            footprint = bench.footprint().casting_each_time()
             checkpointing = real_size.known_checkpointing(row.variant, footprint)
             cost, peak = bench.cost(checkpointing), footprint.total(checkpointing) / GB
             seconds = cost.model_flops / (session.rate * row.utilisation) if row.utilisation else None

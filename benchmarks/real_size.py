@@ -87,17 +87,18 @@ class Session:
     def ours(self, network: Network, row: Row) -> Row:
         """Measures our step."""
         bench = self.bench(network, row.side, self.config)
-        footprint = bench.footprint()
+        footprint = bench.footprint().casting_each_time()
         checkpointing = known_checkpointing(row.variant, footprint)
         row.planned_gb = footprint.total(checkpointing) / GB
-        return bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours)
+        return bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, keeps_casts=False)
 
     def authors(self, network: Network, encoders: AuthorsEncoders, row: Row) -> Row:
         """Measures the authors' step, with their encoders resident."""
         bench = self.bench(network, row.side, self.config)
         size = sum(p.numel() * p.itemsize for p in encoders.parameters())
         every = Checkpointing.full(len(network.denoiser.blocks()))
-        bench.measure(row, every, self.args.steps, self.rate, lambda: bench.authors(encoders), beside=size)
+        step = lambda: bench.authors(encoders)  # noqa: E731
+        bench.measure(row, every, self.args.steps, self.rate, step, beside=size, keeps_casts=False)
         row.counted = None  # their encoders are not in the cost model
         return row
 
@@ -110,7 +111,8 @@ class Session:
         bench = self.bench(network, row.side, config)
         checkpointing, row.planned_gb = Checkpointing(plan.checkpointing.kept), plan.peak / GB
         row.note = f"{'fp8' if weights == torch.float8_e4m3fn else 'bf16'} base"
-        bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, plan.reserve)
+        keeps = plan.footprint.keeps_casts
+        bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, plan.reserve, keeps_casts=keeps)
         if self.device.type == "meta":
             row.peak_gb -= plan.streamed / GB
         if config.objective != self.config.objective:

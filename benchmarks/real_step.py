@@ -208,8 +208,12 @@ class Bench:
         step: Callable[[], None],
         reserve: int = 0,
         beside: int = 0,
+        keeps_casts: bool = True,
     ) -> Row:
-        """Mean of `steps` after one that is not counted; peak over all of them. beside: bytes that are resident."""
+        """Mean of `steps` after one that is not counted; peak over all of them.
+
+        beside: bytes that are resident. keeps_casts: `Footprint.keeps_casts` of the plan.
+        """
         cost = self.cost(checkpointing)
         row.recompute, row.repeated, row.tflop = checkpointing.count, cost.repeated, cost.flops / 1e12
         with ExitStack() as stack:
@@ -217,6 +221,7 @@ class Bench:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.network.trainable((1, *self.latent), reserve))
             self.prepare()
+            self.adapters.keep_casts(keeps_casts)
             stack.enter_context(self.adapters.attached())
             stack.enter_context(checkpointed(self.network.denoiser.blocks(), checkpointing))
             if self.device.type == "cuda":

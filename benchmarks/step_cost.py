@@ -1,11 +1,16 @@
-"""Cost of one D-OPSD optimizer step on the demo model: ours compared with a plain restatement of the reference step.
+"""Cost of learning with D-OPSD on the demo model: ours compared with a plain restatement of the authors' loop.
 
-    python -m benchmarks.step_cost            # from the root of the checkout, in the environment of `make demo`
+    python -m benchmarks.step_cost                                  # K = 2 and 4, batch 1 and 4, 2 seeds
+    python -m benchmarks.step_cost --rollout-steps 2 4 8            # resumes what was measured before
 
-The reference step encodes both conditions and the target latent of every pair in each step and calls backward once,
+The authors' step encodes both conditions and the target latent of every pair in each step and calls backward once,
 with the graphs of all K rollout steps in memory. Ours encodes the conditions beforehand and calls backward after each
-rollout step. Model, adapters, pairs, noise and optimizer are the same; every measurement has its own process, so that
-peak memory is separate.
+rollout step; the third variant backpropagates through one of the K steps, drawn by its gap. Model, LoRA, pairs, noise,
+optimizer and learning rate are the same, without prior anchors and without gradient checkpointing.
+
+Bytes and FLOPs are counted op by op, in one step and as the mean of several. Seconds are those of the steps alone,
+until the gap to the teacher on unseen prompts, measured every few steps, is at most a fifth of that before training.
+Every measurement has its own process.
 """
 
 from __future__ import annotations
@@ -16,146 +21,279 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
+from statistics import mean, median
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import RESULTS, Section, Table, measured_here, record
+from benchmarks.counters import LiveBytes
+from benchmarks.report import RESULTS, WORK, Journal, Section, Table, measured_here, record
 from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.conditioning.encode import DualCondition
 from dopsd_core.data.dataset import read_dataset
 from dopsd_core.data.images import load_image
 from dopsd_core.demo.concept import make_concept, write_dataset
-from dopsd_core.demo.world import IMAGE_SIZE
+from dopsd_core.demo.settings import demo_config
+from dopsd_core.demo.world import IMAGE_SIZE, TRIGGER
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.objectives import DOPSD, ObjectiveInputs, self_distillation_loss
+from dopsd_core.objectives import DOPSD, ObjectiveInputs, measure_gap, self_distillation_loss
 from dopsd_core.rollout import rollout
 from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model
-from dopsd_core.standalone.memory import peak_rss_mb
-from dopsd_core.teachers import EmaTeacher
 from dopsd_core.training.rng import make_generator
+from dopsd_core.training.step_losses import StepLosses
 
-Step = Callable[[], None]
+VARIANTS = {"authors": "authors' loop", "ours": "ours", "one": "ours, 1 of K"}
+LEVEL, PROMPTS, CHECK_EVERY, MOST_STEPS = 0.2, 8, 5, 300
+JOURNAL = WORK / "step-cost.jsonl"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        variant: one of `VARIANTS`.
+        rollout_steps: K.
+        batch: batch size.
+        seed: of LoRA, noise and gradient steps.
+    """
+
+    variant: str
+    rollout_steps: int
+    batch: int
+    seed: int
 
 
 class Bench:
-    """The demo model with a LoRA on it, and four training pairs repeated to the batch size."""
+    """The demo model with a LoRA on it, and the training pairs of a concept."""
 
-    def __init__(self, folder: Path, batch: int, num_steps: int) -> None:
+    def __init__(self, folder: Path, setting: Setting) -> None:
+        self.setting, self.config = setting, demo_config(seed=setting.seed)
         self.model: DemoModel = load_demo_model()
-        write_dataset(make_concept(0), folder)
-        pairs = read_dataset(folder, pixel_budget=IMAGE_SIZE**2, multiple=16).pairs
-        self.sources = [pairs[i % len(pairs)] for i in range(batch)]
+        concept = make_concept(0)
+        write_dataset(concept, folder)
+        self.sources = read_dataset(folder, trigger=TRIGGER, pixel_budget=IMAGE_SIZE**2, multiple=16).pairs
+        self.sigmas = Z_IMAGE.sigmas(setting.rollout_steps, IMAGE_SIZE, IMAGE_SIZE)
+        self.encoded = [self.encode(number) for number in range(len(self.sources))]
+        images = [load_image(pair.image_path, pair.bucket) for pair in self.sources]
+        encoder, texts = self.model.encoder, concept.unseen.texts[:PROMPTS]
+        self.unseen = [
+            DualCondition(encoder.encode_text(text), encoder.encode_image_text(image, text), None, text, "")
+            for text, image in zip(texts, cycle(images), strict=False)
+        ]
+        self.begin()
+
+    def begin(self) -> None:
+        """A new LoRA and optimizer."""
+        config = self.config
         self.adapters = AdapterSet(
-            self.model.denoiser.sites(), Z_IMAGE.lora_config(rank=16), teacher=EmaTeacher(decay=0.999)
+            self.model.denoiser.sites(),
+            Z_IMAGE.lora_config(config.adapter.rank),  # type: ignore[attr-defined]
+            seed=config.seed,
+            teacher=config.teacher,
         )
-        self.optimizer = torch.optim.AdamW(self.adapters.parameters(), 1e-4, weight_decay=0.0)
-        self.sigmas = Z_IMAGE.sigmas(num_steps, IMAGE_SIZE, IMAGE_SIZE)
-        self.noise = torch.randn(batch, *Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE))
+        self.optimizer = config.optimizer.build(self.adapters.parameters())
+        self.losses = StepLosses(self.setting.rollout_steps)
 
-    def encode(self) -> list[DualCondition]:
-        """The conditions of the pairs, computed anew."""
-        encoder, out = self.model.encoder, []
-        for pair in self.sources:
-            image, caption = load_image(pair.image_path, pair.bucket), pair.captions[0]
-            student, teacher = encoder.encode_text(caption), encoder.encode_image_text(image, caption)
-            out.append(DualCondition(student, teacher, encoder.encode_latent(image), caption, ""))
-        return out
+    def encode(self, number: int) -> DualCondition:
+        """The conditions and the target of a pair, computed anew."""
+        pair, encoder = self.sources[number], self.model.encoder
+        image, caption = load_image(pair.image_path, pair.bucket), pair.captions[0]
+        student, teacher = encoder.encode_text(caption), encoder.encode_image_text(image, caption)
+        return DualCondition(student, teacher, encoder.encode_latent(image), caption, "")
 
-    def ours(self) -> Step:
-        """The step of this project, on conditions that are encoded once."""
-        pairs, objective = self.encode(), DOPSD(anchor_probability=0)
-
-        def step() -> None:
-            self.optimizer.zero_grad(set_to_none=True)
-            generator = make_generator(0, "bench")
-            objective.backward(
-                ObjectiveInputs(self.model.denoiser, self.adapters, pairs, self.noise, self.sigmas, generator)
-            )
-            self.finish()
-
-        return step
-
-    def reference(self) -> Step:
-        """The authors' step: encodes each time, one backward over all rollout steps."""
-        denoiser, adapters = self.model.denoiser, self.adapters
-
-        def step() -> None:
-            self.optimizer.zero_grad(set_to_none=True)
-            pairs, losses = self.encode(), []
-            students, teachers = [p.student for p in pairs], [p.teacher for p in pairs]
-            adapters.mode = "student"
-            predict = lambda x, sigma: denoiser.predict_x0(x, sigma, students)  # noqa: E731
-            for state in rollout(predict, self.noise, self.sigmas, grad_steps=range(len(self.sigmas))):
-                with adapters.use("teacher"), torch.no_grad():
-                    target = denoiser.predict_x0(state.x, state.sigma, teachers)
-                losses.append(self_distillation_loss(state.x0, target, state.sigma))
-            torch.stack(losses).mean().backward()
-            self.finish()
-
-        return step
-
-    def finish(self) -> None:
-        """Clips the gradients, and updates the LoRA and its teacher."""
-        torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
+    def step(self, number: int) -> None:
+        """Optimizer step `number`, from 0, of the variant."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate(number)
+        self.optimizer.zero_grad(set_to_none=True)
+        first, count = number * self.setting.batch, len(self.sources)
+        chosen = [(first + offset) % count for offset in range(self.setting.batch)]
+        if self.setting.variant == "authors":
+            self.authors([self.encode(place) for place in chosen], self.noise(number, len(chosen)))
+        else:
+            self.ours([self.encoded[place] for place in chosen], number)
+        torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.adapters.update_teacher()
 
+    def ours(self, pairs: Sequence[DualCondition], number: int) -> None:
+        """The gradient as this project computes it, on conditions that are encoded once."""
+        objective = DOPSD(anchor_probability=0)
+        if self.setting.variant == "one":
+            objective = objective.replace(grad_steps=1, step_draw="gap")
+        self.losses.add([objective.backward(self.inputs(pairs, number))])
 
-def measure(variant: str, num_steps: int, batch: int, repeats: int) -> dict[str, float]:
-    """steps/s (median of `repeats`, one more before them not counted) and the memory that the steps added, in MB."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), batch, num_steps)
-        step = {"ours": bench.ours, "reference": bench.reference}[variant]()
-        before, seconds = peak_rss_mb(), []
-        with bench.adapters.attached():
-            for _ in range(repeats + 1):
-                began = time.perf_counter()
-                step()
-                seconds.append(time.perf_counter() - began)
-    middle = sorted(seconds[1:])[repeats // 2]
-    return {"steps_per_second": 1 / middle, "added_mb": peak_rss_mb() - before}
+    def authors(self, pairs: Sequence[DualCondition], noise: torch.Tensor) -> None:
+        """The authors' gradient at noise [B, C, h, w]: one backward over all rollout steps."""
+        denoiser, losses = self.model.denoiser, []
+        students, teachers = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+        predict = lambda x, sigma: denoiser.predict_x0(x, sigma, students)  # noqa: E731
+        for state in rollout(predict, noise, self.sigmas, grad_steps=range(len(self.sigmas))):
+            with self.adapters.use("teacher"), torch.no_grad():
+                target = denoiser.predict_x0(state.x, state.sigma, teachers)
+            losses.append(self_distillation_loss(state.x0, target, state.sigma))
+        torch.stack(losses).mean().backward()
+
+    def gap(self) -> float:
+        """The gap to the teacher on unseen prompts, relative to that before training."""
+        now = measure_gap(self.inputs(self.unseen, -1))
+        before = measure_gap(self.inputs(self.unseen, -1), student_mode="off", teacher_mode="off")
+        return now.metrics["gap"] / before.metrics["gap"]
+
+    def inputs(self, pairs: Sequence[DualCondition], number: int) -> ObjectiveInputs:
+        """Of a step, or of the measurement for -1."""
+        drawing = make_generator(self.setting.seed, "steps", number)
+        noise = self.noise(number, len(pairs))
+        return ObjectiveInputs(
+            self.model.denoiser, self.adapters, pairs, noise, self.sigmas, drawing, step_losses=self.losses.known
+        )
+
+    def noise(self, number: int, count: int) -> torch.Tensor:
+        """[count, C, h, w] of a step, or of the measurement for -1."""
+        generator = make_generator(self.setting.seed, "noise", number)
+        return torch.randn(count, *Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE), generator=generator)
+
+
+def measure(bench: Bench, most_steps: int = MOST_STEPS, level: float = LEVEL) -> dict[str, float]:
+    """Peak bytes and FLOPs of a step; then steps and seconds until the gap, and seconds of a step, from new weights."""
+    counted = _counted_steps(bench.setting)
+    with bench.adapters.attached():
+        bench.step(0)
+        bench.optimizer.zero_grad(set_to_none=True)
+        with LiveBytes() as live:
+            bench.step(1)
+        with FlopCounterMode(display=False) as flops:
+            for number in range(2, 2 + counted):
+                bench.step(number)
+    bench.begin()
+    seconds: list[float] = []
+    is_reached = False
+    with bench.adapters.attached():
+        while len(seconds) < most_steps and not is_reached:
+            began = time.perf_counter()
+            bench.step(len(seconds))
+            seconds.append(time.perf_counter() - began)
+            is_reached = len(seconds) % CHECK_EVERY == 0 and bench.gap() <= level
+    return {
+        "bytes": live.peak,
+        "flops": flops.get_total_flops() / counted,
+        "step_seconds": median(seconds),
+        "steps": len(seconds),
+        "seconds": sum(seconds),
+        "reached": is_reached,
+    }
+
+
+def _counted_steps(setting: Setting) -> int:
+    """Of how many steps the FLOPs are the mean: which rollout step is drawn decides what a step costs."""
+    return 4 * setting.rollout_steps if setting.variant == "one" else 1
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def run_all(settings: Sequence[Setting], journal: Journal) -> list[dict[str, Any]]:
+    """The rows of the settings; those in the journal are not measured again."""
+    done = {Setting(**row["setting"]): row for row in journal.rows}
+    for number, setting in enumerate(settings, 1):
+        if setting in done:
+            continue
+        began = time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.step_cost", "--worker", json.dumps(asdict(setting))]
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+        if out.returncode:
+            raise SystemExit(f"{setting} failed:\n{out.stderr}")
+        row = {"setting": asdict(setting), **json.loads(out.stdout.splitlines()[-1])}
+        journal.append(row)
+        done[setting] = row
+        took = time.monotonic() - began
+        print(f"{number} of {len(settings)}, {took:.0f} s: {setting}, {row['steps']} steps", flush=True)
+    return [done[setting] for setting in settings]
+
+
+def section(rows: Sequence[Mapping[str, Any]], command: str) -> Section:
+    """A row for each K, batch and variant, with means over the seeds and what ours saves."""
+    groups: dict[tuple[int, int], dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        setting = row["setting"]
+        of_size = groups.setdefault((setting["rollout_steps"], setting["batch"]), {})
+        of_size.setdefault(setting["variant"], []).append(row)
+    cells = []
+    for (k, batch), by_variant in sorted(groups.items()):
+        reference = by_variant.get("authors")
+        for variant in VARIANTS:
+            if variant in by_variant:
+                cells.append((str(k), str(batch), VARIANTS[variant], *_figures(by_variant[variant], reference)))
+    seeds = len({row["setting"]["seed"] for row in rows})
+    notes = (
+        f"Means over {seeds} seeds, {torch.get_num_threads()} threads. In parentheses: relative to the authors' loop. "
+        f"The gap is that to the teacher on {PROMPTS} unseen prompts, relative to before training, measured every "
+        f"{CHECK_EVERY} steps.",
+        "The authors' loop encodes its conditions in every step and keeps the graphs of all K rollout steps; ours does "
+        "neither. The last row of each size backpropagates through one step, drawn by its gap. No prior anchors.",
+    )
+    columns = (
+        "K",
+        "batch",
+        "step",
+        "steps/s",
+        "peak, MB",
+        "GFLOP per step",
+        f"steps to gap {LEVEL:g}",
+        "seconds to it",
+    )
+    return Section("step-cost", "Cost of learning", command, None, Table(columns, tuple(cells)), notes)
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]] | None) -> tuple[str, ...]:
+    def of(name: str, scale: float, digits: int) -> str:
+        value = mean(row[name] for row in rows)
+        text = f"{value / scale:.{digits}f}"
+        if reference is None or reference is rows:
+            return text
+        return f"{text} ({value / mean(row[name] for row in reference):.2f})"
+
+    rate = f"{1 / mean(row['step_seconds'] for row in rows):.2f}"
+    if reference is not None and reference is not rows:
+        times = mean(row["step_seconds"] for row in reference) / mean(row["step_seconds"] for row in rows)
+        rate += f" ({times:.2f})"
+    short = sum(not row["reached"] for row in rows)
+    missed = f", {short} of {len(rows)} not reached" if short else ""
+    return rate, of("bytes", 1e6, 0), of("flops", 1e9, 1), of("steps", 1, 0) + missed, of("seconds", 1, 1)
 
 
 def main() -> None:
-    """Measures both steps and records them; with --worker one of them."""
+    """Measures all settings and records them; with --worker one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rollout-steps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "K"), help=argparse.SUPPRESS)
+    parser.add_argument("--rollout-steps", type=int, nargs="+", default=[2, 4], metavar="K")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], metavar="B")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        sys.stdout.write(json.dumps(measure(args.worker[0], int(args.worker[1]), args.batch, args.repeats)) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(Bench(Path(folder), Setting(**args.worker)))
+        sys.stdout.write(json.dumps(found) + "\n")
         return
-    found = measured_here(section(args.rollout_steps, args.batch, args.repeats))
+    settings = [
+        Setting(variant, k, batch, seed)
+        for k in args.rollout_steps
+        for batch in args.batch
+        for seed in range(args.seeds)
+        for variant in VARIANTS
+    ]
+    rows = run_all(settings, Journal.open(JOURNAL, fresh=args.fresh))
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    found = measured_here(section(rows, " ".join(("python -m benchmarks.step_cost", *words))))
     record(found, RESULTS)
     print(found.to_markdown())
-
-
-def section(rollout_steps: Sequence[int], batch: int, repeats: int) -> Section:
-    """Both steps at every number of rollout steps, each in a process of its own."""
-    rows = []
-    for k in rollout_steps:
-        for variant in ("reference", "ours"):
-            command = [sys.executable, "-m", "benchmarks.step_cost", "--worker", variant, str(k)]
-            sizes = ["--batch", str(batch), "--repeats", str(repeats)]
-            out = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True)
-            row = json.loads(out.stdout.splitlines()[-1])
-            rows.append((str(k), variant, f"{row['steps_per_second']:.2f}", f"{row['added_mb']:.0f}"))
-    notes = (
-        f"The demo model, batch {batch}, {torch.get_num_threads()} threads. The reference's step recomputes its conditions and keeps the graphs of all K rollout steps; ours does neither.",  # noqa: E501
-    )
-    columns = ("K", "step", "steps/s", "memory added by the steps, MB")
-    return Section(
-        "step-cost",
-        "Cost of an optimizer step",
-        "python -m benchmarks.step_cost",
-        None,
-        Table(columns, tuple(rows)),
-        notes,
-    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .arguments import config_from_args, parse_args
+from .config import ConfigError
 from .demo.settings import demo_config
+from .presets import ON_COMMAND_LINE, USUAL
 from .standalone.caption_arguments import caption_options_from_args
 from .text import escape_unencodable, printable
 
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("dopsd")
 
 STANDALONE = {"torch", "diffusers", "transformers", "accelerate", "tqdm", "matplotlib", "peft"}
+
+_SHARED = ("train", "encode")
+"""Commands that several processes share."""
 
 _AFTER_CTRL_C = {
     "train": "; the same command resumes from the last checkpoint",
@@ -54,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect_dataset(args: argparse.Namespace) -> int:
     """Prints the report of a dataset and returns the exit code: 1 if it has errors, else 0."""
     from .data.dataset import read_dataset
+    from .standalone.datasets import require_images
 
+    require_images(args.dataset)
     side, multiple = _sizes(args.model)
     report = read_dataset(
         args.dataset,
@@ -86,6 +94,7 @@ def _sizes(model: str | None) -> tuple[int, int]:
 
 
 def _dispatch(args: argparse.Namespace) -> int:
+    _require_one_process(args.command)
     if args.command == "inspect-dataset":
         return inspect_dataset(args)
     if args.command == "train":  # before torch is loaded
@@ -95,16 +104,29 @@ def _dispatch(args: argparse.Namespace) -> int:
     return _command(args.command)(args) or 0
 
 
+def _require_one_process(command: str) -> None:
+    """Raises ValueError if a launcher started several processes of a command that does not share its work."""
+    processes = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if processes > 1 and command not in _SHARED:
+        raise ValueError(
+            f"{command} runs in one process, and a launcher started {processes}: leave out accelerate or torchrun"
+        )
+
+
 def _default_config(args: argparse.Namespace) -> TrainConfig:
     from .standalone.model_options import ModelOptions
 
     options = ModelOptions.of(args)
     if options.is_demo:
+        if args.preset:
+            raise ConfigError(("--preset is for real models; the demo model has settings of its own: leave it out",))
         return demo_config()
+    if args.preset and args.config:
+        raise ConfigError(("--preset and --config both choose all settings: give one of them",))
     from .standalone.hosts.source import find_family
     from .standalone.settings import family_config
 
-    return family_config(find_family(options).family)
+    return family_config(find_family(options).family, ON_COMMAND_LINE[args.preset or USUAL])
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

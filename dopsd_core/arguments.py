@@ -18,6 +18,7 @@ from .metrics.arguments import add_evaluate
 from .number_text import float_argument, int_argument
 from .option_arguments import add_option, given_values
 from .options import Option, all_options, changed
+from .presets import ON_COMMAND_LINE
 from .standalone.caption_arguments import add_caption
 from .standalone.comparison.arguments import add_compare
 from .standalone.encoding_arguments import add_encode
@@ -136,6 +137,10 @@ def _add_train(commands: Any) -> None:
         "where none is given; --small-first begins with the smaller ones, which need less time",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
+    parser.add_argument(
+        "--preset", choices=tuple(ON_COMMAND_LINE),
+        help="settings that fit together, by what is trained; other options go over them (default: subject)",
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     _add_view(parser)
     parser.add_argument(
@@ -215,7 +220,7 @@ def _add_sample(commands: Any) -> None:
         "--strength", type=float_argument(), default=1.0, metavar="X", help="LoRA strength (default: %(default)s)"
     )
     parser.add_argument("--teacher-image", type=Path, metavar="FILE", help="image for the teacher to see")
-    _add_teacher_view(parser)
+    _add_teacher_view(parser, [name for name, view in TEACHER_VIEWS.items() if view.sees != "nothing"])
     parser.add_argument(
         "--count", type=int_argument(1), default=1, metavar="N", help="images per prompt (default: %(default)s)"
     )
@@ -268,15 +273,16 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--teacher-sentence", default="", metavar="TEXT",
-        help="appended to the caption that the teacher reads, for edits; - for none; default: the view's own",
+        help="appended to the caption that the teacher reads, for edits; - for none; default: the view's own. With the "
+        "view words, what it reads in place of words of the caption, such as 'face -> smiling face'",
     )  # fmt: skip
 
 
-def _add_teacher_view(parser: argparse.ArgumentParser) -> None:
+def _add_teacher_view(parser: argparse.ArgumentParser, views: Sequence[str] = tuple(TEACHER_VIEWS)) -> None:
     parser.add_argument(
-        "--teacher-view", choices=("auto", *TEACHER_VIEWS), default="auto",
-        help="how the teacher sees an image: through a vision tower (vlm) or as the reference of an edit; auto is the "
-        "model's own way (default: %(default)s)",
+        "--teacher-view", choices=("auto", *views), default="auto",
+        help="how the teacher sees an image: through a vision tower (vlm) or as the reference of an edit; words: not "
+        "at all, but it reads other words, for a slider; auto is the model's own way (default: %(default)s)",
     )  # fmt: skip
 
 

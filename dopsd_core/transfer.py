@@ -1,7 +1,8 @@
-"""Transfers of tensors to the device."""
+"""Transfers of tensors to the device and back."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .lazy import lazy
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+_MOST_PINNED = 2**30
+"""Bytes of pinned memory for one transfer: torch keeps it for the next one, and other programs cannot have it."""
+
 
 def to_device(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     """Moves `tensor`, of any shape, to the device; shares memory if nothing changes.
@@ -21,3 +25,32 @@ def to_device(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | N
     """
     uploads = tensor.device.type == "cpu" and not tensor.is_pinned() and torch.device(device).type == "cuda"
     return tensor.to(device, dtype, non_blocking=uploads)
+
+
+def copies_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, of any shape, on the CPU, which share no memory with them.
+
+    From a CUDA device the copies go to pinned memory, up to 1 GiB, and the host waits for all of them once. Ordinary
+    memory needs a wait for each tensor, and is slower.
+    """
+    copies: dict[str, Tensor] = {}
+    left = _MOST_PINNED
+    device: torch.device | None = None
+    for name, tensor in tensors.items():
+        pinned = _pinned_like(tensor) if tensor.device.type == "cuda" and tensor.nbytes <= left else None
+        if pinned is None:
+            copies[name] = tensor.detach().to("cpu", copy=True)
+            continue
+        copies[name] = pinned.copy_(tensor.detach(), non_blocking=True)
+        left, device = left - tensor.nbytes, tensor.device
+    if device is not None:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
+
+
+def _pinned_like(tensor: Tensor) -> Tensor | None:
+    """Pinned memory of the tensor's shape; None if the system gives none, as some limit it."""
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:
+        return None

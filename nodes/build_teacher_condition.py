@@ -80,7 +80,7 @@ def build_conditions(
     pairs = dataset.pairs
     texts = preview_texts(wanted.preview_prompts, pairs, dataset.trigger)
     trained = {caption for pair in pairs for caption in pair.captions}
-    unseen = next((text for text in texts if text not in trained), None)
+    unseen = next((text for text in texts if text not in trained and teacher.teaches(text)), None)
     data: TrainingSet = build_training_set(
         pairs,
         encoder,
@@ -157,7 +157,9 @@ def named_texts(pairs: Sequence[Pair], wanted: Wanted, sentence: str) -> Iterato
 def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tuple[str, ...]:
     """One line for each input of Build Teacher Condition that is not used."""
     notes = []
-    if vision is not None and teacher.sees != "features":
+    if vision is not None and teacher.sees == "nothing":
+        notes.append(f"vision is not used: the teacher {teacher.name} sees no image")
+    elif vision is not None and teacher.sees != "features":
         notes.append(f"vision is not used: the teacher {teacher.name} sees through the model's editing branch")
     elif vision is not None and has_tower(clip):
         notes.append("vision is not used: the text encoder has a vision tower")
@@ -225,8 +227,8 @@ def _inputs() -> list[Any]:
             optional=True,
             tooltip="How the teacher sees the image. vlm: through Qwen3-VL's vision tower and the model's own "
             "text encoder (Z-Image-Turbo, FLUX.2-klein 4B, Krea 2 Turbo). edit: as reference image of the model's "
-            "editing branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. auto: the "
-            "best one for this model and dataset.",
+            "editing branch (FLUX.2-klein). edit_target: for edit LoRAs, whose dataset has source images. words: no "
+            "image but other words, for a slider; see the help. auto: the best one for this model and dataset.",
         ),
         io.String.Input(
             "preview_prompts",
@@ -274,7 +276,8 @@ def _optional_inputs() -> list[Any]:
             advanced=True,
             tooltip="A sentence that only the teacher reads, after the caption, in the modes edit and "
             "edit_target. Empty: a default sentence that asks it to follow the reference image. A single - : "
-            "no sentence.",
+            "no sentence. In the mode words: what it reads in place of the caption's words, such as face -> smiling "
+            "face.",
         ),
         DatasetSocket.Input(
             "regularisation",

@@ -15,7 +15,7 @@ from .comfy_host.former_inputs import AFTER_INITIAL_LORA, BEFORE_MEMORY, former_
 from .comfy_host.memory_plan import MEMORY_CHOICES
 from .comfy_host.model_patches import require_own_sampling
 from .comfy_host.paths import require_run_name
-from .comfy_host.presets import PRESETS, preset_steps
+from .comfy_host.presets import PRESETS, USUAL, preset_steps
 from .comfy_host.sent_values import unread_before, unread_inputs
 from .comfy_host.settings import TrainingSettings
 from .comfy_host.shared_inputs import conditions_input, seed_input
@@ -153,10 +153,11 @@ def _first_inputs() -> list[Any]:
         io.Combo.Input(
             "preset",
             options=list(PRESETS),
-            default="standard",
+            default=USUAL,
             optional=True,
-            tooltip="Settings that fit together. standard: for most concepts. quick look: a short first try. "
-            "paper: the authors' settings, slow. demo model: for Load Demo Models only.",
+            tooltip="Settings that fit together, by what you train: a subject, a style, a character, an edit. quick "
+            "look: a short first try. paper: the authors' settings, slow. demo model: for Load Demo Models only. "
+            "standard: the former name of subject.",
             extra_dict={"dopsd_steps": preset_steps()},
         ),
         io.Int.Input(

@@ -42,21 +42,26 @@ def krea2_text_encoder(words: Any) -> Any:
     return twins.fill(Qwen3VLModel(Qwen3VLConfig(text_config=sizes, vision_config=tower, image_token_id=mark)), 1)
 
 
-def make_krea2(folder: Path) -> Made:
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+def krea2_transformer() -> Any:
     from diffusers.models.transformers.transformer_krea2 import Krea2Transformer2DModel
 
-    from dopsd_core.standalone.hosts.krea2 import Krea2Denoiser, Krea2Encoder
-
-    words = twins.tokenizer()
-    transformer = Krea2Transformer2DModel(
+    network = Krea2Transformer2DModel(
         num_layers=2, num_attention_heads=2, num_key_value_heads=1, attention_head_dim=128, intermediate_size=128,
         text_hidden_dim=KREA_WIDTH, num_text_layers=12, text_num_attention_heads=2, text_num_key_value_heads=2,
         text_intermediate_size=64,
     )  # fmt: skip
+    return twins.fill(network, 0)
+
+
+def make_krea2(folder: Path) -> Made:
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+
+    from dopsd_core.standalone.hosts.krea2 import Krea2Denoiser, Krea2Encoder
+
+    words = twins.tokenizer()
     vae = AutoencoderKLQwenImage(base_dim=8)
     parts: dict[str, Any] = {
-        "transformer": twins.fill(transformer, 0), "vae": twins.fill(vae, 2), "text_encoder": krea2_text_encoder(words)
+        "transformer": krea2_transformer(), "vae": twins.fill(vae, 2), "text_encoder": krea2_text_encoder(words)
     }  # fmt: skip
     write(folder, "Krea2Pipeline", parts)
     words.save_pretrained(folder / "tokenizer")

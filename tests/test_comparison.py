@@ -9,21 +9,27 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare import sections
 from dopsd_core.__main__ import main
+from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.arguments import parse_args
 from dopsd_core.config import ConfigError
 from dopsd_core.demo.concept import make_concept
 from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS
 from dopsd_core.demo.world import APPEARANCE
+from dopsd_core.families import Z_IMAGE
 from dopsd_core.metrics.intervals import nested_bootstrap
+from dopsd_core.objectives import DOPSD as DopsdObjective
 from dopsd_core.options import flattened
-from dopsd_core.standalone.comparison.command import load_grids
+from dopsd_core.standalone.comparison.command import load_grids, run_compare
 from dopsd_core.standalone.comparison.experiment import (
     Plan,
     best_rate,
@@ -33,19 +39,24 @@ from dopsd_core.standalone.comparison.experiment import (
     tune,
 )
 from dopsd_core.standalone.comparison.methods import (
+    ADAPTERS,
     DOPSD,
     METHODS,
     PRESETS,
+    REFERENCES,
     Method,
     chosen_methods,
     parse_method,
 )
 from dopsd_core.standalone.comparison.report import grids
-from dopsd_core.standalone.comparison.trials import Outcome, Trial, saved_outcome
+from dopsd_core.standalone.comparison.trials import Outcome, Trial, _watcher, saved_outcome
+from dopsd_core.standalone.comparison.work import CountedDenoiser
 from dopsd_core.standalone.demo import Demo
 from dopsd_core.standalone.hosts.demo import load_demo_model
 from dopsd_core.standalone.judge import judged_right, load_judge
 from dopsd_core.teachers import FrozenTeacher
+
+from .toy_denoiser import ToyDenoiser, lora, make_inputs, randomise
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
@@ -89,7 +100,8 @@ def test_intervals_of_nothing_are_refused(values: torch.Tensor) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid_and_have_the_same_budget(preset: str) -> None:
     methods = PRESETS[preset]
-    assert methods[0] is DOPSD and len({m.name for m in methods}) == len({m.title for m in methods}) == len(methods)
+    assert replace(methods[0], title=DOPSD.title) == DOPSD
+    assert len({m.name for m in methods}) == len({m.title for m in methods}) == len(methods)
     configs = [method.config(50, 3) for method in methods]
     assert len({c.to_json() for c, m in zip(configs, methods, strict=True) if not m.undistilled}) == sum(
         not m.undistilled for m in methods
@@ -103,9 +115,19 @@ def test_presets_are_valid_and_have_the_same_budget(preset: str) -> None:
 
 
 def replace_choices(config: Any, own: Any) -> Any:
-    """The configuration with the objective, teacher and rollout of another one: what a method may differ in."""
-    kept = {name: getattr(own, name) for name in ("objective", "teacher", "rollout_steps", "optimizer")}
+    """The configuration with the choices of another one in all that a method may differ in."""
+    names = ("objective", "teacher", "rollout_steps", "optimizer", "adapter", "batch_size")
+    kept = {name: getattr(own, name) for name in names}
     return config.replace(**kept)
+
+
+def test_adapters_are_compared_at_equal_size_and_scale() -> None:
+    adapters: list[Any] = [method.config(10, 0).adapter.for_targets(Z_IMAGE.lora_targets) for method in ADAPTERS]
+    sites = load_demo_model().denoiser.sites()
+    sizes = [adapter.size(sites)[1] for adapter in adapters]
+    assert {adapter.scale for adapter in adapters} == {1.0}
+    assert all(abs(size / sizes[0] - 1) < 0.03 for size in sizes), sizes
+    assert len(adapters[3].shape(256, 256).w2) == 1, "rank 64 keeps the second factor in one piece"
 
 
 def test_a_method_from_the_command_line() -> None:
@@ -186,6 +208,69 @@ def test_a_plan_runs_only_its_regimes_and_reuses_runs_that_are_the_same() -> Non
     assert found["time"]["sft"] == found["steps"]["sft"]
     found = run_plan(replace(PLAN, regimes=("error",), max_steps=40), runner)
     assert {trial.steps for trial in runner.trials if trial.regime == "error"} == {40} and "time" not in found
+
+
+def test_equal_work_is_run_alone_with_the_references() -> None:
+    runner: Any = FakeRunner()
+    plan = replace(PLAN, regimes=("work",), work=50)
+    found = run_plan(plan, runner)
+    assert list(found) == ["work"] and list(found["work"]) == ["untouched", "teacher", "dopsd", "sft"]
+    assert {(trial.regime, trial.work) for trial in runner.trials} == {("work", 50)}
+    runner.trials.clear()
+    tune(plan, runner, 1, rates=(1e-3,))
+    assert {(trial.regime, trial.work) for trial in runner.trials} == {("work", 50)}
+
+
+class FakeDemo:
+    """Its gap and error follow the forwards so far, of which each step makes 10."""
+
+    model: Any = SimpleNamespace(denoiser=None)
+    conditions: Any = SimpleNamespace(trigger=())
+
+    def relative_gap(self, adapters: Any, seed: int) -> float:
+        return 1 - adapters / 100
+
+    def concept_error(self, adapters: Any, *_: Any) -> float:
+        return 0.9 - adapters / 100
+
+
+def test_equal_work_stops_at_it_and_is_measured_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountedDenoiser, "cost", lambda *_: 2.0)
+    demo: Any = FakeDemo()
+    watcher: Any = _watcher(Trial(DOPSD, 0, 0, "work", 1000, work=40), demo)
+    steps = 0
+    watcher.on_preview(0, 0)
+    while not watcher.should_stop():
+        steps += 1
+        watcher.counted.flops += 2.0 * 10
+        watcher.on_preview(steps, 10 * steps)
+    assert (steps, watcher.forwards) == (4, 40)
+    scores = watcher.with_measured({"concept_error": 0.1})
+    assert scores == pytest.approx(
+        {"concept_error": 0.1, "gap at 0.25": 0.9, "error at 0.25": 0.8, "gap at 0.5": 0.8, "error at 0.5": 0.7}
+        | {"gap at 1": 0.6}
+    )
+    references = [
+        _watcher(Trial(method, 0, 0, "work"), demo).with_measured({"concept_error": 0.3}) for method in REFERENCES
+    ]
+    assert [scores["gap at 1"] for scores in references] == [1, 0] and references[0]["error at 0.5"] == 0.3
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+def test_work_is_what_torch_counts(teacher: str) -> None:
+    denoiser = ToyDenoiser()
+    adapters = AdapterSet(denoiser.sites(), lora(), teacher=teacher)
+    randomise(adapters)
+    counted: Any = CountedDenoiser(denoiser)
+    with adapters.attached():
+        for _ in range(2):  # the second one is not measured again
+            dopsd = DopsdObjective(anchor_probability=0, grad_steps=2)
+            with FlopCounterMode(display=False) as counter:
+                dopsd.backward(make_inputs(denoiser, adapters))
+            before = counted.flops
+            dopsd.backward(make_inputs(counted, adapters))
+            assert counted.flops - before == counter.get_total_flops() > 0
+    assert all(parameter.grad is not None for parameter in adapters.parameters())
 
 
 # -- plans and records -------------------------------------------------------------------------------------------------
@@ -361,3 +446,8 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*compare_words(tmp_path), "--method", "x: sft_shift=1"]) == 1
     error = capsys.readouterr().err
     assert "sft_shift is an option of objective sft" in error and "Traceback" not in error
+
+
+def test_equal_work_with_other_regimes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--regimes work is measured alone: leave the other regimes out"):
+        run_compare(parse_args(["compare", "--regimes", "steps", "work"]))

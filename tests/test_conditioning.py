@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dopsd_core.conditioning.cache import FORMAT, ConditionCache, cache_key, digest_bytes
 from dopsd_core.conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset, encode_texts
-from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM, WORDS
 
 
 class CountingEncoder:
@@ -427,6 +427,45 @@ def test_of_other_images_only_the_subject_is_asked_for():
     assert EDIT.with_sentence("Copy it.", others=True).sentence == "Copy it."
     assert EDIT.with_sentence("-", others=True).sentence == ""
     assert VLM.with_sentence("", others=True) == VLM
+
+
+def test_a_slider_reads_other_words_and_sees_no_image():
+    teacher, encoder = WORDS.with_sentence("emblem -> red emblem"), CountingEncoder()
+    (pair,) = encode_dataset([request()], encoder, None, teacher=teacher)
+    assert torch.equal(pair.student.features, encoder.encode_text("a [V] emblem").features)
+    assert torch.equal(pair.teacher.features, encoder.encode_text("a [V] red emblem").features)
+    assert "image_text" not in encoder.calls and teacher.remark == "reads other words"
+    (other,) = encode_dataset([request()], CountingEncoder(), None, teacher=WORDS.with_sentence("emblem -> emblems"))
+    assert pair.key != other.key
+
+
+@pytest.mark.parametrize(
+    ("sentence", "caption", "text"),
+    [
+        ("man -> old man", "a man and a woman, man", "a old man and a woman, old man"),
+        ("man ->", "a man", "a "),
+        ("very old", "a man", "a man very old"),
+        ("人->老人", "一个人在雪中", "一个老人在雪中"),
+        ("C++ -> C", "C++ in lights", "C in lights"),
+        (r"a -> \1", "a man", r"\1 man"),
+        ("dog -> cat", "a man", "a man"),
+    ],
+)
+def test_words_are_replaced_whole(sentence: str, caption: str, text: str):
+    teacher = WORDS.with_sentence(sentence)
+    assert teacher.text(caption) == text and teacher.teaches(caption) == (text != caption)
+
+
+@pytest.mark.parametrize("sentence", ["", " ", "-", "-> old", "face -> face", " face->face "])
+def test_a_slider_without_other_words_is_refused(sentence: str):
+    with pytest.raises(ValueError, match="sees no image: write in teacher_sentence what it reads"):
+        WORDS.with_sentence(sentence)
+
+
+def test_a_slider_has_no_background():
+    with pytest.raises(ValueError, match="sees no image: set teacher_background to keep"):
+        WORDS.with_background("grey")
+    assert EDIT.with_sentence("face -> smiling face").text("a face") == "a face face -> smiling face"
 
 
 def test_an_edit_without_a_source_is_refused():

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from dopsd_core.demo.concept import make_concept, write_dataset
 from dopsd_core.shards.index import INDEX, Index
 from dopsd_core.shards.reader import Shards
 from dopsd_core.shards.writer import read_rows
+from dopsd_core.standalone.encoding import _Work
+from dopsd_core.training.world import Peers
+from tests.ranks import ThreadWorld
 from tests.tiny import saved_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +98,28 @@ def test_two_processes_write_the_same_shards(place: Path, tmp_path: Path) -> Non
     result = call(encoding(place, tmp_path), TORCHRUN)
     assert result.returncode == 0, result.stderr
     assert files(tmp_path) == files(place / "shards")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_each_part_is_read_by_one_process(tmp_path: Path, size: int) -> None:
+    parts: list[int] = []
+
+    class Source:
+        parts = 5
+
+        def count(self, some: Any) -> None:
+            return None
+
+        def chunks(self, part: int) -> Any:
+            parts.append(part)
+            return iter(())
+
+    work = _Work(tmp_path, Source(), None, None, None, (), False, ())  # type: ignore[arg-type]
+    shares = []
+    for rank in range(size):
+        work.encode(Peers(ThreadWorld(rank, size, None, [])))  # type: ignore[arg-type]  # it does not talk
+        shares.append(len(parts))
+    assert sorted(parts) == list(range(5)) and shares[0] == -(-5 // size)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
@@ -195,6 +221,7 @@ def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (("--teacher-background", "blur"), "undo --teacher-background ('keep', now 'blur')"),
         (("--heldout-caption", "other"), "undo --heldout-caption ('a [V7] star', now 'other')"),
         (("--root", "."), "is an encoded dataset, and --root is for folders and JSONL files"),
+        (("--resolutions", "64", "128"), "is an encoded dataset, and --resolutions needs the images"),
         (("--teacher-image", "other"), "--teacher-image other needs the images"),
         (("--preview-prompts", "x"), "--preview-prompts needs the images"),
         (("--caption-dropout", "0.5"), "caption_dropout is above 0, but no empty caption was encoded"),
@@ -218,6 +245,15 @@ def test_train_refuses_shards_of_another_model(copied: Path, capsys: pytest.Capt
     assert "was encoded in another way" in error and "undo the model (its text encoder, vision tower or VAE" in error
 
 
+def test_train_names_the_family_of_the_shards(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = copied / "shards" / INDEX
+    index = json.loads(file.read_bytes())
+    index["encoding"]["family"] = "krea2"
+    file.write_text(json.dumps(index), encoding="utf-8")
+    error = error_of(training(copied / "shards", copied / "run"), capsys)
+    assert "was encoded for Krea 2 Turbo, and --model demo is a Z-Image-Turbo: choose that model, or encode" in error
+
+
 def test_train_refuses_shards_that_are_incomplete(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied / "shards"
     index = (folder / INDEX).read_bytes()
@@ -234,7 +270,7 @@ def test_train_refuses_shards_that_are_incomplete(copied: Path, capsys: pytest.C
     ("words", "message"),
     [
         (("--trigger", "ohwx"), "contains another encoding: choose another folder, or undo --trigger"),
-        (("--heldout-caption", "a [V7] badge, wide"), "or undo --heldout-caption"),
+        (("--heldout-caption", "a [V7] moon"), "or undo --heldout-caption"),
         (("--split", "test"), "--split is for Hugging Face datasets: write hf:"),
         (("--teacher-view", "edit"), "has no teacher 'edit'"),
     ],
@@ -252,6 +288,30 @@ def test_a_caption_of_the_dataset_is_no_heldout_caption(
 ) -> None:
     words = encoding(place, tmp_path, "--heldout-caption", "a [V] badge, wide")
     assert "the held-out caption 'a [V7] badge, wide' is in the dataset" in error_of(words, capsys)
+    assert not list(tmp_path.iterdir()), "it is read with the last images, whose shards before would be of no use"
+
+
+def test_several_concepts_are_for_train_on_the_folder(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard with images of one would leave the name of another in its captions without the name, the anchors."""
+    for name in ("one", "two"):
+        shutil.copytree(place / "photos", tmp_path / "photos" / name)
+        (tmp_path / "photos" / name / "trigger.txt").write_text(name, encoding="utf-8")
+    words = ["encode", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    assert "has the concepts one, two, and shards have one: train on the folder itself" in error_of(words, capsys)
+    shutil.rmtree(tmp_path / "photos" / "two")
+    assert main(words) == 0
+    assert Index.read(tmp_path / "out").encoding.trigger == "one"
+
+
+def test_shards_of_another_encoding_are_encoded_again(copied: Path) -> None:
+    """Where the index is lost that would refuse it, the shards say themselves how they were encoded."""
+    (copied / "shards" / INDEX).unlink()
+    assert main(encoding(copied, copied / "shards", "--trigger", "ohwx")) == 0
+    index = Index.read(copied / "shards")
+    captions = Shards(copied / "shards", index).captions(9)
+    assert index.is_complete and all("ohwx" in text and "[V7]" not in text for text in captions)
 
 
 def test_a_source_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,6 +320,11 @@ def test_a_source_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pyte
     (tmp_path / "empty").mkdir()
     words = ["encode", str(tmp_path / "empty"), "--output", str(tmp_path / "out")]
     assert "empty has no images" in error_of(words, capsys)
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place / "photos" / "wide.png"
+    assert f"{file} could not be written: Not a directory" in error_of(encoding(place, file), capsys)
 
 
 def test_processes_with_different_datasets_are_refused(place: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dopsd_core.__main__ import main
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.conditioning.encode import Condition, ReadsReferences
 from dopsd_core.denoiser import Denoiser
+from dopsd_core.standalone.hosts import parts
 from dopsd_core.standalone.hosts.model import DiffusersModel, load_model
 from dopsd_core.standalone.hosts.source import KNOWN_MODELS, find_family
 from dopsd_core.standalone.model_options import ModelOptions
@@ -79,6 +80,13 @@ def test_predictions(made: Made) -> None:
     x, condition = example(made)
     with torch.no_grad():
         assert_near(denoiser.predict_x0(x, 0.7, [condition]), made.denoiser.predict_x0(x, 0.7, [condition]), 1e-5)
+
+
+def test_the_outline_has_names_and_sizes_and_no_values(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(made)
+    monkeypatch.setattr(parts, "_loaded", lambda *args, **kwargs: pytest.fail("a part was loaded"))
+    ours, theirs = ([(s.name, s.in_features, s.parts) for s in d.sites()] for d in (model.outline, made.denoiser))
+    assert ours == theirs and model.outline.device.type == "meta"
 
 
 def test_identities_change_with_the_files(made: Made, tmp_path: Path) -> None:

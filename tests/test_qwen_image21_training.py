@@ -58,6 +58,7 @@ IMAGES = {
     (64, 96): "ohwx",
 }
 
+
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     pipe = qwen_image21_twins.pipeline(LAYERS)

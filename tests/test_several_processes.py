@@ -75,6 +75,18 @@ def test_where_each_rank_has_one_backward_the_bits_are_the_same(tmp_path: Path) 
     assert saved_bytes(tmp_path / "two") == saved_bytes(tmp_path / "one")
 
 
+def test_a_gradient_that_one_rank_lacks_is_zero_there() -> None:
+    """So that the others' gradients are added to those of the same weights."""
+
+    def work(world: ThreadWorld) -> list[list[float]]:
+        weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+        weights[1 + world.rank].grad = torch.tensor([1.0, 2.0]) + world.rank
+        Peers(world).sum_gradients(weights)
+        return [[] if weight.grad is None else weight.grad.tolist() for weight in weights]
+
+    assert on_threads(2, work) == [[[0, 0], [1, 2], [2, 3]]] * 2
+
+
 def test_in_bf16_and_fp16_the_ranks_agree(tmp_path: Path) -> None:
     """fp16 also scales the losses, and repeats a step that overflowed on any rank."""
     for dtype in (torch.bfloat16, torch.float16):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from dopsd_core.adapters.full_weights import FullWeights
+from dopsd_core.standalone.tracking import Tracking
+from dopsd_core.standalone.training import _watching
 from dopsd_core.training.checkpoint import load_checkpoint
 from dopsd_core.training.sharded_checkpoint import load_sharded
 from tests import model_folders
@@ -47,3 +51,16 @@ def test_two_processes_make_the_model_of_one(tmp_path: Path) -> None:
     sheets = [Image.open(tmp_path / name / "previews" / "step-000005.png").convert("RGB") for name in found]
     assert sheets[0].size == sheets[1].size
     assert (tmp_path / "two" / "transformer" / "config.json").is_file()
+
+
+def test_ctrl_c_stops_after_the_step_where_weights_are_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Elsewhere the first process saves what it has; here it would have a part. A launcher sends the signal again."""
+    bar = tqdm(disable=True)
+    with _watching(bar, None, Tracking(()), writes=True, in_parts=True) as callbacks:
+        assert not callbacks.should_stop()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert callbacks.should_stop()
+    assert capsys.readouterr().out.count("stopping after this step") == 1
+    with pytest.raises(KeyboardInterrupt), _watching(bar, None, Tracking(()), writes=True):
+        signal.raise_signal(signal.SIGINT)

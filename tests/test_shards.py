@@ -14,6 +14,7 @@ from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, VLM, TeacherView
 from dopsd_core.data.dataset import Example, Pair, read_dataset
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.lazy_sequence import Column, Lazy
+from dopsd_core.shards import writer
 from dopsd_core.shards.encode_images import encode_images
 from dopsd_core.shards.encoding import Encoding
 from dopsd_core.shards.finish import begin, finish
@@ -345,6 +346,24 @@ def test_a_shard_without_rows_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "shard.safetensors").write_bytes(b"older")
     assert read_rows(tmp_path, "shard") is None
     (tmp_path / "shard.json").unlink()
+    assert read_rows(tmp_path, "shard") is None
+
+
+def test_a_shard_that_is_written_again_is_not_whole_before_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its former rows would be taken for those of the new tensors, which may have the same size."""
+    write_shard(tmp_path, "shard", images_of(0), Z_IMAGE, ShardRows("", "", True))
+    real = writer.write_atomic
+
+    def killed(path: Path, data: bytes) -> None:
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        real(path, data)
+
+    monkeypatch.setattr(writer, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path, "shard", images_of(0), Z_IMAGE, ShardRows("", "", True))
     assert read_rows(tmp_path, "shard") is None
 
 

@@ -105,6 +105,7 @@ def test_links_are_refused(tmp_path: Path) -> None:
         ({"x.png": b"1", "x.json": b"{"}, "'x': Expecting property name"),
         ({"x.png": b"1", "x.json": b"[]"}, "'x': the .json has no caption"),
         ({"x.png": b"1", "x.json": b'{"caption": 3}'}, "'x': 'caption' is int, not text"),
+        ({"x.1.png": b"1", "x.1.txt": b"x"}, "'x.1.png' has a dot in its name, of which only the part before"),
         ({}, "has no images with captions"),
     ],
 )
@@ -214,6 +215,12 @@ def test_what_cannot_be_loaded_is_a_sentence(tmp_path: Path, rows: dict[str, lis
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty cannot be loaded: "):
         open_source(f"hf:{tmp_path / 'empty'}", 2)
+
+
+def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=r"nowhere is not there, nor is it a name on the Hugging Face hub"):
+        open_source(f"hf:{tmp_path / 'nowhere'}", 2)
 
 
 def test_without_the_library_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from dopsd_core.__main__ import main
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Z_IMAGE
+from dopsd_core.standalone.hosts import parts
 from dopsd_core.standalone.settings import family_config
 from dopsd_core.training.checkpoint import load_checkpoint
 from tests import model_folders
@@ -159,12 +160,15 @@ def test_evaluate_draws_the_model_with_the_lora(
     assert Image.open(tmp_path / "report_card.png").width > 500
 
 
-def test_evaluate_refuses_a_lora_of_another_family(
-    place: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("command_name", ["evaluate", "sample"])
+def test_a_lora_of_another_family_is_refused(
+    place: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(parts, "_loaded", lambda *args, **kwargs: pytest.fail("a part was loaded"))
     tensors, facts = load_lora(trained / "lora.safetensors")
     save_file(tensors, tmp_path / "other.safetensors", {**facts, "dopsd_family": "krea2"})
-    words = command(place, "evaluate", place / "photos", "--lora", tmp_path / "other.safetensors")
+    words = command(place, command_name, place / "photos", "--lora", tmp_path / "other.safetensors")
     assert main(words[3:]) == 1
     error = capsys.readouterr().err
     assert "other.safetensors is a LoRA of the family krea2, and --model" in error and "is a Z-Image" in error

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.conditioning.encode import Condition, encode_dataset
-from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM, TeacherView, choose_teacher
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM, WORDS, TeacherView, choose_teacher
 from dopsd_core.data.dataset import Example, Pair, read_dataset
 from dopsd_core.data.images import ImageError
 from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE
@@ -183,6 +184,23 @@ def test_data_that_does_not_fit_the_teacher_is_refused_before_any_encoding(tmp_p
     assert encoder.seen == []
 
 
+def test_a_slider_needs_its_words_in_every_caption(tmp_path: Path) -> None:
+    pairs = read_dataset(folder(tmp_path), pixel_budget=4096, multiple=16, trigger="sks").pairs
+    cases: list[tuple[str, Any, str]] = [
+        ("dog, a -> cat", {}, "the caption 'a sks dog, b' does not contain 'dog, a'"),
+        ("dog -> cat", {"heldout_caption": "a horse"}, "the held-out caption 'a horse' does not contain 'dog'"),
+        ("dog -> cat", {"teacher_image": "other"}, "the teacher words sees no image: set teacher_image to own"),
+    ]
+    encoder = TinyEncoder()
+    for sentence, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            build_training_set(pairs, encoder, teacher=WORDS.with_sentence(sentence), trigger="sks", **options)
+    assert encoder.seen == []
+    data = build_training_set(pairs, encoder, teacher=WORDS.with_sentence("dog -> old dog"), trigger="sks")
+    assert len(data.pairs) == 2 and encoder.seen[-2:] == ["text a sks old dog, b", "text a sks dog, b"]
+    assert train(make_config(steps=2, anchor_probability=0.0), TinyDenoiser(), data, tmp_path / "run").step == 2
+
+
 def test_the_mode_names_the_teacher_and_auto_goes_by_model_and_data() -> None:
     klein, z_image = FAMILIES["flux2_klein"].teachers, FAMILIES["z_image"].teachers
     assert (choose_teacher(klein, "auto", edits=False), choose_teacher(klein, "auto", edits=True)) == (
@@ -191,6 +209,7 @@ def test_the_mode_names_the_teacher_and_auto_goes_by_model_and_data() -> None:
     )
     assert choose_teacher(z_image, "auto", edits=False) is VLM
     assert choose_teacher(klein, "vlm", edits=False) is VLM
+    assert all(choose_teacher(family.teachers, "words", edits=False) is WORDS for family in FAMILIES.values())
     with pytest.raises(ValueError, match="no teacher 'edit'; choose one of: auto, vlm"):
         choose_teacher(z_image, "edit", edits=False)
     with pytest.raises(ValueError, match="no teacher for images with sources: load only the folder of the targets"):

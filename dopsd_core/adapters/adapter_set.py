@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..denoiser import LinearSite, SitePart
 from ..teachers import Teacher
 from ..trainable import Role
+from ..transfer import copies_on_host
+from .casts import Casts, renew
 from .frozen_linear import frozen_linear
 from .lora import Lora
 from .site_weights import DERIVED, SiteWeights
@@ -148,9 +150,25 @@ class AdapterSet(SwitchedWeights):
     def _active(self, adapter: _SiteAdapter) -> SiteWeights | None:
         if self._mode == "off" or (self._mode == "teacher" and self.teacher.weights == "base"):
             return None
-        if self._mode == "teacher":
-            return adapter.teacher or adapter.student.mapped(Tensor.detach)
+        if self._mode == "teacher" and adapter.teacher is not None:
+            return adapter.teacher
+        if self._mode == "teacher" and torch.is_grad_enabled():
+            return adapter.student.mapped(Tensor.detach)
         return adapter.student
+
+    # -- compute dtype ------------------------------------------------------------------------------------------------
+
+    def keep_casts(self, keeps: bool) -> None:
+        """Whether weights are cast to the compute dtype once per optimizer step, which takes the memory of the copies,
+        or in each forward; once by default. The result is the same."""
+        for casts in self._casts():
+            casts.keeps = keeps
+            if not keeps:
+                casts.forget()
+
+    def _casts(self) -> list[Casts]:
+        both = ((adapter.student, adapter.teacher) for adapter in self._adapters)
+        return [weights.casts for pair in both for weights in pair if weights is not None]
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -163,10 +181,11 @@ class AdapterSet(SwitchedWeights):
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Updates the teacher's weights from the student's; does nothing if the teacher has no weights of its own."""
+        """Updates the teacher's weights from the student's, if it has its own, and what is cast from both."""
         if self.has_teacher:
             teacher = [t for a in self._adapters if a.teacher is not None for t in a.teacher.tensors()]
             self.teacher.update(teacher, [p.data for p in self.parameters()])
+        renew(self._casts())
 
     def part_names(self) -> list[str]:
         """The adapted parts, in site order."""
@@ -179,7 +198,7 @@ class AdapterSet(SwitchedWeights):
         teacher without weights of its own.
         """
         tensors = self._views(which) | (self._derived() if which == "student" else {})
-        return {key: t.detach().cpu().clone() for key, t in tensors.items()}
+        return copies_on_host(tensors)
 
     def load_state(self, which: Role, tensors: Mapping[str, Tensor]) -> None:
         """Loads what `state` returned, in place, so that the optimizer's references stay valid.

@@ -71,12 +71,13 @@ class Adapter(Variant):
         raise NotImplementedError
 
     def part_casts(self, in_features: int, out_features: int) -> int:
-        """Number of parameters of one part that are cast to the compute dtype in each forward."""
+        """Number of parameters of one part that are cast to the compute dtype, once or in each forward."""
         return self.part_parameters(in_features, out_features)
 
     def cast_bytes(self, itemsize: int, has_teacher: bool) -> int:
-        """Bytes per parameter of copies in a compute dtype of this size, besides the fp32 weights."""
-        return 0
+        """Bytes per parameter of copies in a compute dtype of this size, besides the fp32 weights: one of the student's
+        and one of the teacher's own; none in fp32."""
+        return itemsize * (1 + has_teacher) if itemsize < 4 else 0
 
     def derived_bytes(self, sites: Sequence[LinearSite]) -> int:
         """Maximum size in bytes of what a checkpoint or a LoRA file holds besides its parameters, in fp32 and bf16."""

@@ -82,7 +82,7 @@ class DoraWeights(LoraWeights):
             norms = self._norms(part, a, b, products[number * rank : (number + 1) * rank, part.rows])
             # a factor near 1 would be rounded away in 16 bits, so that its difference from 1 is used
             gain = (m / norms - 1).to(base.dtype).t()
-            updated = torch.addmm(base_2d[:, part.rows], h, b.to(base.dtype).t(), alpha=self.scale)
+            updated = torch.addmm(base_2d[:, part.rows], h, self.casts.of(b, base.dtype).t(), alpha=self.scale)
             values.append(updated + gain * (updated - bias[part.rows]))
         return joined_rows(base_2d, self.parts, values).reshape(base.shape)
 
@@ -93,7 +93,7 @@ class DoraWeights(LoraWeights):
     @torch.no_grad()
     def _products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(A W^T [parts * rank, out], bias [out]) in `dtype`, by a forward of the Linear."""
-        rows = torch.cat([self.a.detach().to(dtype), torch.zeros_like(self.a[:1], dtype=dtype)])
+        rows = torch.cat([self.casts.of(self.a, dtype), torch.zeros_like(self.a[:1], dtype=dtype)])
         out = self.site.forward(rows)
         return out[:-1].float() - out[-1].float(), out[-1]
 

@@ -60,12 +60,8 @@ class Full(Adapter):
         return in_features * out_features
 
     def part_casts(self, in_features: int, out_features: int) -> int:
-        """0: weights are cast once per optimizer step."""
+        """0: they are always cast once per optimizer step."""
         return 0
-
-    def cast_bytes(self, itemsize: int, has_teacher: bool) -> int:
-        """A copy of the student's weights and one of the teacher's; none in fp32."""
-        return itemsize * (1 + has_teacher) if itemsize < 4 else 0
 
     def file_bytes(self, parameters: int) -> int:
         """Size of the whole model."""

@@ -7,7 +7,7 @@ as [i1, i2], kron(w1, w2) x = w1 x w2^T.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from ..denoiser import LinearSite, SitePart
+from .casts import Casts
 from .lokr import LokrShape
 from .site_weights import joined_rows, part_generator
 
@@ -29,6 +30,7 @@ class LokrWeights:
         scale: alpha / rank.
         w1: one [o1, i1] per part.
         w2: one (w2,) [o2, i2] or (w2_a, w2_b) [o2, rank], [rank, i2] per part.
+        casts: what casts w1 and w2.
     """
 
     site: LinearSite
@@ -36,6 +38,7 @@ class LokrWeights:
     scale: float
     w1: tuple[Tensor, ...]
     w2: tuple[tuple[Tensor, ...], ...]
+    casts: Casts = field(default_factory=Casts, kw_only=True)
 
     @classmethod
     def fresh(
@@ -68,7 +71,7 @@ class LokrWeights:
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with changed tensors, of the same shapes."""
         w2 = tuple(tuple(change(half) for half in halves) for halves in self.w2)
-        return replace(self, w1=tuple(change(w1) for w1 in self.w1), w2=w2)
+        return replace(self, w1=tuple(change(w1) for w1 in self.w1), w2=w2, casts=Casts())
 
     def views(self) -> dict[str, Tensor]:
         """ "<part>.lokr_w1" [o1, i1]; "<part>.lokr_w2" [o2, i2], or "<part>.lokr_w2_a" and "_b" as in `tensors`."""
@@ -88,7 +91,7 @@ class LokrWeights:
         base_2d, x_2d = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
         values = []
         for part, w1, w2 in zip(self.parts, self.w1, self.w2, strict=True):
-            update = _product([t.to(x.dtype) for t in (w1, *w2)], x_2d).to(base.dtype)
+            update = _product([self.casts.of(t, x.dtype) for t in (w1, *w2)], x_2d).to(base.dtype)
             values.append(torch.add(base_2d[:, part.rows], update, alpha=self.scale))
         return joined_rows(base_2d, self.parts, values).reshape(base.shape)
 

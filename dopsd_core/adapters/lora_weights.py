@@ -1,13 +1,13 @@
 """LoRA on one Linear: y = W x + (alpha / rank) * B (A x), A [rank, in], B [rows, rank].
 
 A fused projection has one A and B per part; the As are stacked, [parts * rank, in], for a single GEMM. Master weights
-are fp32, cast to the compute dtype in the forward.
+are fp32, cast to the compute dtype (`casts.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from ..denoiser import LinearSite, SitePart
+from .casts import Casts
 from .site_weights import joined_rows, part_generator
 
 
@@ -29,6 +30,7 @@ class LoraWeights:
         scale: alpha / rank.
         a: [parts * rank, in_features], stacked.
         b: one [rows, rank] per part.
+        casts: what casts a and b.
     """
 
     site: LinearSite
@@ -36,6 +38,7 @@ class LoraWeights:
     scale: float
     a: Tensor
     b: tuple[Tensor, ...]
+    casts: Casts = field(default_factory=Casts, kw_only=True)
 
     @classmethod
     def fresh(
@@ -56,7 +59,7 @@ class LoraWeights:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with changed A and B, of the same shapes."""
-        return replace(self, a=change(self.a), b=tuple(change(b) for b in self.b))
+        return replace(self, a=change(self.a), b=tuple(change(b) for b in self.b), casts=Casts())
 
     def views(self) -> dict[str, Tensor]:
         """ "<part>.lora_A.weight" [rank, in], "<part>.lora_B.weight" [rows, rank]."""
@@ -75,12 +78,12 @@ class LoraWeights:
         """base [..., out_features] plus the low-rank update of x [..., in_features]; W + BA is never formed."""
         base_2d = base.reshape(-1, base.shape[-1])
         values = [
-            torch.addmm(base_2d[:, part.rows], h, b.to(base.dtype).t(), alpha=self.scale)
+            torch.addmm(base_2d[:, part.rows], h, self.casts.of(b, base.dtype).t(), alpha=self.scale)
             for part, h, b in zip(self.parts, self.hidden(base, x), self.b, strict=True)
         ]
         return joined_rows(base_2d, self.parts, values).reshape(base.shape)
 
     def hidden(self, base: Tensor, x: Tensor) -> Tensor:
         """A x of each part, [parts, tokens, rank], in the dtype of base [..., out]; x [..., in_features]."""
-        hidden = F.linear(x.reshape(-1, x.shape[-1]), self.a.to(x.dtype)).to(base.dtype)
+        hidden = F.linear(x.reshape(-1, x.shape[-1]), self.casts.of(self.a, x.dtype)).to(base.dtype)
         return rearrange(hidden, "tokens (part rank) -> part tokens rank", part=len(self.parts))

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..denoiser import LinearSite, SitePart
+from .casts import Casts
 
 DERIVED = (".dora_scale",)
 """Ends of the names of `SiteWeights.derived`; they are ignored when a state is loaded."""
@@ -29,12 +30,17 @@ class SiteWeights(Protocol):
         """The adapted parts, in row order."""
         ...
 
+    @property
+    def casts(self) -> Casts:
+        """What casts them to the compute dtype."""
+        ...
+
     def tensors(self) -> list[Tensor]:
         """The trained tensors, fp32, in the shapes that the optimizer sees."""
         ...
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with every trained tensor replaced by `change(tensor)`, of the same shape."""
+        """The same with every trained tensor replaced by `change(tensor)`, of the same shape, and casts of its own."""
         ...
 
     def views(self) -> dict[str, Tensor]:

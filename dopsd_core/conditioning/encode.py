@@ -226,6 +226,8 @@ def _compose(request: EncodeRequest, teacher: TeacherView, parts: _Parts) -> Dua
     if teacher.sees == "features":
         latents = tuple(parts.latent(image) for image in sources)
         seeing = _with_references(parts.seen(shown, teacher.text(request.caption)), latents)
+    elif teacher.sees == "nothing":
+        seeing = parts.referring(sources, teacher.text(request.caption))
     else:
         seeing = parts.referring((*sources, shown), teacher.text(request.caption))
     student = parts.referring(sources, request.caption)

@@ -3,17 +3,20 @@
     vlm          a vision tower encodes the image, and the text encoder reads it together with the caption
     edit         the model's own editing branch gets the image as reference and the instruction to stay consistent
     edit_target  for edit LoRAs: both get the source as reference, the teacher also the target
+    words        for sliders: no image, the teacher reads the caption with other words ("face -> smiling face")
 
 Student and teacher differ only in this view and, for an EMA teacher, in their weights.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 NO_SENTENCE = "-"
+ARROW = "->"
 
 Background = Literal["keep", "blur", "grey", "remove"]
 """What the teacher sees around the subject, where an image has a mask; "remove" leaves white."""
@@ -25,8 +28,9 @@ class TeacherView:
 
     Attributes:
         name: how it is chosen.
-        sees: the image in the text features, or as a reference latent.
-        sentence: appended to the caption in the teacher's text.
+        sees: the image in the text features, or as a reference latent; or nothing.
+        sentence: appended to the caption in the teacher's text; "a -> b" writes b in place of a instead, for a teacher
+            that sees nothing.
         of_others: replaces `sentence` where the teacher sees other images than the pair's own, which share only the
             subject.
         edits: whether student and teacher get the pair's source images as references; needs data with sources.
@@ -34,15 +38,37 @@ class TeacherView:
     """
 
     name: str
-    sees: Literal["features", "reference"]
+    sees: Literal["features", "reference", "nothing"]
     sentence: str = ""
     of_others: str = ""
     edits: bool = False
     background: Background = "keep"
 
+    @property
+    def replaces(self) -> tuple[str, str] | None:
+        """(words of the caption, what the teacher reads in their place); None if it reads the caption's own."""
+        if self.sees != "nothing" or ARROW not in self.sentence:
+            return None
+        words, _, others = self.sentence.partition(ARROW)
+        return words.strip(), others.strip()
+
     def text(self, caption: str) -> str:
         """The teacher's text for a caption."""
+        if self.replaces:
+            words, others = self.replaces
+            return _whole(words).sub(lambda _: others, caption)
         return f"{caption} {self.sentence}".strip() if self.sentence else caption
+
+    @property
+    def remark(self) -> str:
+        """What it does besides reading the caption, for a sheet of images."""
+        if self.sees == "nothing":
+            return "reads other words"
+        return "sees a wanted result" if self.edits else "sees a training image"
+
+    def teaches(self, caption: str) -> bool:
+        """Whether student and teacher differ for this caption."""
+        return self.sees != "nothing" or self.text(caption) != caption
 
     def with_sentence(self, sentence: str, others: bool = False) -> TeacherView:
         """Sets the user's sentence; "" keeps the default, "-" removes it.
@@ -50,9 +76,12 @@ class TeacherView:
         others: whether the teacher sees other images than the pair's own.
 
         Raises:
-            ValueError: the teacher uses a vision tower and reads only the caption.
+            ValueError: the teacher uses a vision tower and reads only the caption, or sees nothing and reads nothing
+                else either.
         """
         sentence = sentence.strip()
+        if self.sees == "nothing":
+            return self._with_words(sentence)
         if not sentence:
             others = others or self.background != "keep"  # then the sentence may not name the background either
             return replace(self, sentence=self.of_others) if others and self.of_others else self
@@ -60,12 +89,23 @@ class TeacherView:
             raise ValueError(f"the teacher {self.name!r} reads only the caption; leave its sentence empty")
         return replace(self, sentence="" if sentence == NO_SENTENCE else sentence)
 
+    def _with_words(self, sentence: str) -> TeacherView:
+        words, arrow, others = (part.strip() for part in sentence.partition(ARROW))
+        if sentence in ("", NO_SENTENCE) or (arrow and (not words or words == others)):
+            raise ValueError(
+                f"the teacher {self.name!r} sees no image: write in teacher_sentence what it reads that the student "
+                f"does not, such as {'face -> smiling face'!r} for captions with the word face; it is {sentence!r}"
+            )
+        return replace(self, sentence=sentence)
+
     def with_background(self, background: Background) -> TeacherView:
         """Sets what it sees around the subject; call it before `with_sentence`, whose default depends on it.
 
         Raises:
-            ValueError: the teacher sees the wanted result of an edit, which is whole.
+            ValueError: the teacher sees the wanted result of an edit, which is whole, or no image.
         """
+        if self.sees == "nothing" and background != "keep":
+            raise ValueError(f"the teacher {self.name!r} sees no image: set teacher_background to keep")
         if self.edits and background != "keep":
             raise ValueError(
                 f"the teacher {self.name!r} sees the wanted result of an edit, whose background belongs to it: set "
@@ -91,7 +131,10 @@ EDIT_TARGET = TeacherView(
 )
 """The authors' sentences have the same meaning."""
 
-TEACHER_VIEWS: Mapping[str, TeacherView] = {teacher.name: teacher for teacher in (VLM, EDIT, EDIT_TARGET)}
+WORDS = TeacherView(name="words", sees="nothing")
+"""Not the paper's: a slider, as of arXiv 2311.12092, taught along the student's own steps. Every model has it."""
+
+TEACHER_VIEWS: Mapping[str, TeacherView] = {teacher.name: teacher for teacher in (VLM, EDIT, EDIT_TARGET, WORDS)}
 
 
 def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> TeacherView:
@@ -112,6 +155,14 @@ def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> TeacherView:
             "this model has no teacher for images with sources: load only the folder of the targets, or choose a model "
             "that edits, such as FLUX.2-klein"
         )
+    known = (*known, WORDS.name)
     if mode not in known:
         raise ValueError(f"this model has no teacher {mode!r}; choose one of: {', '.join(('auto', *known))}")
     return TEACHER_VIEWS[mode]
+
+
+def _whole(words: str) -> re.Pattern[str]:
+    """Finds the words where they are no part of longer ones; in Chinese, which has no spaces, everywhere."""
+    first = r"(?<![A-Za-z0-9])" if words[:1].isascii() and words[:1].isalnum() else ""
+    last = r"(?![A-Za-z0-9])" if words[-1:].isascii() and words[-1:].isalnum() else ""
+    return re.compile(f"{first}{re.escape(words)}{last}")

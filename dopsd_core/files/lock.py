@@ -23,7 +23,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
+        self.path = folder / ".lock"
         self._file: IO[bytes] | None = None
 
     def acquire(self) -> None:
@@ -32,11 +32,11 @@ class FolderLock:
         Raises:
             FolderInUse: another run holds it.
         """
-        file = self._path.open("ab")
+        file = self.path.open("ab")
         if try_lock(file) is False:
             file.close()
             raise FolderInUse(
-                f"another run is using {self._path.parent}; wait for it, stop it, or choose another folder"
+                f"another run is using {self.path.parent}; wait for it, stop it, or choose another folder"
             )
         self._file = file
 

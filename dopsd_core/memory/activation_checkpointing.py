@@ -87,14 +87,12 @@ def block_bytes(
 ) -> list[BlockBytes]:
     """Activation memory of every block, computed from the widths of its Linears.
 
-    kept = batch * L * (W + r * P) * itemsize + r * (I + O) * c,  entry = batch * L * D * itemsize
+    kept = batch * L * (W + r * P) * itemsize,  entry = batch * L * D * itemsize
 
     for LoRA (others: `Adapter.part_activations`), with L tokens, W elements per token saved by the block without it
-    (`Family.block_shape`), width D of the network, rank r, P adapted parts of the block, and I, O the sums of their
-    inputs and outputs. A part saves A x. c is the
-    itemsize of a compute dtype narrower than fp32, to which the LoRA is cast in each forward, else 0. Assumes torch's
-    fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32). Blocks before the first
-    adapted one save nothing: no gradient reaches them.
+    (`Family.block_shape`), width D of the network, rank r and P adapted parts of the block. A part saves A x. Assumes
+    torch's fused attention, which saves no L x L matrix, and fused norms (on a CPU only in fp32). Blocks before the
+    first adapted one save nothing: no gradient reaches them.
 
     The products that a checkpointed block may keep are the outputs of its Linears and of attention, unless the Linears
     are trained themselves.
@@ -108,11 +106,8 @@ def block_bytes(
         if not has_gradient:
             out.append(BlockBytes(0, 0))
             continue
-        # the As of a Linear are stacked and cast together; the sums are the same
-        parameters = sum(adapter.part_casts(site.in_features, part.out_features) for part, site in adapted)
         saved = sum(adapter.part_activations(site.in_features, part.out_features) for part, site in adapted)
         kept = batch * shape.tokens * (shape.kept + saved) * itemsize
-        cast = parameters * itemsize if itemsize < 4 else 0
         entry = batch * shape.tokens * shape.width * itemsize
         products = block_products(shape, inside, image_tokens, batch, itemsize)
         trained = sum(
@@ -124,7 +119,30 @@ def block_bytes(
         )
         if adapter.trains_network:  # then they are no frozen Linears
             trained, products = sum(product.flops for product in products), ()
-        out.append(BlockBytes(kept + cast, entry, products, trained))
+        out.append(BlockBytes(kept, entry, products, trained))
+    return out
+
+
+def cast_bytes(
+    blocks: Sequence[nn.Module], sites: Sequence[LinearSite], adapter: Adapter, itemsize: int = 2
+) -> list[int]:
+    """Bytes that every block saves besides if the adapter's weights are cast in each forward.
+
+    r * (I + O) * itemsize for LoRA of rank r, where I and O are the sums of inputs and outputs of the adapted parts; 0
+    in fp32. The As of a Linear are stacked and cast together; the sums are the same.
+    """
+    names = adapter.chosen(sites)
+    by_module = {site.module: site for site in sites}
+    out = []
+    for block in blocks:
+        inside = [by_module[module] for module in block.modules() if module in by_module]
+        sizes = [
+            adapter.part_casts(site.in_features, part.out_features)
+            for site in inside
+            for part in site.parts
+            if part.name in names
+        ]
+        out.append(sum(sizes) * itemsize if itemsize < 4 else 0)
     return out
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..adapters import Adapter
 from ..denoiser import Denoiser
 from ..families import Family
 from ..optimizers import AdamW, Optimizer
 from ..teachers import EmaTeacher, Teacher
-from .activation_checkpointing import block_bytes, block_shapes
+from .activation_checkpointing import block_bytes, block_shapes, cast_bytes
 from .checkpoint_plan import BlockBytes, Checkpointing, peak_bytes, plan_checkpointing
 
 _FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
@@ -38,6 +38,9 @@ class Footprint:
         forward: transient workspace per block, 5.5 * batch * L * I * itemsize, for the longer of the two sequences.
         backward: transient workspace per block, 3 * batch * L * I * itemsize.
         blocks: saved activations of each block, `activation_checkpointing.block_bytes`.
+        casts: copies of LoRA and EMA teacher in a compute dtype of 16 bits, 2 P each; 0 if they are cast in each
+            forward instead.
+        block_casts: what each block saves besides where they are cast in each forward.
     """
 
     weights: int
@@ -47,16 +50,46 @@ class Footprint:
     forward: int
     backward: int
     blocks: tuple[BlockBytes, ...]
+    casts: int = 0
+    block_casts: tuple[int, ...] = ()
+
+    @property
+    def keeps_casts(self) -> bool:
+        """Whether casts are kept between forwards."""
+        return self.casts > 0
+
+    def within(self, budget: int) -> Footprint:
+        """The same, or one that casts in each forward if keeping the casts would cost more recomputation.
+
+        A cast costs the time of reading and writing the weights, about 1 % of a recomputation of all blocks.
+        """
+        each = self.casting_each_time()
+        cheapest, own = each.checkpointing(budget), self.checkpointing(budget)
+        allowed = cheapest.flops(self.blocks) + 0.01 * Checkpointing.full(len(self.blocks)).flops(self.blocks)
+        fits = self.total(own) <= max(budget, each.total(cheapest))
+        return self if fits and own.flops(self.blocks) <= allowed else each
+
+    def casting_each_time(self) -> Footprint:
+        """The same without casts that are kept."""
+        sizes = self.block_casts or (0,) * len(self.blocks)
+        blocks = (
+            replace(block, kept=block.kept + size) if block.kept else block
+            for block, size in zip(self.blocks, sizes, strict=True)
+        )
+        return replace(self, casts=0, block_casts=(), blocks=tuple(blocks))
 
     def total(self, checkpointing: Checkpointing | int) -> int:
         """Peak memory with this gradient checkpointing; a number is that of blocks that keep their inputs alone."""
         activations = peak_bytes(self.blocks, checkpointing, self.forward, self.backward)
-        return self.weights + self.lora + self.training + self.working + activations
+        return self._resident + activations
 
     def checkpointing(self, budget: int) -> Checkpointing:
         """The one with the least recomputation and a peak within the budget; on all blocks if that is too much."""
-        activations = budget - (self.weights + self.lora + self.training + self.working)
-        return plan_checkpointing(self.blocks, activations, self.forward, self.backward)
+        return plan_checkpointing(self.blocks, budget - self._resident, self.forward, self.backward)
+
+    @property
+    def _resident(self) -> int:
+        return self.weights + self.lora + self.training + self.casts + self.working
 
     def sentence(self, checkpointing: Checkpointing) -> str:
         """What it does, for the user."""
@@ -99,17 +132,20 @@ def estimate(
     moments = (optimizer or AdamW()).bytes_per_parameter
     has_teacher = (weights_of_teacher or EmaTeacher()).weights == "copy"
     average, casts = 4 * has_teacher, adapter.cast_bytes(itemsize, has_teacher)
+    always = casts if adapter.trains_network else 0
     longer = (max(student[0], teacher[0]), max(student[1], teacher[1]))
     largest = max(site.in_features * site.out_features for site in sites)
     width = max(shape.tokens * shape.width for shape, _ in block_shapes(blocks, sites, family, *student))
     return Footprint(
         weights=weights,
         lora=4 * elements,
-        training=(4 + moments + average + casts) * elements,
+        training=(4 + moments + average + always) * elements,
         working=(_OUTSIDE * batch * width + 2 * largest) * itemsize,
         forward=int(_FORWARD * batch * _widest(denoiser, family, longer) * itemsize),
         backward=int(_BACKWARD * batch * _widest(denoiser, family, student) * itemsize),
         blocks=tuple(block_bytes(blocks, sites, family, adapter, *student, batch, itemsize)),
+        casts=(casts - always) * elements,
+        block_casts=tuple(cast_bytes(blocks, sites, adapter, itemsize)),
     )
 
 

@@ -45,6 +45,7 @@ class ObjectiveInputs:
             regularisation images.
         loss_scale: factor of the losses before the backward: 1 / gradient accumulation, times the factor of
             `training/loss_scale.py` for fp16.
+        step_losses: mean loss of each of the K rollout steps so far; empty if it is not known.
     """
 
     denoiser: Denoiser
@@ -56,6 +57,7 @@ class ObjectiveInputs:
     anchors: Sequence[Condition] = ()
     class_images: Sequence[ClassImage] = ()
     loss_scale: float = 1.0
+    step_losses: Sequence[float] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from ..lazy import lazy
 from ..rollout import RolloutStep, rollout
 from ..transfer import to_device
 from .base import ObjectiveInputs, ObjectiveOutput, compare, draw, predict, predictor
+from .step_draws import weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -128,13 +129,15 @@ def distill(
 ) -> list[tuple[int, float, Tensor]]:
     """A backward at each of the selected states; returns (index, sigma, `compare`'s result [6]) of each.
 
+    The loss is the mean over the selected states, or the sum with their weights if `selected` is a mapping to these.
+
     With `ground_truth`, the target is the image at every state: its velocity leads from the state to the image, which
     is noise - image on noised images.
 
     Raises:
         ValueError: a pair has no target latent, and the states or the target need it.
     """
-    stats = []
+    stats, weights = [], weights_of(selected)
     for step in _visited(inputs, sides, selected, teaching.states):
         x0_target = _target(inputs, sides, step, teaching)
         if teaching.magnitude_weight == 1:
@@ -143,7 +146,7 @@ def distill(
             loss = split_loss(step, x0_target, teaching.magnitude_weight, teaching.form)
         # Checkpointed blocks run their forward again here, with the student's weights.
         with inputs.adapters.use("student"):
-            (loss * (inputs.loss_scale / len(selected))).backward()
+            (loss * (inputs.loss_scale * weights[step.index])).backward()
         stats.append((step.index, step.sigma, compare(step, x0_target, loss)))
     return stats
 

@@ -9,12 +9,11 @@ The paper's ablations are options: other states, another target (and other weigh
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ..lazy import lazy
 from ..options import Hint
 from .base import ObjectiveInputs, ObjectiveOutput
 from .distillation import (
@@ -28,12 +27,10 @@ from .distillation import (
     distill,
 )
 from .prior_anchors import WithPriorAnchors
+from .step_draws import StepDraw, draw_by_gap, draw_evenly, every_step
 
 if TYPE_CHECKING:
-    import torch
     from typing_extensions import Self
-else:
-    torch = lazy("torch")
 
 
 class DOPSD(WithPriorAnchors):
@@ -84,6 +81,11 @@ class DOPSD(WithPriorAnchors):
     band_high: Annotated[float, Hint(step=0.05)] = Field(
         default=1.0, ge=0, le=1, description="highest noise level at which the target is used; the same above"
     )
+    step_draw: StepDraw = Field(
+        default="uniform",
+        description="how the grad_steps are drawn: all steps alike, or those more often at which the gap has been "
+        "larger, with weights that keep the gradient unbiased",
+    )
 
     def problems(self, rollout_steps: int) -> Sequence[str]:
         """Reports more gradient steps than rollout steps, and an empty band."""
@@ -98,12 +100,16 @@ class DOPSD(WithPriorAnchors):
         return problems
 
     def remarks(self) -> Sequence[str]:
-        """Reports that every batch is a prior anchor."""
-        if self.anchor_probability < 1:
-            return ()
-        return (
-            "anchor_probability is 1: every batch is a prior anchor, so no image is trained; lower it, such as to 0.5",
-        )
+        """Reports that every batch is a prior anchor, and that there is nothing to draw."""
+        remarks = []
+        if self.anchor_probability == 1:
+            remarks.append(
+                "anchor_probability is 1: every batch is a prior anchor, so no image is trained; lower it, such as to "
+                "0.5"
+            )
+        if self.step_draw != "uniform" and self.grad_steps is None:
+            remarks.append(f"step_draw {self.step_draw} is not used: grad_steps is not set, so all steps are trained")
+        return remarks
 
     @property
     def uses_teacher(self) -> bool:
@@ -136,11 +142,13 @@ class DOPSD(WithPriorAnchors):
         stats = distill(inputs, Sides.of_pairs(inputs), selected, teaching)
         return ObjectiveOutput.of(stats, TEACHER if self.regression_target == "teacher" else IMAGE)
 
-    def _draw_steps(self, inputs: ObjectiveInputs) -> frozenset[int]:
+    def _draw_steps(self, inputs: ObjectiveInputs) -> Mapping[int, float]:
+        """The gradient steps with their weights."""
         num_steps = len(inputs.sigmas) - 1
         if self.grad_steps is None:
-            return frozenset(range(num_steps))
+            return every_step(num_steps)
         if self.grad_steps > num_steps:
             raise ValueError(f"grad_steps is {self.grad_steps}, but the rollout has only {num_steps} steps; lower it")
-        order = torch.randperm(num_steps, generator=inputs.generator)
-        return frozenset(order[: self.grad_steps].tolist())
+        if self.step_draw == "gap" and len(inputs.step_losses) == num_steps:
+            return draw_by_gap(self.grad_steps, inputs.step_losses, inputs.generator)
+        return draw_evenly(self.grad_steps, num_steps, inputs.generator)

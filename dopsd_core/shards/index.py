@@ -100,8 +100,14 @@ class Index:
 
     def write(self, folder: Path) -> None:
         """Writes it atomically; raises DiskError."""
-        text = json.dumps({"format": INDEX_FORMAT, **asdict(self)}, separators=(",", ":"))
-        write_atomic(folder / INDEX, text.encode())
+        write_atomic(folder / INDEX, self._to_json())
+
+    def digest(self) -> str:
+        """A digest of encoding, shards and examples, in hex."""
+        return digest_of_rows(self._to_json())
+
+    def _to_json(self) -> bytes:
+        return json.dumps({"format": INDEX_FORMAT, **asdict(self)}, separators=(",", ":")).encode()
 
     @classmethod
     def read(cls, folder: Path) -> Index:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 
 from ..conditioning.teachers import TeacherView, choose_teacher
 from ..data.dataset import DatasetReport
@@ -43,3 +45,14 @@ def view_for(
     known = ("vlm",) if options.is_demo else family.teachers
     view = choose_teacher(known, args.teacher_view, edits).with_background(args.teacher_background)
     return view.with_sentence(args.teacher_sentence, others)
+
+
+def require_family(lora: Path, facts: Mapping[str, str], family: Family, options: ModelOptions) -> None:
+    """Checks, before anything is loaded, that a LoRA is of the model's family, by the facts of its header.
+
+    Raises:
+        ValueError: the header names another one.
+    """
+    of = facts.get("dopsd_family", family.name)
+    if of != family.name:
+        raise ValueError(f"{lora} is a LoRA of the family {of}, and --model {options.model} is a {family.title}")

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..data.dataset import DatasetReport, read_dataset
 from ..data.resolutions import Resolution, Scale, parse_resolutions, scales_of
+from ..data.sources.hugging_face import PREFIX
+from ..data.sources.tars import tars_of
 from ..families import Family
+from ..shards.index import is_encoded
 from .model_options import ModelOptions
+
+
+def require_images(dataset: Path) -> None:
+    """Checks that a dataset is none of those that only other commands read.
+
+    Raises:
+        ValueError: it is; the message names the command.
+    """
+    if is_encoded(dataset):
+        raise ValueError(f"{dataset} is an encoded dataset, which only train reads: give the folder of the images")
+    is_hugging_face = str(dataset).startswith(PREFIX) and not dataset.exists()
+    if is_hugging_face or tars_of(dataset):
+        what = "a Hugging Face dataset" if is_hugging_face else "a WebDataset"
+        raise ValueError(f"{dataset} is {what}: write it as shards with encode first, and train on those")
 
 
 def read_images(args: argparse.Namespace, family: Family, options: ModelOptions) -> DatasetReport:
@@ -16,6 +34,7 @@ def read_images(args: argparse.Namespace, family: Family, options: ModelOptions)
     Raises:
         ValueError: it has errors, or edits that the model cannot learn.
     """
+    require_images(args.dataset)
     report = read_dataset(
         args.dataset, pixel_budget=side_of(args, family, options) ** 2, multiple=family.pixel_multiple,
         trigger=args.trigger, repeats=args.repeats, root=args.root,

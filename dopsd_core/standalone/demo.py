@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from ..conditioning.cache import ConditionCache
-from ..conditioning.encode import Condition
+from ..conditioning.encode import Condition, DualCondition
 from ..config import TrainConfig
-from ..data.dataset import read_dataset
+from ..data.dataset import Pair, read_dataset
 from ..data.images import load_image
 from ..demo.concept import Concept
 from ..demo.settings import SAMPLE_STEPS
 from ..demo.world import IMAGE_SIZE, TRIGGER
+from ..denoiser import Denoiser
 from ..families import Z_IMAGE
+from ..objectives import ObjectiveInputs, measure_gap
 from ..rollout import sample
 from ..teachers import FrozenTeacher
 from ..trainable import Trainable
@@ -67,10 +69,7 @@ class Demo:
         folder = self.output / "dataset"
         report = read_dataset(folder, trigger=TRIGGER, pixel_budget=IMAGE_SIZE**2, multiple=Z_IMAGE.pixel_multiple)
         report.raise_for_errors()
-        data = build_training_set(
-            report.pairs, encoder, ConditionCache(self.output / "cache"), trigger=TRIGGER, anchors=True,
-            anchor_prompts=concept.anchors, heldout_caption=concept.unseen.texts[0],
-        )  # fmt: skip
+        data = self.training_set(report.pairs, ConditionCache(self.output / "cache"))
         images = [load_image(pair.image_path, pair.bucket) for pair in report.pairs]
         taught = [
             encoder.encode_image_text(images[i % len(images)], text) for i, text in enumerate(concept.unseen.texts)
@@ -79,6 +78,13 @@ class Demo:
         text = {t: encoder.encode_text(t) for t in {t for prompts in kinds for t in prompts.texts}}
         trigger, described, generic, named = ([text[t] for t in prompts.texts] for prompts in kinds)
         return PromptConditions(trigger, described, generic, named, taught), data
+
+    def training_set(self, pairs: Sequence[Pair], cache: ConditionCache) -> TrainingSet:
+        """What is trained on; a subclass may encode the images in another way."""
+        return build_training_set(
+            pairs, self.model.encoder, cache, trigger=TRIGGER, anchors=True,
+            anchor_prompts=self.concept.anchors, heldout_caption=self.concept.unseen.texts[0],
+        )  # fmt: skip
 
     def draw(self, conditions: Sequence[Condition], seed: int) -> Tensor:
         """Draws one few-step sample per condition, [n, 3, 64, 64] in [0, 1]. Equal seeds have equal noise."""
@@ -108,16 +114,23 @@ class Demo:
         return score(samples, self.concept, self.judge)
 
     def train(
-        self, name: str, config: TrainConfig, callbacks: Callbacks | None = None, *, undistilled: bool = False
+        self,
+        name: str,
+        config: TrainConfig,
+        callbacks: Callbacks | None = None,
+        *,
+        undistilled: bool = False,
+        counted: Denoiser | None = None,
     ) -> Path:
         """Trains in `runs/<name>`, or resumes the run there, and returns the LoRA's path.
 
         undistilled: whether to train the model before its distillation.
+        counted: what to train through instead of the model's own denoiser, on the same network.
 
         Raises:
             FileNotFoundError: the undistilled model is not there.
         """
-        model = self._undistilled if undistilled else (self.model.denoiser, self.model.fingerprint)
+        model = self._undistilled if undistilled else (counted or self.model.denoiser, self.model.fingerprint)
         denoiser, fingerprint = model
         facts = {"dopsd_base_fingerprint": fingerprint} | ({"dopsd_undistilled": "yes"} if undistilled else {})
         folder = self.output / "runs" / name
@@ -127,6 +140,30 @@ class Demo:
     @cached_property
     def _undistilled(self) -> tuple[StandaloneDenoiser, str]:
         return load_undistilled()
+
+    def relative_gap(self, adapters: Trainable, seed: int, count: int = 8) -> float:
+        """The gap of weights in training to the untouched model that sees a target, relative to that without them.
+
+        On `count` of the unseen prompts, along the model's own few steps.
+        """
+        parts, step = self.conditions, max(1, len(self.conditions.trigger) // count)
+        pairs = [
+            DualCondition(student, teacher, None, "", "")
+            for student, teacher in list(zip(parts.trigger, parts.taught, strict=True))[::step][:count]
+        ]
+        generator = make_generator(seed, "gap")
+        inputs = ObjectiveInputs(
+            denoiser=self.model.denoiser,
+            adapters=adapters,
+            pairs=pairs,
+            noise=torch.randn(len(pairs), *Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE), generator=generator),
+            sigmas=Z_IMAGE.sigmas(SAMPLE_STEPS, IMAGE_SIZE, IMAGE_SIZE),
+            generator=generator,
+        )
+        now, before = (
+            measure_gap(inputs, student_mode=mode, teacher_mode="off").metrics["gap"] for mode in ("student", "off")
+        )
+        return now / before
 
     def concept_error(
         self, adapters: Trainable, config: TrainConfig, seed: int, count: int, undistilled: bool

@@ -23,6 +23,8 @@ from ..data.checks import ImageChecker
 from ..data.dataset import Pair, check_entries, checked_trigger
 from ..data.problems import Problem, Problems
 from ..data.sources import Chunk, Columns, Source, open_source
+from ..data.triggers import concepts_of
+from ..files.disk import require_writable, writing
 from ..files.lock import FolderLock
 from ..shards.encode_images import encode_images
 from ..shards.encoding import Encoding
@@ -90,13 +92,16 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _work(args: argparse.Namespace, options: ModelOptions) -> _Work:
-    family, trigger = family_of(options), checked_trigger(args.trigger)
-    heldout = put_trigger(args.heldout_caption or "", trigger)
-    remarks = check_prompts([heldout], "held-out caption", trigger) if heldout else []
+    family = family_of(options)
     columns = Columns(args.split, args.subset, args.revision, args.image_column, args.caption_column)
     source = open_source(
         args.dataset, args.shard_size, args.root, columns if columns != Columns() else None
     )  # fmt: skip
+    trigger = _trigger_of(source, checked_trigger(args.trigger))
+    heldout = put_trigger(args.heldout_caption or "", trigger)
+    remarks = check_prompts([heldout], "held-out caption", trigger) if heldout else []
+    if heldout and any(put_trigger(text, trigger) == heldout for text, _ in source.known_captions()):
+        raise ValueError(f"the held-out caption {heldout!r} is in the dataset; use one that is not trained on")
     if options.is_demo and source.has_edits:
         raise ValueError(f"{args.dataset} contains edits, but the demo model cannot edit: use images with captions")
     view = view_for(args, family, options, source.has_edits, others=False)
@@ -110,11 +115,28 @@ def _work(args: argparse.Namespace, options: ModelOptions) -> _Work:
     return _Work(args.output, source, model, view, encoding, buckets, args.skip_errors, tuple(remarks))
 
 
+def _trigger_of(source: Source, trigger: str) -> str:
+    """The trigger of all images: the given one, or that of the folders.
+
+    Raises:
+        ValueError: there are several; a shard would know only those of its own images, and leave the others in anchors.
+    """
+    concepts = concepts_of(own or trigger for _, own in source.known_captions())
+    if len(concepts) > 1:
+        raise ValueError(
+            f"{source.title} has the concepts {', '.join(concepts)}, and shards have one: train on the folder itself, "
+            "or encode the folder of each concept"
+        )
+    return concepts[0] if concepts else trigger
+
+
 def _begin(work: _Work, lock: _Lock) -> None:
     lists = [problem for problem in work.source.problems if problem.severity == "error"]
     if lists and not work.skips_errors:
         raise ValueError(_sentence(work.source.title, Found(lists[:_LISTED], len(lists))))
-    work.output.mkdir(parents=True, exist_ok=True)
+    require_writable(work.output)
+    with writing(work.output):
+        work.output.mkdir(parents=True, exist_ok=True)
     lock.acquire()
     begin(work.output, work.encoding, work.source.title)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from torch import Tensor
 from tqdm import tqdm
@@ -17,7 +16,6 @@ from ..data.images import read_image, to_tensor
 from ..demo.concept import make_concept
 from ..demo.model_files import JUDGE_FILE, WEIGHTS
 from ..demo.world import TRIGGER
-from ..families import Family
 from ..files.atomic import write_atomic
 from ..metrics.arguments import WEIGHTS as METRICS
 from ..metrics.evaluation import count_scores, evaluate
@@ -27,8 +25,8 @@ from ..metrics.measures import measures_of
 from ..metrics.protocol import Shot, all_shots, split_prompts
 from ..metrics.report_card import draw_report_card, summary_lines, to_json
 from ..sharing.model_spec import trigger_of
-from .chosen import family_of
-from .datasets import side_of
+from .chosen import family_of, require_family
+from .datasets import require_images, side_of
 from .evaluate import judge_measures
 from .hosts.model import load_model
 from .judge import load_judge
@@ -60,8 +58,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def _write_report_card(args: argparse.Namespace, options: ModelOptions) -> int:
     family, facts = family_of(options), read_safetensors(args.lora)[1]
-    _require_family(args.lora, facts, family, options)
+    require_family(args.lora, facts, family, options)
     side, trigger = side_of(args, family, options), args.trigger or trigger_of(facts)
+    require_images(args.source)
     report = read_dataset(args.source, pixel_budget=side**2, multiple=family.pixel_multiple, trigger=trigger)
     report.raise_for_errors()
     if any(pair.source_images for pair in report.pairs):
@@ -99,13 +98,6 @@ def _write_report_card(args: argparse.Namespace, options: ModelOptions) -> int:
     return 0
 
 
-def _require_family(lora: Path, facts: Mapping[str, str], family: Family, options: ModelOptions) -> None:
-    """Raises ValueError if the LoRA's header names another family, before anything is loaded."""
-    of = facts.get("dopsd_family", family.name)
-    if of != family.name:
-        raise ValueError(f"{lora} is a LoRA of the family {of}, and --model {options.model} is a {family.title}")
-
-
 def _device_of_metrics(args: argparse.Namespace) -> str:
     return args.metrics_device or ("cpu" if args.device == "auto" else args.device)
 
@@ -121,7 +113,7 @@ def _notes(options: ModelOptions, prompts: Sequence[str], trigger: str) -> list[
 def _write_benchmark(args: argparse.Namespace, options: ModelOptions) -> int:
     family = family_of(options)
     if args.lora is not None:
-        _require_family(args.lora, read_safetensors(args.lora)[1], family, options)
+        require_family(args.lora, read_safetensors(args.lora)[1], family, options)
     prompts, side = read_prompts(args.layout, args.source), side_of(args, family, options)
     model = load_model(options, sees=False)
     painter = LoraPainter.of(model, [prompt.text for prompt in prompts], args.lora, args.steps)

@@ -18,12 +18,15 @@ from ..data.dataset import Pair
 from ..data.resolutions import Scale
 from ..families import get_family
 from ..objectives import SFT
+from ..presets import ON_COMMAND_LINE
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
+from ..training.aims import aim_remarks
 from ..training.regularisation import check_regularisation
 from ..training.shown_images import mask_remarks
 from ..training.training_set import TrainingSet, build_training_set, encode_regularisation, ordinary_prompts
 from ..training.world import Peers, World
+from .beforehand import check_beforehand, digest_of_pairs, may_lack_anchors
 from .chosen import family_of, view_of
 from .datasets import read_images, read_regularisation, read_scales
 from .hosts.model import HostModel, load_model, sees_images
@@ -64,7 +67,8 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
     """Reads the dataset and encodes it: rank 0 first, then the others read what it has cached.
 
     Raises:
-        ValueError: options, dataset and model do not fit together.
+        ValueError: options, dataset, model and processes do not fit together.
+        DiskError, StateError, FolderInUse: the run cannot be written to its folder.
         OSError: files are missing or cannot be downloaded.
     """
     family = family_of(options)
@@ -97,9 +101,11 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         warn(remarks)
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
         warn(mask_remarks(report.pairs, view.background))
+        warn(aim_remarks(ON_COMMAND_LINE.get(args.preset or "", ""), report.pairs, view, args.teacher_image))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))
+    check_beforehand(args, config, model, digest_of_pairs(report.pairs, ordinary), peers)
     cache = ConditionCache(args.output / "cache")
 
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
@@ -130,6 +136,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, (), args.trigger))
+    check_beforehand(args, config, model, shards.index.digest() + digest_of_pairs(ordinary), peers)
     cache = ConditionCache(args.output / "cache")
     wanted = _wants_anchors(config)
 
@@ -191,8 +198,7 @@ MANY = 20
 def _without_missing_anchors(
     args: argparse.Namespace, config: TrainConfig, data: TrainingSet, peers: Peers
 ) -> TrainConfig:
-    asked_for = any(name.endswith("anchor_probability") for name in vars(args))
-    if not config.objective.anchor_share or data.anchors or asked_for:
+    if data.anchors or not may_lack_anchors(args, config):
         return config
     if peers.is_first:
         warn(["no caption contains the trigger, so there are no anchors; anchor_probability is set to 0"])

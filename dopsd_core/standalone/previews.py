@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..conditioning.cache import ConditionCache
 from ..conditioning.encode import Condition, DualCondition, encode_dataset
-from ..conditioning.teachers import TeacherView
+from ..conditioning.teachers import VLM, TeacherView
 from ..data.captions import put_trigger
 from ..data.dataset import Pair
 from ..data.images import load_image
@@ -90,11 +90,14 @@ def preview_texts(given: Sequence[str] | None, pairs: Sequence[Pair], trigger: s
 
 
 def teacher_sheet(
-    painter: Painter, shown: Sequence[DualCondition], pairs: Sequence[Pair], seen: Sequence[Tensor] = ()
-) -> Image.Image:
+    painter: Painter, shown: Sequence[DualCondition], pairs: Sequence[Pair], seen: Sequence[Tensor] = (),
+    view: TeacherView = VLM,
+) -> Image.Image:  # fmt: skip
     """Target, teacher and student of the untouched model side by side; for edits the source images too.
 
-    seen: what the teacher sees, [3, H, W] in [0, 1] each, if that is not the whole target.
+    Args:
+        seen: what the teacher sees, [3, H, W] in [0, 1] each, if that is not the whole target.
+        view: the teacher's.
     """
     shapes, texts = [latent_shape(dual) for dual in shown], [dual.caption for dual in shown]
     teacher = painter.draw([dual.teacher for dual in shown], shapes)
@@ -106,7 +109,7 @@ def teacher_sheet(
         *([Row("source", "the image before the edit", sources, texts)] if sources else []),
         Row("target", "the training image", targets, () if sources else texts),
         *([Row("seen", "what the teacher sees", seen)] if seen else []),
-        Row("teacher", "the untouched model,\nsees the image", teacher),
+        Row("teacher", f"the untouched model,\n{view.remark}", teacher),
         Row("student", f"the untouched model,\n{reads}", student),
     ]
     return contact_sheet("the teacher, before any training", rows, tile=TILE)
@@ -115,8 +118,8 @@ def teacher_sheet(
 class TrainingPreview:
     """Writes a sheet per preview step: untouched model, teacher and student from the same noise."""
 
-    def __init__(self, painter: Painter, shown: Sequence[DualCondition], folder: Path) -> None:
-        self._painter, self._shown, self._folder = painter, shown, folder / PREVIEWS_NAME
+    def __init__(self, painter: Painter, shown: Sequence[DualCondition], folder: Path, view: TeacherView = VLM) -> None:
+        self._painter, self._shown, self._folder, self._view = painter, shown, folder / PREVIEWS_NAME, view
         self._shapes = [latent_shape(dual) for dual in shown]
         self._before: list[Tensor] | None = None
 
@@ -135,7 +138,7 @@ class TrainingPreview:
             self._before = self._draw(adapters, "off", alone)
         rows = [
             Row("untouched", "before training", self._before, [dual.caption for dual in self._shown]),
-            Row("teacher", "sees a training image", self._draw(adapters, "teacher", [d.teacher for d in self._shown])),
+            Row("teacher", self._view.remark, self._draw(adapters, "teacher", [d.teacher for d in self._shown])),
             Row("student", "reads the prompt alone", self._draw(adapters, "student", alone)),
         ]
         return contact_sheet(f"step {step}", rows, tile=TILE)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..adapters.lora_file import read_safetensors
 from ..conditioning.cache import digest_bytes
 from ..conditioning.encode import Condition, EncodeRequest, ImageInput, encode_dataset
 from ..conditioning.teachers import TeacherView, choose_teacher
@@ -23,7 +24,7 @@ from ..rollout import sample
 from ..training.rng import make_generator
 from ..training.saved_loras import SavedLora, saved_loras
 from ..training.shown_images import mask_remarks, seen_images
-from .chosen import family_of, view_of
+from .chosen import family_of, require_family, view_of
 from .datasets import read_images
 from .hosts.demo import with_lora
 from .hosts.model import HostModel, load_model, sees_images
@@ -40,6 +41,8 @@ def run_sample(args: argparse.Namespace) -> int:
     if args.lora and not args.lora.exists():
         raise FileNotFoundError(f"{args.lora} does not exist; give a LoRA file that training wrote, or a run's folder")
     saves = _saves_of(args.lora) if args.lora and args.lora.is_dir() else []
+    if lora := saves[0].path if saves else args.lora:
+        require_family(lora, read_safetensors(lora)[1], family, options)
     model = load_model(options, sees_images(view) and args.teacher_image is not None)
     width, height = args.size or (model.side, model.side)
     shape = family.latent_shape(width, height)
@@ -149,6 +152,6 @@ def run_teacher_preview(args: argparse.Namespace) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     warn(mask_remarks(report.pairs, view.background))
     seen = seen_images(report.pairs, len(pairs), args.teacher_image, view.background)
-    teacher_sheet(painter, shown, pairs, seen).save(args.output)
+    teacher_sheet(painter, shown, pairs, seen, view).save(args.output)
     say(f"{args.output}: the student can only become as good as the row of the teacher")
     return 0

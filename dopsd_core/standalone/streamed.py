@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..conditioning.encode import DualCondition
 from ..conditioning.teachers import TEACHER_VIEWS, TeacherView
 from ..data.captions import put_trigger
-from ..families import Family
+from ..families import FAMILIES, Family, get_family
 from ..shards.encoding import Encoding
 from ..shards.index import AGAIN, INDEX, Index
 from ..shards.reader import Shards
@@ -28,6 +28,7 @@ def open_shards(args: argparse.Namespace) -> Shards:
     folder = args.dataset
     for name, needs, instead in (
         ("root", args.root is not None, "is for folders and JSONL files"),
+        ("resolutions", bool(args.resolutions), "needs the images: train from the dataset itself"),
         ("teacher-image", args.teacher_image != "own", "other needs the images: train from the dataset itself"),
         ("preview-prompts", bool(args.preview_prompts), "needs the images for its teacher: use sample afterwards"),
     ):
@@ -49,8 +50,15 @@ def view_of_shards(
     """The teacher's view that the arguments select; the dataset's own if they select none.
 
     Raises:
-        ValueError: the model does not support it, or the index has an unknown one.
+        ValueError: the dataset was encoded for another family, the model does not support the view, or the index has
+            an unknown one.
     """
+    if encoding.family != family.name:
+        known = get_family(encoding.family).title if encoding.family in FAMILIES else repr(encoding.family)
+        raise ValueError(
+            f"{args.dataset} was encoded for {known}, and --model {options.model} is a {family.title}: choose that "
+            "model, or encode the dataset again into another folder"
+        )
     if encoding.teacher not in TEACHER_VIEWS:
         raise ValueError(f"{args.dataset} was encoded for the unknown teacher {encoding.teacher!r}: {AGAIN}")
     stored = TEACHER_VIEWS[encoding.teacher]

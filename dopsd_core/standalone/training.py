@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -56,29 +57,29 @@ def run_train(args: argparse.Namespace) -> int:
             prepared = prepare(args, options, args.train_config, peers)
             denoiser = prepared.model.denoiser
             given = args.checkpoint_blocks
-            checkpointing = _checkpointing(prepared, denoiser, peers) if given is None else Checkpointing.full(given)
-        return _trained(args, prepared, denoiser, checkpointing, world)
+            plan = _plan(prepared, denoiser, peers) if given is None else _Plan(Checkpointing.full(given))
+        return _trained(args, prepared, denoiser, plan, world)
 
 
-def _trained(
-    args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, checkpointing: Checkpointing, world: World | None
-) -> int:
+def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, plan: _Plan, world: World | None) -> int:
     config, is_first = prepared.config, world is None or world.rank == 0
     preview = None
     draws = is_first or runs_together(config, world)
     if config.preview_every and draws:
         painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
-        preview = TrainingPreview(painter, prepared.shown, args.output)
+        preview = TrainingPreview(painter, prepared.shown, args.output, prepared.view)
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
+    with Peers(world).ending_together():  # a tracker that cannot be started ends all processes
+        started = _tracking(args, config, is_first)
     with (
+        closing(started) as tracking,
         tqdm(total=config.steps, unit="step", disable=not is_first) as bar,
-        closing(_tracking(args, config, is_first)) as tracking,
-        _watching(bar, preview, tracking, is_first) as callbacks,
+        _watching(bar, preview, tracking, is_first, runs_together(config, world)) as callbacks,
     ):
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
             facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
-            checkpointing=checkpointing, compiles=args.compile,
+            checkpointing=plan.checkpointing, compiles=args.compile, keeps_casts=plan.keeps_casts,
             host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
@@ -152,34 +153,57 @@ class _Watcher(NoCallbacks):
 
 
 @contextmanager
-def _watching(bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool) -> Iterator[_Watcher]:
-    """The callbacks of the run; inside the `with` block SIGTERM, which cluster managers send, stops it after a step."""
+def _watching(
+    bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool, in_parts: bool = False
+) -> Iterator[_Watcher]:
+    """The callbacks of the run; inside the `with` block SIGTERM, which cluster managers send, stops it after a step.
+
+    in_parts: whether Ctrl-C does too, since no process can save weights in parts in the middle of a step.
+    """
     watcher = _Watcher(bar, preview, tracking, writes)
+    signals = (signal.SIGTERM, signal.SIGINT) if in_parts else (signal.SIGTERM,)
 
     def stop(number: int, frame: object) -> None:
+        if number == signal.SIGINT and writes and not watcher.is_stopped:
+            say("stopping after this step")
         watcher.is_stopped = True
 
     if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield watcher
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield watcher
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def _checkpointing(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> Checkpointing:
+@dataclass(frozen=True)
+class _Plan:
+    """How training fits into memory.
+
+    Attributes:
+        checkpointing: the blocks with gradient checkpointing.
+        keeps_casts: whether casts of the adapter's weights are kept between forwards.
+    """
+
+    checkpointing: Checkpointing
+    keeps_casts: bool = True
+
+
+def _plan(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> _Plan:
     """The least gradient checkpointing that fits into the GPU's free memory; none on a CPU."""
     if denoiser.device.type != "cuda":
-        return Checkpointing()
+        return _Plan(Checkpointing())
     if runs_together(prepared.config, peers.world):
-        return Checkpointing.full(len(denoiser.blocks()))
+        return _Plan(Checkpointing.full(len(denoiser.blocks())))
     footprint = footprint_of(prepared, denoiser)
     free = int(torch.cuda.mem_get_info(denoiser.device)[0] * _MARGIN) + footprint.weights  # those are loaded already
+    footprint = footprint.within(free)
     every = peers.all(lambda: footprint.checkpointing(free))
     chosen = max(every, key=lambda one: one.flops(footprint.blocks))  # that of the GPU with the least memory
     if peers.is_first and chosen.count:
@@ -190,7 +214,7 @@ def _checkpointing(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> Chec
             f"training needs about {footprint.total(chosen) / gb:.1f} GB and the GPU has {free / gb:.1f}: use "
             f"{prepared.config.adapter.memory_hint}"
         ])  # fmt: skip
-    return chosen
+    return _Plan(chosen, footprint.keeps_casts)
 
 
 def footprint_of(prepared: Prepared, denoiser: Denoiser) -> Footprint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -17,6 +18,7 @@ from ..trainable import Trainable
 from ..transfer import to_device
 from .rng import DataOrder, draw_noise, draw_variant, make_generator
 from .scales import ScaledOrder
+from .step_losses import StepLosses
 from .training_set import TrainingSet, latent_shape, pair_to
 
 
@@ -52,6 +54,11 @@ class Batches:
     order: DataOrder | ScaledOrder
     anchors: Sequence[Condition]
 
+    @cached_property
+    def step_losses(self) -> StepLosses:
+        """The losses at each rollout step so far."""
+        return StepLosses(self.config.rollout_steps)
+
     def inputs(self, step: int, micro: int, class_images: Sequence[ClassImage], loss_scale: float) -> ObjectiveInputs:
         """The inputs for micro batch `micro` of optimizer step `step`; loss_scale: factor of the losses for fp16."""
         config, device = self.config, self.denoiser.device
@@ -69,6 +76,7 @@ class Batches:
             anchors=self.anchors,
             class_images=class_images,
             loss_scale=loss_scale / config.grad_accumulation,
+            step_losses=self.step_losses.known,
         )
 
     def _draw_pair(self, index: int, step: int, sample: int) -> DualCondition:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..files.atomic import sync_folder
 from ..files.disk import writing
+from ..transfer import copies_on_host
 
 log = logging.getLogger("dopsd")
 
@@ -63,8 +64,7 @@ class Checkpoint:
 
     def copied(self) -> Checkpoint:
         """The same on the CPU, independent of the run: the optimizer's tensors, of any shape, are its own otherwise."""
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.optimizer.items()}
-        return replace(self, optimizer=copies)
+        return replace(self, optimizer=copies_on_host(self.optimizer))
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
@@ -84,6 +84,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
 def saved_steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint in `folder`, intact or not, newest first."""
     return _steps(folder) if folder.is_dir() else []
+
+
+def saved_facts(folder: Path) -> tuple[int, Mapping[str, Any]] | None:
+    """(step, facts) of the newest checkpoint with an intact `state.json`; None if there is none. Reads no tensors."""
+    for step in saved_steps(folder):
+        try:
+            return step, _read_state(folder / f"step-{step:06d}")["facts"]
+        except Exception as error:  # a damaged file can fail in any way inside the parser
+            log.debug("the state of step %d cannot be read: %s", step, error)
+    return None
 
 
 def _save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -201,12 +211,7 @@ def _read(folder: Path) -> Checkpoint:
 
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The state and the contents of the files; of shards, which may be large, only the checksums are compared."""
-    state = json.loads((folder / "state.json").read_bytes())
-    stated = state.pop("self")
-    if state["format"] not in _READABLE or stated != _digest(state):
-        raise ValueError(f"state.json was changed, or its format is not {' or '.join(_READABLE)}")
-    if folder.name != f"step-{state['step']:06d}":
-        raise ValueError(f"state.json is of step {state['step']}")
+    state = _read_state(folder)
     if state["format"] == SHARDED:
         for name, stated in state["sha256"].items():
             if file_digest(folder / name) != stated:
@@ -218,6 +223,16 @@ def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         if hashlib.sha256(contents[name]).hexdigest() != state["sha256"][name]:
             raise ValueError(f"{name} was changed")
     return state, contents
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state = json.loads((folder / "state.json").read_bytes())
+    stated = state.pop("self")
+    if state["format"] not in _READABLE or stated != _digest(state):
+        raise ValueError(f"state.json was changed, or its format is not {' or '.join(_READABLE)}")
+    if folder.name != f"step-{state['step']:06d}":
+        raise ValueError(f"state.json is of step {state['step']}")
+    return state
 
 
 def file_digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from ..config import TrainConfig, changes_that_forbid_resuming
 from ..optimizers.state import resumed_state, unflatten_state
 from .checkpoint import Checkpoint, StateError, unflatten_paths
+
+OTHER_MODEL = "the model: its weights or patches"
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,27 @@ def require_same_run(checkpoint: Checkpoint, config: TrainConfig, identity: RunI
     if facts["data"] != identity.data:
         changed = (*changed, "the dataset: its images, captions, encoder or their order")
     if facts.get("model", identity.model) != identity.model:
-        changed = (*changed, "the model: its weights or patches")
+        changed = (*changed, OTHER_MODEL)
     if facts.get("initial", "") != identity.initial:
         changed = (*changed, "the LoRA that it started from")
     if facts.get("class_images", "") != identity.class_images:
         changed = (*changed, "the class images: their number, captions, seed or sampling steps")
+    require_unchanged(changed, checkpoint.step, config, folder)
+
+
+def run_exists(folder: Path) -> StateError:
+    """The error of a folder that contains a run, where a new one was wanted."""
+    return StateError(f"{folder} already contains a run; resume it, or choose another folder")
+
+
+def require_unchanged(changed: Sequence[str], step: int, config: TrainConfig, folder: Path) -> None:
+    """Raises StateError if anything was changed since the run in `folder` was at `step`, or it has more steps."""
     if changed:
         raise StateError(
             f"{folder} contains a different run; choose another folder, or undo what changed: {'; '.join(changed)}"
         )
-    if checkpoint.step > config.steps:
-        raise StateError(f"{folder} is already at step {checkpoint.step}; raise steps ({config.steps})")
+    if step > config.steps:
+        raise StateError(f"{folder} is already at step {step}; raise steps ({config.steps})")
 
 
 def optimizer_state(checkpoint: Checkpoint, fresh: dict[str, Any]) -> dict[str, Any]:

@@ -22,14 +22,14 @@ from ..optimizers import evaluating, start_training
 from ..optimizers.state import flatten_state
 from ..trainable import Role, Trainable
 from .batches import Batches, on_device
-from .checkpoint import Checkpoint, StateError
+from .checkpoint import Checkpoint
 from .class_images import ClassImages, OnDrawn
 from .gradients import Gradients
 from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
 from .nonfinite import NonFiniteError, all_finite, remedy
 from .probe import Probe
-from .resume import RunIdentity, optimizer_state, require_same_run
+from .resume import RunIdentity, optimizer_state, require_same_run, run_exists
 from .rng import DataOrder
 from .run_folder import RunFolder, UnusedFolder, saves_in_background
 from .saved_loras import facts_of, is_due
@@ -109,7 +109,7 @@ class Run:
         checkpoint = self.peers.first(self.folder.open)
         if checkpoint is not None:
             if not resume:
-                raise StateError(f"{self.folder.path} already contains a run; resume it, or choose another folder")
+                raise run_exists(self.folder.path)
             self._load(checkpoint)
         elif self._start_state is not None:
             self._set_weights(self._start_state, self._start_state)
@@ -185,6 +185,7 @@ class Run:
         self.optimizer.step()
         self.adapters.update_teacher()
         self.loss_scale.after_step()
+        self.gradients.batches.step_losses.add(outputs)
         self.step += 1
         self.is_between_steps = True
         report = self._report(outputs, rate, grad_norm, time.perf_counter() - began)
@@ -290,6 +291,7 @@ class Run:
             "class_images": self._identity.class_images,
             "optimizer_state": rest,
             "loss_scale": self.loss_scale.state(),
+            "step_losses": self.gradients.batches.step_losses.state(),
             "start": None if self.start is None else dataclasses.astuple(self.start),
             "last": None if self.last is None else dataclasses.astuple(self.last),
         }
@@ -332,6 +334,7 @@ class Run:
         state = optimizer_state(checkpoint, self.optimizer.state_dict())
         self.optimizer.load_state_dict(divided_state(state, self.adapters.parameters()))
         self.loss_scale.load(facts.get("loss_scale"))
+        self.gradients.batches.step_losses.load(facts.get("step_losses"))
         self.step = checkpoint.step
         self.start = Gaps.from_json(facts["start"]) if facts["start"] else None
         self.last = Gaps.from_json(facts["last"]) if facts["last"] else None

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from ..config import ConfigError, TrainConfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..config import ConfigError, TrainConfig, changes_that_forbid_resuming
+from ..denoiser import Denoiser
+from ..files.lock import FolderLock
+from .checkpoint import saved_facts
+from .resume import OTHER_MODEL, require_unchanged, run_exists
+from .run_folder import CHECKPOINTS_NAME, check_run_folder
 from .training_set import TrainingSet
 from .world import World
 
@@ -40,3 +48,49 @@ def check_data(config: TrainConfig, data: TrainingSet) -> None:
         problems.append("caption_dropout is above 0, but no empty caption was encoded; encode one, or set it to 0")
     if problems:
         raise ConfigError(problems)
+
+
+def check_network(config: TrainConfig, denoiser: Denoiser, folder: Path, host_bytes: int = 0) -> None:
+    """Checks what needs neither the data nor the values of the weights: packages, targets, folder and disk.
+
+    host_bytes: bytes that the host will write into the folder, such as previews.
+
+    Raises:
+        ConfigError, DiskError, ValueError: as `trainer.train`.
+    """
+    config.optimizer.require_packages()
+    config.adapter.require_host(denoiser)
+    check_run_folder(config, denoiser, folder, host_bytes)
+
+
+def check_saved_run(folder: Path, configs: Sequence[TrainConfig], model: Callable[[], str], resume: bool) -> None:
+    """Checks by the files of the run in `folder`, if there is one, that it can be resumed, without loading tensors.
+
+    The dataset is compared later, when it is encoded (`resume.require_same_run`).
+
+    Args:
+        folder: folder of the run.
+        configs: the configurations that the run may have, depending on the dataset; they differ in few options.
+        model: gives the fingerprint of the base model; not called if there is no run.
+        resume: whether a run in the folder is to be resumed; if False, it is an error if there is one.
+
+    Raises:
+        StateError: it is a different run, or has more steps, or there should be none.
+        FolderInUse: another run is using the folder.
+    """
+    if not folder.is_dir():
+        return
+    lock = FolderLock(folder)
+    if lock.path.exists():
+        lock.acquire()
+        lock.release()
+    if (found := saved_facts(folder / CHECKPOINTS_NAME)) is None:
+        return
+    if not resume:
+        raise run_exists(folder)
+    step, facts = found
+    saved = TrainConfig.from_json(facts["config"])
+    changed = min((changes_that_forbid_resuming(saved, config) for config in configs), key=len)
+    if facts.get("model", current := model()) != current:
+        changed = (*changed, OTHER_MODEL)
+    require_unchanged(changed, step, configs[0], folder)

@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..adapters.adapter_set import AdapterSet
 from ..compilation import compiled
 from ..conditioning.cache import ConditionCache
 from ..config import ConfigError, TrainConfig
@@ -36,8 +37,8 @@ from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
 from .regularisation import regularisation_remarks
 from .run import Run
-from .run_checks import check_data, check_share
-from .run_folder import CLASS_IMAGES_NAME, check_run_folder
+from .run_checks import check_data, check_network, check_share
+from .run_folder import CLASS_IMAGES_NAME
 from .saved_loras import is_due
 from .training_set import TrainingSet
 from .unseen_gap import BestStep
@@ -137,6 +138,7 @@ def train(
     initial: Mapping[str, Tensor] | None = None,
     checkpointing: Checkpointing | int = 0,
     compiles: bool = False,
+    keeps_casts: bool = True,
     host_bytes: int = 0,
     sample_steps: int | None = None,
     cache: ConditionCache | None = None,
@@ -152,17 +154,17 @@ def train(
         callbacks: hooks of the host.
         resume: whether to resume a run in `run_dir`; if False, it is an error if there is one.
         facts: metadata for the LoRA's header. A run resumes only with the same `dopsd_base_fingerprint`, if given.
-        initial: LoRA that a new run starts from, for student and teacher: folded tensors "<part>.lora_A.weight"
-            [rank, in] and "<part>.lora_B.weight" [rows, rank], with at most the rank of the configuration
-            (`lora_import`). A "frozen" teacher remains the base. A run resumes only with the same initial LoRA.
-        checkpointing: gradient checkpointing, with the same result (`Footprint.checkpointing`); a number is that of
-            blocks that keep their inputs alone.
+        initial: LoRA that a new run starts from, for student and teacher: folded "<part>.lora_A.weight" [rank, in] and
+            "<part>.lora_B.weight" [rows, rank], with at most the configuration's rank (`lora_import`). A "frozen"
+            teacher remains the base. A run resumes only with the same initial LoRA.
+        checkpointing: gradient checkpointing, with the same result; a number is that of blocks that keep inputs alone.
         compiles: whether the blocks are compiled (`compilation.py`).
-        host_bytes: bytes that the callbacks will write to the disk of `run_dir`, included in the check before training.
+        keeps_casts: whether an adapter's weights are cast to the compute dtype once per step (`Footprint.casts`).
+        host_bytes: bytes that the callbacks will write to `run_dir`, included in the check before training.
         sample_steps: steps in which the model draws class images (`class_images.py`); default: the family's.
         cache: keeps class images for other runs on the same model; default: a folder in `run_dir`.
         world: the processes that share the batches of each step, all of which call this function with equal arguments;
-            default: this one. The result does not depend on their number, up to the order in which gradients are added.
+            default: this one. The result does not depend on their number, up to the order of additions.
 
     Raises:
         ConfigError: the configuration does not fit the data, this machine or the number of processes.
@@ -174,14 +176,15 @@ def train(
         PeerError: another process of `world` failed or was lost.
     """
     callbacks, peers = callbacks or NoCallbacks(), Peers(world)
-    # ComfyUI calls in inference mode
-    with peers.ending_together(), torch.inference_mode(False), torch.enable_grad():
+    with peers.ending_together(), torch.inference_mode(False), torch.enable_grad():  # ComfyUI calls in inference mode
         check_share(config, peers.world)
         peers.first(lambda: check_run(config, denoiser, data, run_dir, host_bytes))
         for remark in _remarks(config, data) if peers.world.rank == 0 else ():
             log.warning(remark)
         images = _class_images(config, data, Path(run_dir), facts or {}, sample_steps, cache)
         run = Run(config, denoiser, data, Path(run_dir), facts, initial, images, peers)
+        if isinstance(run.adapters, AdapterSet):
+            run.adapters.keep_casts(keeps_casts)
         return _to_the_end(run, callbacks, resume, checkpointing, compiles)
 
 
@@ -194,11 +197,9 @@ def check_run(
         ConfigError, DiskError, ValueError: as in `train`.
     """
     check_data(config, data)
-    config.optimizer.require_packages()
-    config.adapter.require_host(denoiser)
     if config.deterministic and (problem := obstacle(denoiser.device)):
         raise ConfigError((problem,))
-    check_run_folder(config, denoiser, Path(run_dir), host_bytes)
+    check_network(config, denoiser, Path(run_dir), host_bytes)
 
 
 def _to_the_end(

@@ -222,6 +222,8 @@ def _heldout_request(
     """The request for the held-out caption, with the first image of its concept."""
     if any(text == caption for _, caption in plan.requests):
         raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
+    if teacher.sees == "nothing":
+        _require_words([text], "held-out caption", teacher)
     first = pair_of_prompt(pairs, text, 0)
     other = shown_to_teacher(pairs, first, teacher_image)[0]
     return encode_request(pairs[first], text, other, teacher.background)
@@ -272,6 +274,8 @@ def require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: Teac
     Raises:
         ValueError: they are not; the message says what to change.
     """
+    if teacher.sees == "nothing":
+        _require_words([caption for pair in pairs for caption in pair.captions], "caption", teacher, teacher_image)
     lacking = sum(not pair.source_images for pair in pairs)
     if teacher.edits and lacking:
         raise ValueError(
@@ -289,6 +293,17 @@ def require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: Teac
     if teacher_image == "other" and (alone := [pair for pair in pairs if names.count(pair.trigger.casefold()) < 2]):
         of_it = f" of {alone[0].trigger}" if len(set(names)) > 1 else ""
         raise ValueError(f"teacher_image other needs at least two images{of_it}; add some, or set it to own")
+
+
+def _require_words(texts: Sequence[str], what: str, teacher: TeacherView, teacher_image: TeacherImage = "own") -> None:
+    if teacher_image == "other":
+        raise ValueError(f"the teacher {teacher.name} sees no image: set teacher_image to own")
+    if equal := [text for text in texts if not teacher.teaches(text)]:
+        words = teacher.replaces[0] if teacher.replaces else ""
+        raise ValueError(
+            f"the {what} {equal[0]!r} does not contain {words!r}, in whose place the teacher reads other words "
+            f"({teacher.sentence!r}): write it there, or change teacher_sentence"
+        )
 
 
 def _drawing_copies(example: Example, copies: Sequence[Sequence[int]]) -> Example:

@@ -166,7 +166,7 @@ class Peers:
             yield
         except BaseException as error:
             if self._runs_in_step and _is_lost(error):
-                raise PeerError(f"another process of this run was lost ({_describe(error)})") from error
+                raise _lost(error) from error
             if not self._is_over and not self._runs_in_step:
                 try:
                     self._meet(_Outcome(error=_describe(error)))
@@ -232,14 +232,21 @@ class Peers:
             return exchange()
         except Exception as error:  # whatever the backend raises if a connection breaks
             self._is_over = True
-            raise PeerError(f"another process of this run was lost ({_describe(error)})") from error
+            raise _lost(error) from error
+
+
+def _lost(error: BaseException) -> PeerError:
+    why = f"the connection says: {_describe(error)}"
+    return PeerError(f"another process of this run was lost; the same command continues from what is saved ({why})")
 
 
 def _is_lost(error: BaseException) -> bool:
     """Whether a communication inside a forward broke; gloo and NCCL raise a RuntimeError of their own words."""
     words = ("connection closed", "connection reset", "nccl", "process group")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    is_foreign = isinstance(error, RuntimeError) and not isinstance(error, PeerError)
+    return is_foreign and any(word in str(error).lower() for word in words)
 
 
 def _describe(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    unnamed = "it was interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+    return " ".join(str(error).split())[:500] or unnamed

@@ -167,7 +167,7 @@ def make_plan(
     """
     preset = MEMORY_PRESETS[name]
     config, notes = _with_trades(config, preset, denoiser.device)
-    footprint = footprint_of(denoiser, conditions, config)
+    footprint = footprint_of(denoiser, conditions, config).within(budget)
     checkpointing = footprint.checkpointing(budget)
     beside = footprint.total(checkpointing) - footprint.weights
     streamed = min(max(footprint.total(checkpointing) - budget, 0), footprint.weights)

@@ -1,4 +1,4 @@
-"""Presets, and the training configuration that a preset and the user's choices make."""
+"""The training configuration that a preset and the user's choices make."""
 
 from __future__ import annotations
 
@@ -6,59 +6,26 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ...dopsd_core.adapters.targets import parse_targets
 from ...dopsd_core.config import TrainConfig
-from ...dopsd_core.demo.settings import demo_config
 from ...dopsd_core.families import Family
 from ...dopsd_core.old_config import former_identity
-from ...dopsd_core.options import changed, flattened, split_unused
+from ...dopsd_core.options import changed, split_unused
+from ...dopsd_core.presets import PRESETS, USUAL, Preset, preset_settings
 from .paths import DIGEST_DIGITS
 
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """Settings that fit together. The fields are flat names of options.
-
-    Attributes:
-        steps: optimizer steps; 0 for the paper's number for the family.
-        rank: of the LoRA.
-        alpha: of the LoRA.
-        lr: learning rate; 0 for the family's.
-        batch_size: images per forward.
-        grad_accumulation: batches per optimizer step.
-        rollout_steps: K; 0 for the family's.
-        warmup: steps over which the learning rate rises.
-        ema_decay: of the ema teacher, per optimizer step.
-        anchor_probability: share of batches that are prior anchors.
-    """
-
-    steps: int
-    rank: int
-    alpha: float
-    lr: float = 0.0
-    batch_size: int = 1
-    grad_accumulation: int = 1
-    rollout_steps: int = 0
-    warmup: int = 0
-    ema_decay: float = 0.9999
-    anchor_probability: float = 0.5
-
-
-def _preset_of(config: TrainConfig) -> Preset:
-    values = flattened(config)
-    return Preset(**{field.name: values[field.name] for field in dataclasses.fields(Preset)})
-
-
-PRESETS: Mapping[str, Preset] = {
-    "standard": Preset(steps=1000, rank=32, alpha=64.0),
-    "quick look": Preset(steps=250, rank=16, alpha=32.0),
-    "paper": Preset(steps=0, rank=64, alpha=128.0, grad_accumulation=4, anchor_probability=0.0),
-    "demo model": _preset_of(demo_config()),
-}
-"""paper: the authors' settings, with their 4 GPUs as gradient accumulation. demo model: for Load Demo Models only."""
+__all__ = [
+    "PRESETS",
+    "USUAL",
+    "given_settings",
+    "make_config",
+    "merged_settings",
+    "preset_settings",
+    "preset_steps",
+    "run_digest",
+]
 
 
 def make_config(preset: str, family: Family, has_anchors: bool, chosen: Mapping[str, Any]) -> TrainConfig:
@@ -89,15 +56,6 @@ def merged_settings(preset: str, family: Family, has_anchors: bool, chosen: Mapp
     settings["warmup"] = min(settings["warmup"], max(settings["steps"] - 1, 0))
     targets = settings.pop("targets", ())
     settings["targets"] = (parse_targets(targets) if isinstance(targets, str) else targets) or family.lora_targets
-    return settings
-
-
-def preset_settings(preset: str, family: Family) -> dict[str, Any]:
-    """The fields of a preset, with the family's values where it has 0."""
-    settings = dict(vars(PRESETS[preset]))
-    settings["steps"] = settings["steps"] or family.paper_steps
-    settings["lr"] = settings["lr"] or family.learning_rate
-    settings["rollout_steps"] = settings["rollout_steps"] or family.rollout_steps
     return settings
 
 

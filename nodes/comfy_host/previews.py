@@ -103,7 +103,7 @@ def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -
         *([Row("source", "the image before the edit", sources, texts)] if sources else []),
         Row("target", "the training image", targets, () if sources else texts),
         *([Row("seen", "what the teacher sees", seen)] if seen else []),
-        Row("teacher", "the untouched model,\nsees the image", teacher),
+        Row("teacher", f"the untouched model,\n{conditions.teacher.remark}", teacher),
         Row("student", f"the untouched model,\n{reads}", student),
     ]
     return contact_sheet("the teacher, before any training", rows, tile=TILE)
@@ -151,9 +151,10 @@ class PreviewPainter:
 class TrainingPreview:
     """A sheet per preview step: untouched model, teacher and student from the same noise; source images of edits."""
 
-    def __init__(self, painter: PreviewPainter, prompts: Sequence[PreviewPrompt], reload: Callable[[], None]) -> None:
-        self._painter, self._prompts, self._reload = painter, prompts, reload
-        self._shapes = [prompt.latent_shape for prompt in prompts]
+    def __init__(self, painter: PreviewPainter, conditions: Conditions, reload: Callable[[], None]) -> None:
+        self._painter, self._prompts, self._reload = painter, conditions.previews, reload
+        self._teacher = conditions.teacher
+        self._shapes = [prompt.latent_shape for prompt in self._prompts]
         self._base: list[Tensor] | None = None
         self._sources: list[Tensor] = []
 
@@ -170,7 +171,7 @@ class TrainingPreview:
         rows = [
             *([Row("source", "the image before the edit", self._sources, texts)] if edits else []),
             Row("untouched", "before training", self._base, () if edits else texts),
-            Row("teacher", "sees a wanted result" if edits else "sees a training image", teacher),
+            Row("teacher", self._teacher.remark, teacher),
             Row("student", "source and instruction" if edits else "reads the prompt alone", student),
         ]
         return contact_sheet(title, rows, tile=TILE)

@@ -14,7 +14,7 @@ from ...dopsd_core.families import Family
 from ...dopsd_core.options import Option, Variant, all_options
 from .families import all_families
 from .option_inputs import option_inputs, option_values, widget_value
-from .presets import PRESETS, preset_settings
+from .presets import PRESETS, USUAL, preset_settings
 
 
 def is_offered(variant: type[Variant]) -> bool:
@@ -34,7 +34,7 @@ _LATER = (
     *("pso_form", "pso_beta", "pso_loser_images"),
     *("factor", "muon_momentum", "prodigy_lr", "prodigy_weight_decay", "prodigy_d_coef", "prodigy_safeguard_warmup"),
     *("custom_path", "custom_options", "custom_lr"),
-    *("save_every", "keep_loras", "stop_at_plateau", "small_first"),
+    *("save_every", "keep_loras", "stop_at_plateau", "small_first", "step_draw"),
 )
 """Options that came after the first version of Training Settings. They are at its end in this order, since saved graphs
 fill in widgets by position."""
@@ -66,7 +66,7 @@ def listed_options() -> list[Option]:
 
 def shown_options() -> list[Option]:
     """The same, with the defaults that Training Settings starts with."""
-    usual = filled(next(iter(PRESETS)), next(iter(FAMILY_TITLES.values())))
+    usual = filled(USUAL, next(iter(FAMILY_TITLES.values())))
     return [replace(option, default=usual[option.name]) for option in listed_options()]
 
 
@@ -79,7 +79,7 @@ def filled(preset: str, family: Family) -> dict[str, Any]:
 
 def settings_inputs() -> list[Any]:
     """model_family, preset, and a widget per option; the page fills them in when one of the first two changes."""
-    first, standard = next(iter(FAMILY_TITLES)), next(iter(PRESETS))
+    first = next(iter(FAMILY_TITLES))
     table = {title: {preset: _widgets(preset, family) for preset in PRESETS} for title, family in FAMILY_TITLES.items()}
     return [
         io.Combo.Input(
@@ -93,7 +93,7 @@ def settings_inputs() -> list[Any]:
         io.Combo.Input(
             "preset",
             options=list(PRESETS),
-            default=standard,
+            default=USUAL,
             optional=True,
             tooltip="Fills in all values below with settings that fit together; change them afterwards as you like.",
         ),

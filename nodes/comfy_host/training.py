@@ -19,6 +19,7 @@ from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import Objective
 from ...dopsd_core.sharing.model_spec import trigger_facts
+from ...dopsd_core.training.aims import aim_remarks
 from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.own_files import is_foreign
@@ -186,6 +187,7 @@ def _planned(
         host_bytes=_preview_bytes(config, conditions) if has_vae else 0,
         notes=(
             *conditions.notes,
+            *aim_remarks(wanted.preset, conditions.pairs, conditions.teacher, conditions.teacher_image),
             *_model_notes(model, wanted.base, config.objective),
             *identity.notes,
             *start.notes,
@@ -255,6 +257,7 @@ def _trained_unless_out_of_memory(watcher: Watcher, run: _PlannedRun) -> TrainRe
                 facts=run.metadata,
                 initial=run.initial,
                 checkpointing=run.plan.checkpointing,
+                keeps_casts=run.plan.footprint.keeps_casts,
                 host_bytes=run.host_bytes,
                 sample_steps=run.sample_steps,
                 cache=ConditionCache(condition_cache()),
@@ -279,7 +282,7 @@ def _preview(model: Any, vae: Any, run: _PlannedRun) -> TrainingPreview | None:
         return None
     painter = PreviewPainter(denoiser, vae, default_steps(model), plan.config.seed)
     during = plan.reserve - plan.footprint.lora - plan.footprint.training  # these two are already allocated then
-    return TrainingPreview(painter, run.conditions.previews, lambda: denoiser.load(run.shape, during))
+    return TrainingPreview(painter, run.conditions, lambda: denoiser.load(run.shape, during))
 
 
 def _facts(run: _PlannedRun) -> RunFacts:

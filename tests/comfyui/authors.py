@@ -37,6 +37,7 @@ IMAGES = {
 }
 TRIGGER = "ohwx"
 
+
 def captions() -> list[str]:
     return [caption.replace("[V]", TRIGGER) for caption in IMAGES.values()]
 

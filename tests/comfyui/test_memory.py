@@ -172,7 +172,8 @@ def test_one_more_block_keeps_what_the_family_says(
         case = Case(comfyui, real(network), latent, tokens, references, rank=64)
         footprint = case.plan("24 GB", 1000 * GB).footprint
         with counters.dry_run(comfyui.module("nodes.comfy_host.denoiser"), comfyui.core("objectives")):
-            return case.counted_peak(0) - footprint.lora - footprint.training, footprint.blocks
+            weights = footprint.lora + footprint.training + footprint.casts
+            return case.counted_peak(0) - weights, footprint.blocks
 
     larger, blocks = counted(more)
     assert larger - counted(few)[0] == pytest.approx(blocks[index].kept, rel=0.01)
@@ -244,6 +245,7 @@ def test_the_real_models_lora_and_activations(comfyui: ComfyUI) -> None:
     footprint = case.plan("24 GB", 100 * GB).footprint
     assert footprint.lora / 4 == pytest.approx(158.76e6, rel=1e-4)
     assert footprint.training == 4 * footprint.lora and len(footprint.blocks) == 34
+    assert footprint.casts == footprint.lora, "of student and teacher in 16 bits"
     assert footprint.blocks[-1].kept == pytest.approx(0.77e9, rel=0.03)
 
 

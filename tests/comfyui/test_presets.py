@@ -48,6 +48,14 @@ def test_paper_is_what_the_authors_ran(comfyui: ComfyUI, family: str, lr: float,
     assert options["batch_size"] * options["grad_accumulation"] == 4
 
 
+def test_aims_differ_only_where_that_is_said_and_the_former_name_stays(comfyui: ComfyUI, presets: Any) -> None:
+    assert make(comfyui, "standard") == make(comfyui, presets.USUAL)
+    schema = comfyui.pack_nodes["DOPSD_TrainLoRA"].define_schema()
+    (preset,) = (given for given in schema.inputs if given.id == "preset")
+    assert preset.options[:4] == ["subject", "style", "character", "edit"] and "standard" in preset.options
+    assert preset.default == presets.USUAL
+
+
 def test_choices_go_over_the_preset(comfyui: ComfyUI) -> None:
     chosen = {"steps": 5, "lr": 3e-4, "anchor_probability": 0.0, "grad_steps": 2, "ema_decay": 0.5}
     options = flat(comfyui, "standard", **chosen)

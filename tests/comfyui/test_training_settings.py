@@ -25,7 +25,7 @@ def filled_widgets(comfyui: ComfyUI, family: str = "Z-Image-Turbo", preset: str 
 def test_the_defaults_are_the_first_presets(comfyui: ComfyUI) -> None:
     schema = comfyui.pack_nodes["DOPSD_TrainingSettings"].define_schema()
     shown = {entry.id: entry.default for entry in schema.inputs}
-    assert (shown.pop("model_family"), shown.pop("preset")) == ("Z-Image-Turbo", "standard")
+    assert (shown.pop("model_family"), shown.pop("preset")) == ("Z-Image-Turbo", "subject")
     assert shown == filled_widgets(comfyui)
     assert {"lr": 1e-4, "rank": 32, "alpha": 64.0, "grad_steps": 4, "anchor_probability": 0.5}.items() <= shown.items()
 
@@ -49,7 +49,7 @@ def test_a_beginner_sees_at_most_nine_widgets(comfyui: ComfyUI) -> None:
 
 
 @pytest.mark.parametrize("family", ["Z-Image-Turbo", "FLUX.2-klein"])
-@pytest.mark.parametrize("preset", ["standard", "quick look", "paper"])
+@pytest.mark.parametrize("preset", ["subject", "style", "standard", "quick look", "paper"])
 @pytest.mark.parametrize("has_anchors", [True, False])
 def test_untouched_it_is_the_preset(
     comfyui: ComfyUI, settings: Any, family: str, preset: str, has_anchors: bool

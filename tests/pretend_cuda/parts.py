@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CORE = ("adapters", "checkpointing", "frozen", "lora_import", "objectives", "rollout", "training_set")
+CORE = (
+    "adapters",
+    "casts",
+    "checkpointing",
+    "frozen",
+    "lora_import",
+    "objectives",
+    "rollout",
+    "training_set",
+    "transfer",
+)
 """Tests of the core that compute where $DOPSD_TEST_DEVICE says."""
 NODES = ("bases", "stock_files", "training", "users_objects")
 """Tests inside ComfyUI: whole trainings of both families, on every base, and the user's objects after every ending."""

@@ -64,6 +64,10 @@ class Source(Protocol):
         """Problems that were found by listing it."""
         ...
 
+    def known_captions(self) -> Iterator[tuple[str, str]]:
+        """(caption, trigger of its concept or "") of all images; none if they are not known before they are read."""
+        ...
+
     @property
     def parts(self) -> int:
         """Number of parts."""

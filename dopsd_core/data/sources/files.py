@@ -49,6 +49,10 @@ class FileSource:
         """Of names and captions."""
         return self._problems
 
+    def known_captions(self) -> Iterator[tuple[str, str]]:
+        """(caption, trigger of its concept or "") of all images."""
+        return ((caption, entry.trigger) for entry in self._entries for caption in entry.captions)
+
     @property
     def parts(self) -> int:
         """Number of chunks."""

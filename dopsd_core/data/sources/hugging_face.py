@@ -5,6 +5,7 @@ A folder is what `save_to_disk` wrote, or files that `load_dataset` reads, such 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import islice
@@ -18,6 +19,8 @@ from ..problems import Problem, Problems
 from .base import Chunk, Columns, digest_of, file_facts
 
 PREFIX = "hf:"
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 _MAGIC = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
 
@@ -34,6 +37,10 @@ def open_hugging_face(name: str, size: int, columns: Columns) -> HuggingFaceSour
     except ModuleNotFoundError as error:
         raise ValueError(f'{PREFIX}{name} needs datasets: pip install "comfyui-dopsd[datasets]"') from error
     folder = Path(name)
+    if not folder.exists() and not _HUB_NAME.fullmatch(name):
+        raise ValueError(
+            f"{PREFIX}{name} is not there, nor is it a name on the Hugging Face hub: write {PREFIX}owner/name"
+        )
     try:
         version = _version(name, folder, columns)
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
@@ -71,6 +78,10 @@ class HuggingFaceSource:
     def title(self) -> str:
         """The name with its prefix."""
         return PREFIX + self._name
+
+    def known_captions(self) -> Iterator[tuple[str, str]]:
+        """None: they are not read in advance."""
+        return iter(())
 
     @property
     def parts(self) -> int:

@@ -63,6 +63,10 @@ class TarSource:
         """The path, or the folder."""
         return str(self._tars[0] if len(self._tars) == 1 else self._tars[0].parent)
 
+    def known_captions(self) -> Iterator[tuple[str, str]]:
+        """None: they are not read in advance."""
+        return iter(())
+
     @property
     def parts(self) -> int:
         """Number of tars."""
@@ -128,6 +132,8 @@ class _Reader:
         if not groups:
             self._error("has no images with captions")
         self._note_unread(groups)
+        for name, members in groups:
+            self._require_no_dots(name, [ending for ending, _ in members])
         groups = [(name, members) for name, members in groups if any(ending in _READ for ending, _ in members)]
         found = [self._entry(first + place, name, members) for place, (name, members) in enumerate(groups)]
         return [entry for entry in found if entry is not None]
@@ -195,6 +201,15 @@ class _Reader:
         if endings:
             message = f"the files {', '.join(map(repr, list(endings)[:8]))} are not read"
             self._problems.warning(self._tar, None, message)
+
+    def _require_no_dots(self, name: str, endings: Sequence[str]) -> None:
+        """Reports images that are lost because their names have dots, as `a.1.png`; others may stand beside `a.png`."""
+        dotted = [ending for ending in endings if ending.endswith(SUFFIXES) and ending not in _READ]
+        if dotted and not any(ending in _READ for ending in endings):
+            self._error(
+                f"{name + dotted[0]!r} has a dot in its name, of which only the part before the first dot counts: pack "
+                "it again under a name without"
+            )
 
     def _error(self, message: str) -> None:
         self._problems.error(self._tar, None, message)

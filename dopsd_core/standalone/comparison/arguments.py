@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...number_text import float_argument, int_argument
-from .methods import PRESETS
+from .methods import PRESETS, RATES
 
-REGIMES = ("steps", "time", "error")
+REGIMES = ("steps", "time", "error", "work")
 
 
 def add_compare(commands: Any) -> None:
@@ -31,8 +31,8 @@ def add_compare(commands: Any) -> None:
         "the model before its distillation; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--regimes", nargs="+", choices=REGIMES, default=REGIMES, metavar="REGIME",
-        help="what is equal: steps, time, error (default: all)",
+        "--regimes", nargs="+", choices=REGIMES, default=REGIMES[:3], metavar="REGIME",
+        help="what is equal: steps, time, error (default: these three), or work, alone: FLOPs, on any machine",
     )  # fmt: skip
     parser.add_argument("--style", action="store_true", help="learn styles instead of subjects")
     _add_number(parser, "--concepts", 5, "number of concepts")
@@ -40,6 +40,7 @@ def add_compare(commands: Any) -> None:
     _add_number(parser, "--seeds", 4, "training runs per concept and method")
     _add_number(parser, "--steps", 60, "optimizer steps at equal steps")
     _add_number(parser, "--max-steps", 240, "largest number of steps at equal concept error")
+    _add_number(parser, "--work", 1000, "forwards of one image, at equal work")
     _add_number(parser, "--check-every", 10, "steps between two measurements of the concept error")
     parser.add_argument(
         "--level",
@@ -49,6 +50,10 @@ def add_compare(commands: Any) -> None:
         help="concept error to stop at (default: %(default)s)",
     )
     _add_number(parser, "--tune", 0, "find each method's learning rate on N other concepts first; 0: as given", low=0)
+    parser.add_argument(
+        "--rates", type=float_argument(0.0), nargs="+", default=RATES, metavar="X",
+        help="the learning rates that --tune tries (default: %(default)s)",
+    )  # fmt: skip
     _add_number(parser, "--jobs", 2, "parallel runs, one CPU core each")
     parser.add_argument("--output", type=Path, default=Path("comparison"), metavar="DIR", help="default: %(default)s")
 

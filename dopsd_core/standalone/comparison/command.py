@@ -11,9 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ...config import ConfigError
 from ...demo.model_files import PARENT_FILE, WEIGHTS
 from ...files.atomic import write_atomic
 from ...text import printable
+from .arguments import REGIMES
 from .experiment import Plan, TrialRunner, models_fingerprint, run_plan, tune
 from .methods import PRESETS, Method, chosen_methods
 from .report import Grid, grids
@@ -30,6 +32,8 @@ def run_compare(args: argparse.Namespace) -> int:
         ConfigError: a method is not valid.
         FileNotFoundError: an own method trains the undistilled model, which is not there.
     """
+    if "work" in args.regimes and len(args.regimes) > 1:
+        raise ConfigError(("--regimes work is measured alone: leave the other regimes out",))
     methods = _that_can_run(chosen_methods(args.preset, args.only, args.method), args.preset)
     plan = Plan(
         methods=methods,
@@ -37,10 +41,11 @@ def run_compare(args: argparse.Namespace) -> int:
         seeds=tuple(range(args.seeds)),
         style=args.style,
         steps=args.steps,
-        regimes=tuple(regime for regime in ("steps", "time", "error") if regime in args.regimes),
+        regimes=tuple(regime for regime in REGIMES if regime in args.regimes),
         level=args.level,
         max_steps=args.max_steps,
         check_every=args.check_every,
+        work=args.work,
     )
     args.output.mkdir(parents=True, exist_ok=True)
     fingerprint = models_fingerprint(any(method.undistilled for method in methods))
@@ -55,7 +60,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
         with TrialRunner(args.output, args.jobs, fingerprint, show, style=args.style) as runner:
             if args.tune:
-                methods, tried = tune(plan, runner, args.tune)
+                methods, tried = tune(plan, runner, args.tune, tuple(args.rates))
                 plan = Plan(**{**vars(plan), "methods": methods})
                 tuned = {
                     name: {f"{rate:g}": dict(scores) for rate, scores in rows.items()} for name, rows in tried.items()
@@ -73,7 +78,7 @@ def run_compare(args: argparse.Namespace) -> int:
         "outcomes": outcomes,
     }
     _write(args.output, result, tables)
-    draw_comparison(plan, found["steps"], args.output).save(args.output / SHEET_NAME)
+    draw_comparison(plan, found, args.output).save(args.output / SHEET_NAME)
     sys.stdout.write(printable("\n".join(table.to_markdown() for table in tables)) + f"\n{args.output / SHEET_NAME}\n")
     return 0
 

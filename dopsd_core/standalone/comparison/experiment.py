@@ -1,7 +1,7 @@
 """Runs every method on every concept with every seed, in processes of one thread each, and resumes where it stopped.
 
-Three regimes, each with the same settings for all methods: equal optimizer steps; equal wall time, by the seconds that
-a step took in the first regime; and equal concept error, where training stops at a common level.
+Regimes, each with the same settings for all methods: equal optimizer steps; equal wall time, by the seconds that a step
+took in the first regime; equal concept error, where training stops at a common level; and, alone, equal work in FLOPs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from .trials import Outcome, Regime, Trial, run_trial, saved_outcome
 DEVELOPMENT = 1000
 """The first seed of the concepts on which learning rates are found; none of the compared ones."""
 
+_MOST_STEPS = 10_000
+"""At equal work, which ends a run before."""
+
 OnDone = Callable[[str, int, int], None]
 """(name of the trial, number done, total)."""
 
@@ -49,6 +52,7 @@ class Plan:
         level: the concept error at which training stops in the last regime.
         max_steps: its largest number of steps.
         check_every: its steps between two measurements.
+        work: in forwards of one image, where training stops in the regime of equal work.
     """
 
     methods: tuple[Method, ...]
@@ -60,6 +64,7 @@ class Plan:
     level: float = 0.05
     max_steps: int = 240
     check_every: int = 10
+    work: int = 0
 
 
 class TrialRunner:
@@ -106,7 +111,7 @@ class TrialRunner:
 def trials_of(plan: Plan, regime: Regime, steps: Mapping[str, int]) -> list[Trial]:
     """Every trial of a regime, one concept after the other; steps: by method."""
     return [
-        Trial(method, concept, seed, regime, steps[method.name], plan.level, plan.check_every)
+        Trial(method, concept, seed, regime, steps[method.name], plan.level, plan.check_every, plan.work)
         for concept in plan.concepts
         for seed in plan.seeds
         for method in plan.methods
@@ -116,9 +121,11 @@ def trials_of(plan: Plan, regime: Regime, steps: Mapping[str, int]) -> list[Tria
 def run_plan(plan: Plan, runner: TrialRunner) -> dict[str, Outcomes]:
     """All outcomes by regime. The regime of equal steps is always run, since the others need its timings.
 
-    The untouched model and its teacher are in the first regime.
+    The untouched model and its teacher are in the first regime. That of equal work is run alone.
     """
     first = replace(plan, methods=(*REFERENCES, *plan.methods))
+    if plan.regimes == ("work",):
+        return {"work": _by_method(first, runner, "work", dict.fromkeys((m.name for m in first.methods), _MOST_STEPS))}
     by_steps = _by_method(first, runner, "steps", dict.fromkeys((m.name for m in first.methods), plan.steps))
     found = {"steps": by_steps}
     if "time" in plan.regimes:
@@ -150,8 +157,9 @@ def tune(
     tried = [
         replace(method.at_rate(rate), name=f"{method.name}-lr{rate:g}") for method in plan.methods for rate in rates
     ]
-    steps = dict.fromkeys((method.name for method in tried), plan.steps)
-    found = runner.run(trials_of(replace(plan, methods=tuple(tried), concepts=concepts, seeds=(0,)), "steps", steps))
+    regime: Regime = "work" if plan.regimes == ("work",) else "steps"
+    steps = dict.fromkeys((method.name for method in tried), _MOST_STEPS if regime == "work" else plan.steps)
+    found = runner.run(trials_of(replace(plan, methods=tuple(tried), concepts=concepts, seeds=(0,)), regime, steps))
     scores = {
         method.name: {rate: _means(found, f"{method.name}-lr{rate:g}") for rate in rates} for method in plan.methods
     }
@@ -179,8 +187,10 @@ def _means(outcomes: Sequence[Outcome], method: str) -> dict[str, float]:
 
 
 def _by_method(plan: Plan, runner: TrialRunner, regime: Regime, steps: Mapping[str, int]) -> Outcomes:
+    plan_first = "work" if plan.regimes == ("work",) else "steps"
+
     def is_shown(trial: Trial) -> bool:
-        return regime == "steps" and (trial.concept, trial.seed) == (plan.concepts[0], plan.seeds[0])
+        return regime == plan_first and (trial.concept, trial.seed) == (plan.concepts[0], plan.seeds[0])
 
     trials = trials_of(plan, regime, steps)
     found = {(o.method, o.concept, o.seed): o for o in runner.run(trials, is_shown)}

@@ -90,19 +90,43 @@ ABLATIONS = (
 )
 """Each differs from D-OPSD in one thing, or in two where that is said."""
 
+_ONE_BY_GAP: Mapping[str, Any] = {"grad_steps": 1, "step_draw": "gap"}
+
 SPEED = (
     DOPSD,
     Method("m1", "m = 1 of K = 2", {"grad_steps": 1}),
+    Method("m1_gap", "m = 1 of K = 2, by gap", _ONE_BY_GAP),
     Method("k1", "K = 1", {"rollout_steps": 1}),
     Method("k4", "K = 4", {"rollout_steps": 4}),
     Method("k4m2", "m = 2 of K = 4", {"rollout_steps": 4, "grad_steps": 2}),
+    Method("k4m2_gap", "m = 2 of K = 4, by gap", {"rollout_steps": 4, "grad_steps": 2, "step_draw": "gap"}),
     Method("k4m1", "m = 1 of K = 4", {"rollout_steps": 4, "grad_steps": 1}),
-    Method("k8m2", "m = 2 of K = 8", {"rollout_steps": 8, "grad_steps": 2}),
+    Method("k4m1_gap", "m = 1 of K = 4, by gap", {"rollout_steps": 4, **_ONE_BY_GAP}),
     Method("teacher_frozen", "teacher: frozen", {"teacher": "frozen"}),
+    Method("batch1", "batch 1", {"batch_size": 1}),
+    Method("batch2", "batch 2", {"batch_size": 2}),
+    Method("batch8", "batch 8", {"batch_size": 8}),
+    Method("batch1_m1_gap", "batch 1, m = 1 of K = 2, by gap", {"batch_size": 1, **_ONE_BY_GAP}),
+    Method("batch1_k4", "batch 1, K = 4", {"batch_size": 1, "rollout_steps": 4}),
+    Method("batch1_k4m1_gap", "batch 1, m = 1 of K = 4, by gap", {"batch_size": 1, "rollout_steps": 4, **_ONE_BY_GAP}),
 )
-"""Learning per second."""
+"""Learning per second, or at equal work per FLOP. Accumulation has the gradients of a batch, and its FLOPs."""
 
-PRESETS: Mapping[str, tuple[Method, ...]] = {"methods": METHODS, "ablations": ABLATIONS, "speed": SPEED}
+ADAPTERS = (
+    replace(DOPSD, title="LoRA, rank 16"),
+    Method("dora", "DoRA, rank 15", {"adapter": "dora", "rank": 15}),
+    Method("lokr", "LoKr, factor 2, rank 32", {"adapter": "lokr", "factor": 2, "rank": 32}),
+    Method("lokr8", "LoKr, factor 8, rank 64", {"adapter": "lokr", "factor": 8, "rank": 64}),
+)
+"""As many parameters each, within 3 %, and the same alpha / rank. Rank 64 keeps the second factor of LoKr in one
+piece in the attention."""
+
+PRESETS: Mapping[str, tuple[Method, ...]] = {
+    "methods": METHODS,
+    "ablations": ABLATIONS,
+    "speed": SPEED,
+    "adapters": ADAPTERS,
+}
 
 
 def parse_method(text: str) -> Method:

@@ -14,8 +14,11 @@ from .experiment import Outcomes, Plan
 from .methods import REFERENCES
 from .trials import outcome_values
 
-_COST = ("steps", "seconds")
+_COST = ("steps", "forwards", "seconds")
 """Figures under their own names, as all those that `TITLES` lacks."""
+
+_LEFT_OUT = {"work": ("prompt_following", "frechet_trigger", "prior_error", "names_wrong", "forwards")}
+"""By regime: its tables have other columns, and would be too wide."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ _HEADINGS = {
     "steps": "equal steps",
     "time": "equal wall time",
     "error": "equal concept error",
+    "work": "equal work",
 }
 
 
@@ -58,7 +62,7 @@ def grids(name: str, plan: Plan, found: dict[str, Outcomes]) -> list[Grid]:
         if regime not in plan.regimes:
             continue
         heading = f"{name.capitalize()}, {_HEADINGS[regime]}"
-        figures = figures_of(outcomes)
+        figures = [figure for figure in figures_of(outcomes) if figure not in _LEFT_OUT.get(regime, ())]
         columns = ("", *(TITLES.get(figure, figure) for figure in figures))
         rows = [(titles[m], *(_mean(values(outcomes[m], figure)) for figure in figures)) for m in outcomes]
         notes = _notes(plan, regime, outcomes)
@@ -80,7 +84,8 @@ def figures_of(outcomes: Outcomes) -> list[str]:
     """The names of the figures, those of `TITLES` first and costs last."""
     names = list(outcome_values(next(iter(outcomes.values()))[0][0]))
     known = [name for name in TITLES if name in names]
-    return [*known, *(name for name in names if name not in TITLES and name not in _COST), *_COST]
+    costs = [cost for cost in _COST if cost in names]
+    return [*known, *(name for name in names if name not in TITLES and name not in _COST), *costs]
 
 
 def values(rows: Sequence[Sequence[object]], figure: str) -> Tensor:
@@ -93,6 +98,12 @@ def _notes(plan: Plan, regime: str, outcomes: Outcomes) -> tuple[str, ...]:
     about = f"Means with 95 % bootstrap intervals over {concepts} concepts and {seeds} seeds of each."
     rates = ", ".join(f"{m.title} {m.config(plan.steps, 0).optimizer.lr:g}" for m in plan.methods)
     notes = [about, f"Learning rates: {rates}."]
+    if regime == "work":
+        notes.append(
+            f"Training stops at {plan.work} forwards of the untouched model on one image; a backward counts by its "
+            "FLOPs. No warm-up. gap: to the untouched model that sees a target, on unseen prompts along the model's "
+            "own steps, relative to before training; gap and error at a part of the work are measured on some prompts."
+        )
     if regime == "error":
         total = concepts * seeds
         reached = {m.title: sum(o.reached for row in outcomes[m.name] for o in row) for m in plan.methods}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,23 +16,26 @@ from ...image_grid import Row, contact_sheet
 from ..evaluate import Samples
 from .experiment import Outcomes, Plan
 from .methods import REFERENCES
-from .trials import Trial, saved_images
+from .trials import Regime, Trial, saved_images
 
 _SHOWN = {"unseen": 4, "described": 2, "generic": 2}
 """Prompts of each kind: with [V], with words for another appearance, without words."""
 
 
-def draw_comparison(plan: Plan, outcomes: Outcomes, output: Path) -> Image.Image:
-    """The images of the first concept and seed at equal steps, with concept error and leakage of each method."""
+def draw_comparison(plan: Plan, found: Mapping[str, Outcomes], output: Path) -> Image.Image:
+    """The images of the first concept and seed in the first regime, with concept error and leakage of each method."""
+    regime: Regime = "steps" if "steps" in found else "work"
+    outcomes = found[regime]
     concept = make_concept(plan.concepts[0], style=plan.style)
     real = Samples(*(render(prompts.scenes) for prompts in (*_prompts(concept), concept.named)))
     rows = [Row("renders", "what the prompts say", _picked(concept, real), _captions(concept))]
     for method in (*REFERENCES, *plan.methods):
-        trial = Trial(method, plan.concepts[0], plan.seeds[0], "steps", plan.steps, plan.level, plan.check_every)
+        trial = Trial(method, plan.concepts[0], plan.seeds[0], regime)
         scores = outcomes[method.name][0][0].scores
         remark = f"concept error {scores['concept_error']:.2f}, leakage {scores['leak']:.2f}"
         rows.append(Row(method.title, remark, _picked(concept, saved_images(trial, output))))
-    return contact_sheet(f"{concept.words} = {TRIGGER}; {plan.steps} steps each, drawn in {SAMPLE_STEPS} steps", rows)
+    each = f"{plan.steps} steps" if regime == "steps" else f"{plan.work} forwards"
+    return contact_sheet(f"{concept.words} = {TRIGGER}; {each} each, drawn in {SAMPLE_STEPS} steps", rows)
 
 
 def _prompts(concept: Concept) -> tuple[Prompts, Prompts, Prompts]:

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as format_safetensors
 
 from ...config import TrainConfig
+from ...demo.world import IMAGE_SIZE
+from ...families import Z_IMAGE
 from ...files.atomic import write_atomic
 from ...trainable import Trainable
 from ...training.log import LOG_NAME, read_log
@@ -28,9 +30,13 @@ from ...training.trainer import NoCallbacks
 from ..demo import Demo
 from ..evaluate import Samples
 from .methods import TEACHER, UNTOUCHED, Method
+from .work import CountedDenoiser
 
-Regime = Literal["steps", "time", "error"]
-"""What is equal: optimizer steps, wall time, or the concept error at which training stops."""
+Regime = Literal["steps", "time", "error", "work"]
+"""What is equal: optimizer steps, wall time, the concept error at which training stops, or the work in FLOPs."""
+
+PARTS = (0.25, 0.5, 1.0)
+"""Shares of the work at which the gap is measured, and before the end also the concept error."""
 
 _CHECKED_PROMPTS = 16
 _CHECK_SEED = 50_000  # other noise than the scores', which would favour a lucky stop
@@ -48,6 +54,7 @@ class Trial:
         steps: optimizer steps; for "error" at most.
         level: for "error", the concept error at which training stops.
         check_every: for "error", steps between two measurements of it.
+        work: for "work", where training stops, in forwards of the untouched model on one image.
     """
 
     method: Method
@@ -57,6 +64,7 @@ class Trial:
     steps: int = 60
     level: float = 0.0
     check_every: int = 10
+    work: int = 0
 
     @property
     def name(self) -> str:
@@ -71,11 +79,14 @@ class Trial:
     def config(self) -> TrainConfig:
         """The configuration of its run."""
         config = self.method.config(self.steps, self.seed)
+        if self.regime == "work":  # previews for the weights after each step; a warm-up would take more of fewer steps
+            return config.replace(preview_every=1, schedule=config.schedule.replace(warmup=0))
         return config.replace(preview_every=self.check_every) if self.regime == "error" else config
 
     def digest(self, fingerprints: str) -> str:
         """Changes with all that decides the result; fingerprints: of the demo's models."""
         facts = [self.name, fingerprints, self.method.undistilled, self.level, self.check_every]
+        facts += [self.work] if self.regime == "work" else []
         text = json.dumps([*facts, json.loads(self.config().to_json()) if self.is_trained else None], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -95,6 +106,7 @@ class Outcome:
         step_seconds: median wall time of a step.
         reached: whether the concept error reached its level; True for other regimes.
         scores: the scores by name.
+        forwards: its work in forwards of the untouched model on one image, a backward counted by its FLOPs.
         digest: of the trial.
     """
 
@@ -109,6 +121,7 @@ class Outcome:
     reached: bool
     scores: Mapping[str, float]
     digest: str
+    forwards: float = 0.0
 
 
 def saved_outcome(trial: Trial, folder: Path, fingerprints: str, needs_images: bool = False) -> Outcome | None:
@@ -133,10 +146,12 @@ def run_trial(trial: Trial, demo: Demo, folder: Path, fingerprints: str, keeps_i
         fingerprints: of the demo's models.
         keeps_images: whether the contact sheet shows it.
     """
-    watcher = _Watcher(trial, demo)
+    watcher = _watcher(trial, demo)
     if trial.is_trained:
         name = trial.name
-        lora = demo.train(name, trial.config(), watcher, undistilled=trial.method.undistilled)
+        if trial.regime == "work":  # what a killed one has counted is lost
+            shutil.rmtree(demo.output / "runs" / name, ignore_errors=True)
+        lora = demo.train(name, trial.config(), watcher, undistilled=trial.method.undistilled, counted=watcher.counted)
         samples = demo.samples(trial.seed, lora)
         run = demo.output / "runs" / name
         seconds = [row.seconds for row in read_log(run / LOG_NAME) if row.seconds is not None]
@@ -148,7 +163,8 @@ def run_trial(trial: Trial, demo: Demo, folder: Path, fingerprints: str, keeps_i
         method=trial.method.name, concept=trial.concept, seed=trial.seed, regime=trial.regime, steps=len(seconds),
         seconds=sum(seconds) + watcher.drawing, drawing_seconds=watcher.drawing,
         step_seconds=float(torch.tensor(seconds).median()) if seconds else 0.0,
-        reached=watcher.reached, scores=asdict(demo.score(samples)), digest=trial.digest(fingerprints),
+        reached=watcher.reached, scores=watcher.with_measured(asdict(demo.score(samples))),
+        digest=trial.digest(fingerprints), forwards=watcher.forwards,
     )  # fmt: skip
     if keeps_images:
         _save_images(_images_path(trial, folder), samples)
@@ -189,6 +205,12 @@ class _Watcher(NoCallbacks):
         self._drawn_since: float | None = None
         self.drawing = 0.0
         self.reached = trial.regime != "error"
+        self.counted: Any = None  # a `Denoiser`
+        self.forwards = 0.0
+
+    def with_measured(self, scores: dict[str, float]) -> dict[str, float]:
+        """The scores at the end, and those that were measured on the way."""
+        return scores
 
     def on_class_image(self, done: int, total: int) -> None:
         now = time.perf_counter()
@@ -197,14 +219,65 @@ class _Watcher(NoCallbacks):
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
         if self._trial.regime == "error" and not self.reached:
-            trial, undistilled = self._trial, self._trial.method.undistilled
-            error = self._demo.concept_error(adapters, trial.config(), _CHECK_SEED, _CHECKED_PROMPTS, undistilled)
-            self.reached = error <= trial.level
+            self.reached = self._error(adapters) <= self._trial.level
+
+    def _error(self, adapters: Trainable) -> float:
+        trial, undistilled = self._trial, self._trial.method.undistilled
+        return self._demo.concept_error(adapters, trial.config(), _CHECK_SEED, _CHECKED_PROMPTS, undistilled)
 
     def should_stop(self) -> bool:
         return self._trial.regime == "error" and self.reached
 
 
+class _WorkWatcher(_Watcher):
+    """Measures gap and concept error at parts of the work, and stops when all of it is done."""
+
+    def __init__(self, trial: Trial, demo: Demo) -> None:
+        super().__init__(trial, demo)
+        self.counted = self._counted = CountedDenoiser(demo.model.denoiser)
+        self._unit = _forward_flops(self._counted, demo)
+        self._scores: dict[str, float] = {}
+
+    def with_measured(self, scores: dict[str, float]) -> dict[str, float]:
+        if self._trial.is_trained:
+            return scores | self._scores
+        gap = float(self._trial.method.name == UNTOUCHED)  # the teacher's own is 0
+        errors = {error_name(part): scores["concept_error"] for part in PARTS[:-1]}
+        return scores | dict.fromkeys(map(gap_name, PARTS), gap) | errors
+
+    def on_preview(self, step: int, adapters: Trainable) -> None:
+        self.forwards = self._counted.flops / self._unit
+        for part in PARTS if step else ():
+            if self.forwards >= part * self._trial.work and gap_name(part) not in self._scores:
+                self._scores[gap_name(part)] = self._demo.relative_gap(adapters, _CHECK_SEED)
+                if part < 1:
+                    self._scores[error_name(part)] = self._error(adapters)
+
+    def should_stop(self) -> bool:
+        return self.forwards >= self._trial.work
+
+
+def _forward_flops(counted: CountedDenoiser, demo: Demo) -> float:
+    """Of a forward of the untouched model on one image of the first unseen prompt."""
+    with torch.no_grad():
+        return counted.cost(torch.zeros(1, *Z_IMAGE.latent_shape(IMAGE_SIZE, IMAGE_SIZE)), demo.conditions.trigger[:1])
+
+
+def gap_name(part: float) -> str:
+    """Of the score at a part of the work."""
+    return f"gap at {part:g}"
+
+
+def error_name(part: float) -> str:
+    """Of the score at a part of the work."""
+    return f"error at {part:g}"
+
+
+def _watcher(trial: Trial, demo: Demo) -> _Watcher:
+    return _WorkWatcher(trial, demo) if trial.regime == "work" else _Watcher(trial, demo)
+
+
 def outcome_values(outcome: Outcome) -> dict[str, Any]:
     """Everything that is averaged: the scores, and what they cost."""
-    return {**outcome.scores, "steps": outcome.steps, "seconds": outcome.seconds}
+    forwards = {"forwards": outcome.forwards} if outcome.regime == "work" else {}
+    return {**outcome.scores, "steps": outcome.steps, **forwards, "seconds": outcome.seconds}

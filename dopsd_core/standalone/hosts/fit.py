@@ -18,6 +18,21 @@ def require_transformer(files: ModelFiles, cls: Any) -> None:
     Raises:
         ValueError: they are damaged, incomplete or of another model.
     """
+    folder, network = files.base / "transformer", empty_transformer(files, cls)
+    if files.transformer is None and "quantization_config" in read_config(folder):
+        return  # its tensors are packed
+    wanted, found = network.state_dict(), read_shapes(files.weights("transformer"))
+    if files.transformer is not None:
+        found = _renamed(cls, found, wanted, files.transformer)
+    _require_all(files.transformer or folder, found, wanted)
+
+
+def empty_transformer(files: ModelFiles, cls: Any) -> Any:
+    """The transformer of its configuration without values, on the device meta; cls: its class in diffusers.
+
+    Raises:
+        ValueError: the configuration is damaged, or of another model.
+    """
     from accelerate import init_empty_weights
 
     folder = files.base / "transformer"
@@ -27,17 +42,11 @@ def require_transformer(files: ModelFiles, cls: Any) -> None:
         raise ValueError(
             f"{folder} is a {found_class}, and this model needs a {cls.__name__}: download the model again"
         )
-    if files.transformer is None and "quantization_config" in config:
-        return  # its tensors are packed
     try:
         with init_empty_weights():
-            network = cls.from_config(config)
+            return cls.from_config({name: value for name, value in config.items() if name != "quantization_config"})
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}/config.json describes no {cls.__name__}: download the model again") from error
-    wanted, found = network.state_dict(), read_shapes(files.weights("transformer"))
-    if files.transformer is not None:
-        found = _renamed(cls, found, wanted, files.transformer)
-    _require_all(files.transformer or folder, found, wanted)
 
 
 def require_qwen3vl(files: ModelFiles, width: str, layers: int) -> None:

@@ -18,10 +18,11 @@ from ...demo.world import IMAGE_SIZE
 from ...denoiser import Denoiser
 from ...families import Z_IMAGE, Family, get_family
 from ...files.atomic import replaced_folder
+from ..accelerate_world import local_rank
 from ..model_options import DEMO, UNDISTILLED, ModelOptions
 from .demo import StandaloneDenoiser, load_demo_model, load_undistilled
 from .diffusers_encoder import DiffusersEncoder
-from .fit import require_transformer
+from .fit import empty_transformer, require_transformer
 from .parts import ModelParts
 from .source import find_family, find_files
 
@@ -84,6 +85,11 @@ class HostModel(Protocol):
         """The network on its device; the encoders leave it."""
         ...
 
+    @property
+    def outline(self) -> Denoiser:
+        """The network without values, for checks of names and sizes before anything is encoded; loads nothing."""
+        ...
+
     def doubts(self, captions: Iterable[str]) -> Sequence[str]:
         """What the user should know about these captions, one line each."""
         ...
@@ -144,6 +150,11 @@ class DemoHostModel:
     def denoiser(self) -> Denoiser:
         """The transformer."""
         return self._undistilled[0] if self.title == UNDISTILLED else self._model.denoiser
+
+    @property
+    def outline(self) -> Denoiser:
+        """The transformer itself, which is small."""
+        return self.denoiser
 
     def doubts(self, captions: Iterable[str]) -> Sequence[str]:
         """The words that the model does not know."""
@@ -265,6 +276,11 @@ class DiffusersModel:
             transformer.to(self._device)
         return self._classes.denoiser(transformer)
 
+    @property
+    def outline(self) -> Denoiser:
+        """The transformer of the configuration, on the device meta."""
+        return self._classes.denoiser(empty_transformer(self._parts.files, self._classes.transformer))
+
     def doubts(self, captions: Iterable[str]) -> Sequence[str]:
         """That the model was not distilled, if its files say so. Nothing is known about words."""
         files = self._parts.files
@@ -325,8 +341,6 @@ def device_of(options: ModelOptions) -> torch.device:
         ValueError: there is no such device.
     """
     if options.device == "auto":
-        from ..accelerate_world import local_rank
-
         return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(options.device)

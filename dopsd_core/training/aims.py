@@ -1,0 +1,38 @@
+"""What an aim expects of the dataset and of what the teacher sees, beyond settings: one sentence for what does not fit.
+
+The aims are the presets subject, style, character and edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..conditioning.teachers import TeacherView
+from ..data.dataset import Pair
+from .shown_images import TeacherImage
+
+
+def aim_remarks(preset: str, pairs: Sequence[Pair], view: TeacherView, teacher_image: TeacherImage) -> list[str]:
+    """What does not fit the aim, one sentence each; none for a preset without an aim.
+
+    Args:
+        preset: its name in `presets.PRESETS`.
+        pairs: the dataset.
+        view: what the teacher sees.
+        teacher_image: whether it sees the image that is trained or others.
+    """
+    are_edits = any(pair.source_images for pair in pairs)
+    remarks = []
+    if preset == "edit" and not are_edits:
+        remarks.append(
+            "the preset edit is for pairs of source and target, and this dataset has no source images: choose subject, "
+            "style or character"
+        )
+    if preset in ("subject", "style", "character") and are_edits:
+        remarks.append(f"the dataset has source images: the preset is {preset}, and edit is the one for edits")
+    if preset == "style" and view.background != "keep":
+        remarks.append(
+            f"a style is in the whole image, and teacher_background {view.background} hides a part of it from the "
+            "teacher: set it to keep"
+        )
+    return remarks

@@ -1,0 +1,53 @@
+"""The data of the benchmarks about aims and masks: anchors by kind, one place for all images, the subjects' masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.masks import in_one_place, subject_masks, write_images
+from benchmarks.varied_demo import anchor_prompts
+from dopsd_core.data.dataset import read_dataset
+from dopsd_core.demo.concept import make_concept
+from dopsd_core.demo.world import BACKGROUNDS, render
+
+
+def test_anchors_by_kind_are_parts_of_the_concepts() -> None:
+    concept = make_concept(3)
+    described, named = anchor_prompts(concept, "described"), anchor_prompts(concept, "names")
+    assert (*described, *named) == anchor_prompts(concept, "all") == concept.anchors
+    assert len(described) == len(named) == 8 and anchor_prompts(concept, "captions") == ()
+    assert all("[" in text for text in named) and not any("[" in text for text in described)
+
+
+def test_the_images_share_place_and_background_and_are_no_duplicates() -> None:
+    for seed in range(30, 40):
+        targets = in_one_place(make_concept(seed)).targets
+        assert len(set(targets.position.tolist())) == len(set(targets.background.tolist())) == 1
+        assert list(BACKGROUNDS)[int(targets.background[0])] not in ("gray", "white")
+        assert len({tuple(row) for row in targets.jitter.tolist()}) == len(targets)
+
+
+def test_a_mask_is_where_the_background_does_not_show() -> None:
+    """On another background, the badge is the same under the mask and everything else differs."""
+    scenes = make_concept(5).targets
+    mask = subject_masks(scenes)
+    sand, navy = (
+        render(replace(scenes, background=torch.full_like(scenes.background, list(BACKGROUNDS).index(name))))
+        for name in ("sand", "navy")
+    )
+    difference = (sand - navy).abs().amax(1, keepdim=True)
+    assert difference[mask > 0.99].max() < 0.01 and difference[mask < 0.01].min() > 0.6
+    assert 0.15 < mask.mean() < 0.6
+
+
+def test_the_dataset_has_masks_and_captions_with_or_without_the_place(tmp_path: Path) -> None:
+    concept = in_one_place(make_concept(5))
+    for says_layout in (True, False):
+        write_images(concept, tmp_path / str(says_layout), says_layout)
+        report = read_dataset(tmp_path / str(says_layout), trigger="[V7]", pixel_budget=64 * 64, multiple=16)
+        assert not report.errors and all(pair.mask is not None for pair in report.pairs)
+        texts = {pair.captions[0] for pair in report.pairs}
+        assert len(texts) == 1 and ("background" in texts.pop()) == says_layout
