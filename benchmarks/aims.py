@@ -54,7 +54,8 @@ def sections(aim: str, plan: Plan, found: Outcomes, command: str) -> list[Sectio
     for grid, part in zip(grids(f"aims-{aim}", plan, {"steps": found}), ("", ": differences from D-OPSD"), strict=True):
         table = Table(grid.columns[:-2], tuple(row[:-2] for row in grid.rows))  # the last two are steps and seconds
         key = f"aims-{aim}-differences" if part else f"aims-{aim}"
-        made.append(Section(key, title + part, command, None, table, grid.notes))
+        image = () if part else (f"![The same prompts and noise in each row](aims_{aim}.png)",)
+        made.append(Section(key, title + part, command, None, table, (*grid.notes, *image)))
     return made
 
 
