@@ -63,9 +63,9 @@ PRESETS: Mapping[str, Preset] = {
     "demo model": _preset_of(demo_config()),
     "standard": _SUBJECT,
 }
-"""The first four are aims. character: as many steps on images as subject, and three times as many on anchors. paper:
-the authors' settings, with their 4 GPUs as gradient accumulation. demo model: for that alone. standard: the former name of
-subject, in saved graphs."""
+"""The first four are aims. character: as many steps on images as subject, three times as many on anchors. paper: the
+authors' settings, with their 4 GPUs as gradient accumulation. demo model: for that alone. standard: the former name
+of subject, in saved graphs."""
 
 USUAL = "subject"
 """The preset where none is chosen."""
