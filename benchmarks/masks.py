@@ -191,7 +191,8 @@ def sections(plan: Plan, found: Outcomes, command: str) -> list[Section]:
     for grid, part in zip(grids("masks", plan, {"steps": kept}), ("", ": differences from no mask"), strict=True):
         table = Table(grid.columns[:-2], tuple(row[:-2] for row in grid.rows))  # the last two are steps and seconds
         key = "masks-differences" if part else "masks"
-        made.append(Section(key, "Masks for the teacher" + part, command, None, table, grid.notes))
+        image = () if part else ("![The same prompts and noise in each row](masks.png)",)
+        made.append(Section(key, "Masks for the teacher" + part, command, None, table, (*grid.notes, *image)))
     return made
 
 

@@ -80,7 +80,7 @@ def test_an_unknown_preset_lists_those_that_there_are(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("preset", "image", "view", "said"),
+    ("preset", "image", "view", "said"),  # anchors name others
     [
         ("edit", IMAGE, VLM, "this dataset has no source images: choose subject"),
         ("edit", AN_EDIT, EDIT_TARGET, ""),
@@ -93,5 +93,13 @@ def test_an_unknown_preset_lists_those_that_there_are(capsys: pytest.CaptureFixt
     ],
 )
 def test_what_does_not_fit_an_aim_is_one_sentence(preset: str, image: Any, view: Any, said: str) -> None:
-    remarks = aim_remarks(preset, [image, image], view, "own")
+    remarks = aim_remarks(preset, [image, image], view, "own", names_others=True)
     assert len(remarks) == bool(said) and said in "".join(remarks)
+
+
+def test_a_character_wants_others_as_anchors_and_a_style_its_own_image() -> None:
+    for preset in PRESETS:
+        (alone, others) = (aim_remarks(preset, [IMAGE], VLM, "own", names_others=named) for named in (False, True))
+        assert len(alone) - len(others) == (preset == "character"), preset
+        (own, other) = (aim_remarks(preset, [IMAGE], VLM, image, names_others=True) for image in ("own", "other"))
+        assert len(other) - len(own) == (preset == "style"), preset

@@ -101,7 +101,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         warn(remarks)
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
         warn(mask_remarks(report.pairs, view.background))
-        warn(aim_remarks(ON_COMMAND_LINE.get(args.preset or "", ""), report.pairs, view, args.teacher_image))
+        warn(_aim_remarks(args, config, report.pairs, view))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))
@@ -152,6 +152,13 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
     draws = config.preview_every and (peers.is_first or runs_together(config, peers.world))
     shown = shown_of(data, MAX_PROMPTS) if draws else ()
     return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown, args.trigger)
+
+
+def _aim_remarks(args: argparse.Namespace, config: TrainConfig, pairs: Sequence[Pair], view: TeacherView) -> list[str]:
+    given = bool(args.anchor_prompts or args.regularisation)
+    names_others = given or not config.objective.wants_anchors
+    preset = ON_COMMAND_LINE.get(args.preset, "")
+    return aim_remarks(preset, pairs, view, args.teacher_image, names_others=names_others)
 
 
 def runs_together(config: TrainConfig, world: World | None) -> bool:

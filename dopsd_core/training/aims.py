@@ -12,7 +12,9 @@ from ..data.dataset import Pair
 from .shown_images import TeacherImage
 
 
-def aim_remarks(preset: str, pairs: Sequence[Pair], view: TeacherView, teacher_image: TeacherImage) -> list[str]:
+def aim_remarks(
+    preset: str, pairs: Sequence[Pair], view: TeacherView, teacher_image: TeacherImage, *, names_others: bool
+) -> list[str]:
     """What does not fit the aim, one sentence each; none for a preset without an aim.
 
     Args:
@@ -20,6 +22,7 @@ def aim_remarks(preset: str, pairs: Sequence[Pair], view: TeacherView, teacher_i
         pairs: the dataset.
         view: what the teacher sees.
         teacher_image: whether it sees the image that is trained or others.
+        names_others: whether there are prior anchors besides the dataset's own captions, or none are used.
     """
     are_edits = any(pair.source_images for pair in pairs)
     remarks = []
@@ -30,6 +33,16 @@ def aim_remarks(preset: str, pairs: Sequence[Pair], view: TeacherView, teacher_i
         )
     if preset in ("subject", "style", "character") and are_edits:
         remarks.append(f"the dataset has source images: the preset is {preset}, and edit is the one for edits")
+    if preset == "style" and teacher_image == "other":
+        remarks.append(
+            "the images of a style show different things, and teacher_image other shows the teacher another thing than "
+            "the caption describes: set it to own"
+        )
+    if preset == "character" and not names_others:
+        remarks.append(
+            "a character is one among others, and no anchor_prompts are given: prompts that describe or name other "
+            "people keep them as they are"
+        )
     if preset == "style" and view.background != "keep":
         remarks.append(
             f"a style is in the whole image, and teacher_background {view.background} hides a part of it from the "

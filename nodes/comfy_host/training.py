@@ -19,7 +19,6 @@ from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import Objective
 from ...dopsd_core.sharing.model_spec import trigger_facts
-from ...dopsd_core.training.aims import aim_remarks
 from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.own_files import is_foreign
@@ -40,7 +39,7 @@ from .run_folders import folder_of_run
 from .sockets import Conditions, TrainedLora
 from .start import start_of
 from .targets import require_blocks
-from .unused import unused_settings
+from .unused import aim_notes, unused_settings
 from .watcher import PREVIEWS_NAME, RunFacts, Watcher
 
 log = logging.getLogger("dopsd")
@@ -187,7 +186,7 @@ def _planned(
         host_bytes=_preview_bytes(config, conditions) if has_vae else 0,
         notes=(
             *conditions.notes,
-            *aim_remarks(wanted.preset, conditions.pairs, conditions.teacher, conditions.teacher_image),
+            *aim_notes(wanted.preset, conditions, config.objective),
             *_model_notes(model, wanted.base, config.objective),
             *identity.notes,
             *start.notes,

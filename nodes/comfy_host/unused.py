@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...dopsd_core.config import TrainConfig
+from ...dopsd_core.data.dataset import plan_encoding
 from ...dopsd_core.families import get_family
-from ...dopsd_core.objectives import DOPSD
+from ...dopsd_core.objectives import DOPSD, Objective
 from ...dopsd_core.options import all_options, split_unused
+from ...dopsd_core.training.aims import aim_remarks
 from .presets import PRESETS, given_settings, merged_settings, preset_settings
 from .sockets import Conditions
 
@@ -32,6 +34,14 @@ def unused_settings(
         *_of_previews_and_probe(config, conditions, has_vae),
         *_of_the_data(config, conditions),
     )
+
+
+def aim_notes(preset: str, conditions: Conditions, objective: Objective) -> list[str]:
+    """What does not fit the aim of the preset, one line each; an objective without anchors needs no others."""
+    own = plan_encoding(conditions.pairs, trigger=conditions.trigger).anchors
+    names_others = len(conditions.data.anchors) > len(own) or not objective.wants_anchors
+    view, shown = conditions.teacher, conditions.teacher_image
+    return aim_remarks(preset, conditions.pairs, view, shown, names_others=names_others)
 
 
 def _over_the_preset(preset: str, chosen: Mapping[str, Any], conditions: Conditions) -> Iterator[str]:
