@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tarfile
 import threading
 import time
@@ -215,6 +216,7 @@ def test_a_tracker_that_cannot_be_started_ends_all_ranks(
             raise ValueError("--track wandb cannot be started: no login")
         return training.Tracking(())
 
+    monkeypatch.setattr(logging.getLogger("dopsd"), "setLevel", lambda level: None)  # all ranks of this test share it
     monkeypatch.setattr(training, "joined_world", joined)
     monkeypatch.setattr(training, "chosen_trackers", lambda names: ("wandb",))
     monkeypatch.setattr(training, "open_tracking", fail)
