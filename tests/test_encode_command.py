@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -156,7 +157,6 @@ def test_a_tar_of_the_same_images_gives_the_same_pairs(place: Path, tmp_path: Pa
 
 
 def test_a_hugging_face_dataset_of_the_same_images_gives_the_same_pairs(place: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     images = sorted((place / "photos").glob("*.png"))
     rows = {
         "photo": [{"bytes": image.read_bytes(), "path": None} for image in images],

@@ -7,6 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -143,7 +144,6 @@ def rows() -> dict[str, list[object]]:
 
 
 def made(rows: dict[str, list[object]]):  # type: ignore[no-untyped-def]
-    datasets = pytest.importorskip("datasets")
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False)).cast_column(
         "image", datasets.Image()
     )  # fmt: skip
@@ -199,7 +199,6 @@ def test_a_row_cannot_name_a_file_elsewhere(tmp_path: Path, rows: dict[str, list
     rows["image"][0] = {"bytes": None, "path": str(tmp_path / "private.png")}
     folder = tmp_path / "data"
     folder.mkdir()
-    datasets = pytest.importorskip("datasets")
     kind = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
     datasets.Dataset.from_dict({"image": rows["image"], "text": rows["text"]}, features=kind).to_parquet(
         str(folder / "train.parquet")
@@ -218,7 +217,6 @@ def test_what_cannot_be_loaded_is_a_sentence(tmp_path: Path, rows: dict[str, lis
 
 
 def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     with pytest.raises(ValueError, match=r"nowhere is not there, nor is it a name on the Hugging Face hub"):
         open_source(f"hf:{tmp_path / 'nowhere'}", 2)
 
