@@ -60,12 +60,16 @@ Written by `python -m benchmarks.reliability render` from reliability.json; ever
         ("demo", "demo-concepts", "full-weights", "quickstart", "step-cost"),
         """# Results
 
-Written by the scripts in `benchmarks/` into results.json, and from there by `python -m benchmarks.report`; every section says which command measured it, when, and on what machine. All of it is measured on the embedded demo model. None of it says anything about Z-Image-Turbo or FLUX.2-klein with their real weights, on which nobody has run the pack yet.
+Written by the scripts in `benchmarks/` into results.json, and from there by `python -m benchmarks.report`; every section says which command measured it, when, and on what machine. All of it is measured on the embedded demo model. None of it says anything about Z-Image-Turbo, FLUX.2-klein or Krea 2 Turbo with their real weights, on which nobody has run the pack yet.
 
 What to keep in mind:
 
 - The demo's world is tiny: badges, a hundred names, two steps ([demo-model.md](demo-model.md)). FLUX.2-klein's teacher is another than the demo's.
-- A section with an older date was measured on the first demo model, which had four steps and names without meaning.
+- Sections dated 2026-11-21 were measured on the first demo model, which had four steps and names without meaning: their figures cannot be compared with the others.
+- *Untouched* is the model before training; *its teacher* is the same model when it sees a target. Columns that a section does not explain are explained below the first table.
+- *Aims*: D-OPSD has prior anchors on half of the batches, and its teacher sees the image that is trained.
+- *Speed*: K is the number of the student's steps, m how many of them are learned from, drawn evenly or *by gap*: the more often, the larger the gap to the teacher there has been.
+- *Masks*: all training images have one background and one position. The columns are shares of images with that background or position, for prompts that name others and for a prompt that names none; *grey or white* is the share with such a background, as *grey* and *remove* show it to the teacher.
 """,  # noqa: E501
     ),
 }
