@@ -94,8 +94,9 @@ def values(rows: Sequence[Sequence[object]], figure: str) -> Tensor:
 
 def _notes(plan: Plan, regime: str, outcomes: Outcomes) -> tuple[str, ...]:
     concepts, seeds = len(plan.concepts), len(plan.seeds)
-    about = f"Means with 95 % bootstrap intervals over {concepts} concepts and {seeds} seeds of each."
-    rates = ", ".join(f"{m.title} {m.config(plan.steps, 0).optimizer.lr:g}" for m in plan.methods)
+    of_each = "one seed" if seeds == 1 else f"{seeds} seeds"
+    about = f"Means with 95 % bootstrap intervals over {concepts} concepts and {of_each} of each."
+    rates = "; ".join(f"{m.title}: {m.config(plan.steps, 0).optimizer.lr:g}" for m in plan.methods)
     notes = [about, f"Learning rates: {rates}."]
     if regime == "work":
         notes.append(
