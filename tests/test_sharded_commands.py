@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_two_processes_make_the_model_of_one(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "transformer" / "config.json").is_file()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_after_the_step_where_weights_are_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
     """Elsewhere the first process saves what it has; here it would have a part. A launcher sends the signal again."""
     bar = tqdm(disable=True)
