@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,8 @@ def test_a_preset_is_a_whole_configuration_of_every_family(preset: str, family: 
 def test_the_aims_are_first_and_the_former_name_is_the_subject() -> None:
     assert tuple(PRESETS)[:4] == AIMS and USUAL == "subject"
     assert PRESETS["standard"] == PRESETS["subject"]
+    assert PRESETS["style"] == PRESETS["edit"] == PRESETS["subject"]
+    assert PRESETS["character"] == replace(PRESETS["subject"], steps=2000, anchor_probability=0.75)
     assert {"quick look", "paper", "demo model"} < set(PRESETS)
     assert tuple(ON_COMMAND_LINE) == (*AIMS, "quick-look", "paper")
 
