@@ -15,6 +15,7 @@ from dopsd_core.conditioning.teachers import EDIT_TARGET, VLM
 from dopsd_core.families import FAMILIES, get_family
 from dopsd_core.options import flattened
 from dopsd_core.presets import ON_COMMAND_LINE, PRESETS, USUAL, preset_config
+from dopsd_core.standalone.prepared import _aim_remarks
 from dopsd_core.training.aims import aim_remarks
 
 AIMS = ("subject", "style", "character", "edit")
@@ -106,3 +107,22 @@ def test_a_character_wants_others_as_anchors_and_a_style_its_own_image() -> None
         assert len(alone) - len(others) == (preset == "character"), preset
         (own, other) = (aim_remarks(preset, [IMAGE], VLM, image, names_others=True) for image in ("own", "other"))
         assert len(other) - len(own) == (preset == "style"), preset
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--preset", "character"), 1),
+        (("--preset", "character", "--anchor-prompts", "a man"), 0),
+        (("--preset", "character", "--regularisation", "ordinary"), 0),
+        (("--preset", "character", "--anchor-probability", "0"), 0),
+        (("--preset", "character", "--objective", "sft"), 0),
+        (("--preset", "subject"), 0),
+        ((), 0),
+    ],
+)
+def test_whether_anchors_name_others_follows_from_the_arguments(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: int
+) -> None:
+    args = parse_args(["train", "photos", "--output", "run", "--model", "a/model", *words])
+    assert len(_aim_remarks(args, config_of(monkeypatch, *words), [IMAGE], VLM)) == said
