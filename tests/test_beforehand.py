@@ -19,11 +19,15 @@ from safetensors.torch import save_file
 from dopsd_core.__main__ import main
 from dopsd_core.arguments import config_from_args, parse_args
 from dopsd_core.config import TrainConfig
+from dopsd_core.data.dataset import read_dataset
 from dopsd_core.demo.concept import make_concept, write_dataset
+from dopsd_core.families import get_family
 from dopsd_core.files.lock import FolderLock
 from dopsd_core.standalone import training
 from dopsd_core.standalone.beforehand import check_beforehand
+from dopsd_core.standalone.chosen import view_of
 from dopsd_core.standalone.hosts.model import DemoHostModel
+from dopsd_core.standalone.model_options import ModelOptions
 from dopsd_core.standalone.prepared import first_then_others
 from dopsd_core.training import training_set
 from dopsd_core.training.trainer import PeerError
@@ -80,6 +84,42 @@ def test_what_does_not_fit_the_network_or_this_machine(
 ) -> None:
     assert message in error_of(training_of(place, tmp_path / "new", *words), capsys)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--objective", "sft"), "objective sft trains on the images"),
+        (("--objective", "dreambooth"), "objective dreambooth trains on the images"),
+        (("--objective", "pso"), "objective pso trains on the images"),
+        (("--regression-target", "ground_truth"), "dopsd with regression_target ground_truth trains on the images"),
+        (("--states", "teacher", "--regression-target", "ground_truth"), "ground_truth trains on the images"),
+    ],
+)
+def test_a_slider_whose_words_the_objective_ignores(
+    place: Path,
+    tmp_path: Path,
+    no_encoding: None,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    named: str,
+) -> None:
+    slider = ("--teacher-view", "words", "--teacher-sentence", "badge -> red badge")
+    assert named in error_of(training_of(place, tmp_path / "new", *slider, *words), capsys)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("given", "word"), [("sks", "sks"), ("", "ohwx")])
+def test_the_trigger_stands_in_the_teachers_sentence_as_in_captions(tmp_path: Path, given: str, word: str) -> None:
+    write_dataset(make_concept(0), tmp_path / "photos")
+    if not given:
+        (tmp_path / "photos" / "trigger.txt").write_text("ohwx", encoding="utf-8")
+    slider = ("--teacher-view", "words", "--teacher-sentence", "a [V] -> an old [v]")
+    args = parse_args(training_of(tmp_path, tmp_path / "run", *slider, trigger=given))
+    report = read_dataset(args.dataset, pixel_budget=4096, multiple=16, trigger=given)
+    view = view_of(args, get_family("z_image"), report, ModelOptions.of(args))
+    assert view.replaces == (f"a {word}", f"an old {word}")
+    assert all(view.teaches(pair.captions[0]) for pair in report.pairs)
 
 
 def test_an_adapter_that_needs_weights_which_will_be_packed(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dopsd_core.memory.activation_checkpointing import cast_bytes, checkpointed
 from dopsd_core.memory.checkpoint_plan import BlockBytes, Product
 from dopsd_core.memory.footprint import Footprint
 from dopsd_core.objectives import DOPSD
+from dopsd_core.optimizers import evaluating
 from dopsd_core.teachers import EmaTeacher
 from dopsd_core.training.trainer import train
 
@@ -155,6 +156,23 @@ def test_a_changed_weight_is_cast_again() -> None:
         casts.of(weight, torch.bfloat16)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_weights_that_an_optimizer_changes_unseen_by_torch_are_cast_again() -> None:
+    """Schedule-free ones write to `data`, where they switch to the weights for evaluation and back."""
+
+    class Switching(torch.optim.SGD):
+        def eval(self) -> None:
+            weight.data.mul_(3)
+
+        def train(self) -> None:
+            weight.data.div_(3)
+
+    weight, casts = torch.nn.Parameter(torch.ones(2)), Casts()
+    assert casts.of(weight, torch.bfloat16).tolist() == [1, 1]
+    with evaluating(Switching([weight], lr=0.1)):
+        assert casts.of(weight, torch.bfloat16).tolist() == [3, 3]
+    assert casts.of(weight, torch.bfloat16).tolist() == [1, 1]
 
 
 def test_copies_that_were_made_in_inference_mode_can_be_trained_with() -> None:

@@ -449,6 +449,12 @@ def test_a_slider_reads_other_words_and_sees_no_image():
         ("C++ -> C", "C++ in lights", "C in lights"),
         (r"a -> \1", "a man", r"\1 man"),
         ("dog -> cat", "a man", "a man"),
+        ("Man -> old man", "a man", "a man"),
+        ("man -> old man", "a woman, a policeman, mankind, man2", "a woman, a policeman, mankind, man2"),
+        ("caf -> bar", "un café", "un café"),
+        ("кот -> рыжий кот", "кот, который спит", "рыжий кот, который спит"),
+        ("man -> old man", "一个man站着", "一个old man站着"),
+        ("얼굴 -> 웃는 얼굴", "얼굴이 보인다", "웃는 얼굴이 보인다"),
     ],
 )
 def test_words_are_replaced_whole(sentence: str, caption: str, text: str):
@@ -460,6 +466,23 @@ def test_words_are_replaced_whole(sentence: str, caption: str, text: str):
 def test_a_slider_without_other_words_is_refused(sentence: str):
     with pytest.raises(ValueError, match="sees no image: write in teacher_sentence what it reads"):
         WORDS.with_sentence(sentence)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "what"),
+    [
+        ("face → smiling face", "the arrow →"),
+        ("face => smiling face", "the arrow =>"),
+        ("face ⟶ smiling face", "the arrow ⟶"),
+        ("face ➡️ smiling face", "the arrow ➡"),
+        ("face -> smiling face, hair -> red hair", "several arrows"),
+        ("face -> smiling face\nhair -> red hair", "several arrows"),
+    ],
+)
+def test_an_arrow_that_would_be_read_as_words_is_refused(sentence: str, what: str):
+    with pytest.raises(ValueError, match=f"has {what}: write one -> between"):
+        WORDS.with_sentence(sentence)
+    assert EDIT.with_sentence(sentence).sentence == sentence, "of another teacher it is a sentence"
 
 
 def test_a_slider_has_no_background():

@@ -236,6 +236,21 @@ def test_train_refuses_what_the_shards_are_not(
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_slider_in_shards(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slider = ("--teacher-view", "words", "--teacher-sentence", "[V] badge -> [V] red badge")
+    words = [word.replace("star", "badge, low") for word in encoding(place, tmp_path / "shards", *slider)]
+    message = "an empty caption has no words that the teacher words replaces: set caption_dropout to 0, or leave out"
+    assert message in error_of([*words, "--empty-captions"], capsys)
+    message = "the teacher words reads nothing else for the held-out caption 'a [V7] star'"
+    assert message in error_of(encoding(place, tmp_path / "other", *slider), capsys)
+    shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+    assert main(words) == 0
+    assert Index.read(tmp_path / "shards").encoding.sentence == "[V7] badge -> [V7] red badge"
+    sft = training(tmp_path / "shards", tmp_path / "run", "--objective", "sft")
+    assert "the teacher words makes a slider, and objective sft trains on the images" in error_of(sft, capsys)
+    assert main(training(tmp_path / "shards", tmp_path / "run", *slider)) == 0
+
+
 def test_train_refuses_shards_of_another_model(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = copied / "shards" / INDEX
     index = json.loads(file.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from dopsd_core.conditioning.teachers import EDIT_TARGET, VLM
 from dopsd_core.families import FAMILIES, get_family
 from dopsd_core.options import flattened
 from dopsd_core.presets import ON_COMMAND_LINE, PRESETS, USUAL, preset_config
+from dopsd_core.standalone.prepared import _aim_remarks
 from dopsd_core.training.aims import aim_remarks
 
 AIMS = ("subject", "style", "character", "edit")
@@ -33,6 +35,8 @@ def test_a_preset_is_a_whole_configuration_of_every_family(preset: str, family: 
 def test_the_aims_are_first_and_the_former_name_is_the_subject() -> None:
     assert tuple(PRESETS)[:4] == AIMS and USUAL == "subject"
     assert PRESETS["standard"] == PRESETS["subject"]
+    assert PRESETS["style"] == PRESETS["edit"] == PRESETS["subject"]
+    assert PRESETS["character"] == replace(PRESETS["subject"], steps=2000, anchor_probability=0.75)
     assert {"quick look", "paper", "demo model"} < set(PRESETS)
     assert tuple(ON_COMMAND_LINE) == (*AIMS, "quick-look", "paper")
 
@@ -103,3 +107,22 @@ def test_a_character_wants_others_as_anchors_and_a_style_its_own_image() -> None
         assert len(alone) - len(others) == (preset == "character"), preset
         (own, other) = (aim_remarks(preset, [IMAGE], VLM, image, names_others=True) for image in ("own", "other"))
         assert len(other) - len(own) == (preset == "style"), preset
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--preset", "character"), 1),
+        (("--preset", "character", "--anchor-prompts", "a man"), 0),
+        (("--preset", "character", "--regularisation", "ordinary"), 0),
+        (("--preset", "character", "--anchor-probability", "0"), 0),
+        (("--preset", "character", "--objective", "sft"), 0),
+        (("--preset", "subject"), 0),
+        ((), 0),
+    ],
+)
+def test_whether_anchors_name_others_follows_from_the_arguments(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: int
+) -> None:
+    args = parse_args(["train", "photos", "--output", "run", "--model", "a/model", *words])
+    assert len(_aim_remarks(args, config_of(monkeypatch, *words), [IMAGE], VLM)) == said

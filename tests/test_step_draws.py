@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dopsd_core.adapters.adapter_set import AdapterSet
-from dopsd_core.objectives import DOPSD, ObjectiveOutput
+from dopsd_core.objectives import DOPSD, ObjectiveInputs, ObjectiveOutput
 from dopsd_core.objectives.base import StepStats
 from dopsd_core.objectives.step_draws import draw_by_gap, inclusion
 from dopsd_core.training.checkpoint import load_checkpoint
@@ -123,13 +124,32 @@ def test_until_then_and_without_losses_the_draw_is_uniform() -> None:
 
 def test_a_resumed_run_draws_the_same_steps(tmp_path: Path) -> None:
     """The means are in the checkpoint; without them the resumed run would draw evenly."""
-    config = make_config(steps=8, grad_steps=1, step_draw="gap", checkpoint_every=4, anchor_probability=0.0)
+    few = {"rollout_steps": 2, "grad_steps": 1, "grad_accumulation": 3, "anchor_probability": 0.0}
+    config = make_config(steps=8, step_draw="gap", checkpoint_every=4, **few)
     train(config, TinyDenoiser(), make_data(), tmp_path / "whole")
     train(config.replace(steps=4), TinyDenoiser(), make_data(), tmp_path / "parts")
     state = load_checkpoint(tmp_path / "parts" / "checkpoints")
     assert state is not None and len(state.facts["step_losses"]) == config.rollout_steps
+    assert None not in state.facts["step_losses"], "all are known, so that steps are drawn by them"
     train(config, TinyDenoiser(), make_data(), tmp_path / "parts")
     assert saved_bytes(tmp_path / "parts") == saved_bytes(tmp_path / "whole")
+
+
+def test_a_run_draws_by_the_losses_that_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly until both steps are known; then by the losses up to the step before."""
+    seen: list[tuple[float, ...]] = []
+    drawing = DOPSD._draw_steps
+
+    def noted(self: DOPSD, inputs: ObjectiveInputs) -> Mapping[int, float]:
+        seen.append(tuple(inputs.step_losses))
+        return drawing(self, inputs)
+
+    monkeypatch.setattr(DOPSD, "_draw_steps", noted)
+    few = {"rollout_steps": 2, "grad_steps": 1, "grad_accumulation": 2, "anchor_probability": 0.0}
+    train(make_config(steps=6, step_draw="gap", probe_every=0, **few), TinyDenoiser(), make_data(), tmp_path / "run")
+    assert len(seen) == 12 and seen[0] == () and len(seen[-1]) == 2 and min(seen[-1]) > 0
+    assert seen[::2] == seen[1::2], "the batches of a step know the same"
+    assert len({losses for losses in seen if losses}) > 1, "another step changes them"
 
 
 def test_without_fewer_steps_there_is_nothing_to_draw() -> None:

@@ -190,6 +190,7 @@ def test_a_slider_needs_its_words_in_every_caption(tmp_path: Path) -> None:
         ("dog, a -> cat", {}, "the caption 'a sks dog, b' does not contain 'dog, a'"),
         ("dog -> cat", {"heldout_caption": "a horse"}, "the held-out caption 'a horse' does not contain 'dog'"),
         ("dog -> cat", {"teacher_image": "other"}, "the teacher words sees no image: set teacher_image to own"),
+        ("dog -> cat", {"caption_dropout": True}, "an empty caption has no words that the teacher words replaces"),
     ]
     encoder = TinyEncoder()
     for sentence, options, message in cases:
@@ -198,6 +199,8 @@ def test_a_slider_needs_its_words_in_every_caption(tmp_path: Path) -> None:
     assert encoder.seen == []
     data = build_training_set(pairs, encoder, teacher=WORDS.with_sentence("dog -> old dog"), trigger="sks")
     assert len(data.pairs) == 2 and encoder.seen[-2:] == ["text a sks old dog, b", "text a sks dog, b"]
+    build_training_set(pairs, encoder, teacher=WORDS.with_sentence("old"), trigger="sks", caption_dropout=True)
+    assert {"text old", "text "} < set(encoder.seen), "words that are added are also read after an empty caption"
     assert train(make_config(steps=2, anchor_probability=0.0), TinyDenoiser(), data, tmp_path / "run").step == 2
 
 

@@ -18,6 +18,13 @@ from typing import Literal
 NO_SENTENCE = "-"
 ARROW = "->"
 
+_OTHER_ARROW = re.compile("=>|[\u2190-\u21ff\u2794-\u27be\u27f5-\u27ff\u2b05-\u2b11]")
+"""Arrows that are not read as `ARROW`, such as => and those of Unicode."""
+
+_LETTER = r"[^\W_\u0e00-\u0fff\u1000-\u11ff\u1780-\u17ff\u3040-\u9fff\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]"
+"""A letter or digit of the scripts that write spaces around words, which Chinese, Japanese and Thai do not; a Korean
+word is followed by its ending without one."""
+
 Background = Literal["keep", "blur", "grey", "remove"]
 """What the teacher sees around the subject, where an image has a mask; "remove" leaves white."""
 
@@ -96,6 +103,12 @@ class TeacherView:
                 f"the teacher {self.name!r} sees no image: write in teacher_sentence what it reads that the student "
                 f"does not, such as {'face -> smiling face'!r} for captions with the word face; it is {sentence!r}"
             )
+        if ARROW in others or (other := _OTHER_ARROW.search(sentence)):
+            wrong = "several arrows" if ARROW in others else f"the arrow {other.group()}" if other else ""
+            raise ValueError(
+                f"teacher_sentence {sentence!r} has {wrong}: write one {ARROW} between the words of the captions and "
+                "what the teacher reads in their place"
+            )
         return replace(self, sentence=sentence)
 
     def with_background(self, background: Background) -> TeacherView:
@@ -163,6 +176,6 @@ def choose_teacher(known: Sequence[str], mode: str, edits: bool) -> TeacherView:
 
 def _whole(words: str) -> re.Pattern[str]:
     """Finds the words where they are no part of longer ones; in Chinese, which has no spaces, everywhere."""
-    first = r"(?<![A-Za-z0-9])" if words[:1].isascii() and words[:1].isalnum() else ""
-    last = r"(?![A-Za-z0-9])" if words[-1:].isascii() and words[-1:].isalnum() else ""
+    first = f"(?<!{_LETTER})" if re.match(_LETTER, words[:1]) else ""
+    last = f"(?!{_LETTER})" if re.match(_LETTER, words[-1:]) else ""
     return re.compile(f"{first}{re.escape(words)}{last}")

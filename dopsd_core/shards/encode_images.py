@@ -31,7 +31,7 @@ def encode_images(
     """
     if not pairs:
         return EncodedImages()
-    require_fit(pairs, view)
+    require_fit(pairs, view, empty_captions=encoding.empty_captions)
     plan = plan_encoding(pairs, trigger=encoding.trigger, caption_dropout=encoding.empty_captions)
     if encoding.heldout and any(text == encoding.heldout for _, text in plan.requests):
         raise ValueError(f"the held-out caption {encoding.heldout!r} is in the dataset; use one that is not trained on")

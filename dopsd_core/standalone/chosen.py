@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..conditioning.teachers import TeacherView, choose_teacher
+from ..data.captions import put_trigger
 from ..data.dataset import DatasetReport
 from ..families import Family, get_family
 from ..training.shown_images import require_masks
@@ -31,20 +32,26 @@ def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, opt
     """
     require_masks(report.pairs, args.teacher_background)
     edits = any(pair.source_images for pair in report.pairs)
-    return view_for(args, family, options, edits, others=args.teacher_image == "other")
+    trigger = report.trigger_in_prompts(args.trigger)
+    return view_for(args, family, options, edits, others=args.teacher_image == "other", trigger=trigger)
 
 
 def view_for(
-    args: argparse.Namespace, family: Family, options: ModelOptions, edits: bool, *, others: bool
+    args: argparse.Namespace, family: Family, options: ModelOptions, edits: bool, *, others: bool, trigger: str
 ) -> TeacherView:
-    """The teacher's view that the arguments select, for images or edits; others: whether it sees other images.
+    """The teacher's view that the arguments select.
+
+    Args:
+        edits: whether the dataset has source images.
+        others: whether it sees other images.
+        trigger: what `[V]` stands for in its sentence.
 
     Raises:
         ValueError: the model does not support it.
     """
     known = ("vlm",) if options.is_demo else family.teachers
     view = choose_teacher(known, args.teacher_view, edits).with_background(args.teacher_background)
-    return view.with_sentence(args.teacher_sentence, others)
+    return view.with_sentence(put_trigger(args.teacher_sentence, trigger), others)
 
 
 def require_family(lora: Path, facts: Mapping[str, str], family: Family, options: ModelOptions) -> None:

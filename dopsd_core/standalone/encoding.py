@@ -104,7 +104,12 @@ def _work(args: argparse.Namespace, options: ModelOptions) -> _Work:
         raise ValueError(f"the held-out caption {heldout!r} is in the dataset; use one that is not trained on")
     if options.is_demo and source.has_edits:
         raise ValueError(f"{args.dataset} contains edits, but the demo model cannot edit: use images with captions")
-    view = view_for(args, family, options, source.has_edits, others=False)
+    view = view_for(args, family, options, source.has_edits, others=False, trigger=trigger)
+    if heldout and not view.teaches(heldout):
+        raise ValueError(
+            f"the teacher {view.name} reads nothing else for the held-out caption {heldout!r} ({view.sentence!r}): use "
+            "one with the words that it replaces"
+        )
     model = load_model(options, sees_images(view))
     side = side_of(args, family, options)
     encoding = Encoding.of(

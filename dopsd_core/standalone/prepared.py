@@ -21,7 +21,7 @@ from ..objectives import SFT
 from ..presets import ON_COMMAND_LINE
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
-from ..training.aims import aim_remarks
+from ..training.aims import aim_remarks, require_taught
 from ..training.regularisation import check_regularisation
 from ..training.shown_images import mask_remarks
 from ..training.training_set import TrainingSet, build_training_set, encode_regularisation, ordinary_prompts
@@ -95,6 +95,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
     regularisation = read_regularisation(args, family, options)
     ordinary = regularisation.pairs if regularisation else ()
     view = view_of(args, family, report, options)
+    require_taught(view, config.objective)
     model = load_model(options, sees_images(view))
     if peers.is_first:
         say(report.describe())
@@ -127,6 +128,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
     """
     family, shards = family_of(options), open_shards(args)
     view = view_of_shards(args, family, options, shards.index.encoding)
+    require_taught(view, config.objective)
     model = load_model(options, sees_images(view))
     require_same_encoding(args, model, view, shards)
     regularisation = read_regularisation(args, family, options)

@@ -64,7 +64,7 @@ def view_of_shards(
     stored = TEACHER_VIEWS[encoding.teacher]
     if args.teacher_view == "auto" and not args.teacher_sentence and args.teacher_background == "keep":
         return encoding.view()
-    return view_for(args, family, options, stored.edits, others=False)
+    return view_for(args, family, options, stored.edits, others=False, trigger=args.trigger.strip())
 
 
 def require_same_encoding(args: argparse.Namespace, model: HostModel, view: TeacherView, shards: Shards) -> None:

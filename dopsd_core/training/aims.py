@@ -1,6 +1,6 @@
 """What an aim expects of the dataset and of what the teacher sees, beyond settings: one sentence for what does not fit.
 
-The aims are the presets subject, style, character and edit.
+The aims are the presets subject, style, character and edit; and a slider, which is a teacher's view.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..conditioning.teachers import TeacherView
 from ..data.dataset import Pair
+from ..objectives import DOPSD, Objective
 from .shown_images import TeacherImage
 
 
@@ -49,3 +50,18 @@ def aim_remarks(
             "teacher: set it to keep"
         )
     return remarks
+
+
+def require_taught(view: TeacherView, objective: Objective) -> None:
+    """Checks that the objective learns from the teacher, where that is all that there is to learn: for a slider.
+
+    Raises:
+        ValueError: it learns from the images, which do not show the slider's other words.
+    """
+    learns = isinstance(objective, DOPSD) and objective.regression_target == "teacher"
+    if view.sees == "nothing" and not learns:
+        raise ValueError(
+            f"the teacher {view.name} makes a slider, and objective {objective.name} "
+            f"{'with regression_target ground_truth ' if isinstance(objective, DOPSD) else ''}trains on the images, "
+            "which ignores its words: choose objective dopsd with regression_target teacher, or another teacher"
+        )

@@ -157,7 +157,7 @@ def build_training_set(
             values, or a prompt contains `[V]` where it may stand for several concepts.
         ImageError: an image was changed or damaged after it was checked.
     """
-    require_fit(pairs, teacher, teacher_image)
+    require_fit(pairs, teacher, teacher_image, empty_captions=caption_dropout)
     require_masks(pairs, teacher.background)
     _require_names(pairs, teacher, anchor_prompts, heldout_caption)
     sizes = [scale.pairs for scale in scales] or [tuple(pairs)]
@@ -268,14 +268,23 @@ def encode_regularisation(
     return tuple(image for image, (pair, _) in zip(images, drawn, strict=True) for _ in range(pair.repeats))
 
 
-def require_fit(pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage = "own") -> None:
+def require_fit(
+    pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage = "own", *, empty_captions: bool = False
+) -> None:
     """Checks that the pairs are what the teacher needs, apart from masks (`require_masks`).
+
+    empty_captions: whether the empty caption is trained too.
 
     Raises:
         ValueError: they are not; the message says what to change.
     """
     if teacher.sees == "nothing":
         _require_words([caption for pair in pairs for caption in pair.captions], "caption", teacher, teacher_image)
+        if empty_captions and not teacher.teaches(""):
+            raise ValueError(
+                f"an empty caption has no words that the teacher {teacher.name} replaces: set caption_dropout to 0, or "
+                "leave out --empty-captions"
+            )
     lacking = sum(not pair.source_images for pair in pairs)
     if teacher.edits and lacking:
         raise ValueError(

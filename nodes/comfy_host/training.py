@@ -19,6 +19,7 @@ from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import Objective
 from ...dopsd_core.sharing.model_spec import trigger_facts
+from ...dopsd_core.training.aims import require_taught
 from ...dopsd_core.training.checkpoint import read_checkpoint_lora
 from ...dopsd_core.training.log import StepReport
 from ...dopsd_core.training.own_files import is_foreign
@@ -162,6 +163,7 @@ def _planned(
     identity, denoiser = identity_of(model), ComfyDenoiser(model)
     has_anchors = bool(conditions.data.anchors)
     config = make_config(wanted.preset, conditions.family, has_anchors, wanted.chosen)
+    require_taught(conditions.teacher, config.objective)
     require_blocks(denoiser, config.adapter)
     plan = plan_memory(wanted.memory, denoiser, conditions, config)
     config = plan.config

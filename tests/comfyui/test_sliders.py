@@ -60,6 +60,13 @@ def test_a_slider_without_words_is_refused(comfyui: ComfyUI, folder: None) -> No
     assert "does not contain 'face'" in refused.error
 
 
+def test_a_slider_whose_words_the_objective_ignores_is_refused(comfyui: ComfyUI, folder: None) -> None:
+    refused = comfyui.execute(slider("sft slider", "badge -> red badge", objective="sft"))
+    assert "objective sft trains on the images, which ignores its words" in refused.error
+    refused = comfyui.execute(slider("arrow", "badge → red badge"))
+    assert "has the arrow →: write one ->" in refused.error
+
+
 def test_a_preset_that_does_not_fit_the_dataset_is_noted(comfyui: ComfyUI, folder: None) -> None:
     run = comfyui.execute(slider("edit preset", "badge -> red badge", preset="edit", rank=2, batch_size=1))
     assert run.status == "success", run.error
