@@ -55,4 +55,5 @@ def _picked(concept: Concept, samples: Samples) -> Tensor:
 def _captions(concept: Concept) -> list[str]:
     kinds = zip(_prompts(concept), _SHOWN.values(), strict=True)
     texts = [prompts.texts[i] for prompts, count in kinds for i in _indices(prompts, count)]
-    return [text.removeprefix("a ").replace(" background", "").replace("badge, ", "") for text in texts]
+    shorter = [text.replace(", on a ", ", ").removesuffix(" background") for text in texts]
+    return [text.removeprefix("a ").replace("badge, ", "") for text in shorter]
