@@ -44,7 +44,7 @@ def rows(reports: Sequence[Report]) -> dict[str, tuple[list[float], bool]]:
     }
     for name, title in TITLES.items():
         for method, whose in METHODS.items():
-            better = name == "prompt_following"
+            better = name in ("prompt_following", "sharpness")  # sharper than renders has not been seen
             table[f"{title}, {whose}"] = ([figure(r, method, name) for r in reports], better)
     for method in ("dopsd", "sft"):
         ratio = [figure(r, method, "frechet_prior") / figure(r, "base", "frechet_prior") for r in reports]

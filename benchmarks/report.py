@@ -65,7 +65,6 @@ Written by the scripts in `benchmarks/` into results.json, and from there by `py
 What to keep in mind:
 
 - The demo's world is tiny: badges, a hundred names, two steps ([demo-model.md](demo-model.md)). FLUX.2-klein's teacher is another than the demo's.
-- Sections dated 2026-11-21 were measured on the first demo model, which had four steps and names without meaning: their figures cannot be compared with the others.
 - *Untouched* is the model before training; *its teacher* is the same model when it sees a target. Columns that a section does not explain are explained below the first table.
 - *Aims*: D-OPSD has prior anchors on half of the batches, and its teacher sees the image that is trained.
 - *Speed*: K is the number of the student's steps, m how many of them are learned from, drawn evenly or *by gap*: the more often, the larger the gap to the teacher there has been.
