@@ -57,8 +57,8 @@ class Variant:
     @property
     def data(self) -> tuple[str, ...]:
         """What it differs in besides the method's settings, as words for a folder."""
-        told = "layout" if self.says_layout else "no-layout"
-        return self.teacher_image, self.background, self.anchors, told
+        layout = "layout" if self.says_layout else "no-layout"
+        return self.teacher_image, self.background, self.anchors, layout
 
 
 class VariedDemo(Demo):
