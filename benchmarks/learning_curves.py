@@ -99,6 +99,7 @@ class Clock(NoCallbacks):
         self.curve: list[tuple[float, float, float]] = []
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
+        """Counts the time since the last call, and measures where a mark is passed."""
         if step:
             self.seconds += time.process_time() - self._since
         self.steps = step
@@ -109,6 +110,7 @@ class Clock(NoCallbacks):
         self._since = time.process_time()
 
     def should_stop(self) -> bool:
+        """Whether the last mark is measured."""
         return len(self.curve) > MARKS
 
 
