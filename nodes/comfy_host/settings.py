@@ -74,7 +74,7 @@ def filled(preset: str, family: Family) -> dict[str, Any]:
     """The value of every option by flat name with this preset, also of those without effect."""
     defaults = {name: option.default for name, option in OPTIONS.items()}
     values = {**defaults, "targets": family.lora_targets, **preset_settings(preset, family)}
-    return {**values, "grad_steps": values["rollout_steps"]}
+    return {**values, "grad_steps": values["grad_steps"] or values["rollout_steps"]}
 
 
 def settings_inputs() -> list[Any]:
