@@ -5,11 +5,12 @@ step, counters and the table.
     --device cpu    the same, reduced in size; the peak is that of tensors and FLOPs are counted, both op by op
     --device meta   a dry run at full size: no seconds, but peak and FLOPs counted as on a GPU (ComfyUI only)
 
-Variants: ours with gradient checkpointing on no block, selectively and fully on all blocks, offloaded (selectively, with
-everything that blocks keep in RAM), and (ComfyUI only) with each memory preset, at 1024 also with activation offloading
-as far as the planner uses it; and the authors' loop: the graphs of all K steps in memory until one backward, checkpointing on all
-blocks, resident text encoders of the real shapes, run in every step. Their VAE is omitted, in their favour. Network:
-ComfyUI's own class with our node's denoiser if $COMFYUI_PATH (or ~/comfy/ComfyUI) is a checkout, else diffusers'.
+Variants: ours with gradient checkpointing on no block, selectively and fully on all blocks, offloaded (selectively,
+with all that the blocks keep in RAM), and (ComfyUI only) with each memory preset, at the largest resolution also with
+activation offloading as far as the planner uses it; and the authors' loop: the graphs of all K steps in memory until
+one backward, checkpointing on all blocks, resident text encoders of the real shapes, run in every step. Their VAE is
+omitted, in their favour. Network: ComfyUI's own class with our node's denoiser if $COMFYUI_PATH (or ~/comfy/ComfyUI) is
+a checkout, else diffusers'.
 """
 
 from __future__ import annotations

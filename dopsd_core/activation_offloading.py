@@ -1,8 +1,8 @@
 """Activation offloading: what a block keeps for its backward waits in RAM, and comes back ahead of that backward.
 
 A copy to RAM starts as soon as the tensor is there, on a stream of its own, while the network computes on. In the
-backward the next tensors are on their way while the block before uses its own, in the opposite order of the blocks. Both
-ways a limited number of bytes is in flight. The bits are the same.
+backward the tensors that are needed next are on their way while others are in use. Both ways a limited number of bytes
+is in flight. The bits are the same.
 
 No memory is used for something else while a copy needs it: a tensor on its way out is referenced until the computing
 stream has been made to wait for the copy, one on its way in is allocated by the computing stream, which the copy waits

@@ -45,9 +45,7 @@ def checkpointed(blocks: Sequence[nn.Module], checkpointing: Checkpointing | int
         offloading.close()
 
 
-def _recomputing(
-    forward: Forward, names: Collection[str], in_ram: Collection[str], offloading: Offloading
-) -> Forward:
+def _recomputing(forward: Forward, names: Collection[str], in_ram: Collection[str], offloading: Offloading) -> Forward:
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             offloading.settle()

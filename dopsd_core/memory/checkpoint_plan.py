@@ -2,8 +2,8 @@
 
 Only the FIRST blocks are checkpointed: the backward reaches them last, when the activations of the others are freed, so
 the recomputed activations need no additional memory. Each keeps those outputs of its Linears and of its attention that
-save the most FLOPs per byte, as far as memory allows (`kept_products.py`). With activation offloading the next ones wait
-in RAM, as far as that allows, and if not even the inputs of the blocks fit, they too (`activation_offloading.py`).
+save the most FLOPs per byte, as far as memory allows (`kept_products.py`). With activation offloading the next ones
+wait in RAM, as far as that allows, and so do inputs of blocks if not even they fit (`activation_offloading.py`).
 """
 
 from __future__ import annotations

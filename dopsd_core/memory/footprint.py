@@ -94,9 +94,7 @@ class Footprint:
         ram: bytes of RAM that activations may take; it uses no more than can be copied while a forward computes.
         """
         hidden = int(Checkpointing.full(len(self.blocks)).flops(self.blocks) / _FLOPS_PER_BYTE)
-        return plan_checkpointing(
-            self.blocks, budget - self._resident, self.forward, self.backward, min(ram, hidden)
-        )
+        return plan_checkpointing(self.blocks, budget - self._resident, self.forward, self.backward, min(ram, hidden))
 
     @property
     def _resident(self) -> int:

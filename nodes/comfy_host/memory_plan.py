@@ -158,7 +158,13 @@ def _plan_blindly(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, 
 
 
 def make_plan(
-    name: str, denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig, budget: int, free: int, ram: int = 0
+    name: str,
+    denoiser: ComfyDenoiser,
+    conditions: Conditions,
+    config: TrainConfig,
+    budget: int,
+    free: int,
+    ram: int = 0,
 ) -> MemoryPlan:
     """The plan of one preset: as little gradient checkpointing as possible, then weights in RAM.
 
