@@ -52,7 +52,7 @@ HEAD = (
 VARIANTS = ("none", "selective", "all", "offloaded")
 OFFLOADING = ", offloading"
 """End of the names of presets with activation offloading."""
-_RAM = 32 * 10**9
+RAM = 32 * 10**9
 """Bytes for activations that a dry run assumes."""
 
 
@@ -116,7 +116,7 @@ class Session:
         free = None if self.device.type == "meta" else free_memory(self.device)
         wanted = self.config.replace(activation_offloading=row.variant.endswith(OFFLOADING))
         name, is_meta = row.variant.removesuffix(OFFLOADING), self.device.type == "meta"
-        ram = (_RAM if is_meta else offloading_ram(wanted, self.device)) if wanted.activation_offloading else 0
+        ram = (RAM if is_meta else offloading_ram(wanted, self.device)) if wanted.activation_offloading else 0
         plan = make_plan(self.subject, network, name, row.side, row.rank, wanted, free, ram)
         config = TrainConfig.from_json(plan.config.to_json())
         bench = self.bench(network, row.side, config)

@@ -94,7 +94,8 @@ class InputsInRam:
     def __init__(self, block: BlockInRam, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._block, self._args, self._kwargs = block, list(args), dict(kwargs)
         large = max((value.numel() for value in (*args, *kwargs.values()) if _is_float(value)), default=0)
-        places = [(self._args, place) for place in range(len(args))] + [(self._kwargs, name) for name in kwargs]
+        places: list[tuple[Any, Any]] = [(self._args, place) for place in range(len(args))]
+        places += [(self._kwargs, name) for name in kwargs]
         self._copies = [
             (values, place, copy, value.requires_grad)
             for values, place in places

@@ -212,7 +212,7 @@ def test_offloading_changes_no_bit_and_repeats_no_product(case: Case, fused_atte
 
 
 def test_what_is_in_ram_is_not_saved_on_the_device(case: Case, fused_attention: None) -> None:
-    """Of what autograd saves with full checkpointing, the inputs of the blocks are gone; that of the last norm stays."""
+    """Of what autograd saves with full checkpointing, the inputs of blocks are gone; that of the last norm stays."""
     full, offloaded = SavedBytes(), SavedBytes()
     case.gradients(len(case.denoiser.blocks()), full)
     case.gradients(case.comfyui.core("memory.checkpoint_plan").Checkpointing.offloaded(case.predicted()), offloaded)
