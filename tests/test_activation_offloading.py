@@ -8,6 +8,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from dopsd_core.memory.checkpoint_plan import INPUT, BlockBytes, Checkpointing, 
 from dopsd_core.memory.footprint import Footprint
 from dopsd_core.memory.ram_budget import offloading_ram, why_not_offloaded
 from dopsd_core.training.trainer import train
+from dopsd_core.training.world import Peers
 
 from .devices import DEVICE
 from .test_checkpointing import InPlace, Repeated, WritesIntoProducts, sizes, z_image_with_lora
@@ -405,6 +407,15 @@ def test_it_is_for_cuda_and_half_of_the_free_ram(monkeypatch: pytest.MonkeyPatch
     assert offloading_ram(TrainConfig(), cuda) == offloading_ram(on, torch.device("cpu")) == 0
     assert offloading_ram(on, cuda) == 5 * 10**9 and offloading_ram(on, cuda, 2) == 25 * 10**8
     assert "runs on cpu" in why_not_offloaded(0, torch.device("cpu"))
+
+
+def test_on_a_cpu_the_command_says_that_it_has_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    from dopsd_core.standalone.training import _plan
+
+    prepared: Any = SimpleNamespace(config=TrainConfig(activation_offloading=True))
+    denoiser: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert not _plan(prepared, denoiser, Peers()).checkpointing.count
+    assert "activation_offloading has no effect: the model runs on cpu" in capsys.readouterr().out
 
 
 def test_a_run_is_the_same_with_and_without() -> None:

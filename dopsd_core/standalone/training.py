@@ -202,11 +202,17 @@ def _plan(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> _Plan:
     """The least gradient checkpointing that fits into the GPU's free memory; none on a CPU."""
     config, device = prepared.config, denoiser.device
     ram = 0 if runs_together(config, peers.world) else offloading_ram(config, device, peers.world.size)
-    if config.activation_offloading and not ram and peers.is_first:
+    plan = _planned(prepared, denoiser, peers, ram)
+    if config.activation_offloading and not plan.checkpointing.in_ram and peers.is_first:
         warn([why_not_offloaded(ram, device)])
+    return plan
+
+
+def _planned(prepared: Prepared, denoiser: Denoiser, peers: Peers, ram: int) -> _Plan:
+    device = denoiser.device
     if device.type != "cuda":
         return _Plan(Checkpointing())
-    if runs_together(config, peers.world):
+    if runs_together(prepared.config, peers.world):
         return _Plan(Checkpointing.full(len(denoiser.blocks())))
     footprint = footprint_of(prepared, denoiser)
     free = int(torch.cuda.mem_get_info(device)[0] * _MARGIN) + footprint.weights  # those are loaded already

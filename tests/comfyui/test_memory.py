@@ -187,9 +187,7 @@ def test_the_estimate_of_offloading_is_what_is_counted(comfyui: ComfyUI, name: s
     footprint, core = case.plan("24 GB", 1000 * GB).footprint, comfyui.core
     kinds = core("memory.checkpoint_plan").Checkpointing
     with counters.dry_run(comfyui.module("nodes.comfy_host.denoiser"), core("objectives"), core("host_memory")):
-        counted, selective = (
-            case.counted_peak(plan(footprint.blocks)) for plan in (kinds.offloaded, kinds.selective)
-        )
+        counted, selective = (case.counted_peak(plan(footprint.blocks)) for plan in (kinds.offloaded, kinds.selective))
     unused = 2 * 2 * max(site.in_features * site.out_features for site in case.denoiser.sites())
     expected = footprint.total(kinds.offloaded(footprint.blocks)) - footprint.weights - unused
     assert 0.75 * expected < counted <= expected and counted < selective
