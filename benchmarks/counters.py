@@ -125,10 +125,17 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Te
     return out.transpose(1, 2).reshape(len(out), -1, heads * out.shape[-1])
 
 
-def in_ram(_: Any, like: Tensor) -> Tensor:
-    """In place of `HostPool.take`: memory for a copy of `like`, in its shape, that is not counted as the device's."""
-    with _disable_current_modes():
-        return torch.empty_like(like)
+def uncounted_ram(host_memory: Any) -> Any:
+    """Inside the `with`, what activation offloading has in RAM is on the device after all, and no counter sees it.
+
+    host_memory: the core's module.
+    """
+
+    def take(_: Any, like: Tensor) -> Tensor:
+        with _disable_current_modes():
+            return torch.empty_like(like)
+
+    return patch.object(host_memory.HostPool, "take", take)
 
 
 @contextmanager
@@ -140,7 +147,7 @@ def dry_run(host: Any, objectives: Any, host_memory: Any = None) -> Iterator[Non
     """
     with ExitStack() as stack:
         if host_memory is not None:
-            stack.enter_context(patch.object(host_memory.HostPool, "take", in_ram))
+            stack.enter_context(uncounted_ram(host_memory))
         for owner, name, instead in (
             (torch.nn.functional, "rms_norm", lambda x, *_, **__: FusedNorm.apply(x)),
             (host, "plain_attention", lambda _, q, k, v, heads, *__, **___: flash_attention(q, k, v, heads)),

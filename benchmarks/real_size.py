@@ -190,6 +190,8 @@ def run(subject: Subject, args: argparse.Namespace) -> Session:
         if session.device.type == "meta":
             host = networks.pack(session.device)("comfy_host.denoiser")
             stack.enter_context(counters.dry_run(host, objectives, host_memory))
+        elif session.device.type == "cpu":
+            stack.enter_context(counters.uncounted_ram(host_memory))
         blocks = len(network.denoiser.blocks())
         say(f"network: {network.title}'s, {network.weight_bytes / GB:.2f} GB of weights, {blocks} blocks\n\n{HEAD}")
         for side in args.resolutions:
