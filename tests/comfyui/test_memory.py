@@ -541,7 +541,8 @@ def test_other_errors_are_handed_on(comfyui: ComfyUI, monkeypatch: pytest.Monkey
 
 
 def test_a_run_in_little_memory_is_the_same_run(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the node: every block recomputes, and the LoRA is the one of a run in which none does."""
+    """Through the node: every block recomputes, some with activations in RAM, and the LoRA is the one of a run in which
+    none does."""
     memory = comfyui.module("nodes.comfy_host.training")
     honest = memory.plan_memory
     kinds = comfyui.core("memory.checkpoint_plan").Checkpointing
@@ -551,7 +552,9 @@ def test_a_run_in_little_memory_is_the_same_run(comfyui: ComfyUI, monkeypatch: p
         plan = honest(choice, *args)
         blocks = plan.footprint.blocks
         counts.append(len(blocks))
-        some = kinds((*kinds.selective(blocks).kept[:3], *kinds.full(3).kept))
+        kept, inputs = kinds.selective(blocks).kept[:3], frozenset({"input"})
+        in_ram = (kept[0] | inputs, kept[1], frozenset(), inputs, inputs, frozenset())
+        some = kinds((*kept, *kinds.full(3).kept), in_ram)
         return dataclasses.replace(plan, checkpointing=some, notes=("gradient checkpointing on 6 of 6 blocks",))
 
     one = comfyui.execute(training("roomy", preview_every=0))
