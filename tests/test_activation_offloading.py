@@ -246,6 +246,7 @@ def test_after_an_error_nothing_is_held(ending: str, slabs: list[Any]) -> None:
     """Although the graph is still there, as a traceback may keep it."""
     denoiser, adapters, forward, predicted = z_image_with_lora(2)
     kept: list[Any] = []
+    there: list[Any] = []
 
     def stop(*_: object) -> None:
         raise RuntimeError("stop")
@@ -262,10 +263,12 @@ def test_after_an_error_nothing_is_held(ending: str, slabs: list[Any]) -> None:
             middle.register_forward_hook(lambda _, __, out: out.register_hook(stop) and None)
         kept.append(forward())
         assert offloading.held
+        there = list(offloading._known)
         if ending == "without a backward":
             stop()
         kept[0].mean().backward()
     assert slabs and not any(slab() is not None for slab in slabs)
+    assert all(one.host is None and one.arriving is None for one in there)
     assert not offloading.held and not offloading._arriving and not offloading._leaving
 
 
@@ -325,6 +328,7 @@ def test_what_is_in_flight_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_next_ones_are_on_their_way_before_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation_checkpointing, "WINDOW", 2**18)
     late: list[bool] = []
     bring = Offloading.bring
     monkeypatch.setattr(Offloading, "bring", lambda self, one: late.append(one.arriving is None) or bring(self, one))
