@@ -34,7 +34,7 @@ _LATER = (
     *("pso_form", "pso_beta", "pso_loser_images"),
     *("factor", "muon_momentum", "prodigy_lr", "prodigy_weight_decay", "prodigy_d_coef", "prodigy_safeguard_warmup"),
     *("custom_path", "custom_options", "custom_lr"),
-    *("save_every", "keep_loras", "stop_at_plateau", "small_first", "step_draw"),
+    *("save_every", "keep_loras", "stop_at_plateau", "small_first", "step_draw", "activation_offloading"),
 )
 """Options that came after the first version of Training Settings. They are at its end in this order, since saved graphs
 fill in widgets by position."""
