@@ -48,7 +48,7 @@ class Prepared:
         config: the configuration.
         data: the encoded dataset.
         cache: of conditions and class images.
-        shown: the prompts of previews, on the ranks that draw them.
+        shown: the prompts of previews.
         trigger: what `[V]` stands for in prompts.
         concepts: the triggers of the dataset.
     """
@@ -63,11 +63,15 @@ class Prepared:
     concepts: tuple[str, ...] = ()
 
 
-def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
+def prepare(
+    args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers, start: Callable[[], None]
+) -> Prepared:
     """Reads the dataset and encodes it: rank 0 first, then the others read what it has cached.
 
+    start: called on rank 0 when all checks have passed, before anything is encoded.
+
     Raises:
-        ValueError: options, dataset, model and processes do not fit together.
+        ValueError: `start` raised it, or options, dataset, model and processes do not fit together.
         DiskError, StateError, FolderInUse: the run cannot be written to its folder.
         OSError: files are missing or cannot be downloaded.
     """
@@ -88,7 +92,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
             "leave out --quantise, or choose --adapter lora"
         )
     if is_encoded(args.dataset):
-        return prepare_streamed(args, options, config, peers)
+        return prepare_streamed(args, options, config, peers, start)
     report = read_images(args, family, options)
     trigger, (scales, remarks) = report.trigger_in_prompts(args.trigger), read_scales(args, family, report)
     pairs = scales[0].pairs if scales else report.pairs
@@ -107,21 +111,26 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))
     check_beforehand(args, config, model, digest_of_pairs(report.pairs, ordinary), peers)
+    peers.first(start)
     cache = ConditionCache(args.output / "cache")
 
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
         data = _encoded(args, model, pairs, ordinary, view, config, cache, trigger, scales)
         texts = preview_texts(args.preview_prompts, pairs, trigger)
-        wanted = config.preview_every and (peers.is_first or runs_together(config, peers.world))
-        return data, encode_shown(texts, pairs, model, cache, view, args.teacher_image) if wanted else ()
+        shown = encode_shown(texts, pairs, model, cache, view, args.teacher_image) if config.preview_every else ()
+        return data, shown
 
     data, shown = first_then_others(peers, encode)
     config = _without_missing_anchors(args, config, data, peers)
     return Prepared(model, view, config, data, cache, shown, trigger, report.concepts)
 
 
-def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
+def prepare_streamed(
+    args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers, start: Callable[[], None]
+) -> Prepared:
     """Opens an encoded dataset; captions that are not in it are encoded by rank 0 first.
+
+    start: as in `prepare`.
 
     Raises:
         ValueError: it is incomplete or damaged, or was encoded with other options or another model.
@@ -139,6 +148,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, (), args.trigger))
     check_beforehand(args, config, model, shards.index.digest() + digest_of_pairs(ordinary), peers)
+    peers.first(start)
     cache = ConditionCache(args.output / "cache")
     wanted = _wants_anchors(config)
 
@@ -151,8 +161,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
         )  # fmt: skip
 
     data = first_then_others(peers, encode)
-    draws = config.preview_every and (peers.is_first or runs_together(config, peers.world))
-    shown = shown_of(data, MAX_PROMPTS) if draws else ()
+    shown = shown_of(data, MAX_PROMPTS) if config.preview_every else ()
     return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown, args.trigger)
 
 
@@ -164,7 +173,7 @@ def _aim_remarks(args: argparse.Namespace, config: TrainConfig, pairs: Sequence[
 
 
 def runs_together(config: TrainConfig, world: World | None) -> bool:
-    """Whether each process holds a part of the model, so that all of them draw the previews."""
+    """Whether each process holds a part of the model, so that all of them run it at the same time."""
     return config.adapter.trains_network and world is not None and world.size > 1
 
 

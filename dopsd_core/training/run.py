@@ -89,7 +89,7 @@ class Run:
         self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
         self.optimizer = config.optimizer.build(self.adapters.parameters())
         start_training(self.optimizer)
-        self.probe = Probe(config, denoiser, self.adapters, data)
+        self.probe = Probe(config, denoiser, self.adapters, data, self.peers)
         order = DataOrder(data.shapes(), data.repeats(), config.batch_size, config.seed)
         self.order = ordered(order, data.scales, config.small_first * config.grad_accumulation)
         self._anchors = on_device(data.anchors, denoiser.device) if config.objective.wants_anchors else []
@@ -302,10 +302,9 @@ class Run:
         return self.adapters.parts(which) if isinstance(self.adapters, ShardedWeights) else self.adapters.state(which)
 
     def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
-        config = self.config
+        config, every = self.config, self.config.probe_every
         relative, heldout, by_concept = None, None, {}
-        is_on = config.probe_every and self.peers.runs_network
-        if is_on and (self.step % config.probe_every == 0 or is_due(config, self.step) or self.step == config.steps):
+        if every and (self.step % every == 0 or is_due(config, self.step) or self.step == config.steps):
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)
