@@ -27,7 +27,7 @@ from tests import model_folders
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dopsd_core")
 ACCELERATE = (
-    "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
     "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m", "dopsd_core",
 )  # fmt: skip
 
@@ -184,6 +184,7 @@ def test_two_processes_make_the_same_run(place: Path, trained: Path, tmp_path: P
     result = call(training(place, tmp_path, "--steps", 4, "--trigger", "sks", launcher=launcher))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert result.stdout.count("2 usable images") == result.stdout.count("4 steps; LoRA:") == 1
+    assert "2 processes share the 2 batches of each step" in result.stdout
     ours, theirs = student(tmp_path), student(trained)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["grad_accumulation"] == 2

@@ -59,6 +59,9 @@ def run_train(args: argparse.Namespace) -> int:
 
         with peers.ending_together():
             prepared = prepare(args, options, args.train_config, peers, start)
+            if peers.world.size > 1 and peers.is_first:
+                batches = prepared.config.grad_accumulation
+                say(f"{peers.world.size} processes share the {batches} batches of each step")
             started[-1].begin(prepared.config)
             denoiser = prepared.model.denoiser
             given = args.checkpoint_blocks

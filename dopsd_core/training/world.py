@@ -75,6 +75,10 @@ class PeerError(RuntimeError):
     """Raised if another rank failed or was lost."""
 
 
+class LostPeer(PeerError):
+    """Raised if the connection to another rank broke, so that nobody knows here why."""
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """What a rank brings to a meeting.
@@ -263,9 +267,9 @@ class Peers:
             raise _lost(error) from error
 
 
-def _lost(error: BaseException) -> PeerError:
+def _lost(error: BaseException) -> LostPeer:
     why = f"the connection says: {_describe(error)}"
-    return PeerError(f"another process of this run was lost; the same command continues from what is saved ({why})")
+    return LostPeer(f"another process of this run was lost; the same command continues from what is saved ({why})")
 
 
 def _is_lost(error: BaseException) -> bool:
