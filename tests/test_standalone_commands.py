@@ -27,8 +27,8 @@ from tests import model_folders
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dopsd_core")
 ACCELERATE = (
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-    "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m", "dopsd_core",
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m", "dopsd_core",
 )  # fmt: skip
 
 

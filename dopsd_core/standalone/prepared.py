@@ -16,12 +16,13 @@ from ..config import TrainConfig
 from ..data.captions import check_prompts
 from ..data.dataset import Pair
 from ..data.resolutions import Scale
-from ..families import get_family
+from ..families import Family, get_family
 from ..objectives import SFT
 from ..presets import ON_COMMAND_LINE
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
 from ..training.aims import aim_remarks, require_taught
+from ..training.pair_keys import planned_digest
 from ..training.regularisation import check_regularisation
 from ..training.shown_images import mask_remarks
 from ..training.training_set import TrainingSet, build_training_set, encode_regularisation, ordinary_prompts
@@ -76,21 +77,7 @@ def prepare(
         OSError: files are missing or cannot be downloaded.
     """
     family = family_of(options)
-    if config.family != family.name:
-        raise ValueError(
-            f"the configuration is for {get_family(config.family).title} and --model {options.model} is a "
-            f"{family.title}: leave out --config, or choose another model"
-        )
-    if options.is_undistilled and config.objective.needs_few_steps:
-        raise ValueError(
-            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
-            f"for --model {options.model}, or --model {DEMO}"
-        )
-    if config.adapter.trains_network and options.quantise != "none":
-        raise ValueError(
-            f"adapter {config.adapter.name} trains the weights themselves, which --quantise {options.quantise} packs: "
-            "leave out --quantise, or choose --adapter lora"
-        )
+    _require_fit(options, config, family)
     if is_encoded(args.dataset):
         return prepare_streamed(args, options, config, peers, start)
     report = read_images(args, family, options)
@@ -110,7 +97,14 @@ def prepare(
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))
-    check_beforehand(args, config, model, digest_of_pairs(report.pairs, ordinary), peers)
+
+    def keys() -> str:
+        return planned_digest(
+            pairs, model.encoder, teacher=view, teacher_image=args.teacher_image, trigger=trigger,
+            caption_dropout=config.caption_dropout > 0, scales=scales,
+        )  # fmt: skip
+
+    check_beforehand(args, config, model, digest_of_pairs(report.pairs, ordinary), peers, keys)
     peers.first(start)
     cache = ConditionCache(args.output / "cache")
 
@@ -123,6 +117,25 @@ def prepare(
     data, shown = first_then_others(peers, encode)
     config = _without_missing_anchors(args, config, data, peers)
     return Prepared(model, view, config, data, cache, shown, trigger, report.concepts)
+
+
+def _require_fit(options: ModelOptions, config: TrainConfig, family: Family) -> None:
+    """Raises ValueError if the configuration does not fit the model, by its name and options."""
+    if config.family != family.name:
+        raise ValueError(
+            f"the configuration is for {get_family(config.family).title} and --model {options.model} is a "
+            f"{family.title}: leave out --config, or choose another model"
+        )
+    if options.is_undistilled and config.objective.needs_few_steps:
+        raise ValueError(
+            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
+            f"for --model {options.model}, or --model {DEMO}"
+        )
+    if config.adapter.trains_network and options.quantise != "none":
+        raise ValueError(
+            f"adapter {config.adapter.name} trains the weights themselves, which --quantise {options.quantise} packs: "
+            "leave out --quantise, or choose --adapter lora"
+        )
 
 
 def prepare_streamed(
