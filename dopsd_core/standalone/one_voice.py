@@ -57,7 +57,7 @@ def _count(what: str, added: int) -> int | None:
 
 
 def _store() -> Any:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, timeout=_WAIT, wait_for_workers=False)

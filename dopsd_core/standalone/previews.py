@@ -131,6 +131,10 @@ class _Wanted:
     row: int
 
 
+def _mode_of(one: _Wanted) -> Mode:
+    return one.mode
+
+
 class TrainingPreview:
     """Writes a sheet per preview step: untouched model, teacher and student from the same noise.
 
@@ -183,13 +187,13 @@ class TrainingPreview:
         """The images [3, H, W] in [0, 1] of all prompts, by the weights that draw them; on every rank."""
         count = len(self._shown)
         wanted = [_Wanted(mode, row) for mode in modes for row in range(count)]
-        images = self._peers.spread(wanted, lambda share: self._share(adapters, share), lambda one: one.mode)
+        images = self._peers.spread(wanted, lambda share: self._share(adapters, share), _mode_of)
         return {mode: images[number * count : (number + 1) * count] for number, mode in enumerate(modes)}
 
     def _share(self, adapters: Trainable, share: Sequence[_Wanted]) -> list[Tensor]:
         """The images [3, H, W] in [0, 1] of a rank; all latents are drawn before the first is decoded."""
         latents = []
-        for mode, group in groupby(share, key=lambda one: one.mode):
+        for mode, group in groupby(share, key=_mode_of):
             with adapters.use(mode):
                 latents += [self._latent(one) for one in group]
         return self._painter.decode(latents)
