@@ -197,6 +197,40 @@ def test_the_ranks_share_previews_and_the_gap_in_the_bits_of_one_process(
     assert max(rank[2] for rank in ranks) == forwards // 4 * -(-4 // size)  # three pairs and the unseen prompt
 
 
+class RoundingSwitch(torch.optim.SGD):
+    """Schedule-free: its weights for evaluation are others, and the way back rounds."""
+
+    def eval(self) -> None:
+        self._scale(1 / 3)
+
+    def train(self) -> None:
+        self._scale(3.0)
+
+    def _scale(self, factor: float) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(factor)
+
+
+def test_the_ranks_keep_equal_weights_where_measuring_rounds_them(tmp_path: Path) -> None:
+    custom = {"optimizer": "custom", "custom_path": f"{__name__}:RoundingSwitch", "custom_lr": 1e-2}
+    config = make_config(steps=STEPS, grad_accumulation=2, probe_every=1, preview_every=STEPS, **custom)
+    kept = [Keeps(), Keeps()]
+    results = on_threads(2, lambda world: run(tmp_path, config, world, kept[world.rank], make_data()))
+    assert all(getattr(result, "step", 0) == STEPS for result in results), results
+    assert kept[0].weights and all(torch.equal(kept[1].weights[name], w) for name, w in kept[0].weights.items())
+
+
+class Keeps(NoCallbacks):
+    """Keeps the student's weights at the last preview."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_preview(self, step: int, adapters: Any) -> None:
+        self.weights = {name: weight.clone() for name, weight in adapters.state().items()}
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_a_rank_that_fails_inside_a_preview_ends_all(tmp_path: Path, kind: Callable[[str], Any]) -> None:
     config = killable_config(STEPS).replace(preview_every=2, checkpoint_every=100)
