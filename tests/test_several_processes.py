@@ -12,6 +12,7 @@ import torch
 
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.config import ConfigError, TrainConfig
+from dopsd_core.files.disk import DiskError
 from dopsd_core.training.checkpoint import load_checkpoint
 from dopsd_core.training.log import StepReport, read_log
 from dopsd_core.training.probe import Probe
@@ -231,6 +232,20 @@ class Keeps(NoCallbacks):
         self.weights = {name: weight.clone() for name, weight in adapters.state().items()}
 
 
+def test_a_sheet_that_cannot_be_written_ends_all(tmp_path: Path) -> None:
+    """Here a file is in the way."""
+    (tmp_path / "previews").write_bytes(b"")
+    config = killable_config(STEPS).replace(preview_every=2)
+
+    def work(world: ThreadWorld) -> Any:
+        denoiser = TinyDenoiser()
+        return train(config, denoiser, killable_data(), tmp_path, Draws(tmp_path, denoiser, world), world=world)
+
+    results = on_threads(2, work)
+    assert isinstance(results[0], DiskError) and isinstance(results[1], PeerError), results
+    assert f"{tmp_path / 'previews'} could not be written: File exists" in str(results[0])
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_a_rank_that_fails_inside_a_preview_ends_all(tmp_path: Path, kind: Callable[[str], Any]) -> None:
     config = killable_config(STEPS).replace(preview_every=2, checkpoint_every=100)
@@ -328,7 +343,6 @@ def test_an_error_before_the_first_step_ends_all(tmp_path: Path, rank: int) -> N
 
 
 def test_a_full_disk_on_rank_0_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dopsd_core.files.disk import DiskError
     from dopsd_core.training.run_folder import RunFolder
 
     def full(*args: Any) -> Any:

@@ -19,7 +19,7 @@ from dopsd_core.__main__ import main
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.standalone.hosts import parts
+from dopsd_core.standalone.hosts import parts, quantised
 from dopsd_core.standalone.settings import family_config
 from dopsd_core.training.checkpoint import load_checkpoint
 from tests import model_folders
@@ -228,8 +228,10 @@ def test_without_a_network_an_id_is_one_sentence(place: Path, tmp_path: Path) ->
     ],
 )
 def test_bad_input_is_one_sentence(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
-) -> None:
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(quantised, "_is_installed", lambda module: False)
     (place / "klein.json").write_text(family_config("flux2_klein").to_json(), encoding="utf-8")
     given = [word.format(place=place) for word in words]
     assert main([*training(place, tmp_path / "run", "--steps", 1)[3:], *given]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,6 +19,8 @@ from ..data.captions import put_trigger
 from ..data.dataset import Pair
 from ..data.images import load_image
 from ..data.triggers import concepts_of, require_names
+from ..files.atomic import write_atomic
+from ..files.disk import writing
 from ..image_grid import Row, contact_sheet
 from ..rollout import sample
 from ..trainable import Mode, Trainable
@@ -156,7 +159,7 @@ class TrainingPreview:
         None on other ranks than 0.
 
         Raises:
-            OSError: it could not be written.
+            DiskError: it could not be written.
             PeerError: drawing failed on another rank.
         """
         modes: tuple[Mode, ...] = ("teacher", "student") if self._before else ("off", "teacher", "student")
@@ -165,9 +168,11 @@ class TrainingPreview:
         if not self._peers.is_first:
             return None
         sheet = self._sheet(step, drawn)
-        path = self._folder / f"step-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        data = io.BytesIO()
+        sheet.save(data, "PNG")
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._folder / f"step-{step:06d}.png", data.getvalue())
         return sheet
 
     def most_bytes(self, sheets: int) -> int:
