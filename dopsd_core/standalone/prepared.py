@@ -65,21 +65,25 @@ class Prepared:
 
 
 def prepare(
-    args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers, start: Callable[[], None]
+    args: argparse.Namespace,
+    options: ModelOptions,
+    config: TrainConfig,
+    peers: Peers,
+    before_encoding: Callable[[], None],
 ) -> Prepared:
     """Reads the dataset and encodes it: rank 0 first, then the others read what it has cached.
 
-    start: called on rank 0 when all checks have passed, before anything is encoded.
+    before_encoding: called on rank 0 when all checks have passed, before anything is encoded.
 
     Raises:
-        ValueError: `start` raised it, or options, dataset, model and processes do not fit together.
+        ValueError: `before_encoding` raised it, or options, dataset, model and processes do not fit together.
         DiskError, StateError, FolderInUse: the run cannot be written to its folder.
         OSError: files are missing or cannot be downloaded.
     """
     family = family_of(options)
     _require_fit(options, config, family)
     if is_encoded(args.dataset):
-        return prepare_streamed(args, options, config, peers, start)
+        return prepare_streamed(args, options, config, peers, before_encoding)
     report = read_images(args, family, options)
     trigger, (scales, remarks) = report.trigger_in_prompts(args.trigger), read_scales(args, family, report)
     pairs = scales[0].pairs if scales else report.pairs
@@ -105,7 +109,7 @@ def prepare(
         )  # fmt: skip
 
     check_beforehand(args, config, model, digest_of_pairs(report.pairs, ordinary), peers, keys)
-    peers.first(start)
+    peers.first(before_encoding)
     cache = ConditionCache(args.output / "cache")
 
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
@@ -139,11 +143,15 @@ def _require_fit(options: ModelOptions, config: TrainConfig, family: Family) -> 
 
 
 def prepare_streamed(
-    args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers, start: Callable[[], None]
+    args: argparse.Namespace,
+    options: ModelOptions,
+    config: TrainConfig,
+    peers: Peers,
+    before_encoding: Callable[[], None],
 ) -> Prepared:
     """Opens an encoded dataset; captions that are not in it are encoded by rank 0 first.
 
-    start: as in `prepare`.
+    before_encoding: as in `prepare`.
 
     Raises:
         ValueError: it is incomplete or damaged, or was encoded with other options or another model.
@@ -161,7 +169,7 @@ def prepare_streamed(
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, (), args.trigger))
     check_beforehand(args, config, model, shards.index.digest() + digest_of_pairs(ordinary), peers)
-    peers.first(start)
+    peers.first(before_encoding)
     cache = ConditionCache(args.output / "cache")
     wanted = _wants_anchors(config)
 
