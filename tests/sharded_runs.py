@@ -20,7 +20,7 @@ from dopsd_core.config import TrainConfig
 from dopsd_core.options import changed
 from dopsd_core.training.checkpoint import Checkpoint, load_checkpoint
 from dopsd_core.training.sharded_checkpoint import load_sharded
-from dopsd_core.training.trainer import train
+from dopsd_core.training.trainer import NoCallbacks, train
 from tests.drawn_previews import Draws
 from tests.ranks import KilledAt, free_port
 from tests.stopping import StopAt
@@ -117,11 +117,13 @@ class Rank:
 
     def work(self, world: Any, rank: int) -> None:
         options = dict(self.options)
-        killed = options.pop("killed_at", {}).get(rank)
+        killed = options.pop("killed_at", {})
         stop, only = options.pop("stop_at", None), options.pop("only_rank", None)
         if only is not None and rank != only:
             options.pop("fails_at", None)
-        callbacks = KilledAt(killed) if killed else StopAt(stop) if stop else None
+        callbacks = StopAt(stop) if stop else None
+        if killed:  # no rank draws, since all have to
+            callbacks = KilledAt(killed[rank]) if rank in killed else NoCallbacks()
         run(self.folder, self.config, world, callbacks, **options)
 
 

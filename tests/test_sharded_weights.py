@@ -197,7 +197,7 @@ def test_the_rank_that_fails_ends_all(tmp_path: Path) -> None:
     codes, errors = on_processes(2, Rank(tmp_path, full_config(), fails_at=40, only_rank=1))
     assert codes == [1, 1]
     assert "rank 1: RuntimeError: CUDA out of memory" in errors
-    assert any(error.startswith("rank 0: PeerError: another process of this run was lost") for error in errors), errors
+    assert any(error.startswith("rank 0: LostPeer: another process of this run was lost") for error in errors), errors
 
 
 def test_what_does_not_work_in_parts_is_refused_before_any_work(tmp_path: Path) -> None:
