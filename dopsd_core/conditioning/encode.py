@@ -231,12 +231,21 @@ def _compose(request: EncodeRequest, teacher: TeacherView, parts: _Parts) -> Dua
     else:
         seeing = parts.referring((*sources, shown), teacher.text(request.caption))
     student = parts.referring(sources, request.caption)
-    images = [request.target, shown, *request.sources]
-    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}
-    if (reads := parts.identity_for(teacher.sentence)) != parts.encoder.identity:  # it names a file
-        facts["reads"] = [reads]
-    key = cache_key("pair", request.target.digest, request.caption, parts.identity_for(request.caption), facts)
+    key = pair_key(request, parts.encoder, teacher)
     return DualCondition(student, seeing, parts.latent(request.target), request.caption, key)
+
+
+def pair_key(request: EncodeRequest, encoder: Encoder, teacher: TeacherView) -> str:
+    """The key of the pair that a request becomes; it changes with everything that is encoded for it."""
+    images = [request.target, request.shown or request.target, *request.sources]
+    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}
+    if (reads := _identity_for(encoder, teacher.sentence)) != encoder.identity:  # it names a file
+        facts["reads"] = [reads]
+    return cache_key("pair", request.target.digest, request.caption, _identity_for(encoder, request.caption), facts)
+
+
+def _identity_for(encoder: Encoder, caption: str) -> str:
+    return encoder.identity_for(caption) if isinstance(encoder, ReadsFiles) else encoder.identity
 
 
 def _with_references(condition: Condition, latents: tuple[Tensor, ...]) -> Condition:
@@ -253,8 +262,7 @@ class _Parts:
 
     def identity_for(self, caption: str) -> str:
         """The encoder's identity for this caption."""
-        encoder = self.encoder
-        return encoder.identity_for(caption) if isinstance(encoder, ReadsFiles) else encoder.identity
+        return _identity_for(self.encoder, caption)
 
     def text(self, caption: str) -> Condition:
         """Features of the caption only."""
