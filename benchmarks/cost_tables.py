@@ -53,7 +53,8 @@ def plans(name: str, subject: Subject, base: str) -> None:
     """What each preset does at each resolution: peak, blocks with gradient checkpointing and the FLOPs that it repeats
     over those of the step, weights that stay in RAM."""
     weights = BASES[base]
-    network = networks.comfyui(subject.comfyui, META, torch.bfloat16, None if weights == torch.bfloat16 else weights)
+    stored = None if weights == torch.bfloat16 else weights
+    network = networks.comfyui(subject.comfyui, META, torch.bfloat16, stored, subject.wide)
     config = TrainConfig(adapter=subject.family.lora_config(), objective=DOPSD(anchor_probability=0))
     for preset, rank in PRESETS:
         cells = []
