@@ -43,10 +43,12 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_counted_at_the_real_width(name: str, counted: Path) -> None:
     """FLOPs by torch's counter within 5 %; peaks at most as planned, whose margin is larger for so few blocks."""
     rows = {row["variant"]: row for row in json.loads((counted / f"{name}.json").read_text())}
-    assert list(rows) == ["none", "selective", "all", "24 GB", "16 GB", "12 GB", "8 GB"]
+    usual = [variant for variant in rows if "offload" not in variant]
+    assert usual == ["none", "selective", "all", "24 GB", "16 GB", "12 GB", "8 GB"]
+    assert {*rows} - {*usual} == {"offloaded", "8 GB, offloading"}  # at 512 the others have room for all
     for row in rows.values():
         assert row["seconds"] is None and row["counted"] in (None, pytest.approx(1, abs=0.05))
         assert row["planned_gb"] is None or 0.7 * row["planned_gb"] < row["peak_gb"] <= row["planned_gb"]
     none, selective, full = (rows[name] for name in ("none", "selective", "all"))
-    assert none["peak_gb"] > selective["peak_gb"] > full["peak_gb"]
+    assert none["peak_gb"] > selective["peak_gb"] > max(full["peak_gb"], rows["offloaded"]["peak_gb"])
     assert none["tflop"] < selective["tflop"] < 1.02 * none["tflop"] < full["tflop"]
