@@ -13,7 +13,7 @@ from ..conditioning.cache import ConditionCache
 from ..conditioning.encode import DualCondition, encode_texts
 from ..conditioning.teachers import TeacherView
 from ..config import TrainConfig
-from ..data.captions import check_prompts
+from ..data.captions import check_prompts, put_trigger
 from ..data.dataset import Pair
 from ..data.resolutions import Scale
 from ..families import get_family
@@ -22,6 +22,7 @@ from ..presets import ON_COMMAND_LINE
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
 from ..training.aims import aim_remarks, require_taught
+from ..training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..training.regularisation import check_regularisation
 from ..training.shown_images import mask_remarks
 from ..training.training_set import TrainingSet, build_training_set, encode_regularisation, ordinary_prompts
@@ -103,6 +104,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
         warn(mask_remarks(report.pairs, view.background))
         warn(_aim_remarks(args, config, report.pairs, view))
+        warn(_prompt_remarks(args, config, view, trigger, ordinary, report.pairs))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))
@@ -138,6 +140,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, (), args.trigger))
+        warn(_prompt_remarks(args, config, view, args.trigger, ordinary))
     check_beforehand(args, config, model, shards.index.digest() + digest_of_pairs(ordinary), peers)
     cache = ConditionCache(args.output / "cache")
     wanted = _wants_anchors(config)
@@ -161,6 +164,20 @@ def _aim_remarks(args: argparse.Namespace, config: TrainConfig, pairs: Sequence[
     names_others = given or not config.objective.wants_anchors
     preset = ON_COMMAND_LINE.get(args.preset, "")
     return aim_remarks(preset, pairs, view, args.teacher_image, names_others=names_others)
+
+
+def _prompt_remarks(
+    args: argparse.Namespace, config: TrainConfig, view: TeacherView, trigger: str, ordinary: Sequence[Pair],
+    pairs: Sequence[Pair] = (),
+) -> list[str]:  # fmt: skip
+    """Anchor and preview prompts that work against the training, or show nothing of it."""
+    names = list(dict.fromkeys(filter(None, (trigger, *(pair.trigger for pair in pairs)))))
+    anchors = [put_trigger(text, trigger) for text in args.anchor_prompts or ()]
+    remarks = anchor_remarks(anchors, names, {text for p in pairs if not p.source_images for text in p.captions})
+    if config.objective.wants_anchors:
+        remarks += slider_remarks([*anchors, *(text for pair in ordinary for text in pair.captions)], view)
+    shown = [put_trigger(text, trigger) for text in args.preview_prompts or ()] if config.preview_every else []
+    return remarks + equal_rows_remarks(shown, view)
 
 
 def runs_together(config: TrainConfig, world: World | None) -> bool:

@@ -116,8 +116,7 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
         "dopsd_base_model": prepared.model.title,
         "dopsd_base_fingerprint": prepared.model.fingerprint,
         **trigger_facts(prepared.trigger, prepared.concepts),
-        "dopsd_teacher_sees": prepared.view.name,
-        **({"dopsd_teacher_background": view} if (view := prepared.view.background) != "keep" else {}),
+        **prepared.view.facts,
         **({"dopsd_undistilled": args.model} if ModelOptions.of(args).is_undistilled else {}),
     }
 
