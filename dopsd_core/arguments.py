@@ -164,6 +164,11 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--heldout-caption", metavar="TEXT", help="a caption that is not trained on, to measure the gap to the teacher"
     )
+    parser.add_argument(
+        "--initial-lora", type=Path, metavar="FILE",
+        help="LoRA, DoRA or LoKr file of any trainer, or peft folder, to start from: of the kind of --adapter, of its "
+        "rank or less",
+    )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="fail if --output already contains a run")
     parser.add_argument(
         "--threads", type=int_argument(1), metavar="N", help="number of CPU threads; default: torch's choice"

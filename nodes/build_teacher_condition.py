@@ -13,10 +13,11 @@ from ..dopsd_core.conditioning.cache import ConditionCache
 from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, Background, TeacherView
 from ..dopsd_core.data.captions import check_prompts, put_trigger
 from ..dopsd_core.data.dataset import Pair
+from ..dopsd_core.training.anchors import ordinary_prompts
 from ..dopsd_core.training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..dopsd_core.training.regularisation import check_regularisation
 from ..dopsd_core.training.shown_images import TeacherImage, mask_remarks
-from ..dopsd_core.training.training_set import TrainingSet, build_training_set, ordinary_prompts
+from ..dopsd_core.training.training_set import TrainingSet, build_training_set
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import send_text
 from .comfy_host.embeddings import embedding_notes, embeddings_fingerprint

@@ -174,14 +174,21 @@ def encode_dataset(
 
 
 def encode_texts(
-    captions: Sequence[str], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None = None
-) -> list[Condition]:
-    """Encodes text-only conditions [L, D] on the CPU: anchors (prompts without the trigger) and preview prompts."""
+    captions: Sequence[str], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None = None,
+    sources: Sequence[tuple[ImageInput, ...]] = (),
+) -> list[Condition]:  # fmt: skip
+    """Encodes the student's conditions [L, D] on the CPU: anchors (prompts without the trigger) and preview prompts.
+
+    sources: the images that each caption edits; none for prompts alone.
+    """
     parts = _Parts(encoder, cache)
+    images = list(sources) or [()] * len(captions)
+    for latent in (image for some in images for image in some):  # before the texts, see `encode_dataset`
+        parts.latent(latent)
     conditions = []
-    for done, caption in enumerate(captions, 1):
+    for done, (caption, edited) in enumerate(zip(captions, images, strict=True), 1):
         before = parts.computed
-        conditions.append(parts.text(caption))
+        conditions.append(parts.referring(edited, caption))
         if on_encoded is not None:
             on_encoded(done, len(captions), parts.computed == before)
     return conditions

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
 
 from ..conditioning.cache import ConditionCache
@@ -22,10 +23,12 @@ from ..presets import ON_COMMAND_LINE
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
 from ..training.aims import aim_remarks, require_taught
+from ..training.anchors import ordinary_prompts
 from ..training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..training.regularisation import check_regularisation
 from ..training.shown_images import mask_remarks
-from ..training.training_set import TrainingSet, build_training_set, encode_regularisation, ordinary_prompts
+from ..training.start import start_from_file
+from ..training.training_set import TrainingSet, build_training_set, encode_regularisation
 from ..training.world import Peers, World
 from .beforehand import check_beforehand, digest_of_pairs, may_lack_anchors
 from .chosen import family_of, view_of
@@ -52,6 +55,7 @@ class Prepared:
         shown: the prompts of previews, on the ranks that draw them.
         trigger: what `[V]` stands for in prompts.
         concepts: the triggers of the dataset.
+        initial: the LoRA that the run starts from, tensors such as A [rank, in] and B [rows, rank]; None for none.
     """
 
     model: HostModel
@@ -62,6 +66,7 @@ class Prepared:
     shown: Sequence[DualCondition]
     trigger: str = ""
     concepts: tuple[str, ...] = ()
+    initial: Mapping[str, Tensor] | None = None
 
 
 def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
@@ -108,6 +113,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))
+    start = _start(args, config, model, trigger or ", ".join(report.concepts), peers)
     check_beforehand(args, config, model, digest_of_pairs(report.pairs, ordinary), peers)
     cache = ConditionCache(args.output / "cache")
 
@@ -119,7 +125,7 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
 
     data, shown = first_then_others(peers, encode)
     config = _without_missing_anchors(args, config, data, peers)
-    return Prepared(model, view, config, data, cache, shown, trigger, report.concepts)
+    return Prepared(model, view, config, data, cache, shown, trigger, report.concepts, start)
 
 
 def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
@@ -141,6 +147,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, (), args.trigger))
         warn(_prompt_remarks(args, config, view, args.trigger, ordinary))
+    start = _start(args, config, model, args.trigger, peers)
     check_beforehand(args, config, model, shards.index.digest() + digest_of_pairs(ordinary), peers)
     cache = ConditionCache(args.output / "cache")
     wanted = _wants_anchors(config)
@@ -156,7 +163,8 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
     data = first_then_others(peers, encode)
     draws = config.preview_every and (peers.is_first or runs_together(config, peers.world))
     shown = shown_of(data, MAX_PROMPTS) if draws else ()
-    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown, args.trigger)
+    config = _without_missing_anchors(args, config, data, peers)
+    return Prepared(model, view, config, data, cache, shown, args.trigger, initial=start)
 
 
 def _aim_remarks(args: argparse.Namespace, config: TrainConfig, pairs: Sequence[Pair], view: TeacherView) -> list[str]:
@@ -164,6 +172,18 @@ def _aim_remarks(args: argparse.Namespace, config: TrainConfig, pairs: Sequence[
     names_others = given or not config.objective.wants_anchors
     preset = ON_COMMAND_LINE.get(args.preset, "")
     return aim_remarks(preset, pairs, view, args.teacher_image, names_others=names_others)
+
+
+def _start(
+    args: argparse.Namespace, config: TrainConfig, model: HostModel, trigger: str, peers: Peers
+) -> Mapping[str, Tensor] | None:
+    """The tensors of --initial-lora, such as A [rank, in]; checked before anything is encoded."""
+    if args.initial_lora is None:
+        return None
+    start = start_from_file(args.initial_lora, model.outline.sites(), config, trigger, model.title)
+    if peers.is_first:
+        warn(start.notes)
+    return start.tensors
 
 
 def _prompt_remarks(

@@ -78,9 +78,9 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, p
     ):
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
-            facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
-            checkpointing=plan.checkpointing, compiles=args.compile, keeps_casts=plan.keeps_casts,
-            host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
+            facts=_facts(args, prepared), initial=prepared.initial, sample_steps=prepared.model.sample_steps,
+            cache=prepared.cache, checkpointing=plan.checkpointing, compiles=args.compile,
+            keeps_casts=plan.keeps_casts, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
         _say_result(result, config)
