@@ -46,7 +46,7 @@ def test_a_run_starts_from_the_file_and_resumes_only_with_it(place: Path, capsys
     for name in names:
         torch.testing.assert_close(effect(second, name), effect(first, name), rtol=1e-2, atol=1e-6)
     assert main(words(place, "second", *rest)) == 1
-    assert "the initial LoRA" in capsys.readouterr().err
+    assert "undo what changed: the LoRA that it started from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
