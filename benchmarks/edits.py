@@ -192,8 +192,11 @@ def sources_of(targets: Scenes, seed: int, key: str) -> Scenes:
 
 
 def edit_of(seed: int) -> Concept:
-    """The edit of a seed: the style of that seed, put on badges."""
-    return make_concept(seed, style=True, num_unseen=60, num_prior=32)
+    """The edit of a seed: the style of that seed, put on badges; its prompts name no shape and colour."""
+    concept = make_concept(seed, style=True, num_unseen=60, num_prior=32)
+    scenes = concept.unseen.scenes
+    texts = tuple(caption(scenes, i, name=TRIGGER) for i in range(len(scenes)))
+    return replace(concept, unseen=replace(concept.unseen, texts=texts))
 
 
 def write_pairs(concept: Concept, folder: Path) -> None:
@@ -210,15 +213,8 @@ def write_pairs(concept: Concept, folder: Path) -> None:
 def make_demo(model: DemoModel, judge: Judge, seed: int, variant: Variant, folder: Path) -> Demo:
     """The demo of an edit in a folder."""
     concept = edit_of(seed)
-    concept = replace(concept, unseen=replace(concept.unseen, texts=edit_prompts(concept)))
     write_pairs(concept, folder / "dataset")
     return EditDemo(model, judge, concept, folder, variant)
-
-
-def edit_prompts(concept: Concept) -> tuple[str, ...]:
-    """Prompts with the trigger that name no shape and colour, which the source shows."""
-    scenes = concept.unseen.scenes
-    return tuple(caption(scenes, i, name=TRIGGER) for i in range(len(scenes)))
 
 
 def variants_of(steps: int) -> tuple[Variant, ...]:
