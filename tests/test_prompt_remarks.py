@@ -93,9 +93,11 @@ def test_train_says_which_anchors_work_against_it_and_writes_the_words(
     run = ["train", str(photos), "--output", str(tmp_path / "run"), "--trigger", "[V7]", "--steps", "1", "--warmup"]
     run += ["0", "--batch-size", "1", "--probe-every", "0", "--preview-every", "0", "--track", "none"]
     anchors = ("--anchor-prompts", "a red badge, top, on a sand background", "a [V] house")
+    anchors += ("--heldout-caption", "a [V] badge, right, on a brown background")
     assert main([*run, *SLIDER, "badge -> red badge", *anchors]) == 0
     said = capsys.readouterr().out
     assert "anchor prompt 2: it names the concept" in said and "anchor prompt 1:" not in said
     assert "1 anchor prompt contains 'badge', which the slider is to change" in said
+    assert "the held-out caption is not measured: probe_every is 0" in said
     header = read_safetensors(tmp_path / "run" / "lora.safetensors")[1]
     assert header["dopsd_teacher_sentence"] == "badge -> red badge"

@@ -134,7 +134,8 @@ def test_grey_and_transparent_images_have_thumbnails(colour: tuple[float, ...], 
     """What is transparent is white, as where managers show it."""
     image = torch.tensor(colour).expand(40, 60, len(colour))
     pixels = Image.open(io.BytesIO(jpeg_thumbnail(image))).convert("RGB")
-    assert all(abs(value - shade) < 5 for value in pixels.getpixel((128, 128)))  # pyright: ignore[reportGeneralTypeIssues]
+    red, green, blue = pixels.getpixel((128, 128))  # pyright: ignore[reportGeneralTypeIssues]
+    assert all(abs(value - shade) < 5 for value in (red, green, blue))
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------

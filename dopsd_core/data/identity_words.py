@@ -129,8 +129,8 @@ def _han_of_concept(before: str, behind: str, kinds: Collection[str]) -> list[st
     colour = _HAN_COLOUR.search(before)
     found = [colour.group(1)] if colour else []
     run = _HAN_RUN.match(behind.lstrip())
-    for kind in sorted(filter(_HAN_RUN.fullmatch, kinds), key=len, reverse=True) if run else ():
-        describing, there, _ = run.group().partition(kind)
+    for kind in sorted(filter(_HAN_RUN.fullmatch, kinds), key=len, reverse=True):
+        describing, there, _ = (run.group() if run else "").partition(kind)
         if there:
             describing = describing.rstrip("的")
             is_description = describing and not _HAN_VERBS.search(describing)

@@ -106,7 +106,7 @@ def warn_of_collisions(named: Iterable[tuple[str, Path, int | None, Sequence[str
 
 
 def _collision(first: str, second: str, captions: Mapping[str, Sequence[str]]) -> Iterable[str]:
-    """Why two triggers are not told apart, in one sentence; none if they are. captions: of each."""
+    """Why prompts cannot tell two triggers apart, in one sentence; none if they can. captions: of each."""
     if first.casefold() == second.casefold():
         yield f"the trigger {second!r} differs from {first!r} in case only: they count as one concept; write both alike"
         return

@@ -190,13 +190,17 @@ def _prompt_remarks(
     args: argparse.Namespace, config: TrainConfig, view: TeacherView, trigger: str, ordinary: Sequence[Pair],
     pairs: Sequence[Pair] = (),
 ) -> list[str]:  # fmt: skip
-    """Anchor and preview prompts that work against the training, or show nothing of it."""
+    """Anchor, preview and held-out prompts that work against the training, or show nothing of it."""
     names = list(dict.fromkeys(filter(None, (trigger, *(pair.trigger for pair in pairs)))))
     anchors = [put_trigger(text, trigger) for text in args.anchor_prompts or ()]
     remarks = anchor_remarks(anchors, names, {text for p in pairs if not p.source_images for text in p.captions})
     if config.objective.wants_anchors:
         remarks += slider_remarks([*anchors, *(text for pair in ordinary for text in pair.captions)], view)
     shown = [put_trigger(text, trigger) for text in args.preview_prompts or ()] if config.preview_every else []
+    if args.heldout_caption and not config.probe_every:
+        remarks.append("the held-out caption is not measured: probe_every is 0, so no step is known as the best")
+    elif config.save_every and not args.heldout_caption and not is_encoded(args.dataset):
+        remarks.append("which of the LoRA files is the best will not be known: give --heldout-caption")
     return remarks + equal_rows_remarks(shown, view)
 
 
