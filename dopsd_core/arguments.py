@@ -143,18 +143,7 @@ def _add_train(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     _add_view(parser)
-    parser.add_argument(
-        "--anchor-prompts", nargs="+", metavar="TEXT", help="further ordinary prompts for the prior anchors"
-    )
-    parser.add_argument(
-        "--regularisation", type=Path, metavar="DIR",
-        help="folder of ordinary images with captions, which should not change: their captions are prior anchors too, "
-        "and for dreambooth the images are its class images",
-    )  # fmt: skip
-    parser.add_argument(
-        "--preview-prompts", nargs="+", metavar="TEXT",
-        help="prompts to draw with --preview-every; default: the captions of the first images",
-    )  # fmt: skip
+    _add_prompts(parser)
     parser.add_argument(
         "--track", nargs="+", choices=TRACKERS, default=["auto"],
         help="write curves and previews also to these trackers of accelerate; auto is tensorboard if it is installed "
@@ -180,6 +169,21 @@ def _add_train(commands: Any) -> None:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         add_option(groups[title], option)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--anchor-prompts", nargs="+", metavar="TEXT", help="further ordinary prompts for the prior anchors"
+    )
+    parser.add_argument(
+        "--regularisation", type=Path, metavar="DIR",
+        help="folder of ordinary images with captions, which should not change: their captions are prior anchors too, "
+        "and for dreambooth the images are its class images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--preview-prompts", nargs="+", metavar="TEXT",
+        help="prompts to draw with --preview-every; default: the captions of the first images",
+    )  # fmt: skip
 
 
 def _add_speed(parser: argparse.ArgumentParser) -> None:
