@@ -7,6 +7,9 @@ Three times the same training, in processes of their own and with the same numbe
     server     the shipped quickstart, headless: every node, previews, probes, checkpoints
     comfyui    `dopsd_core.train` on ComfyUI's MODEL, without node, previews and callbacks
     standalone `dopsd_core.train` on diffusers' network
+
+And how long it takes from the queue to the first optimizer step: at the first start, when the same graph is started
+again with another seed, and again in a new server, for which the encoded texts and images are on the disk.
 """
 
 from __future__ import annotations
@@ -72,6 +75,31 @@ def server_run(threads: int) -> dict[str, Any]:
         }
     finally:
         server.stop()
+
+
+def starts(threads: int) -> dict[str, float]:
+    """Seconds from queueing the quickstart to its first optimizer step, by which start it is."""
+    from graphs import node_of, shipped
+    from inprocess import new_base
+    from live import Server
+
+    base = new_base(Path(tempfile.mkdtemp()))
+    graph = shipped("quickstart")
+    trains = node_of(graph, "DOPSD_TrainLoRA")
+    found: dict[str, float] = {}
+    for number, servers_starts in enumerate((("first start", "again"), ("again, in a new server",))):
+        server = Server(base, base / f"server{number}.log", threads=threads)
+        try:
+            for seed, start in enumerate(servers_starts, 10 * number):
+                graph[trains]["inputs"] |= {"seed": seed, "steps": 5, "run_name": f"start{seed}"}
+                began = time.monotonic()
+                run = server.run(graph, timeout=1200)
+                if run.status != "success":
+                    raise RuntimeError(run.error)
+                found[start] = next(e.at for e in run.of("progress", trains) if e.data["value"] == 1) - began
+        finally:
+            server.stop()
+    return found
 
 
 def bare_comfyui(config_text: str, threads: int) -> tuple[float, float]:
@@ -144,6 +172,7 @@ def section(threads: int) -> Section:
         ("`dopsd_core.train` on the same MODEL, without node, previews and callbacks", comfyui),
         ("`dopsd_core.train` without ComfyUI, diffusers' network", standalone),
         ("start of the server", server["boot"]),
+        *((f"to the first optimizer step, {start}", seconds) for start, seconds in apart("starts", threads).items()),
     ]
     note = (
         f"{threads} threads, one run each. The training node adds {server['train'] / comfyui - 1:.1%} to the bare loop "
@@ -162,7 +191,7 @@ def main() -> None:
     """Measures all parts, each in a process of its own, and records them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--part", choices=("server", "comfyui", "standalone"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("server", "starts", "comfyui", "standalone"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part is None:
         found = measured_here(section(args.threads), comfyui_version())
@@ -171,8 +200,9 @@ def main() -> None:
         return
     if args.part != "standalone":
         sys.path.insert(0, str(TESTS))
-    parts = {"server": server_run, "comfyui": bare_comfyui, "standalone": bare_standalone}
-    result = parts[args.part](*([] if args.part == "server" else [sys.stdin.read()]), args.threads)
+    parts = {"server": server_run, "starts": starts, "comfyui": bare_comfyui, "standalone": bare_standalone}
+    takes_config = args.part in ("comfyui", "standalone")
+    result = parts[args.part](*([sys.stdin.read()] if takes_config else []), args.threads)
     print(json.dumps(result))
 
 

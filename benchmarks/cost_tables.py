@@ -13,7 +13,7 @@ from benchmarks import klein_cost, krea2_cost, networks, zimage_cost
 from benchmarks.cost_model import StepCost, pass_cost
 from benchmarks.counters import META
 from benchmarks.networks import Network
-from benchmarks.real_size import GB, make_plan, say
+from benchmarks.real_size import GB, RAM, make_plan, say
 from benchmarks.real_step import Subject
 from dopsd_core.config import TrainConfig
 from dopsd_core.memory.checkpoint_plan import Checkpointing
@@ -49,24 +49,30 @@ def step_cost(subject: Subject, network: Network, side: int, rank: int | None = 
     return StepCost(student, teacher, K, K)
 
 
-def plans(name: str, subject: Subject, base: str) -> None:
+def plans(name: str, subject: Subject, base: str, ram: int = 0) -> None:
     """What each preset does at each resolution: peak, blocks with gradient checkpointing and the FLOPs that it repeats
-    over those of the step, weights that stay in RAM."""
+    over those of the step, weights that stay in RAM.
+
+    ram: bytes that activations may take: those that they do take then stand in the place of the blocks.
+    """
     weights = BASES[base]
     network = networks.comfyui(subject.comfyui, META, torch.bfloat16, None if weights == torch.bfloat16 else weights)
-    config = TrainConfig(adapter=subject.family.lora_config(), objective=DOPSD(anchor_probability=0))
+    config = TrainConfig(
+        adapter=subject.family.lora_config(), objective=DOPSD(anchor_probability=0), activation_offloading=ram > 0
+    )
     for preset, rank in PRESETS:
         cells = []
         for side in reversed(SIDES):
-            plan = make_plan(subject, network, preset, side, rank, config)
-            streamed = f", {plan.streamed / GB:.1f} in RAM" if plan.streamed else ""
+            plan = make_plan(subject, network, preset, side, rank, config, ram=ram)
+            streamed = f", {plan.streamed / GB:.1f} {'of weights' if ram else 'in RAM'}" if plan.streamed else ""
             cost = replace(
                 step_cost(subject, network, side, rank),
                 checkpointing=Checkpointing(plan.checkpointing.kept),
                 grad_steps=flattened(TrainConfig.from_json(plan.config.to_json()))["grad_steps"] or K,
             )
-            blocks = f"{plan.checkpointing.count} of {len(plan.footprint.blocks)}"
-            cells.append(f"{plan.peak / GB:.1f}: {blocks}, {cost.repeated:.0%}{streamed}")
+            inside = f"{plan.checkpointing.ram_bytes(plan.footprint.blocks) / GB:.1f}"
+            what = inside if ram else f"{plan.checkpointing.count} of {len(plan.footprint.blocks)}"
+            cells.append(f"{plan.peak / GB:.1f}: {what}, {cost.repeated:.0%}{streamed}")
         say("| " + " | ".join([f"{name}, {base} {network.weight_bytes / GB:.1f}", preset, str(rank), *cells]) + " |\n")
 
 
@@ -79,15 +85,16 @@ def main() -> None:
     )
     for name, subject in {"Z-Image": zimage_cost.subject(), **klein, "Krea 2": krea2_cost.subject()}.items():
         costs(name, subject)
-    say("\n| model, base in GB | memory | rank | 1024 | 768 | 512 |\n" + "|---" * 6 + "|\n")
-    for name, subject in {
-        "Z-Image": zimage_cost.subject(),
-        "klein 4B": klein_cost.subject("4B"),
-        "klein 9B": klein_cost.subject("9B"),
-        "Krea 2": krea2_cost.subject(),
-    }.items():
-        for base in BASES:
-            plans(name, subject, base)
+    for ram in (0, RAM):
+        say("\n| model, base in GB | memory | rank | 1024 | 768 | 512 |\n" + "|---" * 6 + "|\n")
+        for name, subject in {
+            "Z-Image": zimage_cost.subject(),
+            "klein 4B": klein_cost.subject("4B"),
+            "klein 9B": klein_cost.subject("9B"),
+            "Krea 2": krea2_cost.subject(),
+        }.items():
+            for base in BASES:
+                plans(name, subject, base, ram)
 
 
 def klein_rows() -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 META = torch.device("meta")
@@ -125,11 +125,29 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Te
     return out.transpose(1, 2).reshape(len(out), -1, heads * out.shape[-1])
 
 
+def uncounted_ram(host_memory: Any) -> Any:
+    """Inside the `with`, what activation offloading has in RAM is on the device after all, and no counter sees it.
+
+    host_memory: the core's module.
+    """
+
+    def take(_: Any, like: Tensor) -> Tensor:
+        with _disable_current_modes():
+            return torch.empty_like(like)
+
+    return patch.object(host_memory.HostPool, "take", take)
+
+
 @contextmanager
-def dry_run(host: Any, objectives: Any) -> Iterator[None]:
+def dry_run(host: Any, objectives: Any, host_memory: Any = None) -> Iterator[None]:
     """Inside the `with`, a ComfyDenoiser of the module `host` (`nodes.comfy_host.denoiser`) works on the meta device,
-    and the module `objectives` of the core does not read losses, which have no values."""
+    and the module `objectives` of the core does not read losses, which have no values.
+
+    host_memory: the core's module, for activation offloading.
+    """
     with ExitStack() as stack:
+        if host_memory is not None:
+            stack.enter_context(uncounted_ram(host_memory))
         for owner, name, instead in (
             (torch.nn.functional, "rms_norm", lambda x, *_, **__: FusedNorm.apply(x)),
             (host, "plain_attention", lambda _, q, k, v, heads, *__, **___: flash_attention(q, k, v, heads)),

@@ -5,10 +5,12 @@ step, counters and the table.
     --device cpu    the same, reduced in size; the peak is that of tensors and FLOPs are counted, both op by op
     --device meta   a dry run at full size: no seconds, but peak and FLOPs counted as on a GPU (ComfyUI only)
 
-Variants: ours with gradient checkpointing on no block, selectively and fully on all blocks, and (ComfyUI only) with
-each memory preset; and the authors' loop: the graphs of all K steps in memory until one backward, checkpointing on all
-blocks, resident text encoders of the real shapes, run in every step. Their VAE is omitted, in their favour. Network:
-ComfyUI's own class with our node's denoiser if $COMFYUI_PATH (or ~/comfy/ComfyUI) is a checkout, else diffusers'.
+Variants: ours with gradient checkpointing on no block, selectively and fully on all blocks, offloaded (selectively,
+with all that the blocks keep in RAM), and (ComfyUI only) with each memory preset, at the largest resolution also with
+activation offloading as far as the planner uses it; and the authors' loop: the graphs of all K steps in memory until
+one backward, checkpointing on all blocks, resident text encoders of the real shapes, run in every step. Their VAE is
+omitted, in their favour. Network: ComfyUI's own class with our node's denoiser if $COMFYUI_PATH (or ~/comfy/ComfyUI) is
+a checkout, else diffusers'.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ from benchmarks import counters, networks
 from benchmarks.authors_encoders import AuthorsEncoders
 from benchmarks.networks import Network
 from benchmarks.real_step import GB, Bench, Row, Subject, matmul_rate
-from dopsd_core import objectives
+from dopsd_core import host_memory, objectives
 from dopsd_core.conditioning.encode import DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.memory.checkpoint_plan import Checkpointing
 from dopsd_core.memory.footprint import Footprint
+from dopsd_core.memory.ram_budget import offloading_ram
 
 HEAD = (
     "| variant | side | rank | s/step | peak GB | recompute | repeated | TFLOP | utilisation | counted | |\n"
@@ -46,7 +49,11 @@ HEAD = (
     + "|\n"
 )
 
-VARIANTS = ("none", "selective", "all")
+VARIANTS = ("none", "selective", "all", "offloaded")
+OFFLOADING = ", offloading"
+"""End of the names of presets with activation offloading."""
+RAM = 32 * 10**9
+"""Bytes for activations that a dry run assumes."""
 
 
 class Session:
@@ -90,6 +97,7 @@ class Session:
         footprint = bench.footprint().casting_each_time()
         checkpointing = known_checkpointing(row.variant, footprint)
         row.planned_gb = footprint.total(checkpointing) / GB
+        row.note = in_ram(checkpointing, footprint)
         return bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, keeps_casts=False)
 
     def authors(self, network: Network, encoders: AuthorsEncoders, row: Row) -> Row:
@@ -106,11 +114,16 @@ class Session:
         """On a card that the planner takes to be as large as this one."""
         network = self.new_network(weights)
         free = None if self.device.type == "meta" else free_memory(self.device)
-        plan = make_plan(self.subject, network, row.variant, row.side, row.rank, self.config, free)
+        wanted = self.config.replace(activation_offloading=row.variant.endswith(OFFLOADING))
+        name, is_meta = row.variant.removesuffix(OFFLOADING), self.device.type == "meta"
+        ram = (RAM if is_meta else offloading_ram(wanted, self.device)) if wanted.activation_offloading else 0
+        plan = make_plan(self.subject, network, name, row.side, row.rank, wanted, free, ram)
         config = TrainConfig.from_json(plan.config.to_json())
         bench = self.bench(network, row.side, config)
-        checkpointing, row.planned_gb = Checkpointing(plan.checkpointing.kept), plan.peak / GB
+        checkpointing = Checkpointing(plan.checkpointing.kept, plan.checkpointing.in_ram)
+        row.planned_gb = plan.peak / GB
         row.note = f"{'fp8' if weights == torch.float8_e4m3fn else 'bf16'} base"
+        row.note += f"; {in_ram(checkpointing, plan.footprint)}" if checkpointing.in_ram else ""
         keeps = plan.footprint.keeps_casts
         bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, plan.reserve, keeps_casts=keeps)
         if self.device.type == "meta":
@@ -120,17 +133,35 @@ class Session:
         return row
 
 
+def in_ram(checkpointing: Checkpointing, footprint: Any) -> str:
+    """How much of the activations is in RAM, in words; footprint: the core's, or that of the node's copy of it."""
+    size = checkpointing.ram_bytes(footprint.blocks)
+    return f"{size / GB:.1f} GB of activations in RAM" if size else ""
+
+
 def known_checkpointing(variant: str, footprint: Footprint) -> Checkpointing:
-    """That of the variants "none", "selective" and "all"."""
+    """That of the variants "none", "selective", "all" and "offloaded"."""
+    if variant == "offloaded":
+        return Checkpointing.offloaded(footprint.blocks)
     if variant == "selective":
         return Checkpointing.selective(footprint.blocks)
     return Checkpointing.full(0 if variant == "none" else len(footprint.blocks))
 
 
 def make_plan(
-    subject: Subject, network: Network, preset: str, side: int, rank: int, config: TrainConfig, free: int | None = None
+    subject: Subject,
+    network: Network,
+    preset: str,
+    side: int,
+    rank: int,
+    config: TrainConfig,
+    free: int | None = None,
+    ram: int = 0,
 ) -> Any:
-    """The MemoryPlan of the training node. free: bytes of the device, the preset's budget if not given."""
+    """The MemoryPlan of the training node.
+
+    free: bytes of the device, the preset's budget if not given. ram: bytes that activations may take.
+    """
     family, memory = subject.family, network.memory
     student, teacher = subject.conditions(side, counters.META)
     latent = torch.empty(family.latent_shape(side, side), device=counters.META)
@@ -139,7 +170,7 @@ def make_plan(
     # the node's core is a copy of its own, with classes of its own: the configuration goes there as JSON
     wanted = memory.TrainConfig.from_json(config.replace(adapter=family.lora_config(rank)).to_json())
     budget = memory.MEMORY_PRESETS[preset].budget
-    return memory.make_plan(preset, network.denoiser, conditions, wanted, budget, free or budget)
+    return memory.make_plan(preset, network.denoiser, conditions, wanted, budget, free or budget, ram)
 
 
 def free_memory(device: torch.device) -> int:
@@ -157,11 +188,14 @@ def run(subject: Subject, args: argparse.Namespace) -> Session:
     network = session.new_network()
     with ExitStack() as stack:
         if session.device.type == "meta":
-            stack.enter_context(counters.dry_run(networks.pack(session.device)("comfy_host.denoiser"), objectives))
+            host = networks.pack(session.device)("comfy_host.denoiser")
+            stack.enter_context(counters.dry_run(host, objectives, host_memory))
+        elif session.device.type == "cpu":
+            stack.enter_context(counters.uncounted_ram(host_memory))
         blocks = len(network.denoiser.blocks())
         say(f"network: {network.title}'s, {network.weight_bytes / GB:.2f} GB of weights, {blocks} blocks\n\n{HEAD}")
         for side in args.resolutions:
-            for variant in VARIANTS:
+            for variant in VARIANTS if side == max(args.resolutions) else VARIANTS[:-1]:
                 session.add(Row(variant, side, args.rank), partial(session.ours, network))
         if args.baseline:
             kind = (subject.encoder, subject.vision is not None)
@@ -175,7 +209,8 @@ def run(subject: Subject, args: argparse.Namespace) -> Session:
         gc.collect()
         for name, side, rank, fp8 in subject.presets if presets else ():
             weights = torch.float8_e4m3fn if fp8 else torch.bfloat16
-            session.add(Row(name, side, rank), partial(session.preset, weights))
+            for ending in ("", OFFLOADING) if side == max(args.resolutions) else ("",):
+                session.add(Row(name + ending, side, rank), partial(session.preset, weights))
         compare(session.rows)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in session.rows], indent=1) + "\n", encoding="utf-8")

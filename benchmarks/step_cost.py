@@ -1,12 +1,13 @@
 """Cost of learning with D-OPSD on the demo model: ours compared with a plain restatement of the authors' loop.
 
-    python -m benchmarks.step_cost                                  # K = 2 and 4, batch 1 and 4, 2 seeds
-    python -m benchmarks.step_cost --rollout-steps 2 4 8            # resumes what was measured before
+    python -m benchmarks.step_cost                                  # K = 2, 4 and 8, batch 1 and 4, 2 seeds
+    python -m benchmarks.step_cost --rollout-steps 4 --seeds 5      # resumes what was measured before
 
 The authors' step encodes both conditions and the target latent of every pair in each step and calls backward once,
 with the graphs of all K rollout steps in memory. Ours encodes the conditions beforehand and calls backward after each
-rollout step; the third variant backpropagates through one of the K steps, drawn by its gap. Model, LoRA, pairs, noise,
-optimizer and learning rate are the same, without prior anchors and without gradient checkpointing.
+rollout step; the third variant backpropagates through one of the K steps, drawn by its gap. Model, LoRA, pairs, noise
+and optimizer are the same, without prior anchors and without gradient checkpointing. Each K, batch and gradient has the
+learning rate of a grid that needs the fewest steps on another concept; the first two have the same gradient.
 
 Bytes and FLOPs are counted op by op, in one step and as the mean of several. Seconds are those of the steps alone,
 until the gap to the teacher on unseen prompts, measured every few steps, is at most a fifth of that before training.
@@ -42,12 +43,15 @@ from dopsd_core.demo.settings import demo_config
 from dopsd_core.demo.world import IMAGE_SIZE, TRIGGER
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.objectives import DOPSD, ObjectiveInputs, measure_gap, self_distillation_loss
+from dopsd_core.options import changed
 from dopsd_core.rollout import rollout
+from dopsd_core.standalone.comparison.experiment import DEVELOPMENT
 from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model
 from dopsd_core.training.rng import make_generator
 from dopsd_core.training.step_losses import StepLosses
 
 VARIANTS = {"authors": "authors' loop", "ours": "ours", "one": "ours, 1 of K"}
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LEVEL, PROMPTS, CHECK_EVERY, MOST_STEPS = 0.2, 8, 5, 300
 JOURNAL = WORK / "step-cost.jsonl"
 
@@ -61,21 +65,26 @@ class Setting:
         rollout_steps: K.
         batch: batch size.
         seed: of LoRA, noise and gradient steps.
+        rate: learning rate.
+        concept: seed of the concept.
     """
 
     variant: str
     rollout_steps: int
     batch: int
     seed: int
+    rate: float = 2e-3
+    concept: int = 0
 
 
 class Bench:
     """The demo model with a LoRA on it, and the training pairs of a concept."""
 
     def __init__(self, folder: Path, setting: Setting) -> None:
-        self.setting, self.config = setting, demo_config(seed=setting.seed)
+        self.setting = setting
+        self.config = changed(demo_config(seed=setting.seed), {"lr": setting.rate})
         self.model: DemoModel = load_demo_model()
-        concept = make_concept(0)
+        concept = make_concept(setting.concept)
         write_dataset(concept, folder)
         self.sources = read_dataset(folder, trigger=TRIGGER, pixel_budget=IMAGE_SIZE**2, multiple=16).pairs
         self.sigmas = Z_IMAGE.sigmas(setting.rollout_steps, IMAGE_SIZE, IMAGE_SIZE)
@@ -217,6 +226,16 @@ def run_all(settings: Sequence[Setting], journal: Journal) -> list[dict[str, Any
     return [done[setting] for setting in settings]
 
 
+def tuned(rollout_steps: int, batch: int, rates: Sequence[float], journal: Journal) -> dict[str, float]:
+    """By variant, the rate with the fewest steps to the gap on another concept, the smallest among equals."""
+    found = {}
+    for variant in ("ours", "one"):
+        settings = [Setting(variant, rollout_steps, batch, 0, rate, DEVELOPMENT) for rate in sorted(rates)]
+        steps = [row["steps"] + (not row["reached"]) for row in run_all(settings, journal)]
+        found[variant] = sorted(rates)[steps.index(min(steps))]
+    return {**found, "authors": found["ours"]}
+
+
 def section(rows: Sequence[Mapping[str, Any]], command: str) -> Section:
     """A row for each K, batch and variant, with means over the seeds and what ours saves."""
     groups: dict[tuple[int, int], dict[str, list[Mapping[str, Any]]]] = {}
@@ -229,7 +248,8 @@ def section(rows: Sequence[Mapping[str, Any]], command: str) -> Section:
         reference = by_variant.get("authors")
         for variant in VARIANTS:
             if variant in by_variant:
-                cells.append((str(k), str(batch), VARIANTS[variant], *_figures(by_variant[variant], reference)))
+                rate = f"{by_variant[variant][0]['setting']['rate']:g}"
+                cells.append((str(k), str(batch), VARIANTS[variant], rate, *_figures(by_variant[variant], reference)))
     seeds = len({row["setting"]["seed"] for row in rows})
     notes = (
         f"Means over {seeds} seeds, {torch.get_num_threads()} threads. In parentheses: relative to the authors' loop. "
@@ -242,6 +262,7 @@ def section(rows: Sequence[Mapping[str, Any]], command: str) -> Section:
         "K",
         "batch",
         "step",
+        "learning rate",
         "steps/s",
         "peak, MB",
         "GFLOP per step",
@@ -271,9 +292,10 @@ def _figures(rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str,
 def main() -> None:
     """Measures all settings and records them; with --worker one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollout-steps", type=int, nargs="+", default=[2, 4], metavar="K")
+    parser.add_argument("--rollout-steps", type=int, nargs="+", default=[2, 4, 8], metavar="K")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], metavar="B")
     parser.add_argument("--seeds", type=int, default=2, metavar="N")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -282,14 +304,16 @@ def main() -> None:
             found = measure(Bench(Path(folder), Setting(**args.worker)))
         sys.stdout.write(json.dumps(found) + "\n")
         return
+    journal = Journal.open(JOURNAL, fresh=args.fresh)
+    sizes = [(k, batch) for k in args.rollout_steps for batch in args.batch]
+    rates = {size: tuned(*size, args.rates, journal) for size in sizes}
     settings = [
-        Setting(variant, k, batch, seed)
-        for k in args.rollout_steps
-        for batch in args.batch
+        Setting(variant, *size, seed, rates[size][variant])
+        for size in sizes
         for seed in range(args.seeds)
         for variant in VARIANTS
     ]
-    rows = run_all(settings, Journal.open(JOURNAL, fresh=args.fresh))
+    rows = run_all(settings, journal)
     words = [word for word in sys.argv[1:] if word != "--fresh"]
     found = measured_here(section(rows, " ".join(("python -m benchmarks.step_cost", *words))))
     record(found, RESULTS)

@@ -103,6 +103,12 @@ class TrainConfig(Options):
         description="use torch's deterministic algorithms, so that equal runs are bit-identical on a GPU, where the "
         "fastest attention backward sums in arbitrary order; slower, not needed on a CPU",
     )
+    activation_offloading: Annotated[bool, Hint(may_change=True)] = Field(
+        default=False,
+        description="move activations that do not fit on the GPU to RAM between forward and backward instead of "
+        "computing them again: more RAM instead of time, same result. For an NVIDIA or AMD GPU with several GB of free "
+        "RAM; not yet measured on one",
+    )
     objective: Annotated[Objective, OBJECTIVES] = Field(default=DOPSD(), description="the training objective")
     adapter: Annotated[Adapter, ADAPTERS] = Field(
         default=Lora(), description="what is trained on top of the frozen network"

@@ -157,7 +157,7 @@ def _first_inputs() -> list[Any]:
             optional=True,
             tooltip="Settings that fit together, by what you train: a subject, a style, a character, an edit. quick "
             "look: a short first try. paper: the authors' settings, slow. demo model: for Load Demo Models only. "
-            "standard: the former name of subject.",
+            "standard: what subject was before.",
             extra_dict={"dopsd_steps": preset_steps()},
         ),
         io.Int.Input(

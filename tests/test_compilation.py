@@ -21,13 +21,15 @@ CPU = torch.device("cpu")
 
 
 def gradients(backend: str, count: int, is_on: bool = True) -> list[torch.Tensor]:
-    """Of a whole D-OPSD step; count: of the fully checkpointed blocks, or -1 for selective checkpointing."""
+    """Of a whole D-OPSD step; count: of the fully checkpointed blocks, or -1 for selective checkpointing, and
+    -2 for it in RAM."""
     torch.compiler.reset()
     denoiser = ToyDenoiser(ToyNet(num_blocks=2))
     adapters = AdapterSet(denoiser.sites(), lora())
     randomise(adapters)
     names = [*(site.name for site in denoiser.sites()), ATTENTION]
-    plan = Checkpointing.keeping(2, names) if count < 0 else count
+    kept = Checkpointing.keeping(2, names).kept
+    plan = Checkpointing(kept, kept if count == -2 else ()) if count < 0 else count
     blocks = denoiser.blocks()
     with adapters.attached(), compiled(blocks, is_on, backend), checkpointed(blocks, plan):
         DOPSD(anchor_probability=0).backward(make_inputs(denoiser, adapters))
@@ -36,7 +38,9 @@ def gradients(backend: str, count: int, is_on: bool = True) -> list[torch.Tensor
 
 
 @pytest.mark.skipif(bool(obstacle(CPU)), reason="there is no C++ compiler")
-@pytest.mark.parametrize(("backend", "count"), [("eager", 0), ("inductor", -1)], ids=["only traced", "selective"])
+@pytest.mark.parametrize(
+    ("backend", "count"), [("eager", 0), ("inductor", -1), ("eager", -2)], ids=["only traced", "selective", "offloaded"]
+)
 def test_gradients_are_the_same_within_rounding(backend: str, count: int) -> None:
     wanted, got = gradients(backend, count, is_on=False), gradients(backend, count)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something was compiled"

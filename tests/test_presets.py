@@ -14,7 +14,7 @@ from dopsd_core.arguments import config_from_args, parse_args
 from dopsd_core.conditioning.teachers import EDIT_TARGET, VLM
 from dopsd_core.families import FAMILIES, get_family
 from dopsd_core.options import flattened
-from dopsd_core.presets import ON_COMMAND_LINE, PRESETS, USUAL, preset_config
+from dopsd_core.presets import ON_COMMAND_LINE, PRESETS, USUAL, Preset, preset_config
 from dopsd_core.standalone.prepared import _aim_remarks
 from dopsd_core.training.aims import aim_remarks
 
@@ -32,11 +32,13 @@ def test_a_preset_is_a_whole_configuration_of_every_family(preset: str, family: 
     assert made.family == family and values["targets"] == known.lora_targets
 
 
-def test_the_aims_are_first_and_the_former_name_is_the_subject() -> None:
+def test_the_aims_are_first_and_the_former_name_has_the_former_settings() -> None:
     assert tuple(PRESETS)[:4] == AIMS and USUAL == "subject"
-    assert PRESETS["standard"] == PRESETS["subject"]
+    assert PRESETS["standard"] == Preset(steps=1000, rank=32, alpha=64.0), "or runs of saved graphs are not found again"
     assert PRESETS["style"] == PRESETS["edit"] == PRESETS["subject"]
-    assert PRESETS["character"] == replace(PRESETS["subject"], steps=2000, anchor_probability=0.75)
+    assert PRESETS["character"] == replace(
+        PRESETS["subject"], steps=2 * PRESETS["subject"].steps, anchor_probability=0.75
+    )
     assert {"quick look", "paper", "demo model"} < set(PRESETS)
     assert tuple(ON_COMMAND_LINE) == (*AIMS, "quick-look", "paper")
 

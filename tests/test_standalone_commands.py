@@ -224,6 +224,7 @@ def test_without_a_network_an_id_is_one_sentence(place: Path, tmp_path: Path) ->
         (("--teacher-view", "edit"), "has no teacher 'edit'"),
         (("--config", "{place}/klein.json"), "the configuration is for FLUX.2-klein and --model"),
         (("--steps", "0"), "steps is 0"),
+        (("--activation-offloading", "--checkpoint-blocks", "1"), "each block keeps: leave --checkpoint-blocks out"),
     ],
 )
 def test_bad_input_is_one_sentence(

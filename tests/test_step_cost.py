@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import step_cost
 from benchmarks.report import Journal
-from benchmarks.step_cost import Bench, Setting, measure, run_all, section
+from benchmarks.step_cost import Bench, Setting, measure, run_all, section, tuned
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,18 @@ def test_the_table_relates_means_to_the_authors_loop() -> None:
     ]
     made = section(rows, "python -m benchmarks.step_cost")
     assert made.table.rows == (
-        ("4", "1", "authors' loop", "2.00", "100", "2.0", "20", "10.0"),
-        ("4", "1", "ours", "4.00 (2.00)", "100 (1.00)", "2.0 (1.00)", "20 (1.00), 1 of 2 not reached", "5.0 (0.50)"),
+        ("4", "1", "authors' loop", "0.002", "2.00", "100", "2.0", "20", "10.0"),
+        (
+            "4",
+            "1",
+            "ours",
+            "0.002",
+            "4.00 (2.00)",
+            "100 (1.00)",
+            "2.0 (1.00)",
+            "20 (1.00), 1 of 2 not reached",
+            "5.0 (0.50)",
+        ),
     )
     assert "2 seeds" in made.notes[0]
 
@@ -83,3 +93,12 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     found = run_all(settings, journal)
     assert [r["steps"] for r in found] == [20, 3] and len(asked) == 1 and '"seed": 1' in asked[0]
     assert [r["steps"] for r in Journal.open(tmp_path / "journal.jsonl").rows] == [20, 3]
+
+
+def test_the_rate_that_needs_the_fewest_steps_is_taken_and_the_authors_loop_has_ours(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "journal.jsonl")
+    for variant, steps in (("ours", (40, 20, 20)), ("one", (300, 300, 90))):
+        for rate, count in zip((1e-3, 2e-3, 4e-3), steps, strict=True):
+            setting = Setting(variant, 4, 1, 0, rate, step_cost.DEVELOPMENT)
+            journal.append({**row(variant, 0, steps=count, reached=count < 300), "setting": vars(setting)})
+    assert tuned(4, 1, (4e-3, 1e-3, 2e-3), journal) == {"ours": 2e-3, "authors": 2e-3, "one": 4e-3}

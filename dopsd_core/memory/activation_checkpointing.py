@@ -1,14 +1,15 @@
 """Gradient checkpointing per block.
 
-A checkpointed block saves only its input instead of all activations, and of its forward what it is asked to keep; the
-rest is repeated in the backward. How many blocks, and what they keep: `checkpoint_plan.py`.
+A checkpointed block saves only its input instead of all activations, and of its forward what it is asked to keep, in
+RAM if it is asked to (`activation_offloading.py`); the rest is repeated in the backward. How many blocks, and what they
+keep: `checkpoint_plan.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,29 +17,38 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from ..activation_offloading import InputsInRam, Offloading
 from ..adapters import Adapter
 from ..denoiser import BlockShape, LinearSite
 from ..families import Family
 from ..kept_products import ATTENTION, KeptProducts
 from ..overrides import Forward, overridden
-from .checkpoint_plan import BlockBytes, Checkpointing, Product
+from .checkpoint_plan import INPUT, WINDOW, BlockBytes, Checkpointing, Product
 
 
-def checkpointed(blocks: Sequence[nn.Module], checkpointing: Checkpointing | int) -> AbstractContextManager[None]:
+@contextmanager
+def checkpointed(blocks: Sequence[nn.Module], checkpointing: Checkpointing | int) -> Iterator[Offloading]:
     """Inside the `with` block, applies gradient checkpointing to the first blocks when gradients are on.
 
     The adapters' mode must be the same in forward and backward. The blocks run on clones of their inputs, because some
-    networks modify them in place (`img += ...`), and the recomputation needs the original values.
+    networks modify them in place (`img += ...`), and the recomputation needs the original values. Yields the copies in
+    RAM, whose memory is freed on exit.
 
     checkpointing: what each block keeps, or the number of blocks that keep nothing but their input.
     """
-    kept = dict(zip(blocks, Checkpointing.of(checkpointing).kept, strict=False))
-    return overridden(kept, lambda block, forward: _recomputing(forward, kept[block]))
+    placed = dict(zip(blocks, Checkpointing.of(checkpointing).placed, strict=False))
+    offloading = Offloading(WINDOW)
+    try:
+        with overridden(placed, lambda block, forward: _recomputing(forward, *placed[block], offloading)):
+            yield offloading
+    finally:
+        offloading.close()
 
 
-def _recomputing(forward: Forward, names: Collection[str]) -> Forward:
+def _recomputing(forward: Forward, names: Collection[str], in_ram: Collection[str], offloading: Offloading) -> Forward:
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
+            offloading.settle()
             return forward(*args, **kwargs)
         backends = _attention_backends()
 
@@ -46,8 +56,16 @@ def _recomputing(forward: Forward, names: Collection[str]) -> Forward:
             with _attention_as(backends):
                 return forward(*map(_clone, args), **{name: _clone(value) for name, value in kwargs.items()})
 
-        options: dict[str, Any] = {"context_fn": KeptProducts(names).contexts} if names else {}
-        return checkpoint(on_clones, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
+        block = offloading.new_block() if in_ram else None
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if names:
+            options["context_fn"] = KeptProducts(names, in_ram, block).contexts
+        if block is None or INPUT not in in_ram:
+            return checkpoint(on_clones, *args, **options, **kwargs)
+        inputs = InputsInRam(block, args, kwargs)
+        out = checkpoint(lambda: on_clones(*inputs.args, **inputs.kwargs), **options)
+        inputs.leave()
+        return out
 
     return recomputing
 

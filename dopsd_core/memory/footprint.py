@@ -17,6 +17,10 @@ _FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
 (counted: Z-Image 4.8, klein 5.2), and in a backward in addition to the saved activations (2.2, 2.9). Saved outside the
 blocks, in units of the width: 3 to 4 were counted."""
 
+_FLOPS_PER_BYTE = 6000
+"""FLOPs that a GPU computes while a byte crosses the bus one way, at most: an RTX 4090 at 150 TFLOP/s and 25 GB/s over
+PCIe 4.0 x16; others need fewer (docs/cost.md)."""
+
 _HEADER, _HEADERS = 512, 2**16
 """Bytes on disk: names and shapes per tensor; configuration and metadata."""
 
@@ -58,13 +62,14 @@ class Footprint:
         """Whether casts are kept between forwards."""
         return self.casts > 0
 
-    def within(self, budget: int) -> Footprint:
+    def within(self, budget: int, ram: int = 0) -> Footprint:
         """The same, or one that casts in each forward if keeping the casts would cost more recomputation.
 
-        A cast costs the time of reading and writing the weights, about 1 % of a recomputation of all blocks.
+        A cast costs the time of reading and writing the weights, about 1 % of a recomputation of all blocks. ram: as in
+        `checkpointing`.
         """
         each = self.casting_each_time()
-        cheapest, own = each.checkpointing(budget), self.checkpointing(budget)
+        cheapest, own = each.checkpointing(budget, ram), self.checkpointing(budget, ram)
         allowed = cheapest.flops(self.blocks) + 0.01 * Checkpointing.full(len(self.blocks)).flops(self.blocks)
         fits = self.total(own) <= max(budget, each.total(cheapest))
         return self if fits and own.flops(self.blocks) <= allowed else each
@@ -83,9 +88,13 @@ class Footprint:
         activations = peak_bytes(self.blocks, checkpointing, self.forward, self.backward)
         return self._resident + activations
 
-    def checkpointing(self, budget: int) -> Checkpointing:
-        """The one with the least recomputation and a peak within the budget; on all blocks if that is too much."""
-        return plan_checkpointing(self.blocks, budget - self._resident, self.forward, self.backward)
+    def checkpointing(self, budget: int, ram: int = 0) -> Checkpointing:
+        """The one with the least recomputation and a peak within the budget; on all blocks if that is too much.
+
+        ram: bytes of RAM that activations may take; it uses no more than can be copied while a forward computes.
+        """
+        hidden = int(Checkpointing.full(len(self.blocks)).flops(self.blocks) / _FLOPS_PER_BYTE)
+        return plan_checkpointing(self.blocks, budget - self._resident, self.forward, self.backward, min(ram, hidden))
 
     @property
     def _resident(self) -> int:
@@ -95,6 +104,8 @@ class Footprint:
         """What it does, for the user."""
         share = checkpointing.share_kept(self.blocks)
         kept = f", with {share:.0%} of their products kept" if share else ""
+        in_ram = checkpointing.ram_bytes(self.blocks)
+        kept += f" and {in_ram / 10**9:.1f} GB of activations in RAM" if in_ram else ""
         return (
             f"gradient checkpointing on {checkpointing.count} of {len(self.blocks)} blocks{kept} (slower, same result)"
         )

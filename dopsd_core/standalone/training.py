@@ -18,6 +18,7 @@ from ..config import ConfigError, TrainConfig
 from ..denoiser import Denoiser
 from ..memory.checkpoint_plan import Checkpointing
 from ..memory.footprint import Footprint, estimate
+from ..memory.ram_budget import offloading_ram, why_not_offloaded
 from ..sharing.model_spec import trigger_facts
 from ..trainable import Trainable
 from ..training.log import StepReport, gaps_by_concept
@@ -45,6 +46,8 @@ def run_train(args: argparse.Namespace) -> int:
     """
     if args.compile and (problem := compilation.obstacle(device_of(ModelOptions.of(args)))):
         raise ConfigError((problem,))
+    if args.train_config.activation_offloading and args.checkpoint_blocks is not None:
+        raise ConfigError(("activation_offloading chooses what each block keeps: leave --checkpoint-blocks out",))
     if args.threads:
         torch.set_num_threads(args.threads)
     options = ModelOptions.of(args)
@@ -196,14 +199,24 @@ class _Plan:
 
 def _plan(prepared: Prepared, denoiser: Denoiser, peers: Peers) -> _Plan:
     """The least gradient checkpointing that fits into the GPU's free memory; none on a CPU."""
-    if denoiser.device.type != "cuda":
+    config, device = prepared.config, denoiser.device
+    ram = 0 if runs_together(config, peers.world) else offloading_ram(config, device, peers.world.size)
+    plan = _planned(prepared, denoiser, peers, ram)
+    if config.activation_offloading and not plan.checkpointing.in_ram and peers.is_first:
+        warn([why_not_offloaded(ram, device)])
+    return plan
+
+
+def _planned(prepared: Prepared, denoiser: Denoiser, peers: Peers, ram: int) -> _Plan:
+    device = denoiser.device
+    if device.type != "cuda":
         return _Plan(Checkpointing())
     if runs_together(prepared.config, peers.world):
         return _Plan(Checkpointing.full(len(denoiser.blocks())))
     footprint = footprint_of(prepared, denoiser)
-    free = int(torch.cuda.mem_get_info(denoiser.device)[0] * _MARGIN) + footprint.weights  # those are loaded already
-    footprint = footprint.within(free)
-    every = peers.all(lambda: footprint.checkpointing(free))
+    free = int(torch.cuda.mem_get_info(device)[0] * _MARGIN) + footprint.weights  # those are loaded already
+    footprint = footprint.within(free, ram)
+    every = peers.all(lambda: footprint.checkpointing(free, ram))
     chosen = max(every, key=lambda one: one.flops(footprint.blocks))  # that of the GPU with the least memory
     if peers.is_first and chosen.count:
         say(footprint.sentence(chosen))

@@ -19,6 +19,7 @@ import torch
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.memory.checkpoint_plan import Checkpointing
 from ...dopsd_core.memory.footprint import Footprint, estimate
+from ...dopsd_core.memory.ram_budget import offloading_ram, why_not_offloaded
 from ...dopsd_core.teachers import FrozenTeacher
 from ...dopsd_core.training.anchors import anchor_tokens
 from ...dopsd_core.training.training_set import latent_shape
@@ -139,7 +140,7 @@ def plan_memory(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, co
     free = int(comfy.model_management.get_free_memory(device))
     name = choice if choice != AUTO else _fitting(total, denoiser, conditions, config)
     budget = int(free * _MARGIN) if choice == AUTO else min(int(free * _MARGIN), MEMORY_PRESETS[name].budget)
-    return make_plan(name, denoiser, conditions, config, budget, free)
+    return make_plan(name, denoiser, conditions, config, budget, free, offloading_ram(config, device))
 
 
 def _is_unknown() -> bool:
@@ -158,22 +159,31 @@ def _plan_blindly(choice: str, denoiser: ComfyDenoiser, conditions: Conditions, 
 
 
 def make_plan(
-    name: str, denoiser: ComfyDenoiser, conditions: Conditions, config: TrainConfig, budget: int, free: int
+    name: str,
+    denoiser: ComfyDenoiser,
+    conditions: Conditions,
+    config: TrainConfig,
+    budget: int,
+    free: int,
+    ram: int = 0,
 ) -> MemoryPlan:
     """The plan of one preset: as little gradient checkpointing as possible, then weights in RAM.
 
     Args:
         budget: bytes that training may take.
         free: bytes that are free on the device.
+        ram: bytes of RAM that activations may take.
     """
     preset = MEMORY_PRESETS[name]
     config, notes = _with_trades(config, preset, denoiser.device)
-    footprint = footprint_of(denoiser, conditions, config).within(budget)
-    checkpointing = footprint.checkpointing(budget)
+    footprint = footprint_of(denoiser, conditions, config).within(budget, ram)
+    checkpointing = footprint.checkpointing(budget, ram)
     beside = footprint.total(checkpointing) - footprint.weights
     streamed = min(max(footprint.total(checkpointing) - budget, 0), footprint.weights)
     if checkpointing.count:
         notes.append(footprint.sentence(checkpointing))
+    if config.activation_offloading and not checkpointing.in_ram:
+        notes.append(why_not_offloaded(ram, denoiser.device))
     if streamed:
         notes.append(_streaming(streamed, denoiser.is_dynamic))
     if beside > budget:

@@ -53,6 +53,8 @@ def merged_settings(preset: str, family: Family, has_anchors: bool, chosen: Mapp
         settings["alpha"] = chosen["rank"] * PRESETS[preset].alpha / PRESETS[preset].rank
     wanted = settings.get("grad_steps") or 0
     settings["grad_steps"] = wanted if 0 < wanted < settings["rollout_steps"] else None
+    if settings["grad_steps"] is None and "step_draw" not in chosen:
+        settings["step_draw"] = "uniform"  # the preset's would be reported as without effect
     settings["warmup"] = min(settings["warmup"], max(settings["steps"] - 1, 0))
     targets = settings.pop("targets", ())
     settings["targets"] = (parse_targets(targets) if isinstance(targets, str) else targets) or family.lora_targets

@@ -34,7 +34,7 @@ _LATER = (
     *("pso_form", "pso_beta", "pso_loser_images"),
     *("factor", "muon_momentum", "prodigy_lr", "prodigy_weight_decay", "prodigy_d_coef", "prodigy_safeguard_warmup"),
     *("custom_path", "custom_options", "custom_lr"),
-    *("save_every", "keep_loras", "stop_at_plateau", "small_first", "step_draw"),
+    *("save_every", "keep_loras", "stop_at_plateau", "small_first", "step_draw", "activation_offloading"),
 )
 """Options that came after the first version of Training Settings. They are at its end in this order, since saved graphs
 fill in widgets by position."""
@@ -74,7 +74,7 @@ def filled(preset: str, family: Family) -> dict[str, Any]:
     """The value of every option by flat name with this preset, also of those without effect."""
     defaults = {name: option.default for name, option in OPTIONS.items()}
     values = {**defaults, "targets": family.lora_targets, **preset_settings(preset, family)}
-    return {**values, "grad_steps": values["rollout_steps"]}
+    return {**values, "grad_steps": values["grad_steps"] or values["rollout_steps"]}
 
 
 def settings_inputs() -> list[Any]:

@@ -199,3 +199,22 @@ def test_nothing_is_left_behind(case: Case, ending: str) -> None:
         train_a_little()
     assert all("forward" not in module.__dict__ for module in network.modules())
     assert all(one is other for one, other in zip(network.parameters(), before, strict=True))
+
+
+def test_offloading_changes_no_bit_and_repeats_no_product(case: Case, fused_attention: None) -> None:
+    """Products and inputs in RAM, with FLUX's in-place blocks, called with keywords, and inference tensors."""
+    plan = case.comfyui.core("memory.checkpoint_plan").Checkpointing.offloaded(case.predicted())
+    wanted = case.gradients(0)
+    case.calls.clear()
+    got = case.gradients(plan)
+    assert case.calls == case.called_in_forward and max(case.calls.values()) == 1
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def test_what_is_in_ram_is_not_saved_on_the_device(case: Case, fused_attention: None) -> None:
+    """Of what autograd saves with full checkpointing, the inputs of blocks are gone; that of the last norm stays."""
+    full, offloaded = SavedBytes(), SavedBytes()
+    case.gradients(len(case.denoiser.blocks()), full)
+    case.gradients(case.comfyui.core("memory.checkpoint_plan").Checkpointing.offloaded(case.predicted()), offloaded)
+    last = case.predicted()[-1].entry
+    assert offloaded.total < 1.1 * last < 0.6 * full.total

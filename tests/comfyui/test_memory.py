@@ -72,9 +72,9 @@ class Case:
         settings = {"anchor_probability": 0.0, **settings} if settings.get("objective") != "sft" else settings
         self.config = options.changed(comfyui.core("config").TrainConfig(adapter=lora), settings)
 
-    def plan(self, name: str, budget: int, free: int = 100 * GB) -> Any:
+    def plan(self, name: str, budget: int, free: int = 100 * GB, ram: int = 0) -> Any:
         memory = self.comfyui.module("nodes.comfy_host.memory_plan")
-        return memory.make_plan(name, self.denoiser, self.conditions, self.config, budget, free)
+        return memory.make_plan(name, self.denoiser, self.conditions, self.config, budget, free, ram)
 
     def counted_peak(self, checkpointing: Any) -> int:
         """Live bytes of an optimizer step with this checkpointing, its LoRA and optimizer included, the base's weights
@@ -177,6 +177,40 @@ def test_one_more_block_keeps_what_the_family_says(
 
     larger, blocks = counted(more)
     assert larger - counted(few)[0] == pytest.approx(blocks[index].kept, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["z_image", "klein edit"])
+def test_the_estimate_of_offloading_is_what_is_counted(comfyui: ComfyUI, name: str) -> None:
+    """All that the blocks keep in RAM: what is counted on the device, with the bytes that travel."""
+    network, latent, tokens, references = COUNTED[name]
+    case = Case(comfyui, real(network), latent, tokens, references, rank=64)
+    footprint, core = case.plan("24 GB", 1000 * GB).footprint, comfyui.core
+    kinds = core("memory.checkpoint_plan").Checkpointing
+    with counters.dry_run(comfyui.module("nodes.comfy_host.denoiser"), core("objectives"), core("host_memory")):
+        counted, selective = (case.counted_peak(plan(footprint.blocks)) for plan in (kinds.offloaded, kinds.selective))
+    unused = 2 * 2 * max(site.in_features * site.out_features for site in case.denoiser.sites())
+    expected = footprint.total(kinds.offloaded(footprint.blocks)) - footprint.weights - unused
+    assert 0.75 * expected < counted <= expected and counted < selective
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "most"), [("24 GB", torch.bfloat16, 0.08), ("16 GB", torch.float8_e4m3fn, 0.03)]
+)
+def test_offloading_spares_the_real_model_its_recomputation(
+    comfyui: ComfyUI, preset: str, dtype: torch.dtype, most: float
+) -> None:
+    """Z-Image at 1024 and rank 64: the same budget, RAM within the limit, and the node says how much."""
+    model = real(networks.z_image(), dtype)
+    case = Case(comfyui, model, (16, 128, 128), (64, 646), rank=64, activation_offloading=True)
+    budget = comfyui.module("nodes.comfy_host.memory_plan").MEMORY_PRESETS[preset].budget
+    plan, ram = case.plan(preset, budget, ram=32 * GB), 10 * GB
+    blocks = plan.footprint.blocks
+    every = comfyui.core("memory.checkpoint_plan").Checkpointing.full(len(blocks))
+    assert plan.peak <= budget and not plan.streamed
+    assert plan.checkpointing.flops(blocks) <= most * every.flops(blocks)
+    assert 5 * GB < plan.checkpointing.ram_bytes(blocks) < ram
+    assert any("GB of activations in RAM" in note for note in plan.notes)
+    assert any("activation_offloading has no effect" in note for note in case.plan(preset, budget).notes)
 
 
 REAL = [
@@ -507,7 +541,8 @@ def test_other_errors_are_handed_on(comfyui: ComfyUI, monkeypatch: pytest.Monkey
 
 
 def test_a_run_in_little_memory_is_the_same_run(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the node: every block recomputes, and the LoRA is the one of a run in which none does."""
+    """Through the node: every block recomputes, some with activations in RAM, and the LoRA is the one of a run in which
+    none does."""
     memory = comfyui.module("nodes.comfy_host.training")
     honest = memory.plan_memory
     kinds = comfyui.core("memory.checkpoint_plan").Checkpointing
@@ -517,7 +552,9 @@ def test_a_run_in_little_memory_is_the_same_run(comfyui: ComfyUI, monkeypatch: p
         plan = honest(choice, *args)
         blocks = plan.footprint.blocks
         counts.append(len(blocks))
-        some = kinds((*kinds.selective(blocks).kept[:3], *kinds.full(3).kept))
+        kept, inputs = kinds.selective(blocks).kept[:3], frozenset({"input"})
+        in_ram = (kept[0] | inputs, kept[1], frozenset(), inputs, inputs, frozenset())
+        some = kinds((*kept, *kinds.full(3).kept), in_ram)
         return dataclasses.replace(plan, checkpointing=some, notes=("gradient checkpointing on 6 of 6 blocks",))
 
     one = comfyui.execute(training("roomy", preview_every=0))

@@ -52,7 +52,8 @@ FROZEN = {
         " dreambooth_class_images:INT? pso_form:COMBO? pso_beta:FLOAT? pso_loser_images:INT?"
         " factor:INT? muon_momentum:FLOAT? prodigy_lr:FLOAT? prodigy_weight_decay:FLOAT? prodigy_d_coef:FLOAT?"
         " prodigy_safeguard_warmup:BOOLEAN? custom_path:STRING? custom_options:STRING? custom_lr:FLOAT?"
-        " save_every:INT? keep_loras:INT? stop_at_plateau:INT? small_first:INT? step_draw:COMBO?",
+        " save_every:INT? keep_loras:INT? stop_at_plateau:INT? small_first:INT? step_draw:COMBO?"
+        " activation_offloading:BOOLEAN?",
         "settings:DOPSD_SETTINGS",
     ),
     "DOPSD_FewStepSampler": (

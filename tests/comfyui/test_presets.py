@@ -34,7 +34,8 @@ def test_every_preset_is_a_whole_configuration(comfyui: ComfyUI, presets: Any) -
         for option in ("batch_size", "grad_accumulation", "warmup", "ema_decay", "anchor_probability"):
             assert options[option] == getattr(preset, option), (name, option)
         assert (options["rank"], options["alpha"], options["seed"]) == (preset.rank, preset.alpha, 7)
-        assert options["lr"] == (preset.lr or 1e-4) and options["grad_steps"] is None
+        assert options["lr"] == (preset.lr or 1e-4)
+        assert (options["grad_steps"], options["step_draw"]) == (preset.grad_steps or None, preset.step_draw)
 
 
 @pytest.mark.parametrize(("family", "lr", "steps"), [("z_image", 1e-4, 2000), ("flux2_klein", 2e-5, 3000)])
@@ -48,8 +49,7 @@ def test_paper_is_what_the_authors_ran(comfyui: ComfyUI, family: str, lr: float,
     assert options["batch_size"] * options["grad_accumulation"] == 4
 
 
-def test_aims_differ_only_where_that_is_said_and_the_former_name_stays(comfyui: ComfyUI, presets: Any) -> None:
-    assert make(comfyui, "standard") == make(comfyui, presets.USUAL)
+def test_aims_come_first_and_the_former_name_stays(comfyui: ComfyUI, presets: Any) -> None:
     schema = comfyui.pack_nodes["DOPSD_TrainLoRA"].define_schema()
     (preset,) = (given for given in schema.inputs if given.id == "preset")
     assert preset.options[:4] == ["subject", "style", "character", "edit"] and "standard" in preset.options
@@ -103,7 +103,11 @@ def test_without_prompts_to_anchor_a_preset_anchors_nothing_but_a_choice_stands(
 
 
 def test_as_many_grad_steps_as_there_are_means_all(comfyui: ComfyUI) -> None:
-    assert [flat(comfyui, "standard", grad_steps=m)["grad_steps"] for m in (1, 3, 4, 9)] == [1, 3, None, None]
+    found = [flat(comfyui, "subject", grad_steps=m) for m in (1, 3, 4, 9)]
+    assert [(options["grad_steps"], options["step_draw"]) for options in found] == [
+        (1, "gap"), (3, "gap"), (None, "uniform"), (None, "uniform")
+    ]  # fmt: skip
+    assert flat(comfyui, "subject", grad_steps=4, step_draw="gap")["step_draw"] == "gap", "and is reported as unused"
 
 
 def test_digest_changes_with_what_forbids_resuming_and_with_nothing_else(comfyui: ComfyUI, presets: Any) -> None:

@@ -26,8 +26,9 @@ def test_the_defaults_are_the_first_presets(comfyui: ComfyUI) -> None:
     schema = comfyui.pack_nodes["DOPSD_TrainingSettings"].define_schema()
     shown = {entry.id: entry.default for entry in schema.inputs}
     assert (shown.pop("model_family"), shown.pop("preset")) == ("Z-Image-Turbo", "subject")
-    assert shown == filled_widgets(comfyui)
-    assert {"lr": 1e-4, "rank": 32, "alpha": 64.0, "grad_steps": 4, "anchor_probability": 0.5}.items() <= shown.items()
+    assert shown == filled_widgets(comfyui, preset="subject")
+    wanted = {"lr": 1e-4, "rank": 32, "alpha": 64.0, "grad_steps": 1, "step_draw": "gap", "anchor_probability": 0.5}
+    assert wanted.items() <= shown.items()
 
 
 def test_every_option_is_on_one_of_the_two_nodes(comfyui: ComfyUI) -> None:

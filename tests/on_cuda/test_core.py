@@ -23,6 +23,8 @@ from dopsd_core.demo.concept import make_concept, write_dataset
 from dopsd_core.demo.settings import demo_config
 from dopsd_core.demo.world import IMAGE_SIZE
 from dopsd_core.families import Z_IMAGE
+from dopsd_core.memory import activation_checkpointing
+from dopsd_core.memory.checkpoint_plan import INPUT, Checkpointing
 from dopsd_core.options import changed
 from dopsd_core.rollout import sample
 from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model, with_lora
@@ -203,6 +205,32 @@ def test_two_waits_per_optimizer_step_and_none_in_the_backward(
         waits = watch.syncs()
         ours = sum(count for event, count in waits.items() if "standalone/hosts/demo.py" not in event.place)
         assert ours <= 2 and not watch.syncs(in_backward=True), watch.describe(waits)
+
+
+@pytest.mark.parametrize("has_inputs", [False, True], ids=["products", "products and inputs"])
+def test_offloading_takes_memory_off_the_card_without_a_wait(
+    on_cuda: DemoModel, data: TrainingSet, tmp_path: Path, has_inputs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same LoRA; copies from pinned memory; less at the peak than with the same products on the card."""
+    monkeypatch.setattr(activation_checkpointing, "WINDOW", 2**18)  # bytes on their way; more than all of the demo's
+    config = changed(CONFIG, {"probe_every": 0, "anchor_probability": 0.0, "batch_size": 4})
+    blocks = on_cuda.denoiser.blocks()
+    kept = Checkpointing.keeping(len(blocks), (site.name for site in on_cuda.denoiser.sites())).kept
+    in_ram = tuple(names | {INPUT} if has_inputs else names for names in kept)
+    peaks, waits, found = [], [], []
+    for number, plan in enumerate((Checkpointing(kept), Checkpointing(kept, in_ram))):
+        device.reset()
+        before = device.counts().live_bytes
+        with watching(Run, "make_step") as watches:
+            run = train(config, on_cuda.denoiser, data, tmp_path / str(number), checkpointing=plan)
+        peaks.append(device.counts().peak_bytes - before)
+        waits.append([watch.syncs().total() for watch in watches[1:]])
+        found.append(load_file(run.lora_path))
+        assert not watches[-1].syncs(in_backward=True), watches[-1].describe(watches[-1].syncs())
+        kinds = {event.kind for event in watches[-1].events if "activation_offloading" in event.place}
+        assert kinds == ({"upload from pinned memory", "download"} if number else set())
+    assert waits[0] == waits[1] and peaks[1] < 0.9 * peaks[0]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_run_that_is_out_of_memory_keeps_its_steps(

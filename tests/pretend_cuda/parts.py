@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CORE = (
+    "activation_offloading",
     "adapters",
     "casts",
     "checkpointing",

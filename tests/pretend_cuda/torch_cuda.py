@@ -171,6 +171,8 @@ def install() -> None:
     _set(torch.cuda.streams, {"Stream": Stream, "Event": Event})
     _set(torch._C, _of_the_library())
     _set(torch.backends.cudnn, {"version": _always(CUDNN_VERSION), "is_available": _always(True)})
+    if hasattr(torch, "accelerator"):  # pinned memory is freed at once, none is cached
+        _set(torch.accelerator, {"empty_host_cache": _always(None)})
 
 
 def _set(module: Any, values: dict[str, Any]) -> None:
