@@ -35,6 +35,11 @@ class Anchor:
     text: str
     sources: tuple[ImageInput, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """Equal for equal anchors: the text, with the digests of source images."""
+        return "|".join((self.text, *(image.digest for image in self.sources)))
+
 
 def ordinary_prompts(anchor_prompts: Sequence[str], regularisation: Sequence[Pair], trigger: str) -> list[str]:
     """The prompts for the prior anchors that are not of the dataset."""
@@ -46,7 +51,8 @@ def own_anchors(plans: Sequence[EncodingPlan]) -> list[Anchor]:
     """The dataset's captions without the concept's name, and its instructions, with sources at the first resolution."""
     alone = dict.fromkeys(text for plan in plans for text in plan.anchors)
     edits = plans[0].edit_anchors if plans else ()
-    return [*map(Anchor, alone), *(Anchor(text, sources_of(pair)) for pair, text in edits)]
+    found = [*map(Anchor, alone), *(Anchor(text, sources_of(pair)) for pair, text in edits)]
+    return list({anchor.key: anchor for anchor in found}.values())
 
 
 def with_sources(prompts: Sequence[str], pairs: Sequence[Pair]) -> list[Anchor]:
