@@ -56,7 +56,8 @@ def plans(name: str, subject: Subject, base: str, ram: int = 0) -> None:
     ram: bytes that activations may take: those that they do take then stand in the place of the blocks.
     """
     weights = BASES[base]
-    network = networks.comfyui(subject.comfyui, META, torch.bfloat16, None if weights == torch.bfloat16 else weights)
+    stored = None if weights == torch.bfloat16 else weights
+    network = networks.comfyui(subject.comfyui, META, torch.bfloat16, stored, subject.wide)
     config = TrainConfig(
         adapter=subject.family.lora_config(), objective=DOPSD(anchor_probability=0), activation_offloading=ram > 0
     )

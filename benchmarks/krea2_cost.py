@@ -5,7 +5,7 @@
     python -m benchmarks.krea2_cost --device cpu --blocks 1 --heads 4 --encoder-layers 1 --rollout-steps 2 \
 --resolutions 256 --steps 1                                                     reduced in size, a minute
 
-The base is 25.6 GB in bf16 and 12.8 GB in 8 bits: presets are for an fp8 or int8 file. What is measured and how:
+The base is 25.6 GB in bf16 and 13.1 GB in fp8, as published: presets are for the fp8 file. What is measured and how:
 benchmarks/real_size.py.
 """
 
@@ -46,6 +46,7 @@ def subject(blocks: int = 28, heads: int = 48) -> Subject:
         encoder=ENCODER,
         targets=TARGETS,
         presets=PRESETS,
+        wide=networks.KREA2_WIDE,
     )
 
 

@@ -84,7 +84,7 @@ class Session:
         """A random network of the host that the arguments ask for; weights: the dtype it is stored in, if another."""
         wanted = self.args.host
         if wanted == "comfyui" or (wanted == "auto" and (networks.COMFYUI / "main.py").exists()):
-            return networks.comfyui(self.subject.comfyui, self.device, self.dtype, weights)
+            return networks.comfyui(self.subject.comfyui, self.device, self.dtype, weights, self.subject.wide)
         return networks.diffusers(self.subject.diffusers, self.device, self.dtype)
 
     def bench(self, network: Network, side: int, config: TrainConfig) -> Bench:

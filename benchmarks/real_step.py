@@ -46,6 +46,7 @@ class Subject:
         encoder: width of the text encoder.
         targets: (variant, side) -> what is asked of it.
         presets: (name, side, rank, whether in fp8).
+        wide: modules that the published 8-bit file has in 16 bits.
     """
 
     family: Family
@@ -59,6 +60,7 @@ class Subject:
     encoder: int
     targets: Mapping[tuple[str, int], str]
     presets: Sequence[tuple[str, int, int, bool]]
+    wide: tuple[str, ...] = ()
 
     def conditions(self, side: int, device: torch.device) -> tuple[Condition, Condition]:
         """The student's and the teacher's, random."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from typing import TYPE_CHECKING
 
 from .arguments import config_from_args, parse_args
@@ -35,26 +37,60 @@ _AFTER_CTRL_C = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 success, 1 user error (reported without traceback), 130 Ctrl-C.
 
-    Characters that the console or pipe cannot encode are escaped.
+    Characters that the console or pipe cannot encode are escaped. Of several processes one reports an error that others
+    have too.
     """
     escape_unencodable(sys.stdout, sys.stderr)
-    args = parse_args(argv)
+    args = _parsed(argv)
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        _complain(f"interrupted{_AFTER_CTRL_C.get(args.command, '')}")
+        if _reports("interrupted"):
+            _complain(f"interrupted{_AFTER_CTRL_C.get(args.command, '')}")
         return 130
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in STANDALONE:
-            raise
-        _complain(f'{error.name} is missing: pip install "comfyui-dopsd[standalone]", or use `make demo`')
-        return 1
     except Exception as error:
-        if not _is_users_mistake(error):
+        message, is_reported = _in_a_sentence(error), _reports(error)
+        if message is None and is_reported:
             raise
         log.debug("where the error came from", exc_info=True)
-        _complain(str(error))
+        if message is not None and is_reported:
+            _complain(message)
         return 1
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    if _processes() == 1:
+        return parse_args(argv)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return parse_args(argv)
+    except SystemExit:
+        if said.getvalue() and _reports(said.getvalue()):
+            sys.stderr.write(said.getvalue())
+        raise
+
+
+def _processes() -> int:
+    """The number of processes that a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1") or 1)
+
+
+def _reports(error: Exception | str) -> bool:
+    if _processes() == 1:
+        return True
+    from .standalone.one_voice import reports
+
+    return reports(error)
+
+
+def _in_a_sentence(error: Exception) -> str | None:
+    """What the user needs to know; None for an error of the program, whose traceback is needed."""
+    if not isinstance(error, ModuleNotFoundError):
+        return str(error) if _is_users_mistake(error) else None
+    if (error.name or "").partition(".")[0] not in STANDALONE:
+        return None
+    return f'{error.name} is missing: pip install "comfyui-dopsd[standalone]", or use `make demo`'
 
 
 def inspect_dataset(args: argparse.Namespace) -> int:
@@ -106,8 +142,7 @@ def _dispatch(args: argparse.Namespace) -> int:
 
 def _require_one_process(command: str) -> None:
     """Raises ValueError if a launcher started several processes of a command that does not share its work."""
-    processes = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    if processes > 1 and command not in _SHARED:
+    if (processes := _processes()) > 1 and command not in _SHARED:
         raise ValueError(
             f"{command} runs in one process, and a launcher started {processes}: leave out accelerate or torchrun"
         )

@@ -21,6 +21,7 @@ from dopsd_core.options import changed
 from dopsd_core.training.checkpoint import Checkpoint, load_checkpoint
 from dopsd_core.training.sharded_checkpoint import load_sharded
 from dopsd_core.training.trainer import NoCallbacks, train
+from tests.drawn_previews import Draws
 from tests.ranks import KilledAt, free_port
 from tests.stopping import StopAt
 from tests.tiny import killable_config, killable_data, make_config
@@ -76,6 +77,7 @@ def run(
 ) -> Any:
     torch.set_num_threads(1)
     denoiser = NetDenoiser(getattr(torch, dtype), fails_at)
+    callbacks = callbacks or Draws(folder, denoiser, world, in_parts=world is not None)
     return train(config, denoiser, killable_data(), folder, callbacks, world=world)
 
 
@@ -115,11 +117,13 @@ class Rank:
 
     def work(self, world: Any, rank: int) -> None:
         options = dict(self.options)
-        killed = options.pop("killed_at", {}).get(rank)
+        killed = options.pop("killed_at", {})
         stop, only = options.pop("stop_at", None), options.pop("only_rank", None)
         if only is not None and rank != only:
             options.pop("fails_at", None)
-        callbacks = KilledAt(killed) if killed else StopAt(stop) if stop else NoCallbacks()
+        callbacks = StopAt(stop) if stop else None
+        if killed:  # no rank draws, since all have to
+            callbacks = KilledAt(killed[rank]) if rank in killed else NoCallbacks()
         run(self.folder, self.config, world, callbacks, **options)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from dopsd_core.__main__ import main
@@ -151,6 +153,35 @@ def test_another_model_in_the_folder(
     assert "undo what changed: the model: its weights or patches" in error
 
 
+def _brightened(photos: Path) -> None:
+    image = sorted(photos.glob("*.png"))[1]
+    Image.open(image).point(lambda value: 255 - value).save(image)
+
+
+def _recaptioned(photos: Path) -> None:
+    sorted(photos.glob("*.txt"))[1].write_text("a [V] badge on a table", encoding="utf-8")
+
+
+def _one_less(photos: Path) -> None:
+    sorted(photos.glob("*.png"))[0].unlink()
+
+
+@pytest.mark.parametrize("change", [_brightened, _recaptioned, _one_less])
+def test_another_dataset_in_the_folder(
+    place: Path, tmp_path: Path, no_encoding: None, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None]
+) -> None:
+    """Its files are compared, not their names: a copy of it still resumes."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    for file in (tmp_path / "photos").iterdir():
+        file.rename(file.with_name(f"a-{file.name}"))
+    words = training_of(tmp_path, tmp_path / "run")
+    with pytest.raises(AssertionError, match="the dataset was encoded"):
+        main(words)
+    change(tmp_path / "photos")
+    assert "undo what changed: the dataset: its images, captions, encoder or their order" in error_of(words, capsys)
+
+
 def test_a_folder_that_another_run_uses(
     place: Path, no_encoding: None, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
@@ -243,7 +274,7 @@ def test_rank_0_encodes_first() -> None:
 
 
 def test_a_tracker_that_cannot_be_started_ends_all_ranks(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, no_encoding: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = threading.local()
 
@@ -252,9 +283,7 @@ def test_a_tracker_that_cannot_be_started_ends_all_ranks(
         yield here.world
 
     def fail(names: Any, *args: Any) -> Any:
-        if names:
-            raise ValueError("--track wandb cannot be started: no login")
-        return training.Tracking(())
+        raise ValueError("--track wandb cannot be started: no login")
 
     monkeypatch.setattr(logging.getLogger("dopsd"), "setLevel", lambda level: None)  # all ranks of this test share it
     monkeypatch.setattr(training, "joined_world", joined)
@@ -263,7 +292,7 @@ def test_a_tracker_that_cannot_be_started_ends_all_ranks(
 
     def work(world: ThreadWorld) -> None:
         here.world = world
-        args = parse_args(training_of(place, tmp_path / "run", "--grad-accumulation", "2"))
+        args = parse_args(training_of(place, tmp_path / "run", "--grad-accumulation", "2", "--track", "wandb"))
         args.train_config = _config(args)
         training.run_train(args)
 

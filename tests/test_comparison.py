@@ -43,7 +43,7 @@ from dopsd_core.standalone.comparison.methods import (
     parse_method,
 )
 from dopsd_core.standalone.comparison.report import grids
-from dopsd_core.standalone.comparison.trials import Outcome, Trial, saved_outcome
+from dopsd_core.standalone.comparison.trials import Outcome, Trial, make_room, saved_outcome
 from dopsd_core.standalone.demo import Demo
 from dopsd_core.standalone.hosts.demo import load_demo_model
 from dopsd_core.standalone.judge import judged_right, load_judge
@@ -361,6 +361,17 @@ def test_it_is_resumed_and_only_what_changed_is_run_again(output: Path) -> None:
     found = [{path for path in paths if "-time-" not in path.name} for paths in (before, after)]  # these follow timings
     assert found[0] == found[1] and all(after[path] == before[path] for path in found[0] - {lost})
     assert (output / "comparison.md").read_bytes()[:200] == tables[:200]
+
+
+def test_an_unfinished_run_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    """The steps in equal time follow the timings, and a run that was killed may have more of them already."""
+    trial, run = Trial(DOPSD, 0, 0, "time", 58), tmp_path / "run"
+    for config, kept in ((trial.config(), True), (replace(trial, steps=62).config(), False)):
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text(config.to_json(), encoding="utf-8")
+        make_room(trial, run)
+        assert run.exists() == kept
+    make_room(trial, run)  # there is none
 
 
 def test_sections_of_the_results_page(output: Path) -> None:

@@ -40,8 +40,22 @@ def test_references_are_tokens_of_the_image():
     """klein has one token per latent pixel, Z-Image one per 2 x 2; references may have sizes of their own."""
     text = torch.zeros(7, 3)
     assert Z_IMAGE.tokens((16, 8, 6), Condition(text)) == (12, 7)
+    assert KREA2.tokens((16, 8, 6), Condition(text)) == (12, 7)
+    assert QWEN_IMAGE21.tokens((64, 8, 6), Condition(text, (torch.zeros(64, 2, 4),))) == (48 + 8, 7)
     references = (torch.zeros(128, 4, 5), torch.zeros(128, 2, 2))
     assert FLUX2_KLEIN.tokens((128, 8, 6), Condition(text, references)) == (48 + 20 + 4, 7)
+
+
+def test_steps_that_the_models_were_distilled_for():
+    """Krea 2's and Qwen-Image 2.1's are 8; training takes 4 of its own."""
+    assert [family.sample_steps for family in (KREA2, QWEN_IMAGE21)] == [8, 8]
+    assert {family.rollout_steps for family in FAMILIES.values()} == {4}
+
+
+def test_teachers_of_the_families_with_a_vision_tower():
+    """The first is the default. Krea 2 reads no reference images."""
+    assert KREA2.teachers == ("vlm",)
+    assert QWEN_IMAGE21.teachers == ("edit", "vlm", "edit_target")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)

@@ -152,6 +152,18 @@ def test_a_batch_of_different_layouts(host: SimpleNamespace) -> None:
     assert relative(other, alone[1]) > 1e-3  # the place counts
 
 
+def test_a_batch_whose_references_alone_stand_at_different_places(host: SimpleNamespace) -> None:
+    """All else has the same sizes, so one forward would take them together, at the places of the first."""
+    generator = torch.Generator().manual_seed(6)
+    texts = torch.randn(2, 7, qwen_image21_twins.TEXT_WIDTH, generator=generator)
+    x, reference = torch.randn(2, 64, 4, 4, generator=generator), torch.randn(64, 2, 2, generator=generator)
+    conditions = [Condition(text, (reference,), (slot,)) for text, slot in zip(texts, (2, 6), strict=True)]
+    with torch.no_grad():
+        together = host.denoiser.predict_x0(x, 0.7, conditions)
+        alone = [host.denoiser.predict_x0(x[i : i + 1], 0.7, [conditions[i]]) for i in range(2)]
+    assert relative(together, torch.cat(alone)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("condition", "sentence"),
     [

@@ -12,10 +12,13 @@ import torch
 
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.config import ConfigError, TrainConfig
+from dopsd_core.files.disk import DiskError
 from dopsd_core.training.checkpoint import load_checkpoint
 from dopsd_core.training.log import StepReport, read_log
+from dopsd_core.training.probe import Probe
 from dopsd_core.training.trainer import NoCallbacks, PeerError, train
 from dopsd_core.training.world import Peers
+from tests.drawn_previews import Draws
 from tests.ranks import ThreadWorld, on_processes, on_threads, run_kind
 from tests.stopping import StopAt
 from tests.tiny import TinyDenoiser, killable_config, killable_data, make_config, make_data, saved_bytes
@@ -134,20 +137,14 @@ def test_the_number_of_ranks_is_no_part_of_the_configuration(tmp_path: Path) -> 
 # -- one writer --------------------------------------------------------------------------------------------------------
 
 
-def test_rank_0_alone_writes_measures_and_draws(tmp_path: Path) -> None:
+def test_rank_0_alone_writes(tmp_path: Path) -> None:
     recorders = [Recorder() for _ in range(3)]
     config = killable_config(4).replace(grad_accumulation=3, preview_every=1)
-
-    def work(world: ThreadWorld) -> Any:
-        denoiser = TinyDenoiser()
-        train(config, denoiser, killable_data(), tmp_path, recorders[world.rank], world=world)
-        return denoiser.calls
-
-    calls = on_threads(3, work)
-    assert calls[0] > calls[1] > 0 and calls[2] > 0, calls
-    assert [recorder.previews for recorder in recorders] == [[0, 1, 2, 3, 4], [], []]
-    assert [report.relative_gap is not None for report in recorders[1].reports] == [False] * 4
-    assert recorders[0].reports[-1].loss == recorders[1].reports[-1].loss
+    on_threads(3, lambda world: run(tmp_path, config, world, recorders[world.rank]))
+    assert [recorder.previews for recorder in recorders] == [[0, 1, 2, 3, 4]] * 3
+    for figure in ("loss", "relative_gap", "heldout_relative_gap"):
+        values = [[getattr(report, figure) for report in recorder.reports] for recorder in recorders]
+        assert values[0] == values[1] == values[2] and values[0][-1] is not None
     assert [
         json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()
     ] == [0, 1, 2, 3, 4]
@@ -163,6 +160,109 @@ class Recorder(NoCallbacks):
 
     def on_preview(self, step: int, adapters: Any) -> None:
         self.previews.append(step)
+
+
+# -- shared work -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "prompts"), [(2, 3), (4, 3), (4, 1), (3, 4)])
+def test_the_ranks_share_previews_and_the_gap_in_the_bits_of_one_process(
+    tmp_path: Path, size: int, prompts: int
+) -> None:
+    """Nobody waits for rank 0: each draws and measures its share, also where that does not come out even."""
+
+    def work(world: Any) -> tuple[Any, list[bytes], int, int]:
+        denoiser, config = TinyDenoiser(), killable_config(STEPS).replace(probe_pairs=3)
+        weights = config.adapter.build(denoiser, config.teacher, config.seed)
+        moved = torch.Generator().manual_seed(1)
+        for role in ("student", "teacher"):
+            state = {name: torch.randn(v.shape, generator=moved) for name, v in weights.state(role).items()}
+            weights.load_state(role, state)
+        before = torch.random.get_rng_state()
+        with weights.attached():
+            gaps = Probe(config, denoiser, weights, killable_data(), Peers(world)).measure()
+            measured = denoiser.calls
+            draws = Draws(tmp_path / str(world is not None), denoiser, world, prompts)
+            sheets = [draws.preview.write(step, weights) for step in (1, 2)]
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return gaps, [sheet.tobytes() for sheet in sheets if sheet], measured, draws.model.drawn
+
+    gaps, sheets, forwards, drawn = work(None)
+    assert drawn == 5 * prompts and len(sheets) == 2
+    ranks = on_threads(size, work)
+    assert [rank[0] for rank in ranks] == [gaps] * size
+    assert [rank[1] for rank in ranks] == [sheets] + [[]] * (size - 1)
+    assert sum(rank[2] for rank in ranks) == forwards and sum(rank[3] for rank in ranks) == drawn
+    most = -(-3 * prompts // size) + -(-2 * prompts // size)  # the untouched model is drawn once
+    assert max(rank[3] for rank in ranks) <= most
+    assert max(rank[2] for rank in ranks) == forwards // 4 * -(-4 // size)  # three pairs and the unseen prompt
+
+
+class RoundingSwitch(torch.optim.SGD):
+    """Schedule-free: its weights for evaluation are others, and the way back rounds."""
+
+    def eval(self) -> None:
+        self._scale(1 / 3)
+
+    def train(self) -> None:
+        self._scale(3.0)
+
+    def _scale(self, factor: float) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(factor)
+
+
+def test_the_ranks_keep_equal_weights_where_measuring_rounds_them(tmp_path: Path) -> None:
+    custom = {"optimizer": "custom", "custom_path": f"{__name__}:RoundingSwitch", "custom_lr": 1e-2}
+    config = make_config(steps=STEPS, grad_accumulation=2, probe_every=1, preview_every=STEPS, **custom)
+    kept = [Keeps(), Keeps()]
+    results = on_threads(2, lambda world: run(tmp_path, config, world, kept[world.rank], make_data()))
+    assert all(getattr(result, "step", 0) == STEPS for result in results), results
+    assert kept[0].weights and all(torch.equal(kept[1].weights[name], w) for name, w in kept[0].weights.items())
+
+
+class Keeps(NoCallbacks):
+    """Keeps the student's weights at the last preview."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_preview(self, step: int, adapters: Any) -> None:
+        self.weights = {name: weight.clone() for name, weight in adapters.state().items()}
+
+
+def test_a_sheet_that_cannot_be_written_ends_all(tmp_path: Path) -> None:
+    """Here a file is in the way."""
+    (tmp_path / "previews").write_bytes(b"")
+    config = killable_config(STEPS).replace(preview_every=2)
+
+    def work(world: ThreadWorld) -> Any:
+        denoiser = TinyDenoiser()
+        return train(config, denoiser, killable_data(), tmp_path, Draws(tmp_path, denoiser, world), world=world)
+
+    results = on_threads(2, work)
+    assert isinstance(results[0], DiskError) and isinstance(results[1], PeerError), results
+    assert f"{tmp_path / 'previews'} could not be written: File exists" in str(results[0])
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_rank_that_fails_inside_a_preview_ends_all(tmp_path: Path, kind: Callable[[str], Any]) -> None:
+    config = killable_config(STEPS).replace(preview_every=2, checkpoint_every=100)
+
+    def work(world: ThreadWorld) -> Any:
+        denoiser = TinyDenoiser()
+        draws = Draws(tmp_path, denoiser, world)
+        if world.rank == 1:
+            draws.model.decode = lambda latents: fail(denoiser)  # type: ignore[method-assign]
+        return train(config, denoiser, killable_data(), tmp_path, draws, world=world)
+
+    def fail(denoiser: TinyDenoiser) -> Any:
+        raise kind("the decoder is gone")
+
+    results = on_threads(2, work)
+    assert type(results[1]) is kind and type(results[0]) is PeerError, results
+    assert "process 1 of 2 failed: the decoder is gone" in str(results[0])
 
 
 # -- ending together ---------------------------------------------------------------------------------------------------
@@ -207,8 +307,6 @@ class Fails(NoCallbacks):
 @pytest.mark.parametrize("hook", ["on_step", "on_preview", "should_stop"])
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 def test_an_error_on_any_rank_ends_all(tmp_path: Path, rank: int, hook: str, kind: Callable[[str], Any]) -> None:
-    if hook == "on_preview" and rank:
-        pytest.skip("rank 0 alone draws previews")
     config = killable_config(STEPS).replace(preview_every=2, checkpoint_every=100)
 
     def work(world: ThreadWorld) -> Any:
@@ -226,7 +324,7 @@ def test_an_error_on_any_rank_ends_all(tmp_path: Path, rank: int, hook: str, kin
 def test_an_error_in_a_batch_of_one_rank_ends_all(tmp_path: Path) -> None:
     def work(world: ThreadWorld) -> Any:
         denoiser = TinyDenoiser()
-        denoiser.poison_at = 10 if world.rank == 1 else None
+        denoiser.poison_at = 20 if world.rank == 1 else None
         return train(make_config(steps=STEPS, grad_accumulation=2), denoiser, make_data(), tmp_path, world=world)
 
     results = on_threads(2, work)
@@ -245,7 +343,6 @@ def test_an_error_before_the_first_step_ends_all(tmp_path: Path, rank: int) -> N
 
 
 def test_a_full_disk_on_rank_0_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dopsd_core.files.disk import DiskError
     from dopsd_core.training.run_folder import RunFolder
 
     def full(*args: Any) -> Any:

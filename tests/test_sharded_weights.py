@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -80,6 +81,9 @@ def test_the_run_is_that_of_one_process(tmp_path: Path, size: int, options: dict
         for figure in ("loss", "grad_norm", "relative_gap", "heldout_relative_gap"):
             wanted = getattr(other, figure)
             assert getattr(report, figure) == (None if wanted is None else pytest.approx(wanted, rel=1e-3)), figure
+    sheets = [sorted((tmp_path / name / "previews").iterdir()) for name in ("many", "one")]
+    assert [sheet.name for sheet in sheets[0]] == [f"step-{step:06d}.png" for step in (0, 2, 4, 6)]
+    assert Image.open(sheets[0][0]).tobytes() == Image.open(sheets[1][0]).tobytes()  # three prompts on two or four
     models = [load_file(tmp_path / name / "model.safetensors") for name in ("many", "one")]
     assert models[0].keys() == models[1].keys()
     for name, value in models[0].items():
@@ -193,7 +197,7 @@ def test_the_rank_that_fails_ends_all(tmp_path: Path) -> None:
     codes, errors = on_processes(2, Rank(tmp_path, full_config(), fails_at=40, only_rank=1))
     assert codes == [1, 1]
     assert "rank 1: RuntimeError: CUDA out of memory" in errors
-    assert any(error.startswith("rank 0: PeerError: another process of this run was lost") for error in errors), errors
+    assert any(error.startswith("rank 0: LostPeer: another process of this run was lost") for error in errors), errors
 
 
 def test_what_does_not_work_in_parts_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import datetime
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -19,9 +21,11 @@ from safetensors import safe_open
 from dopsd_core.adapters import Lora
 from dopsd_core.adapters.lora_file import save_lora
 from dopsd_core.config import TrainConfig
+from dopsd_core.families import get_family
 from dopsd_core.sharing.model_card import model_card
 from dopsd_core.sharing.model_spec import Description, hub_base_model, spec_header
 from dopsd_core.sharing.thumbnail import jpeg_thumbnail
+from dopsd_core.standalone.hosts.source import KNOWN_MODELS, KnownModel
 
 FACTS = {
     "dopsd_family": "z_image",
@@ -83,6 +87,11 @@ def test_what_the_user_says_counts_more_than_the_file_and_that_more_than_a_guess
         ("z_image", "Z-Image-Turbo-Q4_K_M", "Tongyi-MAI/Z-Image-Turbo"),
         ("flux2_klein", "flux-2-klein-4b", "black-forest-labs/FLUX.2-klein-4B"),
         ("flux2_klein", "flux-2-klein-9b-fp8", "black-forest-labs/FLUX.2-klein-9B"),
+        ("krea2", "krea2_turbo_fp8_scaled", "krea/Krea-2-Turbo"),
+        ("krea2", "Krea-2-Turbo-Q8_0", "krea/Krea-2-Turbo"),
+        ("krea2", "krea2_raw_bf16", ""),
+        ("krea2", "my_krea2_mix", ""),
+        ("qwen_image21", "qwen_image_2.1_turbo_int8_convrot", "Qwen/Qwen-Image-2.1-Turbo"),
         ("z_image", "dopsd_demo_turbo_bf16", ""),
         ("flux2_klein", "z_image_turbo_bf16", ""),
         ("another", "z_image_turbo_bf16", ""),
@@ -139,6 +148,25 @@ def test_grey_and_transparent_images_have_thumbnails(colour: tuple[float, ...], 
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", KNOWN_MODELS, ids=lambda known: known.family)
+def test_the_cards_code_is_for_the_familys_own_pipeline(known: KnownModel) -> None:
+    """With arguments that it has; its repository is the one that the command line knows."""
+    pipeline = getattr(pytest.importorskip("diffusers"), known.pipeline)
+    family = get_family(known.family)
+    assert known.hub_id in family.hub_models.values()
+    name = known.hub_id.rpartition("/")[2]
+    card = made_card({**FACTS, "dopsd_family": family.name, "dopsd_base_model": name}, GIVEN)
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert code is not None and f'from_pretrained("{known.hub_id}"' in code[1]
+    (call,) = (node for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Call) and _is_pipe(node))
+    given = {word.arg for word in call.keywords}
+    assert "num_inference_steps" in given and given <= inspect.signature(pipeline.__call__).parameters.keys()
+
+
+def _is_pipe(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id == "pipe"
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dopsd_core.__main__ import main
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Z_IMAGE
-from dopsd_core.standalone.hosts import parts
+from dopsd_core.standalone.hosts import parts, quantised
 from dopsd_core.standalone.settings import family_config
 from dopsd_core.training.checkpoint import load_checkpoint
 from tests import model_folders
@@ -27,8 +27,8 @@ from tests import model_folders
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dopsd_core")
 ACCELERATE = (
-    "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-    "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m", "dopsd_core",
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m", "dopsd_core",
 )  # fmt: skip
 
 
@@ -184,6 +184,7 @@ def test_two_processes_make_the_same_run(place: Path, trained: Path, tmp_path: P
     result = call(training(place, tmp_path, "--steps", 4, "--trigger", "sks", launcher=launcher))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert result.stdout.count("2 usable images") == result.stdout.count("4 steps; LoRA:") == 1
+    assert "2 processes share the 2 batches of each step" in result.stdout
     ours, theirs = student(tmp_path), student(trained)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["grad_accumulation"] == 2
@@ -228,8 +229,10 @@ def test_without_a_network_an_id_is_one_sentence(place: Path, tmp_path: Path) ->
     ],
 )
 def test_bad_input_is_one_sentence(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
-) -> None:
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(quantised, "_is_installed", lambda module: False)
     (place / "klein.json").write_text(family_config("flux2_klein").to_json(), encoding="utf-8")
     given = [word.format(place=place) for word in words]
     assert main([*training(place, tmp_path / "run", "--steps", 1)[3:], *given]) == 1

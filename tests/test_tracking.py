@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dopsd_core.standalone import tracking
 from dopsd_core.standalone.model_options import TRACKERS
 from dopsd_core.standalone.settings import family_config
 from dopsd_core.standalone.tracking import Tracking, chosen_trackers, open_tracking
+from dopsd_core.standalone.training import _tracking
 from dopsd_core.training.log import StepReport
 
 REPORT = StepReport(
@@ -80,17 +82,38 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch: pytest.Mon
         chosen_trackers(["wandb"])
 
 
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_a_tracker_that_nobody_asked_for_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked_for: bool
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise ImportError("cannot import name 'SummaryWriter'\nand more")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    args = Namespace(trackers=("tensorboard",), output=tmp_path / "run", track=["tensorboard" if asked_for else "auto"])
+    message = "--track tensorboard cannot be started: cannot import name 'SummaryWriter'"
+    if asked_for:
+        with pytest.raises(ValueError) as caught:
+            _tracking(args)
+        assert str(caught.value) == message
+    else:
+        assert not _tracking(args).trackers
+        assert f"{message}; the curves are in train.jsonl alone" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
         EventAccumulator,
     )
 
-    followed = open_tracking(("tensorboard",), tmp_path, family_config("z_image"))
+    followed = open_tracking(("tensorboard",), tmp_path / "run")
+    followed.begin(family_config("z_image"))
     followed.on_step(REPORT)
     followed.on_preview(3, Image.new("RGB", (8, 4), "red"))
     followed.close()
-    read = EventAccumulator(str(tmp_path / tracking.TRACKING_NAME / "dopsd"))
+    read = EventAccumulator(str(tmp_path / "run" / tracking.TRACKING_NAME / "dopsd"))
     read.Reload()
     (loss,) = read.Scalars("loss")
     assert (loss.step, loss.value) == (3, 0.5) and "relative_gap" in read.Tags()["scalars"]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..files.atomic import write_atomic
 from ..files.disk import writing
-from ..sharing.model_spec import has_hash, tensor_hash
+from ..sharing.tensor_hash import has_hash, tensor_hash
 from ..text import printable
 from .lora import Lora
 

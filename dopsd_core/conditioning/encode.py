@@ -157,8 +157,7 @@ def encode_dataset(
         ValueError: the encoder returns a wrong shape or a non-finite value, or the teacher edits and a request has no
             source image.
     """
-    parts = _Parts(encoder, cache)
-    fresh = []
+    parts, fresh = _Parts(encoder, cache), []
     for request in requests:
         before = parts.computed
         for image in _images(request, teacher):
@@ -181,11 +180,10 @@ def encode_texts(
 
     sources: the images that each caption edits; none for prompts alone.
     """
-    parts = _Parts(encoder, cache)
+    parts, conditions = _Parts(encoder, cache), []
     images = list(sources) or [()] * len(captions)
-    for latent in (image for some in images for image in some):  # before the texts, see `encode_dataset`
-        parts.latent(latent)
-    conditions = []
+    for image in (image for some in images for image in some):  # before the texts, see `encode_dataset`
+        parts.latent(image)
     for done, (caption, edited) in enumerate(zip(captions, images, strict=True), 1):
         before = parts.computed
         conditions.append(parts.referring(edited, caption))
@@ -238,12 +236,21 @@ def _compose(request: EncodeRequest, teacher: TeacherView, parts: _Parts) -> Dua
     else:
         seeing = parts.referring((*sources, shown), teacher.text(request.caption))
     student = parts.referring(sources, request.caption)
-    images = [request.target, shown, *request.sources]
-    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}
-    if (reads := parts.identity_for(teacher.sentence)) != parts.encoder.identity:  # it names a file
-        facts["reads"] = [reads]
-    key = cache_key("pair", request.target.digest, request.caption, parts.identity_for(request.caption), facts)
+    key = pair_key(request, parts.encoder, teacher)
     return DualCondition(student, seeing, parts.latent(request.target), request.caption, key)
+
+
+def pair_key(request: EncodeRequest, encoder: Encoder, teacher: TeacherView) -> str:
+    """The key of the pair that a request becomes; it changes with everything that is encoded for it."""
+    images = [request.target, request.shown or request.target, *request.sources]
+    facts = {"teacher": [teacher.name, teacher.sentence], "pictures": [[p.digest, dict(p.settings)] for p in images]}
+    if (reads := _identity_for(encoder, teacher.sentence)) != encoder.identity:  # it names a file
+        facts["reads"] = [reads]
+    return cache_key("pair", request.target.digest, request.caption, _identity_for(encoder, request.caption), facts)
+
+
+def _identity_for(encoder: Encoder, caption: str) -> str:
+    return encoder.identity_for(caption) if isinstance(encoder, ReadsFiles) else encoder.identity
 
 
 def _with_references(condition: Condition, latents: tuple[Tensor, ...]) -> Condition:
@@ -260,8 +267,7 @@ class _Parts:
 
     def identity_for(self, caption: str) -> str:
         """The encoder's identity for this caption."""
-        encoder = self.encoder
-        return encoder.identity_for(caption) if isinstance(encoder, ReadsFiles) else encoder.identity
+        return _identity_for(self.encoder, caption)
 
     def text(self, caption: str) -> Condition:
         """Features of the caption only."""

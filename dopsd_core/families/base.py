@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..adapters.lora import Lora
@@ -40,6 +40,8 @@ class Family:
         paper_steps: optimizer steps in the paper.
         pixel_budget: default number of pixels of a training image.
         single_file: layout of the whole network in a file for ComfyUI; None if there is none.
+        hub_models: part of a distilled model's file name, lower case without punctuation -> its repository on the Hub.
+        unguided: argument of diffusers' pipeline that switches guidance off.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Family:
     paper_steps: int = 2000
     pixel_budget: int = 1024 * 1024
     single_file: SingleFile | None = None
+    hub_models: Mapping[str, str] = field(default_factory=dict)
+    unguided: str = "guidance_scale=0.0"
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) of an image of width x height pixels.

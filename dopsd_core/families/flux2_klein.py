@@ -113,5 +113,9 @@ FLUX2_KLEIN = Family(
     learning_rate=2e-5,
     paper_steps=3000,
     single_file=_SINGLE_FILE,
+    hub_models={
+        "klein4b": "black-forest-labs/FLUX.2-klein-4B",
+        "klein9b": "black-forest-labs/FLUX.2-klein-9B",
+    },
 )
 """Attention and MLPs of the double-stream AND the single-stream blocks (the reference scripts miss the latter)."""

@@ -91,6 +91,7 @@ KREA2 = Family(
     sample_steps=8,
     learning_rate=1e-4,
     single_file=_SINGLE_FILE,
+    hub_models={"krea2turbo": "krea/Krea-2-Turbo"},
 )
 """Attention and MLPs of the 28 blocks: 224 Linears. `text_fusion.*_blocks.*` selects those of the text fusion.
 

@@ -49,6 +49,8 @@ QWEN_IMAGE21 = Family(
     patch=1,
     sample_steps=8,
     learning_rate=1e-4,
+    hub_models={"qwenimage21turbo": "Qwen/Qwen-Image-2.1-Turbo"},
+    unguided="true_cfg_scale=1.0",
 )
 """Attention and MLPs of the 32 blocks: 224 Linears.
 

@@ -65,5 +65,6 @@ Z_IMAGE = Family(
     sample_steps=8,
     learning_rate=1e-4,
     single_file=_SINGLE_FILE,
+    hub_models={"zimageturbo": "Tongyi-MAI/Z-Image-Turbo"},
 )
 """Attention and MLPs of `layers`, `noise_refiner` and `context_refiner`: 238 Linears of the full model."""

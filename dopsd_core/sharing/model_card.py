@@ -71,7 +71,7 @@ def _usage(header: Mapping[str, str], file_name: str, family: Family | None) -> 
         "",
         f'pipe = DiffusionPipeline.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16).to("cuda")',
         f'pipe.load_lora_weights(".", weight_name={_quoted(file_name)})  # or the name of this repository',
-        f"image = pipe({_quoted(prompt)}, num_inference_steps={family.sample_steps}, guidance_scale=0.0).images[0]",
+        f"image = pipe({_quoted(prompt)}, num_inference_steps={family.sample_steps}, {family.unguided}).images[0]",
     )
     return f"## Use\n\n{comfyui}\n\n**diffusers:**\n\n```python\n" + "\n".join(code) + "\n```"
 

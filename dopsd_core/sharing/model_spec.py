@@ -7,26 +7,16 @@ from __future__ import annotations
 
 import base64
 import datetime
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..families import FAMILIES
+
 VERSION = "1.0.1"
-HASH = "modelspec.hash_sha256"
-"""Key of the hash of a file's tensors."""
 
 _TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
 _CONCEPTS = "dopsd_concepts"
-_BASE_MODELS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "z_image": (("zimageturbo", "Tongyi-MAI/Z-Image-Turbo"),),
-    "flux2_klein": (
-        ("klein4b", "black-forest-labs/FLUX.2-klein-4B"),
-        ("klein9b", "black-forest-labs/FLUX.2-klein-9B"),
-    ),
-}
-"""Family -> (part of the base's file name without punctuation, repository on the Hugging Face Hub)."""
-
 _DIFFUSERS = (
     *(f".lora_{half}.weight" for half in "AB"),
     *(f".lokr_{factor}" for factor in ("w1", "w2", "w2_a", "w2_b")),
@@ -58,7 +48,7 @@ class Description:
 def spec_header(facts: Mapping[str, str], given: Description, title: str, is_diffusers: bool) -> dict[str, str]:
     """The header of a new file: what the user says, then the file's own `facts`, then what follows from these.
 
-    The hash of the tensors is added when the file is written (`lora_file.save_lora`).
+    The hash of the tensors is added when the file is written (`tensor_hash.py`).
 
     Args:
         facts: the header that the LoRA has already, such as that of a run.
@@ -93,17 +83,6 @@ def has_diffusers_names(keys: Iterable[str]) -> bool:
     return all(key.startswith("transformer.") and key.endswith(_DIFFUSERS) for key in keys)
 
 
-def has_hash(header: Mapping[str, str]) -> bool:
-    """Whether the header of a new file gets the hash of its tensors: ModelSpec's, and that of a run's own files."""
-    return "modelspec.sai_model_spec" in header or "dopsd_dataset" in header
-
-
-def tensor_hash(data: bytes) -> dict[str, str]:
-    """ModelSpec's hash of the tensors in the bytes of a safetensors file, without its header, as an entry for that."""
-    content = memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
-    return {HASH: f"0x{hashlib.sha256(content).hexdigest()}"}
-
-
 def trigger_of(header: Mapping[str, str]) -> str:
     """The trigger word of a LoRA; "" if its header has none."""
     return next((header[key] for key in _TRIGGERS if header.get(key)), "")
@@ -133,8 +112,9 @@ def slider_words(header: Mapping[str, str]) -> str:
 def hub_base_model(facts: Mapping[str, str]) -> str:
     """The base model's repository on the Hugging Face Hub, from the name of its file; "" if that is not known."""
     name = "".join(letter for letter in facts.get("dopsd_base_model", "").lower() if letter.isalnum())
-    known = _BASE_MODELS.get(facts.get("dopsd_family", ""), ())
-    return next((repository for part, repository in known if part in name), "")
+    family = FAMILIES.get(facts.get("dopsd_family", ""))
+    known = family.hub_models if family else {}
+    return next((repository for part, repository in known.items() if part in name), "")
 
 
 def _said(given: Description) -> dict[str, str]:

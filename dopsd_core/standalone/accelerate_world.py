@@ -94,5 +94,10 @@ def joined_world(on_cpu: bool) -> Iterator[World | None]:
     world = AccelerateWorld(on_cpu)
     try:
         yield world
+    except BaseException as error:
+        from .one_voice import announce
+
+        announce(error)
+        raise
     finally:
         world.leave()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,8 +38,9 @@ _FREE = {"device", "threads", "train_config", "trackers", "command"}
 
 
 def check_beforehand(
-    args: argparse.Namespace, config: TrainConfig, model: HostModel, dataset: str, peers: Peers
-) -> None:
+    args: argparse.Namespace, config: TrainConfig, model: HostModel, dataset: str, peers: Peers,
+    pairs: Callable[[], str] = lambda: "",
+) -> None:  # fmt: skip
     """Checks whatever does not need the encoded dataset.
 
     Args:
@@ -48,6 +49,7 @@ def check_beforehand(
         model: the model, of which only names and sizes are read.
         dataset: a digest of the images and captions.
         peers: the processes of the run.
+        pairs: gives a digest of the files, captions and encoder, if there is a run to compare it with; "" if unknown.
 
     Raises:
         ConfigError, ValueError: options do not fit the model, each other or the number of processes, or the processes
@@ -58,7 +60,7 @@ def check_beforehand(
     if config.deterministic and (problem := obstacle(device_of(ModelOptions.of(args)))):
         raise ConfigError((problem,))
     peers.require_equal({"the configuration": config.to_json(), "the dataset": dataset, **_options(args)})
-    peers.first(lambda: _check_run(args, config, model))
+    peers.first(lambda: _check_run(args, config, model, pairs))
 
 
 def may_lack_anchors(args: argparse.Namespace, config: TrainConfig) -> bool:
@@ -79,13 +81,15 @@ def digest_of_pairs(*groups: Sequence[Pair]) -> str:
     return digest.hexdigest()
 
 
-def _check_run(args: argparse.Namespace, config: TrainConfig, model: HostModel) -> None:
+def _check_run(
+    args: argparse.Namespace, config: TrainConfig, model: HostModel, pairs: Callable[[], str]
+) -> None:  # fmt: skip
     check_network(config, outline := model.outline, args.output)
     _require_unpacked(config, outline, args.quantise)
     possible = [config]
     if may_lack_anchors(args, config):
         possible.append(config.replace(objective=config.objective.without_anchors()))
-    check_saved_run(args.output, possible, lambda: model.fingerprint, resume=not args.fresh)
+    check_saved_run(args.output, possible, lambda: model.fingerprint, not args.fresh, pairs)
 
 
 def _require_unpacked(config: TrainConfig, outline: Denoiser, quantise: str) -> None:

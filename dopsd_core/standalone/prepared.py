@@ -17,13 +17,14 @@ from ..config import TrainConfig
 from ..data.captions import check_prompts, put_trigger
 from ..data.dataset import Pair
 from ..data.resolutions import Scale
-from ..families import get_family
+from ..families import Family, get_family
 from ..objectives import SFT
 from ..presets import ON_COMMAND_LINE
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
 from ..training.aims import aim_remarks, require_taught
 from ..training.anchors import ordinary_prompts
+from ..training.pair_keys import planned_digest
 from ..training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..training.regularisation import check_regularisation
 from ..training.shown_images import mask_remarks
@@ -52,7 +53,7 @@ class Prepared:
         config: the configuration.
         data: the encoded dataset.
         cache: of conditions and class images.
-        shown: the prompts of previews, on the ranks that draw them.
+        shown: the prompts of previews.
         trigger: what `[V]` stands for in prompts.
         concepts: the triggers of the dataset.
         initial: the LoRA that the run starts from, tensors such as A [rank, in] and B [rows, rank]; None for none.
@@ -69,32 +70,26 @@ class Prepared:
     initial: Mapping[str, Tensor] | None = None
 
 
-def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
+def prepare(
+    args: argparse.Namespace,
+    options: ModelOptions,
+    config: TrainConfig,
+    peers: Peers,
+    before_encoding: Callable[[], None],
+) -> Prepared:
     """Reads the dataset and encodes it: rank 0 first, then the others read what it has cached.
 
+    before_encoding: called on rank 0 when all checks have passed, before anything is encoded.
+
     Raises:
-        ValueError: options, dataset, model and processes do not fit together.
+        ValueError: `before_encoding` raised it, or options, dataset, model and processes do not fit together.
         DiskError, StateError, FolderInUse: the run cannot be written to its folder.
         OSError: files are missing or cannot be downloaded.
     """
     family = family_of(options)
-    if config.family != family.name:
-        raise ValueError(
-            f"the configuration is for {get_family(config.family).title} and --model {options.model} is a "
-            f"{family.title}: leave out --config, or choose another model"
-        )
-    if options.is_undistilled and config.objective.needs_few_steps:
-        raise ValueError(
-            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
-            f"for --model {options.model}, or --model {DEMO}"
-        )
-    if config.adapter.trains_network and options.quantise != "none":
-        raise ValueError(
-            f"adapter {config.adapter.name} trains the weights themselves, which --quantise {options.quantise} packs: "
-            "leave out --quantise, or choose --adapter lora"
-        )
+    _require_fit(options, config, family)
     if is_encoded(args.dataset):
-        return prepare_streamed(args, options, config, peers)
+        return prepare_streamed(args, options, config, peers, before_encoding)
     report = read_images(args, family, options)
     trigger, (scales, remarks) = report.trigger_in_prompts(args.trigger), read_scales(args, family, report)
     pairs = scales[0].pairs if scales else report.pairs
@@ -114,22 +109,57 @@ def prepare(args: argparse.Namespace, options: ModelOptions, config: TrainConfig
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))
     start = _start(args, config, model, trigger or ", ".join(report.concepts), peers)
-    check_beforehand(args, config, model, digest_of_pairs(report.pairs, ordinary), peers)
+
+    def keys() -> str:
+        return planned_digest(
+            pairs, model.encoder, teacher=view, teacher_image=args.teacher_image, trigger=trigger,
+            caption_dropout=config.caption_dropout > 0, scales=scales,
+        )  # fmt: skip
+
+    check_beforehand(args, config, model, digest_of_pairs(report.pairs, ordinary), peers, keys)
+    peers.first(before_encoding)
     cache = ConditionCache(args.output / "cache")
 
     def encode() -> tuple[TrainingSet, Sequence[DualCondition]]:
         data = _encoded(args, model, pairs, ordinary, view, config, cache, trigger, scales)
         texts = preview_texts(args.preview_prompts, pairs, trigger)
-        wanted = config.preview_every and (peers.is_first or runs_together(config, peers.world))
-        return data, encode_shown(texts, pairs, model, cache, view, args.teacher_image) if wanted else ()
+        shown = encode_shown(texts, pairs, model, cache, view, args.teacher_image) if config.preview_every else ()
+        return data, shown
 
     data, shown = first_then_others(peers, encode)
     config = _without_missing_anchors(args, config, data, peers)
     return Prepared(model, view, config, data, cache, shown, trigger, report.concepts, start)
 
 
-def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: TrainConfig, peers: Peers) -> Prepared:
+def _require_fit(options: ModelOptions, config: TrainConfig, family: Family) -> None:
+    """Raises ValueError if the configuration does not fit the model, by its name and options."""
+    if config.family != family.name:
+        raise ValueError(
+            f"the configuration is for {get_family(config.family).title} and --model {options.model} is a "
+            f"{family.title}: leave out --config, or choose another model"
+        )
+    if options.is_undistilled and config.objective.needs_few_steps:
+        raise ValueError(
+            f"objective {config.objective.name} needs the few steps of the distilled model; choose --objective sft "
+            f"for --model {options.model}, or --model {DEMO}"
+        )
+    if config.adapter.trains_network and options.quantise != "none":
+        raise ValueError(
+            f"adapter {config.adapter.name} trains the weights themselves, which --quantise {options.quantise} packs: "
+            "leave out --quantise, or choose --adapter lora"
+        )
+
+
+def prepare_streamed(
+    args: argparse.Namespace,
+    options: ModelOptions,
+    config: TrainConfig,
+    peers: Peers,
+    before_encoding: Callable[[], None],
+) -> Prepared:
     """Opens an encoded dataset; captions that are not in it are encoded by rank 0 first.
+
+    before_encoding: as in `prepare`.
 
     Raises:
         ValueError: it is incomplete or damaged, or was encoded with other options or another model.
@@ -149,6 +179,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
         warn(_prompt_remarks(args, config, view, args.trigger, ordinary))
     start = _start(args, config, model, args.trigger, peers)
     check_beforehand(args, config, model, shards.index.digest() + digest_of_pairs(ordinary), peers)
+    peers.first(before_encoding)
     cache = ConditionCache(args.output / "cache")
     wanted = _wants_anchors(config)
 
@@ -161,8 +192,7 @@ def prepare_streamed(args: argparse.Namespace, options: ModelOptions, config: Tr
         )  # fmt: skip
 
     data = first_then_others(peers, encode)
-    draws = config.preview_every and (peers.is_first or runs_together(config, peers.world))
-    shown = shown_of(data, MAX_PROMPTS) if draws else ()
+    shown = shown_of(data, MAX_PROMPTS) if config.preview_every else ()
     config = _without_missing_anchors(args, config, data, peers)
     return Prepared(model, view, config, data, cache, shown, args.trigger, initial=start)
 
@@ -205,7 +235,7 @@ def _prompt_remarks(
 
 
 def runs_together(config: TrainConfig, world: World | None) -> bool:
-    """Whether each process holds a part of the model, so that all of them draw the previews."""
+    """Whether each process holds a part of the model, so that all of them run it at the same time."""
     return config.adapter.trains_network and world is not None and world.size > 1
 
 

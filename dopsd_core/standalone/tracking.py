@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ class Tracking:
 
     trackers: Sequence[Any]
 
+    def begin(self, config: TrainConfig) -> None:
+        """Writes the settings of the run."""
+        settings = {
+            name: value if isinstance(value, int | float) else str(value) for name, value in flattened(config).items()
+        }
+        for tracker in self.trackers:
+            tracker.store_init_configuration(settings)
+
     def on_step(self, report: StepReport) -> None:
         """Writes all that was measured in a step, and the peak of the GPU's memory."""
         known = {name: getattr(report, name) for name in _MEASURED}
@@ -72,7 +81,7 @@ class Tracking:
             tracker.finish()
 
 
-def open_tracking(names: Sequence[str], folder: Path, config: TrainConfig) -> Tracking:
+def open_tracking(names: Sequence[str], folder: Path) -> Tracking:
     """Starts these trackers for the run in `folder`; tensorboard's files are in its folder tracking.
 
     Raises:
@@ -82,17 +91,24 @@ def open_tracking(names: Sequence[str], folder: Path, config: TrainConfig) -> Tr
         return Tracking(())
     from accelerate import Accelerator
 
-    accelerator = Accelerator(log_with=list(names), project_dir=str(folder / TRACKING_NAME), cpu=_is_cpu_only())
-    settings = {
-        name: value if isinstance(value, int | float) else str(value) for name, value in flattened(config).items()
-    }
-    wandb = {"name": folder.name, "dir": str(folder)}
+    place = folder / TRACKING_NAME
+    new = [path for path in (place, folder) if not path.exists()]
     try:
-        accelerator.init_trackers("dopsd", config=settings, init_kwargs={"wandb": wandb} if "wandb" in names else {})
+        place.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if there is no such folder
+        accelerator = Accelerator(log_with=list(names), project_dir=str(place), cpu=_is_cpu_only())
+        wandb = {"name": folder.name, "dir": str(place)}
+        accelerator.init_trackers("dopsd", init_kwargs={"wandb": wandb} if "wandb" in names else {})
     except Exception as error:  # whatever a service raises without a login or a network
+        _remove_empty(new)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"--track {' '.join(names)} cannot be started: {reason}") from error
     return Tracking(tuple(accelerator.trackers))
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _is_cpu_only() -> bool:

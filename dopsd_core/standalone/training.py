@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,30 +52,34 @@ def run_train(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     options = ModelOptions.of(args)
     args.trackers = chosen_trackers(args.track)
-    with joined_world(device_of(options).type == "cpu") as world:
-        peers = Peers(world)
+    with joined_world(device_of(options).type == "cpu") as world, ExitStack() as opened:
+        peers, started = Peers(world), [Tracking(())]
         if not peers.is_first:
             logging.getLogger("dopsd").setLevel(logging.ERROR)
+
+        def start() -> None:
+            started.append(opened.enter_context(closing(_tracking(args))))
+
         with peers.ending_together():
-            prepared = prepare(args, options, args.train_config, peers)
+            prepared = prepare(args, options, args.train_config, peers, start)
+            if peers.world.size > 1 and peers.is_first:
+                batches = prepared.config.grad_accumulation
+                say(f"{peers.world.size} processes share the {batches} batches of each step")
+            started[-1].begin(prepared.config)
             denoiser = prepared.model.denoiser
             given = args.checkpoint_blocks
             plan = _plan(prepared, denoiser, peers) if given is None else _Plan(Checkpointing.full(given))
-        return _trained(args, prepared, denoiser, plan, world)
+        return _trained(args, prepared, denoiser, plan, world, started[-1])
 
 
-def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, plan: _Plan, world: World | None) -> int:
+def _trained(
+    args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, plan: _Plan, world: World | None,
+    tracking: Tracking,
+) -> int:  # fmt: skip
     config, is_first = prepared.config, world is None or world.rank == 0
-    preview = None
-    draws = is_first or runs_together(config, world)
-    if config.preview_every and draws:
-        painter = Painter(prepared.model, prepared.model.sample_steps, config.seed)
-        preview = TrainingPreview(painter, prepared.shown, args.output, prepared.view)
+    preview = _preview(args, prepared, world) if config.preview_every else None
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
-    with Peers(world).ending_together():  # a tracker that cannot be started ends all processes
-        started = _tracking(args, config, is_first)
     with (
-        closing(started) as tracking,
         tqdm(total=config.steps, unit="step", disable=not is_first) as bar,
         _watching(bar, preview, tracking, is_first, runs_together(config, world)) as callbacks,
     ):
@@ -94,8 +98,22 @@ def _trained(args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, p
     return STOPPED if result.stopped else 0
 
 
-def _tracking(args: argparse.Namespace, config: TrainConfig, is_first: bool) -> Tracking:
-    return open_tracking(args.trackers if is_first else (), args.output, config)
+def _tracking(args: argparse.Namespace) -> Tracking:
+    """The trackers; without those that nobody asked for, if they cannot be started."""
+    try:
+        return open_tracking(args.trackers, args.output)
+    except ValueError as error:
+        if "auto" not in args.track:
+            raise
+        warn([f"{error}; the curves are in train.jsonl alone"])
+        return Tracking(())
+
+
+def _preview(args: argparse.Namespace, prepared: Prepared, world: World | None) -> TrainingPreview:
+    painter, peers = Painter(prepared.model, prepared.model.sample_steps, prepared.config.seed), Peers(world)
+    if runs_together(prepared.config, world):
+        peers.run_in_step()
+    return TrainingPreview(painter, prepared.shown, args.output, prepared.view, peers)
 
 
 def _write_folder(args: argparse.Namespace, prepared: Prepared, result: TrainResult) -> None:
@@ -127,8 +145,8 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
 class _Watcher(NoCallbacks):
     """Shows progress, writes previews, passes both on to trackers, and stops after SIGTERM."""
 
-    def __init__(self, bar: tqdm, preview: TrainingPreview | None, tracking: Tracking, writes: bool) -> None:
-        self._bar, self._preview, self._tracking, self._writes = bar, preview, tracking, writes
+    def __init__(self, bar: tqdm, preview: TrainingPreview | None, tracking: Tracking) -> None:
+        self._bar, self._preview, self._tracking = bar, preview, tracking
         self.is_stopped = False
 
     def on_class_image(self, done: int, total: int) -> None:
@@ -143,12 +161,9 @@ class _Watcher(NoCallbacks):
         self._tracking.on_step(report)
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
-        if self._preview is None:
-            return
-        if not self._writes:  # the model is in parts, and its other parts need this process
-            self._preview.draw(step, adapters)
-            return
-        self._tracking.on_preview(step, self._preview.write(step, adapters))
+        sheet = self._preview.write(step, adapters) if self._preview else None
+        if sheet is not None:
+            self._tracking.on_preview(step, sheet)
 
     def should_stop(self) -> bool:
         return self.is_stopped
@@ -162,7 +177,7 @@ def _watching(
 
     in_parts: whether Ctrl-C does too, since no process can save weights in parts in the middle of a step.
     """
-    watcher = _Watcher(bar, preview, tracking, writes)
+    watcher = _Watcher(bar, preview, tracking)
     signals = (signal.SIGTERM, signal.SIGINT) if in_parts else (signal.SIGTERM,)
 
     def stop(number: int, frame: object) -> None:

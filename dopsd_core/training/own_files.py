@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import TrainConfig, changes_that_forbid_resuming
 from ..files.disk import writing
-from ..sharing.model_spec import HASH, tensor_hash
+from ..sharing.tensor_hash import HASH, tensor_hash
 
 log = logging.getLogger("dopsd")
 

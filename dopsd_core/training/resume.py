@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ..adapters.lora_import import lora_digest
 from ..config import TrainConfig, changes_that_forbid_resuming
 from ..optimizers.state import resumed_state, unflatten_state
 from .checkpoint import Checkpoint, StateError, unflatten_paths
+from .pair_keys import digest_of_keys
+from .training_set import TrainingSet
 
+OTHER_DATA = "the dataset: its images, captions, encoder or their order"
 OTHER_MODEL = "the model: its weights or patches"
 
 
@@ -23,12 +29,14 @@ class RunIdentity:
         model: fingerprint of the base model; empty if unknown.
         initial: digest of the LoRA that it started from; empty if there is none.
         class_images: `plan_digest` of the images that the untouched model drew; empty if there are none.
+        pairs: `pair_keys.digest_of_keys` of the training set, a part of its fingerprint that is known beforehand.
     """
 
     data: str
     model: str
     initial: str
     class_images: str = ""
+    pairs: str = ""
 
     def in_words(self) -> dict[str, str]:
         """The digests by what they are of."""
@@ -40,6 +48,22 @@ class RunIdentity:
         }
 
 
+def identity_of(
+    data: TrainingSet, facts: Mapping[str, str], initial: Mapping[str, Tensor] | None, class_images: str
+) -> RunIdentity:
+    """The identity of a run on `data`.
+
+    Args:
+        data: the training set.
+        facts: metadata of its LoRA.
+        initial: folded tensors of the LoRA to start from, [rank, in] and [rows, rank].
+        class_images: digest of the class images.
+    """
+    start = lora_digest(initial) if initial else ""
+    keys = digest_of_keys(data.keys())
+    return RunIdentity(data.fingerprint(), facts.get("dopsd_base_fingerprint", ""), start, class_images, keys)
+
+
 def require_same_run(checkpoint: Checkpoint, config: TrainConfig, identity: RunIdentity, folder: Path) -> None:
     """Checks that the run in `folder`, with this checkpoint, can be resumed.
 
@@ -49,7 +73,7 @@ def require_same_run(checkpoint: Checkpoint, config: TrainConfig, identity: RunI
     facts = checkpoint.facts
     changed = changes_that_forbid_resuming(TrainConfig.from_json(facts["config"]), config)
     if facts["data"] != identity.data:
-        changed = (*changed, "the dataset: its images, captions, encoder or their order")
+        changed = (*changed, OTHER_DATA)
     if facts.get("model", identity.model) != identity.model:
         changed = (*changed, OTHER_MODEL)
     if facts.get("initial", "") != identity.initial:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..adapters.lora_import import lora_digest
 from ..adapters.sharded_weights import ShardedWeights
 from ..config import TrainConfig
 from ..denoiser import Denoiser
@@ -29,7 +28,7 @@ from .log import Gaps, StepReport, mean_metrics
 from .loss_scale import LossScale
 from .nonfinite import NonFiniteError, all_finite, remedy
 from .probe import Probe
-from .resume import RunIdentity, optimizer_state, require_same_run, run_exists
+from .resume import identity_of, optimizer_state, require_same_run, run_exists
 from .rng import DataOrder
 from .run_folder import RunFolder, UnusedFolder, saves_in_background
 from .saved_loras import facts_of, is_due
@@ -77,8 +76,7 @@ class Run:
         self.best: BestStep | None = None
         self.is_between_steps = True
         self._class_images = class_images or ClassImages()
-        base, start = self._facts.get("dopsd_base_fingerprint", ""), lora_digest(initial) if initial else ""
-        self._identity = RunIdentity(data.fingerprint(), base, start, self._class_images.digest)
+        self._identity = identity_of(data, self._facts, initial, self._class_images.digest)
         self._heldout = data.heldout.key if data.heldout is not None else ""
         self._is_other_heldout = False
         self.heldout_since = 0  # the gaps up to this step are of another held-out pair
@@ -89,7 +87,7 @@ class Run:
         self._start_state = config.adapter.start_state(initial, self.adapters.state()) if initial else None
         self.optimizer = config.optimizer.build(self.adapters.parameters())
         start_training(self.optimizer)
-        self.probe = Probe(config, denoiser, self.adapters, data)
+        self.probe = Probe(config, denoiser, self.adapters, data, self.peers)
         order = DataOrder(data.shapes(), data.repeats(), config.batch_size, config.seed)
         self.order = ordered(order, data.scales, config.small_first * config.grad_accumulation)
         self._anchors = on_device(data.anchors, denoiser.device) if config.objective.wants_anchors else []
@@ -284,6 +282,7 @@ class Run:
         facts = {
             "config": self.config.to_json(),
             "data": self._identity.data,
+            "pairs": self._identity.pairs,
             "model": self._identity.model,
             "heldout": self._heldout,
             "heldout_since": self.heldout_since,
@@ -302,10 +301,9 @@ class Run:
         return self.adapters.parts(which) if isinstance(self.adapters, ShardedWeights) else self.adapters.state(which)
 
     def _report(self, outputs: Sequence[ObjectiveOutput], rate: float, grad_norm: float, seconds: float) -> StepReport:
-        config = self.config
+        config, every = self.config, self.config.probe_every
         relative, heldout, by_concept = None, None, {}
-        is_on = config.probe_every and self.peers.runs_network
-        if is_on and (self.step % config.probe_every == 0 or is_due(config, self.step) or self.step == config.steps):
+        if every and (self.step % every == 0 or is_due(config, self.step) or self.step == config.steps):
             self.last = self._measure()
             if self.start is not None:
                 relative, heldout = self.last.relative_to(self.start)

@@ -9,7 +9,7 @@ from ..config import ConfigError, TrainConfig, changes_that_forbid_resuming
 from ..denoiser import Denoiser
 from ..files.lock import FolderLock
 from .checkpoint import saved_facts
-from .resume import OTHER_MODEL, require_unchanged, run_exists
+from .resume import OTHER_DATA, OTHER_MODEL, require_unchanged, run_exists
 from .run_folder import CHECKPOINTS_NAME, check_run_folder
 from .training_set import TrainingSet
 from .world import World
@@ -63,16 +63,23 @@ def check_network(config: TrainConfig, denoiser: Denoiser, folder: Path, host_by
     check_run_folder(config, denoiser, folder, host_bytes)
 
 
-def check_saved_run(folder: Path, configs: Sequence[TrainConfig], model: Callable[[], str], resume: bool) -> None:
+def check_saved_run(
+    folder: Path,
+    configs: Sequence[TrainConfig],
+    model: Callable[[], str],
+    resume: bool,
+    pairs: Callable[[], str] = lambda: "",
+) -> None:
     """Checks by the files of the run in `folder`, if there is one, that it can be resumed, without loading tensors.
 
-    The dataset is compared later, when it is encoded (`resume.require_same_run`).
+    What is known of the dataset only when it is encoded is compared then (`resume.require_same_run`).
 
     Args:
         folder: folder of the run.
         configs: the configurations that the run may have, depending on the dataset; they differ in few options.
         model: gives the fingerprint of the base model; not called if there is no run.
         resume: whether a run in the folder is to be resumed; if False, it is an error if there is one.
+        pairs: gives the `pair_keys.planned_digest` of the dataset, or "" if it is not known; as `model`.
 
     Raises:
         StateError: it is a different run, or has more steps, or there should be none.
@@ -91,6 +98,8 @@ def check_saved_run(folder: Path, configs: Sequence[TrainConfig], model: Callabl
     step, facts = found
     saved = TrainConfig.from_json(facts["config"])
     changed = min((changes_that_forbid_resuming(saved, config) for config in configs), key=len)
+    if (saved_pairs := facts.get("pairs")) and (pairs() or saved_pairs) != saved_pairs:
+        changed = (*changed, OTHER_DATA)
     if facts.get("model", current := model()) != current:
         changed = (*changed, OTHER_MODEL)
     require_unchanged(changed, step, configs[0], folder)

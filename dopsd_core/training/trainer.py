@@ -62,7 +62,8 @@ class Callbacks(Protocol):
 
     def on_preview(self, step: int, adapters: Trainable) -> None:
         """Called at step 0, every `preview_every` steps, after the last, and if a run is resumed with another held-out
-        pair; `adapters.use(...)` selects the weights to sample with."""
+        pair; `adapters.use(...)` selects the weights to sample with. Called on every rank, so that they can share the
+        images."""
         ...
 
     def on_best(self, best: BestStep) -> None:
@@ -228,8 +229,8 @@ def _loop(run: Run, callbacks: Callbacks) -> Ending:
     config = run.config
     if run.step < config.steps and not _draw_class_images(run, callbacks):
         return "stopped"
-    is_other_heldout = run.peers.runs_network and run.meet_heldout()
-    if run.step == 0 and run.start is None and config.probe_every and run.peers.runs_network:
+    is_other_heldout = run.meet_heldout()
+    if run.step == 0 and run.start is None and config.probe_every:
         callbacks.on_step(run.measure_start())
     if config.preview_every and (run.step == 0 or is_other_heldout):  # it comes with other prompts to draw
         _preview(run, callbacks)
@@ -318,8 +319,6 @@ def _draw_class_images(run: Run, callbacks: Callbacks) -> bool:
 
 
 def _preview(run: Run, callbacks: Callbacks) -> None:
-    if not run.peers.runs_network:
-        return
     with evaluating(run.optimizer):
         callbacks.on_preview(run.step, run.adapters)
 

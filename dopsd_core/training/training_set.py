@@ -111,6 +111,10 @@ class TrainingSet:
             digest.update(repr(self.scales).encode())
         return digest.hexdigest()
 
+    def keys(self) -> Iterator[str]:
+        """The key of every pair, in order."""
+        return (key for key, _, _ in self._described())
+
     def _described(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(key, caption, latent shape) of every pair, in order."""
         return ((pair.key, pair.caption, latent_shape(pair)) for pair in self.pairs)
@@ -159,7 +163,7 @@ def build_training_set(
     require_masks(pairs, teacher.background)
     _require_names(pairs, teacher, anchor_prompts, heldout_caption)
     sizes = [scale.pairs for scale in scales] or [tuple(pairs)]
-    plans = _plans(sizes, teacher, teacher_image, trigger, caption_dropout)
+    plans = plan_requests(sizes, teacher, teacher_image, trigger, caption_dropout)
     plan, requests = plans[0].plan, [request for planned in plans for request in planned.requests]
     if heldout_caption is not None:
         requests.append(_heldout_request(pairs, put_trigger(heldout_caption, trigger), plan, teacher, teacher_image))
@@ -191,7 +195,7 @@ class _Planned:
         return [_drawing_copies(example, copies) for example in self.plan.examples]
 
 
-def _plans(
+def plan_requests(
     sizes: Sequence[Sequence[Pair]], teacher: TeacherView, teacher_image: TeacherImage, trigger: str, dropout: bool
 ) -> list[_Planned]:
     """A plan for the images of each resolution, of which each may lack some concepts."""

@@ -1,8 +1,8 @@
 """The processes that train a run together.
 
 Each rank computes its share of the batches of an optimizer step, and all ranks make the same step with the sum of the
-gradients. Rank 0 alone reads and writes the folder of the run, measures the gap and draws previews. A host provides the
-communication as a `World`; without one, a run has one process.
+gradients. They also share the pairs on which the gap is measured, and the images of previews. Rank 0 alone reads and
+writes the folder of the run. A host provides the communication as a `World`; without one, a run has one process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -74,6 +75,10 @@ class PeerError(RuntimeError):
     """Raised if another rank failed or was lost."""
 
 
+class LostPeer(PeerError):
+    """Raised if the connection to another rank broke, so that nobody knows here why."""
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """What a rank brings to a meeting.
@@ -121,11 +126,6 @@ class Peers:
         """Whether this is rank 0."""
         return self.world.rank == 0
 
-    @property
-    def runs_network(self) -> bool:
-        """Whether this rank runs the network for what only rank 0 needs: gaps, previews, class images."""
-        return self.is_first or self._runs_in_step
-
     def all(self, work: Callable[[], T]) -> list[T]:
         """Calls `work` on every rank; the results of all ranks, in their order.
 
@@ -158,6 +158,35 @@ class Peers:
         found: list[Any] = []
         self.all(lambda: found.append(work()) if self.is_first else None)
         return self._talk(lambda: self.world.broadcast(found[0] if found else None))
+
+    def spread(
+        self,
+        items: Sequence[S],
+        work: Callable[[Sequence[S]], Sequence[T]],
+        course: Callable[[S], Hashable] = lambda item: None,
+    ) -> list[T]:
+        """Divides the items over the ranks; the results of all items, in their order, on every rank.
+
+        Args:
+            items: equal on every rank.
+            work: the results of a rank's own items, in their order; picklable, tensors on the CPU. It may be called
+                with no items.
+            course: of an item, what its forwards are; as in `share`.
+
+        Raises:
+            PeerError: it failed on another rank. Where it failed, its own exception is raised.
+        """
+        if self._runs_in_step:
+            turns = self._turns_in_step([course(item) for item in items])
+        else:
+            turns = [Turn(number) for number in range(self.world.rank, len(items), self.world.size)]
+
+        def mine() -> list[tuple[int, T]]:
+            results = work([items[turn.number] for turn in turns])
+            return [(turn.number, result) for turn, result in zip(turns, results, strict=True) if turn.counts]
+
+        found = dict(pair for results in self.all(mine) for pair in results)
+        return [found[number] for number in range(len(items))]
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:
@@ -194,10 +223,13 @@ class Peers:
         courses: of each batch, what its forwards are. Ranks that run the network together get batches of the same
             course at the same time; where their number does not come out even, a batch is repeated without effect.
         """
+        if self._runs_in_step:
+            return self._turns_in_step(courses)
+        rank, each = self.world.rank, len(courses) // self.world.size
+        return [Turn(number) for number in range(rank * each, (rank + 1) * each)]
+
+    def _turns_in_step(self, courses: Sequence[Hashable]) -> list[Turn]:
         size, rank = self.world.size, self.world.rank
-        if not self._runs_in_step:
-            each = len(courses) // size
-            return [Turn(number) for number in range(rank * each, (rank + 1) * each)]
         turns = []
         for course in dict.fromkeys(courses):
             numbers = [number for number, other in enumerate(courses) if other == course]
@@ -235,9 +267,9 @@ class Peers:
             raise _lost(error) from error
 
 
-def _lost(error: BaseException) -> PeerError:
+def _lost(error: BaseException) -> LostPeer:
     why = f"the connection says: {_describe(error)}"
-    return PeerError(f"another process of this run was lost; the same command continues from what is saved ({why})")
+    return LostPeer(f"another process of this run was lost; the same command continues from what is saved ({why})")
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -152,9 +152,8 @@ def count_tokens(clip: Any, text: str, seen: int | None = None) -> int:
 
 
 def _pixels(vision: TeacherVision | None) -> tuple[int, int]:
-    """(smallest, largest) size at which an image is seen."""
-    limits = vision or qwen3vl_4b()
-    return limits.min_pixels, limits.max_pixels
+    """(smallest, largest) size at which an image is seen; the paper's for a tower in the CLIP, whichever it is."""
+    return (vision.min_pixels, vision.max_pixels) if vision else (MIN_PIXELS, MAX_PIXELS)
 
 
 # -- by the CLIP alone ------------------------------------------------------------------------------------------------

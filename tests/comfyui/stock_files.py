@@ -103,8 +103,11 @@ def klein() -> State:
     return _state(model)
 
 
-def krea2() -> State:
-    """The same for Krea 2, of two blocks."""
+_KREA2_WIDE = re.compile(r"(first|last|tmlp|tproj|txtmlp)\.|.*(\.scale|\.lin)$")
+
+
+def krea2(wide: torch.dtype = torch.float32) -> State:
+    """The same for Krea 2, of two blocks. What embeds, norms and modulates has another dtype, as in the bf16 file."""
     import comfy.supported_models
 
     config = comfy.supported_models.Krea2(
@@ -114,7 +117,13 @@ def krea2() -> State:
         }
     )  # fmt: skip
     config.set_inference_dtype(torch.float32, None)
-    return _state(toy.network(config).diffusion_model)
+    state = toy.fill(toy.network(config).diffusion_model).state_dict()
+    return {name: value.to(wide if _KREA2_WIDE.match(name) else torch.bfloat16) for name, value in state.items()}
+
+
+def krea2_in_16_bits() -> State:
+    """As the 8-bit files have what is not in 8 bits."""
+    return krea2(torch.bfloat16)
 
 
 def qwen3() -> State:
@@ -281,8 +290,8 @@ FILES: Mapping[str, tuple[Maker, Quantiser | None]] = {
     "diffusion_models/flux-2-klein-4b": (klein, None),
     "diffusion_models/flux-2-klein-4b-fp8": (klein, fp8_in_header),
     "diffusion_models/krea2_turbo_bf16": (krea2, None),
-    "diffusion_models/krea2_turbo_fp8_scaled": (krea2, fp8_in_header),
-    "diffusion_models/krea2_turbo_int8_convrot": (krea2, int8_convrot),
+    "diffusion_models/krea2_turbo_fp8_scaled": (krea2_in_16_bits, fp8_in_header),
+    "diffusion_models/krea2_turbo_int8_convrot": (krea2_in_16_bits, int8_convrot),
     "text_encoders/qwen_3_4b": (qwen3, None),
     "text_encoders/qwen_3_4b_fp8_mixed": (qwen3, fp8_in_header),
     "text_encoders/qwen3vl_4b_fp8_scaled": (qwen3vl, fp8_in_header),

@@ -162,6 +162,13 @@ def test_what_comfyui_cannot_load_has_its_own_effect_all_the_same(comfyui: Comfy
     assert_same_start(comfyui, toy, random_file(toy, *made), as_loaded=as_loaded)
 
 
+def test_ai_toolkits_other_prefix_on_krea_2(comfyui: ComfyUI) -> None:
+    """ComfyUI does not load it, diffusers does."""
+    toy = krea2()
+    as_loaded = random_file(toy, True, dotted("diffusion_model."), *AB)
+    assert_same_start(comfyui, toy, random_file(toy, True, dotted("base_model.model."), *AB), as_loaded=as_loaded)
+
+
 def test_the_authors_checkpoint(comfyui: ComfyUI, toy: Toy) -> None:
     """Student and teacher in one file, under names that no loader knows; the student is what is continued."""
     as_loaded = random_file(toy, *OF_BOTH["ours and diffusers"])

@@ -30,13 +30,14 @@ TOLERANCE = 1e-4
 @dataclass(frozen=True, eq=False)
 class Twins:
     """A network of diffusers' and the MODEL of ComfyUI with its weights, the conditions of both [L, D], the number of
-    steps, and of the parts that get a LoRA."""
+    steps, and of the parts that get a LoRA; targets beside the family's own."""
 
     network: Any
     model: Any
     features: Tensor
     steps: int
     parts: int
+    targets: tuple[str, ...] = ()
 
     def velocity(self, network: Any, x: Tensor, sigma: float) -> Tensor:
         library = {"z_image": twins, "flux2_klein": klein_twins, "krea2": krea2_twins}[self.family]
@@ -63,9 +64,10 @@ def flux2_klein() -> Twins:
 
 
 def krea2() -> Twins:
+    """With the text fusion, which the targets select where a user says so."""
     model = krea2_twins.model(3)
     features = text(31, krea2_twins.TEXT_LAYERS * krea2_twins.TEXT_WIDTH)
-    return Twins(krea2_twins.diffusers_krea2(model), model, features, 8, 8 * 3)
+    return Twins(krea2_twins.diffusers_krea2(model), model, features, 8, 8 * (3 + 4), ("text_fusion.*_blocks.*",))
 
 
 @pytest.fixture(scope="module", params=[z_image, flux2_klein, krea2], ids=lambda make: make.__name__)
@@ -78,6 +80,7 @@ def adapters(comfyui: ComfyUI, pair: Twins) -> Any:
     """What training leaves: a student whose every weight does something."""
     denoiser = comfyui.module("nodes.comfy_host.denoiser").ComfyDenoiser(pair.model)
     config = denoiser.family.lora_config(RANK, ALPHA)
+    config = config.replace(targets=(*config.targets, *pair.targets))
     adapters = comfyui.core("adapters.adapter_set").AdapterSet(denoiser.sites(), config, teacher="frozen")
     generator = torch.Generator().manual_seed(6)
     values = {key: torch.randn(t.shape, generator=generator) * 0.1 for key, t in adapters.state().items()}

@@ -49,7 +49,7 @@ def test_a_beginner_sees_at_most_nine_widgets(comfyui: ComfyUI) -> None:
     assert seen == ["run_name", "preset", "steps", "seed", "preview_every", "memory"]
 
 
-@pytest.mark.parametrize("family", ["Z-Image-Turbo", "FLUX.2-klein"])
+@pytest.mark.parametrize("family", ["Z-Image-Turbo", "FLUX.2-klein", "Krea 2 Turbo"])
 @pytest.mark.parametrize("preset", ["subject", "style", "standard", "quick look", "paper"])
 @pytest.mark.parametrize("has_anchors", [True, False])
 def test_untouched_it_is_the_preset(

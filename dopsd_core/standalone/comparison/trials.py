@@ -25,7 +25,7 @@ from ...families import Z_IMAGE
 from ...files.atomic import write_atomic
 from ...trainable import Trainable
 from ...training.log import LOG_NAME, read_log
-from ...training.run_folder import CHECKPOINTS_NAME, CLASS_IMAGES_NAME
+from ...training.run_folder import CHECKPOINTS_NAME, CLASS_IMAGES_NAME, CONFIG_NAME
 from ...training.trainer import NoCallbacks
 from ..demo import Demo
 from ..evaluate import Samples
@@ -149,8 +149,7 @@ def run_trial(trial: Trial, demo: Demo, folder: Path, fingerprints: str, keeps_i
     watcher = _watcher(trial, demo)
     if trial.is_trained:
         name = trial.name
-        if trial.regime == "work":  # what a killed one has counted is lost
-            shutil.rmtree(demo.output / "runs" / name, ignore_errors=True)
+        make_room(trial, demo.output / "runs" / name)
         lora = demo.train(name, trial.config(), watcher, undistilled=trial.method.undistilled, counted=watcher.counted)
         samples = demo.samples(trial.seed, lora)
         run = demo.output / "runs" / name
@@ -175,6 +174,18 @@ def run_trial(trial: Trial, demo: Demo, folder: Path, fingerprints: str, keeps_i
         for name in (CHECKPOINTS_NAME, CLASS_IMAGES_NAME):
             shutil.rmtree(run / name, ignore_errors=True)
     return outcome
+
+
+def make_room(trial: Trial, run: Path) -> None:
+    """Removes the folder of a run that cannot be resumed as this trial.
+
+    That is one with other settings, such as steps in equal time that followed other timings; and for equal work any, as
+    what a killed one has counted is lost.
+    """
+    config = run / CONFIG_NAME
+    is_other = config.exists() and config.read_text(encoding="utf-8") != trial.config().to_json()
+    if trial.regime == "work" or is_other:
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def saved_images(trial: Trial, folder: Path) -> Samples:
