@@ -4,8 +4,8 @@
 
 Each variant differs in one thing from the demo's settings: the share of prior anchors, the kind of anchors, or
 which image the teacher sees. A character is a subject among others that have names: its figure is *names wrong*, the
-damage to those. Edits cannot be measured: the demo model does not edit. Variants that are in --output already are not
-run again; a variant takes about half a minute on one core.
+damage to those. Edits have a benchmark of their own, `benchmarks/edits.py`. Variants that are in --output already are
+not run again; a variant takes about half a minute on one core.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ from dopsd_core.standalone.judge import Judge, load_judge
 from dopsd_core.training.shown_images import TeacherImage
 from dopsd_core.training.training_set import TrainingSet, build_training_set
 
-Anchors = Literal["all", "captions", "described", "names"]
-"""Prior anchors: the captions without the trigger, and beside them nothing, descriptions, bound names, or both."""
+Anchors = Literal["all", "captions", "described", "names", "alone"]
+"""Prior anchors: the captions without the trigger, and beside them nothing, descriptions, bound names, or both; of
+edits with their source images, or "alone": the descriptions and names without any."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def anchor_prompts(concept: Concept, kind: Anchors) -> tuple[str, ...]:
     named = set(concept.anchors) & _with_names(concept.anchors)
     kinds = {
         "all": concept.anchors,
+        "alone": concept.anchors,
         "captions": (),
         "described": tuple(text for text in concept.anchors if text not in named),
         "names": tuple(text for text in concept.anchors if text in named),
@@ -142,18 +144,21 @@ def run_variants(
 
 
 def sheet(
-    variants: Sequence[Variant], concept: Concept, steps: int, output: Path, heading: str, shown: Mapping[str, int]
-) -> Image.Image:
+    variants: Sequence[Variant], concept: Concept, steps: int, output: Path, heading: str, shown: Mapping[str, int],
+    given: Row | None = None,
+) -> Image.Image:  # fmt: skip
     """The same prompts and noise in every row, for the first concept.
 
-    shown: how many images of each kind, by its name in the samples ("trigger", "described").
+    Args:
+        shown: how many images of each kind, by its name in the samples ("trigger", "described").
+        given: a row above: what the model is given beside the prompts.
     """
     prompts = {"trigger": concept.unseen, "described": concept.described, "named": concept.named}
-    rows = []
+    rows = [] if given is None else [given]
     for variant in variants:
         trial = _trial(variant, concept.seed, steps)
         kept = load_file(_folder(output, variant) / "images" / f"{trial.name}.safetensors")
-        images = torch.cat([_spread(kept[kind], count).float() / 255 for kind, count in shown.items()])
+        images = torch.cat([spread(kept[kind], count).float() / 255 for kind, count in shown.items()])
         rows.append(Row(variant.method.title, "", images))
     said = [
         text.removeprefix("a ").removesuffix(" background").replace("badge, ", "")
@@ -163,7 +168,7 @@ def sheet(
     return contact_sheet(heading, rows)
 
 
-def _spread(values: Tensor, count: int) -> Tensor:
+def spread(values: Tensor, count: int) -> Tensor:
     """`count` of the values [n, ...], evenly spread."""
     return values[:: max(1, len(values) // count)][:count]
 

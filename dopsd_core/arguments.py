@@ -143,6 +143,35 @@ def _add_train(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     _add_view(parser)
+    _add_prompts(parser)
+    parser.add_argument(
+        "--track", nargs="+", choices=TRACKERS, default=["auto"],
+        help="write curves and previews also to these trackers of accelerate; auto is tensorboard if it is installed "
+        "(default: auto)",
+    )  # fmt: skip
+    _add_speed(parser)
+    parser.add_argument(
+        "--heldout-caption", metavar="TEXT", help="a caption that is not trained on, to measure the gap to the teacher"
+    )
+    parser.add_argument(
+        "--initial-lora", type=Path, metavar="FILE",
+        help="LoRA, DoRA or LoKr file of any trainer, or peft folder, to start from: of the kind of --adapter, of its "
+        "rank or less",
+    )  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="fail if --output already contains a run")
+    parser.add_argument(
+        "--threads", type=int_argument(1), metavar="N", help="number of CPU threads; default: torch's choice"
+    )
+    add_model_arguments(parser)
+    groups: dict[str, Any] = {}
+    for option in _train_options():
+        title = _group(option)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_option(groups[title], option)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anchor-prompts", nargs="+", metavar="TEXT", help="further ordinary prompts for the prior anchors"
     )
@@ -155,26 +184,6 @@ def _add_train(commands: Any) -> None:
         "--preview-prompts", nargs="+", metavar="TEXT",
         help="prompts to draw with --preview-every; default: the captions of the first images",
     )  # fmt: skip
-    parser.add_argument(
-        "--track", nargs="+", choices=TRACKERS, default=["auto"],
-        help="write curves and previews also to these trackers of accelerate; auto is tensorboard if it is installed "
-        "(default: auto)",
-    )  # fmt: skip
-    _add_speed(parser)
-    parser.add_argument(
-        "--heldout-caption", metavar="TEXT", help="a caption that is not trained on, to measure the gap to the teacher"
-    )
-    parser.add_argument("--fresh", action="store_true", help="fail if --output already contains a run")
-    parser.add_argument(
-        "--threads", type=int_argument(1), metavar="N", help="number of CPU threads; default: torch's choice"
-    )
-    add_model_arguments(parser)
-    groups: dict[str, Any] = {}
-    for option in _train_options():
-        title = _group(option)
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        add_option(groups[title], option)
 
 
 def _add_speed(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
 """Presets: settings that fit together. There is one for each aim of a training, and some for other purposes.
 
-What differs between aims is what was measured on the demo model to differ (`benchmarks/aims.py`, docs/results.md). What
-an aim expects of the dataset and of the teacher's view is in `training/aims.py`.
+What differs between aims is what was measured on the demo model to differ (`benchmarks/aims.py`, `benchmarks/edits.py`,
+docs/results.md): for styles and edits fewer anchors learn more and forget more, as for subjects, so all three are
+equal. What an aim expects of the dataset and of the teacher's view is in `training/aims.py`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ from comfy_api.latest import io
 
 from ..dopsd_core.conditioning.cache import ConditionCache
 from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, Background, TeacherView
-from ..dopsd_core.data.captions import check_prompts, has_trigger, put_trigger
+from ..dopsd_core.data.captions import check_prompts, put_trigger
 from ..dopsd_core.data.dataset import Pair
+from ..dopsd_core.training.anchors import ordinary_prompts
+from ..dopsd_core.training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..dopsd_core.training.regularisation import check_regularisation
 from ..dopsd_core.training.shown_images import TeacherImage, mask_remarks
 from ..dopsd_core.training.training_set import TrainingSet, build_training_set
@@ -96,6 +98,7 @@ def build_conditions(
         scales=dataset.scales,
         on_encoded=_progress(),
     )
+    ordinary = ordinary_prompts(split_lines(wanted.anchor_prompts), regularisation, dataset.trigger)
     lengths = length_notes(encoder, teacher, pairs, wanted.teacher_image, texts, dataset.report.source)
     return Conditions(
         family=encoder.family,
@@ -105,7 +108,12 @@ def build_conditions(
         previews=encode_previews(texts, pairs, encoder, cache, teacher, wanted.teacher_image),
         trigger=dataset.trigger,
         caption_dropout=dataset.caption_dropout,
-        notes=(*lengths, *mask_remarks(pairs, teacher.background)),
+        notes=(
+            *lengths,
+            *mask_remarks(pairs, teacher.background),
+            *slider_remarks(ordinary, teacher),
+            *equal_rows_remarks(texts, teacher),
+        ),
         teacher_image=wanted.teacher_image,
     )
 
@@ -120,23 +128,19 @@ def _progress() -> Callable[[int, int, bool], None]:
     return show
 
 
-def prompt_remarks(wanted: Wanted, trigger: str, concepts: Sequence[str] = ()) -> list[str]:
-    """Warnings about the texts that a user typed; concepts: the triggers of the dataset.
+def prompt_remarks(wanted: Wanted, dataset: Dataset) -> list[str]:
+    """Warnings about the texts that a user typed.
 
     Raises:
         ValueError: a text has characters that are not valid.
     """
-    texts = {
-        "preview prompt": split_lines(wanted.preview_prompts),
-        "anchor prompt": split_lines(wanted.anchor_prompts),
-        "teacher_sentence": [wanted.teacher_sentence],
-    }
+    trigger = dataset.trigger
+    texts = {"preview prompt": split_lines(wanted.preview_prompts), "teacher_sentence": [wanted.teacher_sentence]}
     found = [remark for what, prompts in texts.items() for remark in check_prompts(prompts, what, trigger)]
-    for number, prompt in enumerate(texts["anchor prompt"], 1):
-        if any(has_trigger(prompt, name) for name in (trigger, *concepts)):
-            found.append(
-                f"anchor prompt {number}: it names the concept, so training would suppress it: remove the name"
-            )
+    names = list(dict.fromkeys(filter(None, (trigger, *dataset.report.concepts))))
+    captions = {text for pair in dataset.pairs if not pair.source_images for text in pair.captions}
+    anchors = [put_trigger(line, trigger) for line in split_lines(wanted.anchor_prompts)]
+    found += anchor_remarks(anchors, names, captions)
     return found
 
 
@@ -201,7 +205,7 @@ class BuildTeacherCondition(io.ComfyNode):
         """Encodes the dataset and the prompts, and shows counts and notes on the node; `widgets` as in `Wanted`."""
         wanted, pairs, warnings = Wanted(**widgets), dataset.report.pairs, Notes()
         ordinary, theirs = (regularisation.report.pairs, regularisation.notes) if regularisation else ((), ())
-        remarks = prompt_remarks(wanted, dataset.trigger, dataset.report.concepts)
+        remarks = prompt_remarks(wanted, dataset)
         remarks += check_regularisation(ordinary, pairs, dataset.trigger)
         with warnings.with_warnings():
             encoder = new_encoder(clip, vae, vision)

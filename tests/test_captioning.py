@@ -141,6 +141,24 @@ def test_words_of_a_style_are_media_and_techniques() -> None:
     assert words_of_concept("a cat, in the style of [V]", style) == ()
 
 
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("一只红色的[V]徽章，在上面", ("红色",)),
+        ("桌上的深蓝色 [V]徽章", ("深蓝色",)),
+        ("一个[V]红色条纹的徽章，左边", ("红色条纹",)),
+        ("[V]徽章，红色的墙", ()),
+        ("红色的墙上，[V]徽章", ()),
+        ("一只狗看见[V]", ()),
+        ("[V]在红色的徽章旁边", ()),
+    ],
+)
+def test_chinese_words_of_the_concept_are_colours_before_it_and_what_stands_before_its_kind(
+    caption: str, words: tuple[str, ...]
+) -> None:
+    assert words_of_concept(caption, CaptionOptions(class_word="徽章", language="Chinese")) == words
+
+
 def test_chinese_captions_share_strings() -> None:
     captions = ["桌上的红色[V]徽章", "雪地里的红色[V]徽章", "一个红色[V]徽章在草地上"]
     found = {word.word: word.is_class for word in shared_words(captions, CaptionOptions(class_word="徽章"))}

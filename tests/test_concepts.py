@@ -234,3 +234,34 @@ def test_captions_are_checked_for_the_trigger_of_their_folder(pets: Path) -> Non
     assert any(
         "c.png: the caption lacks" in remark for remark in caption_folder(pets, CaptionOptions(), None).remarks()
     )
+
+
+# -- triggers that prompts cannot tell apart ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("ohwx", "OHWX", "the trigger 'OHWX' differs from 'ohwx' in case only: they count as one concept"),
+        ("sks", "sks dog", "the trigger 'sks' is a part of the trigger 'sks dog'"),
+        ("dog", "zwx", "every caption of the concept 'zwx' contains 'dog', the trigger of another concept"),
+        ("sks", "asks", ""),
+        ("zwx", "mat", ""),  # one caption in two has the word
+    ],
+)
+def test_triggers_that_prompts_cannot_tell_apart_are_warned_about(
+    tmp_path: Path, first: str, second: str, said: str
+) -> None:
+    write(tmp_path / "one", {"a": "a [V] cat on a mat", "b": "a [V] cat"}, first)
+    write(tmp_path / "two", {"c": "a [V] beside a dog", "d": "a [V] and a dog"}, second, shade=100)
+    warnings = [str(problem) for problem in read(tmp_path).warnings]
+    assert len(warnings) == bool(said) and said in "".join(warnings)
+
+
+def test_the_longer_of_two_triggers_in_a_prompt_is_meant(tmp_path: Path) -> None:
+    write(tmp_path / "one", {"a": "a [V] cat", "b": "a [V] cat, close"}, "sks")
+    write(tmp_path / "two", {"c": "a [V] in the snow"}, "sks dog", shade=100)
+    pairs = read(tmp_path).pairs
+    assert pairs[pair_of_prompt(pairs, "a sks dog on a chair", 0)].image_path.stem == "c"
+    assert pairs[pair_of_prompt(pairs, "a sks on a chair", 0)].trigger == "sks"
+    assert plan_encoding(pairs).anchors == ("a cat", "a cat, close", "a in the snow")

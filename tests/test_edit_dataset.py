@@ -323,11 +323,14 @@ def test_instructions_need_no_trigger_unless_one_is_given(tmp_path: Path) -> Non
     only(report.warnings, tmp_path / "target/b.txt", 1, "the instruction lacks the trigger 'ohwx'")
 
 
-def test_instructions_are_no_prompts_for_the_anchor(tmp_path: Path) -> None:
+def test_instructions_without_the_name_are_anchors_with_their_sources_alone(tmp_path: Path) -> None:
     edit(tmp_path, "a.png", "give it the [V] look")
+    edit(tmp_path, "b.png", "[V]")
+    edit(tmp_path, "c.png", "make it winter")
     report = read(tmp_path, trigger="ohwx")
     plan = plan_encoding(report.pairs, trigger="ohwx", caption_dropout=True)
-    assert plan.anchors == () and [text for _, text in plan.requests] == ["give it the ohwx look", ""]
+    assert plan.anchors == () and plan.edit_anchors == ((report.pairs[0], "give it the look"),)
+    assert [text for _, text in plan.requests][:2] == ["give it the ohwx look", ""]
     pair(tmp_path / "plain", "a.png", "the [V] look")
     assert plan_encoding(read(tmp_path / "plain").pairs).anchors == ("the look",)
 

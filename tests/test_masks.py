@@ -90,6 +90,7 @@ def test_a_mask_without_its_image_is_an_image_without_a_caption(tmp_path: Path) 
     mask_file(tmp_path / "a.mask.png")
     (error,) = read(tmp_path).errors
     assert error.file.name == "a.mask.png" and error.message.startswith("no caption")
+    assert "it is no mask: there is no image a beside it" in error.message
 
 
 def test_masks_of_other_names_are_pointed_out(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dopsd_core.config import ConfigError, TrainConfig
-from dopsd_core.optimizers import OPTIMIZERS, Adafactor, AdamW, AdamW8bit, Custom, Muon, Optimizer, Prodigy
+from dopsd_core.optimizers import OPTIMIZERS, Adafactor, AdamW, AdamW8bit, Custom, Muon, Optimizer, Prodigy, evaluating
 from dopsd_core.optimizers.state import resumes_exactly
 from dopsd_core.options import changed
 from dopsd_core.training.checkpoint import load_checkpoint
@@ -286,3 +286,47 @@ def test_every_choice_passes_the_trial_of_a_class_by_path(name: str) -> None:
     optimizer = changed(TrainConfig(), {"optimizer": name, **CHOICES[name]}).optimizer
     assert resumes_exactly(optimizer.build, CPU)
     assert not resumes_exactly(lambda parameters: Forgetful(parameters, lr=0.1), CPU)
+
+
+class Seldom(torch.optim.SGD):
+    """Adds what its state does not contain in every tenth step."""
+
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        for parameter in self.param_groups[0]["params"] if self.count % 10 == 0 else ():
+            parameter.grad += 1.0
+        return super().step(closure)
+
+
+class Averaging(torch.optim.SGD):
+    """Schedule-free: weights for evaluation that lead back to those for training up to rounding."""
+
+    def _lerp(self, back: bool) -> None:
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                average = self.state[parameter].setdefault("average", torch.full_like(parameter, 1 / 3))
+                if back:
+                    parameter.sub_(average, alpha=0.7).div_(0.3)
+                else:
+                    parameter.mul_(0.3).add_(average, alpha=0.7)
+
+    def eval(self) -> None:
+        self._lerp(back=False)
+
+    def train(self) -> None:
+        if any("average" in self.state[parameter] for parameter in self.param_groups[0]["params"]):
+            self._lerp(back=True)
+
+
+def test_the_trial_sees_what_an_optimizer_does_only_now_and_then() -> None:
+    assert not resumes_exactly(lambda parameters: Seldom(parameters, lr=0.1), CPU)
+
+
+def test_evaluating_leaves_no_rounding_in_the_weights_for_training() -> None:
+    parameter = nn.Parameter(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
+    optimizer, before = Averaging([parameter], lr=0.1), parameter.detach().clone()
+    with evaluating(optimizer):
+        assert not torch.equal(parameter, before)
+    assert torch.equal(parameter, before)

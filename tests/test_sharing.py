@@ -138,6 +138,15 @@ def test_the_thumbnail_is_the_middle_of_the_image() -> None:
         assert red < 30 and green > 225 and blue < 30
 
 
+@pytest.mark.parametrize(("colour", "shade"), [((0.0,), 0), ((1.0, 0.0, 0.0, 0.0), 255), ((0.0, 0.0, 0.0, 0.5), 128)])
+def test_grey_and_transparent_images_have_thumbnails(colour: tuple[float, ...], shade: int) -> None:
+    """What is transparent is white, as where managers show it."""
+    image = torch.tensor(colour).expand(40, 60, len(colour))
+    pixels = Image.open(io.BytesIO(jpeg_thumbnail(image))).convert("RGB")
+    red, green, blue = pixels.getpixel((128, 128))  # pyright: ignore[reportGeneralTypeIssues]
+    assert all(abs(value - shade) < 5 for value in (red, green, blue))
+
+
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def test_each_step_is_drawn_as_often_as_its_probability(count: int) -> None:
     assert expected[0] > expected[2] > expected[1] > expected[3] or count == 3
 
 
-def test_the_expected_gradient_is_that_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_expected_gradient_and_loss_are_those_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over an even grid of the uniform number that the draw takes is exact up to the grid."""
     denoiser = ToyDenoiser()
     adapters = AdapterSet(denoiser.sites(), lora(), seed=3)
@@ -74,8 +74,9 @@ def test_the_expected_gradient_is_that_of_all_steps(monkeypatch: pytest.MonkeyPa
         for parameter in adapters.parameters():
             parameter.grad = None
         with adapters.attached():
-            objective.backward(make_inputs(denoiser, adapters, step_losses=LOSSES))
-        return torch.cat([p.grad.flatten() for p in adapters.parameters() if p.grad is not None])
+            output = objective.backward(make_inputs(denoiser, adapters, step_losses=LOSSES))
+        gradients = [p.grad.flatten() for p in adapters.parameters() if p.grad is not None]
+        return torch.cat([*gradients, torch.tensor([output.loss])])
 
     full = gradient(DOPSD(anchor_probability=0))
     some = DOPSD(anchor_probability=0, grad_steps=2, step_draw="gap")
@@ -93,6 +94,16 @@ def test_the_expected_gradient_is_that_of_all_steps(monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(DOPSD, "_draw_steps", lambda *_, drawn=drawn: drawn)
             total += (high - low) * gradient(some)
     assert_near(total, full, 1e-5)
+
+
+def test_the_metrics_of_drawn_steps_are_weighted_means() -> None:
+    """A norm ratio of 1 at every step stays 1, whatever the sum of the weights is."""
+    stats = [(0, 0.9, torch.tensor([4.0, 2.0, 0.5, 1.0, 1.0, 1.0])), (2, 0.3, torch.tensor([1.0, 5.0, 0.8, 1.0, 1, 1]))]
+    drawn = ObjectiveOutput.of(stats, "the target", weights={0: 0.25, 2: 0.5})
+    assert drawn.loss == 0.25 * 4 + 0.5 * 1
+    assert drawn.metrics == pytest.approx({"gap": 4.0, "cosine": 0.7, "norm_ratio": 1.0})
+    plain = ObjectiveOutput.of(stats, "the target")
+    assert plain.loss == 2.5 and plain.metrics == pytest.approx({"gap": 3.5, "cosine": 0.65, "norm_ratio": 1.0})
 
 
 def outputs(*losses: tuple[int, float], is_anchor: bool = False) -> ObjectiveOutput:

@@ -15,9 +15,10 @@ from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, V
 from dopsd_core.data.dataset import Example, Pair, read_dataset
 from dopsd_core.data.images import ImageError
 from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE
+from dopsd_core.training.anchors import Anchor, weighted
 from dopsd_core.training.shown_images import TeacherImage, encode_request
 from dopsd_core.training.trainer import train
-from dopsd_core.training.training_set import TrainingSet, _weighted_anchors, build_training_set
+from dopsd_core.training.training_set import TrainingSet, build_training_set
 from tests.tiny import CHANNELS, FEATURES, TinyDenoiser, make_config, make_data, make_pair
 
 
@@ -113,11 +114,10 @@ def test_the_grid_is_that_of_the_image() -> None:
 
 
 def test_captions_without_the_name_are_three_quarters_of_the_anchors() -> None:
-    assert _weighted_anchors(("a dog", "a cat"), ()) == ["a dog", "a cat"]
-    assert _weighted_anchors((), ("x",)) == ["x"]
-    weighted = _weighted_anchors(("a dog", "a cat"), tuple("abcdefgh"))
-    assert weighted.count("a dog") == weighted.count("a cat") == 12 and len(weighted) == 32
-    assert set("abcdefgh") < set(weighted)
+    dog, cat, prompts = Anchor("a dog"), Anchor("a cat"), [Anchor(text) for text in "abcdefgh"]
+    assert weighted((dog, cat), ()) == [dog, cat] and weighted((), prompts[:1]) == prompts[:1]
+    several = weighted((dog, cat), prompts)
+    assert several.count(dog) == several.count(cat) == 12 and len(several) == 32 and set(prompts) < set(several)
 
 
 # -- teachers ----------------------------------------------------------------------------------------------------------
@@ -133,6 +133,30 @@ def pairs_of_colours(tmp_path: Path, count: int) -> tuple[Pair, ...]:
 def with_sources(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
     """Every image an edit of the one before it."""
     return tuple(replace(pair, source_images=(pairs[i - 1].image_path,)) for i, pair in enumerate(pairs))
+
+
+def test_anchors_of_edits_have_source_images_and_prompts_are_anchors_alone_too(tmp_path: Path) -> None:
+    """Three edits: each instruction without the name with its own source, a prompt with those in turn."""
+    pairs = with_sources(pairs_of_colours(tmp_path, 3))
+    encoder, prompts = TinyEncoder(), ["a cat", "a fox", "a cow", "a hen"]
+    data = build_training_set(pairs, encoder, teacher=EDIT_TARGET, trigger="[V]", anchors=True, anchor_prompts=prompts)
+    places = [pair.student.reference_latents[0] for pair in data.pairs]
+    found = [
+        (float(anchor.features[0, 0]), [next(i for i, p in enumerate(places) if torch.equal(p, latent))
+                                        for latent in anchor.reference_latents])
+        for anchor in data.anchors
+    ]  # fmt: skip
+    own, cat = float(len("a dog, 0")), float(len("a cat"))
+    repeats = len(data.anchors) - 8
+    assert repeats == 24 and [number for length, (number,) in found[:repeats]] == [0, 1, 2] * 8
+    assert all(length == own for length, _ in found[:repeats])
+    assert found[repeats:] == [(cat, [])] * 4 + [(cat, [0]), (cat, [1]), (cat, [2]), (cat, [0])]
+    other = replace(data, anchors=[*data.anchors[:-1], replace(data.anchors[-1], reference_latents=(places[1],))])
+    assert other.fingerprint() != data.fingerprint()
+    images = 2 * FLUX2_KLEIN.image_tokens(*data.shapes()[0][-2:])
+    assert data.most_tokens(FLUX2_KLEIN).student[0] == images
+    result = train(make_config(anchor_probability=0.5, steps=3), TinyDenoiser(), data, tmp_path / "run")
+    assert result.step == 3
 
 
 def reference(condition: Condition, index: int = -1) -> float:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.edits import KEPT, Editor, edit_of, sources_of, write_pairs
 from benchmarks.masks import in_one_place, subject_masks, write_images
 from benchmarks.varied_demo import anchor_prompts
 from dopsd_core.data.dataset import read_dataset
 from dopsd_core.demo.concept import make_concept
-from dopsd_core.demo.world import BACKGROUNDS, render
+from dopsd_core.demo.world import APPEARANCE, BACKGROUNDS, HELD_OUT, LAYOUT, render
+from dopsd_core.standalone.hosts.demo import load_demo_model
 
 
 def test_anchors_by_kind_are_parts_of_the_concepts() -> None:
@@ -51,3 +53,24 @@ def test_the_dataset_has_masks_and_captions_with_or_without_the_place(tmp_path: 
         assert not report.errors and all(pair.mask is not None for pair in report.pairs)
         texts = {pair.captions[0] for pair in report.pairs}
         assert len(texts) == 1 and ("background" in texts.pop()) == says_layout
+
+
+def test_the_sources_of_an_edit_differ_from_its_targets_in_what_the_edit_sets(tmp_path: Path) -> None:
+    for seed in range(60, 66):
+        concept = edit_of(seed)
+        targets, sources = concept.unseen.scenes, sources_of(concept.unseen.scenes, seed, "unseen")
+        assert all(torch.equal(getattr(targets, name), getattr(sources, name)) for name in (*KEPT, *LAYOUT, "jitter"))
+        assert all(bool((getattr(targets, name) != getattr(sources, name)).all()) for name in ("center", "texture"))
+        assert not HELD_OUT[tuple(getattr(sources, name) for name in APPEARANCE)].any()
+    write_pairs(concept, tmp_path)
+    report = read_dataset(tmp_path, trigger="[V7]", pixel_budget=64 * 64, multiple=16)
+    assert not report.problems and len(report.pairs) == 4
+    assert all(pair.captions[0].startswith("a [V7] badge, ") and pair.source_images for pair in report.pairs)
+
+
+def test_the_editor_reads_the_last_of_its_references() -> None:
+    encoder = load_demo_model().encoder
+    first, last = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = Editor(encoder).encode_with_references([first, last], "a badge, top, on a sand background")
+    alone = encoder.encode_image_text(last, "a badge, top, on a sand background")
+    assert torch.equal(found.features, alone.features) and Editor(encoder).identity != encoder.identity

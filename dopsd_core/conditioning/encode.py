@@ -157,8 +157,7 @@ def encode_dataset(
         ValueError: the encoder returns a wrong shape or a non-finite value, or the teacher edits and a request has no
             source image.
     """
-    parts = _Parts(encoder, cache)
-    fresh = []
+    parts, fresh = _Parts(encoder, cache), []
     for request in requests:
         before = parts.computed
         for image in _images(request, teacher):
@@ -174,14 +173,20 @@ def encode_dataset(
 
 
 def encode_texts(
-    captions: Sequence[str], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None = None
-) -> list[Condition]:
-    """Encodes text-only conditions [L, D] on the CPU: anchors (prompts without the trigger) and preview prompts."""
-    parts = _Parts(encoder, cache)
-    conditions = []
-    for done, caption in enumerate(captions, 1):
+    captions: Sequence[str], encoder: Encoder, cache: ConditionCache | None, on_encoded: OnEncoded | None = None,
+    sources: Sequence[tuple[ImageInput, ...]] = (),
+) -> list[Condition]:  # fmt: skip
+    """Encodes the student's conditions [L, D] on the CPU: anchors (prompts without the trigger) and preview prompts.
+
+    sources: the images that each caption edits; none for prompts alone.
+    """
+    parts, conditions = _Parts(encoder, cache), []
+    images = list(sources) or [()] * len(captions)
+    for image in (image for some in images for image in some):  # before the texts, see `encode_dataset`
+        parts.latent(image)
+    for done, (caption, edited) in enumerate(zip(captions, images, strict=True), 1):
         before = parts.computed
-        conditions.append(parts.text(caption))
+        conditions.append(parts.referring(edited, caption))
         if on_encoded is not None:
             on_encoded(done, len(captions), parts.computed == before)
     return conditions

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 NO_SENTENCE = "-"
+TEACHER_SENTENCE = "dopsd_teacher_sentence"
+"""Key of the sentence in the header of a LoRA."""
 ARROW = "->"
 
 _OTHER_ARROW = re.compile("=>|[\u2190-\u21ff\u2794-\u27be\u27f5-\u27ff\u2b05-\u2b11]")
@@ -72,6 +74,17 @@ class TeacherView:
         if self.sees == "nothing":
             return "reads other words"
         return "sees a wanted result" if self.edits else "sees a training image"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a LoRA's header says of it: its name, and background and sentence if they are not the usual ones."""
+        usual = TEACHER_VIEWS[self.name]
+        facts = {"dopsd_teacher_sees": self.name}
+        if self.background != "keep":
+            facts["dopsd_teacher_background"] = self.background
+        if self.sentence not in (usual.sentence, usual.of_others):
+            facts[TEACHER_SENTENCE] = self.sentence or NO_SENTENCE
+        return facts
 
     def teaches(self, caption: str) -> bool:
         """Whether student and teacher differ for this caption."""

@@ -25,14 +25,13 @@ from .captions import (
     is_blank,
     near_placeholder,
     put_trigger,
-    remove_trigger,
 )
 from .checks import Fit, ImageChecker
 from .folder import ROW_SUFFIXES, Entry, read_folder
 from .jsonl import read_jsonl
 from .problems import Problem, Problems
 from .repeats import MAX_REPEATS
-from .triggers import concepts_of
+from .triggers import concepts_of, warn_of_collisions, without_names
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,7 @@ def read_dataset(
         problems=problems,
     )
     pairs = check_entries(entries, checker, trigger, repeats, progress)
+    warn_of_collisions(((p.trigger, p.caption_file, p.caption_line, p.captions) for p in pairs), problems)
     if not entries and not any(problem.severity == "error" for problem in problems.found):
         wanted = "put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"
         problems.error(source, None, f"no images; {wanted if source.is_dir() else 'the file has no rows'}")
@@ -308,13 +308,14 @@ class EncodingPlan:
         requests: (pair, caption) to encode.
         examples: one per image, with indices into `requests`.
         anchors: captions without the concept's name, for the prior anchor. Captions that do not name the concept give
-            none: the same text would be trained towards both the base and the concept. Edits give none either: an
-            instruction without its image is not a prompt.
+            none: the same text would be trained towards both the base and the concept.
+        edit_anchors: the same of edits, with the pair whose source images the instruction needs.
     """
 
     requests: tuple[tuple[Pair, str], ...]
     examples: tuple[Example, ...]
     anchors: tuple[str, ...]
+    edit_anchors: tuple[tuple[Pair, str], ...] = ()
 
 
 def plan_encoding(
@@ -333,14 +334,8 @@ def plan_encoding(
         requests += [(pair, text) for text in texts]
         variants, concept = tuple(index[text] for text in pair.captions), pair.trigger if len(concepts) > 1 else ""
         examples.append(Example(variants, index.get(""), pair.repeats, concept))
-    plain = [pair for pair in pairs if not pair.source_images]
-    named = [text for pair in plain for text in pair.captions if has_trigger(text, pair.trigger or trigger)]
-    anchors = dict.fromkeys(re.sub(r"\s+", " ", _without_names(text, trigger, concepts)) for text in named)
-    return EncodingPlan(tuple(requests), tuple(examples), tuple(text for text in anchors if text))
-
-
-def _without_names(caption: str, trigger: str, concepts: Sequence[str]) -> str:
-    """The caption without the names of all concepts: with one of them left, it would be no ordinary prompt."""
-    for name in dict.fromkeys((trigger, *concepts)):
-        caption = remove_trigger(caption, name)
-    return caption
+    named = [(pair, text) for pair in pairs for text in pair.captions if has_trigger(text, pair.trigger or trigger)]
+    bare = [(pair, re.sub(r"\s+", " ", without_names(text, (trigger, *concepts)))) for pair, text in named]
+    anchors = dict.fromkeys(text for pair, text in bare if text and not pair.source_images)
+    edits = {(pair.source_images, text): (pair, text) for pair, text in bare if text and pair.source_images}
+    return EncodingPlan(tuple(requests), tuple(examples), tuple(anchors), tuple(edits.values()))

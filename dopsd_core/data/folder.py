@@ -23,7 +23,7 @@ from pathlib import Path
 from .caption_files import CaptionFiles, Place, composed, folded, place_of
 from .captions import CaptionError, Kind, read_caption_file
 from .images import SUFFIXES
-from .masks import is_named_as_mask, masks_beside
+from .masks import MASK, is_named_as_mask, masks_beside
 from .problems import Problem, Problems
 from .repeats import NamedRepeats
 from .triggers import TRIGGER_NAME, NamedTriggers
@@ -169,6 +169,8 @@ class _FolderReader:
         if not remark and self._rows is not None:
             self.named.add(self._rows)
             remark = f"there is {self._rows.name}: to read that file, give its path"
+        if not remark and is_named_as_mask(image):
+            remark = f"it is no mask: there is no image {image.stem[: -len(MASK)]} beside it"
         hint = f" ({remark})" if remark else ""
         self.problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
         return near

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .captioning import CaptionOptions
@@ -52,6 +52,9 @@ _MEDIA = frozenset(_MEDIA_TEXT.split())
 
 _HAN_FUNCTIONS = re.compile("[的了在是和与及或着过被把对从到向为以于其这那有上下里外中前后左右旁边一个张只位条片幅款]")
 """Characters that do not describe anything; common strings end at them."""
+_HAN_COLOUR = re.compile(r"([深浅亮暗]?[红橙黄绿青蓝紫粉黑白灰棕褐金银米]色)的?\s*$")
+_HAN_VERBS = re.compile("[在是有和与及被把对从到向为看穿戴拿站坐躺放]")
+"""Between the name and a kind of thing, these make it another thing."""
 _HAN_MEDIA = re.compile("水彩|油画|插画|漫画|素描|版画|水墨|卡通|动漫|像素|手绘|铅笔|线稿|渲染|赛璐璐|国画|蜡笔|剪纸")
 
 
@@ -101,14 +104,15 @@ def words_of_concept(caption: str, options: CaptionOptions, shared: Sequence[Sha
 
     For a subject these are the words between `[V]` and what kind of thing it is ("a [V] red badge"), and between an
     article and both ("a red [V] badge"); for a style those for a medium or technique ("a watercolour of"). In Chinese
-    only a style's are found.
+    these are strings between `[V]` and the kind of thing, and colours before `[V]`.
 
     shared: what the captions of the dataset share, from `shared_words`.
     """
     if options.aim == "style":
         media = [word for word in _words(caption) if word in _MEDIA]
         return tuple(dict.fromkeys((*media, *_HAN_MEDIA.findall(caption))))
-    kinds = {word.word for word in shared if word.is_class} | set(_words(options.class_word))
+    named = {*_words(options.class_word), *_HAN_RUN.findall(options.class_word)}
+    kinds = {word.word for word in shared if word.is_class} | named
     found: list[str] = []
     for before, behind in around_concept(caption, options.trigger):
         after = _phrase(_PUNCTUATION.split(behind)[0], backwards=False)
@@ -116,7 +120,22 @@ def words_of_concept(caption: str, options: CaptionOptions, shared: Sequence[Sha
         if places:
             found += _phrase(_PUNCTUATION.split(before)[-1], backwards=True) if places[0] == 0 else ()
             found += after[: places[-1]]
+        found += _han_of_concept(before, behind, kinds)
     return tuple(word for word in dict.fromkeys(found) if word not in kinds)
+
+
+def _han_of_concept(before: str, behind: str, kinds: Collection[str]) -> list[str]:
+    """A colour right before the name, and what is written between the name and the kind of thing, in Chinese."""
+    colour = _HAN_COLOUR.search(before)
+    found = [colour.group(1)] if colour else []
+    run = _HAN_RUN.match(behind.lstrip())
+    for kind in sorted(filter(_HAN_RUN.fullmatch, kinds), key=len, reverse=True):
+        describing, there, _ = (run.group() if run else "").partition(kind)
+        if there:
+            describing = describing.rstrip("的")
+            is_description = describing and not _HAN_VERBS.search(describing)
+            return [*found, describing] if is_description else found
+    return found
 
 
 def _words(text: str) -> list[str]:

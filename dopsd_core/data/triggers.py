@@ -10,11 +10,11 @@ is no such file. In a JSONL file, each row may have the key "trigger".
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .captions import PLACEHOLDER, CaptionError, check_text, decode_utf8, has_trigger, is_blank
+from .captions import PLACEHOLDER, CaptionError, check_text, decode_utf8, has_trigger, is_blank, remove_trigger
 from .problems import Problems
 
 TRIGGER_NAME = "trigger.txt"
@@ -86,6 +86,47 @@ def concepts_of(triggers: Iterable[str]) -> tuple[str, ...]:
         if trigger:
             found.setdefault(trigger.casefold(), trigger)
     return tuple(found.values())
+
+
+def warn_of_collisions(named: Iterable[tuple[str, Path, int | None, Sequence[str]]], problems: Problems) -> None:
+    """Warns of triggers that prompts cannot tell apart, once for each pair of them.
+
+    named: (trigger, caption file, line, captions) of each image.
+    """
+    places: dict[str, tuple[Path, int | None]] = {}
+    captions: dict[str, list[str]] = {}
+    for trigger, file, line, texts in named:
+        if trigger:
+            places.setdefault(trigger, (file, line))
+            captions.setdefault(trigger, []).extend(texts)
+    for place, first in enumerate(places):
+        for second in [*places][place + 1 :]:
+            for message in _collision(first, second, captions):
+                problems.warning(*places[second], message)
+
+
+def _collision(first: str, second: str, captions: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    """Why prompts cannot tell two triggers apart, in one sentence; none if they can. captions: of each."""
+    if first.casefold() == second.casefold():
+        yield f"the trigger {second!r} differs from {first!r} in case only: they count as one concept; write both alike"
+        return
+    short, long = sorted((first, second), key=len)
+    if has_trigger(long, short):
+        yield f"the trigger {short!r} is a part of the trigger {long!r}: prompts with that name both; choose another"
+        return
+    for word, other in ((first, second), (second, first)):
+        if all(names_concept(text, word) for text in captions[other]):
+            yield (
+                f"every caption of the concept {other!r} contains {word!r}, the trigger of another concept: choose a "
+                "word that they lack"
+            )
+
+
+def without_names(caption: str, names: Iterable[str]) -> str:
+    """The caption without `[V]` and these triggers: with one of them left, it would be no ordinary prompt."""
+    for name in sorted(dict.fromkeys(names), key=len, reverse=True):  # one may be a part of another
+        caption = remove_trigger(caption, name)
+    return caption
 
 
 def names_concept(prompt: str, trigger: str) -> bool:

@@ -117,12 +117,24 @@ class ObjectiveOutput:
     is_anchor: bool = False
 
     @classmethod
-    def of(cls, stats: Sequence[tuple[int, float, Tensor]], target: str, is_anchor: bool = False) -> ObjectiveOutput:
-        """Builds the output from (index, sigma, `compare`'s result [6]) of each state; copies from the device once."""
+    def of(
+        cls, stats: Sequence[tuple[int, float, Tensor]], target: str, is_anchor: bool = False,
+        weights: Mapping[int, float] | None = None,
+    ) -> ObjectiveOutput:  # fmt: skip
+        """Builds the output from (index, sigma, `compare`'s result [6]) of each state; copies from the device once.
+
+        weights: by index, of the losses in their sum; None for the mean. The loss is that sum, the metrics are means
+            with these weights, so that states which are drawn more often do not count more.
+        """
         rows = torch.stack([values for _, _, values in stats]).tolist()
         steps = tuple(StepStats(index, sigma, *row) for (index, sigma, _), row in zip(stats, rows, strict=True))
-        metrics = {name: _mean([getattr(s, name) for s in steps]) for name in ("gap", "cosine", "norm_ratio")}
-        return cls(_mean([s.loss for s in steps]), metrics, steps, target, is_anchor)
+        scales = [1.0 if weights is None else weights[s.index] * len(steps) for s in steps]  # exactly 1 for a mean
+        loss = _mean([scale * s.loss for scale, s in zip(scales, steps, strict=True)])
+        metrics = {
+            name: sum(scale * getattr(s, name) for scale, s in zip(scales, steps, strict=True)) / sum(scales)
+            for name in ("gap", "cosine", "norm_ratio")
+        }
+        return cls(loss, metrics, steps, target, is_anchor)
 
     @property
     def not_finite(self) -> str:

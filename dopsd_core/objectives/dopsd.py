@@ -140,7 +140,8 @@ class DOPSD(WithPriorAnchors):
         band = self.band_low, self.band_high
         teaching = Teaching(self.loss, self.states, self.regression_target, self.magnitude_weight, band)
         stats = distill(inputs, Sides.of_pairs(inputs), selected, teaching)
-        return ObjectiveOutput.of(stats, TEACHER if self.regression_target == "teacher" else IMAGE)
+        target = TEACHER if self.regression_target == "teacher" else IMAGE
+        return ObjectiveOutput.of(stats, target, weights=selected)
 
     def _draw_steps(self, inputs: ObjectiveInputs) -> Mapping[int, float]:
         """The gradient steps with their weights."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy
 from .base import Objective, ObjectiveInputs, ObjectiveOutput, missing_anchors
 from .distillation import UNTOUCHED, LossForm, Sides, Teaching, distill
+from .step_draws import weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,4 +51,4 @@ class WithPriorAnchors(Objective):
             selected: indices of the rollout's steps with a backward.
         """
         stats = distill(inputs, Sides.of_anchors(inputs), selected, Teaching(form))
-        return ObjectiveOutput.of(stats, UNTOUCHED, is_anchor=True)
+        return ObjectiveOutput.of(stats, UNTOUCHED, is_anchor=True, weights=weights_of(selected))

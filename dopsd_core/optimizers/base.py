@@ -74,18 +74,24 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside the `with` block, the parameters are those for evaluation; on exit, those for training.
 
     A schedule-free optimizer has different weights for training and evaluation and switches between them with `eval()`
-    and `train()`. Does nothing for others.
+    and `train()`, which rounds; so the weights for training are kept, and a run that was saved more often is the same.
+    Does nothing for others.
     """
     switch: Any = optimizer
     if not callable(getattr(switch, "eval", None)):
         yield
         return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     switch.eval()
     _mark_changed(optimizer)
     try:
         yield
     finally:
         switch.train()
+        with torch.no_grad():
+            for parameter, before in zip(parameters, kept, strict=True):
+                parameter.copy_(before)
         _mark_changed(optimizer)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..conditioning.encode import Encoder, OnEncoded, encode_dataset, encode_texts
+from ..conditioning.encode import Encoder, OnEncoded, encode_dataset
 from ..conditioning.teachers import TeacherView
 from ..data.dataset import Pair, plan_encoding
+from ..training.anchors import encode_anchors, own_anchors
 from ..training.shown_images import encode_request
 from ..training.training_set import require_fit
 from .encoding import Encoding
@@ -38,8 +39,12 @@ def encode_images(
     wanted = [*plan.requests, *([(pairs[0], encoding.heldout)] if encoding.heldout and is_first else [])]
     requests = [encode_request(pair, text, pair, view.background) for pair, text in wanted]
     encoded = encode_dataset(requests, encoder, None, on_encoded, view)
-    anchors = encode_texts(plan.anchors, encoder, None)
+    own = own_anchors([plan])
+    anchors = encode_anchors(own, encoder, None)
     count = len(plan.requests)
     return EncodedImages(
-        encoded[:count], plan.examples, tuple(zip(plan.anchors, anchors, strict=True)), (*encoded[count:], None)[0]
+        encoded[:count],
+        plan.examples,
+        tuple(zip([anchor.key for anchor in own], anchors, strict=True)),
+        (*encoded[count:], None)[0],
     )

@@ -77,7 +77,7 @@ class ShardRows:
         is_last: whether it is the last shard of its part.
         pairs: the pairs.
         examples: the images.
-        anchors: captions without the concept's name, and their conditions.
+        anchors: captions without the concept's name, as `Anchor.key`, and their conditions.
         heldout: the held-out pair, in the first shard.
         most: the largest numbers of tokens; None without pairs.
         masked: number of images with a mask.

@@ -12,8 +12,9 @@ from ..data.dataset import Example
 from ..families import Family
 from ..lazy_sequence import Column, Lazy
 from ..objectives import ClassImage
+from ..training.anchors import stripped_repeats
 from ..training.set_facts import MostTokens
-from ..training.training_set import TrainingSet, stripped_repeats
+from ..training.training_set import TrainingSet
 from .index import Kind
 from .reader import Shards
 

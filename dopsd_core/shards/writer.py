@@ -15,6 +15,7 @@ from ..conditioning.encode import Condition, DualCondition
 from ..data.dataset import Example
 from ..families import Family
 from ..files.atomic import write_atomic
+from ..training.anchors import anchor_tokens
 from ..training.set_facts import MostTokens, most_of
 from ..training.training_set import latent_shape
 from .index import rows_file, tensors_file
@@ -28,7 +29,7 @@ class EncodedImages:
     Attributes:
         pairs: the pairs, with latents [C, h, w] and features [L, D]; those of an example are adjacent.
         examples: the images, with indices into the pairs.
-        anchors: captions without the concept's name, and their conditions.
+        anchors: captions without the concept's name, as `Anchor.key`, and their conditions.
         heldout: the held-out pair.
     """
 
@@ -90,7 +91,8 @@ def _most_tokens(images: EncodedImages, family: Family) -> MostTokens | None:
     if not images.pairs:
         return None
     students = [family.tokens(latent_shape(pair), pair.student) for pair in images.pairs]
-    students += [(0, len(condition.features)) for _, condition in images.anchors]
+    shapes = [latent_shape(pair) for pair in images.pairs]
+    students += anchor_tokens(family, [condition for _, condition in images.anchors], shapes)
     return MostTokens(
         most_of(students), most_of([family.tokens(latent_shape(pair), pair.teacher) for pair in images.pairs])
     )

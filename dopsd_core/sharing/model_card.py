@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..families import FAMILIES, Family
-from .model_spec import hub_base_model, trigger_of
+from .model_spec import hub_base_model, slider_words, trigger_of
 
 _PAPER = "https://arxiv.org/abs/2605.05204"
 
@@ -50,6 +50,8 @@ def _sections(header: Mapping[str, str], file_name: str, thumbnail: str) -> Iter
     yield header.get("modelspec.description", "")
     if trigger:
         yield f"**Trigger word:** write `{_line(trigger)}` in the prompt."
+    if words := slider_words(header):
+        yield f"**Slider:** `{_line(words)}`. The strength is how much of it, and below 0 the opposite."
     yield _usage(header, file_name, family)
     yield _training(header, family)
 

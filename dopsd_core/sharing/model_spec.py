@@ -73,6 +73,8 @@ def spec_header(facts: Mapping[str, str], given: Description, title: str, is_dif
         words = concepts_in(facts) or (trigger,)
         known["modelspec.usage_hint"] = f"Trigger word{'s' * (len(words) > 1)}: {trigger}"
         known["trained_words"] = json.dumps(words, ensure_ascii=False)
+    if words := slider_words(facts):
+        known["modelspec.usage_hint"] = f"Slider: {words}; the LoRA's strength is how much, below 0 the opposite"
     return known | dict(facts) | _said(given)
 
 
@@ -100,6 +102,11 @@ def concepts_in(header: Mapping[str, str]) -> tuple[str, ...]:
     except ValueError:
         return ()
     return tuple(words) if isinstance(words, list) and all(isinstance(word, str) for word in words) else ()
+
+
+def slider_words(header: Mapping[str, str]) -> str:
+    """What the teacher of a slider read, such as "face -> smiling face"; "" for a LoRA that is no slider."""
+    return header.get("dopsd_teacher_sentence", "") if header.get("dopsd_teacher_sees") == "words" else ""
 
 
 def hub_base_model(facts: Mapping[str, str]) -> str:

@@ -18,7 +18,19 @@ from ..training.world import Peers
 from .hosts.model import HostModel, device_of
 from .model_options import ModelOptions
 
-_OWN = {"dataset", "output", "model", "base", "text_encoder", "vae", "vision", "root", "regularisation", "config"}
+_OWN = {
+    "dataset",
+    "output",
+    "model",
+    "base",
+    "text_encoder",
+    "vae",
+    "vision",
+    "root",
+    "regularisation",
+    "config",
+    "initial_lora",
+}
 """Paths, which may have other names on another machine."""
 
 _FREE = {"device", "threads", "train_config", "trackers", "command"}

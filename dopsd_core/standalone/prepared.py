@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
 
 from ..conditioning.cache import ConditionCache
 from ..conditioning.encode import DualCondition, encode_texts
 from ..conditioning.teachers import TeacherView
 from ..config import TrainConfig
-from ..data.captions import check_prompts
+from ..data.captions import check_prompts, put_trigger
 from ..data.dataset import Pair
 from ..data.resolutions import Scale
 from ..families import Family, get_family
@@ -22,10 +23,13 @@ from ..presets import ON_COMMAND_LINE
 from ..shards.index import is_encoded
 from ..shards.streamed_set import stream
 from ..training.aims import aim_remarks, require_taught
+from ..training.anchors import ordinary_prompts
 from ..training.pair_keys import planned_digest
+from ..training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..training.regularisation import check_regularisation
 from ..training.shown_images import mask_remarks
-from ..training.training_set import TrainingSet, build_training_set, encode_regularisation, ordinary_prompts
+from ..training.start import start_from_file
+from ..training.training_set import TrainingSet, build_training_set, encode_regularisation
 from ..training.world import Peers, World
 from .beforehand import check_beforehand, digest_of_pairs, may_lack_anchors
 from .chosen import family_of, view_of
@@ -52,6 +56,7 @@ class Prepared:
         shown: the prompts of previews.
         trigger: what `[V]` stands for in prompts.
         concepts: the triggers of the dataset.
+        initial: the LoRA that the run starts from, tensors such as A [rank, in] and B [rows, rank]; None for none.
     """
 
     model: HostModel
@@ -62,6 +67,7 @@ class Prepared:
     shown: Sequence[DualCondition]
     trigger: str = ""
     concepts: tuple[str, ...] = ()
+    initial: Mapping[str, Tensor] | None = None
 
 
 def prepare(
@@ -98,9 +104,11 @@ def prepare(
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
         warn(mask_remarks(report.pairs, view.background))
         warn(_aim_remarks(args, config, report.pairs, view))
+        warn(_prompt_remarks(args, config, view, trigger, ordinary, report.pairs))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, report.pairs, trigger))
+    start = _start(args, config, model, trigger or ", ".join(report.concepts), peers)
 
     def keys() -> str:
         return planned_digest(
@@ -120,7 +128,7 @@ def prepare(
 
     data, shown = first_then_others(peers, encode)
     config = _without_missing_anchors(args, config, data, peers)
-    return Prepared(model, view, config, data, cache, shown, trigger, report.concepts)
+    return Prepared(model, view, config, data, cache, shown, trigger, report.concepts, start)
 
 
 def _require_fit(options: ModelOptions, config: TrainConfig, family: Family) -> None:
@@ -168,6 +176,8 @@ def prepare_streamed(
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, (), args.trigger))
+        warn(_prompt_remarks(args, config, view, args.trigger, ordinary))
+    start = _start(args, config, model, args.trigger, peers)
     check_beforehand(args, config, model, shards.index.digest() + digest_of_pairs(ordinary), peers)
     peers.first(before_encoding)
     cache = ConditionCache(args.output / "cache")
@@ -183,7 +193,8 @@ def prepare_streamed(
 
     data = first_then_others(peers, encode)
     shown = shown_of(data, MAX_PROMPTS) if config.preview_every else ()
-    return Prepared(model, view, _without_missing_anchors(args, config, data, peers), data, cache, shown, args.trigger)
+    config = _without_missing_anchors(args, config, data, peers)
+    return Prepared(model, view, config, data, cache, shown, args.trigger, initial=start)
 
 
 def _aim_remarks(args: argparse.Namespace, config: TrainConfig, pairs: Sequence[Pair], view: TeacherView) -> list[str]:
@@ -191,6 +202,36 @@ def _aim_remarks(args: argparse.Namespace, config: TrainConfig, pairs: Sequence[
     names_others = given or not config.objective.wants_anchors
     preset = ON_COMMAND_LINE.get(args.preset, "")
     return aim_remarks(preset, pairs, view, args.teacher_image, names_others=names_others)
+
+
+def _start(
+    args: argparse.Namespace, config: TrainConfig, model: HostModel, trigger: str, peers: Peers
+) -> Mapping[str, Tensor] | None:
+    """The tensors of --initial-lora, such as A [rank, in]; checked before anything is encoded."""
+    if args.initial_lora is None:
+        return None
+    start = start_from_file(args.initial_lora, model.outline.sites(), config, trigger, model.title)
+    if peers.is_first:
+        warn(start.notes)
+    return start.tensors
+
+
+def _prompt_remarks(
+    args: argparse.Namespace, config: TrainConfig, view: TeacherView, trigger: str, ordinary: Sequence[Pair],
+    pairs: Sequence[Pair] = (),
+) -> list[str]:  # fmt: skip
+    """Anchor, preview and held-out prompts that work against the training, or show nothing of it."""
+    names = list(dict.fromkeys(filter(None, (trigger, *(pair.trigger for pair in pairs)))))
+    anchors = [put_trigger(text, trigger) for text in args.anchor_prompts or ()]
+    remarks = anchor_remarks(anchors, names, {text for p in pairs if not p.source_images for text in p.captions})
+    if config.objective.wants_anchors:
+        remarks += slider_remarks([*anchors, *(text for pair in ordinary for text in pair.captions)], view)
+    shown = [put_trigger(text, trigger) for text in args.preview_prompts or ()] if config.preview_every else []
+    if args.heldout_caption and not config.probe_every:
+        remarks.append("the held-out caption is not measured: probe_every is 0, so no step is known as the best")
+    elif config.save_every and not args.heldout_caption and not is_encoded(args.dataset):
+        remarks.append("which of the LoRA files is the best will not be known: give --heldout-caption")
+    return remarks + equal_rows_remarks(shown, view)
 
 
 def runs_together(config: TrainConfig, world: World | None) -> bool:

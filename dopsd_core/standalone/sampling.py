@@ -21,6 +21,7 @@ from ..data.images import ImageError, decode, load_image, to_tensor
 from ..families import Family
 from ..image_grid import Row, contact_sheet, to_images
 from ..rollout import sample
+from ..training.prompt_remarks import equal_rows_remarks
 from ..training.rng import make_generator
 from ..training.saved_loras import SavedLora, saved_loras
 from ..training.shown_images import mask_remarks, seen_images
@@ -151,6 +152,7 @@ def run_teacher_preview(args: argparse.Namespace) -> int:
     painter = Painter(model, args.steps or model.sample_steps, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     warn(mask_remarks(report.pairs, view.background))
+    warn(equal_rows_remarks(texts, view))
     seen = seen_images(report.pairs, len(pairs), args.teacher_image, view.background)
     teacher_sheet(painter, shown, pairs, seen, view).save(args.output)
     say(f"{args.output}: the student can only become as good as the row of the teacher")

@@ -85,9 +85,9 @@ def _trained(
     ):
         result = train(
             config, denoiser, prepared.data, args.output, callbacks, resume=not args.fresh,
-            facts=_facts(args, prepared), sample_steps=prepared.model.sample_steps, cache=prepared.cache,
-            checkpointing=plan.checkpointing, compiles=args.compile, keeps_casts=plan.keeps_casts,
-            host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
+            facts=_facts(args, prepared), initial=prepared.initial, sample_steps=prepared.model.sample_steps,
+            cache=prepared.cache, checkpointing=plan.checkpointing, compiles=args.compile,
+            keeps_casts=plan.keeps_casts, host_bytes=preview.most_bytes(sheets) if preview else 0, world=world,
         )  # fmt: skip
     if is_first:
         _say_result(result, config)
@@ -137,8 +137,7 @@ def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:
         "dopsd_base_model": prepared.model.title,
         "dopsd_base_fingerprint": prepared.model.fingerprint,
         **trigger_facts(prepared.trigger, prepared.concepts),
-        "dopsd_teacher_sees": prepared.view.name,
-        **({"dopsd_teacher_background": view} if (view := prepared.view.background) != "keep" else {}),
+        **prepared.view.facts,
         **({"dopsd_undistilled": args.model} if ModelOptions.of(args).is_undistilled else {}),
     }
 

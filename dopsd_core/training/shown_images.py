@@ -40,6 +40,7 @@ def pair_of_prompt(pairs: Sequence[Pair], prompt: str, number: int) -> int:
     the first one for prompt 0, the next for 1, and so on."""
     names = concepts_of(pair.trigger for pair in pairs)
     named = [name.casefold() for name in names if len(names) > 1 and names_concept(prompt, name)]
+    named.sort(key=len, reverse=True)  # one may be a part of another
     fitting = [index for index, pair in enumerate(pairs) if not named or pair.trigger.casefold() == named[0]]
     return fitting[number % len(fitting)]
 
@@ -75,10 +76,14 @@ def encode_request(
         shown: the pair whose image the teacher sees; None for the same pair.
         background: what the teacher sees around the subject, where that image has a mask.
     """
-    sources = tuple(_image_input(path, pair.bucket) for path in pair.source_images)
     seen, is_whole = shown or pair, background == "keep" or (shown or pair).mask is None
     other = None if seen is pair and is_whole else seen_by_teacher(seen, background)
-    return EncodeRequest(_image_input(pair.image_path, pair.bucket), caption, sources, other)
+    return EncodeRequest(_image_input(pair.image_path, pair.bucket), caption, sources_of(pair), other)
+
+
+def sources_of(pair: Pair) -> tuple[ImageInput, ...]:
+    """The source images of an edit, cropped like its target."""
+    return tuple(_image_input(path, pair.bucket) for path in pair.source_images)
 
 
 def seen_images(pairs: Sequence[Pair], count: int, teacher_image: TeacherImage, background: Background) -> list[Tensor]:

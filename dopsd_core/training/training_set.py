@@ -17,7 +17,6 @@ from ..conditioning.encode import (
     OnEncoded,
     encode_captioned,
     encode_dataset,
-    encode_texts,
 )
 from ..conditioning.teachers import VLM, TeacherView
 from ..data.captions import put_trigger
@@ -26,12 +25,10 @@ from ..data.resolutions import Scale
 from ..data.triggers import concepts_of, require_names
 from ..families import Family
 from ..objectives import ClassImage
+from .anchors import anchor_tokens, encode_anchors, ordinary_prompts, own_anchors, weighted, with_sources
 from .scales import ScaleShare
 from .set_facts import MostTokens, most_of, tuple_in_parts
 from .shown_images import TeacherImage, encode_request, pair_of_prompt, require_masks, shown_to_teacher
-
-STRIPPED_SHARE = 0.75
-"""Share of captions without the concept's name among the prior anchors, if there are other prompts too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +87,7 @@ class TrainingSet:
     def most_tokens(self, family: Family) -> MostTokens:
         """The largest numbers of tokens of a forward."""
         students = [family.tokens(latent_shape(pair), pair.student) for pair in self.pairs]
-        students += [(0, len(anchor.features)) for anchor in self.anchors]
+        students += anchor_tokens(family, self.anchors, self.shapes())
         teachers = [family.tokens(latent_shape(pair), pair.teacher) for pair in self.pairs]
         return MostTokens(most_of(students), most_of(teachers))
 
@@ -102,7 +99,8 @@ class TrainingSet:
             digest.update(f"{key}|{caption}|{shape}\n".encode())
         for anchor in self.anchors:
             digest.update(f"{tuple(anchor.features.shape)}\n".encode())
-            digest.update(anchor.features.detach().cpu().float().contiguous().numpy().tobytes())
+            for tensor in (anchor.features, *anchor.reference_latents):
+                digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         for image in self.regularisation:
             for tensor in (image.condition.features, image.latent):
                 digest.update(f"{tuple(tensor.shape)}\n".encode())
@@ -172,9 +170,10 @@ def build_training_set(
     examples, shares = _joined(plans, scales)
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
     prompts = ordinary_prompts(anchor_prompts, regularisation, trigger)
+    wanted = weighted(own_anchors([planned.plan for planned in plans]), with_sources(prompts, pairs))
     return TrainingSet(
         pairs=encoded[: sum(len(planned.requests) for planned in plans)],
-        anchors=encode_texts(_weighted_anchors(_anchors(plans), prompts), encoder, cache) if anchors else (),
+        anchors=encode_anchors(wanted, encoder, cache) if anchors else (),
         heldout=encoded[-1] if heldout_caption is not None else None,
         examples=examples,
         regularisation=encode_regularisation(regularisation, encoder, cache, on_encoded),
@@ -203,10 +202,6 @@ def plan_requests(
     concepts = concepts_of(pair.trigger for pairs in sizes for pair in pairs)
     plans = [plan_encoding(pairs, trigger=trigger, caption_dropout=dropout, concepts=concepts) for pairs in sizes]
     return [_requests_of(plan, pairs, teacher, teacher_image) for plan, pairs in zip(plans, sizes, strict=True)]
-
-
-def _anchors(plans: Sequence[_Planned]) -> list[str]:
-    return list(dict.fromkeys(text for planned in plans for text in planned.plan.anchors))
 
 
 def _requests_of(
@@ -254,12 +249,6 @@ def _require_names(
     require_names(anchor_prompts, "anchor prompt", concepts)
     require_names([heldout_caption or ""], "held-out caption", concepts)
     require_names([teacher.sentence], "teacher_sentence", concepts)
-
-
-def ordinary_prompts(anchor_prompts: Sequence[str], regularisation: Sequence[Pair], trigger: str) -> list[str]:
-    """The prompts for the prior anchors that are not of the dataset."""
-    ordinary = dict.fromkeys(caption for pair in regularisation for caption in pair.captions)
-    return [*(put_trigger(prompt, trigger) for prompt in anchor_prompts), *ordinary]
 
 
 def encode_regularisation(
@@ -323,19 +312,6 @@ def _drawing_copies(example: Example, copies: Sequence[Sequence[int]]) -> Exampl
     """Replaces each pair of the example by its copies, which differ in the image that the teacher sees."""
     variants = tuple(copy for index in example.variants for copy in copies[index])
     return replace(example, variants=variants, dropped=None if example.dropped is None else copies[example.dropped][0])
-
-
-def _weighted_anchors(stripped: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """Captions without the concept's name, repeated to about `STRIPPED_SHARE` of all, and other ordinary prompts.
-
-    These captions differ from the training captions only by the name, so leakage is strongest there.
-    """
-    return [*list(stripped) * stripped_repeats(len(stripped), len(prompts)), *prompts]
-
-
-def stripped_repeats(stripped: int, prompts: int) -> int:
-    """How often each caption without the concept's name is among the anchors, by the numbers of both kinds."""
-    return max(1, round(prompts * STRIPPED_SHARE / (1 - STRIPPED_SHARE) / stripped)) if stripped and prompts else 1
 
 
 def latent_shape(pair: DualCondition) -> tuple[int, ...]:

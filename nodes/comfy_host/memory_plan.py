@@ -21,6 +21,7 @@ from ...dopsd_core.memory.checkpoint_plan import Checkpointing
 from ...dopsd_core.memory.footprint import Footprint, estimate
 from ...dopsd_core.memory.ram_budget import offloading_ram, why_not_offloaded
 from ...dopsd_core.teachers import FrozenTeacher
+from ...dopsd_core.training.anchors import anchor_tokens
 from ...dopsd_core.training.training_set import latent_shape
 from .denoiser import ComfyDenoiser
 from .sockets import Conditions
@@ -212,7 +213,7 @@ def footprint_of(denoiser: ComfyDenoiser, conditions: Conditions, config: TrainC
     """The memory that training with this configuration takes."""
     pairs, family = conditions.data.pairs, conditions.family
     students = [family.tokens(latent_shape(pair), pair.student) for pair in pairs]
-    students += [(0, len(anchor.features)) for anchor in conditions.data.anchors]
+    students += anchor_tokens(family, conditions.data.anchors, conditions.data.shapes())
     teachers = [family.tokens(latent_shape(pair), pair.teacher) for pair in pairs]
     return estimate(
         denoiser,

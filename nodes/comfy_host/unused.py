@@ -38,8 +38,9 @@ def unused_settings(
 
 def aim_notes(preset: str, conditions: Conditions, objective: Objective) -> list[str]:
     """What does not fit the aim of the preset, one line each; an objective without anchors needs no others."""
-    own = plan_encoding(conditions.pairs, trigger=conditions.trigger).anchors
-    names_others = len(conditions.data.anchors) > len(own) or not objective.wants_anchors
+    plan = plan_encoding(conditions.pairs, trigger=conditions.trigger)
+    own = len(plan.anchors) + len(plan.edit_anchors)
+    names_others = len(conditions.data.anchors) > own or not objective.wants_anchors
     view, shown = conditions.teacher, conditions.teacher_image
     return aim_remarks(preset, conditions.pairs, view, shown, names_others=names_others)
 

@@ -152,7 +152,11 @@ def text_features(comfyui: ComfyUI, models: dict[str, Any], text: str) -> torch.
 
 def test_edits_are_trained_from_their_sources(comfyui: ComfyUI, graph: Any, artefacts: Path) -> None:
     run = comfyui.execute(
-        graph("klein-edits", {}, {"run_name": "klein-edits", "batch_size": 2, "steps": 2, "preview_every": 1})
+        graph(
+            "klein-edits",
+            {"anchor_prompts": "make it night\nmake it winter"},
+            {"run_name": "klein-edits", "batch_size": 2, "steps": 2, "preview_every": 1},
+        )
     )
     pairs = pairs_of(run)
     assert run.value("conditions").teacher.name == "edit_target"
@@ -163,6 +167,9 @@ def test_edits_are_trained_from_their_sources(comfyui: ComfyUI, graph: Any, arte
         assert torch.equal(pair.teacher.reference_latents[1], pair.target_latent)
         sources.add(float(source.sum()))
     assert len(sources) == 3
+    anchors = run.value("conditions").data.anchors  # each prompt alone, and for a source image
+    assert {len(anchor.reference_latents) for anchor in anchors} == {0, 1}
+    assert {float(latent.sum()) for anchor in anchors for latent in anchor.reference_latents} <= sources
     for prompt in run.value("conditions").previews:  # drawn from the source too
         assert len(prompt.student.reference_latents) == 1 and len(prompt.teacher.reference_latents) == 2
     assert run.value("train", 3).shape[0] == 3

@@ -32,6 +32,7 @@ def slider(name: str, sentence: str, **train: Any) -> dict[str, Any]:
     graph = training(name, steps=2, warmup=0, probe_every=1, preview_every=2, **train)
     graph["data"]["inputs"] |= {"folder": FOLDER, "trigger": ""}
     prompts = "a house\na badge, bottom, on a navy background"
+    graph["conditions"]["inputs"]["anchor_prompts"] = "a sky\na red badge"
     graph["conditions"]["inputs"] |= {"mode": "words", "teacher_sentence": sentence, "preview_prompts": prompts}
     del graph["conditions"]["inputs"]["vision"]
     return graph
@@ -51,6 +52,9 @@ def test_a_slider_trains_without_a_vision_tower_and_measures_a_prompt_with_the_w
     house, badge = conditions.previews
     assert torch.equal(house.student.features, house.teacher.features)
     assert badge.student.features.shape != badge.teacher.features.shape
+    said = run.texts("conditions")[-1]
+    assert "1 of 2 prompts do not contain 'badge'" in said and "1 anchor prompt contains 'badge'" in said
+    assert run.value("train").facts["dopsd_teacher_sentence"] == "badge -> striped badge"
 
 
 def test_a_slider_without_words_is_refused(comfyui: ComfyUI, folder: None) -> None:
