@@ -72,3 +72,26 @@ def test_a_teachers_forward_takes_as_much_as_without_lora() -> None:
                 forward()
             peaks[mode] = live.peak
     assert peaks["teacher"] < 1.03 * peaks["off"]
+
+
+@pytest.mark.parametrize("linears", [1, 2])
+def test_gradients_of_what_is_concatenated_are_freed_one_by_one(linears: int) -> None:
+    """As attention and MLP in FLUX's single-stream blocks: the smaller one does not keep the memory of both."""
+    torch.manual_seed(0)
+    small, large = (torch.randn(8, width, device=DEVICE, requires_grad=True) for width in (2, 6))
+    net = torch.nn.ModuleList(torch.nn.Linear(8, 4, device=DEVICE) for _ in range(linears)).requires_grad_(False)
+
+    def gradients() -> tuple[list[torch.Tensor], list[int]]:
+        held: list[int] = []
+        parts = [small * 2, large * 2]
+        for part in parts:
+            part.register_hook(lambda grad: held.append(grad.untyped_storage().nbytes()))
+        x = torch.cat(parts, -1)
+        loss = sum((linear(x).square().sum() for linear in net), torch.zeros((), device=DEVICE))
+        return list(torch.autograd.grad(loss, [small, large])), sorted(held)
+
+    wanted, _ = gradients()
+    with AdapterSet(plain_linear_sites(net), Lora(targets=("0",)), device=DEVICE).attached():
+        got, held = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    assert held == [small.nbytes, small.nbytes + large.nbytes]

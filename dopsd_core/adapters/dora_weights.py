@@ -78,16 +78,23 @@ class DoraWeights(LoraWeights):
         products, bias = self._products(x.dtype)
         of_parts = products.chunk(len(self.parts))
         values = (
-            self._scaled(base_2d, bias, h, products_of_part, weights)
-            for h, products_of_part, weights in zip(self.hidden(base, x), of_parts, self._by_part(), strict=True)
+            self._scaled(base_2d, bias, h, of_part, *weights)
+            for h, of_part, weights in zip(self.hidden(base, x), of_parts, self._by_part(), strict=True)
         )
         return joined_rows(base_2d, self.parts, values).reshape(base.shape)
 
     def _scaled(
-        self, base: Tensor, bias: Tensor, hidden: Tensor, products: Tensor, weights: tuple[SitePart, Tensor, Tensor, Tensor]
+        self,
+        base: Tensor,
+        bias: Tensor,
+        hidden: Tensor,
+        products: Tensor,
+        part: SitePart,
+        a: Tensor,
+        b: Tensor,
+        m: Tensor,
     ) -> Tensor:
         """The part's rows [tokens, rows]; bias [out], hidden [tokens, rank], products: A W^T [rank, out]."""
-        part, a, b, m = weights
         norms = self._norms(part, a, b, products[:, part.rows])
         # a factor near 1 would be rounded away in 16 bits, so that its difference from 1 is used
         gain = (m / norms - 1).to(base.dtype).t()
