@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +18,7 @@ from benchmarks.cost_model import StepCost, pass_cost
 from benchmarks.networks import Network
 from dopsd_core.adapters import Lora
 from dopsd_core.adapters.adapter_set import AdapterSet
+from dopsd_core.adapters.lora_weights import LoraWeights
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Family
@@ -171,7 +173,7 @@ class Bench:
         losses = []
         predict = lambda x, sigma: denoiser.predict_x0(x, sigma, [student])  # noqa: E731
         for state in rollout(predict, inputs.noise, inputs.sigmas, grad_steps=range(len(inputs.sigmas))):
-            with adapters.use("teacher"), torch.no_grad():
+            with adapters.use("teacher"), torch.no_grad(), lora_out_of_place():
                 target = denoiser.predict_x0(state.x, state.sigma, [teacher])
             losses.append(self_distillation_loss(state.x0, target, state.sigma))
         torch.stack(losses).mean().backward()
@@ -258,6 +260,13 @@ class Bench:
             step()
         there = beside + self.network.weight_bytes + sum(tensor.nbytes for tensor in [*weights, *moments])
         return (live.peak + there) / GB, flops.get_total_flops() / cost.flops
+
+
+def lora_out_of_place() -> Any:
+    """Inside the `with`, LoRA leaves the outputs of Linears alone also where gradients are off, as in peft."""
+    apply = LoraWeights.apply
+    copied = lambda self, base, x: apply(self, base.clone(), x)  # noqa: E731
+    return patch.object(LoraWeights, "apply", copied)
 
 
 def synchronise(device: torch.device) -> None:

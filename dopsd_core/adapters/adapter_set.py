@@ -141,8 +141,9 @@ class AdapterSet(SwitchedWeights):
             weights = self._active(adapter) if adapter is not None else None
             if weights is None:
                 return base
-            adapted = weights.apply(base, x)
-            return adapted if self.strength == 1 else base + self.strength * (adapted - base)
+            if self.strength == 1:
+                return weights.apply(base, x)
+            return base + self.strength * (weights.apply(base.clone(), x) - base)
 
         setattr(forward, _OWNER, self)
         return forward

@@ -76,15 +76,30 @@ class DoraWeights(LoraWeights):
         """m (W + s B A) x / ||W + s B A|| plus bias, from base [..., out_features] = W x + bias and x [..., in]."""
         base_2d = base.reshape(-1, base.shape[-1])
         products, bias = self._products(x.dtype)
-        values = []
-        for number, (h, (part, a, b, m)) in enumerate(zip(self.hidden(base, x), self._by_part(), strict=True)):
-            rank = a.shape[0]
-            norms = self._norms(part, a, b, products[number * rank : (number + 1) * rank, part.rows])
-            # a factor near 1 would be rounded away in 16 bits, so that its difference from 1 is used
-            gain = (m / norms - 1).to(base.dtype).t()
-            updated = torch.addmm(base_2d[:, part.rows], h, self.casts.of(b, base.dtype).t(), alpha=self.scale)
-            values.append(updated + gain * (updated - bias[part.rows]))
+        of_parts = products.chunk(len(self.parts))
+        values = (
+            self._scaled(base_2d, bias, h, of_part, *weights)
+            for h, of_part, weights in zip(self.hidden(base, x), of_parts, self._by_part(), strict=True)
+        )
         return joined_rows(base_2d, self.parts, values).reshape(base.shape)
+
+    def _scaled(
+        self,
+        base: Tensor,
+        bias: Tensor,
+        hidden: Tensor,
+        products: Tensor,
+        part: SitePart,
+        a: Tensor,
+        b: Tensor,
+        m: Tensor,
+    ) -> Tensor:
+        """The part's rows [tokens, rows]; bias [out], hidden [tokens, rank], products: A W^T [rank, out]."""
+        norms = self._norms(part, a, b, products[:, part.rows])
+        # a factor near 1 would be rounded away in 16 bits, so that its difference from 1 is used
+        gain = (m / norms - 1).to(base.dtype).t()
+        updated = self._updated(base, part, hidden, self.casts.of(b, base.dtype).t())
+        return updated + gain * (updated - bias[part.rows])
 
     def _by_part(self) -> list[tuple[SitePart, Tensor, Tensor, Tensor]]:
         parts = self.a.chunk(len(self.parts))

@@ -38,11 +38,23 @@ def frozen_linear(x: Tensor, site: LinearSite) -> Tensor:
     """The site's output [..., out_features] for x [..., in_features]; adds a graph node only if x needs a gradient."""
     is_training = torch.is_grad_enabled()
     if is_training and x.requires_grad:
+        if x.grad_fn is not None and x.grad_fn.name().startswith("CatBackward"):
+            x.grad_fn.register_hook(_in_own_memory)
         return FrozenLinear.apply(x, site)
     with torch.no_grad():
         if not is_training:
             return site.forward(x)
         return product(site.name, lambda: _owned(site.forward(x)))
+
+
+def _in_own_memory(grads: tuple[Tensor | None, ...], _: object) -> tuple[Tensor | None, ...]:
+    """The gradients of what was concatenated along the features, of any shape: torch's are views of that of the whole,
+    which would stay in memory until the last of them is used. All but the largest are copied, so that it is freed with
+    that one. FLUX's single-stream blocks concatenate attention and MLP, whose backward has their peak."""
+    largest = max((grad.numel() for grad in grads if grad is not None), default=0)
+    return tuple(
+        grad if grad is None or grad.numel() == largest or grad.is_contiguous() else grad.contiguous() for grad in grads
+    )
 
 
 def _owned(out: Tensor) -> Tensor:

@@ -89,11 +89,15 @@ class LokrWeights:
     def apply(self, base: Tensor, x: Tensor) -> Tensor:
         """base [..., out_features] plus the update of x [..., in_features]."""
         base_2d, x_2d = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
-        values = []
-        for part, w1, w2 in zip(self.parts, self.w1, self.w2, strict=True):
-            update = _product([self.casts.of(t, x.dtype) for t in (w1, *w2)], x_2d).to(base.dtype)
-            values.append(torch.add(base_2d[:, part.rows], update, alpha=self.scale))
+        values = (
+            torch.add(base_2d[:, part.rows], self._update(w1, w2, x_2d).to(base.dtype), alpha=self.scale)
+            for part, w1, w2 in zip(self.parts, self.w1, self.w2, strict=True)
+        )
         return joined_rows(base_2d, self.parts, values).reshape(base.shape)
+
+    def _update(self, w1: Tensor, w2: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        """kron(w1, w2) x of a part, [tokens, rows]; x [tokens, in_features]."""
+        return _product([self.casts.of(factor, x.dtype) for factor in (w1, *w2)], x)
 
 
 def _product(factors: list[Tensor], x: Tensor) -> Tensor:

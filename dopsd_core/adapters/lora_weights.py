@@ -77,11 +77,19 @@ class LoraWeights:
     def apply(self, base: Tensor, x: Tensor) -> Tensor:
         """base [..., out_features] plus the low-rank update of x [..., in_features]; W + BA is never formed."""
         base_2d = base.reshape(-1, base.shape[-1])
-        values = [
-            torch.addmm(base_2d[:, part.rows], h, self.casts.of(b, base.dtype).t(), alpha=self.scale)
+        values = (
+            self._updated(base_2d, part, h, self.casts.of(b, base.dtype).t())
             for part, h, b in zip(self.parts, self.hidden(base, x), self.b, strict=True)
-        ]
+        )
         return joined_rows(base_2d, self.parts, values).reshape(base.shape)
+
+    def _updated(self, base: Tensor, part: SitePart, hidden: Tensor, b: Tensor) -> Tensor:
+        """The part's rows [tokens, rows]; of a part that is the whole output and has no graph, in place, which is what
+        torch does to a copy otherwise. hidden [tokens, rank], b [rank, rows]."""
+        rows = base[:, part.rows]
+        is_whole = rows.shape == base.shape
+        out = base if is_whole and not torch.is_grad_enabled() else None
+        return torch.addmm(base if is_whole else rows, hidden, b, alpha=self.scale, out=out)
 
     def hidden(self, base: Tensor, x: Tensor) -> Tensor:
         """A x of each part, [parts, tokens, rank], in the dtype of base [..., out]; x [..., in_features]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -52,12 +52,23 @@ class SiteWeights(Protocol):
         ...
 
     def apply(self, base: Tensor, x: Tensor) -> Tensor:
-        """The adapted output of the Linear, from its own, base [..., out_features], and its input x [..., in]."""
+        """The adapted output of the Linear, from its own, base [..., out_features], and its input x [..., in].
+
+        Where gradients are off it may be written into base.
+        """
         ...
 
 
-def joined_rows(base: Tensor, parts: Sequence[SitePart], values: Sequence[Tensor]) -> Tensor:
-    """base [tokens, out_features] with the rows of each part replaced by its value [tokens, rows]."""
+def joined_rows(base: Tensor, parts: Sequence[SitePart], values: Iterable[Tensor]) -> Tensor:
+    """base [tokens, out_features] with the rows of each part replaced by its value [tokens, rows].
+
+    Where gradients are off they are replaced in base, so that with values made one by one only one is in memory.
+    """
+    if not torch.is_grad_enabled() and parts[0].out_features < base.shape[1]:
+        made = iter(values)
+        for part in parts:
+            base[:, part.rows] = next(made)  # without a name, which would keep it while the next one is made
+        return base
     segments: list[Tensor] = []
     end = 0
     for part, value in zip(parts, values, strict=True):

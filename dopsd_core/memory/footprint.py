@@ -12,9 +12,9 @@ from ..teachers import EmaTeacher, Teacher
 from .activation_checkpointing import block_bytes, block_shapes, cast_bytes
 from .checkpoint_plan import BlockBytes, Checkpointing, peak_bytes, plan_checkpointing
 
-_FORWARD, _BACKWARD, _OUTSIDE = 5.5, 3.0, 4
+_FORWARD, _BACKWARD, _OUTSIDE = 5.0, 3.0, 4
 """Elements per token. Transient workspace per block in units of its widest input: in a forward without a graph
-(counted: Z-Image 4.8, klein 5.2), and in a backward in addition to the saved activations (2.2, 2.9). Saved outside the
+(counted: Z-Image 4.8, klein 4.7), and in a backward in addition to the saved activations (2.2, 2.7). Saved outside the
 blocks, in units of the width: 3 to 4 were counted."""
 
 _FLOPS_PER_BYTE = 6000
@@ -39,7 +39,7 @@ class Footprint:
             weights in 16 bits the copies that the network computes with, 2 P of the student and 2 P of the teacher.
         working: activations of embedders and output layer, 4 * batch * L * D * itemsize, plus twice the largest weight
             in the compute dtype for weights that are cast or streamed.
-        forward: transient workspace per block, 5.5 * batch * L * I * itemsize, for the longer of the two sequences.
+        forward: transient workspace per block, 5.0 * batch * L * I * itemsize, for the longer of the two sequences.
         backward: transient workspace per block, 3 * batch * L * I * itemsize.
         blocks: saved activations of each block, `activation_checkpointing.block_bytes`.
         casts: copies of LoRA and EMA teacher in a compute dtype of 16 bits, 2 P each; 0 if they are cast in each
