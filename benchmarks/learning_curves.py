@@ -4,9 +4,9 @@
     python -m benchmarks.learning_curves --only k4m1_gap --seeds 1 --seconds 5 --dry
 
 All start from K = 4, batch 1 and half of the batches prior anchors, as the preset *subject* trains. Each setting has
-the learning rate of a grid that leaves the smallest gap on two concepts that are not reported. A run stops after a number
-of seconds of training on one thread; they are the process's CPU seconds, which are wall time on an idle core and hardly
-depend on what else the machine does. Measurements do not count. What is done is not done again: the same command
+the learning rate of a grid that leaves the smallest gap on two concepts that are not reported. A run stops after a
+number of seconds of training on one thread; they are the process's CPU seconds, which are wall time on an idle core and
+hardly depend on what else the machine does. Measurements do not count. What is done is not done again: the same command
 resumes.
 """
 
@@ -226,10 +226,11 @@ def sections(rows: Rows, rates: Mapping[str, float], budget: float, command: str
     concepts, seeds = len(rows[reference]), len(rows[reference][0])
     late = {n: sum(seconds_to(r["curve"], LEVEL) is None for c in rows[n] for r in c) for n in rows}
     missed = "; ".join(f"{titles[n]} {count} of {concepts * seeds}" for n, count in late.items() if count)
+    over = "one concept" if concepts == 1 else f"{concepts} concepts"
     notes = (
-        f"{budget:g} seconds of training on one thread each. Means with 95 % bootstrap intervals over "
-        f"{'one concept' if concepts == 1 else f'{concepts} concepts'} and {seeds} seeds of each. Gap: to the untouched model that sees a target, on unseen prompts along "
-        "the demo model's own two steps, relative to before training.",
+        f"{budget:g} seconds of training on one thread each. Means with 95 % bootstrap intervals over {over} and "
+        f"{seeds} seeds of each. Gap: to the untouched model that sees a target, on unseen prompts along the demo "
+        "model's own two steps, relative to before training.",
         f"A gap of {LEVEL:g} was not reached, and counts as {budget:g} seconds: {missed or 'never'}.",
         "Learning rates: " + "; ".join(f"{titles[name]}: {rates[name]:g}" for name in rows) + ".",
         f"![Gap and concept error over the seconds of training]({PLOT})",
