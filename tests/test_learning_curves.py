@@ -53,8 +53,9 @@ def test_curves_are_read_off_straight_lines() -> None:
 def test_the_best_rate_leaves_the_smallest_gap_late() -> None:
     early = {"curve": [(s, 0.3 if s else 1.0, 0.0) for s in map(float, range(MARKS + 1))]}
     late = {"curve": [(s, 1 - s / 8, 0.0) for s in map(float, range(MARKS + 1))]}
-    assert best_rate({1e-3: early, 2e-3: late}, float(MARKS)) == 2e-3
-    assert best_rate({1e-3: early, 2e-3: {"curve": CURVE}}, float(MARKS)) == 1e-3
+    assert best_rate({1e-3: [early], 2e-3: [late]}, float(MARKS)) == 2e-3
+    assert best_rate({1e-3: [early], 2e-3: [{"curve": CURVE}]}, float(MARKS)) == 1e-3
+    assert best_rate({1e-3: [early, early], 2e-3: [late, {"curve": CURVE}]}, float(MARKS)) == 1e-3
 
 
 def row(factor: float) -> dict[str, Any]:
