@@ -313,6 +313,7 @@ def main() -> None:
             rows[setting.name].append([run(setting, rates[setting.name], concept, s) for s in range(args.seeds)])
     words = ("--concepts", args.concepts, "--seeds", args.seeds, "--seconds", f"{args.seconds:g}")
     words += ("--only", *args.only) if args.only else ()
+    words += ("--rates", *args.rates) if tuple(args.rates) != RATES else ()
     command = " ".join(map(str, ("python -m benchmarks.learning_curves", *words)))
     made = sections(rows, rates, args.seconds, command)
     if not args.dry:

@@ -57,7 +57,15 @@ Written by `python -m benchmarks.reliability render` from reliability.json; ever
 """,  # noqa: E501
     ),
     "results": Page(
-        ("demo", "demo-concepts", "full-weights", "quickstart", "step-cost"),
+        (
+            "demo",
+            "demo-concepts",
+            "full-weights",
+            "quickstart",
+            "step-cost",
+            "learning-curves",
+            "learning-curves-differences",
+        ),
         """# Results
 
 Written by the scripts in `benchmarks/` into results.json, and from there by `python -m benchmarks.report`; every section says which command measured it, when, and on what machine. All of it is measured on the embedded demo model. None of it says anything about Z-Image-Turbo, FLUX.2-klein or Krea 2 Turbo with their real weights, on which nobody has run the pack yet.
