@@ -152,7 +152,7 @@ def dry_run(host: Any, objectives: Any, host_memory: Any = None) -> Iterator[Non
             (torch.nn.functional, "rms_norm", lambda x, *_, **__: FusedNorm.apply(x)),
             (host, "plain_attention", lambda _, q, k, v, heads, *__, **___: flash_attention(q, k, v, heads)),
             (host.ComfyDenoiser, "load", lambda *_: None),
-            (objectives.ObjectiveOutput, "of", lambda *_: None),
+            (objectives.ObjectiveOutput, "of", lambda *_, **__: None),
         ):
             stack.enter_context(patch.object(owner, name, instead))
         yield

@@ -42,6 +42,7 @@ from dopsd_core.config import TrainConfig
 from dopsd_core.memory.checkpoint_plan import Checkpointing
 from dopsd_core.memory.footprint import Footprint
 from dopsd_core.memory.ram_budget import offloading_ram
+from dopsd_core.training.training_set import TrainingSet
 
 HEAD = (
     "| variant | side | rank | s/step | peak GB | recompute | repeated | TFLOP | utilisation | counted | |\n"
@@ -165,7 +166,7 @@ def make_plan(
     family, memory = subject.family, network.memory
     student, teacher = subject.conditions(side, counters.META)
     latent = torch.empty(family.latent_shape(side, side), device=counters.META)
-    data = types.SimpleNamespace(pairs=[DualCondition(student, teacher, latent, "", "")], anchors=())
+    data = TrainingSet([DualCondition(student, teacher, latent, "", "")])
     conditions = types.SimpleNamespace(data=data, family=family)
     # the node's core is a copy of its own, with classes of its own: the configuration goes there as JSON
     wanted = memory.TrainConfig.from_json(config.replace(adapter=family.lora_config(rank)).to_json())

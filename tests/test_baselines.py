@@ -264,7 +264,7 @@ def test_m_of_k_works_at_other_states(world: World, states: Any, monkeypatch: py
     full = gradients(adapters)
     total = torch.zeros_like(full)
     for state in range(4):
-        monkeypatch.setattr(DOPSD, "_draw_steps", lambda self, inputs, state=state: frozenset({state}))
+        monkeypatch.setattr(DOPSD, "_draw_steps", lambda self, inputs, state=state: {state: 1.0})
         (step,) = DOPSD(grad_steps=1, **options).backward(make_inputs(denoiser, adapters)).steps
         assert step.index == state
         total += gradients(adapters)

@@ -72,7 +72,7 @@ def test_a_frozen_teacher_has_no_lora(denoiser) -> None:
 def test_m_of_k_on_average(denoiser, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over all draws, which are equally likely; the last step drawn decides how long the rollout is."""
     total = 0
-    draws = [frozenset(drawn) for drawn in itertools.combinations(range(4), m)]
+    draws = [dict.fromkeys(drawn, 1 / m) for drawn in itertools.combinations(range(4), m)]
     for drawn in draws:
         monkeypatch.setattr(DOPSD, "_draw_steps", lambda *_, drawn=drawn: drawn)
         total += counted(denoiser, DOPSD(grad_steps=m, anchor_probability=0))

@@ -53,6 +53,7 @@ CENTRAL = ("bf16", "fp8", "int8 convrot", "klein", "klein fp8")
 EVERY_FORM = [pytest.param(form, marks=[pytest.mark.central] if form in CENTRAL else []) for form in FORMS]
 
 SETTINGS = {
+    "preset": "standard",  # all rollout steps, so that losses compare
     "steps": 3, "rank": 4, "rollout_steps": 2, "preview_every": 0, "probe_every": 0, "anchor_probability": 0.0,
 }  # fmt: skip
 SIGMA = 0.7

@@ -24,6 +24,7 @@ FILES = {"z_image": "z_image_turbo_bf16", "flux2_klein": "flux-2-klein-4b"}
 FORMS = (*FILES.values(), "z_image_turbo_fp8_scaled", "z_image_turbo_int8", "flux-2-klein-4b-fp8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTINGS = {
+    "preset": "standard",  # all rollout steps, so that losses compare
     "steps": 4, "rank": 4, "rollout_steps": 2, "preview_every": 0, "probe_every": 2, "anchor_probability": 0.0,
     "learning_rate": 1e-3,
 }  # fmt: skip

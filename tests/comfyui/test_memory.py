@@ -330,11 +330,11 @@ def test_the_largest_image_and_the_longest_text_of_all(comfyui: ComfyUI) -> None
     case = Case(comfyui)
     small = case.plan("24 GB", 100 * GB).footprint
     anchor = conditioning.Condition(torch.randn(200, 2560))
-    case.conditions.data = SimpleNamespace(pairs=case.conditions.data.pairs, anchors=(anchor,))
+    pair, data = case.conditions.data.pairs[0], comfyui.core("training.training_set").TrainingSet
+    case.conditions.data = data([pair], (anchor,))
     with_anchor = case.plan("24 GB", 100 * GB).footprint
-    pair = case.conditions.data.pairs[0]
     larger = dataclasses.replace(pair, target_latent=torch.randn(16, 48, 32))
-    case.conditions.data.pairs.append(larger)
+    case.conditions.data = data([pair, larger], (anchor,))
     with_larger = case.plan("24 GB", 100 * GB).footprint
     tokens = [footprint.blocks[-1].entry / 256 / 4 for footprint in (small, with_anchor, with_larger)]
     assert tokens == [256 + 64, 256 + 224, 384 + 224]
