@@ -78,7 +78,7 @@ what subject was before it had that name, for saved graphs and their runs."""
 USUAL = "subject"
 """The preset where none is chosen."""
 
-ON_COMMAND_LINE = {name.replace(" ", "-"): name for name in PRESETS if name not in ("demo model", "standard")}
+ON_COMMAND_LINE = {name.replace(" ", "-"): name for name in PRESETS if name != "demo model"}
 """The presets of `train --preset`, by the word that is written there."""
 
 

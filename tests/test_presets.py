@@ -40,7 +40,7 @@ def test_the_aims_are_first_and_the_former_name_has_the_former_settings() -> Non
         PRESETS["subject"], steps=2 * PRESETS["subject"].steps, anchor_probability=0.75
     )
     assert {"quick look", "paper", "demo model"} < set(PRESETS)
-    assert tuple(ON_COMMAND_LINE) == (*AIMS, "quick-look", "paper")
+    assert tuple(ON_COMMAND_LINE) == (*AIMS, "quick-look", "paper", "standard")
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
