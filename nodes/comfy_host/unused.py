@@ -47,10 +47,19 @@ def aim_notes(preset: str, conditions: Conditions, objective: Objective) -> list
 
 def _over_the_preset(preset: str, chosen: Mapping[str, Any], conditions: Conditions) -> Iterator[str]:
     usual, given = preset_settings(preset, conditions.family), given_settings(chosen)
+    if "grad_steps" in given and not 0 < (given["grad_steps"] or 0) < given.get(
+        "rollout_steps", usual["rollout_steps"]
+    ):
+        given["grad_steps"] = None
     changed = [name for name in given if name in usual and given[name] != usual[name]]
     if changed:
-        changes = (f"{name} {given[name]:g} instead of {usual[name]:g}" for name in changed)
+        changes = (f"{name} {_written(given[name])} instead of {_written(usual[name])}" for name in changed)
         yield f"changed from the preset {preset}: {', '.join(changes)}"
+
+
+def _written(value: float | str | None) -> str:
+    """None is the number of gradient steps, for all of them."""
+    return "all" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
 def _of_the_schedule(preset: str, chosen: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
