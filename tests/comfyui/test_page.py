@@ -107,7 +107,7 @@ def test_a_new_training_node_shows_few_widgets_with_real_values(page: ComfyPage)
         "run_name", "preset", "steps", "seed", "preview_every", "memory",
     ]  # fmt: skip
     widget = "name => app.graph.nodes[0].widgets.find(w => w.name === name).value"
-    assert page.page.evaluate(widget, "steps") == 1000
+    assert page.page.evaluate(widget, "steps") == 1500
     page.choose("DOPSD_TrainLoRA", "preset", "quick look")
     assert page.page.evaluate(widget, "steps") == 250
 
