@@ -6,11 +6,11 @@ step, counters and the table.
     --device meta   a dry run at full size: no seconds, but peak and FLOPs counted as on a GPU (ComfyUI only)
 
 Variants: ours with gradient checkpointing on no block, selectively and fully on all blocks, offloaded (selectively,
-with all that the blocks keep in RAM), and (ComfyUI only) with each memory preset, at the largest resolution also with
-activation offloading as far as the planner uses it; and the authors' loop: the graphs of all K steps in memory until
-one backward, checkpointing on all blocks, resident text encoders of the real shapes, run in every step. Their VAE is
-omitted, in their favour. Network: ComfyUI's own class with our node's denoiser if $COMFYUI_PATH (or ~/comfy/ComfyUI) is
-a checkout, else diffusers'.
+with all that the blocks keep in RAM), with compiled blocks (diffusers on CUDA), and (ComfyUI only) with each memory
+preset, at the largest resolution also with activation offloading as far as the planner uses it; and the authors' loop:
+the graphs of all K steps in memory until one backward, checkpointing on all blocks, resident text encoders of the real
+shapes, run in every step. Their VAE is omitted, in their favour. Network: ComfyUI's own class with our node's denoiser
+if $COMFYUI_PATH (or ~/comfy/ComfyUI) is a checkout, else diffusers'.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from benchmarks.authors_encoders import AuthorsEncoders
 from benchmarks.networks import Network
 from benchmarks.real_step import GB, Bench, Row, Subject, matmul_rate
 from dopsd_core import host_memory, objectives
+from dopsd_core.compilation import obstacle
 from dopsd_core.conditioning.encode import DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.memory.checkpoint_plan import Checkpointing
@@ -53,6 +54,8 @@ HEAD = (
 VARIANTS = ("none", "selective", "all", "offloaded")
 OFFLOADING = ", offloading"
 """End of the names of presets with activation offloading."""
+COMPILED = ", compiled"
+"""End of the names of variants with compiled blocks."""
 RAM = 32 * 10**9
 """Bytes for activations that a dry run assumes."""
 
@@ -96,10 +99,13 @@ class Session:
         """Measures our step."""
         bench = self.bench(network, row.side, self.config)
         footprint = bench.footprint().casting_each_time()
-        checkpointing = known_checkpointing(row.variant, footprint)
+        checkpointing = known_checkpointing(row.variant.removesuffix(COMPILED), footprint)
         row.planned_gb = footprint.total(checkpointing) / GB
         row.note = in_ram(checkpointing, footprint)
-        return bench.measure(row, checkpointing, self.args.steps, self.rate, bench.ours, keeps_casts=False)
+        is_compiled = row.variant.endswith(COMPILED)
+        return bench.measure(
+            row, checkpointing, self.args.steps, self.rate, bench.ours, keeps_casts=False, is_compiled=is_compiled
+        )
 
     def authors(self, network: Network, encoders: AuthorsEncoders, row: Row) -> Row:
         """Measures the authors' step, with their encoders resident."""
@@ -198,6 +204,8 @@ def run(subject: Subject, args: argparse.Namespace) -> Session:
         for side in args.resolutions:
             for variant in VARIANTS if side == max(args.resolutions) else VARIANTS[:-1]:
                 session.add(Row(variant, side, args.rank), partial(session.ours, network))
+        if session.device.type == "cuda" and network.memory is None and not obstacle(session.device):
+            session.add(Row("selective" + COMPILED, max(args.resolutions), args.rank), partial(session.ours, network))
         if args.baseline:
             kind = (subject.encoder, subject.vision is not None)
             encoders = AuthorsEncoders(*kind, session.device, session.dtype, args.encoder_layers)

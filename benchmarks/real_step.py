@@ -19,6 +19,7 @@ from benchmarks.networks import Network
 from dopsd_core.adapters import Lora
 from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.adapters.lora_weights import LoraWeights
+from dopsd_core.compilation import compiled
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import Family
@@ -213,10 +214,12 @@ class Bench:
         reserve: int = 0,
         beside: int = 0,
         keeps_casts: bool = True,
+        is_compiled: bool = False,
     ) -> Row:
         """Mean of `steps` after one that is not counted; peak over all of them.
 
-        beside: bytes that are resident. keeps_casts: `Footprint.keeps_casts` of the plan.
+        beside: bytes that are resident. keeps_casts: `Footprint.keeps_casts` of the plan. is_compiled: whether
+        torch.compile compiles the blocks.
         """
         cost = self.cost(checkpointing)
         row.recompute, row.repeated, row.tflop = checkpointing.count, cost.repeated, cost.flops / 1e12
@@ -227,6 +230,7 @@ class Bench:
             self.prepare()
             self.adapters.keep_casts(keeps_casts)
             stack.enter_context(self.adapters.attached())
+            stack.enter_context(compiled(self.network.denoiser.blocks(), is_compiled))
             stack.enter_context(checkpointed(self.network.denoiser.blocks(), checkpointing))
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
