@@ -150,9 +150,13 @@ def comfyui(
 
 def diffusers(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Network:
     """diffusers' class."""
-    with torch.device(device):
-        denoiser = make()
-    nn.Module.to(denoiser.transformer, dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a denoiser computes in the dtype that its weights have when it is made
+    try:
+        with torch.device(device):
+            denoiser = make()
+    finally:
+        torch.set_default_dtype(before)
     fill(denoiser.transformer, device)
     return Network("diffusers", denoiser, denoiser.transformer)
 

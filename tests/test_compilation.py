@@ -15,6 +15,7 @@ from dopsd_core.memory.activation_checkpointing import checkpointed
 from dopsd_core.memory.checkpoint_plan import Checkpointing
 from dopsd_core.objectives import DOPSD
 
+from .devices import DEVICE
 from .toy_denoiser import ToyDenoiser, ToyNet, assert_near, lora, make_inputs, randomise
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def gradients(backend: str, count: int, is_on: bool = True) -> list[torch.Tensor
     -2 for it in RAM."""
     torch.compiler.reset()
     denoiser = ToyDenoiser(ToyNet(num_blocks=2))
-    adapters = AdapterSet(denoiser.sites(), lora())
+    adapters = AdapterSet(denoiser.sites(), lora(), device=DEVICE)
     randomise(adapters)
     names = [*(site.name for site in denoiser.sites()), ATTENTION]
     kept = Checkpointing.keeping(2, names).kept
@@ -37,7 +38,7 @@ def gradients(backend: str, count: int, is_on: bool = True) -> list[torch.Tensor
     return [parameter.grad for parameter in adapters.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.skipif(bool(obstacle(CPU)), reason="there is no C++ compiler")
+@pytest.mark.skipif(bool(obstacle(DEVICE)), reason="there is no compiler")
 @pytest.mark.parametrize(
     ("backend", "count"), [("eager", 0), ("inductor", -1), ("eager", -2)], ids=["only traced", "selective", "offloaded"]
 )
