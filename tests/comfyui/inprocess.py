@@ -92,13 +92,15 @@ class ComfyUI:
         args.base_directory, args.database_url = str(self.base), "sqlite:///:memory:"
         args.disable_api_nodes = True
         importlib.import_module("torch").set_num_threads(1)
+        if is_dynamic := not ON_CPU and cli.enables_dynamic_vram():
+            importlib.import_module("comfy_aimdo.control").init()  # its other modules take the library at their import
         # server first: loading custom nodes puts comfy/ on sys.path, where comfy/utils.py hides the utils package
         server = importlib.import_module("server")
         self.nodes = importlib.import_module("nodes")
         self.execution = importlib.import_module("execution")
         paths = importlib.import_module("folder_paths")
         paths.add_model_folder_path("loras", str(self.output / "loras"))  # as main.py does
-        if not ON_CPU and cli.enables_dynamic_vram():
+        if is_dynamic:
             _begin_dynamic_vram()
         self.server = self._recording(server.PromptServer)(asyncio.new_event_loop())
         self.server.sockets_metadata["tests"] = {"feature_flags": {"supports_preview_metadata": True}}
