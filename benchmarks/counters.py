@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
+from dopsd_core.kept_products import attention
+
 META = torch.device("meta")
 
 
@@ -121,7 +123,7 @@ class FusedNorm(torch.autograd.Function):
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """[B, H, L, d] each -> [B, L, H d], as ComfyUI's attention on torch's fused kernel."""
-    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    out: Tensor = attention(lambda: torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0])
     return out.transpose(1, 2).reshape(len(out), -1, heads * out.shape[-1])
 
 

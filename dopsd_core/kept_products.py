@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -39,7 +38,6 @@ _FUSED = tuple(
     )
     if hasattr(torch.ops.aten, name)
 )
-_ATTENTION_CALLS = (F.scaled_dot_product_attention, *_FUSED)
 _FUSED_OPS = [packet.default for packet in _FUSED]
 _LOST = object()
 
@@ -51,6 +49,31 @@ def product(name: str, compute: Callable[[], Tensor]) -> Tensor:
     """
     kept = _ACTIVE.get()
     return compute() if kept is None else kept.product(name, compute)
+
+
+def attention(compute: Callable[[], Tensor]) -> Tensor:
+    """The output of `compute`, attention by a fused kernel, [B, heads, L, D]; kept as that of `product`."""
+    kept = _ACTIVE.get()
+    return compute() if kept is None else kept.attention(compute)
+
+
+@contextmanager
+def attention_announced() -> Iterator[None]:
+    """Inside the `with` block, torch's attention goes through `attention`.
+
+    A mode would see it too, and with it every other call and every attribute of a tensor, which costs a fast device
+    more time than it saves.
+    """
+    torchs = F.scaled_dot_product_attention
+
+    def announced(*args: Any, **kwargs: Any) -> Tensor:
+        return attention(lambda: torchs(*args, **kwargs))
+
+    F.scaled_dot_product_attention = announced
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = torchs
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +123,7 @@ class KeptProducts:
             self._block.ahead()
         token = _ACTIVE.set(self)
         try:
-            with _Attention(self) if ATTENTION in self._names else nullcontext():
-                yield
+            yield
         finally:
             _ACTIVE.reset(token)
             if is_repeated and self._block is not None:
@@ -121,7 +143,9 @@ class KeptProducts:
         return compute() if out is None else out
 
     def attention(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Attention's output [B, heads, L, D]; only what a fused kernel returns is kept."""
+        """As the function `attention`, [B, heads, L, D]; only what a fused kernel returns is kept."""
+        if ATTENTION not in self._names:
+            return compute()
         if ATTENTION in self._in_ram:
             with _Fused(self):
                 return compute()
@@ -176,19 +200,6 @@ class _Pass(AbstractContextManager[None]):
 
 
 _ACTIVE: ContextVar[KeptProducts | None] = ContextVar("dopsd_kept_products", default=None)
-
-
-class _Attention(TorchFunctionMode):
-    """Hands every call of attention to the products; cheaper than a mode that sees every op."""
-
-    def __init__(self, kept: KeptProducts) -> None:
-        super().__init__()
-        self._kept = kept
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(func is call for call in _ATTENTION_CALLS):
-            return self._kept.attention(lambda: func(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
 
 
 class _Fused(TorchDispatchMode):

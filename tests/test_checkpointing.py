@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -331,6 +332,15 @@ def test_selective_checkpointing_repeats_no_product_and_changes_no_bit() -> None
         assert none[2][attention] == selective[2][attention] == 6 and full[2][attention] == 12
         assert 0.4 * none[3] < selective[3] < 0.62 * none[3]
     assert full[3] < 0.15 * none[3] and full[3] < selective[3] < none[3]
+
+
+def test_torchs_attention_is_announced_in_a_training_alone() -> None:
+    """Also where the training ends in an error; a function mode in its place would see every attribute of a tensor."""
+    torchs = functional.scaled_dot_product_attention
+    with pytest.raises(KeyboardInterrupt), checkpointed([nn.Linear(2, 2)], 1):
+        assert functional.scaled_dot_product_attention is not torchs
+        raise KeyboardInterrupt
+    assert functional.scaled_dot_product_attention is torchs
 
 
 def test_a_backward_that_is_repeated_has_the_same_gradients() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dopsd_core.config import ConfigError, TrainConfig
@@ -215,6 +216,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package `asked_for` with the classes above."""
     module: Any = types.ModuleType("asked_for")
     module.Counting, module.Forgetful, module.number, module.Linear = Counting, Forgetful, 3, nn.Linear
+    module.TensorRate = TensorRate
     monkeypatch.setitem(sys.modules, "asked_for", module)
 
 
@@ -318,6 +320,29 @@ class Averaging(torch.optim.SGD):
     def train(self) -> None:
         if any("average" in self.state[parameter] for parameter in self.param_groups[0]["params"]):
             self._lerp(back=True)
+
+
+class TensorRate(torch.optim.SGD):
+    """As torchao's: its learning rate is a tensor, which must not be replaced."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(lr)
+
+    def step(self, closure: Any = None) -> Any:
+        if not all(isinstance(group["lr"], torch.Tensor) for group in self.param_groups):
+            raise RuntimeError("lr was changed to a non-Tensor object")
+        return super().step(closure)
+
+
+def test_a_learning_rate_that_is_a_tensor_follows_the_schedule(installed: None, tmp_path: Path) -> None:
+    made = []
+    for path in ("asked_for:TensorRate", "torch.optim:SGD"):
+        config = make_config(optimizer="custom", custom_path=path, custom_lr=1e-2, schedule="cosine")
+        made.append(train(config, TinyDenoiser(), make_data(), tmp_path / path.replace(":", "_")))
+    one, other = (load_file(run.lora_path) for run in made)
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_the_trial_sees_what_an_optimizer_does_only_now_and_then() -> None:

@@ -21,7 +21,7 @@ from ..activation_offloading import InputsInRam, Offloading
 from ..adapters import Adapter
 from ..denoiser import BlockShape, LinearSite
 from ..families import Family
-from ..kept_products import ATTENTION, KeptProducts
+from ..kept_products import ATTENTION, KeptProducts, attention_announced
 from ..overrides import Forward, overridden
 from .checkpoint_plan import INPUT, WINDOW, BlockBytes, Checkpointing, Product
 
@@ -38,8 +38,9 @@ def checkpointed(blocks: Sequence[nn.Module], checkpointing: Checkpointing | int
     """
     placed = dict(zip(blocks, Checkpointing.of(checkpointing).placed, strict=False))
     offloading = Offloading(WINDOW)
+    wrapped = lambda block, forward: _recomputing(forward, *placed[block], offloading)  # noqa: E731
     try:
-        with overridden(placed, lambda block, forward: _recomputing(forward, *placed[block], offloading)):
+        with attention_announced(), overridden(placed, wrapped):
             yield offloading
     finally:
         offloading.close()

@@ -6,7 +6,7 @@ from ..options import Registry
 from .adafactor import Adafactor
 from .adamw import AdamW
 from .adamw8bit import AdamW8bit
-from .base import Optimizer, evaluating, start_training
+from .base import Optimizer, evaluating, set_rate, start_training
 from .custom import Custom
 from .muon import Muon
 from .prodigy import Prodigy
@@ -26,6 +26,7 @@ __all__ = [
     "Prodigy",
     "Schedule",
     "evaluating",
+    "set_rate",
     "start_training",
 ]
 

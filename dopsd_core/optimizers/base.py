@@ -69,6 +69,15 @@ def start_training(optimizer: torch.optim.Optimizer) -> None:
         switch.train()
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives all parameter groups a learning rate; where it is a tensor, as in torchao's optimizers, in place."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 @contextmanager
 def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside the `with` block, the parameters are those for evaluation; on exit, those for training.

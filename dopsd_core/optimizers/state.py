@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtensors import is_sharded
-from .base import start_training
+from .base import set_rate, start_training
 
 _COMPARED = 24
 """Steps that are compared: some optimizers use a part of their state only every tenth step."""
@@ -79,6 +79,7 @@ def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], 
     generator = torch.Generator().manual_seed(number + 1)
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+    set_rate(optimizer, float(optimizer.param_groups[0]["lr"]))  # as a training does before each step
     optimizer.step()
 
 

@@ -17,7 +17,7 @@ from ..denoiser import Denoiser
 from ..dtensors import local
 from ..memory.in_use import memory_in_use
 from ..objectives import ObjectiveOutput
-from ..optimizers import evaluating, start_training
+from ..optimizers import evaluating, set_rate, start_training
 from ..optimizers.state import flatten_state
 from ..trainable import Role, Trainable
 from .batches import Batches, on_device
@@ -175,8 +175,7 @@ class Run:
         """
         began = time.perf_counter()
         rate = self.config.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         outputs, grad_norm, overflows = self.gradients.accumulate(self.step, self.optimizer)
         scale = self.loss_scale.value
         self.is_between_steps = False
