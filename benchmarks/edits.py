@@ -1,6 +1,6 @@
 """What the preset edit may set, measured on the demo model, made to edit.
 
-    python -m benchmarks.edits --concepts 3 --steps 120 --variants 6
+    python -m benchmarks.edits --concepts 3 --steps 120 --variants 7
 
 The demo model has no editing branch: its text encoder reads an image through the vision tower, and the transformer
 draws the badge that was read at the place that the words name. Here that makes it an editor, as in models whose text
@@ -218,8 +218,11 @@ def make_demo(model: DemoModel, judge: Judge, seed: int, variant: Variant, folde
 
 
 def variants_of(steps: int) -> tuple[Variant, ...]:
-    """The trainings; steps: of all but two, of which the last has twice as many and so as many on pairs."""
-    by_gap = {"grad_steps": 1, "step_draw": "gap", "steps": steps * 3 // 2}  # as the preset edit
+    """The trainings; steps: of all but those that say so.
+
+    Twice as many are as much work with one of K = 2 rollout steps, and as many on pairs with three quarters of anchors.
+    """
+    by_gap = {"grad_steps": 1, "step_draw": "gap"}
 
     def anchored(share: float, title: str, **more: int) -> Method:
         name = f"anchors{share * 100:.0f}{'long' if more else ''}"
@@ -227,7 +230,8 @@ def variants_of(steps: int) -> tuple[Variant, ...]:
 
     return (
         Variant(DOPSD),
-        Variant(Method("by_gap", "one rollout step by gap, half as many steps more", by_gap)),
+        Variant(Method("by_gap", "one rollout step by gap, 1.5 times the steps", {**by_gap, "steps": steps * 3 // 2})),
+        Variant(Method("by_gap2", "one rollout step by gap, twice the steps", {**by_gap, "steps": 2 * steps})),
         Variant(Method("alone", "anchors: prompts without images"), anchors="alone"),
         Variant(anchored(0.25, "anchors on 1/4 of the batches")),
         Variant(anchored(0.75, "anchors on 3/4")),
