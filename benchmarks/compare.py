@@ -1,9 +1,10 @@
 """Comparisons of training methods on the demo model, for docs/results.md.
 
     python -m benchmarks.compare --preset methods --output build/comparison-methods
+    python -m benchmarks.compare --preset methods --style --output build/comparison-styles
     python -m benchmarks.compare --preset ablations --output build/comparison-ablations
 
-Runs `python -m dopsd_core compare` with the same arguments, which resumes a comparison that was begun; writes its tables as sections of docs/results.md, and its contact sheet as docs/comparison_<preset>.png.
+Runs `python -m dopsd_core compare` with the same arguments, which resumes a comparison that was begun; writes its tables as sections of docs/results.md, and its contact sheet as docs/comparison_<preset>.png or, with --style, docs/comparison_<preset>_style.png.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -19,13 +20,27 @@ from dopsd_core.arguments import parse_args
 from dopsd_core.standalone.comparison.command import SHEET_NAME, load_grids
 from dopsd_core.standalone.comparison.report import Grid
 
+STYLE = "--style"
+"""The argument that has methods learn styles."""
+
 
 def sections(preset: str, grids: Sequence[Grid], arguments: Sequence[str]) -> list[Section]:
     """A section per table; the first one shows the contact sheet."""
     command = " ".join(("python -m benchmarks.compare", *_without_folder(arguments)))
+    if STYLE in arguments:
+        grids = [_on_styles(grid, preset) for grid in grids]
     made = [Section(g.key, g.title, command, None, Table(g.columns, g.rows), g.notes) for g in grids]
-    image = f"![A row per method, the same prompts and noise in each](comparison_{preset}.png)"
+    image = f"![A row per method, the same prompts and noise in each]({_sheet(preset, arguments)})"
     return [replace(made[0], notes=(*made[0].notes, image)), *made[1:]]
+
+
+def _on_styles(grid: Grid, preset: str) -> Grid:
+    key = grid.key.replace(f"compare-{preset}", f"compare-{preset}-style", 1)
+    return replace(grid, key=key, title=grid.title.replace(",", " on styles,", 1))
+
+
+def _sheet(preset: str, arguments: Sequence[str]) -> str:
+    return f"comparison_{preset}{'_style' * (STYLE in arguments)}.png"
 
 
 def _without_folder(arguments: Sequence[str]) -> list[str]:
@@ -43,7 +58,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     args = parse_args(["compare", *arguments])
     subprocess.run([sys.executable, "-m", "dopsd_core", "compare", *arguments], check=True)
-    shutil.copyfile(args.output / SHEET_NAME, ROOT / "docs" / f"comparison_{args.preset}.png")
+    shutil.copyfile(args.output / SHEET_NAME, ROOT / "docs" / _sheet(args.preset, arguments))
     grids, _ = load_grids(args.output)
     for section in sections(args.preset, grids, arguments):
         record(measured_here(section, f"{args.jobs} jobs"), RESULTS)

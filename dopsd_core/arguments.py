@@ -195,7 +195,7 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true",
         help="compile the transformer blocks with torch.compile, apart from their Linears: the first steps take "
-        "minutes longer; not measured on a GPU yet",
+        "minutes longer; what it gains has not been measured",
     )  # fmt: skip
 
 

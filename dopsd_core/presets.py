@@ -58,20 +58,21 @@ def _preset_of(config: TrainConfig) -> Preset:
     return Preset(**{field.name: values[field.name] for field in dataclasses.fields(Preset)})
 
 
+_ALL_STEPS = Preset(steps=1000, rank=32, alpha=64.0)
 _SUBJECT = Preset(steps=1500, rank=32, alpha=64.0, grad_steps=1, step_draw="gap")
 
 PRESETS: Mapping[str, Preset] = {
     "subject": _SUBJECT,
     "style": _SUBJECT,
     "character": replace(_SUBJECT, steps=2 * _SUBJECT.steps, anchor_probability=0.75),
-    "edit": _SUBJECT,
+    "edit": _ALL_STEPS,
     "quick look": replace(_SUBJECT, steps=250, rank=16, alpha=32.0),
     "paper": Preset(steps=0, rank=64, alpha=128.0, grad_accumulation=4, anchor_probability=0.0),
     "demo model": _preset_of(demo_config()),
-    "standard": Preset(steps=1000, rank=32, alpha=64.0),
+    "standard": _ALL_STEPS,
 }
-"""The first four are aims. They learn from one of the K steps, drawn by its gap: on the demo that learns more in the
-same time (`benchmarks/learning_curves.py`). character: as many steps on images as subject, three times as many on
+"""The first four are aims. All but edit learn from one of the K steps, drawn by its gap: on the demo that learns more in
+the same time (`benchmarks/learning_curves.py`), but not edits (`benchmarks/edits.py`). character: as many steps on images as subject, three times as many on
 anchors. paper: the authors' settings, with their 4 GPUs as gradient accumulation. demo model: for that alone. standard:
 what subject was before it had that name, for saved graphs and their runs."""
 

@@ -35,7 +35,7 @@ def test_a_preset_is_a_whole_configuration_of_every_family(preset: str, family: 
 def test_the_aims_are_first_and_the_former_name_has_the_former_settings() -> None:
     assert tuple(PRESETS)[:4] == AIMS and USUAL == "subject"
     assert PRESETS["standard"] == Preset(steps=1000, rank=32, alpha=64.0), "or runs of saved graphs are not found again"
-    assert PRESETS["style"] == PRESETS["edit"] == PRESETS["subject"]
+    assert PRESETS["style"] == PRESETS["subject"] and PRESETS["edit"] == PRESETS["standard"]
     assert PRESETS["character"] == replace(
         PRESETS["subject"], steps=2 * PRESETS["subject"].steps, anchor_probability=0.75
     )
