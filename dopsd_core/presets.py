@@ -71,10 +71,11 @@ PRESETS: Mapping[str, Preset] = {
     "demo model": _preset_of(demo_config()),
     "standard": _ALL_STEPS,
 }
-"""The first four are aims. All but edit learn from one of the K steps, drawn by its gap: on the demo that learns more in
-the same time (`benchmarks/learning_curves.py`), but not edits (`benchmarks/edits.py`). character: as many steps on images as subject, three times as many on
-anchors. paper: the authors' settings, with their 4 GPUs as gradient accumulation. demo model: for that alone. standard:
-what subject was before it had that name, for saved graphs and their runs."""
+"""The first four are aims. All but edit learn from one of the K steps, drawn by its gap: on the demo that learns more
+in the same time (`benchmarks/learning_curves.py`), but not edits (`benchmarks/edits.py`). character: as many steps on
+images as subject, three times as many on anchors. paper: the authors' settings, with their 4 GPUs as gradient
+accumulation. demo model: for that alone. standard: what subject was before it had that name, for saved graphs and
+their runs."""
 
 USUAL = "subject"
 """The preset where none is chosen."""

@@ -196,6 +196,20 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
+class Packed(torch.Tensor):
+    """Another kind of tensor, as torchao's moments of 8 bits."""
+
+
+class Packing(torch.optim.SGD):
+    """SGD with a state of that kind, for large weights alone."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.numel() >= 4096:
+                self.state[parameter]["moment"] = torch.zeros(3).as_subclass(Packed)
+        return super().step(closure)
+
+
 class Forgetful(torch.optim.SGD):
     """Its steps grow with a counter that is in no state."""
 
@@ -216,7 +230,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package `asked_for` with the classes above."""
     module: Any = types.ModuleType("asked_for")
     module.Counting, module.Forgetful, module.number, module.Linear = Counting, Forgetful, 3, nn.Linear
-    module.TensorRate = TensorRate
+    module.TensorRate, module.Packing = TensorRate, Packing
     monkeypatch.setitem(sys.modules, "asked_for", module)
 
 
@@ -258,6 +272,7 @@ def test_what_cannot_be_a_path_or_options_is_refused_at_once(options: dict[str, 
         ("torch.optim:SGD", '{"momentum": -1}', 'torch.optim:SGD does not take lr and custom_options {"momentum": -1}'),
         ("torch.optim:LBFGS", "{}", "torch.optim:LBFGS cannot be used: "),
         ("asked_for:Counting", "{}", "asked_for:Counting cannot be used: the optimizer's state contains a set at"),
+        ("asked_for:Packing", "{}", "asked_for:Packing cannot be used: the optimizer's state contains a Packed at"),
     ],
 )
 def test_a_class_that_does_not_work_is_one_sentence_before_training(
