@@ -14,7 +14,7 @@ import pytest
 import torch
 from gradient import checkpointed
 from graphs import node_of, shipped
-from inprocess import ComfyUI
+from inprocess import ON_CARD, ComfyUI
 from loras import give_values
 from runs import Run
 from torch import Tensor
@@ -187,8 +187,11 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def equal(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """To the bit."""
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    """To the bit, or on a real GPU within its own noise."""
+    ones, others = list(one), list(other)
+    if ON_CARD:
+        return relative(ones, others) < 0.01
+    return all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
 
 
 def relative(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:

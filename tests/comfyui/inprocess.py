@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACK = "ComfyUI-DOPSD"
 CHECKOUT = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
 ON_CPU = os.environ.get("DOPSD_TEST_GPU", "") in ("", "0")
+ON_CARD = not ON_CPU and "PRETEND_CUDA" not in os.environ
+"""On a real GPU, where attention adds up its gradients in any order: no bits are the same twice."""
 FLAGS = (*(["--cpu"] if ON_CPU else []), *os.environ.get("DOPSD_TEST_FLAGS", "").split())
 """Of ComfyUI, here and for servers."""
 
