@@ -4,7 +4,7 @@
     python -m benchmarks.compare --preset methods --style --output build/comparison-styles
     python -m benchmarks.compare --preset ablations --output build/comparison-ablations
 
-Runs `python -m dopsd_core compare` with the same arguments, which resumes a comparison that was begun; writes its tables as sections of docs/results.md, and its contact sheet as docs/comparison_<preset>.png or, with --style, docs/comparison_<preset>_style.png.
+Runs `python -m dopsd_core compare` with the same arguments, which resumes a comparison that was begun; writes its tables as sections of docs/results.md, and its contact sheet as docs/comparison_<preset>.png. Comparisons of styles, and with another number of steps, have sections and sheets of their own.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -20,27 +20,32 @@ from dopsd_core.arguments import parse_args
 from dopsd_core.standalone.comparison.command import SHEET_NAME, load_grids
 from dopsd_core.standalone.comparison.report import Grid
 
-STYLE = "--style"
-"""The argument that has methods learn styles."""
-
 
 def sections(preset: str, grids: Sequence[Grid], arguments: Sequence[str]) -> list[Section]:
     """A section per table; the first one shows the contact sheet."""
     command = " ".join(("python -m benchmarks.compare", *_without_folder(arguments)))
-    if STYLE in arguments:
-        grids = [_on_styles(grid, preset) for grid in grids]
+    grids = [_named(grid, preset, _variety(arguments)) for grid in grids]
     made = [Section(g.key, g.title, command, None, Table(g.columns, g.rows), g.notes) for g in grids]
     image = f"![A row per method, the same prompts and noise in each]({_sheet(preset, arguments)})"
     return [replace(made[0], notes=(*made[0].notes, image)), *made[1:]]
 
 
-def _on_styles(grid: Grid, preset: str) -> Grid:
-    key = grid.key.replace(f"compare-{preset}", f"compare-{preset}-style", 1)
-    return replace(grid, key=key, title=grid.title.replace(",", " on styles,", 1))
+def _variety(arguments: Sequence[str]) -> str:
+    """What makes it another comparison of the preset, with its own place on the page: "styles", "240 steps" or both."""
+    args = parse_args(["compare", *arguments])
+    steps = f"{args.steps} steps" * (args.steps != parse_args(["compare"]).steps)
+    return " ".join(filter(None, ("styles" * args.style, steps)))
+
+
+def _named(grid: Grid, preset: str, variety: str) -> Grid:
+    if not variety:
+        return grid
+    key = grid.key.replace(f"compare-{preset}", f"compare-{preset}-{variety.replace(' ', '-')}", 1)
+    return replace(grid, key=key, title=grid.title.replace(",", f", {variety},", 1))
 
 
 def _sheet(preset: str, arguments: Sequence[str]) -> str:
-    return f"comparison_{preset}{'_style' * (STYLE in arguments)}.png"
+    return "_".join(filter(None, ("comparison", preset, *_variety(arguments).split()))) + ".png"
 
 
 def _without_folder(arguments: Sequence[str]) -> list[str]:

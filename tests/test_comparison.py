@@ -379,9 +379,10 @@ def test_sections_of_the_results_page(output: Path) -> None:
     made = sections("methods", tables, ["--preset", "methods"])
     assert made[0].command == "python -m benchmarks.compare --preset methods"
     assert "comparison_methods.png" in made[0].notes[-1] and made[1].table.columns == tables[1].columns
-    styles = sections("methods", tables, ["--preset", "methods", "--style"])
-    assert not {s.key for s in styles} & {s.key for s in made}, "they have their own place on the page"
-    assert "on styles" in styles[0].title and "comparison_methods_style.png" in styles[0].notes[-1]
+    others = sections("methods", tables, ["--preset", "methods", "--style", "--steps", "240"])
+    assert not {s.key for s in others} & {s.key for s in made}, "they have their own place on the page"
+    assert "Methods, styles 240 steps," in others[0].title
+    assert "comparison_methods_styles_240_steps.png" in others[0].notes[-1]
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
