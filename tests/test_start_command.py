@@ -54,6 +54,11 @@ def test_a_run_starts_from_the_file_and_resumes_only_with_it(place: Path, capsys
     [
         ("lora", "nothing.safetensors", "nothing.safetensors does not exist: give the LoRA file"),
         ("lora", "photos/target_1.png", "target_1.png"),
+        (
+            "lora --rank 1",
+            "run/lora.safetensors",
+            "the LoRA to start from has rank 2, the run has rank 1; set rank to 2",
+        ),
         ("dora", "run/lora.safetensors", "run/lora.safetensors: the LoRA to start from"),
         ("lokr", "run/lora.safetensors", "run/lora.safetensors: the LoRA to start from"),
     ],
@@ -70,6 +75,6 @@ def test_a_file_that_does_not_fit_is_refused_before_encoding(
         raise AssertionError("the dataset was encoded")
 
     monkeypatch.setattr(training_set, "encode_dataset", refuse)
-    given = ("--steps", "1", "--adapter", adapter, "--initial-lora", str(place / file))
+    given = ("--steps", "1", "--adapter", *adapter.split(), "--initial-lora", str(place / file))
     assert main(words(place, "third", *given)) == 1
     assert message in capsys.readouterr().err and not (place / "third").exists()

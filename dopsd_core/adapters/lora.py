@@ -109,6 +109,15 @@ class Lora(Adapter):
 
         return import_lora(tensors, sites, self.targets)
 
+    def check_rank(self, initial: Mapping[str, Tensor]) -> None:
+        """Raises ValueError if an A [rank, in], or a LoKr's w2_b [rank, i2], has a larger rank than this one."""
+        names = (".lora_A.", ".lokr_w2_b")
+        rank = max((t.shape[0] for key, t in initial.items() if any(name in key for name in names)), default=0)
+        if rank > self.rank:
+            raise ValueError(
+                f"the LoRA to start from has rank {rank}, the run has rank {self.rank}; set rank to {rank}"
+            )
+
     def start_state(self, initial: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replaces the first components of `fresh` by `initial` (folded, see `lora_import.py`).
 

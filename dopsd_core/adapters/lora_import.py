@@ -177,9 +177,7 @@ def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], conf
         raise ValueError(
             f"the LoRA to start from has {len(unknown)} tensors that are not trained, such as {unknown[0]}"
         )
-    rank = max((t.shape[0] for key, t in initial.items() if ".lora_A." in key), default=0)
-    if rank > config.rank:
-        raise ValueError(f"the LoRA to start from has rank {rank}, the run has rank {config.rank}; set rank to {rank}")
+    config.check_rank(initial)
     state = {key: value.clone() for key, value in start.items()}
     for key, value in unfold_alpha(initial, config).items():
         if ".lora_A." in key:

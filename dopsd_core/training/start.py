@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..adapters import Lora
 from ..adapters.lora_file import read_safetensors
 from ..adapters.lora_import import PEFT_WEIGHTS, lora_digest, read_lora
 from ..config import TrainConfig
@@ -49,12 +50,14 @@ def start_of(
         base_model: of the run; a note says if the LoRA's differs.
 
     Raises:
-        ValueError: it is of another kind than the run's adapter, belongs to another model, or changes no layer that is
-            trained.
+        ValueError: it is of another kind than the run's adapter, belongs to another model, has a larger rank than the
+            run, or changes no layer that is trained.
     """
     if lora is None:
         return Start()
     imported = config.adapter.imported(lora, sites)
+    if isinstance(config.adapter, Lora):
+        config.adapter.check_rank(imported.tensors)
     notes = _differences(facts, trigger, base_model)
     if imported.left_out:
         notes.append(f"initial_lora: {imported.describe_left_out()}")
