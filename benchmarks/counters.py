@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
-from dopsd_core.kept_products import attention
-
 META = torch.device("meta")
 
 
@@ -123,8 +121,14 @@ class FusedNorm(torch.autograd.Function):
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """[B, H, L, d] each -> [B, L, H d], as ComfyUI's attention on torch's fused kernel."""
-    out: Tensor = attention(lambda: torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0])
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     return out.transpose(1, 2).reshape(len(out), -1, heads * out.shape[-1])
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """[B, H, L, d] each -> the same shape, by the kernel that CUDA has."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return out
 
 
 def uncounted_ram(host_memory: Any) -> Any:
@@ -152,6 +156,7 @@ def dry_run(host: Any, objectives: Any, host_memory: Any = None) -> Iterator[Non
             stack.enter_context(uncounted_ram(host_memory))
         for owner, name, instead in (
             (torch.nn.functional, "rms_norm", lambda x, *_, **__: FusedNorm.apply(x)),
+            (torch.nn.functional, "scaled_dot_product_attention", fused_attention),
             (host, "plain_attention", lambda _, q, k, v, heads, *__, **___: flash_attention(q, k, v, heads)),
             (host.ComfyDenoiser, "load", lambda *_: None),
             (objectives.ObjectiveOutput, "of", lambda *_, **__: None),

@@ -22,7 +22,7 @@ CORE = (
     "transfer",
 )
 """Tests of the core that compute where $DOPSD_TEST_DEVICE says."""
-NODES = ("bases", "stock_files", "training", "users_objects")
+NODES = ("bases", "training", "users_objects")
 """Tests inside ComfyUI: whole trainings of both families, on every base, and the user's objects after every ending."""
 
 
@@ -44,7 +44,7 @@ _CENTRAL = ("-m", "central", "tests/comfyui/on_cuda")
 
 PARTS = {
     "core": Part("core", "8.9", ("tests/on_cuda", *_files("tests", CORE), "--deselect", _FUSED_ATTENTION)),
-    "dynamic": Part("dynamic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "live")))),
+    "dynamic": Part("dynamic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "stock_files", "live")))),
     "classic": Part("classic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "klein_nodes")))),
     "novram": Part("novram", "8.9", _CENTRAL),
     "lowvram": Part("lowvram", "8.9", _CENTRAL),
