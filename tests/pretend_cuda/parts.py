@@ -24,6 +24,8 @@ CORE = (
 """Tests of the core that compute where $DOPSD_TEST_DEVICE says."""
 NODES = ("bases", "training", "users_objects")
 """Tests inside ComfyUI: whole trainings of both families, on every base, and the user's objects after every ending."""
+DYNAMIC = ("stock_files", "live")
+"""Those that run once, in the mode that users have: ComfyUI's loaders, and a server."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ _CENTRAL = ("-m", "central", "tests/comfyui/on_cuda")
 
 PARTS = {
     "core": Part("core", "8.9", ("tests/on_cuda", *_files("tests", CORE), "--deselect", _FUSED_ATTENTION)),
-    "dynamic": Part("dynamic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "stock_files", "live")))),
+    "dynamic": Part("dynamic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, *DYNAMIC)))),
     "classic": Part("classic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "klein_nodes")))),
     "novram": Part("novram", "8.9", _CENTRAL),
     "lowvram": Part("lowvram", "8.9", _CENTRAL),
