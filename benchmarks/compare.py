@@ -26,8 +26,15 @@ def sections(preset: str, grids: Sequence[Grid], arguments: Sequence[str]) -> li
     command = " ".join(("python -m benchmarks.compare", *_without_folder(arguments)))
     grids = [_named(grid, preset, _variety(arguments)) for grid in grids]
     made = [Section(g.key, g.title, command, None, Table(g.columns, g.rows), g.notes) for g in grids]
+    if not _is_drawn(grids[0]):
+        return made
     image = f"![A row per method, the same prompts and noise in each]({_sheet(preset, arguments)})"
     return [replace(made[0], notes=(*made[0].notes, image)), *made[1:]]
+
+
+def _is_drawn(grid: Grid) -> bool:
+    """The sheet shows the images at equal steps, or at equal work."""
+    return grid.key.endswith(("-steps", "-work"))
 
 
 def _variety(arguments: Sequence[str]) -> str:
@@ -63,8 +70,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     args = parse_args(["compare", *arguments])
     subprocess.run([sys.executable, "-m", "dopsd_core", "compare", *arguments], check=True)
-    shutil.copyfile(args.output / SHEET_NAME, ROOT / "docs" / _sheet(args.preset, arguments))
     grids, _ = load_grids(args.output)
+    if _is_drawn(grids[0]):
+        shutil.copyfile(args.output / SHEET_NAME, ROOT / "docs" / _sheet(args.preset, arguments))
     for section in sections(args.preset, grids, arguments):
         record(measured_here(section, f"{args.jobs} jobs"), RESULTS)
 

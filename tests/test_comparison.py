@@ -193,12 +193,22 @@ def test_tuning_tries_the_same_rates_for_every_method_on_other_concepts() -> Non
 
 def test_a_plan_runs_only_its_regimes_and_reuses_runs_that_are_the_same() -> None:
     runner: Any = FakeRunner()
-    found = run_plan(replace(PLAN, regimes=("time",), max_steps=40), runner)
+    found = run_plan(replace(PLAN, regimes=("steps", "time"), max_steps=40), runner)
     assert list(found) == ["steps", "time"] and list(found["steps"]) == ["untouched", "teacher", "dopsd", "sft"]
     assert {trial.regime for trial in runner.trials} == {"steps"}  # every step took the same time
     assert found["time"]["sft"] == found["steps"]["sft"]
     found = run_plan(replace(PLAN, regimes=("error",), max_steps=40), runner)
     assert {trial.steps for trial in runner.trials if trial.regime == "error"} == {40} and "time" not in found
+
+
+def test_where_equal_steps_are_not_asked_for_they_are_only_timed() -> None:
+    runner: Any = FakeRunner()
+    found = run_plan(replace(PLAN, regimes=("time",)), runner)
+    timed = [(trial.method.name, trial.concept, trial.seed) for trial in runner.trials if trial.regime == "steps"]
+    assert timed == [(name, 3, 0) for name in ("untouched", "teacher", "dopsd", "sft")]
+    assert all(len(found["time"][name]) == len(found["time"][name][0]) == 2 for name in ("dopsd", "sft"))
+    means, *_ = grids("methods", replace(PLAN, regimes=("time",)), found)
+    assert means.title == "Methods, equal wall time"
 
 
 # -- plans and records -------------------------------------------------------------------------------------------------

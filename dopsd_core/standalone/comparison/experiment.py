@@ -119,18 +119,21 @@ def trials_of(plan: Plan, regime: Regime, steps: Mapping[str, int]) -> list[Tria
 
 
 def run_plan(plan: Plan, runner: TrialRunner) -> dict[str, Outcomes]:
-    """All outcomes by regime. The regime of equal steps is always run, since the others need its timings.
+    """All outcomes by regime. Equal steps are always run, at least on the first concept and seed: the others need its timings.
 
     The untouched model and its teacher are in the first regime. That of equal work is run alone.
-    """
+    """  # noqa: E501
     first = replace(plan, methods=(*REFERENCES, *plan.methods))
     if plan.regimes == ("work",):
         return {"work": _by_method(first, runner, "work", dict.fromkeys((m.name for m in first.methods), _MOST_STEPS))}
+    is_asked = "steps" in plan.regimes
+    if not is_asked:
+        first = replace(first, concepts=plan.concepts[:1], seeds=plan.seeds[:1])
     by_steps = _by_method(first, runner, "steps", dict.fromkeys((m.name for m in first.methods), plan.steps))
     found = {"steps": by_steps}
     if "time" in plan.regimes:
         steps = steps_in_equal_time(plan, by_steps)
-        others = tuple(method for method in plan.methods if steps[method.name] != plan.steps)
+        others = tuple(method for method in plan.methods if not is_asked or steps[method.name] != plan.steps)
         trained = _by_method(replace(plan, methods=others), runner, "time", steps)
         found["time"] = {m.name: trained.get(m.name, by_steps[m.name]) for m in plan.methods}
     if "error" in plan.regimes:
