@@ -59,7 +59,7 @@ def attention(compute: Callable[[], Tensor]) -> Tensor:
 
 @contextmanager
 def attention_announced() -> Iterator[None]:
-    """Inside the `with` block, torch's attention goes through `attention`.
+    """Inside the `with` block, torch's attention goes through `attention`; another program's replacement stays.
 
     A mode would see it too, and with it every other call and every attribute of a tensor, which costs a fast device
     more time than it saves.
@@ -73,7 +73,8 @@ def attention_announced() -> Iterator[None]:
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = torchs
+        if F.scaled_dot_product_attention is announced:
+            F.scaled_dot_product_attention = torchs
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,6 +89,30 @@ def test_what_does_not_fit_the_network_or_this_machine(
 
 
 @pytest.mark.parametrize(
+    ("words", "remark"),
+    [
+        (("--save-every", "1"), "which of the LoRA files is the best will not be known: give --heldout-caption"),
+        (
+            ("--stop-at-plateau", "2", "--probe-every", "1"),
+            "the run will not stop at a plateau, since no gap is measured",
+        ),
+        (("--heldout-caption", "[V7], red"), "the held-out caption is not measured: probe_every is 0"),
+    ],
+)
+def test_what_will_not_be_measured_is_said_first(
+    place: Path,
+    tmp_path: Path,
+    no_encoding: None,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    remark: str,
+) -> None:
+    with pytest.raises(AssertionError, match="the dataset was encoded"):
+        main(training_of(place, tmp_path / "new", *words))
+    assert f"warning: {remark}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("words", "named"),
     [
         (("--objective", "sft"), "objective sft trains on the images"),

@@ -259,9 +259,28 @@ def test_a_plateau_is_so_many_measurements_without_a_smaller_gap(
 def test_the_line_says_the_smallest_gap_and_what_to_do() -> None:
     config = TrainConfig(stop_at_plateau=2, steps=500)
     assert plateau_line(gaps([0.5, 0.6, 0.7]), config) == (
-        "stopped at step 30 of 500: the last 2 measurements of the gap on the unseen prompt are not below its smallest "
-        "value, which is 0.500 at step 10; to continue, raise stop_at_plateau or set it to 0"
+        "stopped at step 30 of 500: each of the last 2 measurements has lowered the gap on the unseen prompt by less "
+        "than 1 %; the smallest is 0.500 at step 10; to continue this run, raise stop_at_plateau or set it to 0"
     )
+
+
+def test_a_run_that_never_helped_says_so() -> None:
+    line = plateau_line(gaps([1.2, 1.1]), TrainConfig(stop_at_plateau=1, steps=500))
+    assert line is not None and "the last measurement has lowered" in line
+    assert "no step is better than the untouched model, whose gap is 1: lower lr, and train again; to cont" in line
+    rising = overfitting(gaps([1.2, 1.3, 1.4, 1.5], [0.9, 0.8, 0.7, 0.6]), BestStep(10, 1.2, Path("loras/a")))
+    assert rising is not None and rising.endswith("lower lr, and train again") and "best LoRA" not in rising
+
+
+def test_measurements_in_the_warm_up_do_not_count() -> None:
+    unseen = gaps([1.0, 1.0, 0.999, 0.99, 0.99])  # at steps 10 to 50
+    assert is_plateau(unseen, 3) and is_plateau(unseen, 2, warmup=30) and not is_plateau(unseen, 3, warmup=30)
+    config = TrainConfig.from_json('{"schedule": {"name": "constant", "warmup": 30}, "stop_at_plateau": 3}')
+    assert plateau_line(unseen, config) is None
+
+
+def test_where_nothing_is_measured_there_is_no_plateau() -> None:
+    assert plateau_line([], TrainConfig(stop_at_plateau=1)) is None
 
 
 def test_a_run_stops_at_a_plateau_and_is_whole(

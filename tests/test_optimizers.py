@@ -141,7 +141,8 @@ def test_another_optimizer_does_not_take_over_a_learning_rate_of_another_kind() 
     assert changed(config, {"optimizer": "muon"}).optimizer == Muon(lr=3e-4, weight_decay=0.1)
     assert changed(config, {"optimizer": "prodigy"}).optimizer == Prodigy(lr=1.0)
     assert problem_of(lambda: changed(config, {"optimizer": "prodigy", "lr": 1e-4})).startswith(
-        "lr is an option of optimizer adamw or adamw8bit or adafactor or muon, and optimizer is prodigy; leave it out"
+        "lr is an option of optimizer adamw or adamw8bit or adafactor or muon, and optimizer is prodigy, whose own is "
+        "prodigy_lr; set that, or set optimizer to adamw or"
     )
 
 
@@ -270,7 +271,17 @@ def test_what_cannot_be_a_path_or_options_is_refused_at_once(options: dict[str, 
         ("asked_for:Linear", "{}", "custom_path asked_for:Linear is not a class of torch.optim.Optimizer"),
         ("torch.optim:SGD", '{"betas": 1}', 'torch.optim:SGD does not take lr and custom_options {"betas": 1}: '),
         ("torch.optim:SGD", '{"momentum": -1}', 'torch.optim:SGD does not take lr and custom_options {"momentum": -1}'),
-        ("torch.optim:LBFGS", "{}", "torch.optim:LBFGS cannot be used: "),
+        ("torch.optim:LBFGS", "{}", "torch.optim:LBFGS with custom_options {} fails in a trial step (TypeError: "),
+        (
+            "torch.optim:SparseAdam",
+            "{}",
+            "torch.optim:SparseAdam with custom_options {} fails in a trial step (Runtime",
+        ),
+        (
+            "torch.optim:NAdam",
+            '{"betas": [0.9]}',
+            'torch.optim:NAdam with custom_options {"betas": [0.9]} ',
+        ),
         ("asked_for:Counting", "{}", "asked_for:Counting cannot be used: the optimizer's state contains a set at"),
         ("asked_for:Packing", "{}", "asked_for:Packing cannot be used: the optimizer's state contains a Packed at"),
     ],

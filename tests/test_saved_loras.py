@@ -11,10 +11,10 @@ from dopsd_core.config import changes_that_forbid_resuming
 from dopsd_core.files import disk
 from dopsd_core.files.disk import DiskError
 from dopsd_core.training.log import StepReport
-from dopsd_core.training.run_folder import LORA_NAME, check_run_folder
+from dopsd_core.training.run_folder import LORA_NAME, RunFolder, check_run_folder
 from dopsd_core.training.saved_loras import lora_of_step, most_files, saved_loras, superfluous
 from dopsd_core.training.trainer import NoCallbacks, TrainResult, train
-from dopsd_core.training.unseen_gap import BestStep, best_step, measured
+from dopsd_core.training.unseen_gap import NO_BETTER, BestStep, best_step, measured
 from tests.tiny import TinyDenoiser, make_config, make_data, make_pair
 
 
@@ -192,6 +192,32 @@ def test_the_best_step_is_the_first_of_the_smallest() -> None:
 
 def test_before_training_is_no_step() -> None:
     assert best_step(reports(s0=1.0, s5=1.2)) == (5, 1.2)
+
+
+@pytest.mark.parametrize(
+    ("best", "line"),
+    [
+        (BestStep(4, 0.5, Path("x")), "smallest gap on the unseen prompt: 0.500 at step 4; FILE"),
+        (BestStep(4, 0.5), "smallest gap on the unseen prompt: 0.500 at step 4; no LoRA of that step is kept: HINT"),
+        (BestStep(6, 0.5, Path("x")), "smallest gap on the unseen prompt: 0.500 at step 6; FILE"),
+        (BestStep(6, 0.5), ""),
+        (BestStep(4, 1.0, Path("x")), f"smallest gap on the unseen prompt: 1.000 at step 4; {NO_BETTER}"),
+        (BestStep(6, 1.3), f"smallest gap on the unseen prompt: 1.300 at step 6; {NO_BETTER}"),
+    ],
+)
+def test_the_best_step_is_only_offered_where_it_is_better_than_none(best: BestStep, line: str) -> None:
+    assert best.sentence(6, "FILE" if best.path else "", "HINT") == line
+
+
+def test_a_step_without_a_file_counts_where_those_with_one_are_worse_than_none(tmp_path: Path) -> None:
+    folder = RunFolder.__new__(RunFolder)
+    folder.path = tmp_path
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "step-000010.safetensors").write_bytes(b"")
+    for unseen, step in (((0.4, 1.2), 5), ((1.3, 1.2), 10), ((0.4, 0.5), 10)):
+        folder.reports = lambda unseen=unseen: reports(s5=unseen[0], s10=unseen[1])
+        best = folder.best()
+        assert best is not None and best.step == step and (best.path is not None) == (step == 10)
 
 
 def test_a_run_says_its_best_step_whether_or_not_a_lora_is_kept(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from dopsd_core.adapters import Lora
+from dopsd_core.adapters import Full, Lokr, Lora
 from dopsd_core.adapters.lora_file import save_lora
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import get_family
+from dopsd_core.optimizers import Prodigy
 from dopsd_core.sharing.model_card import model_card
-from dopsd_core.sharing.model_spec import Description, hub_base_model, spec_header
+from dopsd_core.sharing.model_spec import Description, hub_base_model, spec_header, trigger_facts
 from dopsd_core.sharing.thumbnail import jpeg_thumbnail
 from dopsd_core.standalone.hosts.source import KNOWN_MODELS, KnownModel
 
@@ -229,6 +230,35 @@ def test_the_card_says_how_to_use_it_and_how_it_was_trained() -> None:
         "batch size": "6",
         "trained with": "ComfyUI-DOPSD 9.9",
     }
+
+
+def test_of_several_concepts_each_trigger_is_offered_alone() -> None:
+    card = made_card(FACTS | trigger_facts("", ["ohwx lamp", "zwx dog"]), GIVEN, "thumbnail.jpg")
+    assert "**Trigger words:** `ohwx lamp`, `zwx dog`, one per concept. Write that of the one you want." in card
+    front = front_matter(card)
+    assert front["instance_prompt"] == front["widget"][0]["text"] == "ohwx lamp" and 'pipe("ohwx lamp ..."' in card
+
+
+def test_backticks_in_a_trigger_stay_code() -> None:
+    card = made_card({**FACTS, "dopsd_trigger": "`ohwx``"}, GIVEN)
+    assert "write ``` `ohwx`` ``` in the prompt" in card
+
+
+@pytest.mark.parametrize(
+    ("config", "adapter", "optimizer"),
+    [
+        (TrainConfig(adapter=Lokr(rank=32)), "lokr, rank 32, alpha 64, factor 8", "adamw, learning rate 0.0001"),
+        (TrainConfig(adapter=Full()), "full", "adamw, learning rate 0.0001"),
+        (
+            TrainConfig(optimizer=Prodigy(), adapter=Lora(rank=8, alpha=4.5)),
+            "lora, rank 8, alpha 4.5",
+            "prodigy, factor of its own learning rate 1",
+        ),
+    ],
+)
+def test_the_card_has_what_each_adapter_and_optimizer_has(config: TrainConfig, adapter: str, optimizer: str) -> None:
+    card = made_card({**FACTS, "dopsd_config": config.to_json()}, GIVEN)
+    assert f"| adapter | {adapter} |" in card and f"| optimizer | {optimizer} |" in card
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", json.dumps({"lora": {"rank": 4}}), json.dumps({"adapter": 3})])

@@ -25,6 +25,9 @@ log = logging.getLogger("dopsd")
 _PATH = re.compile(r"(?!\d)\w+(\.(?!\d)\w+)*:(?!\d)\w+")
 _OURS = ("params", "lr")
 
+_ABOUT_THE_DEVICE = re.compile(r"cuda|gpu|cpu|device|triton|backend", re.IGNORECASE)
+"""In the text of an error that the training device may not raise."""
+
 
 class Custom(Optimizer):
     """A class `package.module:Class` with the interface of torch.optim.Optimizer, and its keyword arguments."""
@@ -103,18 +106,23 @@ class Custom(Optimizer):
 
     def _check(self, device: torch.device, is_device: bool) -> None:
         """Tries the optimizer on two small matrices: on the training device, or on the CPU before any work on that."""
-        from .state import resumes_exactly
+        from .state import UnsavableState, resumes_exactly
 
         try:
             is_exact = resumes_exactly(self._made, device)
         except ConfigError:
             raise
-        except TypeError as error:
+        except UnsavableState as error:
             raise ConfigError((f"{self.path} cannot be used: {error}; choose another optimizer",)) from error
-        except Exception as error:  # it may need a GPU
-            if is_device:
-                raise ConfigError((f"{self.path} fails in a trial step: {error}; choose another",)) from error
-            return
+        except Exception as error:
+            if not is_device and _ABOUT_THE_DEVICE.search(str(error)):
+                return  # it may need a GPU
+            raise ConfigError(
+                (
+                    f"{self.path} with custom_options {self.options} fails in a trial step "
+                    f"({type(error).__name__}: {error}); correct custom_options, or choose another custom_path",
+                )
+            ) from error
         if is_device and not is_exact:
             log.warning(
                 "%s does not continue from its saved state exactly: a resumed run will differ from an uninterrupted "

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from ..dtensors import is_sharded
 from .base import set_rate, start_training
 
+
+class UnsavableState(TypeError):
+    """An optimizer's state contains what cannot be saved, or not under its name."""
+
+
 _COMPARED = 24
 """Steps that are compared: some optimizers use a part of their state only every tenth step."""
 
@@ -23,7 +28,7 @@ def flatten_state(state: Mapping[Any, Any]) -> tuple[dict[str, Tensor], str]:
     optimizers, become copies; those in parts stay where they are.
 
     Raises:
-        TypeError: the state contains something other than tensors, containers and plain values.
+        UnsavableState: the state contains something other than tensors, containers and plain values.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, json.dumps(_flatten(state, "", tensors))
@@ -44,7 +49,7 @@ def resumes_exactly(build: Callable[[Sequence[nn.Parameter]], torch.optim.Optimi
     """Whether an optimizer that is loaded from its saved state makes the same next steps, on two matrices.
 
     Raises:
-        TypeError: its state contains something that cannot be saved.
+        UnsavableState: its state contains something that cannot be saved.
         Exception: whatever `build` or the optimizer's `step` raises.
     """
     whole = _matrices(device)
@@ -97,12 +102,12 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [_flatten(inner, _below(path, i), tensors) for i, inner in enumerate(value)]}
-    raise TypeError(f"the optimizer's state contains a {type(value).__name__} at {path}, which cannot be saved")
+    raise UnsavableState(f"the optimizer's state contains a {type(value).__name__} at {path}, which cannot be saved")
 
 
 def _below(path: str, key: Any) -> str:
     if isinstance(key, bool) or not isinstance(key, int | str):
-        raise TypeError(f"the optimizer's state has the key {key!r} at {path or 'its top'}; use a str or an int")
+        raise UnsavableState(f"the optimizer's state has the key {key!r} at {path or 'its top'}; use a str or an int")
     name = str(key).replace("~", "~0").replace("/", "~1")
     return f"{path}/{name}" if path else name
 

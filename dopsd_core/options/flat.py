@@ -109,7 +109,20 @@ def _unused_sentence(name: str, options: Options, chosen: Mapping[str, Any]) -> 
     if option is None:
         return unknown_option(name, known)
     setting, owners = option.setting, " or ".join(option.variants)
+    own = _own_name(name, options, setting, chosen[setting])
     return (
-        f"{name} is an option of {setting} {owners}, and {setting} is {chosen[setting]}; "
-        f"leave it out, or set {setting} to {owners}"
+        f"{name} is an option of {setting} {owners}, and {setting} is {chosen[setting]}"
+        + (f", whose own is {own}; set that" if own else "; leave it out")
+        + f", or set {setting} to {owners}"
     )
+
+
+def _own_name(name: str, options: Options, setting: str, chosen: Any) -> str:
+    """The flat name of the same field in the chosen variant: custom_lr for lr; "" if it has none."""
+    fields = type(options).model_fields.values()
+    (registry,) = [found for field in fields if (found := registry_of(field)) and found.setting == setting]
+    if chosen not in registry:
+        return ""
+    prefixes = (variant.prefix for variant in registry.values() if name.startswith(variant.prefix))
+    bare = {name.removeprefix(prefix) for prefix in prefixes}
+    return next((registry[chosen].prefix + field for field in registry[chosen].model_fields if field in bare), "")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..families import FAMILIES, Family
-from .model_spec import hub_base_model, slider_words, trigger_of
+from .model_spec import concepts_in, hub_base_model, slider_words, trigger_of
+
+_ADAPTER = ("rank", "alpha", "factor")
 
 _PAPER = "https://arxiv.org/abs/2605.05204"
 
@@ -27,7 +30,7 @@ def model_card(header: Mapping[str, str], file_name: str, thumbnail: str = "") -
 
 def _front_matter(header: Mapping[str, str], thumbnail: str) -> Iterator[str]:
     """Lines of YAML; every text is quoted as in JSON, which is YAML too."""
-    trigger, base = trigger_of(header), hub_base_model(header)
+    trigger, base = _first_trigger(header), hub_base_model(header)
     yield "library_name: diffusers"
     yield "pipeline_tag: text-to-image"
     yield from ("tags:", "- text-to-image", "- lora", "- diffusers", "- template:diffusion-lora", "- d-opsd")
@@ -44,14 +47,16 @@ def _front_matter(header: Mapping[str, str], thumbnail: str) -> Iterator[str]:
 
 def _sections(header: Mapping[str, str], file_name: str, thumbnail: str) -> Iterator[str]:
     family = FAMILIES.get(header.get("dopsd_family", ""))
-    trigger = trigger_of(header)
+    words = concepts_in(header) or tuple(filter(None, (trigger_of(header),)))
     yield f"# {_line(header.get('modelspec.title', '') or file_name)}"
     yield "<Gallery />" if thumbnail else ""
     yield header.get("modelspec.description", "")
-    if trigger:
-        yield f"**Trigger word:** write `{_line(trigger)}` in the prompt."
-    if words := slider_words(header):
-        yield f"**Slider:** `{_line(words)}`. The strength is how much of it, and below 0 the opposite."
+    if len(words) > 1:
+        yield f"**Trigger words:** {', '.join(map(_code, words))}, one per concept. Write that of the one you want."
+    elif words:
+        yield f"**Trigger word:** write {_code(words[0])} in the prompt."
+    if slider := slider_words(header):
+        yield f"**Slider:** {_code(slider)}. The strength is how much of it, and below 0 the opposite."
     yield _usage(header, file_name, family)
     yield _training(header, family)
 
@@ -64,7 +69,7 @@ def _usage(header: Mapping[str, str], file_name: str, family: Family | None) -> 
     base = hub_base_model(header)
     if family is None or not base:
         return f"## Use\n\n{comfyui}"
-    prompt = f"{trigger_of(header)} ..." if trigger_of(header) else "..."
+    prompt = f"{_first_trigger(header)} ...".strip()
     code = (
         "import torch",
         "from diffusers import DiffusionPipeline",
@@ -99,9 +104,11 @@ def _configured(text: str) -> list[tuple[str, str]]:
         config: Any = json.loads(text)
         adapter, optimizer = config["adapter"], config["optimizer"]
         batch = config["batch_size"] * config["grad_accumulation"]
+        parts = [adapter["name"], *(f"{name} {adapter[name]:g}" for name in _ADAPTER if name in adapter)]
+        rate = "factor of its own learning rate" if optimizer["name"] == "prodigy" else "learning rate"
         return [
-            ("adapter", f"{adapter['name']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}"),
-            ("optimizer", f"{optimizer['name']}, learning rate {optimizer['lr']:g}"),
+            ("adapter", ", ".join(parts)),
+            ("optimizer", f"{optimizer['name']}, {rate} {optimizer['lr']:g}"),
             ("batch size", str(batch)),
         ]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -114,6 +121,19 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _cell(text: str) -> str:
     return _line(text).replace("|", "\\|")
+
+
+def _first_trigger(header: Mapping[str, str]) -> str:
+    """The trigger word for an example; of several concepts the first one's, since together they ask for all at once."""
+    return next(iter(concepts_in(header)), trigger_of(header))
+
+
+def _code(text: str) -> str:
+    """A text as code in Markdown, also one with backticks."""
+    line = _line(text)
+    longest = max(map(len, re.findall("`+", line)), default=0)
+    fence, space = "`" * (longest + 1), " " * (longest > 0)
+    return f"{fence}{space}{line}{space}{fence}"
 
 
 def _line(text: str) -> str:

@@ -229,8 +229,11 @@ def _prompt_remarks(
     shown = [put_trigger(text, trigger) for text in args.preview_prompts or ()] if config.preview_every else []
     if args.heldout_caption and not config.probe_every:
         remarks.append("the held-out caption is not measured: probe_every is 0, so no step is known as the best")
-    elif config.save_every and not args.heldout_caption and not is_encoded(args.dataset):
-        remarks.append("which of the LoRA files is the best will not be known: give --heldout-caption")
+    elif not args.heldout_caption and not is_encoded(args.dataset):
+        if config.save_every:
+            remarks.append("which of the LoRA files is the best will not be known: give --heldout-caption")
+        if config.stop_at_plateau and config.probe_every:
+            remarks.append("the run will not stop at a plateau, since no gap is measured: give --heldout-caption")
     return remarks + equal_rows_remarks(shown, view)
 
 

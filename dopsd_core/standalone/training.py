@@ -127,9 +127,8 @@ def _say_result(result: TrainResult, config: TrainConfig) -> None:
     resumes = "; the same command resumes" if result.stopped else ""
     say(f"{stopped}{result.step} steps{resumes}; {config.adapter.product}: {result.lora_path}")
     best = result.best
-    if best and (best.path or best.step != result.step):
-        where = best.path or "no LoRA of that step is kept: use --save-every"
-        say(f"smallest gap on the unseen prompt: {best.gap:.3f} at step {best.step}; {where}")
+    if best and (line := best.sentence(result.step, str(best.path or ""), "use --save-every")):
+        say(line)
 
 
 def _facts(args: argparse.Namespace, prepared: Prepared) -> dict[str, str]:

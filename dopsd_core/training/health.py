@@ -11,7 +11,7 @@ from statistics import fmean, median
 
 from ..config import TrainConfig
 from .log import StepReport
-from .unseen_gap import BestStep, best_step, is_plateau, measured, overfitting_since
+from .unseen_gap import NO_BETTER, UNTRAINED, BestStep, best_step, is_plateau, measured, overfitting_since
 
 _WARM_UP = 2
 """Steps that take longer in every run: memory is allocated, kernels are chosen."""
@@ -73,13 +73,15 @@ def overfitting(reports: Sequence[StepReport], best: BestStep | None, after: int
     since = overfitting_since(reports, after)
     if since is None:
         return None
-    gaps = measured(reports, after)
+    gaps = dict(measured(reports, after))
     offer = "set save_every to keep LoRA files along the way"
-    if best is not None and best.path is not None:
+    if gaps[since] >= UNTRAINED:
+        offer = NO_BETTER
+    elif best is not None and best.path is not None:
         offer = f"the best LoRA that is kept is {best.path.parent.name}/{best.path.name}"
     return (
-        f"overfitting: since step {since} the gap on the unseen prompt rises ({dict(gaps)[since]:.3f}, now "
-        f"{gaps[-1][1]:.3f}) while that on the training images falls; {offer}"
+        f"overfitting: since step {since} the gap on the unseen prompt rises ({gaps[since]:.3f}, now "
+        f"{gaps[max(gaps)]:.3f}) while that on the training images falls; {offer}"
     )
 
 
@@ -109,15 +111,24 @@ def growing_memory(reports: Sequence[StepReport]) -> str | None:
 
 def plateau_line(reports: Sequence[StepReport], config: TrainConfig, after: int = 0) -> str | None:
     """The gap on the unseen prompt has not become smaller in `stop_at_plateau` measurements; after: as above."""
-    if not is_plateau(reports, config.stop_at_plateau, after):
+    best, count = best_step(reports, after=after), config.stop_at_plateau
+    if best is None or not is_plateau(reports, count, after, config.schedule.warmup):
         return None
-    best = best_step(reports, after=after)
-    smallest = f", which is {best[1]:.3f} at step {best[0]}" if best else ""
+    last = "the last measurement" if count == 1 else f"each of the last {count} measurements"
+    step, gap = best
+    smallest = NO_BETTER if gap >= UNTRAINED else f"the smallest is {gap:.3f} at step {step}"
     return (
-        f"stopped at step {reports[-1].step} of {config.steps}: the last {config.stop_at_plateau} measurements of the "
-        f"gap on the unseen prompt are not below its smallest value{smallest}; to continue, raise stop_at_plateau or "
-        "set it to 0"
+        f"stopped at step {reports[-1].step} of {config.steps}: {last} has lowered the gap on the unseen prompt by "
+        f"less than 1 %; {smallest}; to continue this run, raise stop_at_plateau or set it to 0"
     )
+
+
+def plateau_remark(config: TrainConfig, has_unseen: bool) -> str | None:
+    """Why the run cannot stop at a plateau; None if it can, or is not asked to."""
+    if not config.stop_at_plateau or (has_unseen and config.probe_every):
+        return None
+    why = "there is no unseen prompt" if config.probe_every else "probe_every is 0"
+    return f"stop_at_plateau {config.stop_at_plateau} is not used: {why}"
 
 
 class Monitor:

@@ -25,7 +25,7 @@ from .log import LOG_NAME, RunLog, StepReport, read_log
 from .own_files import keep_foreign
 from .saved_loras import described, lora_of_step, most_files, remove_saved, saved_loras, superfluous
 from .sharded_checkpoint import save_sharded
-from .unseen_gap import BestStep, best_step
+from .unseen_gap import UNTRAINED, BestStep, best_step
 from .world import Peers
 
 CONFIG_NAME = "config.json"
@@ -238,13 +238,16 @@ class RunFolder:
         return read_log(self.path / LOG_NAME)
 
     def best(self, after: int = 0) -> BestStep | None:
-        """The step with the smallest gap on the unseen prompt: of those with a LoRA file, else of all measured ones.
+        """The step with the smallest gap on the unseen prompt: of those with a LoRA file that is better than none, else
+        of all measured ones.
 
         after: only steps after this one; the earlier ones had another unseen prompt.
         """
         reports, paths = self.reports(), {saved.step: saved.path for saved in saved_loras(self.path)}
-        found = best_step(reports, paths, after) or best_step(reports, None, after)
-        return BestStep(*found, paths.get(found[0])) if found else None
+        kept, every = (best_step(reports, among, after) for among in (paths, None))
+        if kept is None or (kept[1] >= UNTRAINED and every and every[1] < UNTRAINED):
+            kept = every
+        return BestStep(*kept, paths.get(kept[0])) if kept else None
 
     def kept(self) -> str:
         """What is saved of the run, as the end of a sentence."""

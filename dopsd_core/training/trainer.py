@@ -32,7 +32,7 @@ from ..optimizers import evaluating
 from ..trainable import Trainable
 from .class_images import ClassImages, given_images, plan_class_images
 from .determinism import deterministic_algorithms, obstacle
-from .health import Monitor
+from .health import Monitor, plateau_remark
 from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
 from .regularisation import regularisation_remarks
@@ -327,7 +327,4 @@ def _remarks(config: TrainConfig, data: TrainingSet) -> list[str]:
     remarks = [*config.objective.remarks(), *regularisation_remarks(config, data)]
     if config.small_first and not data.scales:
         remarks.append(f"small_first {config.small_first} is not used: there is only one resolution")
-    if config.stop_at_plateau and (data.heldout is None or not config.probe_every):
-        why = "probe_every is 0" if not config.probe_every else "there is no unseen prompt"
-        remarks.append(f"stop_at_plateau {config.stop_at_plateau} is not used: {why}")
-    return remarks
+    return [*remarks, *filter(None, (plateau_remark(config, data.heldout is not None),))]

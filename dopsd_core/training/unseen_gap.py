@@ -8,6 +8,12 @@ from pathlib import Path
 
 from .log import StepReport
 
+UNTRAINED = 1.0
+"""The gap of the untouched model, by definition."""
+
+NO_BETTER = "no step is better than the untouched model, whose gap is 1: lower lr, and train again"
+"""Where every measured gap is at least 1."""
+
 _PROGRESS = 0.99
 """A gap counts as smaller than before below this share of it."""
 
@@ -28,6 +34,26 @@ class BestStep:
     step: int
     gap: float
     path: Path | None = None
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the model is better after it than untouched."""
+        return self.gap < UNTRAINED
+
+    def sentence(self, last: int, file: str, hint: str) -> str:
+        """For the end of a run; "" where it is the last step without a file of its own.
+
+        Args:
+            last: the run's last step.
+            file: how `path` is written; "" for None.
+            hint: how to keep such files.
+        """
+        found = f"smallest gap on the unseen prompt: {self.gap:.3f} at step {self.step}"
+        if not self.is_better:
+            return f"{found}; {NO_BETTER}"
+        if self.path is None and self.step == last:
+            return ""
+        return f"{found}; {file or f'no LoRA of that step is kept: {hint}'}"
 
 
 def measured(reports: Sequence[StepReport], after: int = 0) -> list[tuple[int, float]]:
@@ -53,16 +79,20 @@ def best_step(
     return min(found, key=lambda point: point[1], default=None)
 
 
-def is_plateau(reports: Sequence[StepReport], patience: int, after: int = 0) -> bool:
+def is_plateau(reports: Sequence[StepReport], patience: int, after: int = 0, warmup: int = 0) -> bool:
     """Whether the last `patience` measurements are not smaller, by 1 % or more, than the smallest before them.
 
-    patience: at least 1; 0 for never.
+    Args:
+        reports: in the order of their steps.
+        patience: at least 1; 0 for never.
+        after: as for `best_step`.
+        warmup: steps with a smaller learning rate; measurements in them do not count among the last.
     """
-    smallest, waited = 1.0, 0
-    for _, gap in measured(reports, after):
+    smallest, waited = UNTRAINED, 0
+    for step, gap in measured(reports, after):
         if gap < smallest * _PROGRESS:
             smallest, waited = gap, 0
-        else:
+        elif step > warmup:
             waited += 1
     return 0 < patience <= waited
 

@@ -125,7 +125,5 @@ def concept_lines(gaps: Mapping[str, float]) -> list[str]:
 
 def best_line(best: BestStep, last: int) -> str:
     """The step with the smallest gap on the unseen prompt and its file; "" if it is the last one and has none."""
-    if best.path is None and best.step == last:
-        return ""
-    where = shown(best.path) if best.path else "no LoRA of that step is kept: set save_every in Training Settings"
-    return f"smallest gap on the unseen prompt: {best.gap:.3f} at step {best.step}; {where}"
+    file = shown(best.path) if best.path else ""
+    return best.sentence(last, file, "set save_every in Training Settings")

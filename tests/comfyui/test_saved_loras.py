@@ -172,14 +172,17 @@ def test_what_the_run_says_of_itself_is_a_note(comfyui: ComfyUI, monkeypatch: py
 
 def test_a_plateau_ends_the_run_and_the_report_says_why(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     health = comfyui.core("training.health")
-    monkeypatch.setattr(health, "is_plateau", lambda reports, patience, after: reports[-1].step == 4 and patience == 3)
+    monkeypatch.setattr(health, "is_plateau", lambda reports, patience, *_: reports[-1].step == 4 and patience == 3)
     for _ in range(2):  # also when it is run again
         run = comfyui.execute(saving(comfyui, "flat", stop_at_plateau=3))
         assert run.status == "success", run.error
         text, report = run.texts("train")[-1], report_of(run)
         assert text.startswith("4 steps done") and "already done" not in text
         assert report["state"] == "finished" and report["step"] == 4
-        assert sum(note.startswith("stopped at step 4 of 6: the last 3 measurements") for note in report["notes"]) == 1
+        assert (
+            sum(note.startswith("stopped at step 4 of 6: each of the last 3 measurements") for note in report["notes"])
+            == 1
+        )
 
 
 def test_a_lora_put_in_the_place_of_the_runs_is_not_given_out(
