@@ -18,6 +18,7 @@ from dopsd_core.adapters.lora_import import read_lora
 from dopsd_core.denoiser import plain_linear_sites
 from dopsd_core.families import FLUX2_KLEIN, Z_IMAGE, Family
 from dopsd_core.training.checkpoint import load_checkpoint
+from dopsd_core.training.start import start_of
 from dopsd_core.training.trainer import train
 from tests.test_adapter_kinds import CONDITIONS, KINDS, X, merged, perturbed, trained_set
 from tests.test_real_networks import flux2, z_image
@@ -216,8 +217,11 @@ def test_a_lokr_of_another_trainer_starts_at_comfyuis_strength() -> None:
     ],
 )
 def test_a_lokr_that_does_not_fit_is_refused(config: Lora, tensors: dict[str, Any], message: str) -> None:
+    file = lokr_file(**{name: torch.ones(shape) for name, shape in tensors.items()})
     with pytest.raises(ValueError, match=message):
-        started(config, lokr_file(**{name: torch.ones(shape) for name, shape in tensors.items()}))
+        started(config, file)
+    with pytest.raises(ValueError, match=message):  # and before anything is encoded
+        start_of(file, {}, ToyDenoiser().sites(), make_config().replace(adapter=config))
 
 
 def test_a_lokr_of_other_layers_is_refused_and_of_more_layers_is_reported() -> None:

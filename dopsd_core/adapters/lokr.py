@@ -85,6 +85,25 @@ class Lokr(Lora):
 
         return import_lokr(tensors, sites, self.targets)
 
+    def check_start(self, initial: Mapping[str, Tensor]) -> None:
+        """Raises ValueError if factors, such as w1 [o1, i1], do not fit those of the run; computes nothing."""
+        given = {key: tensor.to("meta") for key, tensor in initial.items()}
+        fresh: dict[str, Tensor] = {}
+        for key, w1 in given.items():
+            part, _, name = key.rpartition(".lokr_")
+            if name != "w1":
+                continue
+            rows, columns = (
+                given.get(f"{part}.lokr_{name}", given.get(f"{part}.lokr_w2")) for name in ("w2_a", "w2_b")
+            )
+            if rows is None or columns is None:
+                continue
+            shape = self.shape(w1.shape[1] * columns.shape[1], w1.shape[0] * rows.shape[0])
+            names = ("w2_a", "w2_b") if len(shape.w2) == 2 else ("w2",)
+            for name, size in zip(("w1", *names), (shape.w1, *shape.w2), strict=True):
+                fresh[f"{part}.lokr_{name}"] = w1.new_empty(size)
+        self.start_state(given, fresh)
+
     def start_state(self, initial: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Puts the factors of `initial` into `fresh`, with the keys and shapes of `LokrWeights.views`."""
         from .lokr_import import lokr_start_state

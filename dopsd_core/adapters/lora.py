@@ -109,10 +109,9 @@ class Lora(Adapter):
 
         return import_lora(tensors, sites, self.targets)
 
-    def check_rank(self, initial: Mapping[str, Tensor]) -> None:
-        """Raises ValueError if an A [rank, in], or a LoKr's w2_b [rank, i2], has a larger rank than this one."""
-        names = (".lora_A.", ".lokr_w2_b")
-        rank = max((t.shape[0] for key, t in initial.items() if any(name in key for name in names)), default=0)
+    def check_start(self, initial: Mapping[str, Tensor]) -> None:
+        """Raises ValueError if an A [rank, in] has a larger rank than this one."""
+        rank = max((tensor.shape[0] for key, tensor in initial.items() if ".lora_A." in key), default=0)
         if rank > self.rank:
             raise ValueError(
                 f"the LoRA to start from has rank {rank}, the run has rank {self.rank}; set rank to {rank}"

@@ -177,7 +177,7 @@ def start_state(initial: Mapping[str, Tensor], start: Mapping[str, Tensor], conf
         raise ValueError(
             f"the LoRA to start from has {len(unknown)} tensors that are not trained, such as {unknown[0]}"
         )
-    config.check_rank(initial)
+    config.check_start(initial)
     state = {key: value.clone() for key, value in start.items()}
     for key, value in unfold_alpha(initial, config).items():
         if ".lora_A." in key:

@@ -50,14 +50,14 @@ def start_of(
         base_model: of the run; a note says if the LoRA's differs.
 
     Raises:
-        ValueError: it is of another kind than the run's adapter, belongs to another model, has a larger rank than the
-            run, or changes no layer that is trained.
+        ValueError: it is of another kind than the run's adapter, belongs to another model, has a larger rank or another
+            factor than the run, or changes no layer that is trained.
     """
     if lora is None:
         return Start()
     imported = config.adapter.imported(lora, sites)
     if isinstance(config.adapter, Lora):
-        config.adapter.check_rank(imported.tensors)
+        config.adapter.check_start(imported.tensors)
     notes = _differences(facts, trigger, base_model)
     if imported.left_out:
         notes.append(f"initial_lora: {imported.describe_left_out()}")
