@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from .adapters import ADAPTERS, Adapter, Lora
 from .families import FAMILIES
 from .objectives import DOPSD, OBJECTIVES, Objective
-from .old_config import FORMER, is_old, upgraded
+from .old_config import FORMER, is_old, upgraded, without_dropped
 from .optimizers import OPTIMIZERS, SCHEDULES, AdamW, Constant, Optimizer, Schedule
 from .options import ConfigError, Hint, Options, all_options, flattened
 from .teachers import TEACHERS, EmaTeacher, Teacher
@@ -171,7 +171,7 @@ class TrainConfig(Options):
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Parses what `to_json` wrote, also in release 0.2. Missing options get their defaults.
+        """Parses what `to_json` wrote, also at earlier commits and in release 0.2. Missing options get their defaults.
 
         Raises:
             ConfigError: options are unknown or invalid; the message lists all of them.
@@ -182,7 +182,7 @@ class TrainConfig(Options):
             raise ConfigError((f"not JSON: {error}",)) from error
         if not isinstance(fields, dict):
             raise ConfigError((f"a JSON object is needed, this is {type(fields).__name__}",))
-        return cls(**(upgraded(fields) if is_old(fields) else fields))
+        return cls(**(upgraded(fields) if is_old(fields) else without_dropped(fields)))
 
     def identity(self) -> dict[str, Any]:
         """The options that identify a run, by flat name and JSON-serializable.

@@ -1,4 +1,4 @@
-"""Converts `config.json` of release 0.2, where all options were at the top level, to the current form.
+"""Converts `config.json` of release 0.2, where all options were at the top level, and of later commits to this form.
 
 The tables describe existing files; they do not grow with new options.
 """
@@ -41,6 +41,9 @@ FORMER = frozenset(
 """The options of release 0.2 that identify a run, by flat name. Options added later are not part of a run's identity
 at their defaults, so that older runs are still found."""
 
+_DROPPED: Mapping[str, Any] = {"magnitude_weight": 1.0, "band_low": 0.0, "band_high": 1.0}
+"""Options of objective dopsd that were tried and dropped, and their defaults, without effect."""
+
 _DEFAULTS = {"objective": "dopsd", "optimizer": "adamw", "schedule": "constant", "teacher": "ema"}
 _LORA_DEFAULTS = {"rank": 16, "alpha": 16.0}
 
@@ -48,6 +51,15 @@ _LORA_DEFAULTS = {"rank": 16, "alpha": 16.0}
 def is_old(fields: Mapping[str, Any]) -> bool:
     """Whether the JSON is from release 0.2, which always has the key "lora"."""
     return "lora" in fields
+
+
+def without_dropped(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without options that had no effect and are no longer there; others are kept, to be reported."""
+    objective = fields.get("objective")
+    if not isinstance(objective, Mapping):
+        return dict(fields)
+    kept = {name: value for name, value in objective.items() if name not in _DROPPED or value != _DROPPED[name]}
+    return {**fields, "objective": kept}
 
 
 def upgraded(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -295,67 +295,6 @@ def test_every_combination_is_a_valid_configuration() -> None:
         changed(TrainConfig(), {"states": "data", "rollout_steps": 2, "grad_steps": 3})
 
 
-# -- newer ideas -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", ["x0", "velocity"])
-@pytest.mark.parametrize("weight", [0.0, 0.25, 0.999999])
-def test_magnitude_and_direction_are_weighed_apart(world: World, weight: float, form: Any) -> None:
-    """w (|p| - |t|)^2 + 2 |p| |t| (1 - cos) over the number of elements; near 1 it is the plain loss."""
-    denoiser, adapters = world
-    inputs = make_inputs(denoiser, adapters, batch=2)
-    losses = []
-    for i, pair in enumerate(inputs.pairs):
-        x = inputs.noise[i]
-        for sigma, sigma_next in zip(SIGMAS, SIGMAS[1:], strict=False):
-            p = velocity(inputs, "student", x, sigma, pair.student)
-            with torch.no_grad():
-                t = velocity(inputs, "teacher", x, sigma, pair.teacher)
-            direction = 2 * p.norm() * t.norm() * (1 - torch.cosine_similarity(p.flatten(), t.flatten(), dim=0))
-            loss = (weight * (p.norm() - t.norm()) ** 2 + direction) / p.numel()
-            losses.append(loss * (sigma**2 if form == "x0" else 1))
-            x = x + (sigma_next - sigma) * p.detach()
-    torch.stack(losses).mean().backward()
-    wanted = gradients(adapters)
-    output = DOPSD(anchor_probability=0, magnitude_weight=weight, loss=form).backward(inputs)
-    assert_near(gradients(adapters), wanted, 1e-4)
-    assert output.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-    plain = DOPSD(anchor_probability=0, loss=form).backward(make_inputs(denoiser, adapters, batch=2))
-    assert (output.loss == pytest.approx(plain.loss, rel=1e-4)) == (weight > 0.9)
-
-
-def test_outside_the_band_the_student_is_pulled_to_the_untouched_network(world: World) -> None:
-    denoiser, adapters = world
-    inputs = make_inputs(denoiser, adapters, batch=2)
-    losses = []
-    for i, pair in enumerate(inputs.pairs):
-        x = inputs.noise[i]
-        for sigma, sigma_next in zip(SIGMAS, SIGMAS[1:], strict=False):
-            v = velocity(inputs, "student", x, sigma, pair.student)
-            taught = sigma in (0.9, 0.75)
-            with torch.no_grad():
-                sees = pair.teacher if taught else pair.student
-                wanted = velocity(inputs, "teacher" if taught else "off", x, sigma, sees)
-            losses.append((sigma * (v - wanted)).square().mean())
-            x = x + (sigma_next - sigma) * v.detach()
-    torch.stack(losses).mean().backward()
-    expected = gradients(adapters)
-    DOPSD(anchor_probability=0, band_low=0.75, band_high=0.9).backward(inputs)
-    assert_near(gradients(adapters), expected, 1e-5)
-    with pytest.raises(ConfigError, match=r"band_low is 0.9; set it to at most band_high \(0.5\)"):
-        changed(TrainConfig(), {"band_low": 0.9, "band_high": 0.5})
-
-
-def test_anchors_have_the_plain_loss_at_every_noise_level(world: World) -> None:
-    denoiser, adapters = world
-    anchors = [p.student for p in make_pairs(3, seed=5)]
-    DOPSD(anchor_probability=1.0).backward(make_inputs(denoiser, adapters, anchors=anchors))
-    usual = gradients(adapters)
-    objective = DOPSD(anchor_probability=1.0, magnitude_weight=0.1, band_low=0.95)
-    objective.backward(make_inputs(denoiser, adapters, anchors=anchors))
-    assert torch.equal(gradients(adapters), usual)
-
-
 # -- SFT with the anchor -----------------------------------------------------------------------------------------------
 
 

@@ -198,3 +198,12 @@ def test_what_may_change_on_resuming() -> None:
 def test_the_leaner_optimizer_is_the_same_otherwise() -> None:
     assert AdamW(lr=3e-4, weight_decay=0.1).leaner() == AdamW8bit(lr=3e-4, weight_decay=0.1)
     assert AdamW8bit().leaner() is None
+
+
+def test_options_that_were_dropped_are_read_where_they_had_no_effect() -> None:
+    saved = json.loads(TrainConfig().to_json())
+    saved["objective"] |= {"magnitude_weight": 1.0, "band_low": 0.0, "band_high": 1.0}
+    assert TrainConfig.from_json(json.dumps(saved)) == TrainConfig()
+    saved["objective"]["band_low"] = 0.6
+    with pytest.raises(ConfigError, match="band_low"):
+        TrainConfig.from_json(json.dumps(saved))

@@ -73,17 +73,11 @@ class Teaching:
         form: space of the loss.
         states: the states.
         target: what the student regresses.
-        magnitude_weight: weight of the part of the loss that is about the magnitude of the velocity; 1 for the plain
-            mean square.
-        band: (lowest, highest) noise level of the teacher; at others the target is the untouched network's prediction
-            from the student's condition.
     """
 
     form: LossForm = "x0"
     states: States = "own"
     target: Target = "teacher"
-    magnitude_weight: float = 1.0
-    band: tuple[float, float] = (0.0, 1.0)
 
 
 def self_distillation_loss(x0_student: Tensor, x0_teacher: Tensor, sigma: float, form: LossForm = "x0") -> Tensor:
@@ -103,27 +97,6 @@ def self_distillation_loss(x0_student: Tensor, x0_teacher: Tensor, sigma: float,
     return loss / sigma**2 if form == "velocity" else loss
 
 
-def split_loss(step: RolloutStep, x0_target: Tensor, magnitude_weight: float, form: LossForm = "x0") -> Tensor:
-    """`self_distillation_loss` split into magnitude and direction of the velocities p and t, a scalar.
-
-    |p - t|^2 = (|p| - |t|)^2 + 2 |p| |t| (1 - cos), per sample; the first part gets the weight. A weight of 1 is the
-    plain loss. Velocities that become larger than the teacher's oversaturate images.
-
-    Args:
-        step: the state, with the student's prediction.
-        x0_target: [B, C, h, w].
-        magnitude_weight: in [0, 1].
-        form: "x0" or "velocity".
-    """
-    student = ((step.x - step.x0) / step.sigma).flatten(1)
-    target = ((step.x - x0_target) / step.sigma).flatten(1)
-    norms = student.norm(dim=1), target.norm(dim=1)
-    magnitude = (norms[0] - norms[1]).square()
-    whole = (student - target).square().sum(1)
-    loss = ((whole - magnitude) + magnitude_weight * magnitude).mean() / student.shape[1]
-    return loss * step.sigma**2 if form == "x0" else loss
-
-
 def distill(
     inputs: ObjectiveInputs, sides: Sides, selected: Collection[int], teaching: Teaching
 ) -> list[tuple[int, float, Tensor]]:
@@ -140,10 +113,7 @@ def distill(
     stats, weights = [], weights_of(selected)
     for step in _visited(inputs, sides, selected, teaching.states):
         x0_target = _target(inputs, sides, step, teaching)
-        if teaching.magnitude_weight == 1:
-            loss = self_distillation_loss(step.x0, x0_target, step.sigma, teaching.form)
-        else:
-            loss = split_loss(step, x0_target, teaching.magnitude_weight, teaching.form)
+        loss = self_distillation_loss(step.x0, x0_target, step.sigma, teaching.form)
         # Checkpointed blocks run their forward again here, with the student's weights.
         with inputs.adapters.use("student"):
             (loss * (inputs.loss_scale * weights[step.index])).backward()
@@ -180,9 +150,6 @@ def target_latents(inputs: ObjectiveInputs, user: str) -> Tensor:
 
 def _target(inputs: ObjectiveInputs, sides: Sides, step: RolloutStep, teaching: Teaching) -> Tensor:
     """The target x0 [B, C, h, w] at a state."""
-    low, high = teaching.band
-    if not low <= step.sigma <= high:
-        return predict(inputs, "off", sides.student, step.x, step.sigma)
     if teaching.target == "teacher":
         return predict(inputs, sides.teacher_mode, sides.teacher, step.x, step.sigma)
     return target_latents(inputs, "regression_target ground_truth")

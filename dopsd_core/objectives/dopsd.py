@@ -64,23 +64,6 @@ class DOPSD(WithPriorAnchors):
         default="teacher",
         description="what the student regresses at these states: the teacher's prediction, or the training image",
     )
-    magnitude_weight: Annotated[float, Hint(step=0.05)] = Field(
-        default=1.0,
-        ge=0,
-        le=1,
-        description="weight of the part of the loss that is about the magnitude of the velocity, against oversaturated "
-        "images; 1 for the plain loss, and always for prior anchors",
-    )
-    band_low: Annotated[float, Hint(step=0.05)] = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="lowest noise level at which the target is used; below, the student is pulled to the untouched "
-        "network",
-    )
-    band_high: Annotated[float, Hint(step=0.05)] = Field(
-        default=1.0, ge=0, le=1, description="highest noise level at which the target is used; the same above"
-    )
     step_draw: StepDraw = Field(
         default="uniform",
         description="how the grad_steps are drawn: all steps alike, or those more often at which the gap has been "
@@ -88,16 +71,13 @@ class DOPSD(WithPriorAnchors):
     )
 
     def problems(self, rollout_steps: int) -> Sequence[str]:
-        """Reports more gradient steps than rollout steps, and an empty band."""
-        problems = []
-        if self.grad_steps is not None and self.grad_steps > rollout_steps:
-            problems.append(
-                f"grad_steps is {self.grad_steps}; set it to a value from 1 to rollout_steps ({rollout_steps}), "
-                "or null for all of the steps"
-            )
-        if self.band_low > self.band_high:
-            problems.append(f"band_low is {self.band_low}; set it to at most band_high ({self.band_high})")
-        return problems
+        """Reports more gradient steps than rollout steps."""
+        if self.grad_steps is None or self.grad_steps <= rollout_steps:
+            return ()
+        return (
+            f"grad_steps is {self.grad_steps}; set it to a value from 1 to rollout_steps ({rollout_steps}), or null "
+            "for all of the steps",
+        )
 
     def remarks(self) -> Sequence[str]:
         """Reports that every batch is a prior anchor, and that there is nothing to draw."""
@@ -121,10 +101,9 @@ class DOPSD(WithPriorAnchors):
         return self if self.grad_steps is not None or count >= rollout_steps else self.replace(grad_steps=count)
 
     def course(self, inputs: ObjectiveInputs) -> Hashable:
-        """The gradient steps, whether it is an anchor, and at which states the target is the teacher's."""
+        """The gradient steps, and whether it is an anchor."""
         selected = self._draw_steps(inputs)
-        in_band = tuple(self.band_low <= sigma <= self.band_high for sigma in inputs.sigmas[:-1])
-        return tuple(sorted(selected)), self.draw_anchor(inputs), in_band
+        return tuple(sorted(selected)), self.draw_anchor(inputs)
 
     def backward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """One trajectory from `inputs.noise`, with a backward after each gradient step.
@@ -137,8 +116,7 @@ class DOPSD(WithPriorAnchors):
         selected = self._draw_steps(inputs)
         if self.draw_anchor(inputs):
             return self.anchor_batch(inputs, selected, self.loss)
-        band = self.band_low, self.band_high
-        teaching = Teaching(self.loss, self.states, self.regression_target, self.magnitude_weight, band)
+        teaching = Teaching(self.loss, self.states, self.regression_target)
         stats = distill(inputs, Sides.of_pairs(inputs), selected, teaching)
         target = TEACHER if self.regression_target == "teacher" else IMAGE
         return ObjectiveOutput.of(stats, target, weights=selected)

@@ -29,7 +29,7 @@ _ELSEWHERE = frozenset({"family", "steps", "seed", "preview_every", "caption_dro
 """Options that are on D-OPSD Train LoRA or Load Dataset, or follow from the MODEL."""
 
 _LATER = (
-    *("states", "regression_target", "magnitude_weight", "band_low", "band_high", "sft_anchor_probability"),
+    *("states", "regression_target", "sft_anchor_probability"),
     *("dreambooth_sigmas", "dreambooth_shift", "dreambooth_prior_weight", "dreambooth_class_images"),
     *("pso_form", "pso_beta", "pso_loser_images"),
     *("factor", "muon_momentum", "prodigy_lr", "prodigy_weight_decay", "prodigy_d_coef", "prodigy_safeguard_warmup"),

@@ -91,7 +91,7 @@ ORDER = (
     *("adapter", "targets", "rank", "alpha", "optimizer", "lr", "weight_decay", "schedule", "warmup", "teacher"),
     *("ema_decay", "batch_size", "grad_accumulation", "max_grad_norm", "rollout_steps", "checkpoint_every"),
     *("keep_checkpoints", "probe_every", "probe_pairs", "deterministic"),
-    *("states", "regression_target", "magnitude_weight", "band_low", "band_high", "sft_anchor_probability"),
+    *("states", "regression_target", "sft_anchor_probability"),
     *("dreambooth_sigmas", "dreambooth_shift", "dreambooth_prior_weight", "dreambooth_class_images", "pso_form"),
     *("pso_beta", "pso_loser_images", "factor", "muon_momentum", "prodigy_lr", "prodigy_weight_decay"),
     *("prodigy_d_coef", "prodigy_safeguard_warmup", "custom_path", "custom_options", "custom_lr"),
