@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..dopsd_core.conditioning.cache import ConditionCache
 from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, Background, TeacherView
 from ..dopsd_core.data.captions import check_prompts, put_trigger
-from ..dopsd_core.data.dataset import Pair
+from ..dopsd_core.data.dataset import Pair, plan_encoding
 from ..dopsd_core.training.anchors import ordinary_prompts
 from ..dopsd_core.training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..dopsd_core.training.regularisation import check_regularisation
@@ -111,7 +111,7 @@ def build_conditions(
         notes=(
             *lengths,
             *mask_remarks(pairs, teacher.background),
-            *slider_remarks(ordinary, teacher),
+            *slider_remarks(ordinary, teacher, plan_encoding(pairs, trigger=dataset.trigger).anchors),
             *equal_rows_remarks(texts, teacher),
         ),
         teacher_image=wanted.teacher_image,

@@ -203,7 +203,7 @@ def test_another_dataset_in_the_folder(
     with pytest.raises(AssertionError, match="the dataset was encoded"):
         main(words)
     change(tmp_path / "photos")
-    assert "undo what changed: the dataset: its images, captions, encoder or their order" in error_of(words, capsys)
+    assert "undo what changed: the dataset or how it is read: its images" in error_of(words, capsys)
 
 
 def test_a_folder_that_another_run_uses(

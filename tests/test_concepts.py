@@ -101,12 +101,51 @@ def test_rows_name_their_triggers(pets: Path) -> None:
         (b"a caption that somebody wrote for an image which is no longer there, " * 2, "more than a few words"),
         (b"caf\xe9", "is not UTF-8"),
         (b"oh\x01wx", "contains the control character U+0001"),
+        (b"ohwx [v]", "the trigger contains [V], which stands for it: write a word such as ohwx"),
     ],
 )  # fmt: skip
 def test_a_trigger_that_cannot_be_one_is_an_error(pets: Path, text: bytes, sentence: str) -> None:
     (pets / "cat" / "trigger.txt").write_bytes(text)
     (error,) = read(pets).errors
     assert error.file == pets / "cat" / "trigger.txt" and sentence in error.message
+
+
+def test_a_given_trigger_that_no_image_has_is_not_what_prompts_mean(pets: Path, tmp_path: Path) -> None:
+    report = read(pets, "tok")
+    assert [str(warning) for warning in report.warnings] == [
+        f"warning: {pets}: the trigger 'tok' is not used: all images have their own (ohwx, sks)"
+    ]
+    assert report.trigger_in_prompts("tok") == "" and report.trigger_in_prompts("SKS") == "SKS"
+    write(tmp_path / "one", {"a": "a [V] dog"}, "ohwx")
+    one = read(tmp_path / "one", "tok")
+    assert one.trigger_in_prompts("tok") == "ohwx" and "'tok' is not used" in one.warnings[0].message
+    assert not read(tmp_path / "one", "OHWX").warnings
+    write(tmp_path / "two", {"a": "a [V] dog"})
+    assert read(tmp_path / "two", "tok").trigger_in_prompts("tok") == "tok"
+
+
+def test_a_folder_without_a_trigger_beside_one_with_it_is_an_error(pets: Path) -> None:
+    (pets / "cat" / "trigger.txt").rename(pets / "cat" / "words.txt")
+    (error,) = read(pets).errors
+    assert error.file == pets / "cat" / "c.txt"
+    assert error.message == (
+        "[V] stands for nothing here, while other images have a trigger: write one for the folder cat, as trigger.txt, "
+        "or give the trigger of all images without their own"
+    )
+    assert not read(pets, "tok").errors
+    (pets / "cat" / "words.txt").rename(pets / "cat" / "Trigger.TXT")
+    assert not read(pets).errors and read(pets).concepts == ("ohwx", "sks")
+
+
+def test_rows_without_a_trigger_beside_one_with_it_are_an_error(pets: Path) -> None:
+    rows = [
+        {"file_name": "10_dog/a.png", "text": "a [V] dog", "trigger": "ohwx"},
+        {"file_name": "cat/c.png", "text": "a [V] cat"},
+        {"file_name": "cat/d.png", "text": "a cat"},
+    ]
+    (pets / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (error,) = read(pets / "rows.jsonl").errors
+    assert (error.file.name, error.line) == ("rows.jsonl", 2) and "write one for each row, or give" in error.message
 
 
 def test_a_trigger_from_outside_is_not_read(pets: Path, tmp_path: Path) -> None:

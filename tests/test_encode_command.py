@@ -239,7 +239,7 @@ def test_train_refuses_what_the_shards_are_not(
 def test_a_slider_in_shards(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slider = ("--teacher-view", "words", "--teacher-sentence", "[V] badge -> [V] red badge")
     words = [word.replace("star", "badge, low") for word in encoding(place, tmp_path / "shards", *slider)]
-    message = "an empty caption has no words that the teacher words replaces: set caption_dropout to 0, or leave out"
+    message = "an empty caption has no words that the teacher words replaces: set caption_dropout to 0, and for sh"
     assert message in error_of([*words, "--empty-captions"], capsys)
     message = "the teacher words reads nothing else for the held-out caption 'a [V7] star'"
     assert message in error_of(encoding(place, tmp_path / "other", *slider), capsys)

@@ -30,10 +30,18 @@ def test_an_anchor_that_names_the_concept_or_is_a_training_caption_is_pulled_bot
 
 def test_an_anchor_with_the_sliders_word_holds_it_as_it_is() -> None:
     (remark,) = slider_remarks(["a face", "a house", "a surface", "the face of a man"], SMILE)
-    assert remark.startswith("2 anchor prompts contain 'face'") and "(such as 'a face')" in remark
+    assert remark.startswith("2 anchor prompts contain 'face'") and "(such as for 'a face')" in remark
     assert slider_remarks(["a house", "a surface"], SMILE) == []
     for other in (VLM, EDIT, EDIT_TARGET, WORDS.with_sentence("in winter")):  # the last adds words, replaces none
         assert slider_remarks(["a face"], other) == []
+
+
+def test_a_sliders_own_captions_without_the_trigger_hold_its_word_too() -> None:
+    (remark,) = slider_remarks([], SMILE, ["a face, left", "a face, right", "a house"])
+    assert remark.startswith("2 anchor captions without the trigger contain 'face'")
+    assert remark.endswith("(such as for 'a face, left'): leave the trigger empty, and write captions without it")
+    (remark,) = slider_remarks(["a face"], SMILE, ["a house"])
+    assert remark.startswith("1 anchor prompt contains 'face'")
 
 
 def test_prompts_for_which_the_teacher_reads_the_same_are_counted() -> None:

@@ -69,15 +69,16 @@ def test_none_unless_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "keep", "best", "gone"),
     [
-        ([1, 2, 3, 4], 0, None, set()),
-        ([1, 2, 3, 4], 2, None, {1, 2}),
-        ([1, 2, 3, 4], 2, 1, {2}),
-        ([1, 2, 3, 4], 2, 4, {1, 2}),
-        ([1, 2], 5, None, set()),
-        ([], 1, None, set()),
+        ([1, 2, 3, 4], 0, set(), set()),
+        ([1, 2, 3, 4], 2, set(), {1, 2}),
+        ([1, 2, 3, 4], 2, {1}, {2}),
+        ([1, 2, 3, 4], 1, {1, 3}, {2}),
+        ([1, 2, 3, 4], 2, {4}, {1, 2}),
+        ([1, 2], 5, set(), set()),
+        ([], 1, set(), set()),
     ],
 )
-def test_the_newest_and_the_best_stay(steps: list[int], keep: int, best: int | None, gone: set[int]) -> None:
+def test_the_newest_and_the_best_stay(steps: list[int], keep: int, best: set[int], gone: set[int]) -> None:
     assert superfluous(steps, keep, best) == gone
 
 
@@ -93,6 +94,16 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, monkeypatch: pytest.
     result = trained(tmp_path, seen, save_every=2, keep_loras=2, probe_every=4)
     assert steps_in(tmp_path) == [4, 10, 12]
     assert result.best == BestStep(4, 0.5, lora_of_step(tmp_path, 4)) and seen.best == [result.best]
+
+
+def test_the_best_by_an_earlier_unseen_prompt_stays_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gaps = {2: 0.7, 4: 0.5, 6: 0.6, 8: 0.8, 10: 0.7, 12: 0.9, 14: 0.9, 16: 0.9}
+    seen = StopAt()
+    monkeypatch.setattr("dopsd_core.training.run.Gaps.relative_to", lambda now, start: (0.5, gaps.get(seen.step + 1)))
+    trained(tmp_path, seen, steps=8, save_every=2, keep_loras=1, probe_every=2)
+    assert steps_in(tmp_path) == [4, 8]
+    trained(tmp_path, seen, steps=16, save_every=2, keep_loras=1, probe_every=2, heldout=77)
+    assert steps_in(tmp_path) == [4, 10, 16]
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:

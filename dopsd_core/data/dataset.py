@@ -18,6 +18,7 @@ from pathlib import Path
 from ..text import printable
 from .buckets import Bucket, make_buckets
 from .captions import (
+    PLACEHOLDER,
     CaptionError,
     check_text,
     doubts_of,
@@ -31,7 +32,7 @@ from .folder import ROW_SUFFIXES, Entry, read_folder
 from .jsonl import read_jsonl
 from .problems import Problem, Problems
 from .repeats import MAX_REPEATS
-from .triggers import concepts_of, warn_of_collisions, without_names
+from .triggers import concepts_of, require_own_triggers, warn_of_collisions, warn_of_unused, without_names
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,12 @@ class DatasetReport:
         return concepts_of(pair.trigger for pair in self.pairs)
 
     def trigger_in_prompts(self, given: str) -> str:
-        """The word that `[V]` stands for in prompts: the given one, or else that of the only concept; else ""."""
-        return given.strip() or (self.concepts[0] if len(self.concepts) == 1 else "")
+        """The word that `[V]` stands for in prompts: the given one if images have it, else that of the only concept, or
+        ""."""
+        word, concepts = given.strip(), self.concepts
+        if word and (not concepts or word.casefold() in map(str.casefold, concepts)):
+            return word
+        return concepts[0] if len(concepts) == 1 else ""
 
     def raise_for_errors(self) -> None:
         """Raises DatasetError with all errors in its message, if there are any."""
@@ -180,6 +185,7 @@ def read_dataset(
         problems=problems,
     )
     pairs = check_entries(entries, checker, trigger, repeats, progress)
+    warn_of_unused(trigger, [pair.trigger for pair in pairs], source, problems)
     warn_of_collisions(((p.trigger, p.caption_file, p.caption_line, p.captions) for p in pairs), problems)
     if not entries and not any(problem.severity == "error" for problem in problems.found):
         wanted = "put .png, .jpg, .jpeg, .webp or .bmp files with .txt captions there"
@@ -208,6 +214,7 @@ def check_entries(
         if progress is not None:
             progress(done, len(entries))
     _warn_without_trigger(pairs, checker.problems)
+    require_own_triggers(((p.trigger, p.caption_file, p.caption_line, p.captions) for p in pairs), checker.problems)
     return pairs
 
 
@@ -223,6 +230,10 @@ def checked_trigger(trigger: str) -> str:
         raise ValueError(f"the trigger {trigger!r} cannot be used: {error}") from error
     if is_blank(trigger) and trigger.strip():
         raise ValueError(f"the trigger {ascii(trigger)} has no visible character: write a word such as ohwx")
+    if has_trigger(trigger) and trigger.strip() != PLACEHOLDER:
+        raise ValueError(
+            f"the trigger {trigger!r} contains {PLACEHOLDER}, which stands for it: write a word such as ohwx"
+        )
     return trigger.strip()
 
 

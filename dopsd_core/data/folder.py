@@ -121,7 +121,7 @@ class _FolderReader:
     def __post_init__(self) -> None:
         self._repeats = NamedRepeats(self.folder, self.problems)
         captions = {file for image in self.captions.images.values() for file in self.captions.of(image[0])}
-        named = {file for file in self.files if file.name == TRIGGER_NAME} - captions
+        named = {file for file in self.files if file.name.lower() == TRIGGER_NAME} - captions
         self._triggers = NamedTriggers(self.folder, named, self.problems)
         self.named.update(named)
         self._rows = next((file for file in self.files if file.suffix.lower() in ROW_SUFFIXES), None)

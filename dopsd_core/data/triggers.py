@@ -34,6 +34,8 @@ def checked_trigger(text: str) -> str:
     check_text(text)
     if is_blank(text):
         raise CaptionError("the trigger is empty: write a word such as ohwx")
+    if has_trigger(word):
+        raise CaptionError(f"the trigger contains {PLACEHOLDER}, which stands for it: write a word such as ohwx")
     if len(word.splitlines()) > 1 or len(word) > _LONGEST:
         raise CaptionError("the trigger is more than a few words: write one word such as ohwx")
     return word
@@ -45,7 +47,7 @@ class NamedTriggers:
 
     Attributes:
         root: the folder of the dataset.
-        files: the files named trigger.txt that are no captions.
+        files: the files named trigger.txt, in upper or lower case, that are no captions.
         problems: collects the problems.
         known: triggers read so far, by file.
     """
@@ -58,8 +60,8 @@ class NamedTriggers:
     def of(self, image: Path) -> str:
         """The trigger of the nearest folder that has one, from the image's up to the root; else ""."""
         for folder in image.parents:
-            file = folder / TRIGGER_NAME
-            if file in self.files:
+            file = next((file for file in self.files if file.parent == folder), None)
+            if file is not None:
                 if file not in self.known:
                     self.known[file] = self._read(file)
                 return self.known[file]
@@ -86,6 +88,39 @@ def concepts_of(triggers: Iterable[str]) -> tuple[str, ...]:
         if trigger:
             found.setdefault(trigger.casefold(), trigger)
     return tuple(found.values())
+
+
+def warn_of_unused(given: str, triggers: Collection[str], source: Path, problems: Problems) -> None:
+    """Warns of a trigger that no image has, because all have their own. triggers: of all images."""
+    own = concepts_of(triggers)
+    if given and triggers and given.casefold() not in map(str.casefold, own):
+        problems.warning(
+            source, None, f"the trigger {given!r} is not used: all images have their own ({', '.join(own)})"
+        )
+
+
+def require_own_triggers(named: Iterable[tuple[str, Path, int | None, Sequence[str]]], problems: Problems) -> None:
+    """Adds an error, once per folder or list, where `[V]` stands for nothing although it has a word elsewhere.
+
+    named: (trigger, caption file, line, captions) of each image.
+    """
+    images = list(named)
+    wrong = {(problem.file, problem.line) for problem in problems.found if problem.severity == "error"}
+    if not concepts_of(trigger for trigger, *_ in images) or any(
+        file.name.lower() == TRIGGER_NAME for file, _ in wrong
+    ):
+        return  # there is one trigger for all or none, or a trigger.txt that has to be mended first
+    without: dict[Path, list[tuple[Path, int | None]]] = {}
+    for trigger, file, line, captions in images:
+        if not trigger and (file, line) not in wrong and any(map(has_trigger, captions)):
+            without.setdefault(file if line is not None else file.parent, []).append((file, line))
+    for place, found in without.items():
+        where = "each row" if place == found[0][0] else f"the folder {place.name}, as {TRIGGER_NAME}"
+        problems.error(
+            *found[0],
+            f"{PLACEHOLDER} stands for nothing here, while other images have a trigger: write one for {where}, or give "
+            "the trigger of all images without their own",
+        )
 
 
 def warn_of_collisions(named: Iterable[tuple[str, Path, int | None, Sequence[str]]], problems: Problems) -> None:

@@ -67,7 +67,7 @@ class Custom(Optimizer):
             raise ConfigError((f"custom_options is {options}; write it as a JSON object, such as {{}}",))
         if taken := [name for name in _OURS if name in parsed]:
             raise ConfigError((f"custom_options contains {taken[0]}; remove it, and set the rate as custom_lr",))
-        return options
+        return json.dumps(parsed)  # spaces make no other run
 
     def require_packages(self) -> None:
         """Raises ConfigError if the class cannot be imported, or does not run with its options."""

@@ -97,9 +97,12 @@ def _work(args: argparse.Namespace, options: ModelOptions) -> _Work:
     source = open_source(
         args.dataset, args.shard_size, args.root, columns if columns != Columns() else None
     )  # fmt: skip
-    trigger = _trigger_of(source, checked_trigger(args.trigger))
+    given = checked_trigger(args.trigger)
+    trigger = _trigger_of(source, given)
     heldout = put_trigger(args.heldout_caption or "", trigger)
     remarks = check_prompts([heldout], "held-out caption", trigger) if heldout else []
+    if given and trigger != given:
+        remarks.append(f"the trigger {given!r} is not used: all images have their own ({trigger})")
     if heldout and any(put_trigger(text, trigger) == heldout for text, _ in source.known_captions()):
         raise ValueError(f"the held-out caption {heldout!r} is in the dataset; use one that is not trained on")
     if options.is_demo and source.has_edits:

@@ -15,7 +15,7 @@ from ..conditioning.encode import DualCondition, encode_texts
 from ..conditioning.teachers import TeacherView
 from ..config import TrainConfig
 from ..data.captions import check_prompts, put_trigger
-from ..data.dataset import Pair
+from ..data.dataset import Pair, plan_encoding
 from ..data.resolutions import Scale
 from ..families import Family, get_family
 from ..objectives import SFT
@@ -225,7 +225,8 @@ def _prompt_remarks(
     anchors = [put_trigger(text, trigger) for text in args.anchor_prompts or ()]
     remarks = anchor_remarks(anchors, names, {text for p in pairs if not p.source_images for text in p.captions})
     if config.objective.wants_anchors:
-        remarks += slider_remarks([*anchors, *(text for pair in ordinary for text in pair.captions)], view)
+        given = [*anchors, *(text for pair in ordinary for text in pair.captions)]
+        remarks += slider_remarks(given, view, plan_encoding(pairs, trigger=trigger).anchors)
     shown = [put_trigger(text, trigger) for text in args.preview_prompts or ()] if config.preview_every else []
     if args.heldout_caption and not config.probe_every:
         remarks.append("the held-out caption is not measured: probe_every is 0, so no step is known as the best")

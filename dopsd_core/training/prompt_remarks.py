@@ -32,19 +32,31 @@ def anchor_remarks(prompts: Sequence[str], names: Collection[str], captions: Col
     return found
 
 
-def slider_remarks(anchors: Sequence[str], view: TeacherView) -> list[str]:
-    """That anchors hold a slider's word as it is, in one sentence; none for another teacher.
+def slider_remarks(anchors: Sequence[str], view: TeacherView, own: Sequence[str] = ()) -> list[str]:
+    """That anchors hold a slider's word as it is, a sentence for each kind; none for another teacher.
 
-    anchors: the prior anchors that were given, also the captions of regularisation images.
+    Args:
+        anchors: the prior anchors that were given, also the captions of regularisation images.
+        view: of the teacher.
+        own: the dataset's captions without the trigger, which are anchors too.
     """
-    held = [text for text in anchors if view.teaches(text)] if view.replaces else []
-    if not held or not view.replaces:
-        return []
-    which = "prompt contains" if len(held) == 1 else "prompts contain"
-    return [
-        f"{len(held)} anchor {which} {view.replaces[0]!r}, which the slider is to change, and training keeps their "
-        f"images as they are (such as {held[0]!r}): remove those that do not describe what has to stay"
-    ]
+    kinds = (
+        (anchors, "prompt contains", "prompts contain", "remove those that do not describe what has to stay"),
+        (
+            own,
+            "caption without the trigger contains",
+            "captions without the trigger contain",
+            "leave the trigger empty, and write captions without it",
+        ),
+    )
+    remarks = []
+    for texts, one, many, advice in kinds if view.replaces else ():
+        if held := [text for text in texts if view.teaches(text)]:
+            remarks.append(
+                f"{len(held)} anchor {one if len(held) == 1 else many} {view.replaces[0]!r}, which the slider is to "
+                f"change, and training keeps what it draws there (such as for {held[0]!r}): {advice}"
+            )
+    return remarks
 
 
 def equal_rows_remarks(prompts: Sequence[str], view: TeacherView) -> list[str]:

@@ -16,7 +16,10 @@ from .checkpoint import Checkpoint, StateError, unflatten_paths
 from .pair_keys import digest_of_keys
 from .training_set import TrainingSet
 
-OTHER_DATA = "the dataset: its images, captions, encoder or their order"
+OTHER_DATA = (
+    "the dataset or how it is read: its images, captions and their order, encoder, trigger, resolutions, repeats, what "
+    "the teacher sees or reads, anchor prompts, regularisation"
+)
 OTHER_MODEL = "the model: its weights or patches"
 
 

@@ -227,8 +227,11 @@ class RunFolder:
         self._background.wait()
         self._reserve.release()
         adapter.save(lora_of_step(self.path, step), tensors, family, described(metadata, keys, self.path))
-        best, saved = self.best(after), saved_loras(self.path)
-        unwanted = superfluous([lora.step for lora in saved], self._config.keep_loras, best.step if best else None)
+        saved = saved_loras(self.path)
+        steps, reports = [lora.step for lora in saved], self.reports()
+        before = [report for report in reports if report.step <= after]  # by another unseen prompt
+        best = {found[0] for found in (best_step(before, steps), best_step(reports, steps, after)) if found}
+        unwanted = superfluous(steps, self._config.keep_loras, best)
         for lora in saved:
             if lora.step in unwanted:
                 lora.path.unlink(missing_ok=True)

@@ -45,9 +45,9 @@ def saved_loras(run: Path) -> list[SavedLora]:
     return sorted((SavedLora(int(match[1]), path) for match, path in found), key=lambda saved: saved.step)
 
 
-def superfluous(steps: Collection[int], keep: int, best: int | None) -> set[int]:
-    """The steps whose files are removed: all but the `keep` newest (0 for all) and the best one."""
-    return set(sorted(steps)[:-keep]) - {best} if keep else set()
+def superfluous(steps: Collection[int], keep: int, best: Collection[int]) -> set[int]:
+    """The steps whose files are removed: all but the `keep` newest (0 for all) and the best ones."""
+    return set(sorted(steps)[:-keep]).difference(best) if keep else set()
 
 
 def most_files(config: TrainConfig, done: int) -> int:

@@ -275,8 +275,8 @@ def require_fit(
         _require_words([caption for pair in pairs for caption in pair.captions], "caption", teacher, teacher_image)
         if empty_captions and not teacher.teaches(""):
             raise ValueError(
-                f"an empty caption has no words that the teacher {teacher.name} replaces: set caption_dropout to 0, or "
-                "leave out --empty-captions"
+                f"an empty caption has no words that the teacher {teacher.name} replaces: set caption_dropout to 0, "
+                "and for shards leave out --empty-captions"
             )
     lacking = sum(not pair.source_images for pair in pairs)
     if teacher.edits and lacking:
