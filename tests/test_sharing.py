@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from dopsd_core.adapters import Full, Lokr, Lora
 from dopsd_core.adapters.lora_file import save_lora
+from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET
 from dopsd_core.config import TrainConfig
 from dopsd_core.families import get_family
 from dopsd_core.optimizers import Prodigy
@@ -237,6 +238,11 @@ def test_of_several_concepts_each_trigger_is_offered_alone() -> None:
     assert "**Trigger words:** `ohwx lamp`, `zwx dog`, one per concept. Write that of the one you want." in card
     front = front_matter(card)
     assert front["instance_prompt"] == front["widget"][0]["text"] == "ohwx lamp" and 'pipe("ohwx lamp ..."' in card
+
+
+def test_an_edits_card_is_found_among_those_that_change_images() -> None:
+    assert front_matter(made_card(FACTS | EDIT_TARGET.facts, GIVEN))["pipeline_tag"] == "image-to-image"
+    assert front_matter(made_card(FACTS | EDIT.facts, GIVEN))["pipeline_tag"] == "text-to-image"
 
 
 def test_backticks_in_a_trigger_stay_code() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..conditioning.teachers import EDIT_TARGET
 from ..families import FAMILIES, Family
 from .model_spec import concepts_in, hub_base_model, slider_words, trigger_of
 
@@ -32,8 +33,9 @@ def _front_matter(header: Mapping[str, str], thumbnail: str) -> Iterator[str]:
     """Lines of YAML; every text is quoted as in JSON, which is YAML too."""
     trigger, base = _first_trigger(header), hub_base_model(header)
     yield "library_name: diffusers"
-    yield "pipeline_tag: text-to-image"
-    yield from ("tags:", "- text-to-image", "- lora", "- diffusers", "- template:diffusion-lora", "- d-opsd")
+    task = "image-to-image" if header.get("dopsd_teacher_sees") == EDIT_TARGET.name else "text-to-image"
+    yield f"pipeline_tag: {task}"
+    yield from ("tags:", f"- {task}", "- lora", "- diffusers", "- template:diffusion-lora", "- d-opsd")
     if base:
         yield f"base_model: {_quoted(base)}"
         yield "base_model_relation: adapter"
