@@ -32,7 +32,8 @@ def add_compare(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--regimes", nargs="+", choices=REGIMES, default=REGIMES[:3], metavar="REGIME",
-        help="what is equal: steps, time, error (default: these three), or work, alone: FLOPs, on any machine",
+        help="what is equal: steps, time, error (default: these three), or work, alone: FLOPs, on any machine; time "
+        "needs a machine that does nothing else",
     )  # fmt: skip
     parser.add_argument("--style", action="store_true", help="learn styles instead of subjects")
     _add_number(parser, "--concepts", 5, "number of concepts")
