@@ -49,8 +49,10 @@ def slider_remarks(anchors: Sequence[str], view: TeacherView, own: Sequence[str]
             "leave the trigger empty, and write captions without it",
         ),
     )
+    if not view.replaces:
+        return []
     remarks = []
-    for texts, one, many, advice in kinds if view.replaces else ():
+    for texts, one, many, advice in kinds:
         if held := [text for text in texts if view.teaches(text)]:
             remarks.append(
                 f"{len(held)} anchor {one if len(held) == 1 else many} {view.replaces[0]!r}, which the slider is to "
