@@ -114,6 +114,8 @@ def written(
         ImportError: peft is not installed.
         DiskError: a file cannot be written.
     """
+    if has_peft:
+        require_peft(lora)  # before anything is written: each try would leave another numbered file
     write_lora(path, lora, dtype, given)
     lines = [shown(path), f"{len(lora)} tensors, {path.stat().st_size / 2**20:.1f} MB"]
     if trigger := trigger_of(getattr(lora, "facts", {})):
@@ -200,6 +202,24 @@ def write_hub(folder: Path, name: str, lora: Mapping[str, Tensor], dtype: torch.
         write_atomic(folder / "README.md", model_card(header, f"{name}.safetensors", thumbnail).encode())
 
 
+def require_peft(lora: Mapping[str, Tensor]) -> int:
+    """The rank of a LoRA with lora_A [rank, in] and lora_B [out, rank] that can be written as a peft folder.
+
+    Raises:
+        ValueError: the LoRA does not have diffusers' names, is a DoRA or LoKr, or its layers have different ranks.
+        ImportError: peft is not installed.
+    """
+    ranks = {tensor.shape[0] for key, tensor in lora.items() if key.endswith(".lora_A.weight")}
+    named = all(key.startswith(_PREFIX) and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in lora)
+    if not named or len(ranks) != 1:
+        raise ValueError("a peft folder needs a plain LoRA from D-OPSD Train LoRA: switch peft_folder off")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError("exporting a peft folder needs peft: pip install peft, or switch peft_folder off") from error
+    return ranks.pop()
+
+
 def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Writes a LoRA with lora_A [rank, in] and lora_B [out, rank] as a peft folder.
 
@@ -208,14 +228,10 @@ def write_peft(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> 
         ImportError: peft is not installed.
     """
     bare = {key.removeprefix(_PREFIX): tensor for key, tensor in lora.items()}
-    ranks = {tensor.shape[0] for key, tensor in bare.items() if key.endswith(".lora_A.weight")}
-    named = all(key.startswith(_PREFIX) and ".lora_" in key for key in lora)
-    if not named or len(ranks) != 1:
-        raise ValueError("a peft folder needs a plain LoRA from D-OPSD Train LoRA: switch peft_folder off")
     save_peft(
         folder,
         bare,
-        _folded_config(ranks.pop()),
+        _folded_config(require_peft(lora)),
         base_model=getattr(lora, "facts", {}).get("dopsd_base_model"),
         dtype=dtype,
     )

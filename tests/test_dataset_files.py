@@ -194,6 +194,15 @@ def test_unread_files_of_a_kind_are_one_warning(tmp_path: Path) -> None:
     }
 
 
+def test_an_image_may_be_called_license(tmp_path: Path) -> None:
+    for name in ("license.png", "classes.jpg", "readme.png"):
+        pair(tmp_path, name)
+    (tmp_path / "requirements.txt").write_text("torch")
+    report = read(tmp_path)
+    assert [one.image_path.name for one in report.pairs] == ["classes.jpg", "license.png", "readme.png"]
+    assert report.problems == ()
+
+
 names = st.sampled_from(["a", "A", "b", NFC, NFD, "a.png", "a-mask"])
 suffixes = st.sampled_from([".png", ".jpg", ".txt", ".TXT", ".caption", ".json", ".heic", ".jsonl", "", ".txt.txt"])
 folders = st.sampled_from(["", "10_x", "2024_x", "captions", "source", "target", "0_x/y"])

@@ -78,12 +78,43 @@ def test_a_mask_is_no_image_of_its_own(tmp_path: Path) -> None:
     assert "   1 with a mask" in report.describe()
 
 
-def test_an_image_with_a_caption_is_no_mask(tmp_path: Path) -> None:
-    pair(tmp_path, "a.png")
-    pair(tmp_path, "a.mask.png", colour="red")
+def test_the_caption_of_a_mask_is_not_used(tmp_path: Path) -> None:
+    mask = with_mask(tmp_path)
+    mask.with_suffix(".txt").write_text("a white half")
     report = read(tmp_path)
-    assert [one.image_path.name for one in report.pairs] == ["a.mask.png", "a.png"]
-    assert [one.mask for one in report.pairs] == [None, None] and report.errors == ()
+    assert [(one.image_path.name, one.mask) for one in report.pairs] == [("a.png", mask)] and report.errors == ()
+    (warning,) = report.warnings
+    assert warning.file.name == "a.mask.txt"
+    assert warning.message == "not used: a.mask.png is the mask of a.png; delete this caption"
+
+
+def test_images_named_as_masks_are_warned_of(tmp_path: Path) -> None:
+    for name in ("a.png", "a_mask.PNG", "b.mask.png"):
+        pair(tmp_path, name)
+    report = read(tmp_path)
+    found = {warning.file.name: warning.message for warning in report.warnings}
+    assert len(report.pairs) == 3 and report.errors == ()
+    assert "if it is a mask, rename it to a.mask.png and delete the caption" in found["a_mask.PNG"]
+    assert found["b.mask.png"] == "named as a mask, but there is no image b beside it: it is used as an image"
+
+
+@pytest.mark.parametrize("end", [".mask.PNG", ".MASK.png", ".MASK.PNG"])
+def test_a_mask_with_capitals_in_its_name_is_found(tmp_path: Path, end: str) -> None:
+    mask = with_mask(tmp_path).rename(tmp_path / f"a{end}")
+    report = read(tmp_path)
+    assert [one.mask and one.mask.samefile(mask) for one in report.pairs] == [True] and report.problems == ()
+
+
+@pytest.mark.parametrize("opacity, is_refused", [(0, True), (100, False), (200, False)])
+def test_an_image_without_subject_and_background_has_no_mask(tmp_path: Path, opacity: int, is_refused: bool) -> None:
+    pair(tmp_path, "a.png", mode="RGBA", colour=(200, 10, 10, opacity))
+    report = read(tmp_path)
+    if is_refused:
+        assert report.errors[0].message.startswith("is fully transparent: it would be a white picture")
+    else:
+        assert [one.mask for one in report.pairs] == [None] and report.errors == ()
+        said = [warning.message for warning in report.warnings]
+        assert [text.startswith("is nowhere more than 39% opaque") for text in said] == [True] * (opacity < 128)
 
 
 def test_a_mask_without_its_image_is_an_image_without_a_caption(tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         elif _UNKNOWN.search(key):
             raise ValueError(f"{_IT} holds {shown(key)}, which adapter lokr cannot start from; use a plain LoKr")
     if not found:
-        raise ValueError(f"{_IT} is not a LoKr ({_kinds(tensors)}); set adapter to lora, or start from a LoKr")
+        adapter = "dora" if any("magnitude_vector" in key for key in tensors) else "lora"
+        example = f" (it holds {shown(next(iter(tensors)))})" if tensors else ""
+        raise ValueError(f"{_IT} is not a LoKr; set adapter to {adapter}, or start from a LoKr{example}")
     return found
 
 

@@ -107,13 +107,21 @@ class CaptionFiles:
         away = [file for file in self.elsewhere.get(folded(image.stem), []) if not self.images.get(place_of(file))]
         if away:
             return away[:1], f"there is {away[0].relative_to(self.root)}: move it beside the image"
-        masked = _MASK.sub("", image.stem)
-        whole = self.images.get((image.parent, folded(masked))) if masked != image.stem else None
-        return [], _of_a_mask(whole[0], image) if whole else ""
+        whole = self.masked_by(image)
+        if whole is None:
+            return [], ""
+        return [], f"a mask of {whole.name}? rename it to {mask_name(whole, image)}, or move it out of the folder"
+
+    def masked_by(self, image: Path) -> Path | None:
+        """The image of which this one is the mask, by its name: a.png for a-mask.png; None without one."""
+        bare = _MASK.sub("", image.stem)
+        found = self.images.get((image.parent, folded(bare))) if bare != image.stem else None
+        return found[0] if found else None
 
 
-def _of_a_mask(whole: Path, mask: Path) -> str:
-    return f"a mask of {whole.name}? rename it to {whole.stem}.mask{mask.suffix}, or move it out of the folder"
+def mask_name(image: Path, mask: Path) -> str:
+    """The name that the mask of an image must have: a.mask.png for a.jpg and a_Mask.PNG."""
+    return f"{image.stem}.mask{mask.suffix.lower()}"
 
 
 def _grouped(items: Iterable[tuple[Key, Path]]) -> dict[Key, list[Path]]:

@@ -11,11 +11,14 @@ from typing import Literal
 from .buckets import Bucket, cover_box, must_enlarge, nearest_bucket
 from .folder import Entry
 from .images import ImageError, decode, pixel_digest
-from .masks import masks_beside, read_mask
+from .masks import masks_beside, opacity_of, read_mask, tells_subject
 from .problems import Problems
 
 MAX_LOSS = 0.2
 """Share of an image that may be cropped without a warning."""
+
+FAINT = 128
+"""An image that is nowhere as opaque as this, of 255, is warned of."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Looked:
-    """A decoded image's (width, height), pixel digest, and whether it is transparent somewhere."""
+    """A decoded image's (width, height), pixel digest, and least and greatest opacity, 0 to 255."""
 
     size: tuple[int, int]
     digest: str
-    has_alpha: bool
+    opacity: tuple[int, int]
 
 
 @dataclass
@@ -99,7 +102,10 @@ class ImageChecker:
             except ImageError as error:
                 self.looked[real] = str(error)
             else:
-                self.looked[real] = _Looked(decoded.image.size, pixel_digest(decoded.image), decoded.alpha is not None)
+                opacity = (255, 255) if decoded.alpha is None else opacity_of(decoded.alpha)
+                self.looked[real] = _Looked(decoded.image.size, pixel_digest(decoded.image), opacity)
+                if opacity[1] < FAINT:
+                    self._note("warning", entry, path, _faint(opacity[1]))
                 if decoded.frames > 1:
                     self._note("warning", entry, path, f"animated: only the first of {decoded.frames} frames is used")
                 for remark in decoded.remarks:
@@ -117,7 +123,7 @@ class ImageChecker:
             names = ", ".join(path.name for path in masks)
             self._note("error", entry, entry.image, f"{len(masks)} masks: {names}; keep one")
         if len(masks) != 1 or self._inside(entry, masks[0]) is None:
-            return entry.image if target.has_alpha and not masks else None
+            return entry.image if tells_subject(target.opacity) and not masks else None
         try:
             read_mask(masks[0], entry.image)
         except ImageError as error:
@@ -184,6 +190,13 @@ class ImageChecker:
             self.problems.add(severity, path, None, message)
         else:
             self.problems.add(severity, entry.caption_file, entry.caption_line, f"{path}: {message}")
+
+
+def _faint(opacity: int) -> str:
+    return (
+        f"is nowhere more than {opacity / 255:.0%} opaque: it is used on white, very pale, and its transparency does "
+        "not tell where the subject is; save it without transparency"
+    )
 
 
 def shares_drive(path: PurePath, roots: Sequence[PurePath]) -> bool:

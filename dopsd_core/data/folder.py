@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .caption_files import CaptionFiles, Place, composed, folded, place_of
+from .caption_files import CaptionFiles, Place, composed, folded, mask_name, place_of
 from .captions import CaptionError, Kind, read_caption_file
 from .images import SUFFIXES
 from .masks import MASK, is_named_as_mask, masks_beside
@@ -33,7 +33,8 @@ __all__ = ["Entry", "Problem", "Problems", "edit_folders", "read_folder"]
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 _NO_DATA = re.compile(r"(?i)(readme|licen[sc]e|classes|requirements)(\..*)?|(eh)?thumbs\.db|desktop\.ini|icon\r")
-"""Names of files that are ignored without a warning."""
+"""Names of files that come with datasets and systems and are ignored without a warning, unless they belong to an image
+of that name."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def read_folder(folder: Path, problems: Problems) -> list[Entry]:
 
     In a folder with the subfolders source/ and target/ only these two are read, as edits.
     """
-    files = [file for file in _walk(folder, problems) if _NO_DATA.fullmatch(file.name) is None]
-    images = _without_masks([file for file in files if file.suffix.lower() in SUFFIXES])
+    files = _data_files(_walk(folder, problems))
+    images, masks = _without_masks([file for file in files if file.suffix.lower() in SUFFIXES])
     halves = edit_folders(folder)
     captioned = images if halves is None else [file for file in images if file.is_relative_to(halves[1])]
     reader = _FolderReader(folder, files, CaptionFiles.sort(folder, files, captioned, SUFFIXES), problems)
@@ -85,14 +86,23 @@ def read_folder(folder: Path, problems: Problems) -> list[Entry]:
     else:
         entries = _EditFolder(folder, *halves, reader, problems).entries(images)
     reader.note_shared_captions()
+    reader.note_captions_of_masks(masks)
     reader.note_unread()
     return entries
 
 
-def _without_masks(images: Sequence[Path]) -> list[Path]:
-    """The images without the masks of others among them."""
-    masks = {mask for image in images if not is_named_as_mask(image) for mask in masks_beside(image)}
-    return [image for image in images if image not in masks]
+def _data_files(files: Sequence[Path]) -> list[Path]:
+    """The files without a LICENSE, README.md or the like; license.png is an image, and license.txt beside it its
+    caption."""
+    images = (*SUFFIXES, *UNREAD_SUFFIXES)
+    places = {place_of(file) for file in files if file.suffix.lower() in images}
+    return [file for file in files if _NO_DATA.fullmatch(file.name) is None or place_of(file) in places]
+
+
+def _without_masks(images: Sequence[Path]) -> tuple[list[Path], dict[Path, Path]]:
+    """(the images without the masks of others among them, the image of each mask)."""
+    masks = {mask: image for image in images if not is_named_as_mask(image) for mask in masks_beside(image)}
+    return [image for image in images if image not in masks], masks
 
 
 def edit_folders(folder: Path) -> tuple[Path, Path] | None:
@@ -141,6 +151,7 @@ class _FolderReader:
         if not self.captions.names_exactly(found[0], image):
             message = f"used as the {kind} of {image.name}: the names differ in upper and lower case; make them equal"
             self.problems.warning(found[0], None, message)
+        self._warn_of_mask(image)
         text = self._text(found[0], kind)
         before = text[: len(text) - len(text.lstrip())]
         texts = (text.strip(),) if text else ()
@@ -174,6 +185,25 @@ class _FolderReader:
         hint = f" ({remark})" if remark else ""
         self.problems.error(image, None, f"no {kind}: write it to {image.with_suffix('.txt').name} beside it{hint}")
         return near
+
+    def _warn_of_mask(self, image: Path) -> None:
+        """Warns of an image with a caption that is named as a mask: of no image, or in another way than masks are."""
+        if is_named_as_mask(image):
+            whole = image.stem[: -len(MASK)]
+            message = f"named as a mask, but there is no image {whole} beside it: it is used as an image"
+            self.problems.warning(image, None, message)
+        elif whole := self.captions.masked_by(image):
+            meant = mask_name(whole, image)
+            message = f"named as a mask of {whole.name}, but has a caption: it is used as an image; if it is a mask, "
+            self.problems.warning(image, None, f"{message}rename it to {meant} and delete the caption")
+
+    def note_captions_of_masks(self, masks: Mapping[Path, Path]) -> None:
+        """Warns of captions of masks, such as a program writes for every file. masks: the image of each mask."""
+        for mask, image in masks.items():
+            for file in self.captions.of(mask):
+                self.named.add(file)
+                message = f"not used: {mask.name} is the mask of {image.name}; delete this caption"
+                self.problems.warning(file, None, message)
 
     def note_shared_captions(self) -> None:
         """Warns of images with the same name, which share one caption."""

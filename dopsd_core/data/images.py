@@ -75,7 +75,8 @@ def read_image(path: Path) -> Image.Image:
     composited on white.
 
     Raises:
-        ImageError: the file is not an image, is truncated or damaged, or claims more than MAX_PIXELS pixels.
+        ImageError: the file is not an image, is truncated or damaged, claims more than MAX_PIXELS pixels, or is fully
+            transparent.
     """
     return decode(path).image
 
@@ -99,7 +100,10 @@ def decode(path: Path, draft: int | None = None) -> Decoded:
         upright, turned = _upright(image)
         rgb, converted = _converted(upright, colours)
         remarks = tuple(remark for remark in (colours.remark, converted, turned) if remark)
-        return Decoded(rgb, frames, remarks, _alpha(upright))
+        alpha = _alpha(upright)
+        if alpha is not None and alpha.getextrema() == (0, 0):
+            raise ImageError("is fully transparent: it would be a white picture; save it without transparency")
+        return Decoded(rgb, frames, remarks, alpha)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:

@@ -1,13 +1,14 @@
 """Masks: where the subject of an image is, so that the teacher can be shown the subject alone.
 
-The mask of `a.png` is `a.mask.png` beside it, white where the subject is, or else the image's own transparency. It
-changes what the teacher sees; the image that is learned, and the loss, stay whole. Legend: H, W height and width of the
-bucket in pixels.
+The mask of `a.png` is `a.mask.png` beside it, white where the subject is, or else the image's own transparency, if it
+is opaque at the subject and transparent around it. A mask changes what the teacher sees; the image that is learned, and
+the loss, stay whole. Legend: H, W height and width of the bucket in pixels.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -20,6 +21,9 @@ from .images import SUFFIXES, Decoded, ImageError, decode, fit
 
 MASK = ".mask"
 """End of a mask's name before its suffix."""
+
+_HALF = 128
+"""From this value on a pixel of a mask counts as subject, where it is asked whether there is a subject at all."""
 
 _ASPECT = 0.01
 """Largest relative difference between the aspect ratios of an image and its mask."""
@@ -36,9 +40,25 @@ def is_named_as_mask(path: Path) -> bool:
 
 
 def masks_beside(image: Path) -> list[Path]:
-    """The mask files of an image, normally one or none; a file with a caption is an image of its own."""
-    names = (image.with_name(f"{image.stem}{MASK}{suffix}") for suffix in SUFFIXES)
-    return [path for path in names if path.is_file() and not path.with_suffix(".txt").exists()]
+    """The mask files of an image, normally one or none: `a.mask.png`, also with `.mask`, `.png` or both in capitals."""
+    found: dict[tuple[int, int], Path] = {}  # one file of several spellings, where the system does not tell case
+    for suffix in SUFFIXES:
+        for name in (MASK + suffix, MASK + suffix.upper(), MASK.upper() + suffix, (MASK + suffix).upper()):
+            path = image.with_name(image.stem + name)
+            if path.is_file():
+                status = path.stat()
+                found.setdefault((status.st_dev, status.st_ino), path)
+    return list(found.values())
+
+
+def opacity_of(alpha: Image.Image) -> tuple[int, int]:
+    """The least and the greatest value, 0 to 255, of the opacity of an image, or of a mask."""
+    return cast("tuple[int, int]", alpha.getextrema())
+
+
+def tells_subject(opacity: tuple[int, int]) -> bool:
+    """Whether transparency from the first to the second of these values, 0 to 255, separates subject and background."""
+    return opacity[0] < _HALF <= opacity[1]
 
 
 def read_mask(mask: Path, image: Path) -> Image.Image:
@@ -49,12 +69,11 @@ def read_mask(mask: Path, image: Path) -> Image.Image:
     """
     decoded = decode(image)
     if mask == image:
-        if decoded.alpha is None:
-            raise ImageError("is no longer transparent")
-        grey, size = decoded.alpha, decoded.alpha.size
-    else:
-        grey, size = _black_and_white(decode(mask)), decoded.image.size
-    _check(grey, size)
+        if decoded.alpha is None or not tells_subject(opacity_of(decoded.alpha)):
+            raise ImageError("is no longer opaque at the subject and transparent around it")
+        return decoded.alpha
+    grey = _black_and_white(decode(mask))
+    _check(grey, decoded.image.size)
     return grey
 
 
@@ -70,8 +89,8 @@ def _check(mask: Image.Image, size: tuple[int, int]) -> None:
         raise ImageError(
             f"the mask is {width}x{height} and its image {wanted_width}x{wanted_height}: make it of the image's size"
         )
-    darkest, brightest = mask.getextrema()
-    if not isinstance(brightest, int | float) or brightest < 128:
+    darkest, brightest = opacity_of(mask)
+    if brightest < _HALF:
         raise ImageError("the mask has no subject: make it white where the subject is")
     if darkest == 255:
         raise ImageError("the mask is white everywhere: make it black where the background is, or remove it")
