@@ -46,7 +46,8 @@ from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.config import ConfigError, TrainConfig, changes_that_forbid_resuming
 from dopsd_core.data.buckets import Bucket
 from dopsd_core.data.captions import CaptionError, has_trigger, put_trigger, read_caption_file, remove_trigger
-from dopsd_core.data.dataset import DatasetError, DatasetReport, plan_encoding, read_dataset
+from dopsd_core.data.dataset import DatasetError, DatasetReport, read_dataset
+from dopsd_core.data.encoding_plan import plan_encoding
 from dopsd_core.data.images import ImageError, load_image, read_image
 from dopsd_core.demo.settings import demo_config
 from dopsd_core.training.checkpoint import StateError, load_checkpoint

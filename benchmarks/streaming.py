@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.report import ROOT, facts_of_machine, record_scaling
 from dopsd_core.conditioning.encode import Condition, DualCondition
-from dopsd_core.data.dataset import Example
+from dopsd_core.data.encoding_plan import Example
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.shards.encoding import Encoding
 from dopsd_core.shards.finish import begin, finish

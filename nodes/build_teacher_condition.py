@@ -12,7 +12,8 @@ from comfy_api.latest import io
 from ..dopsd_core.conditioning.cache import ConditionCache
 from ..dopsd_core.conditioning.teachers import TEACHER_VIEWS, Background, TeacherView
 from ..dopsd_core.data.captions import check_prompts, put_trigger
-from ..dopsd_core.data.dataset import Pair, plan_encoding
+from ..dopsd_core.data.dataset import Pair
+from ..dopsd_core.data.encoding_plan import plan_encoding
 from ..dopsd_core.training.anchors import ordinary_prompts
 from ..dopsd_core.training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..dopsd_core.training.regularisation import check_regularisation

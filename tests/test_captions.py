@@ -18,7 +18,7 @@ from dopsd_core.data.captions import (
     put_trigger,
     remove_trigger,
 )
-from dopsd_core.data.dataset import plan_encoding
+from dopsd_core.data.encoding_plan import plan_encoding
 from dopsd_core.demo.settings import demo_config
 
 from .written import image_file, only, pair, read, rows

@@ -13,7 +13,8 @@ from dopsd_core import TrainConfig, train
 from dopsd_core.adapters import Lora
 from dopsd_core.data.caption_folder import caption_folder
 from dopsd_core.data.captioning import CaptionOptions
-from dopsd_core.data.dataset import DatasetReport, Example, plan_encoding, read_dataset
+from dopsd_core.data.dataset import DatasetReport, read_dataset
+from dopsd_core.data.encoding_plan import Example, plan_encoding
 from dopsd_core.objectives import DOPSD
 from dopsd_core.optimizers import AdamW, Constant
 from dopsd_core.sharing.model_spec import Description, concepts_in, spec_header, trigger_facts, trigger_of

@@ -10,7 +10,8 @@ from PIL import Image
 
 from dopsd_core.data.buckets import Bucket
 from dopsd_core.data.checks import shares_drive
-from dopsd_core.data.dataset import DatasetError, plan_encoding
+from dopsd_core.data.dataset import DatasetError
+from dopsd_core.data.encoding_plan import plan_encoding
 
 from .written import image_file, only, pair, read, rows
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dopsd_core.data.dataset import Example
+from dopsd_core.data.encoding_plan import Example
 from dopsd_core.training import rng as draws
 from dopsd_core.training.rng import DataOrder, derive_seed, draw_noise, draw_variant, make_generator
 

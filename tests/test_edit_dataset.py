@@ -13,7 +13,7 @@ from PIL import Image
 from dopsd_core.__main__ import main
 from dopsd_core.data import checks as dataset_checks
 from dopsd_core.data.buckets import Bucket
-from dopsd_core.data.dataset import plan_encoding
+from dopsd_core.data.encoding_plan import plan_encoding
 from dopsd_core.data.images import load_image
 
 from .written import image_file, only, pair, read, require_case, rows

@@ -11,7 +11,8 @@ from PIL import Image
 
 from dopsd_core.conditioning.encode import Condition, DualCondition
 from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, VLM, TeacherView
-from dopsd_core.data.dataset import Example, Pair, read_dataset
+from dopsd_core.data.dataset import Pair, read_dataset
+from dopsd_core.data.encoding_plan import Example
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.lazy_sequence import Column, Lazy
 from dopsd_core.shards import writer

@@ -16,7 +16,7 @@ import torch
 
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.config import ConfigError
-from dopsd_core.data.dataset import Example
+from dopsd_core.data.encoding_plan import Example
 from dopsd_core.files.lock import FolderInUse
 from dopsd_core.optimizers import AdamW
 from dopsd_core.trainable import Trainable

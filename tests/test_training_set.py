@@ -12,7 +12,8 @@ from torch import Tensor
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.conditioning.encode import Condition, encode_dataset
 from dopsd_core.conditioning.teachers import EDIT, EDIT_TARGET, TEACHER_VIEWS, VLM, WORDS, TeacherView, choose_teacher
-from dopsd_core.data.dataset import Example, Pair, read_dataset
+from dopsd_core.data.dataset import Pair, read_dataset
+from dopsd_core.data.encoding_plan import Example
 from dopsd_core.data.images import ImageError
 from dopsd_core.families import FAMILIES, FLUX2_KLEIN, Z_IMAGE
 from dopsd_core.training.anchors import Anchor, weighted

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ..conditioning.encode import Encoder, OnEncoded, encode_dataset
 from ..conditioning.teachers import TeacherView
-from ..data.dataset import Pair, plan_encoding
+from ..data.dataset import Pair
+from ..data.encoding_plan import plan_encoding
 from ..training.anchors import encode_anchors, own_anchors
 from ..training.shown_images import encode_request
 from ..training.training_set import require_fit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..conditioning.encode import Condition, DualCondition
-from ..data.dataset import Example
+from ..data.encoding_plan import Example
 from ..families import Family
 from ..lazy_sequence import Column, Lazy
 from ..objectives import ClassImage

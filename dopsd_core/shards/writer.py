@@ -12,7 +12,7 @@ from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
 from ..conditioning.encode import Condition, DualCondition
-from ..data.dataset import Example
+from ..data.encoding_plan import Example
 from ..families import Family
 from ..files.atomic import write_atomic
 from ..training.anchors import anchor_tokens

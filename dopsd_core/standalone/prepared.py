@@ -15,7 +15,8 @@ from ..conditioning.encode import DualCondition, encode_texts
 from ..conditioning.teachers import TeacherView
 from ..config import TrainConfig
 from ..data.captions import check_prompts, put_trigger
-from ..data.dataset import Pair, plan_encoding
+from ..data.dataset import Pair
+from ..data.encoding_plan import plan_encoding
 from ..data.resolutions import Scale
 from ..families import Family, get_family
 from ..objectives import SFT

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from ..conditioning.cache import ConditionCache
 from ..conditioning.encode import Condition, Encoder, ImageInput, encode_texts
 from ..data.captions import put_trigger
-from ..data.dataset import EncodingPlan, Pair
+from ..data.dataset import Pair
+from ..data.encoding_plan import EncodingPlan
 from ..families import Family
 from .shown_images import sources_of
 

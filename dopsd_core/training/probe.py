@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..conditioning.encode import DualCondition
 from ..config import TrainConfig
-from ..data.dataset import Example
+from ..data.encoding_plan import Example
 from ..denoiser import Denoiser
 from ..families import get_family
 from ..objectives import ObjectiveInputs, measure_gap

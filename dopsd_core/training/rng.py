@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..data.dataset import Example
+from ..data.encoding_plan import Example
 
 
 def derive_seed(seed: int, *parts: object) -> int:

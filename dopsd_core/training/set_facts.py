@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..data.dataset import Example
+from ..data.encoding_plan import Example
 
 
 @dataclass(frozen=True)

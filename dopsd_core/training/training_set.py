@@ -20,7 +20,8 @@ from ..conditioning.encode import (
 )
 from ..conditioning.teachers import VLM, TeacherView
 from ..data.captions import put_trigger
-from ..data.dataset import EncodingPlan, Example, Pair, plan_encoding
+from ..data.dataset import Pair
+from ..data.encoding_plan import EncodingPlan, Example, plan_encoding
 from ..data.resolutions import Scale
 from ..data.triggers import concepts_of, require_names
 from ..families import Family

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...dopsd_core.config import TrainConfig
-from ...dopsd_core.data.dataset import plan_encoding
+from ...dopsd_core.data.encoding_plan import plan_encoding
 from ...dopsd_core.families import get_family
 from ...dopsd_core.objectives import DOPSD, Objective
 from ...dopsd_core.options import all_options, split_unused
