@@ -18,7 +18,7 @@ from ..dopsd_core.data.captions import CaptionError, check_text
 from ..dopsd_core.data.dataset import DatasetReport, read_dataset
 from ..dopsd_core.data.images import pixel_digest
 from ..dopsd_core.data.repeats import MAX_REPEATS
-from ..dopsd_core.data.resolutions import parse_resolutions, scales_of
+from ..dopsd_core.data.resolutions import parse_resolutions, scales_of, smaller_budgets
 from ..dopsd_core.image_grid import thumbnails, to_images, to_pixels
 from ..dopsd_core.text import printable
 from .comfy_host.checked_inputs import checked
@@ -93,7 +93,7 @@ class LoadDataset(io.ComfyNode):
         if several:
             single["resolution"] = several[-1].side
         source, note = _source(only("folder", folder), images, texts)
-        report = _read(source, **single)
+        report = _read(source, smaller_budgets(several), **single)
         send_text(cls, note + shortened(without_folder(report.describe(), report)))
         refuse_errors(report)
         scales, remarks = scales_of(report, several, MULTIPLE)
@@ -116,7 +116,7 @@ def only(name: str, values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def _read(source: Path, resolution: int, trigger: str, repeats: int) -> DatasetReport:
+def _read(source: Path, smaller: Sequence[int], resolution: int, trigger: str, repeats: int) -> DatasetReport:
     return read_dataset(
         source,
         pixel_budget=resolution**2,
@@ -125,6 +125,7 @@ def _read(source: Path, resolution: int, trigger: str, repeats: int) -> DatasetR
         repeats=repeats,
         root=allowed_root(source),
         progress=_progress(),
+        smaller_budgets=smaller,
     )
 
 

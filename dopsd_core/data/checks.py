@@ -30,12 +30,14 @@ class Fit:
         height: height in pixels.
         bucket: the size that it is trained at.
         mask: the file that says where the subject is: a mask, or the image itself if it is transparent.
+        pixels: a digest, equal for images with equal pixels.
     """
 
     width: int
     height: int
     bucket: Bucket
     mask: Path | None = None
+    pixels: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class ImageChecker:
     Attributes:
         root: the folder that must contain all images.
         buckets: the training sizes.
+        smaller: those of smaller resolutions, the largest first; an image that one would enlarge is checked at the
+            next.
         problems: collects the problems.
         looked: decoded files by real path; a text is the reason why the file is invalid.
         seen: target files by their own digest and those of their sources.
@@ -64,6 +68,7 @@ class ImageChecker:
     root: Path
     buckets: Sequence[Bucket]
     problems: Problems
+    smaller: Sequence[Sequence[Bucket]] = ()
     looked: dict[Path, _Looked | str] = field(default_factory=dict)
     seen: dict[str, dict[tuple[str, ...], Path]] = field(default_factory=dict)
 
@@ -81,7 +86,7 @@ class ImageChecker:
             declared = "x".join(map(str, entry.declared or ()))
             message = f"is {width}x{height}, but the row says {declared}: using the file's size"
             self._note("warning", entry, entry.image, message)
-        bucket = nearest_bucket(width, height, self.buckets)
+        bucket = self._bucket(width, height)
         enlarged = must_enlarge(width, height, bucket)
         if enlarged:
             self._warn_of_size(entry, entry.image, target.size, f"its bucket {bucket}")
@@ -90,7 +95,12 @@ class ImageChecker:
             if not enlarged and must_enlarge(*source.size, bucket):  # the target's warning is enough
                 self._warn_of_size(entry, path, source.size, f"its target's bucket {bucket}")
             self._warn_of_loss(entry, path, source.size, bucket, "its target's bucket")
-        return Fit(width, height, bucket, self._mask(entry, target))
+        return Fit(width, height, bucket, self._mask(entry, target), target.digest)
+
+    def _bucket(self, width: int, height: int) -> Bucket:
+        """The bucket at the largest resolution that does not enlarge the image, or at the smallest one."""
+        fitting = [nearest_bucket(width, height, buckets) for buckets in (self.buckets, *self.smaller)]
+        return next((bucket for bucket in fitting if not must_enlarge(width, height, bucket)), fitting[-1])
 
     def _look(self, entry: Entry, path: Path) -> _Looked | None:
         real = self._inside(entry, path)

@@ -33,6 +33,9 @@ from .problems import Problem, Problems
 from .repeats import MAX_REPEATS
 from .triggers import concepts_of, require_own_triggers, warn_of_collisions, warn_of_unused
 
+ORDINARY_WORDS = "the concept is learned for its ordinary words"
+"""How the warning about a caption without the concept's name ends."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -50,6 +53,7 @@ class Pair:
         source_images: the source images of an edit, in order, cropped to the bucket of the target; empty for an image.
         mask: the file that says where the subject is: a mask, or the image itself if it is transparent; or None.
         trigger: the word of its concept, which `[V]` was replaced by; "" if `[V]` is still there.
+        pixels: a digest of the image, equal for equal pixels; "" if it is not known.
     """
 
     image_path: Path
@@ -63,6 +67,7 @@ class Pair:
     source_images: tuple[Path, ...] = ()
     mask: Path | None = None
     trigger: str = ""
+    pixels: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ def read_dataset(
     repeats: int = 1,
     root: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    smaller_budgets: Sequence[int] = (),
 ) -> DatasetReport:
     """Reads and checks a dataset; every file is decoded once.
 
@@ -168,6 +174,7 @@ def read_dataset(
         repeats: visits per epoch of each image, up to MAX_REPEATS, multiplied by its own.
         root: the folder that must contain all images; by default the folder, or the folder of the JSONL file.
         progress: called with (images done, total images).
+        smaller_budgets: those of smaller resolutions, by size: an image has the largest that does not enlarge it.
 
     Raises:
         ValueError: an argument is out of range. Problems of the data do not raise: they are in the report.
@@ -182,6 +189,7 @@ def read_dataset(
         root=Path(root) if root is not None else (source if source.is_dir() else source.parent),
         buckets=make_buckets(pixel_budget, multiple),
         problems=problems,
+        smaller=[make_buckets(budget, multiple) for budget in smaller_budgets],
     )
     pairs = check_entries(entries, checker, trigger, repeats, progress)
     warn_of_unused(trigger, [pair.trigger for pair in pairs], source, problems)
@@ -260,6 +268,7 @@ def _make_pair(entry: Entry, fit: Fit, trigger: str, repeats: int) -> Pair:
         source_images=entry.source_images,
         mask=fit.mask,
         trigger=trigger,
+        pixels=fit.pixels,
     )
 
 
@@ -288,5 +297,5 @@ def _warn_without_trigger(pairs: Sequence[Pair], problems: Problems) -> None:
             name = f"the trigger {pair.trigger!r}" if pair.trigger else "[V]"
             kind = "instruction" if pair.source_images else "caption"
             which = f"the {kind} lacks" if len(pair.captions) == 1 else f"{count} {kind}s lack"
-            message = f"{which} {name}: the concept is learned for its ordinary words"
+            message = f"{which} {name}: {ORDINARY_WORDS}"
             problems.warning(pair.caption_file, pair.caption_line or 1, message)

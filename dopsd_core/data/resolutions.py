@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..number_text import read_float, read_int
 from .buckets import make_buckets, must_enlarge, nearest_bucket
@@ -75,6 +76,29 @@ def _read(word: str, multiple: int) -> Resolution:
     if not (math.isfinite(share) and 0 < share <= 1000):
         raise ValueError(f"resolutions: the share of {side} is {share:g}; set it above 0 and at most 1000")
     return Resolution(side, share)
+
+
+def smaller_budgets(resolutions: Sequence[Resolution]) -> tuple[int, ...]:
+    """The pixels of all resolutions but the largest, for `read_dataset`, the largest of these first.
+
+    resolutions: by size, as of `parse_resolutions`.
+    """
+    return tuple(resolution.side**2 for resolution in reversed(resolutions[:-1]))
+
+
+def every_image(pairs: Sequence[Pair], scales: Sequence[Scale]) -> tuple[Pair, ...]:
+    """Every image once, at the largest resolution that it is trained at; those of a larger resolution first.
+
+    Args:
+        pairs: the dataset, in the order for one resolution.
+        scales: the dataset at each of several resolutions, the largest first; none for one.
+    """
+    if not scales:
+        return tuple(pairs)
+    found: dict[tuple[Path, tuple[Path, ...]], Pair] = {}
+    for pair in (pair for scale in scales for pair in scale.pairs):
+        found.setdefault((pair.image_path, pair.source_images), pair)
+    return tuple(found.values())
 
 
 def scales_of(

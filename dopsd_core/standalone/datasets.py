@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..data.dataset import DatasetReport, read_dataset
-from ..data.resolutions import Resolution, Scale, parse_resolutions, scales_of
+from ..data.resolutions import Resolution, Scale, parse_resolutions, scales_of, smaller_budgets
 from ..data.sources.hugging_face import PREFIX
 from ..data.sources.tars import tars_of
 from ..families import Family
@@ -38,6 +38,7 @@ def read_images(args: argparse.Namespace, family: Family, options: ModelOptions)
     report = read_dataset(
         args.dataset, pixel_budget=side_of(args, family, options) ** 2, multiple=family.pixel_multiple,
         trigger=args.trigger, repeats=args.repeats, root=args.root,
+        smaller_budgets=smaller_budgets(_resolutions(args, family)),
     )  # fmt: skip
     report.raise_for_errors()
     if options.is_demo and any(pair.source_images for pair in report.pairs):

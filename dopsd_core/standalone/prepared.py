@@ -17,7 +17,7 @@ from ..config import TrainConfig
 from ..data.captions import check_prompts, put_trigger
 from ..data.dataset import Pair
 from ..data.encoding_plan import plan_encoding
-from ..data.resolutions import Scale
+from ..data.resolutions import Scale, every_image
 from ..families import Family, get_family
 from ..objectives import SFT
 from ..presets import ON_COMMAND_LINE
@@ -93,7 +93,7 @@ def prepare(
         return prepare_streamed(args, options, config, peers, before_encoding)
     report = read_images(args, family, options)
     trigger, (scales, remarks) = report.trigger_in_prompts(args.trigger), read_scales(args, family, report)
-    pairs = scales[0].pairs if scales else report.pairs
+    pairs = every_image(report.pairs, scales)
     regularisation = read_regularisation(args, family, options)
     ordinary = regularisation.pairs if regularisation else ()
     view = view_of(args, family, report, options)

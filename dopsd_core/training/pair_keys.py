@@ -42,7 +42,7 @@ def planned_digest(
     Raises:
         ValueError: the pairs do not fit the teacher.
     """
-    require_fit(pairs, teacher, teacher_image, empty_captions=caption_dropout)
+    require_fit(pairs, teacher, teacher_image, empty_captions=caption_dropout, scales=scales)
     sizes = [scale.pairs for scale in scales] or [tuple(pairs)]
     plans = plan_requests(sizes, teacher, teacher_image, trigger, caption_dropout)
     return digest_of_keys(pair_key(request, encoder, teacher) for plan in plans for request in plan.requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from ..data.buckets import Bucket
 from ..data.dataset import Pair
 from ..data.images import ImageError, load_image
 from ..data.masks import load_mask, subject_alone
+from ..data.resolutions import Scale
 from ..data.triggers import concepts_of, names_concept
 from ..text import printable
 
@@ -43,6 +45,31 @@ def pair_of_prompt(pairs: Sequence[Pair], prompt: str, number: int) -> int:
     named.sort(key=len, reverse=True)  # one may be a part of another
     fitting = [index for index, pair in enumerate(pairs) if not named or pair.trigger.casefold() == named[0]]
     return fitting[number % len(fitting)]
+
+
+def require_others(pairs: Sequence[Pair], scales: Sequence[Scale]) -> None:
+    """Checks that there is another image of its concept for each image, at each resolution.
+
+    Args:
+        pairs: each image once.
+        scales: the same images at several resolutions, if there are several.
+
+    Raises:
+        ValueError: an image is the only one.
+    """
+    several = len({pair.trigger.casefold() for pair in pairs}) > 1
+    for side, group in ((0, pairs), *((scale.side, scale.pairs) for scale in scales)):
+        names = Counter(pair.trigger.casefold() for pair in group)
+        alone = next((pair for pair in group if names[pair.trigger.casefold()] < 2), None)
+        if alone is None:
+            continue
+        of_it = f" of {alone.trigger}" if several else ""
+        if not side:
+            raise ValueError(f"teacher_image other needs at least two images{of_it}; add some, or set it to own")
+        raise ValueError(
+            f"teacher_image other needs at least two images{of_it} at the resolution {side}, and only "
+            f"{alone.image_path.name} is that large: leave {side} out, add a larger image, or set teacher_image to own"
+        )
 
 
 def require_masks(pairs: Sequence[Pair], background: Background) -> None:

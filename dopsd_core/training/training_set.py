@@ -29,7 +29,14 @@ from ..objectives import ClassImage
 from .anchors import anchor_tokens, encode_anchors, ordinary_prompts, own_anchors, weighted, with_sources
 from .scales import ScaleShare
 from .set_facts import MostTokens, most_of, tuple_in_parts
-from .shown_images import TeacherImage, encode_request, pair_of_prompt, require_masks, shown_to_teacher
+from .shown_images import (
+    TeacherImage,
+    encode_request,
+    pair_of_prompt,
+    require_masks,
+    require_others,
+    shown_to_teacher,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +147,7 @@ def build_training_set(
     """Encodes a dataset, or loads it from the cache; the encoder can be unloaded afterwards.
 
     Args:
-        pairs: the pairs of a `DatasetReport` without errors.
+        pairs: the pairs of a `DatasetReport` without errors; each image once (`resolutions.every_image`).
         encoder: the host's encoder.
         cache: cache of encoded parts.
         teacher: the teacher's view of the target; one that edits needs pairs with source images, others without.
@@ -152,7 +159,7 @@ def build_training_set(
         regularisation: ordinary images; their captions are anchors too, with the images for some objectives.
         heldout_caption: a caption that is not in the data, for the first image of its concept; `[V]` stands for the
             trigger.
-        scales: the same images at several resolutions, `pairs` first.
+        scales: the same images at several resolutions, the largest first.
         on_encoded: called after each request.
 
     Raises:
@@ -160,18 +167,18 @@ def build_training_set(
             values, or a prompt contains `[V]` where it may stand for several concepts.
         ImageError: an image was changed or damaged after it was checked.
     """
-    require_fit(pairs, teacher, teacher_image, empty_captions=caption_dropout)
+    require_fit(pairs, teacher, teacher_image, empty_captions=caption_dropout, scales=scales)
     require_masks(pairs, teacher.background)
     _require_names(pairs, teacher, anchor_prompts, heldout_caption)
     sizes = [scale.pairs for scale in scales] or [tuple(pairs)]
     plans = plan_requests(sizes, teacher, teacher_image, trigger, caption_dropout)
-    plan, requests = plans[0].plan, [request for planned in plans for request in planned.requests]
+    requests = [request for planned in plans for request in planned.requests]
     if heldout_caption is not None:
-        requests.append(_heldout_request(pairs, put_trigger(heldout_caption, trigger), plan, teacher, teacher_image))
+        requests.append(_heldout_request(pairs, put_trigger(heldout_caption, trigger), plans, teacher, teacher_image))
     examples, shares = _joined(plans, scales)
     encoded = encode_dataset(requests, encoder, cache, on_encoded, teacher)
     prompts = ordinary_prompts(anchor_prompts, regularisation, trigger)
-    wanted = weighted(own_anchors([planned.plan for planned in plans]), with_sources(prompts, pairs))
+    wanted = weighted(own_anchors([planned.plan for planned in plans]), with_sources(prompts, sizes[0]))
     return TrainingSet(
         pairs=encoded[: sum(len(planned.requests) for planned in plans)],
         anchors=encode_anchors(wanted, encoder, cache) if anchors else (),
@@ -217,10 +224,10 @@ def _requests_of(
 
 
 def _heldout_request(
-    pairs: Sequence[Pair], text: str, plan: EncodingPlan, teacher: TeacherView, teacher_image: TeacherImage
+    pairs: Sequence[Pair], text: str, plans: Sequence[_Planned], teacher: TeacherView, teacher_image: TeacherImage
 ) -> EncodeRequest:
     """The request for the held-out caption, with the first image of its concept."""
-    if any(text == caption for _, caption in plan.requests):
+    if any(text == caption for planned in plans for _, caption in planned.plan.requests):
         raise ValueError(f"the held-out caption {text!r} is in the dataset; use one that is not trained on")
     if teacher.sees == "nothing":
         _require_words([text], "held-out caption", teacher)
@@ -263,11 +270,21 @@ def encode_regularisation(
 
 
 def require_fit(
-    pairs: Sequence[Pair], teacher: TeacherView, teacher_image: TeacherImage = "own", *, empty_captions: bool = False
+    pairs: Sequence[Pair],
+    teacher: TeacherView,
+    teacher_image: TeacherImage = "own",
+    *,
+    empty_captions: bool = False,
+    scales: Sequence[Scale] = (),
 ) -> None:
     """Checks that the pairs are what the teacher needs, apart from masks (`require_masks`).
 
-    empty_captions: whether the empty caption is trained too.
+    Args:
+        pairs: each image once.
+        teacher: the teacher's view of the target.
+        teacher_image: whether it sees the pair's own target or others.
+        empty_captions: whether the empty caption is trained too.
+        scales: the same images at several resolutions, if there are several.
 
     Raises:
         ValueError: they are not; the message says what to change.
@@ -292,10 +309,8 @@ def require_fit(
         )
     if teacher_image == "other" and teacher.edits:
         raise ValueError("an edit has only one target: set teacher_image to own for the teacher edit_target")
-    names = [pair.trigger.casefold() for pair in pairs]
-    if teacher_image == "other" and (alone := [pair for pair in pairs if names.count(pair.trigger.casefold()) < 2]):
-        of_it = f" of {alone[0].trigger}" if len(set(names)) > 1 else ""
-        raise ValueError(f"teacher_image other needs at least two images{of_it}; add some, or set it to own")
+    if teacher_image == "other":
+        require_others(pairs, scales)
 
 
 def _require_words(texts: Sequence[str], what: str, teacher: TeacherView, teacher_image: TeacherImage = "own") -> None:

@@ -88,12 +88,14 @@ def teacher_sheet(painter: PreviewPainter, conditions: Conditions, count: int) -
     """A sheet with target, teacher and student of the untouched model for the first `count` training images; for edits
     the source images too, and what the teacher sees if that is not the whole image."""
     data = conditions.data
+    count = min(count, data.scales[0].end) if data.scales else count  # behind these are the same images, smaller
     chosen = [data.pairs[example.variants[0]] for example in data.examples[:count]]
     shapes = [latent_shape(pair) for pair in chosen]
     shown = conditions.pairs[:count]
     targets = [load_image(pair.image_path, pair.bucket) for pair in shown]
     sources = [load_image(pair.source_images[0], pair.bucket) for pair in shown] if conditions.teacher.edits else []
-    seen = seen_images(conditions.pairs, len(shown), conditions.teacher_image, conditions.teacher.background)
+    largest = conditions.pairs[: data.scales[0].end] if data.scales else conditions.pairs
+    seen = seen_images(largest, len(shown), conditions.teacher_image, conditions.teacher.background)
     with painter.denoiser.loaded((1, *shapes[0])):
         teacher = painter.draw([pair.teacher for pair in chosen], shapes)
         painter.denoiser.load((1, *shapes[0]))  # decoding may have unloaded it

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.teachers import TeacherView
 from ...dopsd_core.data.dataset import DatasetReport, Pair
-from ...dopsd_core.data.resolutions import Scale
+from ...dopsd_core.data.resolutions import Scale, every_image
 from ...dopsd_core.data.triggers import concepts_of
 from ...dopsd_core.families import Family
 from ...dopsd_core.training.shown_images import TeacherImage
@@ -62,8 +62,8 @@ class Dataset:
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """The images at the largest resolution."""
-        return self.scales[0].pairs if self.scales else self.report.pairs
+        """Every image once, at the largest resolution that it is trained at."""
+        return every_image(self.report.pairs, self.scales)
 
     @property
     def is_edits(self) -> bool:
@@ -96,7 +96,8 @@ class Conditions:
         family: the model family of CLIP and VAE.
         teacher: how the teacher sees the images.
         data: the encoded training set.
-        pairs: the images and captions, one per example of `data`.
+        pairs: the images and captions, each image once: one per example of `data` at the largest resolution, then
+            those that only reach smaller ones.
         previews: the prompts that previews draw.
         trigger: as in `Dataset`.
         caption_dropout: as in `Dataset`.
