@@ -224,6 +224,13 @@ def test_a_lokr_that_does_not_fit_is_refused(config: Lora, tensors: dict[str, An
         start_of(file, {}, ToyDenoiser().sites(), make_config().replace(adapter=config))
 
 
+def test_what_is_no_lokr_is_advised_before_its_tensors_are_named() -> None:
+    file = {f"layers.{index}.{'x' * index}.lora_A.weight": torch.ones(3, 3) for index in range(1, 20)}
+    with pytest.raises(ValueError, match="is not a LoKr; set adapter to lora, or start from a LoKr") as raised:
+        started(KINDS["lokr"], file)
+    assert len(str(raised.value)) < 160
+
+
 def test_a_lokr_of_other_layers_is_refused_and_of_more_layers_is_reported() -> None:
     ours = lokr_file(w1=torch.ones(2, 2), w2_a=torch.ones(8, 3), w2_b=torch.ones(3, 8))
     other = {key.replace("layers.0.attention.to_q", "blocks.7.x"): value for key, value in ours.items()}

@@ -110,7 +110,7 @@ def test_an_image_without_subject_and_background_has_no_mask(tmp_path: Path, opa
     pair(tmp_path, "a.png", mode="RGBA", colour=(200, 10, 10, opacity))
     report = read(tmp_path)
     if is_refused:
-        assert report.errors[0].message.startswith("is fully transparent: it would be a white picture")
+        assert report.errors[0].message.startswith("is fully transparent: it would be a white image")
     else:
         assert [one.mask for one in report.pairs] == [None] and report.errors == ()
         said = [warning.message for warning in report.warnings]

@@ -101,9 +101,8 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         elif _UNKNOWN.search(key):
             raise ValueError(f"{_IT} holds {shown(key)}, which adapter lokr cannot start from; use a plain LoKr")
     if not found:
-        adapter = "dora" if any("magnitude_vector" in key for key in tensors) else "lora"
         example = f" (it holds {shown(next(iter(tensors)))})" if tensors else ""
-        raise ValueError(f"{_IT} is not a LoKr; set adapter to {adapter}, or start from a LoKr{example}")
+        raise ValueError(f"{_IT} is not a LoKr; set adapter to lora, or start from a LoKr{example}")
     return found
 
 

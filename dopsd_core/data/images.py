@@ -102,7 +102,7 @@ def decode(path: Path, draft: int | None = None) -> Decoded:
         remarks = tuple(remark for remark in (colours.remark, converted, turned) if remark)
         alpha = _alpha(upright)
         if alpha is not None and alpha.getextrema() == (0, 0):
-            raise ImageError("is fully transparent: it would be a white picture; save it without transparency")
+            raise ImageError("is fully transparent: it would be a white image; save it without transparency")
         return Decoded(rgb, frames, remarks, alpha)
     except ImageError:
         raise

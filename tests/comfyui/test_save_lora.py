@@ -110,6 +110,20 @@ def test_peft_missing_is_one_sentence(comfyui, save, monkeypatch) -> None:
     assert run.status == "error" and "pip install peft" in run.error
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_peft_folder_that_cannot_be_is_refused_before_any_file(comfyui, save, tensors, monkeypatch, missing) -> None:
+    """Also of a DoRA, whose run the retry would not repeat but whose file it would number anew."""
+    lora = dict(tensors)
+    if missing:
+        monkeypatch.setitem(sys.modules, "peft", None)
+    else:
+        key = next(key for key in lora if key.endswith(".lora_B.weight"))
+        lora[key.replace(".lora_B.weight", ".lora_magnitude_vector")] = torch.ones(len(lora[key]))
+    run = save(lora, prefix=f"loras/refused_{missing}", peft_folder=True)
+    assert run.status == "error" and "switch peft_folder off" in run.error
+    assert not list(comfyui.output.rglob(f"*refused_{missing}*"))
+
+
 def test_another_trainers_lora_is_saved_as_it_is(save) -> None:
     foreign = {
         "diffusion_model.layers.0.attention.qkv.lora_up.weight": torch.ones(6, 2),
