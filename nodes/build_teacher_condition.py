@@ -159,6 +159,21 @@ def named_texts(pairs: Sequence[Pair], wanted: Wanted, sentence: str) -> Iterato
     yield "teacher_sentence", sentence
 
 
+def unused_of_regularisation(dataset: Dataset) -> tuple[str, ...]:
+    """One line for each setting of the regularisation images' Load Dataset that is not used."""
+    notes = []
+    if dataset.trigger:
+        notes.append(
+            f"regularisation: ordinary captions need no trigger: leave {dataset.trigger} out of its Load Dataset, "
+            "whose warnings about captions without it do not count"
+        )
+    if dataset.caption_dropout:
+        notes.append(f"regularisation: caption_dropout {dataset.caption_dropout:g} of its Load Dataset is not used")
+    if len(dataset.scales) > 1:
+        notes.append("regularisation: its resolutions have no shares: each image has the largest that it reaches")
+    return tuple(notes)
+
+
 def unused_encoders(teacher: TeacherView, clip: Any, vision: Any | None) -> tuple[str, ...]:
     """One line for each input of Build Teacher Condition that is not used."""
     notes = []
@@ -205,7 +220,8 @@ class BuildTeacherCondition(io.ComfyNode):
     ) -> io.NodeOutput:
         """Encodes the dataset and the prompts, and shows counts and notes on the node; `widgets` as in `Wanted`."""
         wanted, pairs, warnings = Wanted(**widgets), dataset.report.pairs, Notes()
-        ordinary, theirs = (regularisation.report.pairs, regularisation.notes) if regularisation else ((), ())
+        ordinary = regularisation.report.pairs if regularisation else ()
+        theirs = regularisation.notes_of_ordinary if regularisation else ()
         remarks = prompt_remarks(wanted, dataset)
         remarks += check_regularisation(ordinary, pairs, dataset.trigger)
         with warnings.with_warnings():
@@ -215,6 +231,7 @@ class BuildTeacherCondition(io.ComfyNode):
             conditions = build_conditions(dataset, ordinary, encoder, cache, teacher, wanted)
         notes = Notes((*conditions.notes, *(f"warning: {remark}" for remark in remarks)))
         notes.add(*embedding_notes(clip, named_texts((*pairs, *ordinary), wanted, wanted.sentence(dataset.trigger))))
+        notes.add(*(unused_of_regularisation(regularisation) if regularisation else ()))
         notes.add(*unused_encoders(teacher, clip, vision), *encoder.notes, *warnings.lines)
         send_text(cls, "\n".join((conditions.describe(), *notes.lines)))
         return io.NodeOutput(replace(conditions, notes=(*dataset.notes, *theirs, *notes.lines)))

@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dopsd_core.__main__ import main
 from dopsd_core.arguments import parse_args
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.data.dataset import Pair
+from dopsd_core.standalone.chosen import family_of
+from dopsd_core.standalone.datasets import read_regularisation
+from dopsd_core.standalone.model_options import ModelOptions
 from dopsd_core.training.batches import on_device
 from dopsd_core.training.checkpoint import StateError
 from dopsd_core.training.class_images import plan_class_images
 from dopsd_core.training.log import read_log
-from dopsd_core.training.regularisation import check_regularisation
+from dopsd_core.training.regularisation import check_regularisation, without_name_warnings
 from dopsd_core.training.trainer import NoCallbacks, train
 from dopsd_core.training.training_set import TrainingSet, build_training_set
 from tests.test_training_set import TinyEncoder
@@ -152,6 +156,32 @@ def test_captions_that_work_against_the_training_are_named(tmp_path: Path) -> No
     assert check_regularisation(read(tmp_path / "bad").pairs[2:], plain, "sks") == [
         "regularisation image 3.png: its caption is a training caption too, which pulls both ways: change one of them"
     ]
+
+
+def test_an_image_that_is_trained_is_named_whatever_its_file_and_caption(tmp_path: Path) -> None:
+    trained, place = concept(tmp_path), tmp_path / "again"
+    place.mkdir()
+    Image.open(trained[0].image_path).save(place / "1.bmp")  # other bytes, the same pixels
+    (place / "1.txt").write_text("a dog in a park")
+    pair(place, "2.png", "a cat")
+    assert check_regularisation(read(place).pairs, trained, "sks") == [
+        "regularisation image 1.bmp: it is the training image a.png too, and as a class image teaches the concept for "
+        "ordinary words: use another image"
+    ]
+    assert check_regularisation(ordinary(tmp_path), trained, "sks") == []
+
+
+def test_captions_without_a_name_are_as_they_should_be(tmp_path: Path) -> None:
+    for name, caption in (("1.png", "a [V] dog"), ("2.png", "a dog"), ("tiny.png", "a cat")):
+        pair(tmp_path / "ordinary", name, caption, size=(48, 48) if name == "tiny.png" else (64, 64))
+    report = read(tmp_path / "ordinary")
+    assert sum("lacks [V]" in problem.message for problem in report.warnings) == 2
+    (left,) = without_name_warnings(report).warnings
+    assert left.message.startswith("is 48x48, smaller than its bucket")
+    args = parse_args(["train", "photos", "--output", "run", "--regularisation", str(tmp_path / "ordinary")])
+    options = ModelOptions.of(args)
+    given = read_regularisation(args, family_of(options), options)
+    assert given is not None and given.warnings == (left,)
 
 
 def test_edits_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,19 @@ from PIL import Image
 from dopsd_core import TrainConfig, train
 from dopsd_core.adapters import Lora
 from dopsd_core.adapters.lora_file import read_safetensors
+from dopsd_core.conditioning.teachers import VLM, WORDS
 from dopsd_core.config import changes_that_forbid_resuming
 from dopsd_core.data.dataset import DatasetReport, read_dataset
-from dopsd_core.data.resolutions import Resolution, parse_resolutions, scales_of
+from dopsd_core.data.resolutions import Resolution, every_image, parse_resolutions, scales_of, smaller_budgets
 from dopsd_core.objectives import DOPSD
 from dopsd_core.optimizers import AdamW, Constant
 from dopsd_core.standalone.hosts.demo import load_demo_model
+from dopsd_core.standalone.previews import preview_texts
 from dopsd_core.training.rng import DataOrder
 from dopsd_core.training.scales import BLOCK, ScaledOrder, ScaleShare, ordered
+from dopsd_core.training.shown_images import mask_remarks, pair_of_prompt
 from dopsd_core.training.training_set import TrainingSet, build_training_set, latent_shape
+from tests.written import pair
 
 # -- what is wanted ----------------------------------------------------------------------------------------------------
 
@@ -189,6 +194,95 @@ def test_a_concept_of_small_images_only_is_one_too(photos: Path) -> None:
     assert len({anchor.features.shape for anchor in data.anchors}) >= 1 and len(data.anchors) == 4
 
 
+# -- every image is checked, whichever resolutions it reaches ----------------------------------------------------------
+
+
+SIDES = parse_resolutions("64 128")
+
+
+def written(folder: Path, captions: dict[str, tuple[str, int]]) -> DatasetReport:
+    """A dataset of square images, each with its (caption, side), read for `SIDES`."""
+    for number, (name, (caption, side)) in enumerate(captions.items()):
+        pair(folder, f"{name}.png", caption, size=(side, side), colour=(40 * number, 90, 30))
+    return report_of(folder)
+
+
+def report_of(folder: Path) -> DatasetReport:
+    budgets = smaller_budgets(SIDES)
+    return read_dataset(folder, pixel_budget=128**2, multiple=16, trigger="[V7]", smaller_budgets=budgets)
+
+
+def trained_on(report: DatasetReport, **options: Any) -> TrainingSet:
+    scales, _ = scales_of(report, SIDES, 16)
+    return build_training_set(every_image(report.pairs, scales), load_demo_model().encoder, scales=scales, **options)
+
+
+def test_the_report_has_each_image_at_its_largest_resolution(tmp_path: Path) -> None:
+    report = written(tmp_path, {"a": ("a [V] badge", 64), "b": ("a [V] badge, left", 128), "c": ("a [V] badge", 48)})
+    assert [(pair.image_path.stem, str(pair.bucket)) for pair in report.pairs] == [
+        ("a", "64x64"), ("b", "128x128"), ("c", "64x64"),
+    ]  # fmt: skip
+    assert [problem.message for problem in report.warnings] == [
+        "is 48x48, smaller than its bucket 64x64: it would be upsampled"
+    ]
+    scales, remarks = scales_of(report, SIDES, 16)
+    assert remarks == ("2 of 3 images are smaller than 128 and not trained at it",)
+    whole = every_image(report.pairs, scales)
+    assert [(pair.image_path.stem, str(pair.bucket)) for pair in whole] == [
+        ("b", "128x128"), ("a", "64x64"), ("c", "64x64"),
+    ]  # fmt: skip
+    assert every_image(report.pairs, ()) == report.pairs
+
+
+def test_a_sliders_word_is_wanted_in_the_small_images_too(tmp_path: Path) -> None:
+    slider = WORDS.with_sentence("face -> smiling face")
+    report = written(tmp_path, {"a": ("a face, top", 128), "b": ("a badge, left", 64)})
+    with pytest.raises(ValueError, match="the caption 'a badge, left' does not contain 'face'"):
+        trained_on(report, teacher=slider)
+    (tmp_path / "b.txt").write_text("a face, left")
+    assert len(trained_on(report_of(tmp_path), teacher=slider).examples) == 3
+
+
+def test_other_images_are_wanted_at_each_resolution(tmp_path: Path) -> None:
+    report = written(tmp_path, {"a": ("a [V] badge, top", 128), "b": ("a [V] badge, left", 64)})
+    with pytest.raises(ValueError, match=r"two images at the resolution 128, and only a\.png is that large: leave 128"):
+        trained_on(report, teacher_image="other")
+    more = written(tmp_path, {"a": ("a [V] badge, top", 128), "c": ("a [V] badge, right", 128)})
+    assert len(trained_on(more, teacher_image="other").examples) == 5
+    pair(tmp_path / "cat", "d.png", "a [V] cat", colour=(9, 9, 200))
+    (tmp_path / "cat" / "trigger.txt").write_text("sks")
+    with pytest.raises(ValueError, match="needs at least two images of sks; add some"):
+        trained_on(report_of(tmp_path), teacher_image="other")
+
+
+def test_a_mask_of_a_small_image_counts(tmp_path: Path) -> None:
+    written(tmp_path, {"a": ("a [V] badge, top", 128), "b": ("a [V] badge, left", 64)})
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 16, 48, 48))
+    mask.save(tmp_path / "b.mask.png")
+    report = report_of(tmp_path)
+    assert len(trained_on(report, teacher=VLM.with_background("blur")).examples) == 3
+    assert mask_remarks(report.pairs, "blur") == ["1 of 2 images have no mask: the teacher sees them whole"]
+
+
+def test_prompts_know_the_concepts_and_captions_of_small_images(tmp_path: Path) -> None:
+    pair(tmp_path / "dog", "a.png", "a [V] badge, top", size=(128, 128))
+    pair(tmp_path / "cat", "b.png", "a [V] badge, left", colour=(9, 9, 200))
+    for name, word in (("dog", "sks"), ("cat", "zwx")):
+        (tmp_path / name / "trigger.txt").write_text(word)
+    report = report_of(tmp_path)
+    whole = every_image(report.pairs, scales_of(report, SIDES, 16)[0])
+    with pytest.raises(ValueError, match=r"preview prompt 1: \[V\] may stand for any of sks, zwx"):
+        preview_texts(["a [V] badge"], whole, "")
+    assert whole[pair_of_prompt(whole, "a zwx badge", 0)].image_path.name == "b.png"
+    with pytest.raises(ValueError, match=r"held-out caption 1: \[V\] may stand for any of sks, zwx"):
+        trained_on(report, heldout_caption="a [V] badge")
+    with pytest.raises(ValueError, match="'a zwx badge, left' is in the dataset"):
+        trained_on(report, heldout_caption="a zwx badge, left")
+    heldout = trained_on(report, heldout_caption="a zwx badge, right").heldout
+    assert heldout is not None and latent_shape(heldout)[1:] == (8, 8)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(photos: Path, tmp_path: Path) -> None:
     data, model = data_of(photos, "48 64 96"), load_demo_model()
     config = TrainConfig(
@@ -213,3 +307,17 @@ def test_the_option_is_of_the_runs_identity_only_where_it_is_set(
         config.replace(small_first=3, adapter=Lora(rank=2)), load_demo_model().denoiser, data_of(photos, "64"), tmp_path
     )
     assert "small_first 3 is not used: there is only one resolution" in caplog.messages
+
+
+def test_it_is_said_that_the_largest_resolution_gets_no_step(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    denoiser, data = load_demo_model().denoiser, data_of(photos, "48 64")
+    config = TrainConfig(steps=1, rollout_steps=1, probe_every=0, adapter=Lora(rank=2), schedule=Constant(warmup=0))
+    config = config.replace(objective=DOPSD(anchor_probability=0.0), small_first=1)
+    train(config, denoiser, data, tmp_path / "run")
+    sentence = "small_first (1) leaves none of the {} steps for the largest resolution: lower it or raise steps"
+    assert caplog.messages.count(sentence.format(1)) == 1
+    caplog.clear()
+    train(config.replace(steps=2), denoiser, data, tmp_path / "run")  # more steps are the remedy, also for this run
+    assert not [message for message in caplog.messages if "small_first" in message]

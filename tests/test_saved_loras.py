@@ -106,6 +106,14 @@ def test_the_best_by_an_earlier_unseen_prompt_stays_too(tmp_path: Path, monkeypa
     assert steps_in(tmp_path) == [4, 10, 16]
 
 
+def test_it_is_said_that_none_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained(tmp_path / "without", steps=1, keep_loras=3)
+    assert caplog.messages.count("keep_loras 3 is not used: save_every is 0") == 1
+    caplog.clear()
+    trained(tmp_path / "with", steps=1, keep_loras=3, save_every=1)
+    assert not [message for message in caplog.messages if "keep_loras" in message]
+
+
 def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     trained(tmp_path, save_every=4, keep_loras=1)
     own = tmp_path / "loras" / "step-000008 (mine).safetensors"

@@ -11,6 +11,7 @@ from ..data.sources.hugging_face import PREFIX
 from ..data.sources.tars import tars_of
 from ..families import Family
 from ..shards.index import is_encoded
+from ..training.regularisation import without_name_warnings
 from .model_options import ModelOptions
 
 
@@ -47,7 +48,7 @@ def read_images(args: argparse.Namespace, family: Family, options: ModelOptions)
 
 
 def read_regularisation(args: argparse.Namespace, family: Family, options: ModelOptions) -> DatasetReport | None:
-    """The regularisation images at the model's resolution; None unless a folder is given.
+    """The regularisation images at the model's resolution, whose captions need no name; None without a folder.
 
     Raises:
         ValueError: they have errors.
@@ -57,7 +58,7 @@ def read_regularisation(args: argparse.Namespace, family: Family, options: Model
     budget = side_of(args, family, options) ** 2
     report = read_dataset(args.regularisation, pixel_budget=budget, multiple=family.pixel_multiple)
     report.raise_for_errors()
-    return report
+    return without_name_warnings(report)
 
 
 def read_scales(

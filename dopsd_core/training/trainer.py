@@ -327,4 +327,11 @@ def _remarks(config: TrainConfig, data: TrainingSet) -> list[str]:
     remarks = [*config.objective.remarks(), *regularisation_remarks(config, data)]
     if config.small_first and not data.scales:
         remarks.append(f"small_first {config.small_first} is not used: there is only one resolution")
+    elif config.small_first >= config.steps:
+        remarks.append(
+            f"small_first ({config.small_first}) leaves none of the {config.steps} steps for the largest resolution: "
+            "lower it or raise steps"
+        )
+    if config.keep_loras and not config.save_every:
+        remarks.append(f"keep_loras {config.keep_loras} is not used: save_every is 0")
     return [*remarks, *filter(None, (plateau_remark(config, data.heldout is not None),))]

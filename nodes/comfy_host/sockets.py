@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...dopsd_core.conditioning.encode import Condition
 from ...dopsd_core.conditioning.teachers import TeacherView
-from ...dopsd_core.data.dataset import DatasetReport, Pair
+from ...dopsd_core.data.dataset import ORDINARY_WORDS, DatasetReport, Pair
 from ...dopsd_core.data.resolutions import Scale, every_image
 from ...dopsd_core.data.triggers import concepts_of
 from ...dopsd_core.families import Family
@@ -64,6 +64,11 @@ class Dataset:
     def pairs(self) -> tuple[Pair, ...]:
         """Every image once, at the largest resolution that it is trained at."""
         return every_image(self.report.pairs, self.scales)
+
+    @property
+    def notes_of_ordinary(self) -> tuple[str, ...]:
+        """The notes, where these are regularisation images: without warnings that captions lack a name."""
+        return tuple(note for note in self.notes if not note.endswith(ORDINARY_WORDS))
 
     @property
     def is_edits(self) -> bool:

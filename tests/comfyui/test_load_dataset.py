@@ -345,6 +345,7 @@ def test_batches_and_transparency(comfyui) -> None:
     store = comfyui.module("nodes.load_dataset").store_images
     batch = torch.rand(2, 32, 48, 3)
     clear = torch.cat([torch.rand(1, 16, 16, 3), torch.zeros(1, 16, 16, 1)], -1)
+    clear[0, 0, 0] = 1.0  # a fully transparent image is refused
     versions = batch._version, clear._version
     source = store([batch, clear], ["one", "two", "three"])
     assert sorted(path.name for path in source.glob("*.png")) == [f"image_000{i}.png" for i in (1, 2, 3)]

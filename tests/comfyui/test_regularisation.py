@@ -42,6 +42,19 @@ def test_dreambooth_trains_on_the_images_and_draws_none(comfyui: ComfyUI) -> Non
     assert log.count('"prior_loss"') == 2
 
 
+def test_what_their_load_dataset_says_of_a_concept_does_not_count(comfyui: ComfyUI) -> None:
+    whole = graph(comfyui, "settings")
+    whole["ordinary"]["inputs"] |= {"trigger": "ohwx", "caption_dropout": 0.5, "resolutions": "48, 64"}
+    run = comfyui.execute(whole)
+    assert run.status == "success", run.error
+    assert "the concept is learned for its ordinary words" in run.value("ordinary", 1)
+    shown = run.texts("conditions")[-1]
+    assert "regularisation: ordinary captions need no trigger: leave ohwx out of its Load Dataset" in shown
+    assert "regularisation: caption_dropout 0.5 of its Load Dataset is not used" in shown
+    assert "regularisation: its resolutions have no shares: each image has the largest that it reaches" in shown
+    assert not [note for note in run.value("conditions").notes if "is learned for its ordinary words" in note]
+
+
 def test_a_caption_that_names_the_concept_is_named(comfyui: ComfyUI) -> None:
     whole = graph(comfyui, "bad", "a [V] badge on a shelf")
     del whole["train"]

@@ -13,6 +13,7 @@ from inprocess import ComfyUI
 from PIL import Image
 from runs import Run
 from safetensors import safe_open
+from test_saved_loras import saving
 
 FOLDER = "pets"
 PROMPTS = {"preview_prompts": "an ohwx dog in snow", "anchor_prompts": "a tree"}
@@ -46,6 +47,33 @@ def trained(comfyui: ComfyUI, folder: Path) -> Run:
     run = comfyui.execute(graph("several", {"resolutions": "48, 64:3"}))
     assert run.status == "success", run.error
     return run
+
+
+def test_an_image_counts_whichever_resolution_it_reaches(comfyui: ComfyUI) -> None:
+    folder = comfyui.input / "sizes"
+    for shade, (kind, trigger, side) in enumerate((("dog", "ohwx", 96), ("cat", "sks", 64))):
+        for number in range(2):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (side, side), (90 * shade, 60 * number, 30)).save(folder / kind / f"{number}.png")
+            (folder / kind / f"{number}.txt").write_text(f"a [V] badge, {number}", encoding="utf-8")
+        (folder / kind / "trigger.txt").write_text(trigger, encoding="utf-8")
+    data = {"folder": "sizes", "resolutions": "64, 96"}
+    refused = comfyui.execute(graph("sizes", data, {"preview_prompts": "a [V] badge"}))
+    assert refused.status == "error" and "preview prompt 1: [V] may stand for any of ohwx, sks" in refused.error
+    whole = saving(comfyui, "sizes", small_first=6, keep_loras=3, save_every=0)
+    whole["data"]["inputs"] |= {"trigger": "", **data}
+    whole["conditions"]["inputs"]["preview_prompts"] = "a sks badge, 0\na sks badge at night"
+    inputs = {"model": ["models", 0], "conditions": ["conditions", 0], "vae": ["models", 2]}
+    whole["show"] = {"class_type": "DOPSD_TeacherPreview", "inputs": {**inputs, "seed": 0, "steps": 1, "pictures": 4}}
+    run = comfyui.execute(whole)
+    assert run.status == "success", run.error
+    heldout = run.value("conditions").data.heldout
+    assert heldout.caption == "a sks badge at night" and tuple(heldout.target_latent.shape[1:]) == (8, 8)
+    assert "2 in bucket 64x64" in run.value("data", 1) and "2 in bucket 96x96" in run.value("data", 1)
+    assert "upsampled" not in run.value("data", 1)
+    notes = run.texts("train")[-1]
+    assert notes.count("small_first (6) leaves none of the 6 steps for the largest resolution") == 1
+    assert notes.count("keep_loras 3 is not used: save_every is 0") == 1
 
 
 def test_each_concept_is_reported(trained: Run) -> None:
