@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .comfy_host.checked_inputs import checked
-from .comfy_host.settings import adapter_problem, settings_from, settings_inputs
+from .comfy_host.settings import adapter_problem, optimizer_problem, settings_from, settings_inputs
 from .comfy_host.sockets import CATEGORY, SettingsSocket
 
 
@@ -28,9 +28,20 @@ class TrainingSettings(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter: str | None = None) -> bool | str:
-        """Checks the adapter; None for a linked input."""
-        return (adapter_problem(adapter) if adapter is not None else None) or True
+    def validate_inputs(
+        cls,
+        adapter: str | None = None,
+        optimizer: str | None = None,
+        custom_path: str | None = None,
+        custom_options: str | None = None,
+        custom_lr: float | None = None,
+    ) -> bool | str:
+        """Checks the adapter and the optimizer, which may be in a package that is missing; None for a linked input."""
+        problem = adapter_problem(adapter) if adapter is not None else None
+        if problem is None and optimizer is not None:
+            custom = {"path": custom_path, "options": custom_options, "lr": custom_lr}
+            problem = optimizer_problem(optimizer, custom)
+        return problem or True
 
     @classmethod
     @checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,26 @@ def test_peft_loads_the_tensors_at_the_same_strength(config: Lora, tmp_path: Pat
         assert_near(model(X, 0.75, FEATURES), denoiser.net(X, 0.75, FEATURES), 1e-4)
 
 
+def test_a_run_starts_from_a_peft_folder_of_a_dora(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = KINDS["dora"]
+    names = "|".join(re.escape(name) for name in AdapterSet(ToyDenoiser().sites(), config).part_names())
+    theirs = peft.LoraConfig(r=config.rank, lora_alpha=2 * config.rank, use_dora=True, target_modules=names)
+    model = peft.get_peft_model(ToyNet(), theirs)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                value.add_(torch.rand(value.shape, generator=generator))
+        wanted = model(X, 0.75, FEATURES)
+        with model.disable_adapter():
+            assert (model(X, 0.75, FEATURES) - wanted).abs().max() > 0.1
+    model.save_pretrained(str(tmp_path))
+    assert_near(outcome(started(config, read_lora(tmp_path))), wanted, 1e-4)
+    with pytest.raises(ValueError, match="of DoRA: set adapter to dora"):
+        started(Lora(rank=3, targets=("layers.*",)), read_lora(tmp_path))
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 def test_a_file_is_applied_at_a_strength(config: Lora, tmp_path: Path, strength: float) -> None:
     denoiser, adapters, path = saved(config, tmp_path, torch.float32)
@@ -213,7 +234,7 @@ def test_a_lokr_of_another_trainer_starts_at_comfyuis_strength() -> None:
         (KINDS["lokr"], {"w1": (2, 2), "w2": (8, 8), "t2": (3, 3)}, "lokr_t2', which adapter lokr cannot start from"),
         (KINDS["lokr"], {"w1": (2, 2, 1), "w2": (8, 8)}, r"w1 of .* is torch.float32 \(2, 2, 1\); it must be a finite"),
         (KINDS["dora"], {"w1": (2, 2), "w2": (8, 8)}, "is a LoKr; set adapter to lokr, or start from a DoRA"),
-        (Lora(rank=3, targets=("layers.*",)), {"w1": (2, 2), "w2": (8, 8)}, "of LoKr, which adapter lokr starts from"),
+        (Lora(rank=3, targets=("layers.*",)), {"w1": (2, 2), "w2": (8, 8)}, "of LoKr: set adapter to lokr, or"),
     ],
 )
 def test_a_lokr_that_does_not_fit_is_refused(config: Lora, tensors: dict[str, Any], message: str) -> None:
@@ -270,7 +291,12 @@ def dora_file(**changes: Tensor | None) -> dict[str, Tensor]:
         (
             Lora(rank=3, targets=("layers.*",)),
             dora_file(),
-            "of DoRA, which adapter dora starts from; only a plain LoRA",
+            "of DoRA: set adapter to dora, or start from a plain LoRA",
+        ),
+        (
+            Lora(rank=3, targets=("layers.*",)),
+            dora_file(lora_magnitude_vector=None),
+            "of a DoRA without lora_magnitude_vector: start from a plain LoRA",
         ),
     ],
 )

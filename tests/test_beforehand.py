@@ -135,6 +135,15 @@ def test_a_slider_whose_words_the_objective_ignores(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_slider_is_not_asked_for_masks(
+    place: Path, tmp_path: Path, no_encoding: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It sees no image, so drawing them would be in vain."""
+    slider = ("--teacher-view", "words", "--teacher-sentence", "badge -> red badge", "--teacher-background", "blur")
+    new = tmp_path / "new"
+    assert "sees no image: set teacher_background to keep" in error_of(training_of(place, new, *slider), capsys)
+
+
 @pytest.mark.parametrize(("given", "word"), [("sks", "sks"), ("", "ohwx")])
 def test_the_trigger_stands_in_the_teachers_sentence_as_in_captions(tmp_path: Path, given: str, word: str) -> None:
     write_dataset(make_concept(0), tmp_path / "photos")

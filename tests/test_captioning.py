@@ -77,6 +77,21 @@ def test_a_name_that_the_model_left_out_is_put_in_and_reported(options, answer: 
     assert made == caption and "left out [V]" in remarks[0]
 
 
+@pytest.mark.parametrize("answer", ["A ohwx badge on a wall", "A OHWX badge on a wall", "A [V] badge on a wall"])
+def test_an_answer_with_the_trigger_gets_no_second_name(answer: str) -> None:
+    assert SUBJECT.replace(trigger="ohwx").caption(answer) == ("A [V] badge on a wall", ())
+
+
+def test_an_answer_with_the_trigger_of_its_folder_gets_no_second_name(tmp_path: Path) -> None:
+    for name in ("ohwx", "sks"):
+        draw(tmp_path / name, f"{name}.png")
+        (tmp_path / name / "trigger.txt").write_text(name, encoding="utf-8")
+    found = caption_folder(tmp_path, SUBJECT, lambda image, question: "A sks badge")
+    captions = {item.image.stem: item.caption for item in found.items}
+    assert captions == {"ohwx": "A sks [V] badge", "sks": "A [V] badge"}
+    assert {item.trigger for item in found.items} == {"ohwx", "sks"}
+
+
 @pytest.mark.parametrize("answer", ["", " \n", "<think>hmm", '""', "a [V] \x00 badge"])
 def test_an_answer_without_text_is_refused(answer: str) -> None:
     with pytest.raises(CaptionError):

@@ -19,6 +19,7 @@ from dopsd_core.data.captions import (
     remove_trigger,
 )
 from dopsd_core.data.encoding_plan import plan_encoding
+from dopsd_core.data.triggers import checked_trigger, given_trigger
 from dopsd_core.demo.settings import demo_config
 
 from .written import image_file, only, pair, read, rows
@@ -59,6 +60,17 @@ def test_a_caption_that_nobody_can_see_is_empty(tmp_path: Path, blank: str) -> N
     only(read(jsonl).errors, jsonl, 1, "'caption' is an empty caption")
     file.write_text(f"{blank}a [V] dog", encoding="utf-8")
     assert not read(tmp_path).errors
+
+
+def test_accents_are_the_same_composed_or_not(tmp_path: Path) -> None:
+    """A Mac's file names are not composed, and so are texts that were copied from them."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for trigger, caption in ((composed, apart), (apart, composed), (apart, apart)):
+        assert has_trigger(f"a {caption} cup", trigger) and remove_trigger(f"a {caption} cup", trigger) == "a cup"
+        assert given_trigger(trigger) == checked_trigger(trigger) == composed
+    assert not has_trigger(f"a {apart} cup", "cafe") and not has_trigger(f"a {composed} cup", "cafe")
+    pair(tmp_path, "a.png").with_suffix(".txt").write_text(f"a {apart} cup", encoding="utf-8")
+    assert not read(tmp_path, trigger=composed).warnings
 
 
 def test_a_trigger_that_nobody_can_see_is_refused(tmp_path: Path) -> None:

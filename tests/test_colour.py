@@ -56,7 +56,7 @@ def test_an_srgb_profile_changes_no_bit(tmp_path: Path, profile: bytes) -> None:
 
 def test_transparency_is_kept_apart_from_colours(tmp_path: Path) -> None:
     red = in_srgb(RED, P3_D50, 2.2)
-    for alpha in (0, 128, 255):
+    for alpha in (1, 128, 255):
         decoded = opened(tmp_path / "a.png", Image.new("RGBA", (4, 4), (*RED, alpha)), icc_profile=rgb_profile())
         wanted = tuple(round((c * alpha + 255 * (255 - alpha)) / 255) for c in red)
         assert near(decoded.image.getpixel((0, 0)), wanted, 2)

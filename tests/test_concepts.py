@@ -208,7 +208,7 @@ def test_a_placeholder_that_may_stand_for_several_is_refused(pets: Path, prompts
 
 
 def test_ordinary_captions_that_name_any_concept_are_pointed_out(pets: Path, tmp_path: Path) -> None:
-    write(tmp_path / "ordinary", {"x": "a sks cat", "y": "a tree"})
+    write(tmp_path / "ordinary", {"x": "a sks cat", "y": "a tree"}, shade=50)
     (remark,) = check_regularisation(read(tmp_path / "ordinary").pairs, read(pets).pairs, "")
     assert "x.png: its caption names the concept" in remark
 

@@ -27,16 +27,31 @@ def test_the_older_mode_for_sixteen_bits() -> None:
 
 
 def test_transparency_lies_on_white(tmp_path: Path) -> None:
-    assert saved(tmp_path, Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert saved(tmp_path, Image.new("RGBA", (2, 2), (10, 20, 30, 255))).getpixel((0, 0)) == (10, 20, 30)
+    half = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    half.putpixel((1, 0), (10, 20, 30, 255))
+    image = saved(tmp_path, half)
+    assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 0)) == (10, 20, 30)
     assert saved(tmp_path, Image.new("LA", (2, 2), (0, 128))).getpixel((0, 0)) == (127, 127, 127)
     palette = Image.new("P", (2, 1))
     palette.putpalette([200, 0, 0, 0, 0, 200])
     palette.putpixel((1, 0), 1)
     image = saved(tmp_path, palette, transparency=0)
     assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 0)) == (0, 0, 200)
-    keyed = saved(tmp_path, Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7))
-    assert keyed.getpixel((0, 0)) == (255, 255, 255)
+    keyed = Image.new("RGB", (2, 2), (9, 8, 7))
+    keyed.putpixel((1, 0), (9, 8, 6))
+    image = saved(tmp_path, keyed, transparency=(9, 8, 7))
+    assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 0)) == (9, 8, 6)
+
+
+def test_a_fully_transparent_image_is_refused(tmp_path: Path) -> None:
+    clear = {"transparency": (9, 8, 7)}
+    for image, options in (
+        (Image.new("RGBA", (2, 2)), {}),
+        (Image.new("LA", (2, 2)), {}),
+        (Image.new("RGB", (2, 2), (9, 8, 7)), clear),
+    ):
+        with pytest.raises(ImageError, match="is fully transparent"):
+            saved(tmp_path, image, **options)
 
 
 def test_palette_grey_and_cmyk(tmp_path: Path) -> None:

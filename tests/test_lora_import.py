@@ -200,26 +200,26 @@ ELSEWHERE = {f"double_blocks.{number}.img_mlp.0": Q for number in range(3)}
 @pytest.mark.parametrize(
     ("file", "why"),
     [
-        ({}, "none of its 0 tensors belongs to a LoRA"),
+        ({}, "use a LoRA file; none of its 0 tensors belongs to a LoRA"),
         (
             {"a.0.diff": Q[0], "a.1.diff": Q[0]},
-            r"none of its 2 tensors belongs to a LoRA \('a\.N\.diff' \(x2\)\); use a LoRA",
+            r"use a LoRA file; none of its 2 tensors belongs to a LoRA \('a\.N\.diff' \(x2\)\)",
         ),
         (
             dotted("transformer.", *AB, alpha=0.0),
-            "its alpha is 0 .*to_q.*, a strength of 0; use the file with the alpha",
+            "its alpha is 0, a strength of 0; use the file with the alpha of its training .*to_q",
         ),
         (
             dotted("transformer.", *AB, {f"{BLOCK}.attention.to_q": (Q[0], 0 * Q[1])}),
-            "its B is zero .*to_q.*; use a LoRA that was trained",
+            "its B is zero, as before the first training step; use a LoRA that was trained .*to_q",
         ),
         (
             dotted("transformer.", *AB, ELSEWHERE),
-            r"0 of its 3 modules are recognised, not recognised are .*double_blocks\.N\.img_mlp\.N' \(x3\); use",
+            r"use a LoRA that .*; 0 of its 3 modules are recognised, not .*double_blocks\.N\.img_mlp\.N' \(x3\)",
         ),
         (
             dotted("lora_unet_", *DOWN_UP, {f"{BLOCK}_adaLN_modulation_0": Q, "layers_0_attn_q": Q}),
-            "0 of its 2 modules are recognised, not recognised are .*adaLN.*, .*attn_q",
+            "use a LoRA that .*; 0 of its 2 modules are recognised, not recognised are .*adaLN.*, .*attn_q",
         ),
     ],
 )
@@ -231,9 +231,10 @@ def test_a_lora_that_changes_nothing_is_refused_with_the_reason(sites, file, why
 
 def test_a_lora_of_what_is_not_a_target_says_what_was_recognised(sites):
     file = dotted("transformer.", *AB, ONE | ELSEWHERE)
-    with pytest.raises(
-        ValueError, match=r"1 of its 4 modules are recognised .*to_q'\), and none of them is among the "
-    ):
+    sentence = (
+        r"none of its layers is among the targets: change targets, .*; 1 of its 4 modules are recognised .*to_q'\)"
+    )
+    with pytest.raises(ValueError, match=sentence):
         import_lora(file, sites, ("feed_forward.w1",))
 
 

@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,26 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
     }
     bare = front_matter(made_card({}, Description()))
     assert not bare.keys() & {"base_model", "base_model_relation", "instance_prompt", "license", "widget"}
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ("CC-BY-4.0", {"license": "cc-by-4.0"}),
+        ("CC BY-NC 4.0", {"license": "cc-by-nc-4.0"}),
+        ("Apache 2.0", {"license": "apache-2.0"}),
+        ("Apache License, Version 2.0", {"license": "apache-2.0"}),
+        ("The MIT License", {"license": "mit"}),
+        ("OpenRAIL++", {"license": "openrail++"}),
+        ("deepfloyd-if-license", {"license": "deepfloyd-if-license"}),
+        ("FLUX [dev] Non-Commercial", {"license": "other", "license_name": "FLUX [dev] Non-Commercial"}),
+        ("私有: #1", {"license": "other", "license_name": "私有: #1"}),
+        ("", {}),
+    ],
+)
+def test_a_licence_is_one_that_the_hub_knows(given: str, lines: dict[str, str]) -> None:
+    found = front_matter(made_card(FACTS, replace(GIVEN, license=given)))
+    assert {name: value for name, value in found.items() if name.startswith("license")} == lines
 
 
 def test_the_hubs_own_reader_takes_the_card(tmp_path: Path) -> None:

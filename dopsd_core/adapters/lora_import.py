@@ -48,7 +48,7 @@ _IS_A = {"lora_A": True, "lora_down": True, "lora.down": True, "lora_B": False, 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names with underscores for dots
 _OTHER_KINDS = re.compile(r"dora_scale|magnitude_vector|hada_|lokr_|oft_|lora_mid|\.a[12]\.weight|\.b[12]\.weight")
-_IT = "the LoRA to start from"
+_IT, _START = "the LoRA to start from", "start from a plain LoRA"
 _LONG_NAME, _MAX_KINDS = 200, 12
 _ADAPTERS = ("student", "default")  # the one to take from a file of several; the authors' scripts keep the teacher too
 
@@ -250,20 +250,21 @@ def _why_nothing(
 ) -> str:
     """Why no part of the network is changed, and what to do."""
     if not pairs:
-        return f"none of its {len(tensors)} tensors belongs to a LoRA ({_kinds(tensors)}); use a LoRA file"
+        return f"use a LoRA file; none of its {len(tensors)} tensors belongs to a LoRA ({_kinds(tensors)})"
     known = {module: pair for module, pair in pairs.items() if _flat(module) in places}
     unknown = [module for module in pairs if module not in known]
     trained = [m for m in known if any(part.name in chosen for part in places[_flat(m)].parts)]
     if trained and all(known[module].alpha == 0 for module in trained):
-        return f"its alpha is 0 ({_kinds(trained)}), a strength of 0; use the file with the alpha of its training"
+        return f"its alpha is 0, a strength of 0; use the file with the alpha of its training ({_kinds(trained)})"
     if trained:
-        return f"its B is zero ({_kinds(trained)}), as before the first training step; use a LoRA that was trained"
+        return f"its B is zero, as before the first training step; use a LoRA that was trained ({_kinds(trained)})"
     recognised = f"{len(known)} of its {len(pairs)} modules are recognised{_listed(known)}"
     if known:
         return (
-            f"{recognised}, and none of them is among the targets; not recognised are {len(unknown)}{_listed(unknown)}"
+            "none of its layers is among the targets: change targets, or use another LoRA; "
+            f"{recognised}, not recognised are {len(unknown)}{_listed(unknown)}"
         )
-    return f"{recognised}, not recognised are {_kinds(unknown)}; use a LoRA that was trained for this model"
+    return f"use a LoRA that was trained for this model; {recognised}, not recognised are {_kinds(unknown)}"
 
 
 def _listed(names: Collection[str]) -> str:
@@ -287,7 +288,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
     halves: dict[str, dict[bool, dict[str, str]]] = {}
     for key in tensors:
         if _OTHER_KINDS.search(key):
-            raise ValueError(f"{_IT} holds {shown(key)}, {_other_kind(key)}; only a plain LoRA can be the start")
+            raise ValueError(f"{_IT} holds {shown(key)}, {_other_kind(key, tensors)}")
         match = _match(key)
         if match is not None:
             found = halves.setdefault(match["module"], {}).setdefault(_IS_A[match["kind"]], {})
@@ -297,12 +298,12 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], set[str]]:
     return pairs, tensors.keys() - {key for pair in pairs.values() for key in pair.keys}
 
 
-def _other_kind(key: str) -> str:
+def _other_kind(key: str, keys: Iterable[str]) -> str:
     if ".lokr_" in key:
-        return "of LoKr, which adapter lokr starts from"
-    if "magnitude_vector" in key or "dora_scale" in key:
-        return "of DoRA, which adapter dora starts from"
-    return "of LoHa, OFT or the like"
+        return "of LoKr: set adapter to lokr, or start from a plain LoRA"
+    if any("magnitude_vector" in other for other in keys):
+        return "of DoRA: set adapter to dora, or start from a plain LoRA"
+    return f"of {'a DoRA without lora_magnitude_vector' if 'dora' in key else 'LoHa, OFT or the like'}: {_START}"
 
 
 def _fold(module: str, kinds: Mapping[bool, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> _Pair:
@@ -331,9 +332,9 @@ def _check_shapes(module: str, pair: _Pair, place: _Place) -> None:
 def _with_strength(tensors: Mapping[str, Tensor], stated: Mapping[str, object], source: Path) -> dict[str, Tensor]:
     """Multiplies B by the scale in peft's configuration, or in diffusers' header, which prefixes its fields."""
     config = {key.removeprefix("transformer."): value for key, value in stated.items()}
-    for option in ("use_dora", "lora_bias"):
-        if config.get(option):
-            raise ValueError(f"{_IT} has {option} set; only a plain LoRA can be the start")
+    if config.get("lora_bias") or (config.get("use_dora") and not any("magnitude_vector" in key for key in tensors)):
+        option = "lora_bias" if config.get("lora_bias") else "use_dora, but no lora_magnitude_vector,"
+        raise ValueError(f"{_IT} has {option} set: {_START}")
     if config.get("lora_alpha") is None or any(key.endswith(".alpha") for key in tensors):
         return dict(tensors)
     result = {}

@@ -122,7 +122,7 @@ def caption_folder(
     places = [i for i, item in enumerate(items) if item.state == "missing"] if ask else []
     for done, place in enumerate(places):
         progress(done, len(places))
-        items[place] = replace(writer.write(items[place].image), trigger=items[place].trigger)
+        items[place] = writer.write(items[place])
     if places:
         progress(len(places), len(places))
     return _checked(folder, items, options)
@@ -146,22 +146,28 @@ class _Writer:
     ask: Ask | None
     root: Path
 
-    def write(self, image: Path) -> Captioned:
-        """Writes the caption of an image."""
+    def write(self, missing: Captioned) -> Captioned:
+        """Writes the caption of an image without one."""
         if self.ask is None:
-            return Captioned(image, "", "missing")
+            return missing
+        image, options = missing.image, _options_of(missing, self.options)
         try:
             if not image.resolve().is_relative_to(self.root):
                 raise ImageError("links out of the folder: copy it there")
-            answer = self.ask(to_tensor(read_image(image)), self.options.question())
-            caption, remarks = self.options.caption(answer)
+            answer = self.ask(to_tensor(read_image(image)), options.question())
+            caption, remarks = options.caption(answer)
         except (ImageError, CaptionError) as error:
-            return Captioned(image, "", "failed", (f"no caption was written: {error}",))
+            return replace(missing, state="failed", remarks=(f"no caption was written: {error}",))
         file = image.with_suffix(CAPTION_SUFFIX)
         if not write_new(file, f"{caption}\n".encode()):
             reason = f"no caption was written: {file.name} is there meanwhile, or belongs to another image of that name"
-            return Captioned(image, "", "failed", (reason,))
-        return Captioned(image, caption, "written", remarks)
+            return replace(missing, state="failed", remarks=(reason,))
+        return replace(missing, caption=caption, state="written", remarks=remarks)
+
+
+def _options_of(item: Captioned, options: CaptionOptions) -> CaptionOptions:
+    """The options with the trigger of the image's own folder, if it has one."""
+    return options.replace(trigger=item.trigger) if item.trigger else options
 
 
 def _checked(folder: Path, items: Sequence[Captioned], options: CaptionOptions) -> CaptionList:
@@ -176,8 +182,7 @@ def _remarks(item: Captioned, options: CaptionOptions, shared: Sequence[Shared])
     caption, found = item.caption, []
     if not caption:
         return []
-    if item.trigger:
-        options = options.replace(trigger=item.trigger)
+    options = _options_of(item, options)
     if not has_trigger(caption, options.trigger):
         found.append(f"the caption lacks {PLACEHOLDER}: the concept is learned for its ordinary words")
     said = words_of_concept(caption, options, shared)

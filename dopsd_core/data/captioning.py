@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ..options import Hint, Options
-from .captions import PLACEHOLDER, CaptionError, check_text, has_trigger, is_blank, mend_placeholder
+from .captions import PLACEHOLDER, CaptionError, check_text, has_trigger, is_blank, mend_placeholder, with_placeholder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,7 @@ class CaptionOptions(Options):
         Raises:
             CaptionError: the answer has no text, or characters that are not valid.
         """
-        text = mend_placeholder(_bare(answer))
+        text = with_placeholder(mend_placeholder(_bare(answer)), self.trigger)  # the instruction may name it
         check_text(text)
         if is_blank(text):
             raise CaptionError("the model's answer is empty: write this caption yourself, or change the instruction")

@@ -314,9 +314,13 @@ def _line_of(text: str, place: int) -> int:
 
 
 def _concept(trigger: str) -> re.Pattern[str]:
-    """Matches `[V]` and the trigger. Only ASCII letters extend a word: Chinese is written without spaces."""
+    """Matches `[V]` and the trigger, its accents composed or not.
+
+    Only ASCII letters and accents extend a word: Chinese is written without spaces.
+    """
     names = [_PLACEHOLDER]
     if trigger.strip():
-        words = r"\s+".join(re.escape(word) for word in trigger.split())
-        names.append(rf"(?<![A-Za-z0-9_]){words}(?![A-Za-z0-9_])")
+        for form in dict.fromkeys(unicodedata.normalize(form, trigger) for form in ("NFC", "NFD")):
+            words = r"\s+".join(re.escape(word) for word in form.split())
+            names.append(rf"(?<![A-Za-z0-9_]){words}(?![A-Za-z0-9_\u0300-\u036f])")
     return re.compile("|".join(names), re.IGNORECASE)

@@ -17,12 +17,8 @@ from pathlib import Path
 from ..text import printable
 from .buckets import Bucket, make_buckets
 from .captions import (
-    PLACEHOLDER,
-    CaptionError,
-    check_text,
     doubts_of,
     has_trigger,
-    is_blank,
     near_placeholder,
     put_trigger,
 )
@@ -31,7 +27,7 @@ from .folder import ROW_SUFFIXES, Entry, read_folder
 from .jsonl import read_jsonl
 from .problems import Problem, Problems
 from .repeats import MAX_REPEATS
-from .triggers import concepts_of, require_own_triggers, warn_of_collisions, warn_of_unused
+from .triggers import concepts_of, given_trigger, require_own_triggers, warn_of_collisions, warn_of_unused
 
 ORDINARY_WORDS = "the concept is learned for its ordinary words"
 """How the warning about a caption without the concept's name ends."""
@@ -181,7 +177,7 @@ def read_dataset(
     """
     if not 1 <= repeats <= MAX_REPEATS:
         raise ValueError(f"repeats ({repeats}) must be from 1 to {MAX_REPEATS}")
-    trigger = checked_trigger(trigger)
+    trigger = given_trigger(trigger)
     source = Path(source)
     problems = Problems()
     entries = read_entries(source, problems)
@@ -209,7 +205,7 @@ def check_entries(
 ) -> list[Pair]:
     """The usable pairs of the entries; the checker's `problems` gets everything else. Arguments as of `read_dataset`.
 
-    The trigger must come from `checked_trigger`.
+    The trigger must come from `given_trigger`.
     """
     pairs: list[Pair] = []
     for done, entry in enumerate(entries, 1):
@@ -223,25 +219,6 @@ def check_entries(
     _warn_without_trigger(pairs, checker.problems)
     require_own_triggers(((p.trigger, p.caption_file, p.caption_line, p.captions) for p in pairs), checker.problems)
     return pairs
-
-
-def checked_trigger(trigger: str) -> str:
-    """The trigger without surrounding spaces.
-
-    Raises:
-        ValueError: it contains invalid characters, or none that can be seen.
-    """
-    try:
-        check_text(trigger)
-    except CaptionError as error:
-        raise ValueError(f"the trigger {trigger!r} cannot be used: {error}") from error
-    if is_blank(trigger) and trigger.strip():
-        raise ValueError(f"the trigger {ascii(trigger)} has no visible character: write a word such as ohwx")
-    if has_trigger(trigger) and trigger.strip() != PLACEHOLDER:
-        raise ValueError(
-            f"the trigger {trigger!r} contains {PLACEHOLDER}, which stands for it: write a word such as ohwx"
-        )
-    return trigger.strip()
 
 
 def read_entries(source: Path, problems: Problems) -> list[Entry]:

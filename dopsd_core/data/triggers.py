@@ -10,6 +10,7 @@ is no such file. In a JSONL file, each row may have the key "trigger".
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +26,12 @@ _LONGEST = 100
 
 
 def checked_trigger(text: str) -> str:
-    """The trigger in a text, without surrounding spaces.
+    """The trigger in a file or row, without surrounding spaces, its accents composed (NFC).
 
     Raises:
         CaptionError: it is empty, has several lines, is too long, or has characters that are not valid.
     """
-    word = text.strip()
+    word = unicodedata.normalize("NFC", text.strip())
     check_text(text)
     if is_blank(text):
         raise CaptionError("the trigger is empty: write a word such as ohwx")
@@ -39,6 +40,25 @@ def checked_trigger(text: str) -> str:
     if len(word.splitlines()) > 1 or len(word) > _LONGEST:
         raise CaptionError("the trigger is more than a few words: write one word such as ohwx")
     return word
+
+
+def given_trigger(trigger: str) -> str:
+    """The trigger that a user typed, without surrounding spaces, its accents composed (NFC); "" for none.
+
+    Raises:
+        ValueError: it contains invalid characters, or none that can be seen.
+    """
+    try:
+        check_text(trigger)
+    except CaptionError as error:
+        raise ValueError(f"the trigger {trigger!r} cannot be used: {error}") from error
+    if is_blank(trigger) and trigger.strip():
+        raise ValueError(f"the trigger {ascii(trigger)} has no visible character: write a word such as ohwx")
+    if has_trigger(trigger) and trigger.strip() != PLACEHOLDER:
+        raise ValueError(
+            f"the trigger {trigger!r} contains {PLACEHOLDER}, which stands for it: write a word such as ohwx"
+        )
+    return unicodedata.normalize("NFC", trigger.strip())
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..conditioning.teachers import EDIT_TARGET
 from ..families import FAMILIES, Family
+from .licenses import license_lines
 from .model_spec import concepts_in, hub_base_model, slider_words, trigger_of
 
 _ADAPTER = ("rank", "alpha", "factor")
@@ -41,8 +42,7 @@ def _front_matter(header: Mapping[str, str], thumbnail: str) -> Iterator[str]:
         yield "base_model_relation: adapter"
     if trigger:
         yield f"instance_prompt: {_quoted(trigger)}"
-    if given := header.get("modelspec.license", ""):
-        yield f"license: {_quoted(given.lower())}"
+    yield from license_lines(header.get("modelspec.license", ""))
     if thumbnail:
         yield from ("widget:", f"- text: {_quoted(trigger or '-')}", "  output:", f"    url: {_quoted(thumbnail)}")
 

@@ -30,10 +30,11 @@ def view_of(args: argparse.Namespace, family: Family, report: DatasetReport, opt
     Raises:
         ValueError: the model does not support it, or there are no masks for it.
     """
-    require_masks(report.pairs, args.teacher_background)
     edits = any(pair.source_images for pair in report.pairs)
     trigger = report.trigger_in_prompts(args.trigger)
-    return view_for(args, family, options, edits, others=args.teacher_image == "other", trigger=trigger)
+    view = view_for(args, family, options, edits, others=args.teacher_image == "other", trigger=trigger)
+    require_masks(report.pairs, view.background)
+    return view
 
 
 def view_for(

@@ -20,10 +20,10 @@ from ..conditioning.teachers import TeacherView
 from ..data.buckets import Bucket, make_buckets
 from ..data.captions import check_prompts, put_trigger
 from ..data.checks import ImageChecker
-from ..data.dataset import Pair, check_entries, checked_trigger
+from ..data.dataset import Pair, check_entries
 from ..data.problems import Problem, Problems
 from ..data.sources import Chunk, Columns, Source, open_source
-from ..data.triggers import concepts_of
+from ..data.triggers import concepts_of, given_trigger
 from ..files.disk import require_writable, writing
 from ..files.lock import FolderLock
 from ..shards.encode_images import encode_images
@@ -97,7 +97,7 @@ def _work(args: argparse.Namespace, options: ModelOptions) -> _Work:
     source = open_source(
         args.dataset, args.shard_size, args.root, columns if columns != Columns() else None
     )  # fmt: skip
-    given = checked_trigger(args.trigger)
+    given = given_trigger(args.trigger)
     trigger = _trigger_of(source, given)
     heldout = put_trigger(args.heldout_caption or "", trigger)
     remarks = check_prompts([heldout], "held-out caption", trigger) if heldout else []

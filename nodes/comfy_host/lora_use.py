@@ -104,7 +104,7 @@ def used_line(name: str, model: Any, tensors: Mapping[str, Tensor]) -> str:
     used = used_keys(model, tensors)
     require_finite(name, {key: tensors[key] for key in tensors if key in used})
     rest = [key for key in tensors if key not in used and _comfyuis(key) not in used]
-    line = f"{name}: {len(used)} of {len(tensors)} tensors fit and are used"
+    line = f"{name}: {len(tensors) - len(rest)} of {len(tensors)} tensors fit and are used"
     return f"{line}, {len(rest)} are not, such as {rest[0]}" if rest else line
 
 

@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from ...dopsd_core.adapters import ADAPTERS
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.families import Family
-from ...dopsd_core.options import Option, Variant, all_options
+from ...dopsd_core.optimizers import OPTIMIZERS, Custom
+from ...dopsd_core.options import ConfigError, Option, Variant, all_options
 from .families import all_families
 from .option_inputs import option_inputs, option_values, widget_value
 from .presets import PRESETS, USUAL, preset_settings
@@ -110,6 +111,21 @@ def settings_from(model_family: str, preset: str, widgets: Mapping[str, Any]) ->
     if "rank" in changes:  # alpha is shown as a number, so it must not follow the rank as it does for a preset
         changes["alpha"] = values["alpha"]
     return TrainingSettings(family, preset, changes)
+
+
+def optimizer_problem(optimizer: str, custom: Mapping[str, Any]) -> str | None:
+    """Why an optimizer cannot be used, such as a package that is not installed; None if it can.
+
+    custom: the options of optimizer custom by their own names; None for those that come over a link.
+    """
+    own = {name: value for name, value in custom.items() if value is not None} if optimizer == Custom.name else {}
+    if optimizer == Custom.name and len(own) < len(custom):
+        return None  # the run checks them
+    try:
+        OPTIMIZERS.validated({"name": optimizer, **own}).require_packages()
+    except ConfigError as error:
+        return "; ".join(error.problems)
+    return None
 
 
 def adapter_problem(adapter: str) -> str | None:

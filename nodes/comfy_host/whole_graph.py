@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -184,13 +185,22 @@ def _title(graph: Graph, node: str) -> str:
 
 def _sentences(graph: Graph, errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Each node, input and problem once."""
-    lines = [f"{_titles(graph, [node])}: {_sentence(error)}" for node, of in errors.items() for error in of["errors"]]
+    lines = []
+    for node, of in errors.items():
+        shared = Counter(_own_message(error) for error in of["errors"])
+        lines += [f"{_titles(graph, [node])}: {_sentence(error, shared)}" for error in of["errors"]]
     return list(dict.fromkeys(lines))
 
 
-def _sentence(error: Mapping[str, Any]) -> str:
+def _own_message(error: Mapping[str, Any]) -> str:
+    """The message of a node's own check, which ComfyUI gives for each input that the check names; else ""."""
     name, details = error.get("extra_info", {}).get("input_name", ""), str(error["details"])
-    if error["type"] == "custom_validation_failed":  # the details are the message of the node
-        return details.replace(f"{name} - ", f"{name}: ", 1)
+    return details.removeprefix(f"{name} - ") if error["type"] == "custom_validation_failed" else ""
+
+
+def _sentence(error: Mapping[str, Any], shared: Counter[str]) -> str:
+    name, details = error.get("extra_info", {}).get("input_name", ""), str(error["details"])
+    if own := _own_message(error):
+        return own if shared[own] > 1 else f"{name}: {own}"
     about = f" ({details})" if details not in ("", name) else ""
     return f"{name}: {error['message']}{about}" if name else f"{error['message']}{about}"

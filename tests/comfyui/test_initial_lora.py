@@ -293,7 +293,7 @@ def test_what_is_left_out_is_said_on_the_node(comfyui: ComfyUI) -> None:
     ("change", "rank", "sentence"),
     [
         ({}, 3, "the LoRA to start from has rank 4, the run has rank 3; set rank to 4"),
-        ({"x.lokr_w1": torch.ones(1)}, 4, "only a plain LoRA"),
+        ({"x.lokr_w1": torch.ones(1)}, 4, "of LoKr: set adapter to lokr, or start from a plain LoRA"),
         ({"transformer.layers.0.attention.to_q.lora_A.weight": torch.ones(4, 3840)}, 4, "of another model"),
     ],
     ids=["rank", "LoKr", "the real model's"],

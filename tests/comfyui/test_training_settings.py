@@ -158,6 +158,32 @@ def test_a_training_takes_them(comfyui: ComfyUI) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("widgets", "sentence"),
+    [
+        ({"custom_path": "no_such_pack:Lion"}, "custom_path no_such_pack:Lion cannot be imported"),
+        ({"custom_path": "torch.optim:Lion"}, "custom_path torch.optim:Lion cannot be imported"),
+        ({"custom_path": "torch.nn:Linear"}, "is not a class of torch.optim.Optimizer"),
+        ({"custom_path": "torch.optim:SGD", "custom_options": '{"speed": 2}'}, "does not take lr and custom_options"),
+        ({"custom_path": "torch.optim:SGD", "custom_lr": 100.0}, "custom_lr is 100"),
+    ],
+)
+def test_an_optimizer_that_is_not_there_is_refused_when_the_graph_is_queued(comfyui, widgets, sentence) -> None:
+    graph = with_settings(comfyui, "custom_refused", optimizer="custom", **widgets)
+    run = comfyui.execute(graph)
+    assert (
+        run.status == "error" and run.error.count(sentence) == 1 and "Training Settings (node settings): " in run.error
+    )
+    assert not any(event.kind == "executed" for event in run.events)  # nothing is encoded before
+
+
+def test_an_optimizer_over_a_link_is_checked_by_the_run(comfyui: ComfyUI) -> None:
+    check = comfyui.module("nodes.comfy_host.settings").optimizer_problem
+    whole = {"path": "torch.optim:SGD", "options": "{}", "lr": 1e-3}
+    assert check("custom", whole) is None and check("custom", {**whole, "path": None}) is None
+    assert "choose one of adamw, " in check("sgd", whole)
+
+
 def test_all_of_the_steps_may_be_asked_for(comfyui: ComfyUI) -> None:
     """0 on the widget, which is no number of steps."""
     run = comfyui.execute(with_settings(comfyui, "all_steps", grad_steps=0), keep_cache=True)
