@@ -40,6 +40,7 @@ from dopsd_core.options import changed
 from dopsd_core.rollout import sample
 from dopsd_core.standalone.hosts.demo import DemoModel, StandaloneDenoiser, load_demo_model
 from dopsd_core.standalone.hosts.demo_weight_files import load_transformer
+from dopsd_core.standalone.workers import end_with_parent
 from dopsd_core.training.rng import make_generator
 from dopsd_core.training.run_folder import CHECKPOINTS_NAME, CLASS_IMAGES_NAME
 from dopsd_core.training.trainer import train
@@ -228,7 +229,7 @@ def run_all(trials: Sequence[Trial], output: Path, jobs: int) -> list[Scores]:
         write_domain(make_domain(trial.domain, trial.size.images, trial.size.prompts), folder)
     if jobs == 1:
         return [run_trial(trial, output) for trial in trials]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         return list(pool.map(run_trial, trials, [output] * len(trials)))
 
 

@@ -26,6 +26,7 @@ from .evaluate import Samples, Scores
 from .hosts.demo import load_demo_model
 from .judge import load_judge
 from .memory import peak_rss_mb
+from .workers import end_with_parent
 
 Progress = Callable[[str, float], None]
 """(description, work done since the last call)."""
@@ -131,6 +132,7 @@ _worker: tuple[int, Path, Any] | None = None
 
 def _start(concept_seed: int, output: Path, queue: Any) -> None:
     global _worker
+    end_with_parent()
     torch.set_num_threads(1)
     _worker = concept_seed, output, queue
 

@@ -22,6 +22,7 @@ from ...demo.model_files import JUDGE_FILE, MODEL_FILE, PARENT_FILE, TEXT_ENCODE
 from ..demo import Demo
 from ..hosts.demo import load_demo_model
 from ..judge import load_judge
+from ..workers import end_with_parent
 from .methods import RATES, REFERENCES, Method
 from .trials import Outcome, Regime, Trial, run_trial, saved_outcome
 
@@ -207,6 +208,7 @@ _worker: tuple[Path, str, bool] | None = None
 
 def _start(output: Path, fingerprint: str, style: bool) -> None:
     global _worker
+    end_with_parent()
     torch.set_num_threads(1)
     _worker = output, fingerprint, style
 
