@@ -139,7 +139,8 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the run and its LoRA")
     parser.add_argument(
         "--preset", choices=tuple(ON_COMMAND_LINE),
-        help="settings that fit together, by what is trained; other options go over them (default: subject)",
+        help="settings that fit together, by what is trained; other options go over them (default: subject; "
+        "not for the demo model, which has its own)",
     )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of another run to load settings from")
     _add_view(parser)

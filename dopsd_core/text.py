@@ -7,10 +7,12 @@ is an error, so every text that is sent, saved or shown goes through `printable`
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import TextIO
 
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -41,3 +43,8 @@ def escape_unencodable(*streams: TextIO) -> None:
         reconfigure = getattr(stream, "reconfigure", None)  # a replaced stream may lack it
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+def quoted(text: str) -> str:
+    """The text as a string of JSON that is one of YAML and Python too: they forbid some characters that JSON allows."""
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found.group()):04x}", json.dumps(text, ensure_ascii=False))

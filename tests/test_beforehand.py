@@ -97,6 +97,20 @@ def test_what_does_not_fit_the_network_or_this_machine(
             "the run will not stop at a plateau, since no gap is measured",
         ),
         (("--heldout-caption", "[V7], red"), "the held-out caption is not measured: probe_every is 0"),
+        (
+            ("--save-every", "1", "--probe-every", "0"),
+            "which of the LoRA files is the best will not be known: give --heldout-caption and set --probe-every",
+        ),
+        (
+            ("--stop-at-plateau", "2", "--probe-every", "0"),
+            "the run will not stop at a plateau, since no gap is measured: give --heldout-caption and set --probe-",
+        ),
+        (("--keep-loras", "2"), "keep_loras 2 is not used: save_every is 0"),
+        (("--small-first", "2"), "small_first 2 is not used: there is only one resolution"),
+        (
+            ("--small-first", "2", "--steps", "2", "--resolutions", "32", "64"),
+            "small_first (2) leaves none of the 2 steps for the largest resolution: lower it or raise steps",
+        ),
     ],
 )
 def test_what_will_not_be_measured_is_said_first(

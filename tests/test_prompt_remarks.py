@@ -39,7 +39,9 @@ def test_an_anchor_with_the_sliders_word_holds_it_as_it_is() -> None:
 def test_a_sliders_own_captions_without_the_trigger_hold_its_word_too() -> None:
     (remark,) = slider_remarks([], SMILE, ["a face, left", "a face, right", "a house"])
     assert remark.startswith("2 anchor captions without the trigger contain 'face'")
-    assert remark.endswith("(such as for 'a face, left'): leave the trigger empty, and write captions without it")
+    assert remark.endswith(
+        "(such as for 'a face, left'): write the captions without it and [V], and leave the trigger empty"
+    )
     (remark,) = slider_remarks(["a face"], SMILE, ["a house"])
     assert remark.startswith("1 anchor prompt contains 'face'")
 

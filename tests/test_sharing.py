@@ -94,6 +94,12 @@ def test_what_the_user_says_counts_more_than_the_file_and_that_more_than_a_guess
         ("krea2", "Krea-2-Turbo-Q8_0", "krea/Krea-2-Turbo"),
         ("krea2", "krea2_raw_bf16", ""),
         ("krea2", "my_krea2_mix", ""),
+        ("z_image", "my_zimageturbo_merge", ""),
+        ("z_image", "z_image_turbo_dedistilled_bf16", ""),
+        ("z_image", "z_image_turbo_bf16.gguf", "Tongyi-MAI/Z-Image-Turbo"),
+        ("z_image", "z_image_turbo_fp8_e4m3fn", "Tongyi-MAI/Z-Image-Turbo"),
+        ("flux2_klein", "flux-2-klein-base-4b", ""),
+        ("flux2_klein", "FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-4B"),
         ("qwen_image21", "qwen_image_2.1_turbo_int8_convrot", "Qwen/Qwen-Image-2.1-Turbo"),
         ("z_image", "dopsd_demo_turbo_bf16", ""),
         ("flux2_klein", "z_image_turbo_bf16", ""),
@@ -225,7 +231,10 @@ def test_the_hubs_own_reader_takes_the_card(tmp_path: Path) -> None:
     assert data.base_model == "Tongyi-MAI/Z-Image-Turbo" and data.license == "cc-by-4.0"
 
 
-@pytest.mark.parametrize("trigger", ['a: "b"', "- x", "'", "ohwx #1", "!tag", "null", "1e3", "a\nb", "日本"])
+@pytest.mark.parametrize(
+    "trigger",
+    ['a: "b"', "- x", "'", "x\x7f", "x\x85y\x9f", "\u2028x", "ohwx #1", "!tag", "null", "1e3", "a\nb", "日本"],
+)
 def test_no_trigger_breaks_the_front_matter(trigger: str) -> None:
     assert front_matter(made_card({**FACTS, "dopsd_trigger": trigger}, GIVEN))["instance_prompt"] == trigger
 

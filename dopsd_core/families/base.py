@@ -40,7 +40,8 @@ class Family:
         paper_steps: optimizer steps in the paper.
         pixel_budget: default number of pixels of a training image.
         single_file: layout of the whole network in a file for ComfyUI; None if there is none.
-        hub_models: part of a distilled model's file name, lower case without punctuation -> its repository on the Hub.
+        hub_models: a distilled model's file name, lower case, without punctuation and precision -> its repository on
+            the Hub.
         unguided: argument of diffusers' pipeline that switches guidance off.
     """
 

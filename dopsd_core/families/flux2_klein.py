@@ -114,8 +114,8 @@ FLUX2_KLEIN = Family(
     paper_steps=3000,
     single_file=_SINGLE_FILE,
     hub_models={
-        "klein4b": "black-forest-labs/FLUX.2-klein-4B",
-        "klein9b": "black-forest-labs/FLUX.2-klein-9B",
+        "flux2klein4b": "black-forest-labs/FLUX.2-klein-4B",
+        "flux2klein9b": "black-forest-labs/FLUX.2-klein-9B",
     },
 )
 """Attention and MLPs of the double-stream AND the single-stream blocks (the reference scripts miss the latter)."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+
+from ..text import quoted
 
 _IDS = frozenset(
     """
@@ -31,4 +32,4 @@ def license_lines(given: str) -> Iterator[str]:
     if found is not None:
         yield f"license: {found}"
     elif given.strip():
-        yield from ("license: other", f"license_name: {json.dumps(given.strip(), ensure_ascii=False)}")
+        yield from ("license: other", f"license_name: {quoted(given.strip())}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..conditioning.teachers import EDIT_TARGET
 from ..families import FAMILIES, Family
+from ..text import quoted
 from .licenses import license_lines
 from .model_spec import concepts_in, hub_base_model, slider_words, trigger_of
 
@@ -38,13 +39,13 @@ def _front_matter(header: Mapping[str, str], thumbnail: str) -> Iterator[str]:
     yield f"pipeline_tag: {task}"
     yield from ("tags:", f"- {task}", "- lora", "- diffusers", "- template:diffusion-lora", "- d-opsd")
     if base:
-        yield f"base_model: {_quoted(base)}"
+        yield f"base_model: {quoted(base)}"
         yield "base_model_relation: adapter"
     if trigger:
-        yield f"instance_prompt: {_quoted(trigger)}"
+        yield f"instance_prompt: {quoted(trigger)}"
     yield from license_lines(header.get("modelspec.license", ""))
     if thumbnail:
-        yield from ("widget:", f"- text: {_quoted(trigger or '-')}", "  output:", f"    url: {_quoted(thumbnail)}")
+        yield from ("widget:", f"- text: {quoted(trigger or '-')}", "  output:", f"    url: {quoted(thumbnail)}")
 
 
 def _sections(header: Mapping[str, str], file_name: str, thumbnail: str) -> Iterator[str]:
@@ -76,9 +77,9 @@ def _usage(header: Mapping[str, str], file_name: str, family: Family | None) -> 
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16).to("cuda")',
-        f'pipe.load_lora_weights(".", weight_name={_quoted(file_name)})  # or the name of this repository',
-        f"image = pipe({_quoted(prompt)}, num_inference_steps={family.sample_steps}, {family.unguided}).images[0]",
+        f'pipe = DiffusionPipeline.from_pretrained({quoted(base)}, torch_dtype=torch.bfloat16).to("cuda")',
+        f'pipe.load_lora_weights(".", weight_name={quoted(file_name)})  # or the name of this repository',
+        f"image = pipe({quoted(prompt)}, num_inference_steps={family.sample_steps}, {family.unguided}).images[0]",
     )
     return f"## Use\n\n{comfyui}\n\n**diffusers:**\n\n```python\n" + "\n".join(code) + "\n```"
 
@@ -140,7 +141,3 @@ def _code(text: str) -> str:
 
 def _line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

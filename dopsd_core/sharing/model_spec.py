@@ -8,12 +8,19 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..families import FAMILIES
 
 VERSION = "1.0.1"
+
+_PRECISION = re.compile(
+    r"[\W_]+(?:(?:bf|fp|int|nf|nvfp|mxfp)\d+|e\dm\d(?:fn)?|i?q\d(?:[\W_]+(?:k(?:[\W_]+[sml])?|[01]|x?xs|nl))?"
+    r"|scaled|mixed|convrot|fast|safetensors|gguf)(?=[\W_]|$)"
+)
+"""What publishers add to a model's name for a file of it: "_fp8_scaled.safetensors"."""
 
 _TRIGGERS = ("dopsd_trigger", "modelspec.trigger_phrase")
 _CONCEPTS = "dopsd_concepts"
@@ -111,10 +118,10 @@ def slider_words(header: Mapping[str, str]) -> str:
 
 def hub_base_model(facts: Mapping[str, str]) -> str:
     """The base model's repository on the Hugging Face Hub, from the name of its file; "" if that is not known."""
-    name = "".join(letter for letter in facts.get("dopsd_base_model", "").lower() if letter.isalnum())
+    file = facts.get("dopsd_base_model", "").rpartition("/")[2].lower()
+    name = "".join(letter for letter in _PRECISION.sub("", file) if letter.isalnum())
     family = FAMILIES.get(facts.get("dopsd_family", ""))
-    known = family.hub_models if family else {}
-    return next((repository for part, repository in known.items() if part in name), "")
+    return family.hub_models.get(name, "") if family else ""
 
 
 def _said(given: Description) -> dict[str, str]:

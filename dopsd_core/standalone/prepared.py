@@ -28,6 +28,7 @@ from ..training.anchors import ordinary_prompts
 from ..training.pair_keys import planned_digest
 from ..training.prompt_remarks import anchor_remarks, equal_rows_remarks, slider_remarks
 from ..training.regularisation import check_regularisation
+from ..training.run_checks import idle_settings
 from ..training.shown_images import mask_remarks
 from ..training.start import start_from_file
 from ..training.training_set import TrainingSet, build_training_set, encode_regularisation
@@ -105,6 +106,7 @@ def prepare(
         warn(model.doubts([caption for pair in report.pairs for caption in pair.captions]))
         warn(mask_remarks(report.pairs, view.background))
         warn(_aim_remarks(args, config, report.pairs, view))
+        warn(idle_settings(config, bool(scales)))
         warn(_prompt_remarks(args, config, view, trigger, ordinary, report.pairs))
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
@@ -177,6 +179,7 @@ def prepare_streamed(
         if regularisation:
             say(f"regularisation: {regularisation.describe()}")
             warn(check_regularisation(ordinary, (), args.trigger))
+        warn(idle_settings(config, has_resolutions=False))
         warn(_prompt_remarks(args, config, view, args.trigger, ordinary))
     start = _start(args, config, model, args.trigger, peers)
     check_beforehand(args, config, model, shards.index.digest() + digest_of_pairs(ordinary), peers)
@@ -232,10 +235,11 @@ def _prompt_remarks(
     if args.heldout_caption and not config.probe_every:
         remarks.append("the held-out caption is not measured: probe_every is 0, so no step is known as the best")
     elif not args.heldout_caption and not is_encoded(args.dataset):
+        needed = "give --heldout-caption" + (" and set --probe-every" if not config.probe_every else "")
         if config.save_every:
-            remarks.append("which of the LoRA files is the best will not be known: give --heldout-caption")
-        if config.stop_at_plateau and config.probe_every:
-            remarks.append("the run will not stop at a plateau, since no gap is measured: give --heldout-caption")
+            remarks.append(f"which of the LoRA files is the best will not be known: {needed}")
+        if config.stop_at_plateau:
+            remarks.append(f"the run will not stop at a plateau, since no gap is measured: {needed}")
     return remarks + equal_rows_remarks(shown, view)
 
 

@@ -6,7 +6,7 @@ import argparse
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from ..memory.ram_budget import offloading_ram, why_not_offloaded
 from ..sharing.model_spec import trigger_facts
 from ..trainable import Trainable
 from ..training.log import StepReport, gaps_by_concept
+from ..training.run_checks import idle_settings
 from ..training.trainer import NoCallbacks, TrainResult, train
 from ..training.world import Peers, World
 from .accelerate_world import joined_world
@@ -72,6 +73,21 @@ def run_train(args: argparse.Namespace) -> int:
         return _trained(args, prepared, denoiser, plan, world, started[-1])
 
 
+@contextmanager
+def _without(messages: Sequence[str]) -> Iterator[None]:
+    """Keeps warnings that were shown before out of the log."""
+
+    def is_new(record: logging.LogRecord) -> bool:
+        return record.getMessage() not in messages
+
+    log = logging.getLogger("dopsd")
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
+
+
 def _trained(
     args: argparse.Namespace, prepared: Prepared, denoiser: Denoiser, plan: _Plan, world: World | None,
     tracking: Tracking,
@@ -79,7 +95,9 @@ def _trained(
     config, is_first = prepared.config, world is None or world.rank == 0
     preview = _preview(args, prepared, world) if config.preview_every else None
     sheets = config.steps // config.preview_every + 2 if config.preview_every else 0
+    said = idle_settings(config, bool(prepared.data.scales))
     with (
+        _without(said),
         tqdm(total=config.steps, unit="step", disable=not is_first) as bar,
         _watching(bar, preview, tracking, is_first, runs_together(config, world)) as callbacks,
     ):

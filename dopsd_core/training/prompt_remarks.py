@@ -46,7 +46,7 @@ def slider_remarks(anchors: Sequence[str], view: TeacherView, own: Sequence[str]
             own,
             "caption without the trigger contains",
             "captions without the trigger contain",
-            "leave the trigger empty, and write captions without it",
+            "write the captions without it and [V], and leave the trigger empty",
         ),
     )
     if not view.replaces:

@@ -50,6 +50,24 @@ def check_data(config: TrainConfig, data: TrainingSet) -> None:
         raise ConfigError(problems)
 
 
+def idle_settings(config: TrainConfig, has_resolutions: bool) -> list[str]:
+    """Settings that have no effect on the run, or keep it from what was asked for, a sentence each.
+
+    has_resolutions: whether there are several.
+    """
+    remarks = []
+    if config.small_first and not has_resolutions:
+        remarks.append(f"small_first {config.small_first} is not used: there is only one resolution")
+    elif config.small_first >= config.steps:
+        remarks.append(
+            f"small_first ({config.small_first}) leaves none of the {config.steps} steps for the largest resolution: "
+            "lower it or raise steps"
+        )
+    if config.keep_loras and not config.save_every:
+        remarks.append(f"keep_loras {config.keep_loras} is not used: save_every is 0")
+    return remarks
+
+
 def check_network(config: TrainConfig, denoiser: Denoiser, folder: Path, host_bytes: int = 0) -> None:
     """Checks what needs neither the data nor the values of the weights: packages, targets, folder and disk.
 

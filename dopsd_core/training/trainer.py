@@ -37,7 +37,7 @@ from .log import Gaps, StepReport
 from .nonfinite import NonFiniteError
 from .regularisation import regularisation_remarks
 from .run import Run
-from .run_checks import check_data, check_network, check_share
+from .run_checks import check_data, check_network, check_share, idle_settings
 from .run_folder import CLASS_IMAGES_NAME
 from .saved_loras import is_due
 from .training_set import TrainingSet
@@ -324,14 +324,9 @@ def _preview(run: Run, callbacks: Callbacks) -> None:
 
 
 def _remarks(config: TrainConfig, data: TrainingSet) -> list[str]:
-    remarks = [*config.objective.remarks(), *regularisation_remarks(config, data)]
-    if config.small_first and not data.scales:
-        remarks.append(f"small_first {config.small_first} is not used: there is only one resolution")
-    elif config.small_first >= config.steps:
-        remarks.append(
-            f"small_first ({config.small_first}) leaves none of the {config.steps} steps for the largest resolution: "
-            "lower it or raise steps"
-        )
-    if config.keep_loras and not config.save_every:
-        remarks.append(f"keep_loras {config.keep_loras} is not used: save_every is 0")
-    return [*remarks, *filter(None, (plateau_remark(config, data.heldout is not None),))]
+    return [
+        *config.objective.remarks(),
+        *regularisation_remarks(config, data),
+        *idle_settings(config, bool(data.scales)),
+        *filter(None, (plateau_remark(config, data.heldout is not None),)),
+    ]
