@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 from dopsd_core.conditioning.encode import Condition
 from dopsd_core.optimizers import AdamW8bit
 from dopsd_core.training.trainer import NoCallbacks, train
+from tests.forked import forking
 from tests.tiny import TinyDenoiser, killable_config, killable_data
 
 
@@ -121,10 +120,7 @@ def on_processes(
     folder: Path, steps: int, size: int, killed_at: Sequence[int] = (), kind: str = ""
 ) -> list[int | None]:  # fmt: skip
     """Exit codes of the ranks; killed_at: the step after which each is killed, -1 for never; kind: as of `run_kind`."""
-    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-    if sys.platform != "win32":
-        context.set_forkserver_preload(["tests.ranks"])  # type: ignore[attr-defined]
-    port = free_port()
+    context, port = forking(), free_port()
     children = [
         context.Process(
             target=run_rank,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from dopsd_core.training.checkpoint import Checkpoint, load_checkpoint
 from dopsd_core.training.sharded_checkpoint import load_sharded
 from dopsd_core.training.trainer import NoCallbacks, train
 from tests.drawn_previews import Draws
+from tests.forked import forking
 from tests.ranks import KilledAt, free_port
 from tests.stopping import StopAt
 from tests.tiny import killable_config, killable_data, make_config
@@ -139,9 +138,7 @@ class OtherModes(Rank):
 
 def on_processes(size: int, work: Callable[..., None], wait: float = 120) -> tuple[list[int | None], list[str]]:
     """(exit codes, errors) of the ranks."""
-    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-    if sys.platform != "win32":
-        context.set_forkserver_preload(["tests.sharded_runs"])  # type: ignore[attr-defined]
+    context = forking()
     errors, port = context.Queue(), free_port()
     children = [context.Process(target=work, args=(rank, size, port, errors)) for rank in range(size)]
     for child in children:

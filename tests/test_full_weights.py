@@ -35,11 +35,11 @@ from dopsd_core.training.trainer import NoCallbacks, train
 from dopsd_core.training.training_set import TrainingSet
 from dopsd_core.training.world import Turn
 from tests.devices import DEVICE
+from tests.forked import forking
 from tests.ranks import on_threads
 from tests.stopping import StopAt
 from tests.test_new_choice import ScheduleFree, Switching
 from tests.test_several_processes import assert_same_run
-from tests.test_trainer import processes
 from tests.tiny import (
     TinyDenoiser,
     killable_config,
@@ -353,7 +353,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 @pytest.mark.parametrize("number", [7, 12, 17])
 def test_a_killed_run_resumes(tmp_path: Path, number: int) -> None:
     train(killable_config(8, "full"), TinyDenoiser(), killable_data(), tmp_path / "whole")
-    child = processes().Process(target=run_until_call, args=(str(tmp_path / "cut"), 8, "fsync", number, "full"))
+    child = forking().Process(target=run_until_call, args=(str(tmp_path / "cut"), 8, "fsync", number, "full"))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -25,6 +24,7 @@ from dopsd_core.training.log import StepReport, curve, read_log
 from dopsd_core.training.run import Run
 from dopsd_core.training.trainer import NoCallbacks, NonFiniteError, TrainingSet, TrainResult, train
 from dopsd_core.training.world import Turn
+from tests.forked import forking
 from tests.tiny import (
     TinyDenoiser,
     killable_config,
@@ -71,14 +71,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return saved_bytes(folder)
 
 
-def processes() -> Any:
-    """Children are forked from a server that has imported torch and computed nothing."""
-    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-    if sys.platform != "win32":
-        context.set_forkserver_preload(["tests.tiny"])  # type: ignore[attr-defined]
-    return context
-
-
 # -- cut and resumed ---------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +86,7 @@ def test_killed_at_random_moments_it_ends_bit_identical(
 
     moments = []
     for _ in range(4):
-        child = processes().Process(target=run_to_the_end, args=(str(tmp_path), STEPS))
+        child = forking().Process(target=run_to_the_end, args=(str(tmp_path), STEPS))
         child.start()
         reached = max(lines() - 3, 0) + chance.randint(2, 6)  # a checkpoint every 3 steps: the run gets on
         while child.is_alive() and lines() < reached:
@@ -120,7 +112,7 @@ def test_killed_at_random_moments_it_ends_bit_identical(
 def test_killed_while_writing_it_ends_bit_identical(
     tmp_path: Path, uninterrupted: dict[str, bytes], name: str, number: int
 ) -> None:
-    child = processes().Process(target=run_until_call, args=(str(tmp_path), STEPS, name, number))
+    child = forking().Process(target=run_until_call, args=(str(tmp_path), STEPS, name, number))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
