@@ -59,7 +59,7 @@ class NetDenoiser(ToyDenoiser):
 
 def full_config(**options: Any) -> TrainConfig:
     """Everything that draws, with batches of one sample."""
-    flat = {"batch_size": 1, "grad_accumulation": 4, "preview_every": 2, **options}
+    flat = {"batch_size": 1, "grad_accumulation": 4, **options}
     if options.get("objective", "dopsd") != "dopsd":  # the options of one objective are not those of another
         base = make_config(steps=STEPS, adapter="full", objective=options["objective"])
         return changed(base, {name: value for name, value in flat.items() if value is not None})

@@ -20,12 +20,21 @@ from dopsd_core.training.trainer import train
 from dopsd_core.training.world import OneProcess, Peers, Turn
 from tests.ranks import ThreadWorld
 from tests.sharded_runs import STEPS, NetDenoiser, OtherModes, Rank, full_config, on_processes, run, whole_checkpoint
+from tests.stopping import StopAt
 from tests.tiny import killable_data
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The usual run of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, full_config(preview_every=2))
+    return folder
 
 
 def sharded(folder: Path, config: Any, size: int = 2, **options: Any) -> None:
@@ -64,27 +73,32 @@ def largest_difference(ours: Checkpoint, theirs: Checkpoint) -> float:
     ],
     ids=["ema", "ema of four", "states of the teacher", "frozen", "same"],
 )
-def test_the_run_is_that_of_one_process(tmp_path: Path, size: int, options: dict[str, Any]) -> None:
-    config = full_config(**options)
-    run(tmp_path / "one", config)
-    sharded(tmp_path / "many", config, size)
-    ours, theirs = (whole_checkpoint(tmp_path / name, config) for name in ("many", "one"))
+def test_the_run_is_that_of_one_process(tmp_path: Path, whole: Path, size: int, options: dict[str, Any]) -> None:
+    config, many, one = (
+        full_config(preview_every=2, **options),
+        tmp_path / "many",
+        tmp_path / "one" if options else whole,
+    )
+    if options:
+        run(one, config)
+    sharded(many, config, size)
+    ours, theirs = (whole_checkpoint(folder, config) for folder in (many, one))
     if config.teacher.name != "ema":
         assert not ours.teacher and not theirs.teacher
         ours, theirs = (Checkpoint(c.step, c.lora, c.lora, c.optimizer, c.facts) for c in (ours, theirs))
     assert ours.step == theirs.step == STEPS and largest_difference(ours, theirs) < 1e-3
     moved = max(float((ours.lora[name] - value.detach()).abs().max()) for name, value in untouched().items())
     assert moved > 1e-3
-    logs = [read_log(tmp_path / name / "train.jsonl") for name in ("many", "one")]
+    logs = [read_log(folder / "train.jsonl") for folder in (many, one)]
     for report, other in zip(*logs, strict=True):
         assert report.anchors == other.anchors
         for figure in ("loss", "grad_norm", "relative_gap", "heldout_relative_gap"):
             wanted = getattr(other, figure)
             assert getattr(report, figure) == (None if wanted is None else pytest.approx(wanted, rel=1e-3)), figure
-    sheets = [sorted((tmp_path / name / "previews").iterdir()) for name in ("many", "one")]
+    sheets = [sorted((folder / "previews").iterdir()) for folder in (many, one)]
     assert [sheet.name for sheet in sheets[0]] == [f"step-{step:06d}.png" for step in (0, 2, 4, 6)]
     assert Image.open(sheets[0][0]).tobytes() == Image.open(sheets[1][0]).tobytes()  # three prompts on two or four
-    models = [load_file(tmp_path / name / "model.safetensors") for name in ("many", "one")]
+    models = [load_file(folder / "model.safetensors") for folder in (many, one)]
     assert models[0].keys() == models[1].keys()
     for name, value in models[0].items():
         for ours, theirs in zip(determined(name, value), determined(name, models[1][name]), strict=True):
@@ -130,33 +144,25 @@ def test_the_baselines_too(tmp_path: Path, objective: str) -> None:
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_resumes_on_any_number_of_processes(tmp_path: Path) -> None:
-    from tests.stopping import StopAt
-
+def test_a_run_resumes_on_any_number_of_processes(tmp_path: Path, whole: Path) -> None:
     config = full_config()
-    run(tmp_path / "whole", config)
-    wanted = whole_checkpoint(tmp_path / "whole", config)
-    for number, sizes in enumerate([(2, 1, 4), (1, 2, 1)]):
-        folder = tmp_path / str(number)
-        for size, stop in zip(sizes, (2, 4, STEPS), strict=True):
-            if size == 1:
-                run(folder, config, callbacks=StopAt(stop))
-            else:
-                sharded(folder, config, size, stop_at=stop)
-        assert largest_difference(whole_checkpoint(folder, config), wanted) < 1e-3
+    for size, stop in ((1, 1), (2, 2), (1, 4), (4, STEPS)):
+        if size == 1:
+            run(tmp_path, config, callbacks=StopAt(stop))
+        else:
+            sharded(tmp_path, config, size, stop_at=stop)
+    assert largest_difference(whole_checkpoint(tmp_path, config), whole_checkpoint(whole, config)) < 1e-3
 
 
 @pytest.mark.parametrize("killed", [{1: 4}, {0: 4}, {0: 4, 1: 4}], ids=["one", "the writer", "all"])
-def test_killed_and_resumed(tmp_path: Path, killed: dict[int, int]) -> None:
+def test_killed_and_resumed(tmp_path: Path, whole: Path, killed: dict[int, int]) -> None:
     config = full_config()
-    run(tmp_path / "whole", config)
     codes, _ = on_processes(2, Rank(tmp_path / "cut", config, killed_at=killed))
     assert all(codes[rank] == -9 for rank in killed) and 0 not in codes
     checkpoint = load_checkpoint(tmp_path / "cut" / "checkpoints")
     assert checkpoint is not None and 0 < checkpoint.step <= 4
     sharded(tmp_path / "cut", config)
-    wanted = whole_checkpoint(tmp_path / "whole", config)
-    assert largest_difference(whole_checkpoint(tmp_path / "cut", config), wanted) < 1e-3
+    assert largest_difference(whole_checkpoint(tmp_path / "cut", config), whole_checkpoint(whole, config)) < 1e-3
 
 
 def test_a_damaged_shard_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
@@ -202,8 +208,10 @@ def test_ranks_that_would_gather_a_mixture_of_weights_notice(tmp_path: Path) -> 
     assert all("compute with different weights at the same time" in error for error in errors), errors
 
 
-def test_the_rank_that_fails_ends_all(tmp_path: Path) -> None:
-    codes, errors = on_processes(2, Rank(tmp_path, full_config(), fails_at=40, only_rank=1))
+@pytest.mark.parametrize("fails_at", [40, 41], ids=["in the teacher's forward", "in the student's"])
+def test_the_rank_that_fails_ends_all(tmp_path: Path, fails_at: int) -> None:
+    """Also where it has switched to other weights: to switch back, it must not wait for the others."""
+    codes, errors = on_processes(2, Rank(tmp_path, full_config(), fails_at=fails_at, only_rank=1), wait=60)
     assert codes == [1, 1]
     assert "rank 1: RuntimeError: CUDA out of memory" in errors
     assert any(error.startswith("rank 0: LostPeer: another process of this run was lost") for error in errors), errors

@@ -71,6 +71,9 @@ class ShardedWeights(ExchangedWeights):
             self._require_agreement(mode)
         super()._switch(mode)
 
+    def _switch_back(self, mode: Mode) -> None:
+        super()._switch(mode)  # the other processes wait elsewhere: asking them would be for ever
+
     def _require_agreement(self, mode: Mode) -> None:
         """Ranks that compute with different weights would gather a mixture of them."""
         from torch.distributed.tensor import DTensor

@@ -73,11 +73,17 @@ class SwitchedWeights(ABC):
         self.mode = mode
         try:
             yield
-        finally:
-            self.mode = previous
+        except BaseException:
+            self._switch_back(previous)
+            raise
+        self.mode = previous
 
     def _switch(self, mode: Mode) -> None:
         self._mode = mode
+
+    def _switch_back(self, mode: Mode) -> None:
+        """Restores a mode after an error."""
+        self._switch(mode)
 
     # -- states -------------------------------------------------------------------------------------------------------
 
