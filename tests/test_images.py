@@ -44,14 +44,13 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
 
 
 def test_a_fully_transparent_image_is_refused(tmp_path: Path) -> None:
-    clear = {"transparency": (9, 8, 7)}
-    for image, options in (
-        (Image.new("RGBA", (2, 2)), {}),
-        (Image.new("LA", (2, 2)), {}),
-        (Image.new("RGB", (2, 2), (9, 8, 7)), clear),
-    ):
+    keyed = tmp_path / "keyed.png"
+    Image.new("RGB", (2, 2), (9, 8, 7)).save(keyed, transparency=(9, 8, 7))
+    Image.new("RGBA", (2, 2)).save(tmp_path / "a.png")
+    Image.new("LA", (2, 2)).save(tmp_path / "b.png")
+    for path in (keyed, tmp_path / "a.png", tmp_path / "b.png"):
         with pytest.raises(ImageError, match="is fully transparent"):
-            saved(tmp_path, image, **options)
+            read_image(path)
 
 
 def test_palette_grey_and_cmyk(tmp_path: Path) -> None:
