@@ -171,9 +171,11 @@ class FakeRunner:
 
     def __init__(self) -> None:
         self.trials: list[Trial] = []
+        self.in_turn: list[Trial] = []
 
-    def run(self, trials: Any, shown: Any = None) -> list[Outcome]:
+    def run(self, trials: Any, shown: Any = None, *, in_turn: bool = False) -> list[Outcome]:
         self.trials += trials
+        self.in_turn += trials if in_turn else []
         return [self.outcome(trial) for trial in trials]
 
     def outcome(self, trial: Trial) -> Outcome:
@@ -206,6 +208,7 @@ def test_where_equal_steps_are_not_asked_for_they_are_only_timed() -> None:
     found = run_plan(replace(PLAN, regimes=("time",)), runner)
     timed = [(trial.method.name, trial.concept, trial.seed) for trial in runner.trials if trial.regime == "steps"]
     assert timed == [(name, 3, 0) for name in ("untouched", "teacher", "dopsd", "sft")]
+    assert [trial for trial in runner.trials if trial.regime == "steps"] == runner.in_turn
     assert all(len(found["time"][name]) == len(found["time"][name][0]) == 2 for name in ("dopsd", "sft"))
     means, *_ = grids("methods", replace(PLAN, regimes=("time",)), found)
     assert means.title == "Methods, equal wall time"

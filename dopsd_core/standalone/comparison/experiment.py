@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -90,10 +90,15 @@ class TrialRunner:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def run(self, trials: Sequence[Trial], shown: Callable[[Trial], bool] = lambda trial: False) -> list[Outcome]:
+    def run(
+        self, trials: Sequence[Trial], shown: Callable[[Trial], bool] = lambda trial: False, *, in_turn: bool = False
+    ) -> list[Outcome]:
         """The outcomes, in order; those that are saved are not run again. Raises the first error of any trial.
 
-        shown: whether the images of a trial are kept.
+        Args:
+            trials: to run.
+            shown: whether the images of a trial are kept.
+            in_turn: each one alone, so that no other slows down what is timed.
         """
         for concept in dict.fromkeys(trial.concept for trial in trials):
             made = make_concept(concept, style=self._style)
@@ -102,9 +107,11 @@ class TrialRunner:
         for trial in trials:
             outcome = saved_outcome(trial, self._output, self._fingerprint, shown(trial))
             waiting.append(outcome or self._pool.submit(_run, trial, shown(trial)))
+            if in_turn and outcome is None:
+                wait([waiting[-1]])
         outcomes = []
-        for done, (trial, wait) in enumerate(zip(trials, waiting, strict=True), 1):
-            outcomes.append(wait if isinstance(wait, Outcome) else wait.result())
+        for done, (trial, found) in enumerate(zip(trials, waiting, strict=True), 1):
+            outcomes.append(found if isinstance(found, Outcome) else found.result())
             self._on_done(trial.name, done, len(trials))
         return outcomes
 
@@ -120,17 +127,19 @@ def trials_of(plan: Plan, regime: Regime, steps: Mapping[str, int]) -> list[Tria
 
 
 def run_plan(plan: Plan, runner: TrialRunner) -> dict[str, Outcomes]:
-    """All outcomes by regime. Equal steps are always run, at least on the first concept and seed: the others need its timings.
+    """All outcomes by regime. Equal steps are always run, at least on the first concept and seed, one after another:
+    the others need its timings.
 
     The untouched model and its teacher are in the first regime. That of equal work is run alone.
-    """  # noqa: E501
+    """
     first = replace(plan, methods=(*REFERENCES, *plan.methods))
     if plan.regimes == ("work",):
         return {"work": _by_method(first, runner, "work", dict.fromkeys((m.name for m in first.methods), _MOST_STEPS))}
     is_asked = "steps" in plan.regimes
     if not is_asked:
         first = replace(first, concepts=plan.concepts[:1], seeds=plan.seeds[:1])
-    by_steps = _by_method(first, runner, "steps", dict.fromkeys((m.name for m in first.methods), plan.steps))
+    count = dict.fromkeys((m.name for m in first.methods), plan.steps)
+    by_steps = _by_method(first, runner, "steps", count, in_turn=not is_asked)
     found = {"steps": by_steps}
     if "time" in plan.regimes:
         steps = steps_in_equal_time(plan, by_steps)
@@ -190,14 +199,16 @@ def _means(outcomes: Sequence[Outcome], method: str) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def _by_method(plan: Plan, runner: TrialRunner, regime: Regime, steps: Mapping[str, int]) -> Outcomes:
+def _by_method(
+    plan: Plan, runner: TrialRunner, regime: Regime, steps: Mapping[str, int], *, in_turn: bool = False
+) -> Outcomes:
     plan_first = "work" if plan.regimes == ("work",) else "steps"
 
     def is_shown(trial: Trial) -> bool:
         return regime == plan_first and (trial.concept, trial.seed) == (plan.concepts[0], plan.seeds[0])
 
     trials = trials_of(plan, regime, steps)
-    found = {(o.method, o.concept, o.seed): o for o in runner.run(trials, is_shown)}
+    found = {(o.method, o.concept, o.seed): o for o in runner.run(trials, is_shown, in_turn=in_turn)}
     return {m.name: [[found[m.name, c, s] for s in plan.seeds] for c in plan.concepts] for m in plan.methods}
 
 
