@@ -1,6 +1,7 @@
 # make demo      teach the demo model a concept it has never seen (a few minutes on a laptop CPU)
 # make test      ruff, pyright and pytest, as CI runs them; inside ComfyUI too where there is a checkout of it, and on a
 #                pretend CUDA device where there is a C++ compiler
+# make test-all        the same with every variant and every mode of that device, in twice the time; before a release
 # make test-cuda       the part on the pretend device alone
 # make test-cuda-all   the same and then all tests inside ComfyUI in all its modes, for hours: the tables of docs/reliability.md
 # make browser   install chromium for the tests of the page (Debian and Ubuntu, as root)
@@ -20,7 +21,7 @@ INSTALL = $(RUN) -m pip install --only-binary=:all: $(PIP_ARGS)
 # (360 MB of templates, pictures and drivers).
 LEFT_OUT = torch|torchvision|torchaudio|spandrel|comfyui-workflow-templates|comfyui-embedded-docs|comfy-angle|PyOpenGL
 
-.PHONY: help demo test test-core test-comfyui lint comfyui browser clean test-comfyui-a-k test-comfyui-l-r test-comfyui-s-z
+.PHONY: help demo test test-all test-core test-comfyui lint comfyui browser clean test-comfyui-a-k test-comfyui-l-r test-comfyui-s-z
 .PHONY: test-cuda test-cuda-parts test-cuda-all cuda-device
 .DEFAULT_GOAL := help
 
@@ -34,21 +35,26 @@ demo: $(VENV)/.standalone
 SIDE_BY_SIDE = $(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
 test: lint comfyui cuda-device
-	$(SIDE_BY_SIDE) test-core test-comfyui test-cuda-parts
+	$(SIDE_BY_SIDE) test-core test-comfyui $(filter $(addprefix test-cuda-,$(CUDA_OFTEN)),$(CUDA_PARTS))
+
+test-all: lint comfyui cuda-device
+	$(SIDE_BY_SIDE) WHICH='-m "long or not long"' test-core test-comfyui test-cuda-parts
 
 test-core:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(WHICH)
 
 COMFYUI_PARTS = test-comfyui-a-k test-comfyui-l-r test-comfyui-s-z
 
 test-comfyui: $(COMFYUI_PARTS)
 
 $(COMFYUI_PARTS): test-comfyui-%:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/comfyui/test_[$*]*.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(WHICH) tests/comfyui/test_[$*]*.py
 
 CUDA = PYTHONPATH=tests $(RUN) -m pretend_cuda
 # Without ComfyUI the core alone has a device; `make comfyui` has said so.
 CUDA_IN_COMFYUI = dynamic classic novram lowvram highvram dynamic-turing classic-turing
+# Each kind of VRAM management once, and fp16; the others as make test-cuda.
+CUDA_OFTEN = core dynamic novram dynamic-turing classic-turing
 CUDA_PARTS = $(addprefix test-cuda-,core $(if $(wildcard $(COMFYUI_PATH)/main.py),$(CUDA_IN_COMFYUI)))
 
 .PHONY: $(CUDA_PARTS)

@@ -344,7 +344,7 @@ def test_a_small_comparison_of_the_demo(output: Path) -> None:
     assert not list((output / "outcomes").glob("dopsd-time-*"))  # it is the same run as at equal steps
 
 
-@pytest.mark.parametrize("undistilled", [False, True])
+@pytest.mark.parametrize("undistilled", [pytest.param(False, marks=pytest.mark.long), True])
 def test_the_error_in_training_is_that_of_the_distilled_model_with_the_weights(output: Path, undistilled: bool) -> None:
     """Weights of zero are the untouched model, whichever network they are attached to."""
     torch.set_num_threads(1)
@@ -363,6 +363,7 @@ def test_the_error_in_training_is_that_of_the_distilled_model_with_the_weights(o
     assert found == pytest.approx(expected) and 0 < found < 1
 
 
+@pytest.mark.long
 def test_it_is_resumed_and_only_what_changed_is_run_again(output: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (output / "outcomes").iterdir()}
     tables = (output / "comparison.md").read_bytes()

@@ -40,7 +40,9 @@ def gradients(backend: str, count: int, is_on: bool = True) -> list[torch.Tensor
 
 @pytest.mark.skipif(bool(obstacle(DEVICE)), reason="there is no compiler")
 @pytest.mark.parametrize(
-    ("backend", "count"), [("eager", 0), ("inductor", -1), ("eager", -2)], ids=["only traced", "selective", "offloaded"]
+    ("backend", "count"),
+    [("eager", 0), pytest.param("inductor", -1, marks=pytest.mark.long), ("eager", -2)],
+    ids=["only traced", "selective", "offloaded"],
 )
 def test_gradients_are_the_same_within_rounding(backend: str, count: int) -> None:
     wanted, got = gradients(backend, count, is_on=False), gradients(backend, count)

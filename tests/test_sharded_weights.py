@@ -65,11 +65,11 @@ def largest_difference(ours: Checkpoint, theirs: Checkpoint) -> float:
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        (2, {}),  # prior anchors and m of K: ranks whose batches differ in their forwards
-        (4, {}),
+        pytest.param(2, {}, marks=pytest.mark.long),
+        (4, {}),  # prior anchors and m of K: ranks whose batches differ in their forwards
         (2, {"grad_steps": None, "states": "teacher"}),
-        (2, {"teacher": "frozen", "anchor_probability": 0.5}),
-        (2, {"teacher": "same"}),
+        pytest.param(2, {"teacher": "frozen", "anchor_probability": 0.5}, marks=pytest.mark.long),
+        pytest.param(2, {"teacher": "same"}, marks=pytest.mark.long),
     ],
     ids=["ema", "ema of four", "states of the teacher", "frozen", "same"],
 )
@@ -127,7 +127,7 @@ def test_a_network_in_bf16_keeps_its_masters_in_fp32(tmp_path: Path) -> None:
     assert any(not torch.equal(value, value.bfloat16().float()) for value in ours.lora.values())
 
 
-@pytest.mark.parametrize("objective", ["sft", "dreambooth", "pso"])
+@pytest.mark.parametrize("objective", ["sft", "dreambooth", pytest.param("pso", marks=pytest.mark.long)])
 def test_the_baselines_too(tmp_path: Path, objective: str) -> None:
     options = {
         "sft": {"sft_anchor_probability": 0.4},
@@ -154,7 +154,11 @@ def test_a_run_resumes_on_any_number_of_processes(tmp_path: Path, whole: Path) -
     assert largest_difference(whole_checkpoint(tmp_path, config), whole_checkpoint(whole, config)) < 1e-3
 
 
-@pytest.mark.parametrize("killed", [{1: 4}, {0: 4}, {0: 4, 1: 4}], ids=["one", "the writer", "all"])
+@pytest.mark.parametrize(
+    "killed",
+    [pytest.param({1: 4}, marks=pytest.mark.long), {0: 4}, pytest.param({0: 4, 1: 4}, marks=pytest.mark.long)],
+    ids=["one", "the writer", "all"],
+)
 def test_killed_and_resumed(tmp_path: Path, whole: Path, killed: dict[int, int]) -> None:
     config = full_config()
     codes, _ = on_processes(2, Rank(tmp_path / "cut", config, killed_at=killed))

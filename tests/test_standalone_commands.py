@@ -127,6 +127,7 @@ def test_sample_and_teacher_preview(place: Path, trained: Path, capsys: pytest.C
     assert Image.open(sheet).height > 3 * 64
 
 
+@pytest.mark.long
 def test_a_training_on_shards_is_the_one_on_the_folder(
     place: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,7 +180,9 @@ def test_inspect_dataset_takes_the_models_sizes(place: Path, capsys: pytest.Capt
     assert "2 in bucket 1024x1024" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(TORCHRUN, marks=pytest.mark.long), ACCELERATE], ids=["torchrun", "accelerate"]
+)
 def test_two_processes_make_the_same_run(place: Path, trained: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
     result = call(training(place, tmp_path, "--steps", 4, "--trigger", "sks", launcher=launcher))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

@@ -39,6 +39,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FEW_BLOCKS)
 def test_counted_at_the_real_width(name: str, counted: Path) -> None:
     """FLOPs by torch's counter within 5 %; peaks at most as planned, whose margin is larger for so few blocks."""

@@ -84,7 +84,7 @@ def gradient(comfyui: ComfyUI, model: Any, side: int, gap: float, folder: Path) 
         return torch.cat([value.flatten() for value in twins._gradients(run.adapters).values()])
 
 
-@pytest.mark.parametrize(("side", "gap"), [(768, 0.03), (256, 0.1), (256, 0.3)])
+@pytest.mark.parametrize(("side", "gap"), [pytest.param(768, 0.03, marks=pytest.mark.long), (256, 0.1), (256, 0.3)])
 @pytest.mark.parametrize("family", FILES)
 def test_gradients_are_those_of_fp32(
     comfyui: ComfyUI, load: Any, tmp_path: Path, family: str, side: int, gap: float
