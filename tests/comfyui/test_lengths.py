@@ -103,6 +103,7 @@ def test_a_row_of_a_jsonl_is_named_by_its_line(comfyui: ComfyUI) -> None:
     assert lengths._place(pair, pair.captions[0], folder / "rows.jsonl") == "rows.jsonl:2"
 
 
+@pytest.mark.long
 def test_a_thousand_long_captions_are_counted_and_not_listed(comfyui: ComfyUI) -> None:
     lengths = comfyui.module("nodes.comfy_host.lengths")
     captions = {f"n{number:02d}": f"{LONG} {number}" for number in range(lengths.MOST_NOTES)}
