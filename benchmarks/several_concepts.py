@@ -34,6 +34,7 @@ from dopsd_core.demo.settings import SAMPLE_STEPS, demo_config
 from dopsd_core.demo.world import IMAGE_SIZE, TRIGGER
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.files.atomic import write_atomic
+from dopsd_core.metrics.intervals import bootstrap
 from dopsd_core.rollout import sample
 from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model, with_lora
 from dopsd_core.standalone.judge import Judge, judged_right, load_judge
@@ -41,6 +42,7 @@ from dopsd_core.training.rng import make_generator
 from dopsd_core.training.trainer import train
 from dopsd_core.training.training_set import build_training_set
 
+_WITH_INTERVAL = ", with 95 % bootstrap intervals"
 PROMPTS, BATCH = 24, 24
 WITH_OTHERS = "with the others' captions"
 
@@ -181,11 +183,18 @@ def _done(
     return figures
 
 
+def _shown(values: Sequence[float]) -> str:
+    """The mean, and over several sets of concepts its bootstrap interval."""
+    found = bootstrap(values)
+    interval = f" [{found.low:.3g}, {found.high:.3g}]" if len(values) > 1 else ""
+    return f"{found.mean:.3g}{interval}"
+
+
 def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int, steps: int) -> Section:
-    """Mean of every figure over the seeds, with the largest cross-leakage."""
+    """Mean of every figure over the seeds with its interval, and the largest cross-leakage."""
     lines = []
     for name, runs in found.items():
-        cells = [f"{mean(getattr(run, figure) for run in runs):.3g}" for figure in Figures.__dataclass_fields__]
+        cells = [_shown([getattr(run, figure) for run in runs]) for figure in Figures.__dataclass_fields__]
         worst = max(run.cross_leak for run in runs)
         if name.startswith("1 "):
             cells[1], shown = "-", "-"
@@ -196,9 +205,9 @@ def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int, st
         "several-concepts", "Several concepts in one run", command, None,
         Table(("run", "concept error", "cross-leakage", "prior error", "leakage", "worst cross-leakage"), tuple(lines)),
         (
-            f"Mean over {seeds} sets of concepts, {PROMPTS} unseen prompts each; {steps} steps per concept. Cross-leak "
-            "is the share of another concept's attributes, where they differ, in images of a prompt with one trigger; "
-            "compare it with the untouched model's.",
+            f"Mean over {seeds} sets of concepts{_WITH_INTERVAL * (seeds > 1)}, {PROMPTS} unseen prompts each; {steps} "
+            "steps per concept. Cross-leakage is the share of another concept's attributes, where they differ, in images "
+            "of a prompt with one trigger; compare it with the untouched model's.",
         ),
     )  # fmt: skip
 
