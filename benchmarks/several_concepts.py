@@ -206,8 +206,8 @@ def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int, st
         Table(("run", "concept error", "cross-leakage", "prior error", "leakage", "worst cross-leakage"), tuple(lines)),
         (
             f"Mean over {seeds} sets of concepts{_WITH_INTERVAL * (seeds > 1)}, {PROMPTS} unseen prompts each; {steps} "
-            "steps per concept. Cross-leakage is the share of another concept's attributes, where they differ, in images "
-            "of a prompt with one trigger; compare it with the untouched model's.",
+            "steps per concept. Cross-leakage is the share of another concept's attributes, where they differ, in "
+            "images of a prompt with one trigger; compare it with the untouched model's.",
         ),
     )  # fmt: skip
 
