@@ -1,7 +1,7 @@
 # make demo      teach the demo model a concept it has never seen (a few minutes on a laptop CPU)
 # make test      ruff, pyright and pytest, as CI runs them; inside ComfyUI too where there is a checkout of it, and on a
 #                pretend CUDA device where there is a C++ compiler
-# make test-all        the same with every variant and every mode of that device, in twice the time; before a release
+# make test-all        the same with every variant and every mode of that device, in four times the time; before a release
 # make test-cuda       the part on the pretend device alone
 # make test-cuda-all   the same and then all tests inside ComfyUI in all its modes, for hours: the tables of docs/reliability.md
 # make browser   install chromium for the tests of the page (Debian and Ubuntu, as root)
@@ -34,11 +34,11 @@ demo: $(VENV)/.standalone
 # Side by side: each part keeps to one core.
 SIDE_BY_SIDE = $(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-test: lint comfyui cuda-device
-	$(SIDE_BY_SIDE) test-core test-comfyui $(filter $(addprefix test-cuda-,$(CUDA_OFTEN)),$(CUDA_PARTS))
+test: comfyui cuda-device
+	$(SIDE_BY_SIDE) lint test-core test-comfyui $(CUDA_OFTEN)
 
-test-all: lint comfyui cuda-device
-	$(SIDE_BY_SIDE) WHICH='-m "long or not long"' test-core test-comfyui test-cuda-parts
+test-all: comfyui cuda-device
+	$(SIDE_BY_SIDE) WHICH='-m "long or not long"' lint test-core test-comfyui test-cuda-parts
 
 test-core:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(WHICH)
@@ -53,18 +53,20 @@ $(COMFYUI_PARTS): test-comfyui-%:
 CUDA = PYTHONPATH=tests $(RUN) -m pretend_cuda
 # Without ComfyUI the core alone has a device; `make comfyui` has said so.
 CUDA_IN_COMFYUI = dynamic classic novram lowvram highvram dynamic-turing classic-turing
-# Each kind of VRAM management once, and fp16; the others as make test-cuda.
-CUDA_OFTEN = core dynamic novram dynamic-turing classic-turing
-CUDA_PARTS = $(addprefix test-cuda-,core $(if $(wildcard $(COMFYUI_PATH)/main.py),$(CUDA_IN_COMFYUI)))
+# Both kinds of VRAM management, one of them in fp16; the others as make test-cuda.
+CUDA_OFTEN_IN_COMFYUI = dynamic-central classic-turing
+cuda_parts = $(addprefix test-cuda-,core $(if $(wildcard $(COMFYUI_PATH)/main.py),$(1)))
+CUDA_PARTS = $(call cuda_parts,$(CUDA_IN_COMFYUI))
+CUDA_OFTEN = $(call cuda_parts,$(CUDA_OFTEN_IN_COMFYUI))
 
-.PHONY: $(CUDA_PARTS)
+.PHONY: $(CUDA_PARTS) $(CUDA_OFTEN)
 
 test-cuda: comfyui cuda-device
 	$(SIDE_BY_SIDE) test-cuda-parts
 
 test-cuda-parts: $(CUDA_PARTS)
 
-$(CUDA_PARTS): test-cuda-%:
+$(sort $(CUDA_PARTS) $(CUDA_OFTEN)): test-cuda-%:
 	$(CUDA) part $* -q
 
 cuda-device: $(VENV)/.dev

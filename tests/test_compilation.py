@@ -41,7 +41,11 @@ def gradients(backend: str, count: int, is_on: bool = True) -> list[torch.Tensor
 @pytest.mark.skipif(bool(obstacle(DEVICE)), reason="there is no compiler")
 @pytest.mark.parametrize(
     ("backend", "count"),
-    [("eager", 0), pytest.param("inductor", -1, marks=pytest.mark.long), ("eager", -2)],
+    [
+        ("eager", 0),
+        pytest.param("inductor", -1, marks=pytest.mark.long),
+        pytest.param("eager", -2, marks=pytest.mark.long),
+    ],
     ids=["only traced", "selective", "offloaded"],
 )
 def test_gradients_are_the_same_within_rounding(backend: str, count: int) -> None:

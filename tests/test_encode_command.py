@@ -123,6 +123,7 @@ def test_each_part_is_read_by_one_process(tmp_path: Path, size: int) -> None:
     assert sorted(parts) == list(range(5)) and shares[0] == -(-5 // size)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_kill_leaves_whole_shards_and_the_same_command_continues(place: Path, tmp_path: Path) -> None:
     words = [sys.executable, *ALONE, *encoding(place, tmp_path)]
@@ -342,6 +343,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(place: Path, capsys: pyt
     assert f"{file} could not be written: Not a directory" in error_of(encoding(place, file), capsys)
 
 
+@pytest.mark.long
 def test_processes_with_different_datasets_are_refused(place: Path, tmp_path: Path) -> None:
     """As on two machines whose folders differ: here by the rank in the path."""
     for rank in ("0", "1"):

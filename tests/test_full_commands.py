@@ -123,6 +123,7 @@ def test_file_and_folder_are_the_student(
     assert json.loads(facts["dopsd_config"])["adapter"] == {"name": "full", "saved_dtype": dtype}
 
 
+@pytest.mark.long
 def test_a_further_run_replaces_the_folder(place: Path, tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "old.txt").write_text("of an older run", encoding="utf-8")

@@ -89,6 +89,7 @@ def test_an_unbound_name_never_stands_alone_in_text() -> None:
         assert not any(name in NOT_BOUND for name, _, _ in rows(kind))
 
 
+@pytest.mark.long
 def test_an_image_shows_its_target_but_for_the_words(maker) -> None:
     drawn = maker.draw(400, 400, torch.Generator().manual_seed(3))
     wanted, seen = drawn.scenes.labels(), drawn.seen.labels()
@@ -116,6 +117,7 @@ def test_vision_rows_have_no_text(maker) -> None:
     assert drawn.text.shape == (0, 28) and drawn.lengths.dtype == torch.int64
 
 
+@pytest.mark.long
 def test_every_row_fits_the_tokens_of_the_fast_forward(maker) -> None:
     drawn = maker.draw(400, 200, torch.Generator().manual_seed(5))
     assert int(drawn.lengths[:200].max()) == 32 and int(drawn.lengths[200:].max()) == 28

@@ -31,6 +31,7 @@ def students(folder: Path) -> dict[str, Tensor]:
     return dict(load_sharded(checkpoint, weights, weights.parameters()).lora)
 
 
+@pytest.mark.long
 def test_two_processes_make_the_model_of_one(tmp_path: Path) -> None:
     model_folders.write_z_image(tmp_path / "model")
     model_folders.write_vision(tmp_path / "vision")

@@ -67,7 +67,7 @@ def largest_difference(ours: Checkpoint, theirs: Checkpoint) -> float:
     [
         pytest.param(2, {}, marks=pytest.mark.long),
         (4, {}),  # prior anchors and m of K: ranks whose batches differ in their forwards
-        (2, {"grad_steps": None, "states": "teacher"}),
+        pytest.param(2, {"grad_steps": None, "states": "teacher"}, marks=pytest.mark.long),
         pytest.param(2, {"teacher": "frozen", "anchor_probability": 0.5}, marks=pytest.mark.long),
         pytest.param(2, {"teacher": "same"}, marks=pytest.mark.long),
     ],
@@ -127,7 +127,9 @@ def test_a_network_in_bf16_keeps_its_masters_in_fp32(tmp_path: Path) -> None:
     assert any(not torch.equal(value, value.bfloat16().float()) for value in ours.lora.values())
 
 
-@pytest.mark.parametrize("objective", ["sft", "dreambooth", pytest.param("pso", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "objective", ["sft", *(pytest.param(name, marks=pytest.mark.long) for name in ("dreambooth", "pso"))]
+)
 def test_the_baselines_too(tmp_path: Path, objective: str) -> None:
     options = {
         "sft": {"sft_anchor_probability": 0.4},
@@ -144,6 +146,7 @@ def test_the_baselines_too(tmp_path: Path, objective: str) -> None:
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_resumes_on_any_number_of_processes(tmp_path: Path, whole: Path) -> None:
     config = full_config()
     for size, stop in ((1, 1), (2, 2), (1, 4), (4, STEPS)):

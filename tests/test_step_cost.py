@@ -35,6 +35,7 @@ def test_the_authors_loop_and_ours_make_the_same_step(bench: Bench) -> None:
     assert not torch.allclose(ours, one, rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 def test_one_of_the_steps_costs_less_and_the_gap_begins_at_1(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_cost, "_counted_steps", lambda setting: 1 + 2 * (setting.variant == "one"))
     found: dict[str, Any] = {}
@@ -97,8 +98,12 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
 
 def test_the_rate_that_needs_the_fewest_steps_is_taken_and_the_authors_loop_has_ours(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path / "journal.jsonl")
-    for variant, steps in (("ours", (40, 20, 20)), ("one", (300, 300, 90))):
-        for rate, count in zip((1e-3, 2e-3, 4e-3), steps, strict=True):
-            setting = Setting(variant, 4, 1, 0, rate, step_cost.DEVELOPMENT)
-            journal.append({**row(variant, 0, steps=count, reached=count < 300), "setting": vars(setting)})
-    assert tuned(4, 1, (4e-3, 1e-3, 2e-3), journal) == {"ours": 2e-3, "authors": 2e-3, "one": 4e-3}
+    needed = {"ours": ((40, 20, 20), (30, 20, 20)), "one": ((70, 40, 90), (80, 300, 60))}
+    for variant, by_concept in needed.items():
+        for number, steps in enumerate(by_concept):
+            for rate, count in zip((1e-3, 2e-3, 4e-3), steps, strict=True):
+                setting = Setting(variant, 4, 1, 0, rate, step_cost.DEVELOPMENT + number)
+                journal.append({**row(variant, 0, steps=count, reached=count < 300), "setting": vars(setting)})
+    rates = (4e-3, 1e-3, 2e-3)
+    assert tuned(4, 1, rates, 1, journal) == {"ours": 2e-3, "authors": 2e-3, "one": 2e-3}
+    assert tuned(4, 1, rates, 2, journal) == {"ours": 2e-3, "authors": 2e-3, "one": 1e-3}

@@ -50,7 +50,18 @@ FORMS: Mapping[str, Form] = {
 }
 CENTRAL = ("bf16", "fp8", "int8 convrot", "klein", "klein fp8")
 """Those that differ most; the modes of less use are run with these alone (`-m central`)."""
-EVERY_FORM = [pytest.param(form, marks=[pytest.mark.central] if form in CENTRAL else []) for form in FORMS]
+OFTEN = (*CENTRAL, "krea 2 fp8")
+
+
+def variants(forms: Iterable[str]) -> list[Any]:
+    """Parameters of a test: the central ones, one of Krea 2, and the others where `make test-all` asks for them."""
+    marks = {
+        form: [pytest.mark.central] if form in CENTRAL else [pytest.mark.long] * (form not in OFTEN) for form in forms
+    }
+    return [pytest.param(form, marks=found) for form, found in marks.items()]
+
+
+EVERY_FORM = variants(FORMS)
 
 SETTINGS = {
     "preset": "standard",  # all rollout steps, so that losses compare

@@ -21,6 +21,8 @@ from torch import Tensor
 
 K, BLOCKS = 4, 2
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def models(comfyui: ComfyUI) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from bases import (
     same,
     train,
     unload,
+    variants,
     weights,
 )
 from gradient import SELECTIVE
@@ -64,7 +65,7 @@ def dense(model: Any) -> Any:
 # -- quantised --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", NARROW)
+@pytest.mark.parametrize("form", variants(NARROW))
 def test_a_training_on_it_is_one_on_the_same_weights_in_fp32(comfyui: ComfyUI, load: Load, form: str) -> None:
     """It learns the same and leaves the MODEL as it was, bit for bit.
 
@@ -109,7 +110,7 @@ def test_another_form_is_another_run(comfyui: ComfyUI, load: Load) -> None:
     assert len(set(digests.values())) == len(digests)
 
 
-@pytest.mark.parametrize("form", NARROW)
+@pytest.mark.parametrize("form", variants(NARROW))
 def test_selective_checkpointing_on_it_changes_no_bit(comfyui: ComfyUI, load: Load, form: str) -> None:
     model = load(form)
     assert equal(gradients(comfyui, model, SELECTIVE), gradients(comfyui, model))
@@ -119,7 +120,7 @@ def test_selective_checkpointing_on_it_changes_no_bit(comfyui: ComfyUI, load: Lo
 
 
 @pytest.mark.usefixtures("classic")
-@pytest.mark.parametrize("form", ["fp32", "bf16", "fp8", "int8", "klein", "krea 2"])
+@pytest.mark.parametrize("form", variants(["fp32", "bf16", "fp8", "int8", "klein", "krea 2"]))
 def test_gradients_with_half_of_the_weights_in_ram_are_the_same(
     comfyui: ComfyUI, load: Load, half_in_ram: HalfInRam, form: str
 ) -> None:

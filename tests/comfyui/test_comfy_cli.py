@@ -156,6 +156,7 @@ def registry_install(comfy, tmp_path):
     return base
 
 
+@pytest.mark.long
 def test_the_registrys_archive_is_whole(registry_install, start_server):
     """Committed files alone, under another folder name: nodes, demo weights, templates and pages are all there."""
     pack = registry_install / "custom_nodes" / "dopsd"

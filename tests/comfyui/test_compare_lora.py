@@ -195,6 +195,7 @@ def test_half_a_lora_is_one_sentence(comfyui) -> None:
     assert run.status == "error" and run.error.startswith("ComfyUI cannot apply this LoRA"), run.error
 
 
+@pytest.mark.long
 def test_a_damaged_file_is_named(comfyui) -> None:
     path = comfyui.base / "models" / "loras" / "damaged.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)

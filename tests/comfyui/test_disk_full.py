@@ -52,6 +52,7 @@ def test_a_run_without_room_is_refused_before_the_model_is_loaded(
     assert not list((comfyui.output / "dopsd").glob("no_room-*"))
 
 
+@pytest.mark.long
 def test_previews_are_counted_with_the_vae_alone(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     check = comfyui.module("nodes.comfy_host.training").check_run
@@ -82,6 +83,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_lora(comfyui: ComfyUI, full: 
     assert again.status == "success" and Path(again.value("train", 2)) == path.parent
 
 
+@pytest.mark.long
 def test_a_preview_that_does_not_fit_is_no_half_file(comfyui: ComfyUI, full: Callable[[str], None]) -> None:
     def on_event(event: Any) -> None:
         if event.kind == "progress" and event.data["node"] == "train" and event.data["value"] == 1:

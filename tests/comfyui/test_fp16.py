@@ -160,7 +160,7 @@ def rows(run: Run) -> list[dict]:
     return [json.loads(line) for line in (Path(run.value("train", 2)) / "train.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", FILES)
+@pytest.mark.parametrize("family", ["z_image", pytest.param("flux2_klein", marks=pytest.mark.long)])
 def test_a_training_goes_where_it_goes_in_fp32(comfyui: ComfyUI, load: Any, family: str) -> None:
     plain = train(comfyui, load(FILES[family], "fp32"), f"fp32-{family}")
     half = train(comfyui, load(FILES[family], "fp16"), f"fp16-{family}")
@@ -171,6 +171,7 @@ def test_a_training_goes_where_it_goes_in_fp32(comfyui: ComfyUI, load: Any, fami
     assert steps[-1]["relative_gap"] == pytest.approx(rows(plain)[-1]["relative_gap"], rel=0.05)
 
 
+@pytest.mark.long
 def test_it_is_resumed_bit_identically(comfyui: ComfyUI, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfyui.core("training.loss_scale"), "GROWTH_INTERVAL", 2)
     monkeypatch.setattr(comfyui.core("training.loss_scale"), "INITIAL", 2.0**23)  # overflows

@@ -77,7 +77,9 @@ def dense(comfyui: ComfyUI, model: Any) -> Any:
     return comfy.model_patcher.ModelPatcher(plain, model.load_device, model.offload_device)
 
 
-@pytest.mark.parametrize("form", ROUNDED)
+@pytest.mark.parametrize(
+    "form", [form if form in ("Q4_0", "F16") else pytest.param(form, marks=pytest.mark.long) for form in ROUNDED]
+)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradients_are_those_of_the_dequantised_weights(comfyui: ComfyUI, load: Any, network: str, form: str) -> None:
     model = load(network, form)
@@ -125,7 +127,7 @@ def test_gradients_on_a_patched_base(comfyui: ComfyUI, load: Any) -> None:
 @pytest.mark.parametrize(
     "form", [pytest.param("Q8_0", marks=pytest.mark.long), "Q4_0", pytest.param("BF16", marks=pytest.mark.long)]
 )
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["z_image_turbo", pytest.param("flux-2-klein-4b", marks=pytest.mark.long)])
 def test_a_whole_training(comfyui: ComfyUI, load: Any, network: str, form: str) -> None:
     """The shipped workflow with UnetLoaderGGUF for its loader; the MODEL draws the same afterwards."""
     file, template = written(comfyui, network, form), NETWORKS[network][2]
@@ -172,6 +174,7 @@ def test_a_base_without_a_name_is_trained_and_the_node_and_the_header_say_so(com
     assert (facts["dopsd_base_model"], facts["dopsd_base_model_note"]) == ("", note)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["lumina2", "flux2"])
 def test_conditions_of_a_gguf_text_encoder(comfyui: ComfyUI, kind: str) -> None:
     """CLIPLoaderGGUF's Qwen3-4B gives the features of the same weights out of the plain file, the teacher's too."""

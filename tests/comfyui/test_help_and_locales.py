@@ -153,6 +153,7 @@ def show_help(page: Any, node: str) -> str:
     return panel.inner_text()
 
 
+@pytest.mark.long
 @pytest.mark.browser
 def test_help_in_english(open_page):
     page = open_page({"Comfy.VueNodes.Enabled": True, "Comfy.Locale": "en"})
@@ -178,6 +179,7 @@ def test_the_page_in_chinese(open_page):
     assert title == chinese["display_name"]
 
 
+@pytest.mark.long
 @pytest.mark.browser
 @pytest.mark.parametrize("vue", [True, pytest.param(False, marks=pytest.mark.long)], ids=["nodes2", "classic"])
 def test_colours(open_page, vue):

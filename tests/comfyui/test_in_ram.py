@@ -14,7 +14,7 @@ import bases
 import pytest
 import torch
 import toy
-from bases import drawn, left_in_ram, same, unload
+from bases import drawn, left_in_ram, same, unload, variants
 from gradient import SELECTIVE, difference, equal, features, gradients, held
 from inprocess import ComfyUI
 from torch import Tensor
@@ -69,7 +69,7 @@ def teachers_look(comfyui: ComfyUI, model: Any) -> Callable[[Any, Tensor], None]
 @pytest.mark.parametrize(
     "share", [pytest.param(1.0, marks=pytest.mark.long), pytest.param(0.8, marks=pytest.mark.long), 0.3]
 )
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", variants(FORMS))
 def test_gradients_are_those_of_a_model_that_is_loaded_whole(
     comfyui: ComfyUI, load: Any, leave_in_ram: Any, form: str, share: float
 ) -> None:

@@ -122,6 +122,7 @@ def state(model: Any) -> dict[str, Any]:
     return {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
 
 
+@pytest.mark.long
 def test_other_images_and_other_words(comfyui: ComfyUI, models: dict[str, Any], graph: Any) -> None:
     own = pairs_of(comfyui.execute(graph("klein", {})))
     shown = {"teacher_image": "other", "teacher_sentence": "Paint the same badge."}

@@ -98,7 +98,9 @@ def test_velocity(comfyui: ComfyUI, model: Any, network: Any, inputs: Inputs, si
 @pytest.mark.parametrize(
     "num_checkpointed", [0, 4 + BLOCKS - 1, 4 + BLOCKS, SELECTIVE], ids=["none", "some", "all", "selective"]
 )
-@pytest.mark.parametrize("fusion", [False, True], ids=["blocks", "text fusion too"])
+@pytest.mark.parametrize(
+    "fusion", [pytest.param(False, marks=pytest.mark.long), True], ids=["blocks", "text fusion too"]
+)
 def test_gradients_of_a_lora(
     comfyui: ComfyUI, model: Any, network: Any, inputs: Inputs, num_checkpointed: int, fusion: bool
 ) -> None:

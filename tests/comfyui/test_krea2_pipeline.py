@@ -133,7 +133,7 @@ def test_latents_of_images(comfyui: ComfyUI, ours: dict[str, Any], encoder: Any)
         assert twins.relative(got, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("sampler", ["euler", "template"])
+@pytest.mark.parametrize("sampler", ["template", pytest.param("euler", marks=pytest.mark.long)])
 def test_images(comfyui: ComfyUI, ours: dict[str, Any], sampler: str) -> None:
     graph: dict[str, Any] = {
         "given": give_values(comfyui, ("MODEL", "CLIP", "VAE"), [ours["model"], ours["clip"], ours["vae"]]),

@@ -25,6 +25,8 @@ LORA_OF = {
     "klein_edit_sample": "klein_edit_train",
 }
 """A workflow that needs a LoRA, and the one that trains it."""
+OFTEN = ("quickstart", "z_image_turbo_train", "z_image_turbo_sample")
+"""Those that run without `make test-all` too."""
 VERY_SHORT = {"steps": 2, "rollout_steps": 2, "probe_every": 2, "preview_every": 0}
 
 Runner = Callable[[str], Run]
@@ -89,7 +91,7 @@ def test_the_pages_form_gives_the_same_graph(comfyui: ComfyUI, name: str) -> Non
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in OFTEN)) for name in NAMES])
 def test_runs(run: Runner, name: str) -> None:
     if name in LORA_OF:
         assert run(LORA_OF[name]).status == "success"

@@ -317,6 +317,7 @@ def test_the_adapters_stay_where_they_are_when_comfyui_loads_again(comfyui: Comf
     assert comfyui.call(look) == (True, True)
 
 
+@pytest.mark.long
 def test_a_training_on_a_bypass_lora_learns_on_top_of_it(comfyui: ComfyUI) -> None:
     """The MODEL draws the same before and after."""
     graph = training("bypass", steps=2, preview_every=1)

@@ -94,6 +94,7 @@ def test_base_output_is_the_same_to_the_bit(server: Server) -> None:
     assert drawn_pixels(server) == before
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_from_run_to_run(server: Server) -> None:
     def trained(seed: int) -> int:
         run = server.run(training("live-memory", seed=seed, steps=2, preview_every=2))

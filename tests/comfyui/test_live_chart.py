@@ -21,6 +21,7 @@ def has_curve(image: Image.Image) -> bool:
     return sum(n for n, colour in found if all(abs(a - b) < 40 for a, b in zip(colour, TRAINED, strict=True))) > 20
 
 
+@pytest.mark.long
 def test_previews_have_the_chart_below_and_files_do_not(comfyui: ComfyUI, artefacts: Path) -> None:
     run = comfyui.execute(training("chart"))
     assert run.status == "success", run.error
@@ -32,6 +33,7 @@ def test_previews_have_the_chart_below_and_files_do_not(comfyui: ComfyUI, artefa
     assert not has_curve(wanted)
 
 
+@pytest.mark.long
 def test_without_previews_each_measurement_has_a_chart(comfyui: ComfyUI) -> None:
     run = comfyui.execute(training("chart-alone", preview_every=0, probe_every=2))
     shown = run.previews("train")

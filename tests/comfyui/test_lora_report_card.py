@@ -84,6 +84,7 @@ def test_retention_is_that_of_the_stock_nodes_images(comfyui, tensors, artefacts
     assert bar["value"] == bar["max"] == 4 * 6 + 4 * (5 + 1 + 1)
 
 
+@pytest.mark.long
 def test_the_gap_is_one_before_training(comfyui, tensors) -> None:
     nothing = {key: torch.zeros_like(value) if ".lora_B." in key else value for key, value in tensors.items()}
     gap = report_of(comfyui.execute(graph(comfyui, nothing, conditions=True, strengths="1")))["measures"]["teacher_gap"]
@@ -105,6 +106,7 @@ def test_a_trained_lora_closes_the_gap(comfyui) -> None:
     assert not set(gap["prompts"]) & trained
 
 
+@pytest.mark.long
 def test_the_model_is_as_it_was(comfyui, tensors) -> None:
     run = comfyui.execute(graph(comfyui, tensors, conditions=True, strengths="1, -2"))
     report_of(run)

@@ -126,7 +126,7 @@ COUNTED = {
 SHARES = {"none checkpointed": 0, "some": 0.4, "all": 1, "selectively": 1}
 
 
-@pytest.mark.parametrize("how", SHARES)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.long] * (how == "some")) for how in SHARES])
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_estimate_is_what_is_counted(comfyui: ComfyUI, name: str, how: str) -> None:
     """A dry run at the real widths: tensors without contents, counted op by op."""
@@ -491,7 +491,11 @@ def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, comfyui: ComfyUI, call: in
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("MPS: out of memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        pytest.param(RuntimeError("MPS: out of memory"), marks=pytest.mark.long),
+    ],
 )
 def test_out_of_memory_says_what_to_do_and_keeps_the_run(
     comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -118,6 +118,7 @@ def test_a_condition_cache_that_cannot_be_written_is_named_on_both_nodes_and_in_
     assert once(line, "\n".join(report_of(comfyui, "uncached")["notes"]))
 
 
+@pytest.mark.long
 def test_preview_sheets_that_are_not_in_the_output_are_named(comfyui: ComfyUI) -> None:
     """One that an earlier release left torn, and one of another size, as of a run with fewer prompts."""
     settings = {"preview_every": 1, "probe_every": 0}

@@ -6,6 +6,7 @@ import io
 import json
 from typing import Any
 
+import pytest
 from browser import ComfyPage
 from graphs import LEGACY, SHORT, node_of, shipped
 from inprocess import PACK
@@ -77,6 +78,7 @@ def test_the_teacher_is_looked_at_alone(page: ComfyPage) -> None:
     assert ran - {"DOPSD_LoadDataset"} == {"DOPSD_TeacherPreview"}  # the dataset may come from the cache
 
 
+@pytest.mark.long
 def test_cancel_from_the_page_and_run_again(page: ComfyPage) -> None:
     page.load_api(shipped("quickstart"))
     page.set_widget("DOPSD_TrainLoRA", "run_name", "from_the_page")

@@ -66,6 +66,8 @@ ELSEWHERE = {
     "conditions": "a link to what is changed here",
     "settings": "test_training_settings.py",
 }
+OFTEN = ("learning_rate", "loss", "preset", "resolution", "run_name", "seed", "steps", "teacher")
+"""Those that are tried without `make test-all` too."""
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,9 @@ def test_the_table_has_a_row_for_each_input_of_the_nodes(comfyui: ComfyUI) -> No
     assert rows == inputs == INPUTS.keys() | OWN | ELSEWHERE.keys()
 
 
-@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name not in OFTEN)) for name in INPUTS]
+)
 def test_a_change_of_an_input_alone(comfyui: ComfyUI, taken: Callable[..., str], usual: str, name: str) -> None:
     (counts,) = [row.counts for row in comfyui.module("nodes.comfy_host.identity").TABLE["run"] if row.what == name]
     changed = graph(**{"run_name": f"with {name}", name: INPUTS[name][1]})
@@ -182,6 +186,7 @@ def test_the_lora_that_it_starts_from_counts(comfyui: ComfyUI, taken: Any, usual
     assert len(found) == 2 and usual not in found
 
 
+@pytest.mark.long
 def test_regularisation_images_and_their_captions_count(comfyui: ComfyUI, taken: Any, usual: str) -> None:
     import torch
     from loras import give_values
@@ -210,6 +215,7 @@ def test_connected_images_and_texts_count(comfyui: ComfyUI, taken: Any) -> None:
     assert len(set(found)) == 3 and found[0] == found[3]
 
 
+@pytest.mark.long
 def test_another_preview_prompt_resumes_and_measures_against_its_own_start(comfyui: ComfyUI, folders: None) -> None:
     """The gap of the unseen prompt is what it would be if the run were begun with it."""
 
@@ -228,6 +234,7 @@ def test_another_preview_prompt_resumes_and_measures_against_its_own_start(comfy
     assert all((resumed.value("train")[key] == value).all() for key, value in whole.value("train").items())
 
 
+@pytest.mark.long
 def test_a_run_whose_warmup_was_cut_to_its_steps_resumes_with_more_steps(comfyui: ComfyUI, folders: None) -> None:
     """The warm-up that a run really has is in its folder's name, and becomes longer with its steps."""
 

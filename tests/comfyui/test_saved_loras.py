@@ -185,6 +185,7 @@ def test_a_plateau_ends_the_run_and_the_report_says_why(comfyui: ComfyUI, monkey
         )
 
 
+@pytest.mark.long
 def test_a_lora_put_in_the_place_of_the_runs_is_not_given_out(
     comfyui: ComfyUI, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,6 +49,7 @@ def trained(comfyui: ComfyUI, folder: Path) -> Run:
     return run
 
 
+@pytest.mark.long
 def test_an_image_counts_whichever_resolution_it_reaches(comfyui: ComfyUI) -> None:
     folder = comfyui.input / "sizes"
     for shade, (kind, trigger, side) in enumerate((("dog", "ohwx", 96), ("cat", "sks", 64))):
@@ -125,6 +126,7 @@ def test_mistakes_are_one_sentence(
     assert sentence in comfyui.execute(nodes).error
 
 
+@pytest.mark.long
 def test_a_placeholder_in_compare_lora_is_refused(comfyui: ComfyUI, trained: Run, folder: Path) -> None:
     nodes = graph("several", {"resolutions": "48, 64:3"})
     inputs = {"prompts": "a [V] in snow", "strengths": "1", "seed": 0, "steps": 0, "width": 64, "height": 64}

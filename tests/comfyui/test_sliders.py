@@ -71,6 +71,7 @@ def test_a_slider_whose_words_the_objective_ignores_is_refused(comfyui: ComfyUI,
     assert "has the arrow →: write one ->" in refused.error
 
 
+@pytest.mark.long
 def test_a_preset_that_does_not_fit_the_dataset_is_noted(comfyui: ComfyUI, folder: None) -> None:
     run = comfyui.execute(slider("edit preset", "badge -> red badge", preset="edit", rank=2, batch_size=1))
     assert run.status == "success", run.error

@@ -131,7 +131,7 @@ def test_conditions_of_an_8_bit_text_encoder(comfyui: ComfyUI, train: Callable[[
         assert 1e-3 < (rounded - plain).norm() / plain.norm() < 0.3  # 28 layers of random weights, 3 % each
 
 
-@pytest.mark.parametrize("name", LOOKS)
+@pytest.mark.parametrize("name", [*LOOKS[:-1], pytest.param(LOOKS[-1], marks=pytest.mark.long)])
 def test_looks(comfyui: ComfyUI, train: Callable[[str], Run], name: str) -> None:
     assert train("z_image_turbo_train").status == "success"
     run = comfyui.execute(shrunk(shipped(name)), keep_cache=True)

@@ -96,7 +96,7 @@ def read_by_transformers(models: Any, family: str, image: Tensor, text: str, lea
         (512, 512, "badge, top, " * 300),  # 400 tokens too many
     ],
 )
-@pytest.mark.parametrize("family", ["z_image", "klein"])
+@pytest.mark.parametrize("family", ["z_image", pytest.param("klein", marks=pytest.mark.long)])
 def test_features_are_transformers(vision, models, family, height, width, words):
     models, image = models(family), seeded(3, height, width)
     expected = read_by_transformers(models, family, image, words, 512 if family == "klein" else 1)

@@ -92,7 +92,9 @@ def lora_file(comfyui: ComfyUI) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", ON_DEMO)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "z_image_turbo_train")) for name in ON_DEMO]
+)
 def test_runs(comfyui: ComfyUI, name: str, lora_file: Path) -> None:
     graph = on_the_demo_model(shipped(name))
     if name in (*Z_IMAGE[:2], "report_card"):

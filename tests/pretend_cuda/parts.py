@@ -1,4 +1,5 @@
-"""What `make test-cuda` runs: a few strong tests in every mode, the broad ones in the two that users have.
+"""What `make test-cuda` runs: a few strong tests in every mode, the broad ones in the two that users have. `make test`
+runs the core's, and the few strong ones in two modes.
 
     python -m pretend_cuda part dynamic
 
@@ -46,6 +47,7 @@ _CENTRAL = ("-m", "central", "tests/comfyui/on_cuda")
 
 PARTS = {
     "core": Part("core", "8.9", ("tests/on_cuda", *_files("tests", CORE), "--deselect", _FUSED_ATTENTION)),
+    "dynamic-central": Part("dynamic", "8.9", _CENTRAL),
     "dynamic": Part("dynamic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, *DYNAMIC)))),
     "classic": Part("classic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "klein_nodes")))),
     "novram": Part("novram", "8.9", _CENTRAL),
