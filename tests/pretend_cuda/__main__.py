@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pretend_cuda import build
 from pretend_cuda.modes import CAPABILITIES, MODES
-from pretend_cuda.parts import PARTS, Part
+from pretend_cuda.parts import OFTEN, PARTS, Part
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,9 +47,10 @@ def parsed() -> tuple[Part, str]:
     chosen, arguments = parser.parse_known_args()
     if chosen.mode != "part":
         return Part(chosen.mode, chosen.capability, tuple(arguments)), chosen.memory
-    if not arguments or arguments[0] not in PARTS:
-        parser.error(f"a part is one of {', '.join(PARTS)}")
-    part = PARTS[arguments[0]]
+    parts = PARTS | OFTEN
+    if not arguments or arguments[0] not in parts:
+        parser.error(f"a part is one of {', '.join(parts)}")
+    part = parts[arguments[0]]
     return Part(part.mode, part.capability, (*part.arguments, *arguments[1:])), chosen.memory
 
 

@@ -47,7 +47,6 @@ _CENTRAL = ("-m", "central", "tests/comfyui/on_cuda")
 
 PARTS = {
     "core": Part("core", "8.9", ("tests/on_cuda", *_files("tests", CORE), "--deselect", _FUSED_ATTENTION)),
-    "dynamic-central": Part("dynamic", "8.9", _CENTRAL),
     "dynamic": Part("dynamic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, *DYNAMIC)))),
     "classic": Part("classic", "8.9", ("tests/comfyui/on_cuda", *_files("tests/comfyui", (*NODES, "klein_nodes")))),
     "novram": Part("novram", "8.9", _CENTRAL),
@@ -56,3 +55,5 @@ PARTS = {
     "dynamic-turing": Part("dynamic", "7.5", _CENTRAL),
     "classic-turing": Part("classic", "7.5", _CENTRAL),
 }
+OFTEN = {"dynamic-central": Part("dynamic", "8.9", _CENTRAL)}
+"""For `make test` alone: a part of `dynamic`."""
