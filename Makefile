@@ -34,10 +34,10 @@ demo: $(VENV)/.standalone
 # Side by side: each part keeps to one core.
 SIDE_BY_SIDE = $(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-test: comfyui cuda-device
+test: comfyui
 	$(SIDE_BY_SIDE) lint test-core test-comfyui $(CUDA_OFTEN)
 
-test-all: comfyui cuda-device
+test-all: comfyui
 	$(SIDE_BY_SIDE) WHICH='-m "long or not long"' lint test-core test-comfyui test-cuda-parts
 
 test-core:
@@ -53,20 +53,20 @@ $(COMFYUI_PARTS): test-comfyui-%:
 CUDA = PYTHONPATH=tests $(RUN) -m pretend_cuda
 # Without ComfyUI the core alone has a device; `make comfyui` has said so.
 CUDA_IN_COMFYUI = dynamic classic novram lowvram highvram dynamic-turing classic-turing
-# Both kinds of VRAM management, one of them in fp16; the others as make test-cuda.
-CUDA_OFTEN_IN_COMFYUI = dynamic-central classic-turing
+# The default of NVIDIA cards; the others as make test-cuda.
+CUDA_OFTEN_IN_COMFYUI = dynamic-central
 cuda_parts = $(addprefix test-cuda-,core $(if $(wildcard $(COMFYUI_PATH)/main.py),$(1)))
 CUDA_PARTS = $(call cuda_parts,$(CUDA_IN_COMFYUI))
 CUDA_OFTEN = $(call cuda_parts,$(CUDA_OFTEN_IN_COMFYUI))
 
 .PHONY: $(CUDA_PARTS) $(CUDA_OFTEN)
 
-test-cuda: comfyui cuda-device
+test-cuda: comfyui
 	$(SIDE_BY_SIDE) test-cuda-parts
 
 test-cuda-parts: $(CUDA_PARTS)
 
-$(sort $(CUDA_PARTS) $(CUDA_OFTEN)): test-cuda-%:
+$(sort $(CUDA_PARTS) $(CUDA_OFTEN)): test-cuda-%: cuda-device
 	$(CUDA) part $* -q
 
 cuda-device: $(VENV)/.dev

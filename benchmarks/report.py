@@ -63,6 +63,7 @@ Written by `python -m benchmarks.reliability render` from reliability.json; ever
             "full-weights",
             "quickstart",
             "step-cost",
+            "step-cost-4",
             "learning-curves",
             "learning-curves-differences",
         ),

@@ -276,7 +276,11 @@ def section(rows: Sequence[Mapping[str, Any]], command: str) -> Section:
         f"steps to gap {LEVEL:g}",
         "seconds to it",
     )
-    return Section("step-cost", "Cost of learning", command, None, Table(columns, tuple(cells)), notes)
+    only = "" if len({k for k, _ in groups}) > 1 else f"{next(iter(groups))[0]}"
+    key, title = (
+        ("step-cost", "Cost of learning") if not only else (f"step-cost-{only}", f"Cost of learning, K = {only}")
+    )
+    return Section(key, title, command, None, Table(columns, tuple(cells)), notes)
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]] | None) -> tuple[str, ...]:

@@ -350,7 +350,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="counts the calls of POSIX file functions")
-@pytest.mark.parametrize("number", [7, 12, 17])
+@pytest.mark.parametrize("number", [7, *(pytest.param(number, marks=pytest.mark.long) for number in (12, 17))])
 def test_a_killed_run_resumes(tmp_path: Path, number: int) -> None:
     train(killable_config(8, "full"), TinyDenoiser(), killable_data(), tmp_path / "whole")
     child = forking().Process(target=run_until_call, args=(str(tmp_path / "cut"), 8, "fsync", number, "full"))

@@ -130,6 +130,7 @@ def test_clip_is_the_raw_cosine_of_the_library(tmp_path) -> None:
 # -- FID ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_fid_is_the_closed_form_on_the_librarys_features(tmp_path) -> None:
     need("torchmetrics", "torch_fidelity")
     from torchmetrics.image.fid import NoTrainInceptionV3

@@ -65,8 +65,10 @@ def largest_difference(ours: Checkpoint, theirs: Checkpoint) -> float:
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        pytest.param(2, {}, marks=pytest.mark.long),
-        (4, {}),  # prior anchors and m of K: ranks whose batches differ in their forwards
+        (2, {}),
+        pytest.param(
+            4, {}, marks=pytest.mark.long
+        ),  # prior anchors and m of K: ranks whose batches differ in their forwards
         pytest.param(2, {"grad_steps": None, "states": "teacher"}, marks=pytest.mark.long),
         pytest.param(2, {"teacher": "frozen", "anchor_probability": 0.5}, marks=pytest.mark.long),
         pytest.param(2, {"teacher": "same"}, marks=pytest.mark.long),
@@ -117,6 +119,7 @@ def untouched() -> dict[str, Tensor]:
     return dict(NetDenoiser().network().named_parameters())
 
 
+@pytest.mark.long
 def test_a_network_in_bf16_keeps_its_masters_in_fp32(tmp_path: Path) -> None:
     config = full_config()
     run(tmp_path / "one", config, dtype="bfloat16")
@@ -172,6 +175,7 @@ def test_killed_and_resumed(tmp_path: Path, whole: Path, killed: dict[int, int])
     assert largest_difference(whole_checkpoint(tmp_path / "cut", config), whole_checkpoint(whole, config)) < 1e-3
 
 
+@pytest.mark.long
 def test_a_damaged_shard_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
     config = full_config()
     sharded(tmp_path, config)

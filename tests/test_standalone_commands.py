@@ -181,7 +181,7 @@ def test_inspect_dataset_takes_the_models_sizes(place: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "launcher", [pytest.param(TORCHRUN, marks=pytest.mark.long), ACCELERATE], ids=["torchrun", "accelerate"]
+    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.long)], ids=["torchrun", "accelerate"]
 )
 def test_two_processes_make_the_same_run(place: Path, trained: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
     result = call(training(place, tmp_path, "--steps", 4, "--trigger", "sks", launcher=launcher))

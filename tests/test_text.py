@@ -60,6 +60,7 @@ def test_reports_of_names_that_are_no_text(tmp_path: Path) -> None:
         assert "d\\xe9sert" in text
 
 
+@pytest.mark.long
 def test_the_command_line_on_a_console_that_is_not_utf8(tmp_path: Path) -> None:
     def inspect(encoding: str, *more: str) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "dopsd_core", "inspect-dataset", str(tmp_path), "--resolution", "128", *more]

@@ -26,6 +26,8 @@ DOUBLE, SINGLE = 2, 2
 SENTENCE = "Keep to the reference image."
 EDITS_STEPS, EDITS_SENTENCE = 4, "The last reference image is what is wanted."
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def models(comfyui: ComfyUI) -> dict[str, Any]:
@@ -119,19 +121,17 @@ def edits(comfyui: ComfyUI, models: dict[str, Any]) -> tuple[Any, authors.Traine
     return data, ours, authors.their_training(comfyui, models["model"], pipe.transformer, pairs, data, EDITS_STEPS)
 
 
-@pytest.mark.long
 def test_losses_and_gradient_norms_of_an_edit(edits: Any) -> None:
     _, ours, theirs = edits
     authors.assert_same_curves(ours, theirs)
 
 
-@pytest.mark.long
 def test_weights_of_an_edit_lora(edits: Any) -> None:
     _, ours, theirs = edits
     authors.assert_same_weights(ours, theirs, parts=12 * DOUBLE + 2 * SINGLE)
 
 
-@pytest.mark.parametrize("kind", ["trained", pytest.param("edits", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["trained", "edits"])
 def test_the_references_and_the_sentence_are_seen(kind: str, request: pytest.FixtureRequest) -> None:
     """What the equalities above are about: student and teacher differ by more than those allow."""
     data, _, theirs = request.getfixturevalue(kind)

@@ -80,7 +80,7 @@ def write_vision(folder: Path, spec: Any, state: dict[str, torch.Tensor]) -> Pat
     return file
 
 
-@pytest.fixture(scope="module", params=["z_image", "klein"])
+@pytest.fixture(scope="module", params=["z_image", pytest.param("klein", marks=pytest.mark.long)])
 def hosts(request: pytest.FixtureRequest, comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One model twice: `.encoder`, `.denoiser` of the nodes, and `.model` of the standalone host."""
     return comfyui.call(make_hosts, comfyui, request.param, tmp_path_factory.mktemp(request.param))

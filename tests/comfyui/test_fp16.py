@@ -185,6 +185,7 @@ def test_it_is_resumed_bit_identically(comfyui: ComfyUI, load: Any, monkeypatch:
     assert scales[0][1] > 0 and scales[2][0] < scales[3][0], "it overflowed, and grew again"
 
 
+@pytest.mark.long
 def test_a_network_that_overflows_in_fp16_is_one_sentence(
     comfyui: ComfyUI, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,10 @@ QUANTISED = {
     "int8 convrot": "z_image_turbo_int8_convrot",
     "klein fp8": "flux-2-klein-4b-fp8",
 }
+KINDS = [
+    pytest.param(kind, marks=[pytest.mark.long] * (kind not in ("MODEL", "klein", "fp8")))
+    for kind in ("MODEL", "klein", *QUANTISED)
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,7 @@ def changed(tensor: Tensor) -> Tensor:
     return other
 
 
-@pytest.mark.parametrize("kind", ["MODEL", "klein", *QUANTISED, "CLIP", "VAE", "vision"])
+@pytest.mark.parametrize("kind", [*KINDS, "CLIP", "VAE", "vision"])
 def test_every_tensor_counts(fresh: Any, who: Any, kind: str) -> None:
     """A single one changed alone, in its last value that is read whole, makes another."""
     value = fresh(kind)
@@ -227,7 +231,7 @@ def with_lora(comfyui: ComfyUI, model: Any, seed: int = 0) -> Any:
     return apply(comfyui, "LoraModelLoader", model=model, lora=lora, strength_model=0.8)
 
 
-@pytest.mark.parametrize("kind", ["MODEL", "klein", *QUANTISED])
+@pytest.mark.parametrize("kind", KINDS)
 def test_whatever_becomes_of_its_weights_a_model_stays_the_same(
     comfyui: ComfyUI,
     fresh: Any,
@@ -544,6 +548,7 @@ comfyui.close()
 """
 
 
+@pytest.mark.long
 def test_after_a_restart_all_are_the_same(comfyui: ComfyUI, tmp_path: Path) -> None:
     """In another folder, with another order of sets, and on a CPU whatever this runs on."""
     tests = str(Path(__file__).parent)

@@ -213,6 +213,7 @@ def vision(comfyui: ComfyUI) -> Any:
     return comfyui.call(make)
 
 
+@pytest.mark.long
 def test_the_vision_tower_shows_the_image_to_4b(comfyui: ComfyUI, graph: Any, vision: Any) -> None:
     nodes = graph(
         "klein",

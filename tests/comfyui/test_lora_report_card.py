@@ -63,6 +63,7 @@ def drawn_by_stock_nodes(comfyui, prompt: str, seed: int, tensors: dict | None) 
     return run.value("4")[0].clamp(0, 1)
 
 
+@pytest.mark.long
 def test_retention_is_that_of_the_stock_nodes_images(comfyui, tensors, artefacts) -> None:
     run = comfyui.execute(graph(comfyui, tensors))
     report = report_of(run)
@@ -192,6 +193,7 @@ def tiny_dino(folder: Path) -> None:
     DINOv3ViTModel(DINOv3ViTConfig(**sizes, patch_size=16, image_size=64)).save_pretrained(folder)
 
 
+@pytest.mark.long
 def test_weights_in_the_models_folder_can_be_chosen(comfyui, tensors) -> None:
     weights = comfyui.module("nodes.comfy_host.metric_weights")
     folder = comfyui.base / "models" / "dopsd_metrics"

@@ -203,6 +203,7 @@ def test_an_error_says_what_is_kept_and_where(
     assert report["state"] == "failed" and sentence in report["error"] and report["step"] == 2
 
 
+@pytest.mark.long
 def test_another_runs_folder_is_left_alone(comfyui: ComfyUI) -> None:
     settings = {"preview_every": 0, "probe_every": 0}
     assert comfyui.execute(training("longer", steps=3, **settings)).status == "success"

@@ -62,6 +62,7 @@ def test_the_template_is_found_loads_and_runs(page: ComfyPage, server: Server) -
     assert any("6 steps done" in str(text) for text in texts)
 
 
+@pytest.mark.long
 def test_the_teacher_is_looked_at_alone(page: ComfyPage) -> None:
     """As help and recipes say: select Teacher Preview and press the triangle above it."""
     page.load_api(shipped("quickstart"))

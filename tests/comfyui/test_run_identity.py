@@ -176,6 +176,7 @@ def _given(comfyui: ComfyUI, kind: str, value: Any) -> dict:
     return give_values(comfyui, (kind,), (value,))
 
 
+@pytest.mark.long
 def test_the_lora_that_it_starts_from_counts(comfyui: ComfyUI, taken: Any, usual: str) -> None:
     found = set()
     for seed in (1, 2, 1):
@@ -202,6 +203,7 @@ def test_regularisation_images_and_their_captions_count(comfyui: ComfyUI, taken:
     assert len({usual, *found}) == 4 and found[0] == found[3]
 
 
+@pytest.mark.long
 def test_connected_images_and_texts_count(comfyui: ComfyUI, taken: Any) -> None:
     import torch
     from loras import give_values

@@ -113,6 +113,7 @@ def test_samples_with_what_was_trained(
     assert varies(drawn) and drawn.tobytes() != base.tobytes()
 
 
+@pytest.mark.long
 def test_conditions_of_an_8_bit_text_encoder(comfyui: ComfyUI, train: Callable[[str], Run]) -> None:
     """Near those of the plain file; and not those, from the cache."""
 

@@ -140,9 +140,8 @@ def test_other_settings_are_another_run_and_more_steps_are_not(comfyui: ComfyUI,
     assert not same_tensors(other.value("train"), trained.value("train"))
 
 
-@pytest.mark.parametrize(
-    "ending", ["success", *(pytest.param(ending, marks=pytest.mark.long) for ending in ("error", "interrupt"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("ending", ["success", "error", "interrupt"])
 def test_the_users_model_draws_the_same_afterwards(
     comfyui: ComfyUI, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ from torch import Tensor
 Stock = Callable[..., None]
 TEMPLATES = {"z_image": "z_image_turbo_train", "klein": "klein_train"}
 ENDINGS = ("conditions", "look", "success", "error", "cancel", "out of memory")
+OFTEN = ("look", "success", "cancel")
+"""Those that run without `make test-all` too."""
 """Build Teacher Condition and Teacher Preview, and how D-OPSD Train LoRA ends."""
 
 
@@ -180,7 +182,7 @@ def run_until(comfyui: ComfyUI, made: Any, ending: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "ending", [*ENDINGS[1:-1], *(pytest.param(e, marks=pytest.mark.long) for e in (ENDINGS[0], ENDINGS[-1]))]
+    "ending", [pytest.param(ending, marks=[pytest.mark.long] * (ending not in OFTEN)) for ending in ENDINGS]
 )
 def test_they_are_what_they_were_and_work(
     comfyui: ComfyUI, objects: Any, ending: str, modes: list[str], monkeypatch: pytest.MonkeyPatch

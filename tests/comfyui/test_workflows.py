@@ -93,7 +93,11 @@ def lora_file(comfyui: ComfyUI) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "z_image_turbo_train")) for name in ON_DEMO]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name in ("z_image_turbo_train", "report_card")))
+        for name in ON_DEMO
+    ],
 )
 def test_runs(comfyui: ComfyUI, name: str, lora_file: Path) -> None:
     graph = on_the_demo_model(shipped(name))

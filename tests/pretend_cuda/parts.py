@@ -1,5 +1,5 @@
 """What `make test-cuda` runs: a few strong tests in every mode, the broad ones in the two that users have. `make test`
-runs the core's, and the few strong ones in two modes.
+runs the core's, and the few strong ones in one mode.
 
     python -m pretend_cuda part dynamic
 
