@@ -50,7 +50,7 @@ def test_the_whole_demo_in_its_processes(tmp_path: Path) -> None:
     assert "D-OPSD closed" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert_complete(report)
-    assert 100 < report["peak_rss_mb"] < 3000
+    assert len(report["sft"]["tried"]) >= 3 and 100 < report["peak_rss_mb"] < 3000
 
 
 def assert_complete(report: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def assert_complete(report: dict[str, Any]) -> None:
     methods = report["methods"]
     assert methods["teacher"]["concept_error"]["mean"] < 0.1 < 0.3 < methods["base"]["concept_error"]["mean"]
     assert methods["dopsd"]["concept_error"]["mean"] < methods["base"]["concept_error"]["mean"] - 0.05
-    assert len(report["sft"]["tried"]) >= 3 and report["config"]["steps"] == 12
+    assert len(report["sft"]["tried"]) >= 2 and report["config"]["steps"] == 12
     assert report["wall_seconds"] > 0
 
 

@@ -95,6 +95,7 @@ def test_a_training_on_shards_has_the_bits_of_one_on_the_folder(
     assert states[0].read_bytes() == states[1].read_bytes()
 
 
+@pytest.mark.long
 def test_two_processes_write_the_same_shards(place: Path, tmp_path: Path) -> None:
     result = call(encoding(place, tmp_path), TORCHRUN)
     assert result.returncode == 0, result.stderr

@@ -151,6 +151,7 @@ def text_features(comfyui: ComfyUI, models: dict[str, Any], text: str) -> torch.
     return comfyui.call(encode)
 
 
+@pytest.mark.long
 def test_edits_are_trained_from_their_sources(comfyui: ComfyUI, graph: Any, artefacts: Path) -> None:
     run = comfyui.execute(
         graph(
