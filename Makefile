@@ -53,11 +53,9 @@ $(COMFYUI_PARTS): test-comfyui-%:
 CUDA = PYTHONPATH=tests $(RUN) -m pretend_cuda
 # Without ComfyUI the core alone has a device; `make comfyui` has said so.
 CUDA_IN_COMFYUI = dynamic classic novram lowvram highvram dynamic-turing classic-turing
-# The default of NVIDIA cards; the others as make test-cuda.
-CUDA_OFTEN_IN_COMFYUI = dynamic-central
-cuda_parts = $(addprefix test-cuda-,core $(if $(wildcard $(COMFYUI_PATH)/main.py),$(1)))
-CUDA_PARTS = $(call cuda_parts,$(CUDA_IN_COMFYUI))
-CUDA_OFTEN = $(call cuda_parts,$(CUDA_OFTEN_IN_COMFYUI))
+cuda_parts = $(addprefix test-cuda-,$(1) $(if $(wildcard $(COMFYUI_PATH)/main.py),$(2)))
+CUDA_PARTS = $(call cuda_parts,core,$(CUDA_IN_COMFYUI))
+CUDA_OFTEN = $(call cuda_parts,core-central,dynamic-central)
 
 .PHONY: $(CUDA_PARTS) $(CUDA_OFTEN)
 

@@ -33,6 +33,7 @@ def test_errors_survive_the_way_out_of_a_process(error: Exception) -> None:
     assert type(back) is type(error) and str(back) == str(error)
 
 
+@pytest.mark.long
 def test_an_error_in_a_job_is_reported_with_its_reason(tmp_path: Path) -> None:
     with (  # nobody has written the concept's images there
         JobRunner(0, tmp_path / "empty", 1, lambda what, work: None) as runner,

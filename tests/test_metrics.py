@@ -76,6 +76,7 @@ def test_dino_reads_the_whole_source_without_a_crop(dino_folder) -> None:
 # -- LPIPS-D -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_lpips_is_the_library_with_the_same_vgg(tmp_path) -> None:
     need("torchvision", "lpips", "torchmetrics")
     from safetensors.torch import load_file

@@ -180,9 +180,8 @@ def test_inspect_dataset_takes_the_models_sizes(place: Path, capsys: pytest.Capt
     assert "2 in bucket 1024x1024" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.long)], ids=["torchrun", "accelerate"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_two_processes_make_the_same_run(place: Path, trained: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
     result = call(training(place, tmp_path, "--steps", 4, "--trigger", "sks", launcher=launcher))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

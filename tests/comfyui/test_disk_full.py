@@ -69,6 +69,7 @@ def test_previews_are_counted_with_the_vae_alone(comfyui: ComfyUI, monkeypatch: 
     assert asked[0] > sum(file.stat().st_size for file in previews.iterdir()) and asked[1] == 0
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_does_not_fit_leaves_the_lora(comfyui: ComfyUI, full: Callable[[str], None]) -> None:
     full("/checkpoints/")
     run = comfyui.execute(graph("lora_alone", checkpoint_every=2, steps=3))

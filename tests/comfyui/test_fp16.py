@@ -160,7 +160,8 @@ def rows(run: Run) -> list[dict]:
     return [json.loads(line) for line in (Path(run.value("train", 2)) / "train.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", ["z_image", pytest.param("flux2_klein", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("family", FILES)
 def test_a_training_goes_where_it_goes_in_fp32(comfyui: ComfyUI, load: Any, family: str) -> None:
     plain = train(comfyui, load(FILES[family], "fp32"), f"fp32-{family}")
     half = train(comfyui, load(FILES[family], "fp16"), f"fp16-{family}")

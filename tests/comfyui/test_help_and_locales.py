@@ -166,6 +166,7 @@ def test_help_in_english(open_page):
     page.screenshot("help_en")
 
 
+@pytest.mark.long
 @pytest.mark.browser
 def test_the_page_in_chinese(open_page):
     page = open_page({"Comfy.VueNodes.Enabled": True, "Comfy.Locale": "zh"})

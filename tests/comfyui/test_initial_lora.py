@@ -271,6 +271,7 @@ def test_a_run_continues_from_the_lora(comfyui: ComfyUI) -> None:
     assert "initial_lora" not in "".join(still.texts("train"))
 
 
+@pytest.mark.long
 def test_the_lora_is_a_setting_of_the_run(comfyui: ComfyUI) -> None:
     loras = [demo_lora(comfyui, rank=4, seed=seed) for seed in (0, 1)]
     runs = [comfyui.execute(with_start(comfyui, "setting", lora, steps=1, rank=4)) for lora in (loras[0], *loras)]

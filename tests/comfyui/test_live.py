@@ -79,6 +79,7 @@ def test_cancel_stops_within_a_rollout_step_and_the_next_run_resumes(server: Ser
     assert [row["step"] for row in rows][-3:] == [reached, reached + 1, reached + 2]
 
 
+@pytest.mark.long
 def test_base_output_is_the_same_to_the_bit(server: Server) -> None:
     before = drawn_pixels(server)
     assert server.run(training("live-base", steps=2)).status == "success"

@@ -148,6 +148,7 @@ def test_bytes_of_images_and_captions_count(comfyui: ComfyUI, taken: Any, usual:
     assert taken(graph()) == usual
 
 
+@pytest.mark.long
 def test_the_models_count(comfyui: ComfyUI, taken: Any, usual: str) -> None:
     """MODEL, CLIP, VAE and vision of the data, each with something else in it; the VAE of previews does not."""
     demo = comfyui.module("nodes.comfy_host.demo_models")

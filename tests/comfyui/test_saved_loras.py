@@ -120,6 +120,7 @@ def test_a_run_is_drawn_as_a_strip_of_its_steps(comfyui: ComfyUI, strip: Run) ->
             assert torch.equal(cell(image, row, 0), cell(alone.value("compare"), row, 0))
 
 
+@pytest.mark.long
 def test_a_run_is_found_by_its_name_and_what_it_replaces_is_named(comfyui: ComfyUI, strip: Run) -> None:
     from loras import demo_lora, give
 

@@ -1,5 +1,5 @@
 """What `make test-cuda` runs: a few strong tests in every mode, the broad ones in the two that users have. `make test`
-runs the core's, and the few strong ones in one mode.
+runs the few strong ones of the core's and of one mode.
 
     python -m pretend_cuda part dynamic
 
@@ -55,5 +55,8 @@ PARTS = {
     "dynamic-turing": Part("dynamic", "7.5", _CENTRAL),
     "classic-turing": Part("classic", "7.5", _CENTRAL),
 }
-OFTEN = {"dynamic-central": Part("dynamic", "8.9", _CENTRAL)}
-"""For `make test` alone: a part of `dynamic`."""
+OFTEN = {
+    "core-central": Part("core", "8.9", ("tests/on_cuda",)),
+    "dynamic-central": Part("dynamic", "8.9", _CENTRAL),
+}
+"""For `make test` alone: parts of `core` and `dynamic`."""
