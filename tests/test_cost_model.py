@@ -17,6 +17,8 @@ from dopsd_core.families import FLUX2_KLEIN, Z_IMAGE
 from dopsd_core.memory.activation_checkpointing import checkpointed
 from dopsd_core.objectives import DOPSD, ObjectiveInputs
 
+pytestmark = pytest.mark.long
+
 diffusers = pytest.importorskip("diffusers")
 
 STUDENT, TEACHER, SIDE = 30, 90, 24

@@ -25,6 +25,8 @@ from dopsd_core.standalone.making.gate import DISTILLED, FEW, Gate, Sampler, fig
 from dopsd_core.standalone.making.gate_cases import features_of, make_cases
 from dopsd_core.standalone.making.pretrain import Parent, load_parent
 
+pytestmark = pytest.mark.long
+
 CASES = {case.name: case for case in make_cases(208, torch.Generator().manual_seed(1))}
 
 

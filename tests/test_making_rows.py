@@ -25,6 +25,8 @@ from dopsd_core.standalone.making.captions import (
 from dopsd_core.standalone.making.data import RowMaker
 from dopsd_core.standalone.making.pretrain import Parent, joint_loss, vision_loss
 
+pytestmark = pytest.mark.long
+
 TABLES = {"shape": SHAPES, "colour": list(COLOURS), "texture": TEXTURES}
 NAMES = dict(BOUND)
 

@@ -16,6 +16,8 @@ from loaded import apply, identities, off_device, to_device
 from loras import random_lora
 from torch import nn
 
+pytestmark = pytest.mark.long
+
 FORMS = ("Q8_0", "Q4_0", "BF16")
 
 

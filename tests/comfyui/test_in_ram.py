@@ -19,6 +19,8 @@ from gradient import SELECTIVE, difference, equal, features, gradients, held
 from inprocess import ComfyUI
 from torch import Tensor
 
+pytestmark = pytest.mark.long
+
 Stock = Callable[..., None]
 FAST = {"fp8 fast": "z_image_turbo_bf16", "klein fp8 fast": "flux-2-klein-4b"}
 """Files that UNETLoader is asked to hold in fp8 and multiply in it, which a CPU does not do."""

@@ -21,6 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+pytestmark = pytest.mark.long
+
 PROMPT, SIGMA, RANK, ALPHA = "a badge in the style of [V], top", 0.704534, 3, 6
 PARTS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out",
