@@ -165,7 +165,7 @@ def test_conditions_of_the_demo_are_not_for_the_real_model(comfyui: ComfyUI, fit
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["qwen_3_4b", pytest.param("qwen3vl_4b_fp8_scaled", marks=pytest.mark.long)])
+@pytest.mark.parametrize("file", ["qwen_3_4b", "qwen3vl_4b_fp8_scaled"])
 def test_a_type_of_load_clip_gives_the_right_features_or_is_refused(comfyui: ComfyUI, files: None, file: str) -> None:
     """For Qwen3-4B ComfyUI tells FLUX.2's two types from all others, which are Z-Image's to the bit."""
     families, encoder = comfyui.module("nodes.comfy_host.families"), comfyui.module("nodes.comfy_host.encoder")

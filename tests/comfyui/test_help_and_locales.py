@@ -182,7 +182,7 @@ def test_the_page_in_chinese(open_page):
 
 @pytest.mark.long
 @pytest.mark.browser
-@pytest.mark.parametrize("vue", [True, pytest.param(False, marks=pytest.mark.long)], ids=["nodes2", "classic"])
+@pytest.mark.parametrize("vue", [True, False], ids=["nodes2", "classic"])
 def test_colours(open_page, vue):
     page = open_page({"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "dark", "Comfy.Locale": "en"})
     page.load_api(json.loads((ROOT / "workflows" / "api" / "quickstart.json").read_text(encoding="utf-8")))

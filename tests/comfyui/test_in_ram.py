@@ -14,7 +14,7 @@ import bases
 import pytest
 import torch
 import toy
-from bases import drawn, left_in_ram, same, unload, variants
+from bases import drawn, left_in_ram, same, unload
 from gradient import SELECTIVE, difference, equal, features, gradients, held
 from inprocess import ComfyUI
 from torch import Tensor
@@ -68,10 +68,8 @@ def teachers_look(comfyui: ComfyUI, model: Any) -> Callable[[Any, Tensor], None]
     return lambda denoiser, x: denoiser.predict_x0(x, 0.4, [condition.to(denoiser.device)] * len(x))
 
 
-@pytest.mark.parametrize(
-    "share", [pytest.param(1.0, marks=pytest.mark.long), pytest.param(0.8, marks=pytest.mark.long), 0.3]
-)
-@pytest.mark.parametrize("form", variants(FORMS))
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.3])
+@pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_a_model_that_is_loaded_whole(
     comfyui: ComfyUI, load: Any, leave_in_ram: Any, form: str, share: float
 ) -> None:
