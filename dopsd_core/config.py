@@ -220,7 +220,8 @@ def changes_that_forbid_resuming(old: TrainConfig, new: TrainConfig) -> tuple[st
 def _counted(config: TrainConfig) -> dict[str, Any]:
     """The options by flat name, JSON-serializable, without those that may change when a run is resumed."""
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flattened(config).items()}
-    return {name: value for name, value in plain.items() if name not in resumable_changes()}
+    uncounted = resumable_changes()
+    return {name: value for name, value in plain.items() if name not in uncounted}
 
 
 def _shown(values: dict[str, object], name: str) -> str:

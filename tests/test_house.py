@@ -4,10 +4,11 @@ They are checked in the folders of `ROOTS`, the words in the tests too.
 """
 
 import ast
+import functools
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,14 @@ def name_of(path: Path) -> str:
     return path.relative_to(HERE).as_posix()
 
 
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def source_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def public(parent: ast.Module | ast.ClassDef) -> Iterator[Definition]:
@@ -97,14 +104,14 @@ def prose(source: str) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
             yield node.lineno, node.value
 
 
 def names(source: str) -> Iterator[tuple[int, str]]:
     """(line, name) of every function and class."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, Definition):
             yield node.lineno, node.name
 
@@ -114,37 +121,45 @@ def spaced(name: str) -> str:
     return re.sub(r"_+|(?<=[a-z])(?=[A-Z])", " ", name)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_everything_public_has_a_docstring(path: Path):
-    tree = parsed(path)
+def faults(files: Iterable[Path], found: Callable[[str], Sequence]) -> dict[str, Sequence]:
+    """File -> what `found` finds in its source, of the files where it finds anything."""
+    of_all = {name_of(path): found(source_of(path)) for path in files}
+    return {name: of_one for name, of_one in of_all.items() if of_one}
+
+
+def undocumented(source: str) -> list[str]:
+    tree = parsed(source)
     missing = [] if ast.get_docstring(tree) else ["the module"]
-    missing += [f"{node.name}, line {node.lineno}" for node in public(tree) if not ast.get_docstring(node)]
-    assert not missing
+    return missing + [f"{node.name}, line {node.lineno}" for node in public(tree) if not ast.get_docstring(node)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_docstrings_of_dataclasses_list_every_attribute(path: Path):
-    nodes = [node for node in public(parsed(path)) if isinstance(node, ast.ClassDef) and is_dataclass(node)]
-    assert not [f"{node.name}, line {node.lineno}: {missing}" for node in nodes if (missing := unlisted(node))]
+def with_unlisted_fields(source: str) -> list[str]:
+    nodes = [node for node in public(parsed(source)) if isinstance(node, ast.ClassDef) and is_dataclass(node)]
+    return [f"{node.name}, line {node.lineno}: {missing}" for node in nodes if (missing := unlisted(node))]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_docstrings_state_the_shapes_of_tensors(path: Path):
-    nodes = [node for node in public(parsed(path)) if takes_tensors(node)]
-    assert not [f"{n.name}, line {n.lineno}" for n in nodes if not _SHAPE.search(ast.get_docstring(n) or "")]
+def without_shapes(source: str) -> list[str]:
+    nodes = [node for node in public(parsed(source)) if takes_tensors(node)]
+    return [f"{n.name}, line {n.lineno}" for n in nodes if not _SHAPE.search(ast.get_docstring(n) or "")]
 
 
-@pytest.mark.parametrize("path", [*FILES, *TESTS], ids=name_of)
-def test_words_are_the_fields(path: Path):
-    source = path.read_text(encoding="utf-8")
-    found = [(line, match.group()) for line, text in prose(source) for match in _BANNED.finditer(text)]
-    assert not found
+def banned_words(source: str) -> list[tuple[int, str]]:
+    return [(line, match.group()) for line, text in prose(source) for match in _BANNED.finditer(text)]
 
 
-@pytest.mark.parametrize("path", [*FILES, *TESTS], ids=name_of)
-def test_words_of_names_are_the_fields(path: Path):
+def banned_names(source: str) -> list[tuple[int, str]]:
     """Of functions and classes; values may have names of files and of saved workflows."""
-    assert not [(line, name) for line, name in names(path.read_text(encoding="utf-8")) if _BANNED.search(spaced(name))]
+    return [(line, name) for line, name in names(source) if _BANNED.search(spaced(name))]
+
+
+@pytest.mark.parametrize("found", [undocumented, with_unlisted_fields, without_shapes])
+def test_docstrings_are_complete(found: Callable[[str], Sequence]):
+    assert not faults(FILES, found)
+
+
+@pytest.mark.parametrize("found", [banned_words, banned_names])
+def test_words_are_the_fields(found: Callable[[str], Sequence]):
+    assert not faults([*FILES, *TESTS], found)
 
 
 def test_all_code_is_checked():
@@ -154,12 +169,12 @@ def test_all_code_is_checked():
 
 
 def test_files_are_short():
-    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    lengths = {name_of(path): len(source_of(path).splitlines()) for path in FILES}
     assert not {name: length for name, length in lengths.items() if length > MAX_FILE}
 
 
 def test_functions_are_short():
-    functions = [(path, n) for path in FILES for n in ast.walk(parsed(path)) if isinstance(n, Function)]
+    functions = [(path, n) for path in FILES for n in ast.walk(parsed(source_of(path))) if isinstance(n, Function)]
     lengths = {f"{name_of(path)}:{n.name}": (n.end_lineno or n.lineno) - n.lineno + 1 for path, n in functions}
     assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION}
     assert sorted(lengths.values())[len(lengths) * 9 // 10] <= MAX_P90
@@ -176,13 +191,12 @@ def test_functions_are_short():
     ],
 )
 def test_banned_words_are_found_in_prose_alone(source: str, words: list[str]):
-    assert [match.group() for _, text in prose(source) for match in _BANNED.finditer(text)] == words
+    assert [word for _, word in banned_words(source)] == words
 
 
 def test_banned_words_are_found_in_names():
     source = "class PictureOf:\n    def it_goes_on(self): ...\ndef dataset(): ...\ndef _told_apart(): ...\n"
-    found = [name for _, name in names(source) if _BANNED.search(spaced(name))]
-    assert sorted(found) == ["PictureOf", "_told_apart", "it_goes_on"]
+    assert sorted(name for _, name in banned_names(source)) == ["PictureOf", "_told_apart", "it_goes_on"]
 
 
 def test_what_is_missing_is_found():
@@ -190,14 +204,16 @@ def test_what_is_missing_is_found():
         "class A:\n    def b(self, x: Tensor): ...\n    def _c(self): ...\n    @b.setter\n    def b(self, x): ...\n"
         "def d() -> Tensor: ...\ndef e(*, y: list[Tensor]): ...\n"
     )
-    nodes = list(public(ast.parse(source)))
+    nodes = list(public(parsed(source)))
+    assert undocumented(source) == ["the module", "A, line 1", "b, line 2", "d, line 6", "e, line 7"]
     assert [node.name for node in nodes] == ["A", "b", "d", "e"]
     assert [takes_tensors(node) for node in nodes] == [False, True, True, True]
+    assert without_shapes(source) == ["b, line 2", "d, line 6", "e, line 7"]
 
 
 def test_fields_without_a_line_are_found():
     docstring = "A class.\n\n    Attributes:\n        one: listed.\n    "
     source = f"@dataclass\nclass A:\n    {docstring!r}\n    one: Tensor\n    two: int\n    _three: int\n"
-    (node,) = public(ast.parse(source))
+    (node,) = public(parsed(source))
     assert isinstance(node, ast.ClassDef) and is_dataclass(node) and takes_tensors(node)
     assert fields_of(node) == ["one", "two"] and unlisted(node) == ["two"]
