@@ -398,6 +398,9 @@ def test_sections_of_the_results_page(output: Path) -> None:
     assert not {s.key for s in others} & {s.key for s in made}, "they have their own place on the page"
     assert "Methods, styles 240 steps," in others[0].title
     assert "comparison_methods_styles_240_steps.png" in others[0].notes[-1]
+    apart = sections("methods", tables, ["--preset", "methods", "--apart", "loss", "--output=there"])
+    assert apart[0].key == made[0].key.replace("methods", "methods-loss") and "Methods, loss," in apart[0].title
+    assert apart[0].command == "python -m benchmarks.compare --preset methods --apart loss"
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
