@@ -24,6 +24,7 @@ from dopsd_core.demo.concept import make_concept, write_dataset
 from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS
 from dopsd_core.standalone.comparison.experiment import (
     DEVELOPMENT,
+    Cost,
     Outcomes,
     Plan,
     TrialRunner,
@@ -89,14 +90,9 @@ def demo_targets() -> tuple[str, ...]:
     return Z_IMAGE.lora_targets
 
 
-def at_equal_cost(plan: Plan, runner: TrialRunner, by_steps: Outcomes, cost: Mapping[str, float]) -> Outcomes:
+def at_equal_cost(plan: Plan, runner: TrialRunner, cost: Mapping[str, float]) -> Outcomes:
     """Outcomes where each method has the steps that cost as much as the first one's."""
-    counted = {
-        name: [[replace(outcome, step_seconds=cost[name]) for outcome in row] for row in rows]
-        for name, rows in by_steps.items()
-        if name in cost
-    }
-    steps = steps_in_equal_time(plan, counted)
+    steps = steps_in_equal_time(plan, {m.name: Cost(cost[m.name], drawing=0.0) for m in plan.methods})
     trials = trials_of(plan, "time", steps)
     found = {(o.method, o.concept, o.seed): o for o in runner.run(trials)}
     return {m.name: [[found[m.name, c, s] for s in plan.seeds] for c in plan.concepts] for m in plan.methods}
@@ -114,9 +110,10 @@ def sections(
     about = Table(("adapter", "parameters", "learning rate", "CPU time of a step, LoRA = 1"), rows)
     made = [Section("adapters", "Adapters: size and cost", command, None, about)]
     for grid in grids("adapters", replace(plan, regimes=("steps", "time")), dict(found)):
-        table = Table(grid.columns[:-1], tuple(row[:-1] for row in grid.rows))  # wall seconds of a shared machine
+        # without the wall seconds, of a shared machine, and the note about them
+        table = Table(grid.columns[:-1], tuple(row[:-1] for row in grid.rows))
         title = grid.title.replace("equal wall time", "equal cost")
-        made.append(Section(grid.key.replace("compare-", ""), title, command, None, table, grid.notes))
+        made.append(Section(grid.key.replace("compare-", ""), title, command, None, table, grid.notes[:2]))
     return made
 
 
@@ -149,7 +146,7 @@ def main() -> None:
         methods, tried = tune(plan, runner, 1, args.rates)
         plan = replace(plan, methods=methods)
         found = run_plan(plan, runner)
-        found["time"] = at_equal_cost(plan, runner, found["steps"], cost)
+        found["time"] = at_equal_cost(plan, runner, cost)
     for name, rates in tried.items():
         print(name, {f"{rate:g}": (scores["concept_error"], scores["frechet_prior"]) for rate, scores in rates.items()})
     draw_comparison(plan, found, args.output).save(ROOT / "docs" / "comparison_adapters.png")

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from dopsd_core.metrics.intervals import nested_bootstrap
 from dopsd_core.options import flattened
 from dopsd_core.standalone.comparison.command import load_grids
 from dopsd_core.standalone.comparison.experiment import (
+    Cost,
+    Outcomes,
     Plan,
     best_rate,
     run_plan,
@@ -244,11 +247,41 @@ def test_equal_time_gives_steps_by_what_a_step_took_less_the_class_images() -> N
         "dopsd": [[outcome("dopsd", c, s, step_seconds=t) for s, t in enumerate((0.5, 0.5))] for c in (3, 4)],
         "sft": [[outcome("sft", c, s, step_seconds=0.25) for s in (0, 1)] for c in (3, 4)],
     }
-    assert steps_in_equal_time(PLAN, found) == {"dopsd": 10, "sft": 20}
+    assert of_costs(found) == {"dopsd": 10, "sft": 20}
     drawn = [[replace(o, drawing_seconds=2.0) for o in row] for row in found["sft"]]
-    assert steps_in_equal_time(PLAN, {**found, "sft": drawn}) == {"dopsd": 10, "sft": 12}
+    assert of_costs({**found, "sft": drawn}) == {"dopsd": 10, "sft": 12}
+    assert Cost.of(drawn).seconds(12) == 5.0
     slow = [[replace(o, drawing_seconds=99.0) for o in row] for row in found["sft"]]
-    assert steps_in_equal_time(PLAN, {**found, "sft": slow})["sft"] == 1
+    assert of_costs({**found, "sft": slow})["sft"] == 1
+
+
+def of_costs(found: Outcomes) -> dict[str, int]:
+    return steps_in_equal_time(PLAN, {name: Cost.of(rows) for name, rows in found.items()})
+
+
+class Answers:
+    """A runner of trials, all of which take 9 s a step but the timings."""
+
+    def run(
+        self, trials: list[Trial], shown: Callable[[Trial], bool] | None = None, *, in_turn: bool = False
+    ) -> list[Outcome]:
+        each = {"steps": {"dopsd": 0.5, "sft": 0.25}}
+        return [
+            outcome(
+                t.method.name, t.concept, t.seed, regime=t.regime, steps=t.steps,
+                seconds=t.steps * 9.0, step_seconds=each.get(t.regime, {}).get(t.method.name, 9.0),
+            )
+            for t in trials
+        ]  # fmt: skip
+
+
+def test_seconds_are_those_of_the_timings_whatever_ran_beside_a_trial() -> None:
+    plan = replace(PLAN, steps=10, max_steps=40, regimes=("time", "error"))
+    found = run_plan(plan, Answers())  # type: ignore[arg-type]
+    assert {m: [o.seconds for row in rows for o in row] for m, rows in found["time"].items()} == {
+        "dopsd": [5.0] * 4, "sft": [5.0] * 4,
+    }  # fmt: skip
+    assert {m: rows[0][0].seconds for m, rows in found["error"].items()} == {"dopsd": 20.0, "sft": 10.0}
 
 
 def test_a_record_counts_only_for_what_decided_it(tmp_path: Path) -> None:

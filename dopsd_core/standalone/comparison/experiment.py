@@ -140,26 +140,53 @@ def run_plan(plan: Plan, runner: TrialRunner) -> dict[str, Outcomes]:
         first = replace(first, concepts=plan.concepts[:1], seeds=plan.seeds[:1])
     count = dict.fromkeys((m.name for m in first.methods), plan.steps)
     by_steps = _by_method(first, runner, "steps", count, in_turn=not is_asked)
-    found = {"steps": by_steps}
+    found, costs = {"steps": by_steps}, {m.name: Cost.of(by_steps[m.name]) for m in plan.methods}
     if "time" in plan.regimes:
-        steps = steps_in_equal_time(plan, by_steps)
+        steps = steps_in_equal_time(plan, costs)
         others = tuple(method for method in plan.methods if not is_asked or steps[method.name] != plan.steps)
         trained = _by_method(replace(plan, methods=others), runner, "time", steps)
-        found["time"] = {m.name: trained.get(m.name, by_steps[m.name]) for m in plan.methods}
+        found["time"] = _timed({m.name: trained.get(m.name, by_steps[m.name]) for m in plan.methods}, costs)
     if "error" in plan.regimes:
-        found["error"] = _by_method(
-            plan, runner, "error", dict.fromkeys((m.name for m in plan.methods), plan.max_steps)
-        )
+        most = dict.fromkeys((m.name for m in plan.methods), plan.max_steps)
+        found["error"] = _timed(_by_method(plan, runner, "error", most), costs)
     return found
 
 
-def steps_in_equal_time(plan: Plan, by_steps: Outcomes) -> dict[str, int]:
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs, from its timings at equal steps.
+
+    Attributes:
+        step: median wall time of a step, in seconds.
+        drawing: that of its class images, in seconds.
+    """
+
+    step: float
+    drawing: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Outcome]]) -> Cost:
+        """Of a method's outcomes at equal steps."""
+        every = [outcome for row in rows for outcome in row]
+        return cls(median(o.step_seconds for o in every), median(o.drawing_seconds for o in every))
+
+    def seconds(self, steps: int) -> float:
+        """Of a training with so many steps."""
+        return self.drawing + steps * self.step
+
+
+def steps_in_equal_time(plan: Plan, costs: Mapping[str, Cost]) -> dict[str, int]:
     """By method, the steps in the time that the reference took, less the time of its class images; at least 1."""
-    each = {m.name: median(o.step_seconds for row in by_steps[m.name] for o in row) for m in plan.methods}
-    drawing = {m.name: median(o.drawing_seconds for row in by_steps[m.name] for o in row) for m in plan.methods}
-    reference = plan.methods[0].name
-    budget = each[reference] * plan.steps + drawing[reference]
-    return {name: max(1, round((budget - drawing[name]) / each[name])) for name in each}
+    budget = costs[plan.methods[0].name].seconds(plan.steps)
+    return {name: max(1, round((budget - cost.drawing) / cost.step)) for name, cost in costs.items()}
+
+
+def _timed(outcomes: Outcomes, costs: Mapping[str, Cost]) -> Outcomes:
+    """With the seconds that the steps take by the timings: trials side by side slow one another down."""
+    return {
+        name: [[replace(o, seconds=costs[name].seconds(o.steps)) for o in row] for row in rows]
+        for name, rows in outcomes.items()
+    }
 
 
 def tune(
