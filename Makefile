@@ -14,13 +14,14 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 export COMFYUI_PATH
+unexport PYTHONDONTWRITEBYTECODE
 RUN = $(VENV)/bin/python
 
 # Of ComfyUI's requirements: torch is ours, its two companions are in requirements-comfyui.txt, and the server does without the rest
 # (360 MB of templates, pictures and drivers).
 LEFT_OUT = torch|torchvision|torchaudio|spandrel|comfyui-workflow-templates|comfyui-embedded-docs|comfy-angle|PyOpenGL
 
-# Python compiles what it imports; all of transformers would take a third of the installation.
+# Python compiles what it imports, once, and keeps it; all of transformers would take a third of the installation.
 INSTALL = $(RUN) -m pip install --only-binary=:all: --no-compile $(PIP_ARGS)
 
 .PHONY: help demo test test-all test-core test-comfyui lint comfyui browser clean test-comfyui-a-k test-comfyui-l-r test-comfyui-s-z

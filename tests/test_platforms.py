@@ -160,6 +160,7 @@ def test_many_writers_of_one_file(request: pytest.FixtureRequest, tmp_path: Path
     assert len(set((tmp_path / "x").read_bytes())) == 1
 
 
+@pytest.mark.long
 def test_no_file_is_read_in_the_systems_encoding(tmp_path: Path) -> None:
     """Python warns of every open() that leaves the encoding to the system, which is not UTF-8 on Windows."""
     script = """

@@ -175,6 +175,7 @@ def test_the_registrys_archive_is_whole(registry_install, start_server):
     server.stop()
 
 
+@pytest.mark.long
 def test_trains_the_quickstart(comfy, server, tmp_path):
     """The template itself, with fewer steps: a LoRA file is there at the end."""
     where, path = ("--host", "127.0.0.1", "--port", server.port), tmp_path / "mine.json"

@@ -124,10 +124,9 @@ def test_gradients_on_a_patched_base(comfyui: ComfyUI, load: Any) -> None:
     assert equal(gradients(comfyui, model), base)
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param("Q8_0", marks=pytest.mark.long), "Q4_0", pytest.param("BF16", marks=pytest.mark.long)]
-)
-@pytest.mark.parametrize("network", ["z_image_turbo", pytest.param("flux-2-klein-4b", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["Q8_0", "Q4_0", "BF16"])
+@pytest.mark.parametrize("network", ["z_image_turbo", "flux-2-klein-4b"])
 def test_a_whole_training(comfyui: ComfyUI, load: Any, network: str, form: str) -> None:
     """The shipped workflow with UnetLoaderGGUF for its loader; the MODEL draws the same afterwards."""
     file, template = written(comfyui, network, form), NETWORKS[network][2]

@@ -92,6 +92,7 @@ def pairs_of(run: Any) -> Any:
     return run.value("conditions").data.pairs
 
 
+@pytest.mark.long
 def test_a_whole_training_with_the_editing_branch_as_teacher(
     comfyui: ComfyUI, models: dict[str, Any], graph: Any, artefacts: Path
 ) -> None:
