@@ -46,7 +46,7 @@ class DOPSD(WithPriorAnchors):
     )
     loss: LossForm = Field(
         default="x0",
-        description="space of the loss: x0 converges faster, velocity is the paper's",
+        description="space of the loss: x0 as in the authors' code, velocity as in the paper",
     )
     anchor_probability: Annotated[float, Hint(step=0.05)] = Field(
         default=0.5,
