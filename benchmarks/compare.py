@@ -10,6 +10,7 @@ Runs `python -m dopsd_core compare` with the same arguments, which resumes a com
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,9 @@ def _is_drawn(grid: Grid) -> bool:
 def _variety(arguments: Sequence[str]) -> str:
     """What makes it another comparison of the preset, with its own place on the page: "styles", "240 steps", a name."""
     args = parse_args(["compare", *_without(arguments, "--apart")])
-    apart = arguments[arguments.index("--apart") + 1] if "--apart" in arguments else ""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--apart", default="")
+    apart = parser.parse_known_args(list(arguments))[0].apart
     steps = f"{args.steps} steps" * (args.steps != parse_args(["compare"]).steps)
     return " ".join(filter(None, ("styles" * args.style, steps, apart)))
 

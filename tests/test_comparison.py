@@ -434,6 +434,7 @@ def test_sections_of_the_results_page(output: Path) -> None:
     apart = sections("methods", tables, ["--preset", "methods", "--apart", "loss", "--output=there"])
     assert apart[0].key == made[0].key.replace("methods", "methods-loss") and "Methods, loss," in apart[0].title
     assert apart[0].command == "python -m benchmarks.compare --preset methods --apart loss"
+    assert sections("methods", tables, ["--preset", "methods", "--apart=loss"])[0].key == apart[0].key
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
