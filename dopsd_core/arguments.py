@@ -111,7 +111,7 @@ def _add_demo(commands: Any) -> None:
         "--concept-seed", type=int_argument(), default=0, metavar="N", help="selects the unseen concept (default 0)"
     )
     parser.add_argument(
-        "--seeds", type=int_argument(1), default=3, metavar="N", help="training runs to average (default 3)"
+        "--seeds", type=int_argument(1), default=1, metavar="N", help="training runs to average (default 1)"
     )
     parser.add_argument("--steps", type=int_argument(1), metavar="N", help="optimizer steps, the same for every method")
     parser.add_argument(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dopsd_core.demo.concept import make_concept
-from dopsd_core.standalone import cli, compare, jobs
+from dopsd_core.standalone import cli, jobs
 from dopsd_core.standalone.comparison import experiment, sheet
 
 FEW: dict[str, Any] = {"num_unseen": 20, "num_prior": 8, "num_anchors": 4}
@@ -36,6 +36,5 @@ def small_demo() -> Iterator[None]:
             patch.setattr(module, "ProcessPoolExecutor", OneThread)
         for module in (jobs, experiment, cli, sheet):
             patch.setattr(module, "make_concept", partial(make_concept, **FEW))
-        patch.setattr(compare, "SFT_RATES", compare.SFT_RATES[:2])
         yield
     torch.set_num_threads(threads)

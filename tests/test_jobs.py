@@ -16,13 +16,15 @@ from dopsd_core.training.nonfinite import NonFiniteError
 
 
 def test_plan_gives_every_method_the_same_budget() -> None:
-    untouched, dopsd, sft = plan(demo_config(steps=50), 3)
-    assert [job.seed for job in untouched] == [job.seed for job in dopsd] == [0, 1, 2]
-    assert len({job.name for job in (*untouched, *dopsd, *sft)}) == 6 + len(SFT_RATES) and len(SFT_RATES) >= 3
-    own = dopsd[0].config
-    for job in sft:
-        assert job.config is not None and own is not None
-        assert job.config.replace(objective=own.objective, optimizer=own.optimizer) == own
+    jobs = plan(demo_config(steps=50), 3)
+    untouched, dreambooth, dopsd, sft = jobs[:3], jobs[3:6], jobs[6:9], jobs[9:]
+    assert [job.seed for job in untouched] == [job.seed for job in dopsd] == [job.seed for job in dreambooth]
+    assert [job.seed for job in untouched] == [0, 1, 2] and {job.seed for job in sft} == {0}
+    assert len({job.name for job in jobs}) == len(jobs) == 9 + len(SFT_RATES) and len(SFT_RATES) >= 2
+    assert [job.method for job in (untouched[0], dreambooth[0], dopsd[0])] == ["untouched", "dreambooth", "dopsd"]
+    for job, own in [*((job, dopsd[0]) for job in sft), *zip(dreambooth, dopsd, strict=True)]:
+        assert job.config is not None and own.config is not None
+        assert job.config.replace(objective=own.config.objective, optimizer=own.config.optimizer) == own.config
 
 
 @pytest.mark.parametrize(
@@ -39,4 +41,4 @@ def test_an_error_in_a_job_is_reported_with_its_reason(tmp_path: Path) -> None:
         JobRunner(0, tmp_path / "empty", 1, lambda what, work: None) as runner,
         pytest.raises(ValueError, match="empty"),
     ):
-        runner.run([Job(0)])
+        next(runner.run([Job(0)]))

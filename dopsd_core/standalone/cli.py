@@ -13,7 +13,7 @@ from ..demo.model_files import JUDGE_FILE, WEIGHTS
 from ..demo.settings import demo_config
 from ..demo.world import TRIGGER
 from ..text import printable
-from .compare import compare, draw_teacher_sheet, dreambooth_job, plan, table, write_results
+from .compare import compare, draw_teacher_sheet, plan, table, write_results
 from .evaluate import Samples
 from .jobs import JobRunner
 from .judge import load_judge
@@ -32,12 +32,11 @@ def run_demo(args: argparse.Namespace) -> int:
     say(f"It will learn it as {TRIGGER} from four images in {args.output / 'dataset'}, without those words.")
     write_dataset(concept, args.output / "dataset")
     jobs = plan(config, args.seeds)
-    work = sum(job.work for part in jobs for job in part) + (args.seeds - 1) * jobs[-1][0].work
-    work += args.seeds * dreambooth_job(config, 0).work
+    work = sum(job.work for job in jobs) + (args.seeds - 1) * jobs[-1].work
 
     def show_teacher(base: Samples, teacher: Samples) -> None:
         draw_teacher_sheet(concept, base, teacher).save(args.output / "teacher.png")
-        tqdm.write(printable(f"Check the teacher before training: {args.output / 'teacher.png'}"))
+        tqdm.write(printable(f"Its teacher's images, the limit of what can be learned: {args.output / 'teacher.png'}"))
 
     with tqdm(total=math.ceil(work), unit="", bar_format=_BAR) as bar:
 

@@ -104,9 +104,12 @@ def score(samples: Samples, concept: Concept, judge: Judge) -> Scores:
 
 
 def summarise(runs: Sequence[Scores]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over runs: {"concept_error": {"mean", "std"}, ...}."""
-    rows = [asdict(run) for run in runs]
-    return {name: {"mean": mean(r[name] for r in rows), "std": pstdev([r[name] for r in rows])} for name in rows[0]}
+    """Mean over the runs, and the standard deviation if there are several: {"concept_error": {"mean", "std"}, ...}."""
+    values = {name: [asdict(run)[name] for run in runs] for name in asdict(runs[0])}
+    return {
+        name: {"mean": mean(found)} | ({"std": pstdev(found)} if len(found) > 1 else {})
+        for name, found in values.items()
+    }
 
 
 def gap_closed(methods: Mapping[str, Mapping[str, Mapping[str, float]]], method: str = "dopsd") -> float:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,15 +21,18 @@ from ..config import TrainConfig
 from ..demo.concept import make_concept
 from ..demo.model_files import JUDGE_FILE, WEIGHTS
 from ..training.trainer import NoCallbacks
-from .demo import Demo
 from .evaluate import Samples, Scores
-from .hosts.demo import load_demo_model
 from .judge import load_judge
 from .memory import peak_rss_mb
 from .workers import end_with_parent
 
+if TYPE_CHECKING:
+    from .demo import Demo
+
 Progress = Callable[[str, float], None]
 """(description, work done since the last call)."""
+
+_Result = tuple[list[tuple[Scores, list[Any]]], Path | None, int, float]
 
 _SAMPLES = 16.0  # cost of a set of images, in D-OPSD steps
 
@@ -101,14 +104,15 @@ class JobRunner:
         self._listener.join()
         self._manager.shutdown()
 
-    def run(self, jobs: Sequence[Job]) -> list[Done]:
-        """The result of every job, in order. Raises the first error of any job."""
-        results = []
-        for found, lora, process, peak in self._pool.map(_run, jobs):
-            (scores, samples), *taught = [(scores, _from_bytes(images)) for scores, images in found]
-            self.peaks[process] = max(peak, self.peaks.get(process, 0.0))
-            results.append(Done(scores, samples, taught[0] if taught else None, lora))
-        return results
+    def run(self, jobs: Sequence[Job]) -> Iterator[Done]:
+        """Starts the jobs and yields their results, in order, each when it is there. Raises the first error of any."""
+        return map(self._done, self._pool.map(_run, jobs))
+
+    def _done(self, result: _Result) -> Done:
+        found, lora, process, peak = result
+        (scores, samples), *taught = [(scores, _from_bytes(images)) for scores, images in found]
+        self.peaks[process] = max(peak, self.peaks.get(process, 0.0))
+        return Done(scores, samples, taught[0] if taught else None, lora)
 
     def _listen(self, progress: Progress) -> None:
         while (message := self._queue.get()) is not None:
@@ -140,6 +144,10 @@ def _start(concept_seed: int, output: Path, queue: Any) -> None:
 @cache
 def _demo(concept_seed: int, output: Path) -> Demo:
     """Created by the first job, not at process start, where an error would only be reported as a broken pool."""
+    # Here, as the libraries of the networks take seconds to import, and the process that waits for the jobs needs none.
+    from .demo import Demo
+    from .hosts.demo import load_demo_model
+
     return Demo(load_demo_model(), load_judge(WEIGHTS / JUDGE_FILE), make_concept(concept_seed), output)
 
 
@@ -152,7 +160,7 @@ def _from_bytes(arrays: list[Any]) -> Samples:
     return Samples(*(torch.from_numpy(array).float() / 255 for array in arrays))
 
 
-def _run(job: Job) -> tuple[list[tuple[Scores, list[Any]]], Path | None, int, float]:
+def _run(job: Job) -> _Result:
     if _worker is None:
         raise RuntimeError("the process was not started by JobRunner")
     concept_seed, output, queue = _worker
