@@ -97,7 +97,7 @@ HELD_OUT = _held_out_table()
 def sample_scenes(n: int, generator: torch.Generator, *, held_out: bool | None = False) -> Scenes:
     """n random scenes; held_out: False for appearances seen in training, True for unseen ones, None for any."""
     chosen: list[Tensor] = []
-    while sum(map(len, chosen)) < n:
+    while not chosen or sum(map(len, chosen)) < n:
         draw = torch.stack([torch.randint(0, k, (4 * n + 64,), generator=generator) for k in (6, 8, 8, 3)], 1)
         keep = draw[:, 1] != draw[:, 2]
         if held_out is not None:

@@ -1,1 +1,4 @@
-"""Scripts that made the demo model: vae -> judge -> pretrain -> distill -> gate -> export. See docs/demo-model.md."""
+"""Scripts that made the demo model: vae -> judge -> pretrain -> distill -> sharpen -> gate -> export.
+
+See docs/demo-model.md.
+"""

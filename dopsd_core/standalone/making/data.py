@@ -15,7 +15,7 @@ from ...demo.autoencoder import DemoAutoencoder
 from ...demo.model_files import TEACHER_TEMPLATE, TEXT_TEMPLATE, WEIGHTS
 from ...demo.world import APPEARANCE, LAYOUT, POSITIONS, Scenes, render, sample_scenes
 from ..hosts.demo_networks import load_tokenizer
-from .batched import CAPTION_TOKENS, IMAGE_TOKENS
+from .batched import CAPTION_TOKENS, IMAGE_TOKENS, autocast
 from .captions import PRETRAINING, Appearance, CaptionMaker, Draft, Mixture
 
 TEXT_TOKENS = 28  # the longest text row: template 8, caption 20
@@ -129,7 +129,7 @@ class RowMaker:
 
     def _latents(self, scenes: Scenes) -> Tensor:
         image = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return self.autoencoder.encode(image).float().contiguous()
 
 

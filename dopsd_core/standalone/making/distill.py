@@ -19,7 +19,7 @@ from torch import Tensor
 from ...demo.model_files import VAE_FILE
 from ...number_text import float_argument, int_argument
 from ...sigmas import z_image_turbo_sigmas
-from .batched import BatchedTransformer
+from .batched import BatchedTransformer, autocast
 from .captions import DISTILLATION
 from .data import RowMaker, Rows, load_autoencoder, own_or_shipped
 from .optim import SharedMuon
@@ -80,7 +80,7 @@ def guided_mean_velocity(
     sigmas, start, batch = substep_sigmas()[step], x, len(x)
     nothing, short, scale = empty.expand(batch, -1, -1), torch.full_like(lengths, 8), guidance.scale(is_open)
     for j in range(SUBSTEPS):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             both = parent(
                 torch.cat([x, x]), sigmas[:, j].repeat(2), torch.cat([features, nothing]), torch.cat([lengths, short])
             )
@@ -100,7 +100,7 @@ def student_states(
     """
     sigmas, x = z_image_turbo_sigmas(STEPS), noise
     for k in range(int(step.max())):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             velocity = student(x, torch.full((len(x),), sigmas[k]), features, lengths)
         x = torch.where((step > k)[:, None, None, None], x + (sigmas[k + 1] - sigmas[k]) * velocity, x)
     return x
@@ -120,7 +120,7 @@ def distillation_loss(
     x = x.clone()
     x[own] = student_states(student, noise[own], step[own], features[own], rows.lengths[own])
     target = guided_mean_velocity(parent, x, step, features, rows.lengths, empty, rows.is_open, guidance)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         velocity = student(x, sigma, features, rows.lengths)
     return ((velocity - target).square().mean(1) * rows.weight).mean()
 
@@ -143,7 +143,7 @@ def train(twins: Twins, args: argparse.Namespace) -> None:
 
     def loss(batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = maker.draw(batch, batch * 3 // 8, generator)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast():
             features = model.features(rows)
         value = distillation_loss(model.velocity, student, rows, features, empty, generator, guidance)
         return value, {"loss": value.item()}

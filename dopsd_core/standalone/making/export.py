@@ -11,20 +11,20 @@ from safetensors.torch import load_file
 from ...demo.model_files import JUDGE_FILE, MODEL_FILE, PARENT_FILE, TEXT_ENCODER_FILE, VAE_FILE, WEIGHTS
 from ..hosts.demo_weight_files import save_weights, text_encoder_to_single_file, transformer_to_single_file
 from .data import own_or_shipped
-from .pretrain import load_parent
+from .pretrain import load_parent, load_student
 
 
 def export(folder: Path, out: Path) -> None:
     """Writes both transformers, text encoder, autoencoder and judge from `folder` to `out`.
 
-    An autoencoder or judge that `folder` does not have stays as shipped.
+    What `folder` does not have stays as shipped.
     """
     parent = load_parent(folder)
     facts = {"modelspec.title": "D-OPSD demo model", "modelspec.license": "Apache-2.0"}
     out.mkdir(parents=True, exist_ok=True)
     bf16 = torch.bfloat16
-    distilled = load_file(folder / "distilled.safetensors")
-    save_weights(out / MODEL_FILE, transformer_to_single_file(distilled), bf16, facts)
+    distilled = transformer_to_single_file(load_student(folder).state_dict())
+    save_weights(out / MODEL_FILE, distilled, bf16, facts)
     undistilled = transformer_to_single_file(parent.transformer.state_dict())
     save_weights(out / PARENT_FILE, undistilled, bf16, {**facts, "modelspec.title": "D-OPSD demo model, undistilled"})
     encoder = text_encoder_to_single_file(parent.encoder, parent.token_ids)

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...demo.model_files import JUDGE_FILE, VAE_FILE
@@ -28,7 +27,7 @@ from .batched import BatchedTransformer
 from .data import load_autoencoder, own_or_shipped
 from .distill import STEPS, SUBSTEPS, Guidance
 from .gate_cases import Case, features_of, make_cases
-from .pretrain import Parent, load_average, load_parent
+from .pretrain import Parent, load_average, load_parent, load_student
 
 Figures = Mapping[str, float]
 PARENT, FEW, DISTILLED = "parent, guided sub-steps", f"parent, {STEPS} steps", f"distilled, {STEPS} steps"
@@ -132,12 +131,10 @@ def samplers(folder: Path, parent: Parent, *, distilled: str, guidance: Guidance
         FEW: Sampler(parent.velocity, STEPS),
     }
     if distilled != "no":
-        student = Parent().requires_grad_(False)
+        student = load_student(folder)
         if distilled == "average":
-            load_average(folder / "distilled", student.transformer, list(student.transformer.parameters()))
-        else:
-            student.transformer.load_state_dict(load_file(folder / "distilled.safetensors"))
-        found[DISTILLED] = Sampler(student.velocity, STEPS)
+            load_average(folder / "distilled", student, list(student.parameters()))
+        found[DISTILLED] = Sampler(BatchedTransformer(student), STEPS)
     return found
 
 

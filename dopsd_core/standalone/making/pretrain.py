@@ -13,15 +13,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...demo.model_files import MODEL_FILE, TEXT_ENCODER_FILE, TEXT_TEMPLATE, TEXT_WIDTH, VAE_FILE
+from ...demo.model_files import MODEL_FILE, PARENT_FILE, TEXT_ENCODER_FILE, TEXT_TEMPLATE, TEXT_WIDTH, VAE_FILE, WEIGHTS
 from ...demo.world import APPEARANCE, NUM_CLASSES
 from ...number_text import float_argument, int_argument
 from ..hosts.demo_networks import load_tokenizer, new_text_encoder, new_transformer
 from ..hosts.demo_weight_files import load_text_encoder, load_transformer
-from .batched import IMAGE_START, IMAGE_TOKENS, BatchedEncoder, BatchedTransformer, pad_features, teacher_pixels
+from .batched import (
+    IMAGE_START,
+    IMAGE_TOKENS,
+    BatchedEncoder,
+    BatchedTransformer,
+    autocast,
+    pad_features,
+    teacher_pixels,
+)
 from .checkpoint import Checkpoints, part
 from .data import RowMaker, Rows, load_autoencoder, own_or_shipped
 from .optim import SharedMuon
@@ -90,13 +99,13 @@ class Parent(nn.Module):
             parts.append(pad_features(self.encode(rows.text)))
         return torch.cat(parts)
 
-    def load_shipped(self, folder: Path) -> None:
+    def load_shipped(self, folder: Path, transformer: str = MODEL_FILE) -> None:
         """Loads encoder and transformer from the files of a shipped model; the auxiliary heads stay as they are."""
         encoder, token_ids = load_text_encoder(folder / TEXT_ENCODER_FILE)
         if not torch.equal(token_ids, self.token_ids):
             raise ValueError(f"{folder / TEXT_ENCODER_FILE} has embedding rows for other tokens than the tokenizer")
         self.encoder.load_state_dict(encoder.state_dict())
-        self.transformer.load_state_dict(load_transformer(folder / MODEL_FILE).state_dict())
+        self.transformer.load_state_dict(load_transformer(folder / transformer).state_dict())
 
     @torch.no_grad()
     def empty_features(self) -> Tensor:
@@ -107,10 +116,12 @@ class Parent(nn.Module):
 
 
 def load_parent(folder: Path, *, from_average: bool = False) -> Parent:
-    """The frozen model of the joint stage; from_average: the weight average of an unfinished run's newest checkpoint.
+    """The frozen model of the joint stage, or if that stage was not run the one that ships.
+
+    from_average: the weight average of an unfinished run's newest checkpoint.
 
     Raises:
-        FileNotFoundError: the joint stage has no result, or no checkpoint; the message names it.
+        FileNotFoundError: there is no checkpoint for the average; the message names it.
     """
     parent, path = Parent(), folder / "joint.safetensors"
     if from_average:
@@ -118,8 +129,19 @@ def load_parent(folder: Path, *, from_average: bool = False) -> Parent:
     elif path.exists():
         parent.load_state_dict(load_file(path))
     else:
-        raise FileNotFoundError(f"{path} is missing: run pretrain --stage joint first")
+        parent.load_shipped(WEIGHTS, PARENT_FILE)
     return parent.requires_grad_(False)
+
+
+def load_student(folder: Path) -> ZImageTransformer2DModel:
+    """The frozen few-step transformer: sharpened, or if that stage was not run distilled, or if neither was the one
+    that ships."""
+    for name in ("sharpened.safetensors", "distilled.safetensors"):
+        if (folder / name).exists():
+            student = new_transformer()
+            student.load_state_dict(load_file(folder / name))
+            return student.requires_grad_(False)
+    return load_transformer(WEIGHTS / MODEL_FILE).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -152,7 +174,7 @@ def joint_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[
     sigma = sample_sigma(batch, generator)
     noise = torch.randn(rows.latents.shape, generator=generator)
     s = sigma[:, None, None, None]
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         features = parent.features(rows)
         state = (1 - s) * rows.latents + s * noise
         velocity, tokens = parent.velocity.with_tokens(state, sigma, features, rows.lengths, after=2)
@@ -166,7 +188,7 @@ def joint_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[
 
 def vision_loss(parent: Parent, rows: Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
     """(attribute loss of the encoder's image tokens, scalar; accuracies)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         features = parent.encode(rows.mixed, teacher_pixels(rows.pixels))
     loss, accuracy = parent.encoder_heads.loss(image_token_mean(features), rows.seen.labels())
     return loss, dict(zip(APPEARANCE, accuracy.tolist(), strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...demo.world import NUM_CLASSES, render, sample_scenes
 from ...number_text import float_argument, int_argument
 from ..judge import Judge, judged_right, load_judge
+from .batched import autocast
 from .optim import SharedMuon
 from .stage import Stage, StageRun
 from .twins import Twins, launch
@@ -23,7 +24,7 @@ def judge_loss(judge: Judge, batch: int, generator: torch.Generator) -> tuple[Te
     images = render(scenes)
     noise = torch.rand(batch, 1, 1, 1, generator=generator) * 0.06  # so that single pixels do not decide
     images = (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         logits = judge(images.contiguous(memory_format=torch.channels_last))
     labels = scenes.labels()
     loss = sum((F.cross_entropy(logits[name].float(), labels[name]) for name in NUM_CLASSES), torch.zeros(()))

@@ -21,6 +21,7 @@ from ...demo.model_files import load_vae
 from ...demo.world import BACKGROUNDS, render, sample_scenes
 from ...number_text import float_argument, int_argument
 from ..judge import laplacian_energy
+from .batched import autocast
 from .optim import SharedMuon
 from .stage import Stage, StageRun
 from .twins import Twins, launch
@@ -75,11 +76,11 @@ class Autoencoding(nn.Module):
         """(loss on `batch` new renders, scalar; PSNR in dB)."""
         scenes = sample_scenes(batch, generator)
         image = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latent = self.model.encoder(image)
         latent = latent.float() if self.norm is None else self.norm(latent.float())
         latent = latent + LATENT_NOISE * torch.randn(latent.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             out = self.model.decoder(latent).float()
         background = self.palette[scenes.background][:, :, None, None] * 2 - 1
         loss, mse = reconstruction_loss(out, image, background)
