@@ -25,12 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dopsd_core.demo.model_files import MODEL_FILE, WEIGHTS
 from dopsd_core.files.atomic import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
 RELIABILITY = ROOT / "docs" / "reliability.json"
 _CODE = ("dopsd_core", "nodes", "benchmarks", "tests")
+_EARLIER = "Measured on earlier weights of the demo model; those that ship now have not been measured here yet."
 WORK = ROOT / "build" / "reliability"
 """Journals and files of measurements in progress; not under version control."""
 
@@ -42,10 +44,12 @@ class Page:
     Attributes:
         order: keys of its sections, in order; others follow by name.
         intro: Markdown with the page's heading.
+        on_demo_model: whether its sections are measured on the demo model; those of earlier weights are marked.
     """
 
     order: tuple[str, ...]
     intro: str
+    on_demo_model: bool = False
 
 
 PAGES = {
@@ -79,6 +83,7 @@ What to keep in mind:
 - *Speed*: K is the number of the student's steps, m how many of them are learned from, drawn evenly or *by gap*: the more often, the larger the gap to the teacher there has been.
 - *Masks*: all training images have one background and one position. The columns are shares of images with that background or position, for prompts that name others and for a prompt that names none; *grey or white* is the share with such a background, as *grey* and *remove* show it to the teacher.
 """,  # noqa: E501
+        on_demo_model=True,
     ),
 }
 
@@ -114,6 +119,7 @@ class Section:
         notes: sentences below the table.
         date: when it was measured; filled in by `measured_here`.
         machine: where it was measured; filled in by `measured_here`.
+        model: digest of the demo model that ships; filled in by `measured_here`.
     """
 
     key: str
@@ -124,15 +130,17 @@ class Section:
     notes: tuple[str, ...] = ()
     date: str = ""
     machine: str = ""
+    model: str = ""
 
-    def to_markdown(self) -> str:
-        """Heading, verdict, figures and notes."""
+    def to_markdown(self, *remarks: str) -> str:
+        """Heading, verdict, figures and notes; remarks: more notes."""
         verdict = {True: "PASSED. ", False: "FAILED. ", None: ""}[self.passed]
         parts = [
             f"## {self.title}",
             f"{verdict}`{self.command}`, {self.date}, {self.machine}",
             self.table.to_markdown(),
             *self.notes,
+            *remarks,
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -140,7 +148,14 @@ class Section:
 def measured_here(section: Section, *facts: str) -> Section:
     """The section with today's date and this machine; facts: versions besides Python's and torch's."""
     machine = ", ".join([machine_facts(), *facts])
-    return dataclasses.replace(section, date=datetime.date.today().isoformat(), machine=machine)
+    return dataclasses.replace(
+        section, date=datetime.date.today().isoformat(), machine=machine, model=demo_model_digest()
+    )
+
+
+def demo_model_digest() -> str:
+    """8 hex digits: other for another demo model."""
+    return hashlib.sha256((WEIGHTS / MODEL_FILE).read_bytes()).hexdigest()[:8]
 
 
 def record(section: Section, results: Path) -> None:
@@ -154,8 +169,11 @@ def record(section: Section, results: Path) -> None:
 
 def render(results: Path) -> Path:
     """Writes the page from the JSON; gives the page's path."""
-    sections = load_sections(results)
-    parts = [page_of(results).intro, *(sections[key].to_markdown() for key in _ordered(sections, results))]
+    sections, about = load_sections(results), page_of(results)
+    parts = [about.intro]
+    for section in (sections[key] for key in _ordered(sections, results)):
+        other = about.on_demo_model and section.model != demo_model_digest()
+        parts.append(section.to_markdown(*([_EARLIER] if other else [])))
     page = results.with_suffix(".md")
     write_atomic(page, "\n".join(parts).encode())
     return page
@@ -175,8 +193,8 @@ def machine_facts() -> str:
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
     return (
-        f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GB, {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, commit {_commit()}"
+        f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {memory:.0f} GB, "
+        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, commit {_commit()}"
     )
 
 

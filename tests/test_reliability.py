@@ -58,6 +58,17 @@ def test_a_section_is_kept_and_written_to_the_page_in_its_place(tmp_path: Path) 
     assert "| 1\\|2 | 3<br>4\\x00 |" in page
 
 
+def test_what_was_measured_on_earlier_weights_of_the_demo_model_says_so(tmp_path: Path) -> None:
+    results, other = tmp_path / "results.json", tmp_path / "reliability.json"
+    for file in (results, other):
+        record(section("old", model="01234567"), file)
+        record(measured_here(section("quite new")), file)
+    page = results.with_suffix(".md").read_text(encoding="utf-8")
+    old, new = page[page.index("## old") :].split("## quite new")
+    assert "earlier weights" in old and "earlier weights" not in new
+    assert "earlier weights" not in other.with_suffix(".md").read_text(encoding="utf-8")
+
+
 def test_a_journal_loses_the_line_that_a_kill_cut(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal.open(path)

@@ -69,7 +69,12 @@ def discriminator_loss(real: Tensor, drawn: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Player:
-    """A network with its optimizer, on one worker."""
+    """A network that learns.
+
+    Attributes:
+        network: on this worker.
+        optimizer: of all its parameters.
+    """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -81,7 +86,7 @@ class Player:
         return Player(network, torch.optim.AdamW(parameters, lr, (0.0, 0.99), weight_decay=weight_decay, fused=True))
 
     def step(self, twins: Twins, loss: Tensor, max_norm: float, factor: float = 1.0) -> None:
-        """One update with `factor` times the peak learning rate."""
+        """One update against `loss`, a scalar, with `factor` times the peak learning rate."""
         parameters = [*self.network.parameters()]
         zero_gradients(parameters)
         loss.backward()
