@@ -176,11 +176,10 @@ def section(threads: int) -> Section:
     ]
     note = (
         f"{threads} threads, one run each. The training node adds {server['train'] / comfyui - 1:.1%} to the bare loop "
-        f"on the same MODEL. In CPU seconds these are {server['cpu']:.1f} and {cpu:.1f}: the difference is mostly "
-        f"{server['sheets']} preview sheets. The rest is OpenMP's waiting: in a server, whose main thread has a pool "
-        "of its own, the threads of the training sleep between operations, and the demo's are so small that waking "
-        "them takes as long as the work; OMP_WAIT_POLICY=passive makes the bare loop as slow, and with one thread both "
-        f"take as long. The server holds {server['rss_mb'] / 1000:.1f} GB afterwards."
+        f"on the same MODEL. In CPU seconds these are {server['cpu']:.1f} and {cpu:.1f}; the node also draws "
+        f"{server['sheets']} preview sheets. How much of their time the threads wait for each other between the small "
+        "operations of this network, asleep or spinning, is OpenMP's matter and another on every machine. "
+        f"The server holds {server['rss_mb'] / 1000:.1f} GB afterwards."
     )
     table = Table(("what", "seconds"), tuple((name, f"{seconds:.1f}") for name, seconds in rows))
     title = "The quickstart in a ComfyUI server"

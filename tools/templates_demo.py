@@ -28,7 +28,7 @@ DEMO_COMPARED = (
 )
 DEMO_NOTE = (
     "## Press Run\n\nA tiny model that ships with the pack learns a badge it has never seen from four "
-    "images, in half a minute on a CPU. Nothing to download.\n\n**Look at the teacher first**: the student "
+    "images, in about a minute on a CPU. Nothing to download.\n\n**Look at the teacher first**: the student "
     "becomes as good as its teacher and no better.\n\nCancel at any time: the next run resumes. Then try your "
     "own images with *z_image_turbo_train* or *klein_train*."
 )
