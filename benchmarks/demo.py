@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo --output build/demo --jobs 2
 
-Runs `python -m dopsd_core demo` with three runs per method (about two minutes on two CPU cores), unless --output already holds its report; writes the section "demo" of docs/results.md, and docs/overview.png, docs/contact_sheet.png and docs/curves.png.
+Runs `python -m dopsd_core demo` with three runs per method (two to six minutes on two CPU cores), unless --output already holds its report; writes the section "demo" of docs/results.md, and docs/overview.png, docs/contact_sheet.png and docs/curves.png.
 """  # noqa: E501
 
 from __future__ import annotations
