@@ -73,7 +73,9 @@ class Session:
         self.config = TrainConfig(adapter=lora, rollout_steps=args.rollout_steps, objective=objective)
 
     def add(self, row: Row, make: Callable[[Row], Row]) -> None:
-        """Fills a row in and prints it; running out of memory is a row too."""
+        """Fills a row in and prints it, if it is asked for; running out of memory is a row too."""
+        if self.args.only and row.variant not in self.args.only:
+            return
         try:
             make(row)
         except torch.OutOfMemoryError:
@@ -206,7 +208,7 @@ def run(subject: Subject, args: argparse.Namespace) -> Session:
                 session.add(Row(variant, side, args.rank), partial(session.ours, network))
         if session.device.type == "cuda" and network.memory is None and not obstacle(session.device):
             session.add(Row("selective" + COMPILED, max(args.resolutions), args.rank), partial(session.ours, network))
-        if args.baseline:
+        if args.baseline and "authors" in (args.only or ["authors"]):
             kind = (subject.encoder, subject.vision is not None)
             encoders = AuthorsEncoders(*kind, session.device, session.dtype, args.encoder_layers)
             for side in args.resolutions:
@@ -274,5 +276,6 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
     made.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True, help="the authors' loop")
     made.add_argument("--presets", action=argparse.BooleanOptionalAction, default=True, help="memory presets (no CPU)")
+    made.add_argument("--only", nargs="+", metavar="VARIANT", help='rows by name, such as selective authors "16 GB"')
     made.add_argument("--json", type=Path, metavar="FILE", help="the rows for a program")
     return made
