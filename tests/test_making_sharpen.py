@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,3 +112,28 @@ def test_what_was_not_made_is_what_ships(tmp_path: Path, parent: Parent) -> None
         assert all(torch.equal(v, wanted[k]) for k, v in loaded.state_dict().items()), name
     save_file({k: v + 1 for k, v in wanted.items()}, tmp_path / "distilled.safetensors")
     assert all(torch.equal(v, wanted[k] + 1) for k, v in load_student(tmp_path).state_dict().items())
+
+
+def test_a_folder_that_is_not_there_is_named_before_anything_is_measured(tmp_path: Path) -> None:
+    for load in (load_parent, load_student):
+        with pytest.raises(FileNotFoundError, match=r"mistyped is no folder"):
+            load(tmp_path / "mistyped")
+
+
+def test_a_student_sharpened_before_it_was_distilled_again_is_refused(tmp_path: Path) -> None:
+    weights = load_student(tmp_path).state_dict()
+    for name, at in (("distilled", 2_000), ("sharpened", 1_000)):
+        save_file({k: v.clone() for k, v in weights.items()}, path := tmp_path / f"{name}.safetensors")
+        os.utime(path, (at, at))
+    with pytest.raises(ValueError, match=r"sharpened.safetensors was made before distilled.safetensors"):
+        load_student(tmp_path)
+    os.utime(path, (3_000, 3_000))
+    load_student(tmp_path)
+
+
+def test_which_weights_are_used_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_student(tmp_path).state_dict()
+    save_file({k: v.clone() for k, v in weights.items()}, tmp_path / "distilled.safetensors")
+    load_student(tmp_path)
+    shipped, own = capsys.readouterr().out.splitlines()
+    assert "the file that ships" in shipped and own == f"taking {tmp_path / 'distilled.safetensors'}"

@@ -94,9 +94,32 @@ def load_autoencoder(path: Path) -> DemoAutoencoder:
 
 
 def own_or_shipped(folder: Path, name: str, shipped: str) -> Path:
-    """The work folder's `name`, or if that stage was not run the file that ships."""
-    path = folder / name
-    return path if path.exists() else WEIGHTS / shipped
+    """The work folder's `name`, or if that stage was not run the file that ships; prints which.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    return result_of(folder, name) or WEIGHTS / shipped
+
+
+def result_of(folder: Path, *names: str) -> Path | None:
+    """The first of the work folder's files `names` that is there, the last stage's first; prints which is used.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a file is older than one of an earlier stage, from which it was made.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: make it, and leave it empty to begin with the files that ship")
+    there = [folder / name for name in names if (folder / name).exists()]
+    if not there:
+        print(f"{folder} has no {' or '.join(names)}: taking the file that ships", flush=True)
+        return None
+    newer = [path for path in there[1:] if path.stat().st_mtime > there[0].stat().st_mtime]
+    if newer:
+        raise ValueError(f"{there[0]} was made before {newer[0].name}: delete it, and run its stage again")
+    print(f"taking {there[0]}", flush=True)
+    return there[0]
 
 
 class RowMaker:

@@ -32,7 +32,7 @@ from .batched import (
     teacher_pixels,
 )
 from .checkpoint import Checkpoints, part
-from .data import RowMaker, Rows, load_autoencoder, own_or_shipped
+from .data import RowMaker, Rows, load_autoencoder, own_or_shipped, result_of
 from .optim import SharedMuon
 from .stage import Stage, StageRun
 from .twins import Twins, launch
@@ -121,12 +121,12 @@ def load_parent(folder: Path, *, from_average: bool = False) -> Parent:
     from_average: the weight average of an unfinished run's newest checkpoint.
 
     Raises:
-        FileNotFoundError: there is no checkpoint for the average; the message names it.
+        FileNotFoundError: there is no such folder, or no checkpoint for the average; the message names it.
     """
-    parent, path = Parent(), folder / "joint.safetensors"
+    parent = Parent()
     if from_average:
         load_average(folder / "joint", parent, [p for _, p in parent.trainable()])
-    elif path.exists():
+    elif path := result_of(folder, "joint.safetensors"):
         parent.load_state_dict(load_file(path))
     else:
         parent.load_shipped(WEIGHTS, PARENT_FILE)
@@ -135,13 +135,18 @@ def load_parent(folder: Path, *, from_average: bool = False) -> Parent:
 
 def load_student(folder: Path) -> ZImageTransformer2DModel:
     """The frozen few-step transformer: sharpened, or if that stage was not run distilled, or if neither was the one
-    that ships."""
-    for name in ("sharpened.safetensors", "distilled.safetensors"):
-        if (folder / name).exists():
-            student = new_transformer()
-            student.load_state_dict(load_file(folder / name))
-            return student.requires_grad_(False)
-    return load_transformer(WEIGHTS / MODEL_FILE).requires_grad_(False)
+    that ships.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it was distilled again after it was sharpened.
+    """
+    path = result_of(folder, "sharpened.safetensors", "distilled.safetensors")
+    if path is None:
+        return load_transformer(WEIGHTS / MODEL_FILE).requires_grad_(False)
+    student = new_transformer()
+    student.load_state_dict(load_file(path))
+    return student.requires_grad_(False)
 
 
 @torch.no_grad()
