@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
+from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, on_this_model, record
 from dopsd_core.standalone.compare import METHODS
 from dopsd_core.standalone.evaluate import TITLES
 
@@ -52,12 +52,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="CPU cores to use")
     parser.add_argument("--training-seeds", type=int, default=3, help="training runs per method")
     args = parser.parse_args()
-    if not (args.output / "report.json").exists():
-        command = [sys.executable, "-m", "dopsd_core", "demo", "--output", str(args.output)]
+    folder = on_this_model(args.output)
+    if not (folder / "report.json").exists():
+        command = [sys.executable, "-m", "dopsd_core", "demo", "--output", str(folder)]
         subprocess.run([*command, "--jobs", str(args.jobs), "--seeds", str(args.training_seeds)], check=True)
-    report = json.loads((args.output / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     for name in IMAGES:
-        shutil.copyfile(args.output / name, ROOT / "docs" / name)
+        shutil.copyfile(folder / name, ROOT / "docs" / name)
     record(measured_here(section(report, args.training_seeds), f"{args.jobs} jobs"), RESULTS)
 
 

@@ -1,4 +1,4 @@
-"""The demo on several unseen concepts: median and worst of its figures, for docs/results.md.
+"""The demo on several unseen concepts: median and worst of its figures by method, for docs/results.md.
 
     python -m benchmarks.demo_concepts --seeds 10 --training-seeds 1 --jobs 2
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, record
+from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, on_this_model, record
 from dopsd_core.standalone.compare import METHODS
 from dopsd_core.standalone.evaluate import TITLES
 
@@ -37,37 +37,36 @@ def figure(report: Report, method: str, name: str) -> float:
     return report["methods"][method][name]["mean"]
 
 
-def rows(reports: Sequence[Report]) -> dict[str, tuple[list[float], bool]]:
-    """Name -> (one value per concept, whether more is better)."""
-    table: dict[str, tuple[list[float], bool]] = {
-        "share of the concept gap closed by D-OPSD": ([r["gap_closed"] for r in reports], True)
-    }
-    for name, title in TITLES.items():
-        for method, whose in METHODS.items():
-            better = name in ("prompt_following", "sharpness")  # sharper than renders has not been seen
-            table[f"{title}, {whose}"] = ([figure(r, method, name) for r in reports], better)
-    for method in ("dopsd", "sft"):
-        ratio = [figure(r, method, "frechet_prior") / figure(r, "base", "frechet_prior") for r in reports]
-        table[f"{TITLES['frechet_prior']}, over the untouched model's, {METHODS[method]}"] = (ratio, False)
-    table["wall seconds"] = ([r["wall_seconds"] for r in reports], False)
-    table["peak memory, MB"] = ([r["peak_rss_mb"] for r in reports], False)
-    return table
-
-
 def section(reports: Sequence[Report], training_seeds: int, jobs: int) -> Section:
-    """Median and worst of every figure over the concepts."""
+    """Median and worst of every figure over the concepts, a row per method."""
     lines = tuple(
-        (name, f"{median(values):.3g}", f"{min(values) if more_is_better else max(values):.3g}")
-        for name, (values, more_is_better) in rows(reports).items()
+        (whose, *(_median_and_worst([figure(r, method, name) for r in reports], name) for name in TITLES))
+        for method, whose in METHODS.items()
     )
+    closed = [report["gap_closed"] for report in reports]
+    seconds, memory = ([report[name] for report in reports] for name in ("wall_seconds", "peak_rss_mb"))
     return Section(
         "demo-concepts",
         f"{len(reports)} concepts that nobody tuned on",
         f"python -m benchmarks.demo_concepts --seeds {len(reports)} --training-seeds {training_seeds} --jobs {jobs}",
         None,
-        Table(("figure", "median", "worst"), lines),
-        (f"Training runs per concept and method: {training_seeds}.",),
+        Table(("", *TITLES.values()), lines),
+        (
+            f"Median over the concepts, and the worst of them in parentheses. Training runs per concept and method: "
+            f"{training_seeds}. D-OPSD closed {median(closed):.0%} of the gap between the untouched model and its own "
+            f"teacher, on the worst concept {min(closed):.0%}. A concept took {median(seconds):.0f} s and "
+            f"{max(memory) / 1000:.1f} GB.",
+        ),
     )
+
+
+def _median_and_worst(values: Sequence[float], name: str) -> str:
+    worst = min(values) if name in ("prompt_following", "sharpness") else max(values)  # none is sharper than renders
+    return f"{_short(median(values))} ({_short(worst)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
@@ -78,7 +77,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="CPU cores to use")
     parser.add_argument("--training-seeds", type=int, default=3, help="training runs per concept and method")
     args = parser.parse_args()
-    reports = [run_demo(seed, args.output, args.jobs, args.training_seeds) for seed in range(args.seeds)]
+    folder = on_this_model(args.output)
+    reports = [run_demo(seed, folder, args.jobs, args.training_seeds) for seed in range(args.seeds)]
     found = measured_here(section(reports, args.training_seeds, args.jobs))
     record(found, RESULTS)
     print(found.to_markdown())

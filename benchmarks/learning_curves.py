@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import RESULTS, ROOT, WORK, Journal, Progress, Section, Table, measured_here, record
+from benchmarks.journal import Journal, Progress
+from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
 from dopsd_core.config import TrainConfig
 from dopsd_core.demo.concept import make_concept, write_dataset
 from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS

@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RELIABILITY, WORK, Journal, Section, Table, comfyui_version, measured_here, record
+from benchmarks.journal import Journal
+from benchmarks.report import RELIABILITY, WORK, Section, Table, comfyui_version, measured_here, record
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))

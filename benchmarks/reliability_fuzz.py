@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.journal import Journal, Progress
 from benchmarks.reliability_case import Case, keep_input, try_case
 from benchmarks.reliability_inputs import Kind
 from benchmarks.reliability_worker import CHUNK, MEMORY_BYTES
-from benchmarks.report import ROOT, Journal, Progress, Section, Table
+from benchmarks.report import ROOT, Section, Table
 
 TASK = 2_000
 """Inputs that one worker process reads."""

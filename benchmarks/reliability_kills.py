@@ -27,7 +27,8 @@ from typing import Any
 import torch
 import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, which would take a second of each child
 
-from benchmarks.report import Journal, Progress, Section, counts_table
+from benchmarks.journal import Journal, Progress
+from benchmarks.report import Section, counts_table
 from dopsd_core.adapters.lora_file import load_lora
 from dopsd_core.config import TrainConfig
 from dopsd_core.options import changed

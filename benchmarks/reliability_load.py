@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.journal import Journal, Progress
 from benchmarks.reliability_server import (
     QUICK,
     Server,
@@ -28,7 +29,7 @@ from benchmarks.reliability_server import (
     tensor_bytes,
     training,
 )
-from benchmarks.report import Journal, Progress, Section, counts_table
+from benchmarks.report import Section, counts_table
 
 SHORT = {**QUICK, "steps": 2}
 SETTINGS: tuple[dict[str, Any], ...] = (

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.journal import Journal, Progress
 from benchmarks.reliability_disks import NotHere, fill, mounted, names_full_disk, remount
 from benchmarks.reliability_server import (
     MOMENTS,
@@ -33,7 +34,7 @@ from benchmarks.reliability_server import (
     state,
     training,
 )
-from benchmarks.report import Journal, Progress, Section, Table
+from benchmarks.report import Section, Table
 
 SMALL_DISK = "24m"
 NAME = "moment"

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.journal import Progress
 from benchmarks.reliability_attempts import (
     CANARY,
     GOOD,
@@ -33,7 +34,7 @@ from benchmarks.reliability_attempts import (
 )
 from benchmarks.reliability_server import Server, booted, new_home
 from benchmarks.reliability_trees import snapshot
-from benchmarks.report import Progress, Section, Table
+from benchmarks.report import Section, Table
 
 FORBIDDEN = ("/etc/passwd", "/proc/self/environ", "/dev/zero")
 """Read by an attempt, besides the secret, and by nothing that is in order."""

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.journal import Journal, Progress
 from benchmarks.reliability_server import MOMENTS, QUICK, Server, arm, booted, new_home, result_of, run_folder, training
-from benchmarks.report import Journal, Progress, Section, counts_table
+from benchmarks.report import Section, counts_table
 
 NAME = "killed"
 KILLS_PER_RUN = 4

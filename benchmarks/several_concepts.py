@@ -22,7 +22,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, record
+from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, on_this_model, record
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.conditioning.encode import Condition
 from dopsd_core.data.dataset import Pair, read_dataset
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps per concept")
     parser.add_argument("--plain", action="store_true", help="without the runs with the others' captions")
     args = parser.parse_args()
-    found = run_all(args.output, args.counts, args.seeds, args.steps, args.plain)
+    found = run_all(on_this_model(args.output), args.counts, args.seeds, args.steps, args.plain)
     options = f"--counts {' '.join(map(str, args.counts))} --seeds {args.seeds} --steps {args.steps}"
     options += " --plain" * args.plain
     command = f"python -m benchmarks.several_concepts {options}"

@@ -34,7 +34,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counters import LiveBytes
-from benchmarks.report import RESULTS, WORK, Journal, Section, Table, measured_here, record
+from benchmarks.journal import Journal
+from benchmarks.report import RESULTS, WORK, Section, Table, measured_here, record
 from dopsd_core.adapters.adapter_set import AdapterSet
 from dopsd_core.conditioning.encode import DualCondition
 from dopsd_core.data.dataset import read_dataset

@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("resource", reason="the scripts use POSIX limits and signals")
 
-from benchmarks import reliability, reliability_fuzz, reliability_kills, report  # noqa: E402
+from benchmarks import journal, reliability, reliability_fuzz, reliability_kills, report  # noqa: E402
+from benchmarks.journal import Journal  # noqa: E402
 from benchmarks.reliability_attempts import Attempt, Field  # noqa: E402
 from benchmarks.reliability_case import Case, shrink, try_case  # noqa: E402
 from benchmarks.reliability_fuzz import Fuzz, Task  # noqa: E402
@@ -22,7 +23,7 @@ from benchmarks.reliability_inputs import KINDS, Broken, Kind, Refused  # noqa: 
 from benchmarks.reliability_mutators import Chance, mutate_json, mutate_safetensors  # noqa: E402
 from benchmarks.reliability_paths import Answer, Audit, summary  # noqa: E402
 from benchmarks.reliability_trees import Tree, snapshot  # noqa: E402
-from benchmarks.report import Journal, Section, Table, load_sections, measured_here, record  # noqa: E402
+from benchmarks.report import Section, Table, load_sections, measured_here, record  # noqa: E402
 from dopsd_core.data.captions import CaptionError  # noqa: E402
 from dopsd_core.training.run import Run  # noqa: E402
 
@@ -84,8 +85,18 @@ def test_a_journal_loses_the_line_that_a_kill_cut(tmp_path: Path) -> None:
 def test_a_journal_of_other_code_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "journal.jsonl"
     Journal.open(path).append({"n": 1})
-    monkeypatch.setattr(report, "code_digest", lambda: "other")
+    monkeypatch.setattr(journal, "code_digest", lambda: "other")
     assert Journal.open(path).rows == []
+
+
+def test_what_another_demo_model_did_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal.open(path).append({"n": 1})
+    folder = report.on_this_model(tmp_path)
+    for module in (journal, report):
+        monkeypatch.setattr(module, "demo_model_digest", lambda: "another")
+    assert Journal.open(path).rows == []
+    assert report.on_this_model(tmp_path) != folder
 
 
 def test_every_command_has_its_measurement() -> None:

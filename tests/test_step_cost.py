@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import step_cost
-from benchmarks.report import Journal
+from benchmarks.journal import Journal
 from benchmarks.step_cost import Bench, Setting, measure, run_all, section
 
 
