@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
+from PIL import Image
 
+from ..dopsd_core.image_grid import to_pixels
 from ..dopsd_core.training.log import LOG_NAME, read_log
 from .comfy_host.base_name import base_name
 from .comfy_host.checked_inputs import checked
@@ -21,6 +24,8 @@ from .comfy_host.settings import TrainingSettings
 from .comfy_host.shared_inputs import conditions_input, seed_input
 from .comfy_host.sockets import CATEGORY, Conditions, SettingsSocket
 from .comfy_host.training import Wanted, losses, run_training
+
+log = logging.getLogger("dopsd")
 
 
 class TrainLoRA(io.ComfyNode):
@@ -82,7 +87,18 @@ class TrainLoRA(io.ComfyNode):
         wanted = Wanted(run_name, base_name(model, cls), memory, preset, changes, unused)
         run = run_training(cls, model, conditions, vae, wanted, initial_lora)
         loss = losses(read_log(run.folder / LOG_NAME))
-        return io.NodeOutput(run.lora, {"loss": loss}, str(run.folder), run.sheets, run.best)
+        return io.NodeOutput(
+            run.lora, {"loss": loss}, str(run.folder), run.sheets, run.best, ui=shown_on(cls, run.chart)
+        )
+
+
+def shown_on(node: Any, chart: Image.Image) -> ui.PreviewImage | None:
+    """The chart on the node, where it stays; None if ComfyUI's temporary folder cannot be written."""
+    try:
+        return ui.PreviewImage(to_pixels(chart), cls=node)
+    except OSError as error:  # the LoRA is saved: a run must not fail for its chart
+        log.warning("the chart is not shown on the node: %s", error)
+        return None
 
 
 def chosen_settings(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -41,7 +42,7 @@ from .sockets import Conditions, TrainedLora
 from .start import start_of
 from .targets import require_blocks
 from .unused import aim_notes, unused_settings
-from .watcher import PREVIEWS_NAME, RunFacts, Watcher
+from .watcher import PREVIEWS_NAME, RunFacts, Watcher, chart_of_run
 
 log = logging.getLogger("dopsd")
 
@@ -82,12 +83,14 @@ class FinishedRun:
         lora: see `trained_lora`.
         best: see `best_lora`.
         sheets: the preview sheets, [n, H, W, 3]; see `load_sheets`.
+        chart: loss and gaps over its steps, below the last sheet.
     """
 
     folder: Path
     lora: TrainedLora
     best: TrainedLora
     sheets: Tensor
+    chart: Image.Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +157,7 @@ def run_training(
         lora, best = trained_lora(result, run.plan.config), best_lora(result, run.plan.config)
         sheets = load_sheets(run.folder / PREVIEWS_NAME)
         watcher.finished(result)
-    return FinishedRun(run.folder, lora, best, sheets)
+    return FinishedRun(run.folder, lora, best, sheets, chart_of_run(run.folder, run.plan.config.steps, sheets))
 
 
 def _planned(

@@ -10,10 +10,12 @@ from typing import Any
 
 import comfy.utils
 from PIL import Image
+from torch import Tensor
 
 from ...dopsd_core.config import TrainConfig
 from ...dopsd_core.files.atomic import write_atomic
 from ...dopsd_core.files.disk import writing
+from ...dopsd_core.image_grid import to_images
 from ...dopsd_core.run_chart import below, draw_run
 from ...dopsd_core.trainable import Trainable
 from ...dopsd_core.training.log import LOG_NAME, StepReport, gaps_by_concept, read_log
@@ -88,6 +90,18 @@ class LiveChart:
     def _comes_with_preview(self, step: int) -> bool:
         every = self._config.preview_every if self._has_previews else 0
         return bool(every) and (step % every == 0 or step == self._config.steps)
+
+
+def chart_of_run(folder: Path, steps: int, sheets: Tensor) -> Image.Image:
+    """The chart of a whole run below its last preview sheet, as the node shows it at the end.
+
+    Args:
+        folder: the run's folder.
+        steps: of its configuration.
+        sheets: as `load_sheets` gives them, [n, H, W, 3] in [0, 1].
+    """
+    (sheet,) = to_images(sheets[-1:].movedim(-1, 1)) if sheets.shape[1] > 1 else (None,)
+    return below(sheet, draw_run(read_log(folder / LOG_NAME), steps, sheet.width if sheet else 0))
 
 
 class Watcher(NoCallbacks):

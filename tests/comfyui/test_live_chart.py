@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from graphs import SHORT, node_of, shipped, training
 from inprocess import ComfyUI
 from PIL import Image
+from runs import Run
 
 TRAINED = (31, 119, 180)  # the colour of the gap on trained captions
 
@@ -31,6 +33,45 @@ def test_previews_have_the_chart_below_and_files_do_not(comfyui: ComfyUI, artefa
     shown[-1].save(artefacts / "training_preview.png")
     (wanted,) = comfyui.core("image_grid").to_images(sheets[-1:].permute(0, 3, 1, 2))
     assert not has_curve(wanted)
+
+
+def test_the_chart_stays_on_the_node_and_comes_back_when_nothing_is_left_to_train(comfyui: ComfyUI) -> None:
+    graph = training("chart-stays")
+    runs = [comfyui.execute(graph), comfyui.execute(graph)]
+    assert all(run.status == "success" for run in runs), runs
+    assert any("nothing was trained" in str(event.data) for event in runs[1].events)
+    first, again = (shown_at_the_end(comfyui, run) for run in runs)
+    assert first.size == runs[0].previews("train")[-1].size and has_curve(first)
+    assert again.tobytes() == first.tobytes()
+
+
+def shown_at_the_end(comfyui: ComfyUI, run: Run) -> Image.Image:
+    (image,) = run.outputs["train"]["images"]
+    assert image["type"] == "temp"
+    return Image.open(comfyui.temp / image["subfolder"] / image["filename"]).convert("RGB")
+
+
+def test_without_a_preview_the_chart_is_alone(comfyui: ComfyUI, tmp_path: Path) -> None:
+    report = comfyui.core("training.log").StepReport(step=1, loss=1.0, relative_gap=1.0)
+    (tmp_path / "train.jsonl").write_text(report.to_row(), encoding="utf-8")
+    draw = comfyui.module("nodes.comfy_host.watcher").chart_of_run
+    alone = draw(tmp_path, 20, torch.zeros(1, 1, 1, 3))
+    below = draw(tmp_path, 20, torch.ones(2, 64, 600, 3))
+    assert alone.size == (560, 190) and below.size == (600, 64 + 190)
+    assert below.getpixel((300, 10)) == (255, 255, 255)
+
+
+def test_a_finished_run_does_not_fail_for_its_chart(
+    comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = comfyui.module("nodes.train_lora")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(node.ui, "PreviewImage", full)
+    assert node.shown_on(None, Image.new("RGB", (8, 8))) is None
+    assert "the chart is not shown on the node" in caplog.text and "No space left" in caplog.text
 
 
 @pytest.mark.long
@@ -93,7 +134,16 @@ def test_the_page_draws_it_on_the_node(page: Any) -> None:
     page.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.page.wait_for_timeout(1500)
     page.screenshot("chart_on_the_node")
-    close = page.page.evaluate(
+    assert points_of_the_curve(page) > 20
+    page.load_api({key: node for key, node in graph.items() if key in upstream(graph, train)})  # a page without images
+    assert page.run(timeout=60) == "execution_success"  # from the cache
+    page.page.wait_for_timeout(500)
+    assert points_of_the_curve(page) > 20
+
+
+def points_of_the_curve(page: Any) -> int:
+    """Pixels of the chart on the node that have the colour of the gap."""
+    return page.page.evaluate(
         """([red, green, blue]) => {
             const image = window.app.graph.nodes.find(n => n.type === 'DOPSD_TrainLoRA').imgs[0];
             const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext('2d');
@@ -107,7 +157,6 @@ def test_the_page_draws_it_on_the_node(page: Any) -> None:
         }""",
         list(TRAINED),
     )
-    assert close > 20
 
 
 def upstream(graph: dict, node: str) -> set[str]:
