@@ -276,8 +276,10 @@ class Answers:
 
 
 def test_seconds_are_those_of_the_timings_whatever_ran_beside_a_trial() -> None:
-    plan = replace(PLAN, steps=10, max_steps=40, regimes=("time", "error"))
+    plan = replace(PLAN, steps=10, max_steps=40)
     found = run_plan(plan, Answers())  # type: ignore[arg-type]
+    by_steps = {m: [o.seconds for row in rows for o in row] for m, rows in found["steps"].items()}
+    assert (by_steps["dopsd"], by_steps["sft"]) == ([5.0] * 4, [2.5] * 4)
     assert {m: [o.seconds for row in rows for o in row] for m, rows in found["time"].items()} == {
         "dopsd": [5.0] * 4, "sft": [5.0] * 4,
     }  # fmt: skip

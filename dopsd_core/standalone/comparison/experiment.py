@@ -140,7 +140,8 @@ def run_plan(plan: Plan, runner: TrialRunner) -> dict[str, Outcomes]:
         first = replace(first, concepts=plan.concepts[:1], seeds=plan.seeds[:1])
     count = dict.fromkeys((m.name for m in first.methods), plan.steps)
     by_steps = _by_method(first, runner, "steps", count, in_turn=not is_asked)
-    found, costs = {"steps": by_steps}, {m.name: Cost.of(by_steps[m.name]) for m in plan.methods}
+    costs = {m.name: Cost.of(by_steps[m.name]) for m in plan.methods}
+    found = {"steps": {**by_steps, **_timed({m.name: by_steps[m.name] for m in plan.methods}, costs)}}
     if "time" in plan.regimes:
         steps = steps_in_equal_time(plan, costs)
         others = tuple(method for method in plan.methods if not is_asked or steps[method.name] != plan.steps)
@@ -182,7 +183,7 @@ def steps_in_equal_time(plan: Plan, costs: Mapping[str, Cost]) -> dict[str, int]
 
 
 def _timed(outcomes: Outcomes, costs: Mapping[str, Cost]) -> Outcomes:
-    """With the seconds that the steps take by the timings: trials side by side slow one another down."""
+    """With the seconds that the steps take by the timings: what runs beside a trial slows it down, or stops it."""
     return {
         name: [[replace(o, seconds=costs[name].seconds(o.steps)) for o in row] for row in rows]
         for name, rows in outcomes.items()

@@ -104,7 +104,7 @@ def _notes(plan: Plan, regime: str, outcomes: Outcomes) -> tuple[str, ...]:
             "FLOPs. No warm-up. gap: to the untouched model that sees a target, on unseen prompts along the model's "
             "own steps, relative to before training; gap and error at a part of the work are measured on some prompts."
         )
-    if regime in ("time", "error"):
+    if regime != "work":
         notes.append("Seconds: of class images, and the steps times the median time of one in the timings.")
     if regime == "error":
         total = concepts * seeds
