@@ -14,11 +14,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
-from benchmarks.varied_demo import Variant, plain_demo, run_variants, sheet, small_concept
+from benchmarks.report import RESULTS, ROOT, WORK, measured_here, record
+from benchmarks.varied_demo import Place, Variant, plain_demo, run_variants, sections, sheet, small_concept
 from dopsd_core.standalone.comparison.experiment import Outcomes, Plan
 from dopsd_core.standalone.comparison.methods import DOPSD, REFERENCES, Method
-from dopsd_core.standalone.comparison.report import grids
 
 USUAL = Variant(DOPSD)
 
@@ -49,16 +48,11 @@ def measured(aim: str, concepts: Sequence[int], steps: int, output: Path) -> tup
     return plan, found
 
 
-def sections(aim: str, plan: Plan, found: Outcomes, command: str) -> list[Section]:
-    """Means, and differences from the demo's settings; without what the runs cost."""
-    made = []
+def place_of(aim: str) -> Place:
+    """Where an aim's figures stand."""
     title = {"subject": "Aims: subject and character", "style": "Aims: style"}[aim]
-    for grid, part in zip(grids(f"aims-{aim}", plan, {"steps": found}), ("", ": differences from D-OPSD"), strict=True):
-        table = Table(grid.columns[:-2], tuple(row[:-2] for row in grid.rows))  # the last two are steps and seconds
-        key = f"aims-{aim}-differences" if part else f"aims-{aim}"
-        image = () if part else (f"![The same prompts and noise in each row](aims_{aim}.png)",)
-        made.append(Section(key, title + part, command, None, table, (*grid.notes, *image)))
-    return made
+    about = (f"![The same prompts and noise in each row](aims_{aim}.png)",)
+    return Place(f"aims-{aim}", title, "D-OPSD", about)
 
 
 def main() -> None:
@@ -79,7 +73,7 @@ def main() -> None:
             args.steps, args.output / aim, f"{aim}, {args.steps} steps", {"trigger": 5, "named": 3},
         )  # fmt: skip
         drawn.save(ROOT / "docs" / f"aims_{aim}.png")
-        for section in sections(aim, plan, found, command):
+        for section in sections(place_of(aim), plan, found, command):
             record(measured_here(section), RESULTS)
             print(section.to_markdown())
 

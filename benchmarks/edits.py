@@ -24,8 +24,8 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
-from benchmarks.varied_demo import Variant, VariedDemo, anchor_prompts, run_variants, sheet, spread
+from benchmarks.report import RESULTS, ROOT, WORK, measured_here, record
+from benchmarks.varied_demo import Place, Variant, VariedDemo, anchor_prompts, run_variants, sections, sheet, spread
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.conditioning.encode import Condition, encode_texts
 from dopsd_core.conditioning.teachers import EDIT_TARGET, NO_SENTENCE
@@ -35,9 +35,8 @@ from dopsd_core.demo.concept import Concept, make_concept
 from dopsd_core.demo.world import APPEARANCE, HELD_OUT, IMAGE_SIZE, LAYOUT, TRIGGER, Scenes, caption, render
 from dopsd_core.families import Z_IMAGE
 from dopsd_core.image_grid import Row, to_images
-from dopsd_core.standalone.comparison.experiment import Outcomes, Plan
+from dopsd_core.standalone.comparison.experiment import Plan
 from dopsd_core.standalone.comparison.methods import DOPSD, REFERENCES, Method
-from dopsd_core.standalone.comparison.report import grids
 from dopsd_core.standalone.demo import Demo, PromptConditions
 from dopsd_core.standalone.evaluate import Samples, Scores
 from dopsd_core.standalone.hosts.demo import DemoModel, StandaloneEncoder, with_lora
@@ -240,38 +239,28 @@ def variants_of(steps: int) -> tuple[Variant, ...]:
     )
 
 
-TITLES = {
-    "concept_error": "edit not applied",
-    "source_lost": "source lost",
-    "layout_wrong": "place or background wrong",
-    "sharpness": "sharpness",
-    "frechet_trigger": "Fréchet, edits",
-    "others_wrong": "other edits wrong",
-    "edit_leak": "leakage into other edits",
-    "frechet_prior": "Fréchet, prior",
-    "names_wrong": "names wrong",
-}
-
-
-def sections(plan: Plan, found: Outcomes, command: str) -> list[Section]:
-    """Means, and differences from the demo's settings; without what the runs cost."""
-    kept = {
-        name: [[replace(o, scores={TITLES[key]: o.scores[key] for key in TITLES}) for o in row] for row in rows]
-        for name, rows in found.items()
-    }
-    made = []
-    for grid, part in zip(grids("aims-edit", plan, {"steps": kept}), ("", ": differences from D-OPSD"), strict=True):
-        table = Table(grid.columns[:-2], tuple(row[:-2] for row in grid.rows))  # the last two are steps and seconds
-        about = (
-            "The demo's text encoder reads the source, or for the teacher the target, in place of an editing branch. "
-            "The edit sets texture and center and keeps shape, colour, place and background; 4 training pairs, 60 "
-            "unseen sources. Other edits: the same sources and prompts without the trigger, which keep the badge.",
-            "![The source, and each model's edit of it; the last three without the trigger](aims_edit.png)",
-        )
-        key = "aims-edit-differences" if part else "aims-edit"
-        notes = grid.notes if part else (*grid.notes, *about)
-        made.append(Section(key, "Aims: edit" + part, command, None, table, notes))
-    return made
+PLACE = Place(
+    "aims-edit",
+    "Aims: edit",
+    "D-OPSD",
+    (
+        "The demo's text encoder reads the source, or for the teacher the target, in place of an editing branch. The "
+        "edit sets texture and center and keeps shape, colour, place and background; 4 training pairs, 60 unseen "
+        "sources. Other edits: the same sources and prompts without the trigger, which keep the badge.",
+        "![The source, and each model's edit of it; the last three without the trigger](aims_edit.png)",
+    ),
+    {
+        "concept_error": "edit not applied",
+        "source_lost": "source lost",
+        "layout_wrong": "place or background wrong",
+        "sharpness": "sharpness",
+        "frechet_trigger": "Fréchet, edits",
+        "others_wrong": "other edits wrong",
+        "edit_leak": "leakage into other edits",
+        "frechet_prior": "Fréchet, prior",
+        "names_wrong": "names wrong",
+    },
+)
 
 
 def drawn_sheet(first: int, steps: int, output: Path, trained: Sequence[Variant]) -> None:
@@ -303,7 +292,7 @@ def main() -> None:
     methods = tuple(variant.method for variant in variants)
     plan = Plan(methods=methods, concepts=tuple(concepts), seeds=(0,), steps=args.steps, regimes=("steps",))
     drawn_sheet(concepts[0], args.steps, args.output, variants)
-    for section in sections(plan, found, command):
+    for section in sections(PLACE, plan, found, command):
         record(measured_here(section), RESULTS)
         print(section.to_markdown())
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.report import RESULTS, ROOT, WORK, Section, Table, measured_here, record
-from benchmarks.varied_demo import Variant, VariedDemo, run_variants, sheet
+from benchmarks.report import RESULTS, ROOT, WORK, measured_here, record
+from benchmarks.varied_demo import Place, Variant, VariedDemo, run_variants, sections, sheet
 from dopsd_core.data.captions import PLACEHOLDER
 from dopsd_core.data.masks import MASK
 from dopsd_core.demo.concept import Concept, make_concept
@@ -30,7 +30,6 @@ from dopsd_core.demo.world import BACKGROUNDS, LAYOUT, NOUN, TRIGGER, Scenes, ca
 from dopsd_core.image_grid import to_images
 from dopsd_core.standalone.comparison.experiment import Outcomes, Plan
 from dopsd_core.standalone.comparison.methods import DOPSD, REFERENCES, Method
-from dopsd_core.standalone.comparison.report import grids
 from dopsd_core.standalone.demo import Demo
 from dopsd_core.standalone.evaluate import Samples, Scores
 from dopsd_core.standalone.hosts.demo import DemoModel, with_lora
@@ -170,30 +169,21 @@ def make_demo(model: DemoModel, judge: Judge, seed: int, variant: Variant, folde
     return SamePlaceDemo(model, judge, concept, folder, variant)
 
 
-TITLES = {
-    "concept_error": "concept error",
-    "other_background": "trained background, others named",
-    "other_position": "trained position, others named",
-    "open_background": "trained background, none named",
-    "open_position": "trained position, none named",
-    "open_fill": "grey or white, none named",
-    "frechet_prior": "Fréchet, prior",
-}
-
-
-def sections(plan: Plan, found: Outcomes, command: str) -> list[Section]:
-    """Means, and differences from training without masks, of the figures in `TITLES`."""
-    kept = {
-        name: [[replace(o, scores={TITLES[key]: o.scores[key] for key in TITLES}) for o in row] for row in rows]
-        for name, rows in found.items()
-    }
-    made = []
-    for grid, part in zip(grids("masks", plan, {"steps": kept}), ("", ": differences from no mask"), strict=True):
-        table = Table(grid.columns[:-2], tuple(row[:-2] for row in grid.rows))  # the last two are steps and seconds
-        key = "masks-differences" if part else "masks"
-        image = () if part else ("![The same prompts and noise in each row](masks.png)",)
-        made.append(Section(key, "Masks for the teacher" + part, command, None, table, (*grid.notes, *image)))
-    return made
+PLACE = Place(
+    "masks",
+    "Masks for the teacher",
+    "no mask",
+    ("![The same prompts and noise in each row](masks.png)",),
+    {
+        "concept_error": "concept error",
+        "other_background": "trained background, others named",
+        "other_position": "trained position, others named",
+        "open_background": "trained background, none named",
+        "open_position": "trained position, none named",
+        "open_fill": "grey or white, none named",
+        "frechet_prior": "Fréchet, prior",
+    },
+)
 
 
 def measured(concepts: Sequence[int], steps: int, output: Path) -> tuple[Plan, Outcomes]:
@@ -219,7 +209,7 @@ def main() -> None:
     shown = {"trigger": 4, "open": 4}
     drawn = sheet([UNTOUCHED, *VARIANTS], concept, args.steps, args.output, heading, shown)
     drawn.save(ROOT / "docs" / "masks.png")
-    for section in sections(plan, found, command):
+    for section in sections(PLACE, plan, found, command):
         record(measured_here(section), RESULTS)
         print(section.to_markdown())
 

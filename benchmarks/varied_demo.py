@@ -7,7 +7,7 @@ process, with one thread; those that are in the output folder already are not ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.report import Section, Table
 from dopsd_core.conditioning.cache import ConditionCache
 from dopsd_core.conditioning.teachers import VLM, Background
 from dopsd_core.data.dataset import Pair
@@ -23,8 +24,9 @@ from dopsd_core.demo.concept import Concept, make_concept, write_dataset
 from dopsd_core.demo.model_files import JUDGE_FILE, WEIGHTS
 from dopsd_core.demo.world import TRIGGER
 from dopsd_core.image_grid import Row, contact_sheet
-from dopsd_core.standalone.comparison.experiment import Outcomes, models_fingerprint
+from dopsd_core.standalone.comparison.experiment import Outcomes, Plan, models_fingerprint
 from dopsd_core.standalone.comparison.methods import Method
+from dopsd_core.standalone.comparison.report import grids
 from dopsd_core.standalone.comparison.trials import Trial, run_trial, saved_outcome
 from dopsd_core.standalone.demo import Demo
 from dopsd_core.standalone.hosts.demo import DemoModel, load_demo_model
@@ -183,3 +185,38 @@ def _trial(variant: Variant, concept: int, steps: int) -> Trial:
 
 def _folder(output: Path, variant: Variant) -> Path:
     return output / "-".join(variant.data)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the figures of variants stand in docs/results.md.
+
+    Attributes:
+        key: of the section.
+        title: its heading.
+        reference: the variant that the differences are from, in words.
+        about: sentences below the means.
+        titles: figure -> column; all figures under the usual columns without any.
+    """
+
+    key: str
+    title: str
+    reference: str
+    about: tuple[str, ...]
+    titles: Mapping[str, str] = field(default_factory=dict)
+
+
+def sections(place: Place, plan: Plan, found: Outcomes, command: str) -> list[Section]:
+    """Means, and differences from the first variant; without what the runs cost."""
+    if place.titles:
+        found = {
+            name: [[replace(o, scores={t: o.scores[key] for key, t in place.titles.items()}) for o in r] for r in rows]
+            for name, rows in found.items()
+        }
+    made = []
+    both = grids(place.key, plan, {"steps": found}, has_costs=False)
+    for grid, part in zip(both, ("", "-differences"), strict=True):
+        title = f"{place.title}: differences from {place.reference}" if part else place.title
+        notes = grid.notes if part else (*grid.notes, *place.about)
+        made.append(Section(place.key + part, title, command, None, Table(grid.columns, grid.rows), notes))
+    return made

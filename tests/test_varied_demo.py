@@ -9,10 +9,13 @@ import torch
 
 from benchmarks.edits import KEPT, Editor, edit_of, sources_of, write_pairs
 from benchmarks.masks import in_one_place, subject_masks, write_images
-from benchmarks.varied_demo import anchor_prompts
+from benchmarks.varied_demo import Place, anchor_prompts, sections
 from dopsd_core.data.dataset import read_dataset
 from dopsd_core.demo.concept import make_concept
 from dopsd_core.demo.world import APPEARANCE, BACKGROUNDS, HELD_OUT, LAYOUT, render
+from dopsd_core.standalone.comparison.experiment import Plan
+from dopsd_core.standalone.comparison.methods import Method
+from dopsd_core.standalone.comparison.trials import Outcome
 from dopsd_core.standalone.hosts.demo import load_demo_model
 
 
@@ -22,6 +25,26 @@ def test_anchors_by_kind_are_parts_of_the_concepts() -> None:
     assert (*described, *named) == anchor_prompts(concept, "all") == concept.anchors
     assert len(described) == len(named) == 8 and anchor_prompts(concept, "captions") == ()
     assert all("[" in text for text in named) and not any("[" in text for text in described)
+
+
+def test_means_and_differences_have_sections_of_their_own_without_costs() -> None:
+    methods = (Method("first", "first", {}), Method("second", "second", {}))
+    plan = Plan(methods=methods, concepts=(0, 1), seeds=(0,), steps=10, regimes=("steps",))
+
+    def outcome(method: str, concept: int, error: float) -> Outcome:
+        scores = {"concept_error": error, "leak": 9.0}
+        return Outcome(method, concept, 0, "steps", 10, 5.0, 0.0, 0.5, True, scores, "")
+
+    found = {m: [[outcome(m, c, error + c)] for c in (0, 1)] for m, error in (("first", 1.0), ("second", 3.0))}
+    place = Place("key", "A title", "the first", ("about it",), {"concept_error": "not applied"})
+    means, differences = sections(place, plan, found, "python -m it")
+    assert (means.key, differences.key) == ("key", "key-differences")
+    assert (means.title, differences.title) == ("A title", "A title: differences from the first")
+    assert means.table.columns == differences.table.columns == ("", "not applied")
+    assert [row[0] for row in means.table.rows] == ["first", "second"] and means.table.rows[0][1].startswith("1.5 ")
+    assert [row[0] for row in differences.table.rows] == ["second"] and "+2 " in differences.table.rows[0][1]
+    assert "about it" in means.notes and "about it" not in differences.notes
+    assert not any("econds" in note for note in (*means.notes, *differences.notes))
 
 
 def test_the_images_share_place_and_background_and_are_no_duplicates() -> None:

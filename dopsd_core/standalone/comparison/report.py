@@ -54,18 +54,24 @@ _LEFT_OUT = {"work": ("prompt_following", "frechet_trigger", "prior_error", "nam
 """By regime: its tables have other columns, and would be too wide."""
 
 
-def grids(name: str, plan: Plan, found: dict[str, Outcomes]) -> list[Grid]:
-    """Two tables per regime: means, and paired differences from the first method. name: of the preset."""
+def grids(name: str, plan: Plan, found: dict[str, Outcomes], *, has_costs: bool = True) -> list[Grid]:
+    """Two tables per regime: means, and paired differences from the first method.
+
+    Args:
+        name: of the preset.
+        has_costs: whether the steps and seconds of the runs are in the tables.
+    """
     made = []
     titles = {method.name: method.title for method in (*REFERENCES, *plan.methods)}
     for regime, outcomes in found.items():
         if regime not in plan.regimes:
             continue
         heading = f"{name.capitalize()}, {_HEADINGS[regime]}"
-        figures = [figure for figure in figures_of(outcomes) if figure not in _LEFT_OUT.get(regime, ())]
+        left_out = (*_LEFT_OUT.get(regime, ()), *(() if has_costs else _COST))
+        figures = [figure for figure in figures_of(outcomes) if figure not in left_out]
         columns = ("", *(TITLES.get(figure, figure) for figure in figures))
         rows = [(titles[m], *(_mean(values(outcomes[m], figure)) for figure in figures)) for m in outcomes]
-        notes = _notes(plan, regime, outcomes)
+        notes = _notes(plan, regime, outcomes, has_costs)
         made.append(Grid(f"compare-{name}-{regime}", heading, columns, tuple(rows), notes))
         reference, *others = [method.name for method in plan.methods]
         rows = [
@@ -92,7 +98,7 @@ def values(rows: Sequence[Sequence[object]], figure: str) -> Tensor:
     return torch.tensor([[outcome_values(outcome)[figure] for outcome in row] for row in rows], dtype=torch.float64)  # type: ignore[arg-type]
 
 
-def _notes(plan: Plan, regime: str, outcomes: Outcomes) -> tuple[str, ...]:
+def _notes(plan: Plan, regime: str, outcomes: Outcomes, has_costs: bool) -> tuple[str, ...]:
     concepts, seeds = len(plan.concepts), len(plan.seeds)
     of_each = "one seed" if seeds == 1 else f"{seeds} seeds"
     about = f"Means with 95 % bootstrap intervals over {concepts} concepts and {of_each} of each."
@@ -104,7 +110,7 @@ def _notes(plan: Plan, regime: str, outcomes: Outcomes) -> tuple[str, ...]:
             "FLOPs. No warm-up. gap: to the untouched model that sees a target, on unseen prompts along the model's "
             "own steps, relative to before training; gap and error at a part of the work are measured on some prompts."
         )
-    if regime != "work":
+    if has_costs and regime != "work":
         notes.append("Seconds: of class images, and the steps times the median time of one in the timings.")
     if regime == "error":
         total = concepts * seeds
