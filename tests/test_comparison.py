@@ -319,7 +319,7 @@ def test_tables_have_means_and_paired_differences() -> None:
     assert means.columns == ("", "concept error", "named", "steps", "seconds")
     assert [row[0] for row in means.rows] == ["untouched", "D-OPSD", "SFT"]
     assert means.rows[1][1].startswith("0.35 [") and means.rows[1][3] == "10 [10, 10]"
-    assert differences.rows == (("SFT", "**+0.2 [+0.2, +0.2]**", "0 [0, 0]", "0 [0, 0]", "0 [0, 0]"),)
+    assert differences.rows == (("SFT", "**+0.2 [+0.2, +0.2]**", "0 [0, 0]", "0 [0, 0]", "0"),)
     assert "2 concepts and 2 seeds" in means.notes[0] and "SFT: 0.002" in means.notes[1]
     text = means.to_markdown()
     assert text.startswith("## Methods, equal steps\n\n|  | concept error |") and "| D-OPSD | 0.35 [" in text

@@ -70,12 +70,12 @@ def grids(name: str, plan: Plan, found: dict[str, Outcomes], *, has_costs: bool 
         left_out = (*_LEFT_OUT.get(regime, ()), *(() if has_costs else _COST))
         figures = [figure for figure in figures_of(outcomes) if figure not in left_out]
         columns = ("", *(TITLES.get(figure, figure) for figure in figures))
-        rows = [(titles[m], *(_mean(values(outcomes[m], figure)) for figure in figures)) for m in outcomes]
+        rows = [(titles[m], *(_mean(values(outcomes[m], figure), figure) for figure in figures)) for m in outcomes]
         notes = _notes(plan, regime, outcomes, has_costs)
         made.append(Grid(f"compare-{name}-{regime}", heading, columns, tuple(rows), notes))
         reference, *others = [method.name for method in plan.methods]
         rows = [
-            (titles[m], *(_difference(values(outcomes[m], f) - values(outcomes[reference], f)) for f in figures))
+            (titles[m], *(_difference(values(outcomes[m], f) - values(outcomes[reference], f), f) for f in figures))
             for m in others
         ]
         paired = (
@@ -124,15 +124,24 @@ def _notes(plan: Plan, regime: str, outcomes: Outcomes, has_costs: bool) -> tupl
     return tuple(notes)
 
 
-def _mean(figures: Tensor) -> str:
+def _mean(figures: Tensor, figure: str) -> str:
+    if _is_one_timing(figures, figure):
+        return _number(float(figures.mean()))
     found = nested_bootstrap(figures)
     return f"{_number(found.mean)} [{_number(found.low)}, {_number(found.high)}]"
 
 
-def _difference(differences: Tensor) -> str:
+def _difference(differences: Tensor, figure: str) -> str:
+    if _is_one_timing(differences, figure):
+        return _signed(float(differences.mean()))
     found = nested_bootstrap(differences)
     text = f"{_signed(found.mean)} [{_signed(found.low)}, {_signed(found.high)}]"
     return f"**{text}**" if found.excludes_zero else text
+
+
+def _is_one_timing(figures: Tensor, figure: str) -> bool:
+    """Whether these are seconds by one timing for all runs, which have no interval."""
+    return figure == "seconds" and bool((figures == figures.flatten()[0]).all())
 
 
 def _number(value: float) -> str:
