@@ -190,8 +190,26 @@ def free_memory(device: torch.device) -> int:
     return int(management.get_free_memory(device))
 
 
+def check_only(subject: Subject, only: Sequence[str] | None) -> None:
+    """Refuses names of rows that no run of this model has.
+
+    Raises:
+        SystemExit: one is unknown; the message lists those there are.
+    """
+    presets = [name + ending for name, *_ in subject.presets for ending in ("", OFFLOADING)]
+    known = [*VARIANTS, "selective" + COMPILED, "authors", *presets]
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise SystemExit(f"--only: no rows named {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+
+
 def run(subject: Subject, args: argparse.Namespace) -> Session:
-    """Measures every row of a model and prints the table."""
+    """Measures every row of a model, or those of `args.only`, and prints the table.
+
+    Raises:
+        SystemExit: `args.only` names a row that there is not, at all or with this device, host and options.
+    """
+    check_only(subject, args.only)
     session = Session(subject, args, torch.device(args.device))
     describe(session)
     network = session.new_network()
@@ -225,6 +243,10 @@ def run(subject: Subject, args: argparse.Namespace) -> Session:
         compare(session.rows)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in session.rows], indent=1) + "\n", encoding="utf-8")
+    absent = {*(args.only or ())} - {row.variant for row in session.rows}
+    if absent:
+        why = "memory presets need ComfyUI and no CPU, compiled blocks CUDA and diffusers, offloading the largest side"
+        raise SystemExit(f"--only: not measured: {', '.join(map(repr, sorted(absent)))}; {why}")
     return session
 
 

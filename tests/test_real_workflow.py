@@ -1,0 +1,93 @@
+"""benchmarks/real_workflow.py: what it takes from the driver, with a driver that tells what the test says.
+
+The workflows themselves are run by it: the shipped ones, on a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import real_workflow
+
+OURS = 7
+
+
+class Driver:
+    """pynvml, as far as it is asked: `held` by process, None where the driver does not tell."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, int | None] = {}
+        self.used = 0
+        self.looks = 0
+
+    def nvmlInit(self) -> None: ...  # noqa: N802
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, card: int) -> Any:  # noqa: N802
+        return SimpleNamespace(used=self.used)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, card: int) -> list[Any]:  # noqa: N802
+        self.looks += 1
+        return [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in self.held.items()]
+
+    def look(self) -> None:
+        """Waits until it was asked twice more: all of one look lies between."""
+        wanted = self.looks + 2
+        while self.looks < wanted:
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    monkeypatch.setitem(sys.modules, "pynvml", made)
+    return made
+
+
+def test_the_most_that_the_process_held_not_what_others_did(driver: Driver) -> None:
+    driver.held = {OURS: 300, 8: 9000}
+    with real_workflow.watched(OURS) as seen:
+        driver.look()
+        driver.held[OURS] = 500
+        driver.look()
+        driver.held[OURS] = 100
+        driver.look()
+    assert seen.peak == 500
+
+
+def test_a_workflow_does_not_inherit_the_peak_of_the_one_before(driver: Driver) -> None:
+    driver.held = {OURS: 500}
+    with real_workflow.watched(OURS) as seen:
+        driver.look()
+        driver.held[OURS] = 100
+        driver.look()
+        seen.restart()
+        driver.look()
+    assert seen.peak == 100
+
+
+@pytest.mark.parametrize("held", [{}, {OURS: None}])
+def test_a_driver_that_does_not_tell_gives_what_came_on_the_card(driver: Driver, held: dict[int, int | None]) -> None:
+    """As in a container: the process is not listed, or without its memory."""
+    driver.held, driver.used = held, 1000
+    with real_workflow.watched(OURS) as seen:
+        driver.used = 1400
+        driver.look()
+        driver.used = 1000
+        driver.look()
+    assert seen.peak == 400
+
+
+def test_it_stops_looking(driver: Driver) -> None:
+    with real_workflow.watched(OURS):
+        driver.look()
+    looks = driver.looks
+    time.sleep(0.1)
+    assert driver.looks == looks
