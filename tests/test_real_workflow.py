@@ -52,7 +52,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_the_most_that_the_process_held_not_what_others_did(driver: Driver) -> None:
-    driver.held = {OURS: 300, 8: 9000}
+    driver.held = {8: 9000, OURS: 300}
     with real_workflow.watched(OURS) as seen:
         driver.look()
         driver.held[OURS] = 500
