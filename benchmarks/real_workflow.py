@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -134,6 +135,12 @@ def sampled(server: Any, seen: Watched, args: argparse.Namespace) -> None:
     say("; ".join(f"{kind} {seconds:.1f}" for kind, seconds in spent.items() if seconds >= 0.3) + f"; {shown} |\n")
 
 
+def use_servers_on_gpu() -> None:
+    """Makes the modules of tests/comfyui importable; their servers run on the CPU unless they are told."""
+    os.environ["DOPSD_TEST_GPU"] = "1"
+    sys.path.insert(0, str(TESTS))
+
+
 def main() -> None:
     """Writes the files, runs the workflows and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,7 +152,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA")
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one workflow")
     args = parser.parse_args()
-    sys.path.insert(0, str(TESTS))
+    use_servers_on_gpu()
     from inprocess import new_base
     from live import Server
 
@@ -162,7 +169,8 @@ def main() -> None:
     write_concept(base / "input" / "my_concept", args.side)
     server = Server(base, base / "server.log", threads=4)
     try:
-        say(f"server up after {server.boot_seconds:.1f} s\n\n")
+        (device_seen,) = {each["name"] for each in server.get("/system_stats")["devices"]}
+        say(f"server up after {server.boot_seconds:.1f} s, on {device_seen}\n\n")
         say("| workflow | seconds | s/step | peak GB | nodes |\n|---|---|---|---|---|\n")
         with watched(server.process.pid) as seen:
             for memory in args.memory:

@@ -5,6 +5,8 @@ The workflows themselves are run by it: the shipped ones, on a GPU.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import real_workflow
+from benchmarks import networks, real_workflow
 
 OURS = 7
 
@@ -91,3 +93,12 @@ def test_it_stops_looking(driver: Driver) -> None:
     looks = driver.looks
     time.sleep(0.1)
     assert driver.looks == looks
+
+
+def test_its_servers_run_on_the_gpu() -> None:
+    code = "from benchmarks import real_workflow as w; w.use_servers_on_gpu(); import inprocess; print(inprocess.FLAGS)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DOPSD_TEST")}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=networks.ROOT
+    )
+    assert told.stdout.strip() == "()", told.stderr
