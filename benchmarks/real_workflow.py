@@ -1,6 +1,7 @@
 """Runs the shipped workflows of Z-Image-Turbo in a real ComfyUI server on files of real size with random weights.
 
     python -m benchmarks.real_workflow --models /dev/shm/models     26 GB of files, which stay; a GPU of 24 GB or more
+    python -m benchmarks.real_workflow --models /dev/shm/models --memory auto --free 17.2    as on a card of 16 GiB
 
 Everything that a user's first training goes through but the values of the weights: ComfyUI's loader nodes, text encoder
 and vision encoder, VAE, the training with its previews in every `--memory` asked for, the saved LoRA, and an image with
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import networks, real_files
 from benchmarks.real_size import say
@@ -135,8 +137,23 @@ def sampled(server: Any, seen: Watched, args: argparse.Namespace) -> None:
     say("; ".join(f"{kind} {seconds:.1f}" for kind, seconds in spent.items() if seconds >= 0.3) + f"; {shown} |\n")
 
 
+def occupied(device: torch.device, free: int) -> Tensor:
+    """Takes memory of the GPU until `free` bytes of it are left, for as long as the tensor lives.
+
+    Returns:
+        (bytes,) in uint8, without values.
+
+    Raises:
+        SystemExit: less is free already.
+    """
+    has, _ = torch.cuda.mem_get_info()
+    if has < free:
+        raise SystemExit(f"--free: the GPU has {has / 1e9:.1f} GB free, less than {free / 1e9:.1f}")
+    return torch.empty(has - free, dtype=torch.uint8, device=device)
+
+
 def use_servers_on_gpu() -> None:
-    """Makes the modules of tests/comfyui importable; their servers run on the CPU unless they are told."""
+    """Makes the modules of tests/comfyui importable; their servers run on the GPU then, not on the CPU."""
     os.environ["DOPSD_TEST_GPU"] = "1"
     sys.path.insert(0, str(TESTS))
 
@@ -150,6 +167,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each training")
     parser.add_argument("--side", type=int, default=1024, help="of the images in pixels")
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA")
+    parser.add_argument("--free", type=float, help="GB of the GPU that ComfyUI finds free, as on a smaller card")
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one workflow")
     args = parser.parse_args()
     use_servers_on_gpu()
@@ -163,6 +181,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     say(f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}; ")
     say(f"{size / 1e9:.1f} GB of files after {time.perf_counter() - began:.0f} s\n")
+    ballast = occupied(device, int(args.free * 1e9)) if args.free else None
     base = new_base(args.output or Path(tempfile.mkdtemp()))
     (base / "models").rmdir()
     (base / "models").symlink_to(args.models.absolute(), target_is_directory=True)
@@ -178,6 +197,7 @@ def main() -> None:
             sampled(server, seen, args)
     finally:
         server.stop()
+        del ballast
 
 
 if __name__ == "__main__":

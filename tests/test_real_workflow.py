@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import networks, real_workflow
 
@@ -102,3 +103,10 @@ def test_its_servers_run_on_the_gpu() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=networks.ROOT
     )
     assert told.stdout.strip() == "()", told.stderr
+
+
+def test_a_smaller_card_is_what_is_left_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30_000, 80_000))
+    assert real_workflow.occupied(torch.device("cpu"), 10_000).nbytes == 20_000
+    with pytest.raises(SystemExit, match="0.0 GB free, less than 1.0"):
+        real_workflow.occupied(torch.device("cpu"), 10**9)
