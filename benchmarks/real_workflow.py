@@ -141,7 +141,7 @@ def occupied(device: torch.device, free: int) -> Tensor:
     """Takes memory of the GPU until `free` bytes of it are left, for as long as the tensor lives.
 
     Returns:
-        (bytes,) in uint8, without values.
+        uint8 [bytes taken], without values.
 
     Raises:
         SystemExit: less is free already.
