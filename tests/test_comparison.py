@@ -132,6 +132,24 @@ def test_a_method_from_the_command_line() -> None:
     assert flattened(parse_method("m: grad_steps=none, deterministic=true").config(9, 0))["deterministic"] is True
     chosen = chosen_methods("methods", ["sft"], ["mine: lr=1e-3"])
     assert [m.name for m in chosen] == ["dopsd", "sft", "mine"]
+    assert parse_method("my_own: lr=1e-3").title == "my own"
+
+
+def test_what_the_others_are_compared_with_comes_first() -> None:
+    own = ["mine: lr=1e-3", "other: lr=2e-3"]
+    assert [m.name for m in chosen_methods("methods", ["sft"], own, "other")] == ["other", "sft", "mine"]
+    assert [m.name for m in chosen_methods("methods", ["pso"], own, "sft")] == ["sft", "pso", "mine", "other"]
+    with pytest.raises(ConfigError, match="--reference: there is no method them; choose from sft, mine, other"):
+        chosen_methods("methods", ["sft"], own, "them")
+
+
+def test_a_reference_that_cannot_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dopsd_core.standalone.comparison.command.WEIGHTS", tmp_path)
+    assert main(["compare", "--reference", "sft_on_base", "--output", str(tmp_path / "out")]) != 0
+    assert "--reference sft_on_base trains the undistilled demo model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...number_text import float_argument, int_argument
-from .methods import PRESETS, RATES
+from .methods import PRESETS, RATES, REFERENCE
 
 REGIMES = ("steps", "time", "error", "work")
 
@@ -24,11 +24,17 @@ def add_compare(commands: Any) -> None:
         f"contact sheet. Finished trials are kept: run the same command again to resume. The presets: {listed}.",
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="methods", help="methods (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of the preset only these, and dopsd")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="of the preset only these, and the reference"
+    )
     parser.add_argument(
         "--method", action="append", default=[], metavar="TEXT",
         help='another method, "name: option=value, option=value" with the options of train; undistilled=true trains '
         "the model before its distillation; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference", default=REFERENCE, metavar="NAME",
+        help="the method that the others are compared with; equal time is the time of its steps (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--regimes", nargs="+", choices=REGIMES, default=REGIMES[:3], metavar="REGIME",

@@ -30,11 +30,11 @@ def run_compare(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: a method is not valid.
-        FileNotFoundError: an own method trains the undistilled model, which is not there.
+        FileNotFoundError: an own method, or the reference, trains the undistilled model, which is not there.
     """
     if "work" in args.regimes and len(args.regimes) > 1:
         raise ConfigError(("--regimes work is measured alone: leave the other regimes out",))
-    methods = _that_can_run(chosen_methods(args.preset, args.only, args.method), args.preset)
+    methods = _that_can_run(chosen_methods(args.preset, args.only, args.method, args.reference), args.preset)
     plan = Plan(
         methods=methods,
         concepts=tuple(range(args.first_concept, args.first_concept + args.concepts)),
@@ -104,10 +104,19 @@ def _described(method: Method, steps: int) -> dict[str, object]:
 
 
 def _that_can_run(methods: Sequence[Method], preset: str) -> tuple[Method, ...]:
-    """Without those of the preset that need the undistilled model, if it is not there."""
+    """Without those of the preset that need the undistilled model, if it is not there.
+
+    Raises:
+        FileNotFoundError: the reference, which is first, is one of them.
+    """
     if (WEIGHTS / PARENT_FILE).exists():
         return tuple(methods)
     lost = [method for method in methods if method.undistilled and method in PRESETS[preset]]
+    if methods[0] in lost:
+        raise FileNotFoundError(
+            f"--reference {methods[0].name} trains the undistilled demo model {PARENT_FILE}, which is not there; "
+            "choose another"
+        )
     for method in lost:
         sys.stdout.write(f"{method.name} is left out: the undistilled demo model {PARENT_FILE} is not there\n")
     return tuple(method for method in methods if method not in lost)

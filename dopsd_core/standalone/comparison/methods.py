@@ -147,13 +147,15 @@ def parse_method(text: str) -> Method:
         raise ConfigError((f"--method {name}: undistilled is {undistilled!r}; write true or false",))
     options = {option.name: option for option in all_options(TrainConfig)}
     values = {key: options[key].from_text(text) if key in options else text for key, text in texts.items()}
-    method = Method(name, name, values, undistilled == "true")
+    method = Method(name, name.replace("_", " "), values, undistilled == "true")
     method.config(1, 0)
     return method
 
 
-def chosen_methods(preset: str, names: Sequence[str], own: Sequence[str]) -> tuple[Method, ...]:
-    """The methods of a preset, or those of them that are named, the reference first, and own ones as `parse_method`.
+def chosen_methods(
+    preset: str, names: Sequence[str], own: Sequence[str], reference: str = REFERENCE
+) -> tuple[Method, ...]:
+    """The methods of a preset, or those of them that are named, and own ones as `parse_method`; the reference first.
 
     Raises:
         ConfigError: a name is unknown or given twice, or own methods are not valid.
@@ -162,8 +164,11 @@ def chosen_methods(preset: str, names: Sequence[str], own: Sequence[str]) -> tup
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError((f"there is no method {', '.join(unknown)}; choose from {', '.join(known)}",))
-    picked = [known[name] for name in known if not names or name in names or name == REFERENCE]
+    picked = [known[name] for name in known if not names or name in names or name == reference]
     methods = [*picked, *map(parse_method, own)]
     if twice := {m.name for m in methods if sum(m.name == other.name for other in methods) > 1}:
         raise ConfigError((f"the method {', '.join(sorted(twice))} is given twice; choose another name",))
-    return tuple(methods)
+    if reference not in (method.name for method in methods):
+        listed = ", ".join(method.name for method in methods)
+        raise ConfigError((f"--reference: there is no method {reference}; choose from {listed}",))
+    return tuple(sorted(methods, key=lambda method: method.name != reference))
