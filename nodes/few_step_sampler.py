@@ -10,6 +10,8 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
+from ..dopsd_core.demo.settings import SAMPLE_STEPS
+from ..dopsd_core.families import FLUX2_KLEIN, KREA2, Z_IMAGE
 from .comfy_host.checked_inputs import checked
 from .comfy_host.denoiser import default_steps, send_text
 from .comfy_host.families import family_of
@@ -44,7 +46,10 @@ class FewStepSampler(io.ComfyNode):
                 seed_input(
                     "Seed of the noise; the same seed gives the same noise as in KSampler.", changes_after_run=True
                 ),
-                sampling_steps_input("Z-Image-Turbo 8, FLUX.2-klein 4, Krea 2 Turbo 8, demo model 4"),
+                sampling_steps_input(
+                    f"Z-Image-Turbo {Z_IMAGE.sample_steps}, FLUX.2-klein {FLUX2_KLEIN.sample_steps}, "
+                    f"Krea 2 Turbo {KREA2.sample_steps}, demo model {SAMPLE_STEPS}"
+                ),
                 *size_inputs(16, 8192, "In pixels; 64 for the demo model."),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=4096, optional=True,

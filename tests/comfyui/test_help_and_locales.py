@@ -52,6 +52,13 @@ def test_every_text_is_there_and_in_chinese():
     assert all(place.endswith(".name") for place in kept), kept  # words such as VAE, LoRA, alpha
 
 
+def test_both_languages_give_the_same_numbers():
+    """Steps of each model, ranges, defaults: words differ, these cannot."""
+    english, chinese = places(read("en")), places(read("zh"))
+    numbers = {place: [sorted(re.findall(r"\d+(?:\.\d+)?", t[place])) for t in (english, chinese)] for place in english}
+    assert not {place: both for place, both in numbers.items() if both[0] != both[1]}
+
+
 def test_nothing_reads_as_markup_of_the_page():
     """Names and descriptions go through vue-i18n, to which { } @ and | are instructions."""
     for language in LANGUAGES:
