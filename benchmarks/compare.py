@@ -11,6 +11,7 @@ Runs `python -m dopsd_core compare` with the same arguments, which resumes a com
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from dopsd_core.standalone.comparison.report import Grid
 
 def sections(preset: str, grids: Sequence[Grid], arguments: Sequence[str]) -> list[Section]:
     """A section per table; the first one shows the contact sheet."""
-    command = " ".join(("python -m benchmarks.compare", *_without(arguments, "--output")))
+    command = f"python -m benchmarks.compare {shlex.join(_without(arguments, '--output'))}"
     grids = [_named(grid, preset, _variety(arguments)) for grid in grids]
     made = [Section(g.key, g.title, command, None, Table(g.columns, g.rows), g.notes) for g in grids]
     if not _is_drawn(grids[0]):

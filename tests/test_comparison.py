@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -455,6 +456,8 @@ def test_sections_of_the_results_page(output: Path) -> None:
     assert apart[0].key == made[0].key.replace("methods", "methods-loss") and "Methods, loss," in apart[0].title
     assert apart[0].command == "python -m benchmarks.compare --preset methods --apart loss"
     assert sections("methods", tables, ["--preset", "methods", "--apart=loss"])[0].key == apart[0].key
+    own = ["--preset", "methods", "--method", "mine: lr=1e-3, rank=8"]
+    assert shlex.split(sections("methods", tables, own)[0].command)[3:] == own, "the command can be pasted"
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
