@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks import networks, real_files
 from benchmarks.real_size import say
+from dopsd_core.number_text import float_argument
 
 TESTS = networks.ROOT / "tests" / "comfyui"
 CAPTIONS = ("a photo of [V] on a table", "a photo of [V] in the snow", "[V] in a garden", "a drawing of [V]")
@@ -167,21 +168,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each training")
     parser.add_argument("--side", type=int, default=1024, help="of the images in pixels")
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA")
-    parser.add_argument("--free", type=float, help="GB of the GPU that ComfyUI finds free, as on a smaller card")
+    parser.add_argument(
+        "--free", type=float_argument(0.1), help="GB of the GPU that ComfyUI finds free, as on a smaller card"
+    )
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one workflow")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs an NVIDIA GPU, and torch finds none")
     use_servers_on_gpu()
     from inprocess import new_base
     from live import Server
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda")
     networks.pack(device)
     began = time.perf_counter()
     size = real_files.write(args.models, device)
     torch.cuda.empty_cache()
     say(f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}; ")
     say(f"{size / 1e9:.1f} GB of files after {time.perf_counter() - began:.0f} s\n")
-    ballast = occupied(device, int(args.free * 1e9)) if args.free else None
+    ballast = occupied(device, int(args.free * 1e9)) if args.free is not None else None
     base = new_base(args.output or Path(tempfile.mkdtemp()))
     (base / "models").rmdir()
     (base / "models").symlink_to(args.models.absolute(), target_is_directory=True)

@@ -205,9 +205,10 @@ def section(found: Mapping[str, Sequence[Figures]], command: str, seeds: int, st
         "several-concepts", "Several concepts in one run", command, None,
         Table(("run", "concept error", "cross-leakage", "prior error", "leakage", "worst cross-leakage"), tuple(lines)),
         (
-            f"Mean over {'one set' if seeds == 1 else f'{seeds} sets'} of concepts{_WITH_INTERVAL * (seeds > 1)}, {PROMPTS} unseen prompts each; {steps} "
-            "steps per concept. Cross-leakage is the share of another concept's attributes, where they differ, in "
-            "images of a prompt with one trigger; compare it with the untouched model's.",
+            f"Mean over {'one set' if seeds == 1 else f'{seeds} sets'} of concepts{_WITH_INTERVAL * (seeds > 1)}, "
+            f"{PROMPTS} unseen prompts each; {steps} steps per concept. Cross-leakage is the share of another "
+            "concept's attributes, where they differ, in images of a prompt with one trigger; compare it with the "
+            "untouched model's.",
         ),
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 What differs between aims is what was measured on the demo model to differ (`benchmarks/aims.py`, `benchmarks/edits.py`,
 docs/results.md): fewer anchors learn more of a style or an edit, draw a subject better, and forget more, so all three
-have anchors on half of the steps. What an aim expects of the dataset and of the teacher's view is in `training/aims.py`.
+have anchors on half of the steps. What an aim expects of the dataset and of the teacher's view is in
+`training/aims.py`.
 """
 
 from __future__ import annotations

@@ -140,8 +140,14 @@ def test_what_the_others_are_compared_with_comes_first() -> None:
     own = ["mine: lr=1e-3", "other: lr=2e-3"]
     assert [m.name for m in chosen_methods("methods", ["sft"], own, "other")] == ["other", "sft", "mine"]
     assert [m.name for m in chosen_methods("methods", ["pso"], own, "sft")] == ["sft", "pso", "mine", "other"]
-    with pytest.raises(ConfigError, match="--reference: there is no method them; choose from sft, mine, other"):
+    with pytest.raises(ConfigError, match="--reference: there is no method 'them'; choose from dopsd, .*, mine, other"):
         chosen_methods("methods", ["sft"], own, "them")
+
+
+@pytest.mark.parametrize("name", ["untouched", "teacher", "its_teacher", "velocity_loss"])
+def test_no_two_rows_of_a_table_have_one_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--method {name}: the tables have a row of that name"):
+        chosen_methods("ablations", ["velocity"], [f"{name}: lr=1e-3"])
 
 
 def test_a_reference_that_cannot_run_is_refused(

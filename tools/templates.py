@@ -105,7 +105,7 @@ def conditions(previews: str, vision: tuple[str, int] | None = None) -> Node:
     return Node("DOPSD_BuildTeacherCondition", (420, 60), (400, 540), {"preview_prompts": previews}, links)
 
 
-def train(begun: dict[str, Node], run_name: str, text: str, preset: str = "subject") -> Workflow:
+def train(begun: dict[str, Node], run_name: str, text: str, preset: str = "subject", steps: int = 1500) -> Workflow:
     """Teacher Preview, training and saving behind `begun`: the loaders, "data" and "conditions"."""
     model, encoded, vae = ("model", 0), ("conditions", 0), ("vae", 0)
     nodes = {
@@ -117,7 +117,7 @@ def train(begun: dict[str, Node], run_name: str, text: str, preset: str = "subje
             "DOPSD_TrainLoRA",
             (880, 60),
             (460, 1200),
-            {"run_name": run_name, "preset": preset, "steps": 1000, "preview_every": 100},
+            {"run_name": run_name, "preset": preset, "steps": steps, "preview_every": 100},
             {"model": model, "conditions": encoded, "vae": vae},
         ),
         "save": Node(

@@ -28,8 +28,9 @@ DEMO_COMPARED = (
 )
 DEMO_NOTE = (
     "## Press Run\n\nA tiny model that ships with the pack learns a badge it has never seen from four "
-    "images, in about a minute on a CPU. Nothing to download.\n\n**Look at the teacher first**: the student "
-    "becomes as good as its teacher and no better.\n\nCancel at any time: the next run resumes. Then try your "
+    "images, in about a minute on a CPU. Nothing to download.\n\n**Look at the teacher**: the student "
+    "becomes as good as it and no better. To see it before training, select Teacher Preview and "
+    "press ▶ first.\n\nCancel at any time: the next run resumes. Then try your "
     "own images with *z_image_turbo_train* or *klein_train*."
 )
 
@@ -66,7 +67,7 @@ def quickstart() -> Workflow:
             {"model": model, "conditions": ("conditions", 0), "vae": vae},
         ),
         "save": Node(
-            "DOPSD_SaveLoRA", (1400, 60), (420, 350), {"filename_prefix": "loras/demo_badge"}, {"lora": ("train", 0)}
+            "DOPSD_SaveLoRA", (1400, 60), (420, 380), {"filename_prefix": "loras/demo_badge"}, {"lora": ("train", 0)}
         ),
         "compare": Node(
             "DOPSD_CompareLoRA",

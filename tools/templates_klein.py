@@ -61,7 +61,7 @@ def klein_edit_train() -> Workflow:
         "drawn from the sources of your data, in order: without **preview_prompts** by their own instructions.\n\n"
         f"{UNTRIED}"
     )
-    return train(begun, "my_edit_klein", text, "edit")
+    return train(begun, "my_edit_klein", text, "edit", 1000)
 
 
 def klein_sample() -> Workflow:

@@ -50,6 +50,15 @@ def test_all_are_there_with_thumbnail_and_api_form() -> None:
     assert {path.suffix for path in (ROOT / "workflows").iterdir() if path.is_file()} == {".json", ".jpg"}
 
 
+def test_their_steps_are_those_of_their_preset(comfyui: ComfyUI) -> None:
+    """What the recipes describe: a number in the widget goes before the preset's."""
+    presets = comfyui.core("presets").PRESETS
+    trained = [node["inputs"] for name in NAMES for node in shipped(name).values() if "run_name" in node["inputs"]]
+    assert len(trained) == 5
+    for inputs in trained:
+        assert inputs["steps"] == presets[inputs["preset"]].steps, inputs["run_name"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_those_of_the_schemas(comfyui: ComfyUI, name: str) -> None:
     """Each node exists, and its inputs in the API form are exactly the schema's (optional ones may be missing)."""

@@ -168,7 +168,10 @@ def chosen_methods(
     methods = [*picked, *map(parse_method, own)]
     if twice := {m.name for m in methods if sum(m.name == other.name for other in methods) > 1}:
         raise ConfigError((f"the method {', '.join(sorted(twice))} is given twice; choose another name",))
+    rows = [text for method in (*REFERENCES, *methods) for text in {method.name, method.title}]
+    if lost := [m.name for m in methods[len(picked) :] if rows.count(m.name) + rows.count(m.title) > 2]:
+        raise ConfigError((f"--method {lost[0]}: the tables have a row of that name; choose another name",))
     if reference not in (method.name for method in methods):
-        listed = ", ".join(method.name for method in methods)
-        raise ConfigError((f"--reference: there is no method {reference}; choose from {listed}",))
+        listed = ", ".join(dict.fromkeys([*known, *(method.name for method in methods)]))
+        raise ConfigError((f"--reference: there is no method {reference!r}; choose from {listed}",))
     return tuple(sorted(methods, key=lambda method: method.name != reference))
