@@ -99,10 +99,10 @@ def test_it_stops_looking(driver: Driver) -> None:
 def test_its_servers_run_on_the_gpu() -> None:
     code = "from benchmarks import real_workflow as w; w.use_servers_on_gpu(); import inprocess; print(inprocess.FLAGS)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DOPSD_TEST")}
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=networks.ROOT
     )
-    assert told.stdout.strip() == "()", told.stderr
+    assert done.stdout.strip() == "()", done.stderr
 
 
 def test_a_smaller_card_is_what_is_left_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
